@@ -1,0 +1,303 @@
+//! The command line.
+
+use std::fmt::Display;
+use std::str::FromStr;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use clap::builder::{
+    BoolishValueParser, PossibleValuesParser, RangedU64ValueParser, TypedValueParser,
+};
+use clap::{ArgAction, Parser, ValueEnum};
+use unisum::{Dtype, ReduceOp};
+
+/// Measures unisum's all-reduce between processes, and checks every result.
+///
+/// With -n it starts the ranks on this machine; without, it joins the world of the launcher it
+/// runs under (mpirun, srun, torchrun, ...) or of the UNISUM_* variables.
+#[derive(Clone, Debug, Parser)]
+#[command(version, long_version = LONG_VERSION.as_str(), max_term_width = 100)]
+pub(crate) struct Args {
+    /// Start this many ranks on this machine
+    #[arg(short = 'n', long, value_name = "N", value_parser = ranks_parser())]
+    pub(crate) ranks: Option<usize>,
+
+    /// Smallest buffer, in bytes (suffixes K, M, G)
+    #[arg(short = 'b', long, value_name = "BYTES", default_value = "8", value_parser = bytes)]
+    pub(crate) min_bytes: u64,
+
+    /// Largest buffer, in bytes
+    #[arg(short = 'e', long, value_name = "BYTES", default_value = "64M", value_parser = bytes)]
+    pub(crate) max_bytes: u64,
+
+    /// Each buffer is this many times as large as the one before
+    #[arg(short = 'f', long, value_name = "FACTOR", default_value = "2", value_parser = factor)]
+    pub(crate) step_factor: u64,
+
+    /// Element types, separated by commas, or all
+    #[arg(short = 'd', long, value_name = "TYPE", default_value = "f32",
+          value_parser = |text: &str| list(text, &Dtype::ALL))]
+    pub(crate) dtype: List<Dtype>,
+
+    /// Reductions, separated by commas, or all
+    #[arg(short = 'o', long, value_name = "OP", default_value = "sum",
+          value_parser = |text: &str| list(text, &ReduceOp::ALL))]
+    pub(crate) op: List<ReduceOp>,
+
+    /// How the ranks reach each other [default: UNISUM_TRANSPORT, else auto]
+    #[arg(short = 't', long, value_parser = ["auto", "tcp", "shm"])]
+    pub(crate) transport: Option<String>,
+
+    /// Ports that ranks may listen on, LOW-HIGH or one [default: UNISUM_PORT_RANGE, else any]
+    #[arg(long, value_name = "PORTS")]
+    pub(crate) port_range: Option<String>,
+
+    /// Network interfaces, as in eth,ib or ^docker [default: UNISUM_INTERFACE, else by route]
+    #[arg(long, value_name = "NAMES")]
+    pub(crate) interface: Option<String>,
+
+    /// The algorithm; auto leaves it to UNISUM_ALGORITHM, else to the library, by size; all
+    /// compares them
+    #[arg(short = 'a', long, default_value = "auto", value_parser = algorithm_parser())]
+    pub(crate) algorithm: String,
+
+    /// Operations before the measured ones [default: 0.1 s worth of them]
+    #[arg(short = 'w', long, value_name = "N")]
+    pub(crate) warmup: Option<usize>,
+
+    /// Measured operations per size [default: as many as --seconds-per-size gives time for]
+    #[arg(short = 'i', long, value_name = "N", conflicts_with = "seconds_per_size",
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_ITERATIONS as u64))]
+    pub(crate) iterations: Option<usize>,
+
+    /// Time to measure each size for (at least 3 operations, at most 20,000); with -a all, the
+    /// algorithms share it
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    pub(crate) seconds_per_size: Duration,
+
+    /// Where buffers live: registered with the communicator, or plain memory of the process
+    #[arg(long, value_enum, default_value = "registered")]
+    pub(crate) memory: Memory,
+
+    /// Check every element on every rank, and that all ranks have the same bits
+    #[arg(short = 'c', long, value_name = "BOOL", default_value = "true", num_args = 0..=1,
+          default_missing_value = "true", action = ArgAction::Set,
+          value_parser = BoolishValueParser::new())]
+    pub(crate) check: bool,
+
+    /// Form of the report on standard output
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: Format,
+
+    /// Give up on an operation after this long [default: the library's]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) timeout: Option<Duration>,
+
+    /// Instead of speed, measure what waiting costs: one rank comes this late to an operation
+    #[arg(long, value_name = "MS")]
+    pub(crate) late_ms: Option<u64>,
+
+    /// The rank that comes late [default: the last]
+    #[arg(long, value_name = "RANK", requires = "late_ms")]
+    pub(crate) late_rank: Option<usize>,
+
+    /// Instead of speed, measure how long worlds of these sizes take to start [default: -n, or
+    /// 2,16,64]
+    #[arg(long, value_name = "N,...", num_args = 0..=1, default_missing_value = "2,16,64",
+          value_delimiter = ',', conflicts_with = "late_ms",
+          value_parser = ranks_parser())]
+    pub(crate) startup: Vec<usize>,
+
+    /// Log more on standard error (-vv: debug); UNISUM_LOG chooses in detail
+    #[arg(short = 'v', long, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+
+    /// Set for the ranks that this program starts: when it started them (monotonic clock, ns)
+    #[arg(long, hide = true)]
+    pub(crate) joined: Option<u64>,
+}
+
+/// Where buffers live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Memory {
+    /// `Communicator::allocate`.
+    Registered,
+    /// The process's own heap.
+    Private,
+}
+
+impl Memory {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Registered => "registered",
+            Self::Private => "private",
+        }
+    }
+}
+
+/// The form of the report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// Columns for people.
+    Table,
+    /// One object per line.
+    Json,
+    /// Comma-separated values with a header.
+    Csv,
+}
+
+/// What one argument lists.
+#[derive(Clone, Debug)]
+pub(crate) struct List<T>(pub(crate) Vec<T>);
+
+impl Args {
+    /// What the parser cannot see in one argument alone.
+    pub(crate) fn validate(&self) -> Result<(), String> {
+        let Self { min_bytes, max_bytes, .. } = self;
+        if min_bytes > max_bytes {
+            return Err(format!(
+                "the smallest buffer (-b, {min_bytes} B) is larger than the largest \
+                 (-e, {max_bytes} B)"
+            ));
+        }
+        let largest = self.dtype.0.iter().max_by_key(|dtype| dtype.bytes());
+        if let Some(dtype) = largest.filter(|dtype| *min_bytes < dtype.bytes() as u64) {
+            let bytes = dtype.bytes();
+            return Err(format!(
+                "the smallest buffer (-b, {min_bytes} B) does not hold one {dtype} of {bytes} B"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Sizes of the worlds that `-n` or `--startup` ask to be started here.
+    pub(crate) fn worlds(&self) -> Vec<usize> {
+        self.ranks.map_or_else(|| self.startup.clone(), |ranks| vec![ranks])
+    }
+
+    /// Algorithms to measure; `None` is the automatic choice.
+    pub(crate) fn algorithms(&self) -> Vec<Option<&'static str>> {
+        let all = unisum::algorithms().into_iter().map(Some);
+        match self.algorithm.as_str() {
+            "auto" => vec![None],
+            "all" => all.collect(),
+            name => all.filter(|algorithm| *algorithm == Some(name)).collect(),
+        }
+    }
+
+    /// Whether algorithms are compared.
+    pub(crate) fn compares(&self) -> bool {
+        self.algorithm == "all"
+    }
+
+    /// Buffer sizes in bytes, ascending.
+    pub(crate) fn sizes(&self) -> impl Iterator<Item = u64> + use<> {
+        let (max, factor) = (self.max_bytes, self.step_factor);
+        std::iter::successors(Some(self.min_bytes), move |bytes| bytes.checked_mul(factor))
+            .take_while(move |bytes| *bytes <= max)
+    }
+}
+
+/// Most measured operations per size: their times are kept and compared across ranks.
+pub(crate) const MAX_ITERATIONS: usize = 20_000;
+
+static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
+    let (version, isa) = (env!("CARGO_PKG_VERSION"), unisum::isa());
+    format!("{version}\nreduction kernels: {isa}")
+});
+
+/// Reads names separated by commas.
+fn list<T>(text: &str, all: &[T]) -> Result<List<T>, String>
+where
+    T: Copy + FromStr<Err: Display>,
+{
+    if text == "all" {
+        return Ok(List(all.to_vec()));
+    }
+    let values =
+        text.split(',').map(|name| name.parse().map_err(|error: T::Err| error.to_string()));
+    values.collect::<Result<_, _>>().map(List)
+}
+
+fn algorithm_parser() -> PossibleValuesParser {
+    PossibleValuesParser::new(["auto", "all"].into_iter().chain(unisum::algorithms()))
+}
+
+fn ranks_parser() -> impl TypedValueParser<Value = usize> {
+    RangedU64ValueParser::<usize>::new().range(1..=4096)
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    match unisum::parse_bytes(text) {
+        Ok(0) => Err("an empty buffer has no speed".into()),
+        Ok(bytes) => Ok(bytes),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn factor(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(0 | 1) => Err("sizes would never grow: 2 is the smallest factor".into()),
+        Ok(factor) => Ok(factor),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err("a time in seconds above 0 is needed".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Args, String> {
+        let words = ["allreduce-bench"].into_iter().chain(line.split_whitespace());
+        let args = Args::try_parse_from(words).map_err(|error| error.to_string())?;
+        args.validate().map(|()| args)
+    }
+
+    #[test]
+    fn defaults_go_from_8_bytes_to_64_mebibytes() {
+        let sizes: Vec<_> = parse("").unwrap().sizes().collect();
+        assert_eq!((sizes.len(), sizes[0], sizes[23]), (24, 8, 64 << 20));
+    }
+
+    #[test]
+    fn checking_is_on_unless_switched_off() {
+        let on = ["", "-c", "-c 1", "--check=true"];
+        assert!(on.iter().all(|line| parse(line).unwrap().check));
+        assert!(["-c 0", "--check=false"].iter().all(|line| !parse(line).unwrap().check));
+    }
+
+    #[test]
+    fn types_and_operations_may_be_listed() {
+        let args = parse("-d f16,u8 -o all").unwrap();
+        assert_eq!(args.dtype.0, [Dtype::F16, Dtype::U8]);
+        assert_eq!(args.op.0, ReduceOp::ALL);
+    }
+
+    #[test]
+    fn useless_arguments_are_refused_with_the_reason() {
+        let refusals = [
+            ("-b 2M -e 1M", "larger than the largest"),
+            ("-b 4 -d f64", "does not hold one f64"),
+            ("-f 1", "never grow"),
+            ("-d f33", "expected one of f16, "),
+            ("-o xor", "expected one of sum, prod, min, max, avg"),
+            ("-a fastest", "possible values: auto, all, "),
+            ("-n 0", "0 is not in 1"),
+            ("-b 0", "no speed"),
+            ("--timeout 0", "above 0"),
+            ("-i 5 --seconds-per-size 2", "cannot be used with"),
+        ];
+        for (line, reason) in refusals {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(reason), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! `allreduce-bench`: measures unisum's all-reduce between processes, and checks every result.
+//!
+//! With `-n N` it starts N ranks on this machine; without, it joins the world of the launcher it
+//! runs under (mpirun, srun, torchrun, …). Every rank runs [`join`]; rank 0 prints.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod check;
+mod late;
+mod launch;
+mod measure;
+mod report;
+mod startup;
+mod sweep;
+mod usage;
+mod value;
+mod world;
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{CommandFactory as _, Parser as _};
+use tracing_subscriber::EnvFilter;
+
+use args::Args;
+use world::World;
+
+/// Everything that can go wrong ends in one line on standard error and exit status 1.
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Err(error) = args.validate() {
+        Args::command().error(clap::error::ErrorKind::ValueValidation, error).exit();
+    }
+    log_to_stderr(args.verbose);
+    let launches = args.joined.is_none() && !args.worlds().is_empty();
+    let outcome = if launches { launch::worlds(&args.worlds()) } else { join(&args) };
+    outcome.unwrap_or_else(|error| {
+        // In one piece, as many ranks may fail at once; a closed standard error hears nothing.
+        let _ = io::stderr().write_all(format!("allreduce-bench: {error}\n").as_bytes());
+        ExitCode::FAILURE
+    })
+}
+
+/// What one rank does.
+fn join(args: &Args) -> Result<ExitCode> {
+    let start = Instant::now();
+    let world = World::connect(args)?;
+    let connect_ms = start.elapsed().as_secs_f64() * 1e3;
+    if world.is_alone() && args.joined.is_none() && world.is_first() {
+        eprintln!("note: no launcher found, so this is a world of 1; -n 16 starts 16 ranks here");
+    }
+    if !args.startup.is_empty() {
+        startup::run(args, &world, connect_ms)
+    } else if args.late_ms.is_some() {
+        late::run(args, &world)
+    } else {
+        sweep::run(args, &world)
+    }
+}
+
+/// Logs go to standard error: standard output belongs to the report.
+fn log_to_stderr(verbose: u8) {
+    let default = ["warn", "info", "debug"][usize::from(verbose.min(2))];
+    let filter = EnvFilter::try_from_env("UNISUM_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
+}

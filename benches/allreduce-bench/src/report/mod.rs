@@ -1,0 +1,206 @@
+//! What rank 0 writes to standard output.
+
+mod comparison;
+mod progress;
+mod records;
+mod table;
+
+use std::io::{self, Write as _};
+
+use serde_json::{Value, json};
+use unisum::{Communicator, Dtype, ReduceOp};
+
+pub(crate) use progress::Progress;
+pub(crate) use records::Records;
+
+use crate::args::{Args, Format, Memory};
+use crate::measure::Measurement;
+
+/// A form of the report.
+pub(crate) trait Report {
+    /// Before the first size.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    fn begin(&mut self, about: &About) -> io::Result<()>;
+
+    /// One size: a row per algorithm.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    fn size(&mut self, rows: &[Row]) -> io::Result<()>;
+
+    /// After the last size, with the number of wrong elements in all.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    fn end(&mut self, wrong: u64) -> io::Result<()>;
+}
+
+/// The report in the form that was asked for.
+pub(crate) fn open(args: &Args) -> Box<dyn Report> {
+    match args.format {
+        Format::Table if args.compares() => Box::new(comparison::Comparison::default()),
+        Format::Table => Box::new(table::Table::default()),
+        Format::Json | Format::Csv => Box::new(Records::new(args.format, true)),
+    }
+}
+
+/// What holds for the whole report.
+#[derive(Clone, Debug)]
+pub(crate) struct About {
+    pub(crate) ranks: usize,
+    pub(crate) transport: String,
+    memory: Memory,
+    checked: bool,
+    algorithms: Vec<&'static str>,
+}
+
+impl About {
+    pub(crate) fn new(args: &Args, comm: &Communicator) -> Self {
+        Self {
+            ranks: comm.world(),
+            transport: comm.transport().to_string(),
+            memory: args.memory,
+            checked: args.check,
+            algorithms: args.algorithms().into_iter().flatten().collect(),
+        }
+    }
+
+    /// The first line of a table.
+    fn headline(&self) -> String {
+        format!(
+            "# unisum {} ({} kernels): {} ranks, transport {}, {} memory, {}",
+            env!("CARGO_PKG_VERSION"),
+            unisum::isa(),
+            self.ranks,
+            self.transport,
+            self.memory.name(),
+            if self.checked { "every element checked" } else { "NOT checked" },
+        )
+    }
+}
+
+/// One size, type, operation and algorithm.
+#[derive(Clone, Debug)]
+pub(crate) struct Row {
+    pub(crate) transport: String,
+    pub(crate) algorithm: &'static str,
+    /// Whether it is the algorithm that is taken if none is named.
+    pub(crate) automatic: bool,
+    pub(crate) ranks: usize,
+    pub(crate) count: usize,
+    pub(crate) dtype: Dtype,
+    pub(crate) op: ReduceOp,
+    pub(crate) memory: Memory,
+    pub(crate) measured: Measurement,
+}
+
+impl Row {
+    fn bytes(&self) -> usize {
+        self.count * self.dtype.bytes()
+    }
+
+    fn quantile_us(&self, share: f64) -> f64 {
+        self.measured.quantile_s(share) * 1e6
+    }
+
+    /// Buffer size over the median time, in 10⁹ bytes per second.
+    fn algbw_gbps(&self) -> f64 {
+        self.bytes() as f64 / self.measured.quantile_s(0.5) * 1e-9
+    }
+
+    /// What each rank must send and receive at least, over the median time: comparable across
+    /// numbers of ranks. Source: nccl-tests, doc/PERFORMANCE.md.
+    fn busbw_gbps(&self) -> f64 {
+        self.algbw_gbps() * 2.0 * (self.ranks - 1) as f64 / self.ranks as f64
+    }
+
+    /// Processor time of all ranks, per 10⁹ bytes of buffer.
+    fn cpu_seconds_per_gb(&self) -> f64 {
+        let reduced = self.bytes() as f64 * self.measured.times_s.len() as f64;
+        self.measured.cpu_seconds / (reduced * 1e-9)
+    }
+
+    /// All there is, by name; the machine-readable forms.
+    fn fields(&self) -> Vec<(&'static str, Value)> {
+        vec![
+            ("collective", json!("all_reduce")),
+            ("transport", json!(self.transport)),
+            ("algorithm", json!(self.algorithm)),
+            ("automatic", json!(self.automatic)),
+            ("ranks", json!(self.ranks)),
+            ("bytes", json!(self.bytes())),
+            ("count", json!(self.count)),
+            ("dtype", json!(self.dtype.to_string())),
+            ("op", json!(self.op.to_string())),
+            ("memory", json!(self.memory.name())),
+            ("iterations", json!(self.measured.times_s.len())),
+            ("min_us", json!(self.quantile_us(0.0))),
+            ("p50_us", json!(self.quantile_us(0.5))),
+            ("p99_us", json!(self.quantile_us(0.99))),
+            ("max_us", json!(self.quantile_us(1.0))),
+            ("algbw_GBps", json!(self.algbw_gbps())),
+            ("busbw_GBps", json!(self.busbw_gbps())),
+            ("wrong", json!(self.measured.wrong)),
+            ("cpu_seconds", json!(self.measured.cpu_seconds)),
+            ("cpu_seconds_per_GB", json!(self.cpu_seconds_per_gb())),
+            ("voluntary_switches", json!(self.measured.voluntary_switches)),
+        ]
+    }
+}
+
+/// Writes a line; a closed pipe is an error, not a panic.
+fn say(line: &str) -> io::Result<()> {
+    writeln!(io::stdout(), "{}", line.trim_end())
+}
+
+/// About three significant digits.
+fn significant(value: f64) -> String {
+    match value.abs() {
+        none if none < 5e-5 => format!("{value:.0}"),
+        tiny if tiny < 0.1 => format!("{value:.4}"),
+        small if small < 1.0 => format!("{value:.3}"),
+        middle if middle < 100.0 => format!("{value:.2}"),
+        large if large < 1000.0 => format!("{value:.1}"),
+        _ => format!("{value:.0}"),
+    }
+}
+
+/// The last line of a table.
+fn verdict(wrong: u64, checked: bool) -> String {
+    match (wrong, checked) {
+        (_, false) => "# Results were not checked".into(),
+        (0, _) => "# Wrong elements: 0 OK".into(),
+        (wrong, _) => format!("# Wrong elements: {wrong} FAILED"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bandwidths_are_those_of_nccl_tests() {
+        let measured = Measurement {
+            times_s: vec![1e-3],
+            wrong: Some(0),
+            cpu_seconds: 0.5,
+            voluntary_switches: 0,
+        };
+        let row = Row {
+            transport: "tcp".into(),
+            algorithm: "ring",
+            automatic: true,
+            ranks: 4,
+            count: 250_000,
+            dtype: Dtype::F32,
+            op: ReduceOp::Sum,
+            memory: Memory::Private,
+            measured,
+        };
+        assert!((row.algbw_gbps() - 1.0).abs() < 1e-9);
+        assert!((row.busbw_gbps() - 1.5).abs() < 1e-9);
+        assert!((row.cpu_seconds_per_gb() - 500.0).abs() < 1e-6);
+    }
+}

@@ -1,0 +1,97 @@
+//! Columns as users of nccl-tests know them, and a few more.
+
+use std::io;
+
+use super::{About, Report, Row, say, significant, verdict};
+
+/// One line per size.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    checked: bool,
+}
+
+impl Report for Table {
+    fn begin(&mut self, about: &About) -> io::Result<()> {
+        self.checked = about.checked;
+        say(&about.headline())?;
+        say(&heading(HEADS))?;
+        say(&heading(UNITS))
+    }
+
+    fn size(&mut self, rows: &[Row]) -> io::Result<()> {
+        rows.iter().try_for_each(|row| say(&line(cells(row))))
+    }
+
+    fn end(&mut self, wrong: u64) -> io::Result<()> {
+        say(&verdict(wrong, self.checked))
+    }
+}
+
+const COLUMNS: usize = 15;
+const WIDTHS: [usize; COLUMNS] = [12, 11, 5, 5, 18, 9, 7, 7, 6, 9, 9, 9, 7, 8, 6];
+const HEADS: [&str; COLUMNS] = [
+    "size",
+    "count",
+    "type",
+    "op",
+    "algorithm",
+    "time",
+    "algbw",
+    "busbw",
+    "#wrong",
+    "min",
+    "p99",
+    "max",
+    "CPU",
+    "switches",
+    "iters",
+];
+const UNITS: [&str; COLUMNS] = [
+    "(B)",
+    "(elements)",
+    "",
+    "",
+    "",
+    "(us, p50)",
+    "(GB/s)",
+    "(GB/s)",
+    "",
+    "(us)",
+    "(us)",
+    "(us)",
+    "(s/GB)",
+    "(per op)",
+    "",
+];
+
+fn cells(row: &Row) -> [String; COLUMNS] {
+    let iterations = row.measured.times_s.len();
+    let microseconds = |share| significant(row.quantile_us(share));
+    [
+        row.bytes().to_string(),
+        row.count.to_string(),
+        row.dtype.to_string(),
+        row.op.to_string(),
+        row.algorithm.to_string(),
+        microseconds(0.5),
+        significant(row.algbw_gbps()),
+        significant(row.busbw_gbps()),
+        row.measured.wrong.map_or_else(|| "-".into(), |wrong| wrong.to_string()),
+        microseconds(0.0),
+        microseconds(0.99),
+        microseconds(1.0),
+        significant(row.cpu_seconds_per_gb()),
+        significant(row.measured.voluntary_switches as f64 / iterations as f64),
+        iterations.to_string(),
+    ]
+}
+
+/// A line that is no data: its first character, always a space, becomes a mark.
+fn heading(names: [&str; COLUMNS]) -> String {
+    line(names.map(String::from)).replacen(' ', "#", 1)
+}
+
+fn line(cells: [String; COLUMNS]) -> String {
+    let padded = cells.iter().zip(WIDTHS).map(|(cell, width)| format!("{cell:>width$}"));
+    padded.collect::<Vec<_>>().join(" ")
+}

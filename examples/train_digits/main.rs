@@ -1,0 +1,133 @@
+//! Trains a small network on handwritten digits with several processes:
+//! `cargo run --release --example train_digits -- -n 8`.
+//!
+//! Data parallelism: every rank holds the whole network and works on its share of each batch; an
+//! all-reduce averages the gradients, and all ranks take the same step. Afterwards the weights
+//! must be bitwise equal on all ranks, and close to those of one process that trained alone on
+//! the same batches (not equal: floats were added in another order).
+//!
+//! Under a launcher: `mpirun -n 8 train_digits join`.
+
+mod digits;
+mod network;
+
+use std::convert::Infallible;
+use std::error::Error;
+use std::process::{Command, ExitCode};
+
+use digits::{Digits, Image};
+use network::{Network, Optimizer};
+use unisum::{Communicator, ReduceOp};
+
+const EPOCHS: usize = 20;
+const BATCH: usize = 64;
+/// How far the weights may be from those of a single process.
+const TOLERANCE: f32 = 1e-4;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => launch(8),
+        ["-n", ranks] => ranks.parse().map_err(Into::into).and_then(launch),
+        ["join"] => join(),
+        _ => Err("usage: train_digits [-n RANKS | join]".into()),
+    };
+    outcome.map_or_else(
+        |error| {
+            eprintln!("train_digits: {error}");
+            ExitCode::FAILURE
+        },
+        |()| ExitCode::SUCCESS,
+    )
+}
+
+/// Starts this program once per rank.
+fn launch(ranks: usize) -> Result<(), Box<dyn Error>> {
+    let program = std::env::current_exe()?;
+    let mut ranks = unisum::local::spawn(ranks, |_rank| {
+        let mut command = Command::new(&program);
+        command.arg("join");
+        command
+    })?;
+    Ok(ranks.wait()?)
+}
+
+/// What each rank does.
+fn join() -> Result<(), Box<dyn Error>> {
+    let communicator = Communicator::from_environment()?;
+    let digits = Digits::load()?;
+    let (rank, world) = (communicator.rank(), communicator.world());
+
+    // Zero-copy memory: the other ranks of this host read the gradients where they are.
+    let mut gradients = communicator.allocate::<f32>(Network::PARAMETERS)?;
+    let average = |gradients: &mut [f32]| communicator.all_reduce(gradients, ReduceOp::Average);
+    let report = |epoch: usize, network: &Network| {
+        if rank == 0 {
+            let (loss, accuracy) = network.evaluate(&digits.held_out);
+            println!("Epoch {epoch}, loss {loss:.4}, accuracy {:.1}%", accuracy * 100.0);
+        }
+    };
+    let network = train(&digits, (rank, world), &mut gradients, average, report)?;
+    same_on_all_ranks(&communicator, &network)?;
+    if rank == 0 {
+        println!("Weights are bitwise equal on all {world} ranks");
+        near_those_of_one_process(&digits, &network)?;
+    }
+    Ok(())
+}
+
+/// The training loop of one rank; `average` averages the gradients over all ranks.
+fn train<E>(
+    digits: &Digits,
+    (rank, world): (usize, usize),
+    gradients: &mut [f32],
+    average: impl Fn(&mut [f32]) -> Result<(), E>,
+    report: impl Fn(usize, &Network),
+) -> Result<Network, E> {
+    let mut network = Network::new();
+    let mut optimizer = Optimizer::new();
+    for epoch in 1..=EPOCHS {
+        for batch in digits.shuffled(epoch).chunks(BATCH) {
+            // Shares may differ by an image, so each rank weighs its images by the whole batch:
+            // the average over the ranks is then the average over the batch.
+            let weight = world as f32 / batch.len() as f32;
+            gradients.fill(0.0);
+            for image in share(batch, rank, world) {
+                network.add_gradients(image, weight, gradients);
+            }
+            average(gradients)?;
+            optimizer.step(&mut network, gradients);
+        }
+        report(epoch, &network);
+    }
+    Ok(network)
+}
+
+/// The rank's part of a batch.
+fn share<'a, 'b>(batch: &'b [&'a Image], rank: usize, world: usize) -> &'b [&'a Image] {
+    &batch[batch.len() * rank / world..batch.len() * (rank + 1) / world]
+}
+
+/// Fails if the weights' bits differ between ranks: their hash must be its own minimum and
+/// maximum over the ranks.
+fn same_on_all_ranks(communicator: &Communicator, network: &Network) -> Result<(), Box<dyn Error>> {
+    let hash = network.hash();
+    let (mut least, mut most) = ([hash], [hash]);
+    communicator.all_reduce(&mut least, ReduceOp::Min)?;
+    communicator.all_reduce(&mut most, ReduceOp::Max)?;
+    if least == most { Ok(()) } else { Err("weights differ between ranks".into()) }
+}
+
+/// Fails if a process that trains alone on the same batches ends far away.
+fn near_those_of_one_process(digits: &Digits, network: &Network) -> Result<(), Box<dyn Error>> {
+    let mut gradients = vec![0.0; Network::PARAMETERS];
+    let nothing_to_average = |_: &mut [f32]| Ok::<(), Infallible>(());
+    let alone = train(digits, (0, 1), &mut gradients, nothing_to_average, |_, _| {})?;
+    let difference = network.largest_difference(&alone);
+    println!("Largest difference to the weights of one process: {difference:.1e}");
+    if difference <= TOLERANCE {
+        Ok(())
+    } else {
+        Err(format!("the difference is above {TOLERANCE:.1e}").into())
+    }
+}

@@ -1,0 +1,124 @@
+//! How a communicator is set up in code.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use unisum_link::Rank;
+use unisum_link::handshake::Secret;
+
+use crate::background::Background;
+use crate::communicator::Member;
+use crate::launcher::{self, Detected, Token};
+use crate::runner::Runner;
+use crate::settings::{Environment, Settings};
+use crate::wiring::{self, Joined};
+use crate::{Communicator, Error, ErrorKind};
+
+/// Collects settings for a [`Communicator`]: the process environment, with what is said here on
+/// top. Each method stands for the variable it names in docs/configuration.md, and takes what
+/// that variable takes.
+#[derive(Clone, Debug, Default)]
+#[must_use = "a builder does nothing until `connect`"]
+pub struct Builder {
+    overrides: BTreeMap<&'static str, String>,
+}
+
+impl Builder {
+    pub(crate) fn new() -> Self {
+        Self::default()
+    }
+
+    /// This process's rank (`UNISUM_RANK`); give it together with [`Builder::world`].
+    pub fn rank(self, rank: Rank) -> Self {
+        self.set("UNISUM_RANK", rank)
+    }
+
+    /// How many ranks there are (`UNISUM_WORLD`).
+    pub fn world(self, world: usize) -> Self {
+        self.set("UNISUM_WORLD", world)
+    }
+
+    /// Where the ranks meet: `tcp://HOST:PORT` of rank 0, or `file:///PATH` on a file system that
+    /// all ranks see (`UNISUM_RENDEZVOUS`).
+    pub fn rendezvous(self, address: &str) -> Self {
+        self.set("UNISUM_RENDEZVOUS", address)
+    }
+
+    /// The secret that every connection of the job has to prove (`UNISUM_TOKEN`).
+    pub fn token(self, token: &str) -> Self {
+        self.set("UNISUM_TOKEN", token)
+    }
+
+    /// The job's name: ranks of another job are refused (`UNISUM_JOB`).
+    pub fn job(self, job: &str) -> Self {
+        self.set("UNISUM_JOB", job)
+    }
+
+    /// `auto`, `tcp` or `shm` (`UNISUM_TRANSPORT`).
+    pub fn transport(self, transport: &str) -> Self {
+        self.set("UNISUM_TRANSPORT", transport)
+    }
+
+    /// The algorithm of all calls, or `auto` (`UNISUM_ALGORITHM`).
+    pub fn algorithm(self, name: &str) -> Self {
+        self.set("UNISUM_ALGORITHM", name)
+    }
+
+    /// Which ports this rank may listen on: `LOW-HIGH` or one (`UNISUM_PORT_RANGE`).
+    pub fn port_range(self, ports: &str) -> Self {
+        self.set("UNISUM_PORT_RANGE", ports)
+    }
+
+    /// Which network interfaces may be used, as in `eth,ib` or `^docker` (`UNISUM_INTERFACE`).
+    pub fn interface(self, names: &str) -> Self {
+        self.set("UNISUM_INTERFACE", names)
+    }
+
+    /// How long a collective may wait for other ranks (`UNISUM_TIMEOUT`).
+    pub fn timeout(self, timeout: Duration) -> Self {
+        self.set("UNISUM_TIMEOUT", timeout.as_secs_f64())
+    }
+
+    /// How long joining may take (`UNISUM_CONNECT_TIMEOUT`).
+    pub fn connect_timeout(self, timeout: Duration) -> Self {
+        self.set("UNISUM_CONNECT_TIMEOUT", timeout.as_secs_f64())
+    }
+
+    fn set(mut self, name: &'static str, value: impl ToString) -> Self {
+        self.overrides.insert(name, value.to_string());
+        self
+    }
+
+    /// Joins the job.
+    ///
+    /// Collective: every rank of the job calls it. Blocks until all have come.
+    ///
+    /// # Errors
+    /// As [`Communicator::from_environment`].
+    pub fn connect(self) -> Result<Communicator, Error> {
+        let environment = Environment::from_process().with(self.overrides);
+        let settings = Settings::from_environment(&environment).map_err(configuration)?;
+        let detected = launcher::detect(&environment).map_err(configuration)?;
+        tracing::info!("{detected}");
+        if detected.world == 1 {
+            let description = format!("a world of one rank ({})\n", detected.source);
+            return Ok(Communicator::new(0, 1, None, "none".into(), description));
+        }
+        let token = Token::from_environment(&environment).map_err(configuration)?;
+        tracing::debug!("the job token comes from {}", token.origin());
+        let joined = wiring::join(&detected, &settings, &Secret::new(token.as_bytes()))?;
+        Ok(communicator(&detected, &settings, joined))
+    }
+}
+
+fn communicator(detected: &Detected, settings: &Settings, joined: Joined) -> Communicator {
+    let Joined { control, engine, choice, arena, tuning, transport, description } = joined;
+    let runner =
+        Runner::new(detected.rank, settings.timeout, control, engine, choice, tuning).into();
+    let member = Member { runner, background: Background::default(), arena };
+    Communicator::new(detected.rank, detected.world, Some(member), transport, description)
+}
+
+fn configuration(error: impl std::error::Error) -> Error {
+    Error::new(ErrorKind::Configuration, error.to_string())
+}

@@ -1,0 +1,347 @@
+//! The coordinator's decisions (sans-IO): what ranks say and what happens to their connections
+//! goes in, messages come out, and time is an argument.
+
+use std::collections::VecDeque;
+use std::mem;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use unisum_link::{Call, Rank};
+
+use super::inquest::{self, Account};
+use super::message::Message;
+use super::status::Snapshot;
+use super::verdict::{Report, Verdict, VerdictKind, name};
+
+/// How long a rank that is accused of a failed link may take to turn out dead, or gone.
+const GRACE: Duration = Duration::from_millis(300);
+/// How long ranks may take to say what they are doing.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Whom an output is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Audience {
+    /// Every rank that is connected, rank 0 among them.
+    All,
+    /// One rank.
+    One(Rank),
+}
+
+/// Messages to send, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Output {
+    pub(super) audience: Audience,
+    pub(super) messages: Vec<Message>,
+}
+
+/// Rank 0's half of the control plane: it gathers the blobs of exchanges and decides, once, why
+/// the communicator ends.
+#[derive(Debug)]
+pub(super) struct Coordinator {
+    session: [u8; 16],
+    connect_timeout: Duration,
+    presence: Vec<Presence>,
+    round: Round,
+    accusations: Vec<Accusation>,
+    query: Query,
+    verdict: Option<Verdict>,
+    outputs: VecDeque<Output>,
+}
+
+/// What is known of a rank's membership.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Presence {
+    /// It has not come yet.
+    Absent,
+    /// It has proven the token, and may yet give up and dial again.
+    Connected,
+    /// It has joined.
+    Joined,
+    /// It left in order, doing this last.
+    Left(Snapshot),
+    /// Its connection ended, and there is a verdict.
+    Dead,
+}
+
+/// The exchange that goes on, or comes next.
+#[derive(Debug)]
+struct Round {
+    number: u32,
+    blobs: Vec<Option<Bytes>>,
+    /// When it is over; none before the first blob.
+    until: Option<Instant>,
+}
+
+/// A failed link that waits for a better explanation.
+#[derive(Debug)]
+struct Accusation {
+    by: Rank,
+    report: Report,
+    until: Instant,
+}
+
+/// The newest question what all ranks are doing.
+#[derive(Debug)]
+struct Query {
+    number: u32,
+    answers: Vec<Option<Snapshot>>,
+    open: Option<Overdue>,
+}
+
+/// The call that made a query necessary.
+#[derive(Clone, Copy, Debug)]
+struct Overdue {
+    call: Call,
+    by: Rank,
+    until: Instant,
+    /// Whether the call may go on if all ranks are in it: it is late and not overdue.
+    patient: bool,
+}
+
+impl Coordinator {
+    /// The coordinator of a world in which rank 0 is alone as yet.
+    pub(super) fn new(session: [u8; 16], world: usize, connect_timeout: Duration) -> Self {
+        let mut presence = vec![Presence::Absent; world];
+        presence[0] = Presence::Joined;
+        Self {
+            session,
+            connect_timeout,
+            presence,
+            round: Round { number: 0, blobs: vec![None; world], until: None },
+            accusations: Vec::new(),
+            query: Query { number: 0, answers: vec![None; world], open: None },
+            verdict: None,
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// Whether a connection that claims this rank may be admitted.
+    pub(super) fn is_vacant(&self, rank: Rank) -> bool {
+        self.presence.get(rank) == Some(&Presence::Absent)
+    }
+
+    /// Whether nobody is awaited any more.
+    pub(super) fn all_came(&self) -> bool {
+        !self.presence.iter().any(|p| matches!(p, Presence::Absent | Presence::Connected))
+    }
+
+    /// A rank's connection is admitted: it was vacant.
+    pub(super) fn connected(&mut self, rank: Rank) {
+        self.presence[rank] = Presence::Connected;
+        let mut messages = vec![Message::Welcome { session: self.session }];
+        messages.extend(self.verdict.clone().map(Message::Verdict));
+        self.outputs.push_back(Output { audience: Audience::One(rank), messages });
+    }
+
+    /// A rank's connection ended. Without a goodbye before it, the rank is dead.
+    pub(super) fn lost(&mut self, rank: Rank, how: &str) {
+        match self.presence[rank] {
+            Presence::Connected => self.presence[rank] = Presence::Absent,
+            Presence::Joined => {
+                self.presence[rank] = Presence::Dead;
+                self.conclude(Verdict::died(rank, how));
+            }
+            Presence::Absent | Presence::Left(_) | Presence::Dead => {}
+        }
+    }
+
+    /// A rank sent nonsense.
+    pub(super) fn violated(&mut self, rank: Rank, what: impl std::fmt::Display) {
+        self.conclude(Verdict::protocol(rank, what));
+    }
+
+    /// A rank said something.
+    pub(super) fn heard(&mut self, from: Rank, message: Message, now: Instant) {
+        match (message, self.presence[from]) {
+            (Message::Joined, Presence::Connected) => self.presence[from] = Presence::Joined,
+            (_, Presence::Connected | Presence::Absent) => {
+                self.violated(from, "it spoke before it joined");
+            }
+            (_, Presence::Left(_) | Presence::Dead) => {}
+            (Message::Blob { round, blob }, _) => self.take_blob(from, round, blob, now),
+            (Message::Accuse(report), _) => self.accused(from, report, now),
+            (Message::Overdue(call), _) => self.ask(from, call, false, now),
+            (Message::Stalled(call), _) => self.ask(from, call, true, now),
+            (Message::Status { query, snapshot }, _) => self.answered(from, query, snapshot),
+            (Message::Bye(last), _) => self.left(from, last),
+            (message, _) => self.violated(from, format_args!("it sent {message:?}")),
+        }
+    }
+
+    /// Does what is due.
+    pub(super) fn tick(&mut self, now: Instant) {
+        if self.round.until.is_some_and(|until| until <= now) {
+            self.conclude(self.nobody_came());
+        }
+        if let Some(due) = self.accusations.iter().find(|accusation| accusation.until <= now) {
+            self.conclude(due.report.verdict(due.by));
+        }
+        if self.query.open.is_some_and(|overdue| overdue.until <= now) {
+            self.decide();
+        }
+    }
+
+    /// When [`Coordinator::tick`] has something to do.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let accusations = self.accusations.iter().map(|accusation| accusation.until);
+        let query = self.query.open.map(|overdue| overdue.until);
+        accusations.chain(query).chain(self.round.until).min()
+    }
+
+    /// The next messages to send.
+    pub(super) fn poll(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    fn tell_all(&mut self, messages: Vec<Message>) {
+        self.outputs.push_back(Output { audience: Audience::All, messages });
+    }
+
+    /// Ends the communicator, unless it is over already: the first verdict counts. Nothing is
+    /// awaited any more.
+    fn conclude(&mut self, verdict: Verdict) {
+        if self.verdict.is_some() {
+            return;
+        }
+        self.verdict = Some(verdict.clone());
+        self.round.until = None;
+        self.accusations.clear();
+        self.query.open = None;
+        self.tell_all(vec![Message::Verdict(verdict)]);
+    }
+
+    fn take_blob(&mut self, from: Rank, round: u32, blob: Bytes, now: Instant) {
+        if self.verdict.is_some() {
+            return;
+        }
+        if round != self.round.number || self.round.blobs[from].is_some() {
+            return self.violated(from, format_args!("it took part in exchange {round} twice"));
+        }
+        self.round.blobs[from] = Some(blob);
+        self.round.until.get_or_insert(now + self.connect_timeout);
+        if let Some(gone) = self.find(|presence| matches!(presence, Presence::Left(_))) {
+            return self.conclude(Verdict::left(gone));
+        }
+        if self.round.blobs.iter().all(Option::is_some) {
+            self.gathered();
+        }
+    }
+
+    fn gathered(&mut self) {
+        let Round { number: round, blobs, until } = &mut self.round;
+        let blobs = blobs.iter_mut().map(mem::take).enumerate();
+        let message = |(rank, blob): (Rank, Option<Bytes>)| {
+            let blob = blob.expect("all blobs are there");
+            Message::Gathered { round: *round, rank, blob }
+        };
+        let messages = blobs.map(message).collect();
+        *until = None;
+        *round = round.wrapping_add(1);
+        self.tell_all(messages);
+    }
+
+    fn nobody_came(&self) -> Verdict {
+        let seconds = self.connect_timeout.as_secs_f64();
+        let missing = |joined: bool| -> Vec<Rank> {
+            let ranks = 0..self.presence.len();
+            let is_joined = |rank: &Rank| self.presence[*rank] == Presence::Joined;
+            let lacks = |rank: &Rank| self.round.blobs[*rank].is_none();
+            ranks.filter(|rank| lacks(rank) && is_joined(rank) == joined).collect()
+        };
+        let absent = missing(false);
+        if !absent.is_empty() {
+            let text = format!("{} did not join within {seconds} s", name(&absent));
+            return Verdict::new(VerdictKind::Absent, absent, text);
+        }
+        let late = missing(true);
+        let text = format!(
+            "{} joined, but did not go on setting up the communicator within {seconds} s",
+            name(&late)
+        );
+        Verdict::new(VerdictKind::NotEntered, late, text)
+    }
+
+    fn accused(&mut self, by: Rank, report: Report, now: Instant) {
+        let against = report.against;
+        match self.presence.get(against) {
+            None => self.violated(by, format_args!("it accused rank {against}")),
+            Some(_) if self.verdict.is_some() => {}
+            Some(_) if report.mismatch => self.conclude(report.verdict(by)),
+            Some(Presence::Left(_)) => self.conclude(Verdict::left(against)),
+            Some(_) => self.accusations.push(Accusation { by, report, until: now + GRACE }),
+        }
+    }
+
+    fn left(&mut self, rank: Rank, last: Snapshot) {
+        self.presence[rank] = Presence::Left(last);
+        self.tell_all(vec![Message::Left { rank }]);
+        let accused = self.accusations.iter().any(|accusation| accusation.report.against == rank);
+        let awaited = self.round.until.is_some() && self.round.blobs[rank].is_none();
+        if accused || awaited {
+            self.conclude(Verdict::left(rank));
+        }
+        self.decide_if_all_answered();
+    }
+
+    /// Starts to find out why a call takes so long, unless that is under way.
+    fn ask(&mut self, by: Rank, call: Call, patient: bool, now: Instant) {
+        if let Some(open) = &mut self.query.open {
+            if open.patient && !patient {
+                (open.by, open.call, open.patient) = (by, call, false);
+            }
+            return;
+        }
+        if self.verdict.is_some() {
+            return;
+        }
+        let number = self.query.number.wrapping_add(1);
+        let open = Some(Overdue { call, by, until: now + ANSWER_TIMEOUT, patient });
+        self.query = Query { number, answers: vec![None; self.presence.len()], open };
+        self.tell_all(vec![Message::StatusRequest { query: number }]);
+    }
+
+    fn answered(&mut self, from: Rank, query: u32, snapshot: Snapshot) {
+        if query == self.query.number {
+            self.query.answers[from] = Some(snapshot);
+            self.decide_if_all_answered();
+        }
+    }
+
+    fn decide_if_all_answered(&mut self) {
+        let mut ranks = self.presence.iter().zip(&self.query.answers);
+        if ranks.all(|(presence, answer)| answer.is_some() || matches!(presence, Presence::Left(_)))
+        {
+            self.decide();
+        }
+    }
+
+    fn decide(&mut self) {
+        let Some(Overdue { call, by, patient, .. }) = self.query.open.take() else {
+            return;
+        };
+        let account = |(presence, answer): (&Presence, &Option<Snapshot>)| match (presence, answer)
+        {
+            (Presence::Left(last), _) => Account::Left(*last),
+            (_, Some(snapshot)) => Account::Here(*snapshot),
+            (_, None) => Account::Silent,
+        };
+        let accounts: Vec<_> = self.presence.iter().zip(&self.query.answers).map(account).collect();
+        if patient {
+            if let Some(verdict) = inquest::contradiction(&call, by, &accounts) {
+                self.conclude(verdict);
+            }
+            return;
+        }
+        // If everybody has left, nobody waits for anybody.
+        if accounts.iter().any(|account| !matches!(account, Account::Left(_))) {
+            self.conclude(inquest::decide(&call, by, &accounts));
+        }
+    }
+
+    fn find(&self, is: impl Fn(&Presence) -> bool) -> Option<Rank> {
+        self.presence.iter().position(is)
+    }
+}
+
+#[cfg(test)]
+mod tests;

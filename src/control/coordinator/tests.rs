@@ -1,0 +1,263 @@
+use super::*;
+use crate::control::tests::call;
+
+const WORLD: usize = 4;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A coordinator whose ranks have all joined, and a clock that only the test moves.
+struct Job {
+    coordinator: Coordinator,
+    now: Instant,
+}
+
+impl Job {
+    fn new() -> Self {
+        let mut job = Self::empty();
+        for rank in 1..WORLD {
+            job.coordinator.connected(rank);
+            job.say(rank, Message::Joined);
+        }
+        job.outputs();
+        job
+    }
+
+    fn empty() -> Self {
+        let coordinator = Coordinator::new([7; 16], WORLD, CONNECT_TIMEOUT);
+        Self { coordinator, now: Instant::now() }
+    }
+
+    fn say(&mut self, from: Rank, message: Message) {
+        self.coordinator.heard(from, message, self.now);
+    }
+
+    fn accuse(&mut self, from: Rank, against: Rank, mismatch: bool) {
+        let text = format!("link to rank {against}: closed by the peer");
+        self.say(from, Message::Accuse(Report { against, mismatch, text }));
+    }
+
+    fn answer(&mut self, from: Rank, number: u64, inside: bool) {
+        let query = self.coordinator.query.number;
+        let call = Some(call(number));
+        let snapshot = Snapshot { call, inside, step: 1, steps: 2, bytes: 3 };
+        self.say(from, Message::Status { query, snapshot });
+    }
+
+    fn wait(&mut self, time: Duration) {
+        self.now += time;
+        self.coordinator.tick(self.now);
+    }
+
+    fn outputs(&mut self) -> Vec<Output> {
+        std::iter::from_fn(|| self.coordinator.poll()).collect()
+    }
+
+    #[track_caller]
+    fn expect(&mut self, kind: VerdictKind, culprits: &[Rank]) {
+        let verdicts: Vec<_> = self
+            .outputs()
+            .into_iter()
+            .filter(|output| output.audience == Audience::All)
+            .flat_map(|output| output.messages)
+            .filter_map(|message| match message {
+                Message::Verdict(verdict) => Some((verdict.kind, verdict.culprits)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(verdicts, [(kind, culprits.to_vec())]);
+        assert_eq!(self.coordinator.deadline(), None, "nothing is awaited after a verdict");
+    }
+
+    #[track_caller]
+    fn expect_nothing(&self) {
+        assert_eq!(self.coordinator.verdict, None);
+    }
+}
+
+fn blob(round: u32) -> Message {
+    Message::Blob { round, blob: Bytes::from_static(b"blob") }
+}
+
+#[test]
+fn a_connection_that_ends_without_goodbye_is_a_death() {
+    let mut job = Job::new();
+    job.coordinator.lost(2, "its connection ended");
+    job.expect(VerdictKind::Died, &[2]);
+}
+
+#[test]
+fn the_first_verdict_wins() {
+    let mut job = Job::new();
+    job.coordinator.lost(2, "its connection ended");
+    job.coordinator.lost(3, "its connection ended");
+    job.accuse(0, 1, true);
+    job.wait(CONNECT_TIMEOUT);
+    job.expect(VerdictKind::Died, &[2]);
+}
+
+#[test]
+fn a_dialer_that_gave_up_may_come_again() {
+    let mut job = Job::empty();
+    job.coordinator.connected(1);
+    assert!(!job.coordinator.is_vacant(1));
+    job.coordinator.lost(1, "its connection ended");
+    job.expect_nothing();
+    assert!(job.coordinator.is_vacant(1));
+    assert!(!job.coordinator.is_vacant(0) && !job.coordinator.is_vacant(WORLD));
+}
+
+#[test]
+fn a_failed_link_to_a_rank_that_dies_is_a_death() {
+    let mut job = Job::new();
+    job.accuse(1, 3, false);
+    job.wait(GRACE / 2);
+    job.expect_nothing();
+    job.coordinator.lost(3, "its connection ended");
+    job.expect(VerdictKind::Died, &[3]);
+}
+
+#[test]
+fn a_failed_link_to_a_living_rank_is_told_after_the_grace() {
+    let mut job = Job::new();
+    job.accuse(1, 3, false);
+    job.wait(GRACE / 2);
+    job.accuse(2, 1, false);
+    job.wait(GRACE / 2);
+    job.expect(VerdictKind::LinkFailed, &[3]);
+}
+
+#[test]
+fn a_failed_link_to_a_rank_that_leaves_or_left_is_its_leaving() {
+    let mut job = Job::new();
+    job.accuse(1, 3, false);
+    job.say(3, Message::Bye(Snapshot::default()));
+    job.expect(VerdictKind::Left, &[3]);
+    let mut job = Job::new();
+    job.say(3, Message::Bye(Snapshot::default()));
+    job.expect_nothing();
+    job.accuse(1, 3, false);
+    job.expect(VerdictKind::Left, &[3]);
+}
+
+#[test]
+fn a_mismatch_counts_at_once_and_names_both() {
+    let mut job = Job::new();
+    job.accuse(3, 1, true);
+    job.expect(VerdictKind::Mismatch, &[1, 3]);
+}
+
+#[test]
+fn an_overdue_call_is_decided_when_the_last_rank_answers() {
+    let mut job = Job::new();
+    job.say(1, Message::Overdue(call(5)));
+    assert_eq!(job.outputs()[0].messages, [Message::StatusRequest { query: 1 }]);
+    for rank in [0, 1, 3] {
+        job.answer(rank, 5, true);
+    }
+    job.expect_nothing();
+    job.answer(2, 4, false);
+    job.expect(VerdictKind::NotEntered, &[2]);
+}
+
+#[test]
+fn a_rank_that_does_not_answer_is_unresponsive() {
+    let mut job = Job::new();
+    job.say(1, Message::Overdue(call(5)));
+    for rank in [0, 1, 2] {
+        job.answer(rank, 5, true);
+    }
+    job.wait(ANSWER_TIMEOUT);
+    job.expect(VerdictKind::Unresponsive, &[3]);
+}
+
+#[test]
+fn a_death_during_the_question_is_the_answer() {
+    let mut job = Job::new();
+    job.say(1, Message::Overdue(call(5)));
+    job.coordinator.lost(3, "its connection ended");
+    job.expect(VerdictKind::Died, &[3]);
+}
+
+#[test]
+fn who_leaves_during_the_question_has_answered() {
+    let mut job = Job::new();
+    job.say(1, Message::Overdue(call(5)));
+    for rank in [0, 1, 2] {
+        job.answer(rank, 5, true);
+    }
+    job.say(3, Message::Bye(Snapshot::default()));
+    job.expect(VerdictKind::Left, &[3]);
+}
+
+#[test]
+fn an_exchange_is_told_to_all_in_rank_order() {
+    let mut job = Job::new();
+    for round in 0..3 {
+        for rank in [2, 0, 3, 1] {
+            job.say(rank, blob(round));
+        }
+        let outputs = job.outputs();
+        assert_eq!(outputs.len(), 1);
+        let ranks = outputs[0].messages.iter().map(|message| match message {
+            Message::Gathered { round: told, rank, .. } if *told == round => *rank,
+            other => panic!("{other:?}"),
+        });
+        assert!(ranks.eq(0..WORLD));
+    }
+}
+
+#[test]
+fn ranks_that_never_came_are_named() {
+    let mut job = Job::empty();
+    job.coordinator.connected(1);
+    job.say(1, Message::Joined);
+    job.coordinator.connected(2);
+    job.say(0, blob(0));
+    job.say(1, blob(0));
+    job.wait(CONNECT_TIMEOUT);
+    job.expect(VerdictKind::Absent, &[2, 3]);
+    job.coordinator.connected(3);
+    assert!(matches!(job.outputs()[0].messages[..], [_, Message::Verdict(_)]));
+}
+
+#[test]
+fn a_rank_that_joins_and_sets_nothing_up_is_named() {
+    let mut job = Job::new();
+    for rank in 0..3 {
+        job.say(rank, blob(0));
+    }
+    job.wait(CONNECT_TIMEOUT);
+    job.expect(VerdictKind::NotEntered, &[3]);
+}
+
+#[test]
+fn an_exchange_with_a_rank_that_left_ends() {
+    let mut job = Job::new();
+    job.say(2, Message::Bye(Snapshot::default()));
+    job.say(1, blob(0));
+    job.expect(VerdictKind::Left, &[2]);
+}
+
+#[test]
+fn leaving_in_order_is_no_verdict_and_the_end_of_the_connection_neither() {
+    let mut job = Job::new();
+    for rank in [2, 1, 3, 0] {
+        job.say(rank, Message::Bye(Snapshot::default()));
+        job.coordinator.lost(rank, "its connection ended");
+    }
+    job.expect_nothing();
+}
+
+#[test]
+fn nonsense_ends_the_job_with_its_author_named() {
+    let nonsense = [
+        Message::Verdict(Verdict::died(1, "")),
+        Message::Joined,
+        blob(1),
+        Message::Accuse(Report { against: WORLD, mismatch: false, text: String::new() }),
+    ];
+    for message in nonsense {
+        let mut job = Job::new();
+        job.say(2, message);
+        job.expect(VerdictKind::Protocol, &[2]);
+    }
+}

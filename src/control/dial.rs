@@ -1,0 +1,147 @@
+//! How a rank reaches the coordinator. Blocks; runs before the control thread.
+
+use std::io::{self, Read};
+use std::net::{SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use unisum_link::fork::ParentOnly;
+use unisum_link::handshake::{self, HandshakeError, Hello, Secret};
+
+use super::ControlError;
+use super::file;
+use super::message::Message;
+use crate::address::{self, Rendezvous};
+
+/// Longest time for one connection and its handshake.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// How long a coordinator at a fixed address may refuse this rank before that is final: it may
+/// still be that of an earlier start of the job, or not have noticed this rank's last attempt end.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes of the encoded welcome.
+const WELCOME_BYTES: usize = 21;
+
+/// A connection that the coordinator has admitted.
+#[derive(Debug)]
+pub(super) struct Reached {
+    pub(super) stream: ParentOnly<TcpStream>,
+    pub(super) coordinator: SocketAddr,
+    pub(super) session: [u8; 16],
+}
+
+/// One attempt's failure.
+struct Failed {
+    target: String,
+    /// Somebody was there and said no.
+    is_refusal: bool,
+    error: String,
+}
+
+/// Dials until the coordinator admits this rank, with growing pauses.
+pub(super) fn reach(
+    rendezvous: &Rendezvous,
+    hello: &Hello,
+    secret: &Secret,
+    timeout: Duration,
+) -> Result<Reached, ControlError> {
+    let started = Instant::now();
+    let mut until = started + timeout;
+    let (mut attempts, mut pause, mut was_refused) = (0, PAUSE_MIN, false);
+    loop {
+        attempts += 1;
+        let Failed { target, is_refusal, error: last } =
+            match attempt(rendezvous, hello, secret, until) {
+                Ok(reached) => return Ok(reached),
+                Err(failed) => failed,
+            };
+        let now = Instant::now();
+        // A file may yet be replaced by this job's; who listens at a fixed address stays.
+        if is_refusal && !was_refused && matches!(rendezvous, Rendezvous::Tcp { .. }) {
+            was_refused = true;
+            until = until.min(now + REFUSAL_TIMEOUT);
+        }
+        if now >= until {
+            return Err(ControlError::Unreachable {
+                target,
+                waited: now - started,
+                attempts,
+                last,
+            });
+        }
+        tracing::debug!(%target, error = %last, "rank 0 is not reached yet");
+        thread::sleep(jittered(pause).min(until - now));
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
+}
+
+/// Between half and one and a half times the pause, so that ranks that start together do not
+/// keep dialling together.
+fn jittered(pause: Duration) -> Duration {
+    let [random] = handshake::random().unwrap_or([128]);
+    pause / 2 + pause * u32::from(random) / 256
+}
+
+fn attempt(
+    rendezvous: &Rendezvous,
+    hello: &Hello,
+    secret: &Secret,
+    until: Instant,
+) -> Result<Reached, Failed> {
+    let target = rendezvous.to_string();
+    let failed = |error: io::Error| Failed {
+        target: target.clone(),
+        is_refusal: false,
+        error: error.to_string(),
+    };
+    let addresses = match rendezvous {
+        Rendezvous::Tcp { host, port } => address::resolve(host, *port),
+        Rendezvous::File(path) => file::read(path).map(|address| vec![address]),
+    };
+    let mut last = failed(io::Error::other("no address"));
+    for address in addresses.map_err(failed)? {
+        last = match knock(address, hello, secret, until) {
+            Ok(reached) => return Ok(reached),
+            Err(error) => Failed {
+                target: format!("{target} ({address})"),
+                is_refusal: !matches!(error, HandshakeError::Io(_)),
+                error: error.to_string(),
+            },
+        };
+    }
+    Err(last)
+}
+
+fn knock(
+    address: SocketAddr,
+    hello: &Hello,
+    secret: &Secret,
+    until: Instant,
+) -> Result<Reached, HandshakeError> {
+    let time = until.saturating_duration_since(Instant::now());
+    // A timeout of zero is not allowed.
+    let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
+    let mut stream = ParentOnly::new(TcpStream::connect_timeout(&address, time)?);
+    if stream.local_addr()? == stream.peer_addr()? {
+        // Nobody listens on a port from which the kernel let this very socket connect: it has
+        // connected to itself (RFC 9293, 3.5: simultaneous open).
+        return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
+    }
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(time))?;
+    stream.set_write_timeout(Some(time))?;
+    handshake::dial(&mut *stream, hello, secret)?;
+    let session = read_welcome(&mut stream)?;
+    Ok(Reached { stream, coordinator: address, session })
+}
+
+fn read_welcome(stream: &mut TcpStream) -> io::Result<[u8; 16]> {
+    let mut frame = [0; WELCOME_BYTES];
+    stream.read_exact(&mut frame)?;
+    match Message::decode(&mut BytesMut::from(&frame[..])) {
+        Ok(Some(Message::Welcome { session })) => Ok(session),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no welcome after the handshake")),
+    }
+}

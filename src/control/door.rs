@@ -1,0 +1,284 @@
+//! Who comes in: accepts connections, hears their proofs, and turns strangers away at little cost.
+
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use unisum_link::fork::ParentOnly;
+use unisum_link::handshake::{self, Heard, Hello, Listening, Refusal, Secret};
+
+/// How long a guest may take to prove the token.
+const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
+/// Guests at a time, beside one per rank.
+const GUESTS_SPARE: usize = 128;
+/// Connections accepted before others get a turn.
+const ACCEPTS_PER_TURN: usize = 64;
+/// How long to leave new connections alone when the process can't have more descriptors.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Refusals logged per [`LOG_PERIOD`].
+const LOG_LINES: u32 = 10;
+const LOG_PERIOD: Duration = Duration::from_secs(10);
+
+/// The listening socket and the guests that have proven nothing yet.
+pub(super) struct Door {
+    listener: ParentOnly<TcpListener>,
+    /// By token: tokens grow, so that the first guest is the oldest.
+    guests: BTreeMap<usize, Guest>,
+    guests_max: usize,
+    next_token: usize,
+    /// Whether somebody may be waiting to be accepted.
+    is_knocking: bool,
+    paused_until: Option<Instant>,
+    log: RefusalLog,
+}
+
+struct Guest {
+    stream: ParentOnly<TcpStream>,
+    address: SocketAddr,
+    listening: Listening,
+    until: Instant,
+}
+
+/// A guest that was admitted; its stream is registered under `token` still.
+#[derive(Debug)]
+pub(super) struct Admitted {
+    pub(super) token: usize,
+    pub(super) hello: Hello,
+    pub(super) stream: ParentOnly<TcpStream>,
+    pub(super) address: SocketAddr,
+}
+
+/// What became of a guest after it was heard.
+enum Fate {
+    Stays,
+    Admitted(Hello),
+    Refused(String),
+}
+
+impl Door {
+    /// Opens the door: `listener` is registered under `token`, guests under tokens from
+    /// `first_token` on.
+    pub(super) fn new(
+        listener: ParentOnly<TcpListener>,
+        token: usize,
+        first_token: usize,
+        world: usize,
+        registry: &Registry,
+    ) -> io::Result<Self> {
+        register(registry, &*listener, token, Interest::READABLE)?;
+        Ok(Self {
+            listener,
+            guests: BTreeMap::new(),
+            guests_max: GUESTS_SPARE + world,
+            next_token: first_token,
+            is_knocking: false,
+            paused_until: None,
+            log: RefusalLog::default(),
+        })
+    }
+
+    /// The listener is readable.
+    pub(super) const fn knock(&mut self) {
+        self.is_knocking = true;
+    }
+
+    pub(super) fn has_guest(&self, token: usize) -> bool {
+        self.guests.contains_key(&token)
+    }
+
+    /// Accepts those who wait, a number at a time.
+    pub(super) fn accept(&mut self, registry: &Registry, now: Instant) {
+        if self.paused_until.is_some_and(|until| until > now) {
+            return;
+        }
+        self.paused_until = None;
+        for _ in 0..ACCEPTS_PER_TURN {
+            if !self.is_knocking || self.paused_until.is_some() {
+                return;
+            }
+            match self.listener.accept() {
+                Ok((stream, address)) => {
+                    self.admit_guest(ParentOnly::new(stream), address, registry, now);
+                }
+                Err(error) => self.accept_failed(&error, now),
+            }
+        }
+    }
+
+    /// Most errors concern one connection that is gone already. Those of a process or system that
+    /// is out of descriptors or memory last: trying again at once would be spinning.
+    fn accept_failed(&mut self, error: &io::Error, now: Instant) {
+        match error.kind() {
+            ErrorKind::WouldBlock => self.is_knocking = false,
+            ErrorKind::Interrupted | ErrorKind::ConnectionAborted => {}
+            _ => {
+                self.paused_until = Some(now + PAUSE);
+                self.log.line(now, &"new connections", &error.to_string());
+            }
+        }
+    }
+
+    fn admit_guest(
+        &mut self,
+        stream: ParentOnly<TcpStream>,
+        address: SocketAddr,
+        registry: &Registry,
+        now: Instant,
+    ) {
+        let token = self.next_token;
+        self.next_token += 1;
+        match guest(stream, address, token, registry, now) {
+            Ok(guest) => drop(self.guests.insert(token, guest)),
+            Err(error) => self.log.line(now, &address, &error.to_string()),
+        }
+        if self.guests.len() > self.guests_max
+            && let Some((_, mut oldest)) = self.guests.pop_first()
+        {
+            // Best effort: it has no claim to an answer.
+            let _ = oldest.stream.write(&Refusal::Crowded.encode());
+            let reason = Refusal::Crowded.to_string();
+            self.refuse(&oldest.stream, oldest.address, &reason, registry, now);
+        }
+    }
+
+    /// Hears what a guest has to say. `admit` is asked if it proves the token.
+    pub(super) fn visit(
+        &mut self,
+        token: usize,
+        secret: &Secret,
+        admit: impl Fn(&Hello) -> Result<(), Refusal>,
+        registry: &Registry,
+        now: Instant,
+    ) -> Option<Admitted> {
+        let fate = hear(self.guests.get_mut(&token)?, secret, admit);
+        if matches!(fate, Fate::Stays) {
+            return None;
+        }
+        let Guest { stream, address, .. } = self.guests.remove(&token)?;
+        match fate {
+            Fate::Admitted(hello) => Some(Admitted { token, hello, stream, address }),
+            Fate::Refused(reason) => {
+                self.refuse(&stream, address, &reason, registry, now);
+                None
+            }
+            Fate::Stays => None,
+        }
+    }
+
+    /// Turns guests away whose time is up.
+    pub(super) fn sweep(&mut self, registry: &Registry, now: Instant) {
+        while let Some(oldest) = self.guests.first_entry()
+            && oldest.get().until <= now
+        {
+            let Guest { stream, address, .. } = oldest.remove();
+            let reason = format!("no proof of the token within {} s", PROOF_TIMEOUT.as_secs());
+            self.refuse(&stream, address, &reason, registry, now);
+        }
+    }
+
+    /// When [`Door::sweep`] or [`Door::accept`] has something to do.
+    pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
+        let accept = self.is_knocking.then(|| self.paused_until.unwrap_or(now));
+        let sweep = self.guests.first_key_value().map(|(_, oldest)| oldest.until);
+        accept.into_iter().chain(sweep).min()
+    }
+
+    /// Closes: nobody comes in any more.
+    pub(super) fn close(&mut self, registry: &Registry) {
+        // It is deregistered by the end of the epoll instance at the latest.
+        let _ = registry.deregister(&mut SourceFd(&self.listener.as_raw_fd()));
+    }
+
+    fn refuse(
+        &mut self,
+        stream: &TcpStream,
+        address: SocketAddr,
+        reason: &str,
+        registry: &Registry,
+        now: Instant,
+    ) {
+        // Closing it deregisters it, unless a forked child holds it as well.
+        let _ = registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
+        let _ = stream.shutdown(std::net::Shutdown::Both);
+        self.log.line(now, &address, reason);
+    }
+}
+
+fn guest(
+    stream: ParentOnly<TcpStream>,
+    address: SocketAddr,
+    token: usize,
+    registry: &Registry,
+    now: Instant,
+) -> io::Result<Guest> {
+    stream.set_nonblocking(true)?;
+    // The answers are small and awaited.
+    stream.set_nodelay(true)?;
+    let listening = Listening::new(handshake::random()?);
+    register(registry, &*stream, token, Interest::READABLE | Interest::WRITABLE)?;
+    Ok(Guest { stream, address, listening, until: now + PROOF_TIMEOUT })
+}
+
+fn register(
+    registry: &Registry,
+    socket: &impl AsRawFd,
+    token: usize,
+    interest: Interest,
+) -> io::Result<()> {
+    registry.register(&mut SourceFd(&socket.as_raw_fd()), Token(token), interest)
+}
+
+/// Reads until the guest has said all it may for now.
+fn hear(guest: &mut Guest, secret: &Secret, admit: impl Fn(&Hello) -> Result<(), Refusal>) -> Fate {
+    let mut buffer = [0; 128];
+    loop {
+        let read = match guest.stream.read(&mut buffer) {
+            Ok(0) => return Fate::Refused("it closed before it proved the token".into()),
+            Ok(read) => read,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Fate::Stays,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => return Fate::Refused(error.to_string()),
+        };
+        let (fate, send) = match guest.listening.feed(&buffer[..read], secret, &admit) {
+            Heard::More => continue,
+            Heard::Send(send) => (Fate::Stays, send),
+            Heard::Admitted(hello, send) => (Fate::Admitted(hello), send),
+            Heard::Refused(refusal, send) => (Fate::Refused(refusal.to_string()), send),
+        };
+        // A few dozen bytes always fit into the buffer of a socket that has sent next to nothing.
+        let is_sent = matches!(guest.stream.write(&send), Ok(sent) if sent == send.len());
+        match fate {
+            Fate::Refused(_) => return fate,
+            _ if !is_sent => return Fate::Refused("it takes no answer".into()),
+            Fate::Admitted(_) => return fate,
+            Fate::Stays => {}
+        }
+    }
+}
+
+/// Logs refusals, but not so many that a port scanner fills the disk.
+#[derive(Debug, Default)]
+struct RefusalLog {
+    since: Option<Instant>,
+    lines: u32,
+}
+
+impl RefusalLog {
+    fn line(&mut self, now: Instant, from: &dyn std::fmt::Display, reason: &str) {
+        if self.since.is_none_or(|since| now - since >= LOG_PERIOD) {
+            let untold = self.lines.saturating_sub(LOG_LINES);
+            if untold > 0 {
+                tracing::warn!("refused {untold} more connections");
+            }
+            (self.since, self.lines) = (Some(now), 0);
+        }
+        self.lines += 1;
+        if self.lines <= LOG_LINES {
+            tracing::warn!(%from, reason, "refused a connection");
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! Why a collective is overdue, decided from what every rank says it is doing (pure).
+
+use std::fmt::Write as _;
+
+use unisum_link::{Call, Rank};
+
+use super::status::Snapshot;
+use super::verdict::{Verdict, VerdictKind, name};
+
+/// Most lines of a verdict that tell what a rank was doing.
+const LINES_MAX: usize = 32;
+
+/// What is known of a rank when time is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Account {
+    /// It did not answer.
+    Silent,
+    /// It left in order, doing this last.
+    Left(Snapshot),
+    /// It answered.
+    Here(Snapshot),
+}
+
+/// Finds the ranks that `call`, in which rank `by` ran out of time, waits for.
+///
+/// Who left without taking part comes first, for that is certain; then who does not answer; then
+/// who is in an earlier call or in none, for everybody else waits for those; then who is in
+/// another call; then who got least far.
+pub(super) fn decide(call: &Call, by: Rank, accounts: &[Account]) -> Verdict {
+    let left = |account: &Account| matches!(account, Account::Left(last) if misses(last, call));
+    let (kind, culprits, what) = if let Some(culprits) = which(accounts, left) {
+        (VerdictKind::Left, culprits, "left the communicator without it".to_owned())
+    } else if let Some(culprits) = which(accounts, |account| *account == Account::Silent) {
+        let what = "not answering: the process is stopped, or its host or network is lost";
+        (VerdictKind::Unresponsive, culprits, what.to_owned())
+    } else {
+        slowest(accounts)
+    };
+    let mut text = format!("{call} is overdue on rank {by}: {} {what}", name(&culprits));
+    list(&mut text, accounts, &culprits);
+    Verdict::new(kind, culprits, text)
+}
+
+/// Finds the ranks that called something else where rank `by` has waited in `call` for a while.
+/// What a rank calls under a number never changes, so this is certain, whoever has answered.
+pub(super) fn contradiction(call: &Call, by: Rank, accounts: &[Account]) -> Option<Verdict> {
+    let same_number = |(rank, account): (Rank, &Account)| match account {
+        Account::Here(doing) => {
+            doing.call.filter(|doing| doing.number == call.number).map(|_| (rank, *doing))
+        }
+        _ => None,
+    };
+    let inside: Vec<_> = accounts.iter().enumerate().filter_map(same_number).collect();
+    let culprits = in_another_call(&inside)?;
+    let who = name(&culprits);
+    let mut text = format!("{call} waits on rank {by}: {who} called something else");
+    list(&mut text, accounts, &culprits);
+    Some(Verdict::new(VerdictKind::OtherCall, culprits, text))
+}
+
+/// Whether a rank that did `last` before it left took no part in `call`, or not to its end.
+fn misses(last: &Snapshot, call: &Call) -> bool {
+    last.position() <= call.number.saturating_mul(2).saturating_add(1)
+}
+
+fn which(accounts: &[Account], is: impl Fn(&Account) -> bool) -> Option<Vec<Rank>> {
+    let found = |(rank, account): (Rank, &Account)| is(account).then_some(rank);
+    let ranks: Vec<Rank> = accounts.iter().enumerate().filter_map(found).collect();
+    (!ranks.is_empty()).then_some(ranks)
+}
+
+fn slowest(accounts: &[Account]) -> (VerdictKind, Vec<Rank>, String) {
+    let here = |(rank, account): (Rank, &Account)| match account {
+        Account::Here(snapshot) => Some((rank, *snapshot)),
+        _ => None,
+    };
+    let present: Vec<_> = accounts.iter().enumerate().filter_map(here).collect();
+    let earliest = present.iter().map(|(_, doing)| doing.position()).min().unwrap_or(0);
+    let last: Vec<_> =
+        present.into_iter().filter(|(_, doing)| doing.position() == earliest).collect();
+    let ranks = || last.iter().map(|(rank, _)| *rank).collect();
+    if earliest % 2 == 0 {
+        let what = format!("has not entered collective #{}", earliest / 2);
+        return (VerdictKind::NotEntered, ranks(), what);
+    }
+    if let Some(others) = in_another_call(&last) {
+        let what = "is in another call than the others".to_owned();
+        return (VerdictKind::OtherCall, others, what);
+    }
+    let least = last
+        .iter()
+        .map(|(_, doing)| doing)
+        .reduce(|least, doing| if doing.is_behind(least) { doing } else { least });
+    let is_least = |doing: &Snapshot| least.is_some_and(|least| !least.is_behind(doing));
+    let ranks = last.iter().filter(|(_, doing)| is_least(doing)).map(|(rank, _)| *rank).collect();
+    (VerdictKind::Behind, ranks, "got least far".to_owned())
+}
+
+/// The ranks whose call is not the one that most ranks are in (of equally many, the one that the
+/// lowest rank is in).
+fn in_another_call(inside: &[(Rank, Snapshot)]) -> Option<Vec<Rank>> {
+    let votes = |call| inside.iter().filter(|(_, other)| other.call == call).count();
+    // The first of the maxima: `max_by_key` takes the last.
+    let (_, usual) = inside.iter().rev().max_by_key(|(_, doing)| votes(doing.call))?;
+    let others: Vec<Rank> = inside
+        .iter()
+        .filter(|(_, doing)| doing.call != usual.call)
+        .map(|(rank, _)| *rank)
+        .collect();
+    (!others.is_empty()).then_some(others)
+}
+
+/// Appends a line a rank, the culprits first.
+fn list(text: &mut String, accounts: &[Account], culprits: &[Rank]) {
+    let others = (0..accounts.len()).filter(|rank| culprits.binary_search(rank).is_err());
+    for rank in culprits.iter().copied().chain(others).take(LINES_MAX) {
+        let line = match &accounts[rank] {
+            Account::Silent => "no answer".to_owned(),
+            Account::Left(last) => format!("left; at that time {last}"),
+            Account::Here(doing) => doing.to_string(),
+        };
+        write!(text, "\n  rank {rank}: {line}").expect("writing to a string cannot fail");
+    }
+    if accounts.len() > LINES_MAX {
+        let more = accounts.len() - LINES_MAX;
+        write!(text, "\n  … and {more} more ranks").expect("writing to a string cannot fail");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::tests::call;
+
+    fn inside(number: u64, step: u32) -> Account {
+        let call = Some(call(number));
+        Account::Here(Snapshot { call, inside: true, step, steps: 10, bytes: 0 })
+    }
+
+    fn after(number: u64) -> Snapshot {
+        Snapshot { call: Some(call(number)), inside: false, ..Snapshot::default() }
+    }
+
+    #[track_caller]
+    fn check(accounts: &[Account], kind: VerdictKind, culprits: &[Rank]) -> Verdict {
+        let verdict = decide(&call(7), 0, accounts);
+        assert_eq!((verdict.kind, &verdict.culprits[..]), (kind, culprits), "{verdict}");
+        verdict
+    }
+
+    #[test]
+    fn only_different_calls_of_the_same_number_contradict() {
+        let other = Account::Here(Snapshot {
+            call: Some(Call { count: 99, ..call(7) }),
+            inside: true,
+            ..Snapshot::default()
+        });
+        let late = [inside(7, 1), Account::Here(after(6)), Account::Silent, inside(7, 3)];
+        assert_eq!(contradiction(&call(7), 0, &late), None);
+        let contradicting = [inside(7, 1), inside(7, 1), Account::Silent, other];
+        let verdict = contradiction(&call(7), 0, &contradicting).unwrap();
+        assert_eq!((verdict.kind, verdict.culprits), (VerdictKind::OtherCall, vec![3]));
+    }
+
+    #[test]
+    fn who_has_not_entered_is_named_with_what_it_did_last() {
+        let accounts = [inside(7, 1), Account::Here(after(6)), inside(7, 9)];
+        let verdict = check(&accounts, VerdictKind::NotEntered, &[1]);
+        assert!(verdict.text.contains("rank 1: outside; its last call was"), "{verdict}");
+        assert!(verdict.text.contains("rank 2: in "), "{verdict}");
+    }
+
+    #[test]
+    fn the_rank_that_is_furthest_back_is_to_blame_and_not_those_that_wait_for_it() {
+        let accounts = [inside(7, 1), inside(6, 1), Account::Here(after(4)), inside(7, 0)];
+        check(&accounts, VerdictKind::NotEntered, &[2]);
+    }
+
+    #[test]
+    fn silence_outweighs_slowness_and_leaving_outweighs_silence() {
+        let silent = [inside(7, 1), Account::Silent, Account::Here(after(3))];
+        check(&silent, VerdictKind::Unresponsive, &[1]);
+        let left = [inside(7, 1), Account::Silent, Account::Left(after(3))];
+        check(&left, VerdictKind::Left, &[2]);
+    }
+
+    #[test]
+    fn who_left_after_the_call_is_not_to_blame() {
+        let accounts = [inside(7, 5), inside(7, 2), Account::Left(after(7))];
+        check(&accounts, VerdictKind::Behind, &[1]);
+    }
+
+    #[test]
+    fn the_minority_is_in_another_call() {
+        let other = Call { count: 5, ..call(7) };
+        let other = Snapshot { call: Some(other), inside: true, ..Snapshot::default() };
+        let accounts = [inside(7, 5), Account::Here(other), inside(7, 2)];
+        check(&accounts, VerdictKind::OtherCall, &[1]);
+        check(&[inside(7, 5), Account::Here(other)], VerdictKind::OtherCall, &[1]);
+    }
+
+    #[test]
+    fn all_who_got_least_far_are_named() {
+        let accounts = [inside(7, 5), inside(7, 2), inside(7, 3), inside(7, 2)];
+        check(&accounts, VerdictKind::Behind, &[1, 3]);
+    }
+
+    #[test]
+    fn a_large_world_gives_a_text_of_bounded_length() {
+        let mut accounts = vec![inside(7, 5); 1000];
+        accounts[999] = Account::Silent;
+        let verdict = check(&accounts, VerdictKind::Unresponsive, &[999]);
+        assert_eq!(verdict.text.lines().count(), LINES_MAX + 2);
+        assert!(verdict.text.contains("rank 999: no answer"));
+    }
+}

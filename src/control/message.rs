@@ -1,0 +1,361 @@
+//! The messages on a control connection and their wire form (sans-IO).
+//!
+//! ```text
+//! length u32   bytes that follow, at most FRAME_BYTES_MAX
+//! kind   u8
+//! body         see `Message::put`; integers little endian, texts and blobs last or with a length
+//! ```
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use unisum_link::{Call, Rank};
+
+use super::status::Snapshot;
+use super::verdict::{Report, Verdict, VerdictKind};
+
+/// Largest blob of an exchange in bytes.
+pub(super) const BLOB_BYTES_MAX: usize = 64 << 10;
+/// Largest frame in bytes, without its length.
+pub(super) const FRAME_BYTES_MAX: usize = BLOB_BYTES_MAX + 1024;
+/// Most culprits that a verdict names on the wire.
+const CULPRITS_MAX: usize = 4096;
+/// Longest text in bytes.
+const TEXT_BYTES_MAX: usize = 16 << 10;
+
+/// What ranks and coordinator tell each other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Message {
+    /// Coordinator, first: you are in, and this is the session.
+    Welcome { session: [u8; 16] },
+    /// Rank, first: the welcome has come. From here on the end of the connection is a death.
+    Joined,
+    /// Rank: its blob of an exchange.
+    Blob { round: u32, blob: Bytes },
+    /// Coordinator: a rank's blob. All ranks' blobs of a round come together, in rank order.
+    Gathered { round: u32, rank: Rank, blob: Bytes },
+    /// Rank: another rank misbehaves.
+    Accuse(Report),
+    /// Rank: the deadline of this call expired.
+    Overdue(Call),
+    /// Rank: it has waited in this call for a while: is everybody in the same one?
+    Stalled(Call),
+    /// Coordinator: what are you doing?
+    StatusRequest { query: u32 },
+    /// Rank: this.
+    Status { query: u32, snapshot: Snapshot },
+    /// Coordinator: the communicator is over.
+    Verdict(Verdict),
+    /// Coordinator: a rank has left in order, doing this last.
+    Left { rank: Rank },
+    /// Rank: I leave in order.
+    Bye(Snapshot),
+}
+
+/// Why bytes are not a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum MessageError {
+    #[error("a control message of {0} bytes; the largest has {FRAME_BYTES_MAX}")]
+    Length(u32),
+    #[error("a control message of unknown kind {0}")]
+    Kind(u8),
+    #[error("a control message of kind {0} with a malformed body")]
+    Body(u8),
+}
+
+impl Message {
+    /// Appends the wire form.
+    pub(super) fn encode(&self, to: &mut BytesMut) {
+        let start = to.len();
+        to.put_u32_le(0);
+        self.put(to);
+        let length = u32::try_from(to.len() - start - 4).expect("messages are bounded");
+        to[start..start + 4].copy_from_slice(&length.to_le_bytes());
+    }
+
+    fn put(&self, to: &mut BytesMut) {
+        to.put_u8(self.kind());
+        match self {
+            Self::Welcome { session } => to.put_slice(session),
+            Self::Joined => {}
+            Self::Blob { round, blob } => {
+                to.put_u32_le(*round);
+                to.put_slice(blob);
+            }
+            Self::Gathered { round, rank, blob } => {
+                to.put_u32_le(*round);
+                put_rank(to, *rank);
+                to.put_slice(blob);
+            }
+            Self::Accuse(report) => {
+                to.put_u8(u8::from(report.mismatch));
+                put_rank(to, report.against);
+                put_text(to, &report.text);
+            }
+            Self::Overdue(call) | Self::Stalled(call) => to.put_slice(&call.encode()),
+            Self::StatusRequest { query } => to.put_u32_le(*query),
+            Self::Status { query, snapshot } => {
+                to.put_u32_le(*query);
+                put_snapshot(to, snapshot);
+            }
+            Self::Verdict(verdict) => put_verdict(to, verdict),
+            Self::Left { rank } => put_rank(to, *rank),
+            Self::Bye(snapshot) => put_snapshot(to, snapshot),
+        }
+    }
+
+    const fn kind(&self) -> u8 {
+        match self {
+            Self::Welcome { .. } => 1,
+            Self::Joined => 2,
+            Self::Blob { .. } => 3,
+            Self::Gathered { .. } => 4,
+            Self::Accuse(_) => 5,
+            Self::Overdue(_) => 6,
+            Self::StatusRequest { .. } => 7,
+            Self::Status { .. } => 8,
+            Self::Verdict(_) => 9,
+            Self::Left { .. } => 10,
+            Self::Bye(_) => 11,
+            Self::Stalled(_) => 12,
+        }
+    }
+
+    /// Takes the next message off the front of `from`; `None` if it is not all there.
+    ///
+    /// # Errors
+    /// If the bytes are no message; nothing sensible can follow.
+    pub(super) fn decode(from: &mut BytesMut) -> Result<Option<Self>, MessageError> {
+        let Some(head) = from.first_chunk::<4>() else {
+            return Ok(None);
+        };
+        let length = u32::from_le_bytes(*head);
+        if length == 0 || length as usize > FRAME_BYTES_MAX {
+            return Err(MessageError::Length(length));
+        }
+        if from.len() < 4 + length as usize {
+            return Ok(None);
+        }
+        from.advance(4);
+        let mut body = from.split_to(length as usize).freeze();
+        let kind = body.get_u8();
+        let message = Self::parse(kind, &mut body)?;
+        match message {
+            Some(message) if body.is_empty() => Ok(Some(message)),
+            _ => Err(MessageError::Body(kind)),
+        }
+    }
+
+    /// Reads a body; `None` if it is malformed, and bytes that remain are malformed as well.
+    fn parse(kind: u8, body: &mut Bytes) -> Result<Option<Self>, MessageError> {
+        Ok(match kind {
+            1 => take::<16>(body).map(|session| Self::Welcome { session }),
+            2 => Some(Self::Joined),
+            3 => parse_blob(body),
+            4 => parse_gathered(body),
+            5 => parse_report(body).map(Self::Accuse),
+            6 => parse_call(body).map(Self::Overdue),
+            7 => word(body).map(|query| Self::StatusRequest { query }),
+            8 => parse_status(body),
+            9 => parse_verdict(body).map(Self::Verdict),
+            10 => rank(body).map(|rank| Self::Left { rank }),
+            11 => parse_snapshot(body).map(Self::Bye),
+            12 => parse_call(body).map(Self::Stalled),
+            kind => return Err(MessageError::Kind(kind)),
+        })
+    }
+}
+
+fn put_rank(to: &mut BytesMut, rank: Rank) {
+    to.put_u32_le(u32::try_from(rank).expect("ranks are below WORLD_MAX"));
+}
+
+/// Appends a text, cut between characters where it is too long.
+fn put_text(to: &mut BytesMut, text: &str) {
+    let longest = text.len().min(TEXT_BYTES_MAX);
+    let end = (0..=longest).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    to.put_slice(&text.as_bytes()[..end]);
+}
+
+fn put_verdict(to: &mut BytesMut, verdict: &Verdict) {
+    let culprits = &verdict.culprits[..verdict.culprits.len().min(CULPRITS_MAX)];
+    to.put_u8(verdict.kind as u8);
+    put_rank(to, culprits.len());
+    for culprit in culprits {
+        put_rank(to, *culprit);
+    }
+    put_text(to, &verdict.text);
+}
+
+fn put_snapshot(to: &mut BytesMut, snapshot: &Snapshot) {
+    let Snapshot { call, inside, step, steps, bytes } = snapshot;
+    to.put_u8(u8::from(call.is_some()));
+    to.put_u8(u8::from(*inside));
+    to.put_slice(&call.map_or([0; Call::ENCODED], |call| call.encode()));
+    to.put_u32_le(*step);
+    to.put_u32_le(*steps);
+    to.put_u64_le(*bytes);
+}
+
+fn take<const N: usize>(body: &mut Bytes) -> Option<[u8; N]> {
+    let taken = *body.first_chunk::<N>()?;
+    body.advance(N);
+    Some(taken)
+}
+
+fn word(body: &mut Bytes) -> Option<u32> {
+    take(body).map(u32::from_le_bytes)
+}
+
+fn rank(body: &mut Bytes) -> Option<Rank> {
+    word(body).map(|rank| rank as Rank)
+}
+
+fn flag(body: &mut Bytes) -> Option<bool> {
+    match take(body)? {
+        [0] => Some(false),
+        [1] => Some(true),
+        _ => None,
+    }
+}
+
+/// All that remains, as a text.
+fn text(body: &mut Bytes) -> Option<String> {
+    let text = body.split_off(0);
+    if text.len() > TEXT_BYTES_MAX {
+        return None;
+    }
+    String::from_utf8(text.into()).ok()
+}
+
+/// All that remains, as a blob.
+fn blob(body: &mut Bytes) -> Option<Bytes> {
+    let blob = body.split_off(0);
+    (blob.len() <= BLOB_BYTES_MAX).then_some(blob)
+}
+
+fn parse_blob(body: &mut Bytes) -> Option<Message> {
+    Some(Message::Blob { round: word(body)?, blob: blob(body)? })
+}
+
+fn parse_gathered(body: &mut Bytes) -> Option<Message> {
+    Some(Message::Gathered { round: word(body)?, rank: rank(body)?, blob: blob(body)? })
+}
+
+fn parse_report(body: &mut Bytes) -> Option<Report> {
+    let mismatch = flag(body)?;
+    Some(Report { mismatch, against: rank(body)?, text: text(body)? })
+}
+
+fn parse_call(body: &mut Bytes) -> Option<Call> {
+    Call::decode(&take(body)?)
+}
+
+fn parse_status(body: &mut Bytes) -> Option<Message> {
+    Some(Message::Status { query: word(body)?, snapshot: parse_snapshot(body)? })
+}
+
+fn parse_snapshot(body: &mut Bytes) -> Option<Snapshot> {
+    let (called, inside, call) = (flag(body)?, flag(body)?, take(body)?);
+    let call = match called {
+        true => Some(Call::decode(&call)?),
+        false if call == [0; Call::ENCODED] => None,
+        false => return None,
+    };
+    let (step, steps, bytes) = (word(body)?, word(body)?, u64::from_le_bytes(take(body)?));
+    Some(Snapshot { call, inside, step, steps, bytes })
+}
+
+fn parse_verdict(body: &mut Bytes) -> Option<Verdict> {
+    let [code] = take(body)?;
+    let kind = VerdictKind::from_code(code)?;
+    let count = rank(body)?;
+    if count > CULPRITS_MAX {
+        return None;
+    }
+    let culprits = (0..count).map(|_| rank(body)).collect::<Option<Vec<_>>>()?;
+    Some(Verdict { kind, culprits, text: text(body)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::control::tests::call;
+
+    fn snapshots() -> impl Strategy<Value = Snapshot> {
+        let parts = (any::<Option<u64>>(), any::<bool>(), any::<u32>(), any::<u32>(), any::<u64>());
+        parts.prop_map(|(number, inside, step, steps, bytes)| {
+            let call = number.map(call);
+            Snapshot { call, inside, step, steps, bytes }
+        })
+    }
+
+    fn blobs() -> impl Strategy<Value = Bytes> {
+        any::<Vec<u8>>().prop_map(Bytes::from)
+    }
+
+    fn ranks() -> impl Strategy<Value = Rank> {
+        any::<u32>().prop_map(|rank| rank as Rank)
+    }
+
+    fn messages() -> impl Strategy<Value = Message> {
+        let verdict = (1..=10_u8, prop::collection::vec(ranks(), 0..9), any::<String>());
+        prop_oneof![
+            any::<[u8; 16]>().prop_map(|session| Message::Welcome { session }),
+            Just(Message::Joined),
+            (any::<u32>(), blobs()).prop_map(|(round, blob)| Message::Blob { round, blob }),
+            (any::<u32>(), ranks(), blobs()).prop_map(|(round, rank, blob)| Message::Gathered {
+                round,
+                rank,
+                blob
+            }),
+            (ranks(), any::<bool>(), any::<String>()).prop_map(|(against, mismatch, text)| {
+                Message::Accuse(Report { against, mismatch, text })
+            }),
+            any::<u64>().prop_map(|number| Message::Overdue(call(number))),
+            any::<u64>().prop_map(|number| Message::Stalled(call(number))),
+            any::<u32>().prop_map(|query| Message::StatusRequest { query }),
+            (any::<u32>(), snapshots())
+                .prop_map(|(query, snapshot)| Message::Status { query, snapshot }),
+            verdict.prop_map(|(code, culprits, text)| {
+                let kind = VerdictKind::from_code(code).unwrap();
+                Message::Verdict(Verdict { kind, culprits, text })
+            }),
+            ranks().prop_map(|rank| Message::Left { rank }),
+            snapshots().prop_map(Message::Bye),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn messages_survive_the_wire_in_any_pieces(
+            all in prop::collection::vec(messages(), 1..5), piece in 1..50_usize,
+        ) {
+            let mut wire = BytesMut::new();
+            all.iter().for_each(|message| message.encode(&mut wire));
+            let (mut buffer, mut decoded) = (BytesMut::new(), Vec::new());
+            for piece in wire.chunks(piece) {
+                buffer.put_slice(piece);
+                while let Some(message) = Message::decode(&mut buffer).unwrap() {
+                    decoded.push(message);
+                }
+            }
+            prop_assert_eq!(decoded, all);
+        }
+    }
+
+    #[test]
+    fn no_length_field_makes_room_for_more_than_a_frame() {
+        let mut wire = BytesMut::from(&u32::MAX.to_le_bytes()[..]);
+        assert_eq!(Message::decode(&mut wire), Err(MessageError::Length(u32::MAX)));
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        let text = "é".repeat(TEXT_BYTES_MAX);
+        let mut wire = BytesMut::new();
+        Message::Accuse(Report { against: 1, mismatch: false, text }).encode(&mut wire);
+        assert!(wire.len() <= TEXT_BYTES_MAX + 16);
+        assert!(matches!(Message::decode(&mut wire), Ok(Some(Message::Accuse(_)))));
+    }
+}

@@ -1,0 +1,352 @@
+//! The control plane: how ranks find each other, agree, and learn why a communicator ends, on
+//! connections of its own that answer even while the data path is stuck.
+//!
+//! Every rank has one control thread, which owns the process's one listening port and a connection
+//! to rank 0, the coordinator. The coordinator decides ([`coordinator`], [`inquest`]: pure) and
+//! every rank hears the same verdict, the first one; a rank concludes on its own only when the
+//! coordinator is dead, silent or gone.
+
+mod connection;
+mod coordinator;
+mod dial;
+mod door;
+mod error;
+mod file;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
+mod inquest;
+mod listen;
+mod member;
+mod message;
+mod shared;
+mod status;
+mod thread;
+mod verdict;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use mio::{Poll, Waker};
+use unisum_link::fork::ParentOnly;
+use unisum_link::handshake::{self, Hello, Purpose, Secret, job_hash};
+use unisum_link::{Call, Rank, Wake};
+
+use self::coordinator::Coordinator;
+use self::dial::Reached;
+use self::listen::Listening;
+use self::message::BLOB_BYTES_MAX;
+use self::shared::{Command, Shared};
+use self::thread::{ControlThread, Identity};
+use crate::address::{PortRange, Rendezvous};
+use crate::interface::InterfaceFilter;
+
+pub(crate) use self::error::ControlError;
+pub(crate) use self::shared::Inbox;
+pub(crate) use self::status::Status;
+pub(crate) use self::verdict::{Report, Verdict, VerdictKind};
+
+/// Largest world.
+const WORLD_MAX: usize = 1 << 16;
+/// How much later than the coordinator a rank gives up an exchange.
+const EXCHANGE_SPARE: Duration = Duration::from_secs(5);
+/// How long leaving may wait for the goodbye to be with the kernel.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What a rank needs to know to join a job.
+#[derive(Debug)]
+pub(crate) struct ControlConfig {
+    pub(crate) rank: Rank,
+    pub(crate) world: usize,
+    pub(crate) rendezvous: Rendezvous,
+    /// The job's name, the same on all ranks.
+    pub(crate) job: String,
+    pub(crate) secret: Secret,
+    /// Which network interfaces other ranks may reach this one by.
+    pub(crate) interface: Option<InterfaceFilter>,
+    /// Which ports this rank may listen on; rank 0 listens on the rendezvous port instead if
+    /// that is one.
+    pub(crate) port_range: Option<PortRange>,
+    /// How long the other ranks may take to join, and to take part in each exchange.
+    pub(crate) connect_timeout: Duration,
+}
+
+/// This rank's membership in the control plane. Dropping it leaves.
+pub(crate) struct Control {
+    shared: Arc<Shared>,
+    /// None in a world of one, which has no thread.
+    waker: Option<Waker>,
+    session: [u8; 16],
+    address: SocketAddr,
+    connect_timeout: Duration,
+    /// Held during an exchange: they go one by one.
+    exchanging: Mutex<()>,
+    has_left: AtomicBool,
+    process: u32,
+}
+
+/// What a process has before its thread starts.
+struct Joined {
+    listening: Listening,
+    session: [u8; 16],
+    role: Role,
+}
+
+enum Role {
+    Coordinator(Option<file::Published>),
+    Member(ParentOnly<std::net::TcpStream>),
+}
+
+impl Control {
+    /// Joins the job: on rank 0 returns when it listens (and, for a rendezvous file, has told
+    /// where), elsewhere when rank 0 has admitted this rank. Blocks for `connect_timeout` at most,
+    /// and for as long as the system's name resolver does. A world of one needs no network.
+    ///
+    /// # Errors
+    /// If rank 0 can't be reached in time or refuses, this process can't listen, or the
+    /// rendezvous file can't be written.
+    pub(crate) fn start(config: ControlConfig) -> Result<Self, ControlError> {
+        let ControlConfig { rank, world, connect_timeout, .. } = config;
+        assert!(rank < world, "rank {rank} is not in a world of {world}");
+        if world > WORLD_MAX {
+            return Err(ControlError::World(world));
+        }
+        let shared = Arc::new(Shared::new(rank, world));
+        if world == 1 {
+            let session = new_session()?;
+            let nowhere = (Ipv4Addr::UNSPECIFIED, 0).into();
+            return Ok(Self::new(shared, None, session, nowhere, connect_timeout));
+        }
+        let joined = if rank == 0 { open(&config)? } else { dial(&config)? };
+        let (session, address) = (joined.session, joined.listening.address);
+        let waker = spawn(config, joined, &shared)
+            .map_err(|error| ControlError::system("starting the control thread", error))?;
+        Ok(Self::new(shared, Some(waker), session, address, connect_timeout))
+    }
+
+    fn new(
+        shared: Arc<Shared>,
+        waker: Option<Waker>,
+        session: [u8; 16],
+        address: SocketAddr,
+        connect_timeout: Duration,
+    ) -> Self {
+        Self {
+            shared,
+            waker,
+            session,
+            address,
+            connect_timeout,
+            exchanging: Mutex::new(()),
+            has_left: AtomicBool::new(false),
+            process: std::process::id(),
+        }
+    }
+
+    /// The random number of this start of the job, the same on all ranks.
+    pub(crate) const fn session(&self) -> [u8; 16] {
+        self.session
+    }
+
+    /// Where other ranks reach this process. Unspecified in a world of one.
+    pub(crate) const fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Gives every rank's blob (64 KiB at most) to every rank, in rank order. All ranks call it,
+    /// equally often. Blocks until all have, `connect_timeout` at most. Cost: two messages' time,
+    /// and the coordinator sends world² blobs.
+    ///
+    /// # Errors
+    /// If the communicator ends; the verdict names ranks that never came.
+    pub(crate) fn exchange(&self, blob: Vec<u8>) -> Result<Vec<Vec<u8>>, ControlError> {
+        if blob.len() > BLOB_BYTES_MAX {
+            return Err(ControlError::Blob(blob.len()));
+        }
+        if self.waker.is_none() {
+            return Ok(vec![blob]);
+        }
+        let _one = self.exchanging.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(verdict) = self.verdict() {
+            return Err(ControlError::Ended(verdict));
+        }
+        // Acquire: pairs with the AcqRel swap in `leave`.
+        if self.has_left.load(Ordering::Acquire) {
+            return Err(ControlError::HasLeft);
+        }
+        self.command(Command::Exchange(blob.into()));
+        let until = Instant::now() + self.connect_timeout + EXCHANGE_SPARE;
+        if let Some(blobs) = self.shared.await_gathered(until) {
+            return Ok(blobs.into_iter().map(Vec::from).collect());
+        }
+        // The first verdict counts: this one only if there is none.
+        self.shared.conclude(Verdict::coordinator_silent("during an exchange"));
+        Err(self.verdict().map_or(ControlError::HasLeft, ControlError::Ended))
+    }
+
+    /// Gives data connections that have proven the token and name this session to `inbox`, on the
+    /// control thread: peer, socket index, and the stream (non-blocking). Those that came before
+    /// are delivered at once, on this thread. `inbox` must not block.
+    #[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "only TCP has data connections"))]
+    pub(crate) fn set_inbox(&self, inbox: Inbox) {
+        self.shared.set_inbox(inbox);
+    }
+
+    /// Has `waker` woken when the verdict comes; at once if it is there.
+    pub(crate) fn add_waker(&self, waker: Arc<dyn Wake>) {
+        self.shared.add_waker(waker);
+    }
+
+    /// Where the engine says what this rank is doing.
+    pub(crate) fn status(&self) -> &Status {
+        &self.shared.status
+    }
+
+    /// Why the communicator has ended, if it has. One load until then.
+    pub(crate) fn verdict(&self) -> Option<Verdict> {
+        self.shared.verdict().cloned()
+    }
+
+    /// Blocks until there is a verdict, or until `until`.
+    pub(crate) fn await_verdict(&self, until: Instant) -> Option<Verdict> {
+        self.shared.await_verdict(until).cloned()
+    }
+
+    /// Tells the coordinator that this rank's link failed or its call differs; a verdict follows
+    /// within about 2 s. Never blocks.
+    pub(crate) fn accuse(&self, report: Report) {
+        self.command(Command::Accuse(report));
+    }
+
+    /// Tells the coordinator that this rank's deadline for `call` expired; a verdict follows
+    /// within about 2 s. Never blocks.
+    pub(crate) fn overdue(&self, call: &Call) {
+        self.command(Command::Overdue(*call));
+    }
+
+    /// Tells the coordinator that this rank has waited in `call` for a while. A verdict follows
+    /// only if another rank called something else under the same number. Never blocks.
+    pub(crate) fn stalled(&self, call: &Call) {
+        self.command(Command::Stalled(*call));
+    }
+
+    /// Leaves in order: for the others this rank has not died. Waits until the kernel has the
+    /// goodbye, which is at once unless the network is stuck, and 1 s at most; joins no thread.
+    /// Idempotent. Does nothing in a forked child: the membership is the parent's.
+    pub(crate) fn leave(&self) {
+        if self.process != std::process::id() {
+            return;
+        }
+        // AcqRel: pairs with itself, and with the load in `exchange`.
+        if self.waker.is_none() || self.has_left.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.command(Command::Leave);
+        self.shared.await_goodbye(Instant::now() + GOODBYE_TIMEOUT);
+    }
+
+    fn command(&self, command: Command) {
+        let Some(waker) = &self.waker else { return };
+        self.shared.command(command);
+        // Writing to an eventfd fails only when it is full, and then the thread is awake.
+        let _ = waker.wake();
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("Control");
+        debug.field("rank", &self.shared.rank).field("world", &self.shared.world());
+        debug.field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+fn new_session() -> Result<[u8; 16], ControlError> {
+    handshake::random().map_err(|error| ControlError::system("choosing a session", error))
+}
+
+/// Rank 0: listens and tells where.
+fn open(config: &ControlConfig) -> Result<Joined, ControlError> {
+    let session = new_session()?;
+    let filter = config.interface.as_ref();
+    let (listening, published) = match &config.rendezvous {
+        Rendezvous::Tcp { host, port } => {
+            let until = Instant::now() + config.connect_timeout;
+            (listen::at_rendezvous(host, *port, filter, until)?, None)
+        }
+        Rendezvous::File(path) => {
+            let listening = listen::at_free_port(filter, None, config.port_range)?;
+            let published = file::publish(path, session, listening.address)
+                .map_err(|source| ControlError::File { path: path.clone(), source })?;
+            (listening, Some(published))
+        }
+    };
+    Ok(Joined { listening, session, role: Role::Coordinator(published) })
+}
+
+/// Other ranks: reach rank 0, then listen on the address that the route to it suggests.
+fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
+    let hello = Hello {
+        purpose: Purpose::Control,
+        socket: 0,
+        from: config.rank as u32,
+        to: 0,
+        world: config.world as u32,
+        session: [0; 16],
+        job: job_hash(&config.job),
+    };
+    let Reached { stream, coordinator, session } =
+        dial::reach(&config.rendezvous, &hello, &config.secret, config.connect_timeout)?;
+    let filter = config.interface.as_ref();
+    let listening = listen::at_free_port(filter, Some(coordinator), config.port_range)?;
+    Ok(Joined { listening, session, role: Role::Member(stream) })
+}
+
+fn spawn(config: ControlConfig, joined: Joined, shared: &Arc<Shared>) -> io::Result<Waker> {
+    let ControlConfig { rank, world, job, secret, connect_timeout, .. } = config;
+    let Joined { listening, session, role } = joined;
+    let poll = Poll::new()?;
+    let waker = Waker::new(poll.registry(), thread::WAKER)?;
+    let identity = Identity { rank, world, session, job: job_hash(&job), secret };
+    let mut thread = ControlThread::new(poll, identity, Arc::clone(shared), listening.listener)?;
+    match role {
+        Role::Coordinator(published) => {
+            thread.coordinate(Coordinator::new(session, world, connect_timeout), published);
+        }
+        Role::Member(stream) => thread.join(stream)?,
+    }
+    let end = End(Arc::clone(shared));
+    std::thread::Builder::new().name("unisum-control".into()).spawn(move || {
+        let end = end;
+        if let Err(error) = thread.run() {
+            end.0.conclude(Verdict::died(rank, &format!("its control thread failed: {error}")));
+        }
+    })?;
+    Ok(waker)
+}
+
+/// Lets nobody wait for a thread that has ended, be it by a panic.
+struct End(Arc<Shared>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let rank = self.0.rank;
+            self.0.conclude(Verdict::died(rank, "its control thread panicked"));
+        }
+        self.0.said_goodbye();
+        self.0.release();
+    }
+}

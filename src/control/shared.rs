@@ -1,0 +1,181 @@
+//! What the control thread and the rank's other threads share.
+
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use unisum_link::fork::ParentOnly;
+use unisum_link::{Call, Rank, Wake};
+
+use super::status::Status;
+use super::verdict::{Report, Verdict};
+
+/// Who takes the data connections: peer, socket index, non-blocking stream.
+pub(crate) type Inbox = Arc<dyn Fn(Rank, u8, ParentOnly<TcpStream>) + Send + Sync>;
+
+/// What the rank's threads ask of the control thread.
+#[derive(Debug)]
+pub(super) enum Command {
+    Exchange(Bytes),
+    Accuse(Report),
+    Overdue(Call),
+    Stalled(Call),
+    Leave,
+}
+
+pub(super) struct Shared {
+    pub(super) rank: Rank,
+    pub(super) status: Status,
+    verdict: OnceLock<Verdict>,
+    left: Box<[AtomicBool]>,
+    wakers: Mutex<Vec<Arc<dyn Wake>>>,
+    arrivals: Mutex<Arrivals>,
+    commands: Mutex<Vec<Command>>,
+    news: Mutex<News>,
+    changed: Condvar,
+}
+
+/// Data connections and who takes them; those that come too early wait.
+#[derive(Default)]
+struct Arrivals {
+    inbox: Option<Inbox>,
+    early: Vec<(Rank, u8, ParentOnly<TcpStream>)>,
+}
+
+/// What somebody may be waiting for, beside the verdict.
+#[derive(Debug, Default)]
+struct News {
+    gathered: Option<Vec<Bytes>>,
+    said_goodbye: bool,
+}
+
+impl Shared {
+    pub(super) fn new(rank: Rank, world: usize) -> Self {
+        Self {
+            rank,
+            status: Status::default(),
+            verdict: OnceLock::new(),
+            left: (0..world).map(|_| AtomicBool::new(false)).collect(),
+            wakers: Mutex::default(),
+            arrivals: Mutex::default(),
+            commands: Mutex::default(),
+            news: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(super) fn world(&self) -> usize {
+        self.left.len()
+    }
+
+    pub(super) fn verdict(&self) -> Option<&Verdict> {
+        self.verdict.get()
+    }
+
+    /// Ends the communicator on this rank and wakes everybody; the first verdict counts.
+    pub(super) fn conclude(&self, verdict: Verdict) {
+        if self.verdict.set(verdict).is_err() {
+            return;
+        }
+        // Taken so that nobody is between looking at the verdict and sleeping.
+        drop(lock(&self.news));
+        self.changed.notify_all();
+        lock(&self.wakers).iter().for_each(|waker| waker.wake());
+    }
+
+    /// Registers who is woken by the verdict, at once if there is one.
+    pub(super) fn add_waker(&self, waker: Arc<dyn Wake>) {
+        lock(&self.wakers).push(Arc::clone(&waker));
+        // After the push: either `conclude` sees the waker, or this sees the verdict.
+        if self.verdict().is_some() {
+            waker.wake();
+        }
+    }
+
+    pub(super) fn set_left(&self, rank: Rank) {
+        // Release: pairs with the Acquire load in `has_left`; what the rank did came before.
+        self.left[rank].store(true, Ordering::Release);
+    }
+
+    /// Whether the rank has left in order. One load.
+    pub(super) fn has_left(&self, rank: Rank) -> bool {
+        self.left[rank].load(Ordering::Acquire)
+    }
+
+    /// Hands a data connection over, or keeps it until somebody takes it. `false` if too many
+    /// wait already.
+    pub(super) fn arrived(&self, peer: Rank, socket: u8, stream: ParentOnly<TcpStream>) -> bool {
+        let mut arrivals = lock(&self.arrivals);
+        if let Some(inbox) = arrivals.inbox.clone() {
+            drop(arrivals);
+            inbox(peer, socket, stream);
+            return true;
+        }
+        let has_room = arrivals.early.len() < 64 + 8 * self.world();
+        if has_room {
+            arrivals.early.push((peer, socket, stream));
+        }
+        has_room
+    }
+
+    pub(super) fn set_inbox(&self, inbox: Inbox) {
+        let mut arrivals = lock(&self.arrivals);
+        for (peer, socket, stream) in arrivals.early.drain(..) {
+            inbox(peer, socket, stream);
+        }
+        arrivals.inbox = Some(inbox);
+    }
+
+    /// Lets go of what others gave: wakers, the inbox and waiting connections.
+    pub(super) fn release(&self) {
+        *lock(&self.arrivals) = Arrivals::default();
+        lock(&self.wakers).clear();
+    }
+
+    pub(super) fn command(&self, command: Command) {
+        lock(&self.commands).push(command);
+    }
+
+    pub(super) fn take_commands(&self) -> Vec<Command> {
+        std::mem::take(&mut lock(&self.commands))
+    }
+
+    pub(super) fn gathered(&self, blobs: Vec<Bytes>) {
+        lock(&self.news).gathered = Some(blobs);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn said_goodbye(&self) {
+        lock(&self.news).said_goodbye = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for the blobs of the exchange under way; `None` at the verdict or at `until`.
+    pub(super) fn await_gathered(&self, until: Instant) -> Option<Vec<Bytes>> {
+        let is_over = |news: &News| news.gathered.is_some() || self.verdict().is_some();
+        self.wait(until, is_over).gathered.take()
+    }
+
+    pub(super) fn await_verdict(&self, until: Instant) -> Option<&Verdict> {
+        drop(self.wait(until, |_| self.verdict().is_some()));
+        self.verdict()
+    }
+
+    pub(super) fn await_goodbye(&self, until: Instant) {
+        drop(self.wait(until, |news| news.said_goodbye));
+    }
+
+    fn wait(&self, until: Instant, is_over: impl Fn(&News) -> bool) -> MutexGuard<'_, News> {
+        let time = until.saturating_duration_since(Instant::now());
+        let news = lock(&self.news);
+        let waited = self.changed.wait_timeout_while(news, time, |news| !is_over(news));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// Every critical section leaves what it guards whole, so a panic of another thread spoils nothing.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

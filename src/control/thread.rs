@@ -1,0 +1,385 @@
+//! The control thread: an event loop that owns the listening port and the control connections.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use unisum_link::Rank;
+use unisum_link::fork::ParentOnly;
+use unisum_link::handshake::{Hello, Purpose, Refusal, Secret};
+
+use super::connection::{Connection, Received};
+use super::coordinator::{Audience, Coordinator, Output};
+use super::door::{Admitted, Door};
+use super::file::Published;
+use super::member::Member;
+use super::message::Message;
+use super::shared::{Command, Shared};
+
+const LISTENER: usize = 0;
+/// The token of the waker that the handle uses.
+pub(super) const WAKER: Token = Token(1);
+/// The token of a rank's connection to the coordinator.
+const COORDINATOR: usize = 2;
+const FIRST_GUEST: usize = 3;
+/// How long the thread stays after its goodbye for the others to close first: closing earlier
+/// could destroy the goodbye on its way (RFC 2525, 2.17).
+const LINGER: Duration = Duration::from_secs(1);
+/// How a process that is killed looks from outside.
+const NO_GOODBYE: &str = "its control connection ended without a goodbye";
+
+/// What a connection must name to belong to this communicator.
+pub(super) struct Identity {
+    pub(super) rank: Rank,
+    pub(super) world: usize,
+    pub(super) session: [u8; 16],
+    pub(super) job: [u8; 16],
+    pub(super) secret: Secret,
+}
+
+pub(super) struct ControlThread {
+    poll: Poll,
+    identity: Identity,
+    shared: Arc<Shared>,
+    /// None once this rank has left.
+    door: Option<Door>,
+    connections: BTreeMap<usize, (Rank, Connection)>,
+    /// On rank 0.
+    coordinator: Option<Coordinator>,
+    member: Member,
+    published: Option<Published>,
+    /// After the goodbye: when the thread ends at the latest.
+    linger_until: Option<Instant>,
+}
+
+impl ControlThread {
+    pub(super) fn new(
+        poll: Poll,
+        identity: Identity,
+        shared: Arc<Shared>,
+        listener: ParentOnly<TcpListener>,
+    ) -> io::Result<Self> {
+        let door = Door::new(listener, LISTENER, FIRST_GUEST, identity.world, poll.registry())?;
+        Ok(Self {
+            poll,
+            identity,
+            member: Member::new(Arc::clone(&shared)),
+            shared,
+            door: Some(door),
+            connections: BTreeMap::new(),
+            coordinator: None,
+            published: None,
+            linger_until: None,
+        })
+    }
+
+    /// Makes this the coordinator's thread.
+    pub(super) fn coordinate(&mut self, coordinator: Coordinator, published: Option<Published>) {
+        self.coordinator = Some(coordinator);
+        self.published = published;
+    }
+
+    /// Takes this rank's connection to the coordinator over.
+    pub(super) fn join(&mut self, stream: ParentOnly<TcpStream>) -> io::Result<()> {
+        let connection = Connection::new(stream)?;
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let socket = connection.stream().as_raw_fd();
+        self.poll.registry().register(&mut SourceFd(&socket), Token(COORDINATOR), interest)?;
+        self.connections.insert(COORDINATOR, (0, connection));
+        self.send(COORDINATOR, encode(&[Message::Joined]));
+        Ok(())
+    }
+
+    /// Runs until this rank has left.
+    pub(super) fn run(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(256);
+        loop {
+            self.flush();
+            self.settle();
+            if self.is_over(Instant::now()) {
+                return Ok(());
+            }
+            match self.poll.poll(&mut events, self.timeout(Instant::now())) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result?,
+            }
+            let now = Instant::now();
+            for event in &events {
+                self.handle(event.token().0, now);
+            }
+            if let Some(door) = &mut self.door {
+                door.accept(self.poll.registry(), now);
+                door.sweep(self.poll.registry(), now);
+            }
+            for command in self.shared.take_commands() {
+                self.obey(command, now);
+            }
+            self.tick(now);
+        }
+    }
+
+    fn handle(&mut self, token: usize, now: Instant) {
+        match (&mut self.door, token) {
+            (Some(door), LISTENER) => door.knock(),
+            (Some(door), token) if door.has_guest(token) => self.visit(token, now),
+            // Among the rest: the waker, whose commands are looked at in any case, and what
+            // arrived together with the end of its connection.
+            (_, token) => self.serve(token, now),
+        }
+    }
+
+    fn visit(&mut self, token: usize, now: Instant) {
+        let Self { door: Some(door), identity, coordinator, poll, .. } = self else {
+            return;
+        };
+        let admit = |hello: &Hello| identity.admit(hello, coordinator.as_ref());
+        let admitted = door.visit(token, &identity.secret, admit, poll.registry(), now);
+        match admitted {
+            None => {}
+            Some(admitted) if admitted.hello.purpose == Purpose::Data => self.hand_over(admitted),
+            Some(admitted) => self.welcome(admitted, now),
+        }
+    }
+
+    /// Gives a data connection to the transport.
+    fn hand_over(&mut self, admitted: Admitted) {
+        let Admitted { hello, stream, address, .. } = admitted;
+        // The transport registers it with its own queue.
+        let _ = self.poll.registry().deregister(&mut SourceFd(&stream.as_raw_fd()));
+        if !self.shared.arrived(hello.from as Rank, hello.socket, stream) {
+            tracing::warn!(%address, rank = hello.from, "too many connections from a rank");
+        }
+    }
+
+    /// Makes an admitted guest a member.
+    fn welcome(&mut self, admitted: Admitted, now: Instant) {
+        let Admitted { token, hello, stream, address } = admitted;
+        let rank = hello.from as Rank;
+        match Connection::new(stream) {
+            Ok(connection) => {
+                self.connections.insert(token, (rank, connection));
+                if let Some(coordinator) = &mut self.coordinator {
+                    coordinator.connected(rank);
+                }
+                // Its first message may have come while it was a guest.
+                self.serve(token, now);
+            }
+            // It sees its connection end, and dials again.
+            Err(error) => tracing::warn!(%address, rank, %error, "a rank's connection failed"),
+        }
+    }
+
+    /// Reads and handles all that a control connection brings.
+    fn serve(&mut self, token: usize, now: Instant) {
+        while let Some((rank, connection)) = self.connections.get_mut(&token) {
+            let rank = *rank;
+            let received = connection.receive();
+            loop {
+                // Handling a message does not end a connection.
+                let Some((_, connection)) = self.connections.get_mut(&token) else {
+                    return;
+                };
+                match connection.next() {
+                    Ok(None) => break,
+                    Ok(Some(message)) => self.hear(rank, message, now),
+                    Err(error) => {
+                        connection.discard();
+                        self.violated(rank, &error.to_string());
+                        break;
+                    }
+                }
+            }
+            match received {
+                Ok(Received::More) => {}
+                Ok(Received::Drained) => return,
+                Ok(Received::Ended) => return self.lost(token, NO_GOODBYE),
+                Err(error) => return self.broke(token, &error),
+            }
+        }
+    }
+
+    fn hear(&mut self, from: Rank, message: Message, now: Instant) {
+        if self.linger_until.is_some() {
+            return;
+        }
+        match &mut self.coordinator {
+            Some(coordinator) => {
+                coordinator.heard(from, message, now);
+                self.deliver(now);
+            }
+            None => match self.member.heard(message) {
+                Ok(None) => {}
+                Ok(Some(answer)) => self.send(COORDINATOR, encode(&[answer])),
+                Err(what) => self.member.violated(what),
+            },
+        }
+    }
+
+    fn violated(&mut self, rank: Rank, what: &str) {
+        match &mut self.coordinator {
+            Some(coordinator) => coordinator.violated(rank, what),
+            None => self.member.violated(what),
+        }
+    }
+
+    fn broke(&mut self, token: usize, error: &io::Error) {
+        self.lost(token, &format!("its control connection broke: {error}"));
+    }
+
+    fn lost(&mut self, token: usize, how: &str) {
+        let Some((rank, connection)) = self.connections.remove(&token) else {
+            return;
+        };
+        // Dropping it deregisters it too, unless a forked child holds it as well.
+        let socket = connection.stream().as_raw_fd();
+        let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
+        drop(connection);
+        if self.linger_until.is_some() {
+            return;
+        }
+        match &mut self.coordinator {
+            Some(coordinator) => coordinator.lost(rank, how),
+            None => self.member.lost(how),
+        }
+    }
+
+    fn obey(&mut self, command: Command, now: Instant) {
+        if self.linger_until.is_some() {
+            return;
+        }
+        let is_goodbye = matches!(command, Command::Leave);
+        if let Some(message) = self.member.command(command, now) {
+            match &mut self.coordinator {
+                Some(coordinator) => coordinator.heard(0, message, now),
+                None => self.send(COORDINATOR, encode(&[message])),
+            }
+        }
+        self.deliver(now);
+        if is_goodbye {
+            self.leave(now);
+        }
+    }
+
+    /// Nothing is said after the goodbye, and nobody is let in.
+    fn leave(&mut self, now: Instant) {
+        self.linger_until = Some(now + LINGER);
+        self.published = None;
+        if let Some(mut door) = self.door.take() {
+            door.close(self.poll.registry());
+        }
+        for (_, connection) in self.connections.values_mut() {
+            connection.finish();
+        }
+    }
+
+    fn tick(&mut self, now: Instant) {
+        self.member.tick(now);
+        if let Some(coordinator) = &mut self.coordinator {
+            coordinator.tick(now);
+            if coordinator.all_came() {
+                self.published = None;
+            }
+        }
+        self.deliver(now);
+    }
+
+    /// Carries the coordinator's messages to the ranks; this process's own rank answers at once.
+    fn deliver(&mut self, now: Instant) {
+        while let Some(coordinator) = &mut self.coordinator
+            && let Some(Output { audience, messages }) = coordinator.poll()
+        {
+            let encoded = encode(&messages);
+            for (rank, connection) in self.connections.values_mut() {
+                if audience == Audience::All || audience == Audience::One(*rank) {
+                    connection.queue(encoded.clone());
+                }
+            }
+            if audience != Audience::All {
+                continue;
+            }
+            for message in messages {
+                match self.member.heard(message) {
+                    Ok(Some(answer)) => coordinator.heard(0, answer, now),
+                    Ok(None) => {}
+                    Err(what) => self.member.violated(what),
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, token: usize, encoded: Bytes) {
+        if let Some((_, connection)) = self.connections.get_mut(&token) {
+            connection.queue(encoded);
+        }
+    }
+
+    /// Writes what is queued. A broken connection may make the coordinator say more.
+    fn flush(&mut self) {
+        loop {
+            let flush = |(token, (_, connection)): (&usize, &mut (Rank, Connection))| {
+                connection.flush().err().map(|error| (*token, error))
+            };
+            let Some((token, error)) = self.connections.iter_mut().find_map(flush) else {
+                return;
+            };
+            self.broke(token, &error);
+            self.deliver(Instant::now());
+        }
+    }
+
+    /// Tells who waits for the goodbye that the kernel has it.
+    fn settle(&mut self) {
+        let mut connections = self.connections.values();
+        if self.linger_until.is_some() && connections.all(|(_, each)| each.is_flushed()) {
+            self.shared.said_goodbye();
+        }
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        self.linger_until.is_some_and(|until| self.connections.is_empty() || until <= now)
+    }
+
+    fn timeout(&self, now: Instant) -> Option<Duration> {
+        let door = self.door.as_ref().and_then(|door| door.deadline(now));
+        let coordinator = self.coordinator.as_ref().and_then(Coordinator::deadline);
+        let due = [door, coordinator, self.member.deadline(), self.linger_until];
+        let due = due.into_iter().flatten().min()?;
+        Some(due.saturating_duration_since(now))
+    }
+}
+
+impl Identity {
+    /// Whether a connection that has proven the token may come in.
+    fn admit(&self, hello: &Hello, coordinator: Option<&Coordinator>) -> Result<(), Refusal> {
+        let Hello { from, to, .. } = *hello;
+        let (dialer, ours) = (from as Rank, self.world as u32);
+        if hello.job != self.job {
+            return Err(Refusal::Job);
+        }
+        if hello.world != ours {
+            return Err(Refusal::World { theirs: hello.world, ours });
+        }
+        if dialer >= self.world || dialer == self.rank || to as Rank != self.rank {
+            return Err(Refusal::Rank { from, to });
+        }
+        match (hello.purpose, coordinator) {
+            (Purpose::Data, _) if hello.session == self.session => Ok(()),
+            (Purpose::Data, _) => Err(Refusal::Session),
+            (Purpose::Control, None) => Err(Refusal::Rank { from, to }),
+            (Purpose::Control, Some(coordinator)) if coordinator.is_vacant(dialer) => Ok(()),
+            (Purpose::Control, Some(_)) => Err(Refusal::RankTaken(from)),
+        }
+    }
+}
+
+fn encode(messages: &[Message]) -> Bytes {
+    let mut encoded = BytesMut::new();
+    messages.iter().for_each(|message| message.encode(&mut encoded));
+    encoded.freeze()
+}

@@ -1,0 +1,149 @@
+//! Why a communicator ended, and what a rank reports about another.
+
+use std::fmt;
+
+use unisum_link::Rank;
+
+/// Why the communicator ended: the same on every rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// What went wrong.
+    pub(crate) kind: VerdictKind,
+    /// The ranks that caused it, ascending.
+    pub(crate) culprits: Vec<Rank>,
+    /// The reason in words: a line that names the culprits, then a line per rank where that helps.
+    pub(crate) text: String,
+}
+
+/// The kinds of [`Verdict`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+#[non_exhaustive]
+pub(crate) enum VerdictKind {
+    /// The process ended without leaving.
+    Died = 1,
+    /// The process does not answer: stopped, or its host or network is lost.
+    Unresponsive = 2,
+    /// The rank never joined the job.
+    Absent = 3,
+    /// The rank has not entered the collective that the others wait in.
+    NotEntered = 4,
+    /// The rank is in another collective than the others.
+    OtherCall = 5,
+    /// Two ranks found, from their first bytes, that their calls differ.
+    Mismatch = 6,
+    /// The link to the rank failed, though its process lives.
+    LinkFailed = 7,
+    /// The rank left the communicator while others still waited for it.
+    Left = 8,
+    /// Every rank is in the collective and this one got least far.
+    Behind = 9,
+    /// The rank broke the control protocol: a bug, or mixed versions.
+    Protocol = 10,
+}
+
+impl VerdictKind {
+    /// The kind with this wire code.
+    pub(super) fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            1 => Self::Died,
+            2 => Self::Unresponsive,
+            3 => Self::Absent,
+            4 => Self::NotEntered,
+            5 => Self::OtherCall,
+            6 => Self::Mismatch,
+            7 => Self::LinkFailed,
+            8 => Self::Left,
+            9 => Self::Behind,
+            10 => Self::Protocol,
+            _ => return None,
+        })
+    }
+}
+
+impl Verdict {
+    pub(super) fn new(kind: VerdictKind, culprits: Vec<Rank>, text: impl Into<String>) -> Self {
+        Self { kind, culprits, text: text.into() }
+    }
+
+    pub(super) fn died(rank: Rank, how: &str) -> Self {
+        let text = format!("rank {rank} died: {how}");
+        Self::new(VerdictKind::Died, vec![rank], text)
+    }
+
+    pub(super) fn left(rank: Rank) -> Self {
+        let text = format!("rank {rank} left the communicator while others still waited for it");
+        Self::new(VerdictKind::Left, vec![rank], text)
+    }
+
+    pub(super) fn protocol(rank: Rank, what: impl fmt::Display) -> Self {
+        let text = format!("rank {rank} broke the control protocol: {what}");
+        Self::new(VerdictKind::Protocol, vec![rank], text)
+    }
+
+    /// What a member concludes on its own when the coordinator is silent.
+    pub(super) fn coordinator_silent(why: &str) -> Self {
+        let text = format!(
+            "rank 0, the coordinator, does not answer: its process is stopped, or its host or \
+             network is lost ({why})"
+        );
+        Self::new(VerdictKind::Unresponsive, vec![0], text)
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// What a rank found out about another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Report {
+    /// The rank at the other end of the link.
+    pub(crate) against: Rank,
+    /// Whether the two ranks' calls differ; otherwise the link failed.
+    pub(crate) mismatch: bool,
+    /// The link's words; of a mismatch they describe both calls.
+    pub(crate) text: String,
+}
+
+impl Report {
+    /// What follows from the report when the accused neither died nor left.
+    pub(super) fn verdict(&self, by: Rank) -> Verdict {
+        let text = format!("rank {by} reports: {}", self.text);
+        if self.mismatch {
+            // Either of the two may be the one whose program is wrong.
+            let pair = vec![by.min(self.against), by.max(self.against)];
+            Verdict::new(VerdictKind::Mismatch, pair, text)
+        } else {
+            Verdict::new(VerdictKind::LinkFailed, vec![self.against], text)
+        }
+    }
+}
+
+/// Names ranks in a sentence: `rank 3`, `ranks 1, 2 and 5`, `ranks 1, 2, … (90 in all)`.
+pub(super) fn name(ranks: &[Rank]) -> String {
+    const SHOWN: usize = 16;
+    let list =
+        |ranks: &[Rank]| ranks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    match ranks {
+        [] => "no rank".into(),
+        [rank] => format!("rank {rank}"),
+        [head @ .., last] if ranks.len() <= SHOWN => format!("ranks {} and {last}", list(head)),
+        _ => format!("ranks {}, … ({} in all)", list(&ranks[..SHOWN]), ranks.len()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_are_named_readably() {
+        assert_eq!(name(&[3]), "rank 3");
+        assert_eq!(name(&[1, 2, 5]), "ranks 1, 2 and 5");
+        let many: Vec<Rank> = (0..90).collect();
+        assert!(name(&many).ends_with("15, … (90 in all)"));
+    }
+}

@@ -1,0 +1,285 @@
+//! Executes a segment over the links: an in-order window of open steps.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use unisum_link::kernels::Fold;
+use unisum_link::{Landing, Link, LinkError, Rank, Region, Ticket};
+
+use super::segment::{Segment, Transfer, Work};
+
+/// The links and which of them reaches each rank.
+#[derive(Debug)]
+pub(crate) struct Links {
+    pub(crate) all: Vec<Box<dyn Link>>,
+    /// By rank; this rank's own entry is unused.
+    pub(crate) route: Vec<usize>,
+}
+
+impl Links {
+    fn to(&mut self, peer: Rank) -> &mut dyn Link {
+        self.all[self.route[peer]].as_mut()
+    }
+}
+
+/// The state of one segment's execution. Reused, so that a steady state allocates nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Scoreboard {
+    /// Per transfer: unfinished transfers it waits for.
+    waits: Vec<u32>,
+    /// Per transfer: messages that have not arrived (reduce), or 1 until done (send, store).
+    missing: Vec<u32>,
+    /// Per open step: transfers not done.
+    left: Vec<u32>,
+    opened: usize,
+    retired: usize,
+    /// Per rank and direction: transfers that are open and not posted, in program order. Both
+    /// ends match transfers in this order, so nothing may overtake.
+    unposted: Vec<[VecDeque<usize>; 2]>,
+    /// Tickets under way on each link.
+    in_flight: Vec<usize>,
+    done: Vec<Ticket>,
+    sources: Vec<*const u8>,
+    bytes_moved: u64,
+}
+
+// SAFETY: `sources` is scratch space for one call; the addresses in it are not used afterwards.
+unsafe impl Send for Scoreboard {}
+
+/// What a segment's execution works with.
+pub(crate) struct Bench<'a> {
+    pub(crate) rank: Rank,
+    pub(crate) segment: &'a Segment,
+    pub(crate) links: &'a mut Links,
+    pub(crate) region: Region,
+    pub(crate) fold: Fold,
+}
+
+const OUT: usize = 0;
+const IN: usize = 1;
+
+/// A ticket carries the transfer's index and which of its sources the message is.
+const fn ticket(transfer: usize, source: usize) -> Ticket {
+    Ticket((transfer as u64) << 32 | source as u64)
+}
+
+const fn transfer_of(ticket: Ticket) -> usize {
+    (ticket.0 >> 32) as usize
+}
+
+impl Scoreboard {
+    pub(crate) fn start(&mut self, segment: &Segment, links: &Links) {
+        self.waits.clear();
+        self.waits.extend(segment.transfers.iter().map(|transfer| transfer.waits_for));
+        self.missing.clear();
+        self.missing.extend(segment.transfers.iter().map(messages));
+        self.left.clear();
+        self.left
+            .extend(segment.step_starts.windows(2).map(|bounds| (bounds[1] - bounds[0]) as u32));
+        (self.opened, self.retired) = (0, 0);
+        self.unposted.resize_with(links.route.len(), Default::default);
+        self.unposted.iter_mut().flatten().for_each(VecDeque::clear);
+        self.in_flight.clear();
+        self.in_flight.resize(links.all.len(), 0);
+    }
+
+    /// Steps that are done, all of them up to here.
+    pub(crate) const fn retired(&self) -> usize {
+        self.retired
+    }
+
+    /// Payload bytes sent and received by this rank since it was created.
+    pub(crate) const fn bytes_moved(&self) -> u64 {
+        self.bytes_moved
+    }
+
+    /// Tickets under way on each link: which links to wait for.
+    pub(crate) fn in_flight(&self) -> &[usize] {
+        &self.in_flight
+    }
+
+    /// The ranks of the oldest unfinished step, with what is missing from them.
+    pub(crate) fn waiting_for(&self, segment: &Segment) -> Vec<Rank> {
+        let mut ranks = Vec::new();
+        for index in segment.step_starts[self.retired]..segment.transfers.len() {
+            let transfer = &segment.transfers[index];
+            if transfer.step > self.retired || self.missing[index] == 0 {
+                continue;
+            }
+            match &transfer.work {
+                Work::Send { to: peer } | Work::Store { from: peer } => ranks.push(*peer),
+                Work::Reduce { from } => ranks.extend(from),
+            }
+        }
+        ranks
+    }
+
+    /// Moves what can be moved. `true` if anything did.
+    pub(crate) fn advance(&mut self, bench: &mut Bench<'_>) -> Result<bool, LinkError> {
+        let mut moved = self.open_steps(bench)?;
+        for link in 0..bench.links.all.len() {
+            if self.in_flight[link] == 0 {
+                continue;
+            }
+            let mut done = std::mem::take(&mut self.done);
+            let result = bench.links.all[link].progress(&mut done);
+            moved |= !done.is_empty();
+            self.in_flight[link] -= done.len();
+            for ticket in done.drain(..) {
+                self.ticket_done(ticket, bench)?;
+            }
+            self.done = done;
+            result?;
+        }
+        Ok(moved)
+    }
+
+    /// Whether every step is done.
+    pub(crate) fn is_done(&self, segment: &Segment) -> bool {
+        self.retired == segment.steps()
+    }
+
+    fn open_steps(&mut self, bench: &mut Bench<'_>) -> Result<bool, LinkError> {
+        let segment = bench.segment;
+        let before = self.opened;
+        while self.opened < segment.steps() && self.opened < self.retired + segment.window {
+            let step = self.opened;
+            self.opened += 1;
+            for index in segment.step_starts[step]..segment.step_starts[step + 1] {
+                self.open(index, bench)?;
+            }
+        }
+        Ok(self.opened > before)
+    }
+
+    fn open(&mut self, index: usize, bench: &mut Bench<'_>) -> Result<(), LinkError> {
+        for_each_end(&bench.segment.transfers[index].work, |peer, direction| {
+            self.unposted[peer][direction].push_back(index);
+            self.post_ready(peer, direction, bench)
+        })
+    }
+
+    /// Posts the transfers of one peer and direction, in order, as far as their hazards allow.
+    fn post_ready(
+        &mut self,
+        peer: Rank,
+        direction: usize,
+        bench: &mut Bench<'_>,
+    ) -> Result<(), LinkError> {
+        while let Some(&index) = self.unposted[peer][direction].front() {
+            let transfer = &bench.segment.transfers[index];
+            // An arrival that reduces lands in a slot: it waits with the folding, not here.
+            let lands_in_slot = matches!(transfer.work, Work::Reduce { .. });
+            if self.waits[index] > 0 && !lands_in_slot {
+                break;
+            }
+            self.unposted[peer][direction].pop_front();
+            self.in_flight[bench.links.route[peer]] += 1;
+            self.bytes_moved += transfer.bytes.len() as u64;
+            post(transfer, index, peer, bench.links)?;
+        }
+        Ok(())
+    }
+
+    fn ticket_done(&mut self, done: Ticket, bench: &mut Bench<'_>) -> Result<(), LinkError> {
+        let index = transfer_of(done);
+        self.missing[index] -= 1;
+        if self.missing[index] > 0 {
+            return Ok(());
+        }
+        match &bench.segment.transfers[index].work {
+            Work::Reduce { .. } if self.waits[index] > 0 => Ok(()),
+            Work::Reduce { from } => {
+                self.fold(index, from, bench);
+                self.transfer_done(index, bench)
+            }
+            _ => self.transfer_done(index, bench),
+        }
+    }
+
+    fn transfer_done(&mut self, index: usize, bench: &mut Bench<'_>) -> Result<(), LinkError> {
+        let segment = bench.segment;
+        let transfer = &segment.transfers[index];
+        self.left[transfer.step] -= 1;
+        while self.retired < segment.steps() && self.left[self.retired] == 0 {
+            self.retired += 1;
+        }
+        for &follower in &transfer.followers {
+            self.waits[follower] -= 1;
+            // A follower that is not open yet will look at its hazards when it opens.
+            if self.waits[follower] == 0 && segment.transfers[follower].step < self.opened {
+                self.hazards_clear(follower, bench)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn hazards_clear(&mut self, index: usize, bench: &mut Bench<'_>) -> Result<(), LinkError> {
+        match &bench.segment.transfers[index].work {
+            Work::Send { to } => self.post_ready(*to, OUT, bench),
+            Work::Store { from } => self.post_ready(*from, IN, bench),
+            Work::Reduce { from } if self.missing[index] == 0 => {
+                self.fold(index, from, bench);
+                self.transfer_done(index, bench)
+            }
+            Work::Reduce { .. } => Ok(()),
+        }
+    }
+
+    /// Folds this rank's value and all arrivals once, in rank order.
+    fn fold(&mut self, index: usize, from: &[Rank], bench: &mut Bench<'_>) {
+        let bytes = &bench.segment.transfers[index].bytes;
+        let own = bench.region.pointer(bytes);
+        let own_place = from.iter().filter(|&&peer| peer < bench.rank).count();
+        self.sources.clear();
+        for (source, &peer) in from.iter().enumerate() {
+            if source == own_place {
+                self.sources.push(own);
+            }
+            self.sources.push(bench.links.to(peer).arrived(ticket(index, source)));
+        }
+        if own_place == from.len() {
+            self.sources.push(own);
+        }
+        let count = bytes.len() / bench.fold.dtype.bytes();
+        // SAFETY: `own` is valid for `bytes` (checked by `Region::pointer`) and no other transfer
+        // touches it (hazards are clear); each arrival is a landed receive of the same length,
+        // readable until released below.
+        unsafe { bench.fold.run(own, &self.sources, count) };
+        for (source, &peer) in from.iter().enumerate() {
+            bench.links.to(peer).release(ticket(index, source));
+        }
+    }
+}
+
+const fn messages(transfer: &Transfer) -> u32 {
+    match &transfer.work {
+        Work::Reduce { from } => from.len() as u32,
+        _ => 1,
+    }
+}
+
+fn for_each_end(
+    work: &Work,
+    mut act: impl FnMut(Rank, usize) -> Result<(), LinkError>,
+) -> Result<(), LinkError> {
+    match work {
+        Work::Send { to } => act(*to, OUT),
+        Work::Store { from } => act(*from, IN),
+        Work::Reduce { from } => from.iter().try_for_each(|&peer| act(peer, IN)),
+    }
+}
+
+fn post(transfer: &Transfer, index: usize, peer: Rank, links: &mut Links) -> Result<(), LinkError> {
+    let bytes: Range<usize> = transfer.bytes.clone();
+    let link = links.to(peer);
+    match &transfer.work {
+        Work::Send { .. } => link.send(peer, bytes, ticket(index, 0)),
+        Work::Store { .. } => link.receive(peer, bytes, Landing::Place, ticket(index, 0)),
+        Work::Reduce { from } => {
+            let source = from.iter().position(|&rank| rank == peer);
+            let source = source.expect("a reduce is queued only for its sources");
+            link.receive(peer, bytes, Landing::Slot, ticket(index, source))
+        }
+    }
+}

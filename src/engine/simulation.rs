@@ -1,0 +1,424 @@
+//! The engine on a virtual clock: all ranks of a world in one thread, over links whose delays,
+//! buffering and losses come from a seed. The engine is the real one; the doubles are the links
+//! (they show no kernel, no partial messages, and time passes only where a message travels).
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use unisum_algorithms::{Shape, Topology, all};
+use unisum_link::{
+    Call, Collective, Dtype, Group, Landing, Link, LinkError, Profile, Rank, ReduceOp, Region,
+    Ticket, Wake,
+};
+
+use super::program::{Program, Source, Tuning};
+use super::{Advance, Engine, Links};
+
+/// SplitMix64: enough randomness for a schedule, replayed by its seed.
+#[derive(Debug)]
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+#[derive(Debug)]
+struct Message {
+    at: u64,
+    call: Call,
+    bytes: Vec<u8>,
+    /// The sender's ticket, if it is done only when the message is received.
+    on_receipt: Option<Ticket>,
+}
+
+#[derive(Debug)]
+struct Network {
+    now: u64,
+    random: Random,
+    lines: HashMap<(Rank, Rank), VecDeque<Message>>,
+    /// Tickets of rendezvous sends that were received, by sender and receiver.
+    received: HashMap<(Rank, Rank), Vec<Ticket>>,
+    /// From this time on the rank is gone.
+    death: Option<(Rank, u64)>,
+}
+
+impl Network {
+    fn is_dead(&self, rank: Rank) -> bool {
+        self.death.is_some_and(|(dead, at)| dead == rank && at <= self.now)
+    }
+
+    /// Lets time pass until the next message arrives or the next death; `false` if none will.
+    fn pass_time(&mut self) -> bool {
+        let arrivals =
+            self.lines.values().filter_map(|line| line.front()).map(|message| message.at);
+        let death = self.death.map(|(_, at)| at);
+        let next = arrivals.chain(death).filter(|&at| at > self.now).min();
+        self.now = next.unwrap_or(self.now);
+        next.is_some()
+    }
+}
+
+#[derive(Debug)]
+struct SimulatedLink {
+    rank: Rank,
+    network: Arc<Mutex<Network>>,
+    current: Option<(Call, Region)>,
+    posted: HashMap<Rank, VecDeque<(Range<usize>, Landing, Ticket)>>,
+    /// Sends that are done and not reported yet.
+    sent: Vec<Ticket>,
+    /// How many sends to each rank wait to be received.
+    awaited: HashMap<Rank, usize>,
+    slots: HashMap<Ticket, Vec<u8>>,
+}
+
+#[derive(Debug)]
+struct NoWake;
+
+impl Wake for NoWake {
+    fn wake(&self) {}
+}
+
+impl SimulatedLink {
+    fn network(&self) -> MutexGuard<'_, Network> {
+        self.network.lock().unwrap()
+    }
+
+    fn current(&self) -> (Call, Region) {
+        self.current.expect("begun")
+    }
+
+    fn land(&mut self, message: Message, bytes: Range<usize>, landing: Landing, ticket: Ticket) {
+        assert_eq!(message.bytes.len(), bytes.len(), "both ends post the same lengths");
+        match landing {
+            Landing::Place => {
+                let to = self.current().1.pointer(&bytes);
+                // SAFETY: the region is valid for `bytes`; the message is memory of its own.
+                unsafe { to.copy_from_nonoverlapping(message.bytes.as_ptr(), bytes.len()) };
+            }
+            Landing::Slot => {
+                self.slots.insert(ticket, message.bytes);
+            }
+        }
+    }
+}
+
+impl Link for SimulatedLink {
+    fn begin(&mut self, call: Call, region: Region) {
+        self.current = Some((call, region));
+    }
+
+    fn send(&mut self, to: Rank, bytes: Range<usize>, ticket: Ticket) -> Result<(), LinkError> {
+        let (call, region) = self.current();
+        let from = region.pointer(&bytes);
+        // SAFETY: the region is valid for `bytes` and the engine sends only what is quiet.
+        let payload = unsafe { std::slice::from_raw_parts(from, bytes.len()) }.to_vec();
+        let mut network = self.network();
+        let delay = 1 + network.random.below(50);
+        let line = network.lines.get(&(self.rank, to)).and_then(|line| line.back());
+        let at = line.map_or(0, |last| last.at).max(network.now + delay);
+        let on_receipt = (network.random.below(2) == 0).then_some(ticket);
+        let message = Message { at, call, bytes: payload, on_receipt };
+        network.lines.entry((self.rank, to)).or_default().push_back(message);
+        drop(network);
+        match on_receipt {
+            None => self.sent.push(ticket),
+            Some(_) => *self.awaited.entry(to).or_default() += 1,
+        }
+        Ok(())
+    }
+
+    fn receive(
+        &mut self,
+        from: Rank,
+        bytes: Range<usize>,
+        landing: Landing,
+        ticket: Ticket,
+    ) -> Result<(), LinkError> {
+        self.posted.entry(from).or_default().push_back((bytes, landing, ticket));
+        Ok(())
+    }
+
+    fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError> {
+        done.append(&mut self.sent);
+        let rank = self.rank;
+        for (&peer, awaited) in &mut self.awaited {
+            let mut network = self.network.lock().unwrap();
+            let mut received = network.received.remove(&(rank, peer)).unwrap_or_default();
+            *awaited -= received.len();
+            done.append(&mut received);
+            if *awaited > 0 && network.is_dead(peer) {
+                return Err(LinkError::closed(peer));
+            }
+        }
+        let peers: Vec<Rank> = self.posted.keys().copied().collect();
+        for peer in peers {
+            while !self.posted[&peer].is_empty() {
+                let (ours, _) = self.current();
+                let mut network = self.network();
+                let now = network.now;
+                let line = network.lines.entry((peer, rank)).or_default();
+                let is_here = line.front().is_some_and(|message| message.at <= now);
+                let Some(message) = is_here.then(|| line.pop_front()).flatten() else {
+                    if network.is_dead(peer) {
+                        return Err(LinkError::closed(peer));
+                    }
+                    break;
+                };
+                if let Some(ticket) = message.on_receipt {
+                    network.received.entry((peer, rank)).or_default().push(ticket);
+                }
+                drop(network);
+                assert_eq!(message.call, ours);
+                let posted = self.posted.get_mut(&peer).and_then(VecDeque::pop_front);
+                let (bytes, landing, ticket) = posted.expect("just seen");
+                self.land(message, bytes, landing, ticket);
+                done.push(ticket);
+            }
+        }
+        Ok(())
+    }
+
+    fn arrived(&self, ticket: Ticket) -> *const u8 {
+        self.slots[&ticket].as_ptr()
+    }
+
+    fn release(&mut self, ticket: Ticket) {
+        self.slots.remove(&ticket).expect("released once, after it arrived");
+    }
+
+    fn park(&mut self, _until: Instant, _wanted: usize) -> Result<(), LinkError> {
+        unreachable!("the simulation never sleeps")
+    }
+
+    fn arm(&mut self) -> bool {
+        false
+    }
+
+    fn disarm(&mut self) {}
+
+    fn wake_fd(&self) -> BorrowedFd<'_> {
+        unreachable!("the simulation never sleeps")
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::new(NoWake)
+    }
+
+    fn abort(&mut self) {
+        self.posted.clear();
+        self.sent.clear();
+        self.awaited.clear();
+        self.slots.clear();
+    }
+
+    fn group(&mut self) -> Option<&mut dyn Group> {
+        None
+    }
+
+    fn profile(&self) -> Profile {
+        Profile { alpha_s: 1.0, beta_s_per_byte: 1.0 }
+    }
+}
+
+/// A world under simulation: the engines and their buffers.
+struct World {
+    network: Arc<Mutex<Network>>,
+    engines: Vec<Engine>,
+    buffers: Vec<Vec<i32>>,
+}
+
+impl World {
+    fn new(world: usize, count: usize, seed: u64, death: Option<(Rank, u64)>) -> Self {
+        let random = Random(seed);
+        let (lines, received) = (HashMap::new(), HashMap::new());
+        let network = Network { now: 0, random, lines, received, death };
+        let network = Arc::new(Mutex::new(network));
+        let link = |rank| SimulatedLink {
+            rank,
+            network: network.clone(),
+            current: None,
+            posted: HashMap::new(),
+            sent: Vec::new(),
+            awaited: HashMap::new(),
+            slots: HashMap::new(),
+        };
+        // Two links, so that what arrives over different links is reordered as well.
+        let engine = |rank| {
+            let all: Vec<Box<dyn Link>> = vec![Box::new(link(rank)), Box::new(link(rank))];
+            let links = Links { all, route: (0..world).map(|peer| (peer + rank) % 2).collect() };
+            Engine::new(rank, links, None)
+        };
+        let engines = (0..world).map(engine).collect();
+        let value = |rank: usize, at: usize| (rank * 1000 + at * 7) as i32;
+        let buffers =
+            (0..world).map(|rank| (0..count).map(|at| value(rank, at)).collect()).collect();
+        Self { network, engines, buffers }
+    }
+
+    fn start(&mut self, algorithm: usize, number: u64, tuning: Tuning) {
+        let (world, count) = (self.engines.len(), self.buffers[0].len());
+        let topology = Topology::nodes(&uneven(world));
+        let shape = Shape { topology, count };
+        let call = Call {
+            number,
+            collective: Collective::AllReduce,
+            dtype: Dtype::I32,
+            op: ReduceOp::Sum,
+            count: count as u64,
+            algorithm: algorithm as u32,
+        };
+        for (rank, engine) in self.engines.iter_mut().enumerate() {
+            let program = Program::build(&Source {
+                algorithm: all()[algorithm],
+                shape: &shape,
+                rank,
+                element_bytes: 4,
+                average: false,
+                tuning,
+                group: None,
+            });
+            let base = NonNull::from(self.buffers[rank].as_mut_slice()).cast();
+            // SAFETY: the buffers outlive the engines' use of them: both live in this world.
+            let region = unsafe { Region::new(base, count * 4, None) };
+            engine.start(call, region, Arc::new(program));
+        }
+    }
+
+    /// Advances ranks in random order until all have ended; the errors of those that failed.
+    fn run(&mut self) -> Vec<Option<LinkError>> {
+        let world = self.engines.len();
+        let mut ended: Vec<Option<Option<LinkError>>> = vec![None; world];
+        loop {
+            let mut moved = false;
+            for _ in 0..2 * world {
+                let rank = self.network().random.below(world as u64) as usize;
+                moved |= self.advance(rank, &mut ended[rank]);
+            }
+            for (rank, ended) in ended.iter_mut().enumerate() {
+                moved |= self.advance(rank, ended);
+            }
+            if ended.iter().all(Option::is_some) {
+                return ended.into_iter().flatten().collect();
+            }
+            assert!(moved || self.network().pass_time(), "deadlock: nobody moves, nothing travels");
+        }
+    }
+
+    fn advance(&mut self, rank: Rank, ended: &mut Option<Option<LinkError>>) -> bool {
+        if ended.is_some() {
+            return false;
+        }
+        if self.network().is_dead(rank) {
+            *ended = Some(None);
+            return true;
+        }
+        match self.engines[rank].advance() {
+            Ok(Advance::Waiting) => false,
+            Ok(Advance::Moved) => true,
+            Ok(Advance::Done) => {
+                *ended = Some(None);
+                true
+            }
+            Err(error) => {
+                self.engines[rank].abort();
+                // As the control connection would: everybody hears of the failure.
+                *ended = Some(Some(error));
+                true
+            }
+        }
+    }
+
+    fn network(&self) -> MutexGuard<'_, Network> {
+        self.network.lock().unwrap()
+    }
+}
+
+fn uneven(world: usize) -> Vec<usize> {
+    match world {
+        0..=2 => vec![world],
+        _ => vec![world / 3, world - world / 3],
+    }
+}
+
+fn expected(world: usize, count: usize) -> Vec<i32> {
+    let ranks: i32 = (0..world as i32).sum();
+    (0..count).map(|at| ranks * 1000 + world as i32 * (at * 7) as i32).collect()
+}
+
+#[test]
+fn every_algorithm_is_right_under_any_schedule() {
+    for seed in 0..if cfg!(miri) { 1 } else { 40 } {
+        let mut random = Random(seed);
+        let world = 2 + random.below(8) as usize;
+        let count = random.below(200) as usize + 1;
+        for algorithm in 0..all().len() {
+            let tuning = Tuning { slice_bytes: 4 << random.below(6), window: 1 << random.below(6) };
+            let mut simulated = World::new(world, count, random.next(), None);
+            simulated.start(algorithm, 0, tuning);
+            let failures = simulated.run();
+            let name = all()[algorithm].name();
+            let context = format!("seed {seed}, {name}, world {world}, count {count}, {tuning:?}");
+            assert!(failures.iter().all(Option::is_none), "{context}: {failures:?}");
+            for buffer in &simulated.buffers {
+                assert_eq!(*buffer, expected(world, count), "{context}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_dies_leaves_nobody_waiting_for_it_without_an_error() {
+    for seed in 0..if cfg!(miri) { 1 } else { 60 } {
+        let mut random = Random(seed);
+        let world = 2 + random.below(6) as usize;
+        let dead = random.below(world as u64) as usize;
+        let algorithm = random.below(all().len() as u64) as usize;
+        let death = Some((dead, random.below(200)));
+        let mut simulated = World::new(world, 64, random.next(), death);
+        simulated.start(algorithm, 0, Tuning { slice_bytes: 32, window: 8 });
+        let (failed, finished) = simulated.run_with_deaths(dead);
+        assert_eq!(failed + finished + 1, world, "seed {seed}");
+    }
+}
+
+impl World {
+    /// Runs until every live rank has ended or waits for a rank that failed; the latter is what
+    /// the control connection's verdict ends. Counts (failed or told, finished) live ranks.
+    fn run_with_deaths(&mut self, dead: Rank) -> (usize, usize) {
+        let world = self.engines.len();
+        let mut ended: Vec<Option<Option<LinkError>>> = vec![None; world];
+        loop {
+            let mut moved = false;
+            for (rank, ended) in ended.iter_mut().enumerate() {
+                moved |= self.advance(rank, ended);
+            }
+            if !moved && !self.network().pass_time() {
+                break;
+            }
+        }
+        let errors = ended.iter().flatten().flatten();
+        assert!(errors.clone().all(|error| error.peer == dead), "only the dead rank is blamed");
+        let finished = |(rank, end): (usize, &Option<Option<LinkError>>)| {
+            rank != dead && matches!(end, Some(None))
+        };
+        let finished = ended.iter().enumerate().filter(|&entry| finished(entry)).count();
+        // Whoever still waits must have somebody who can tell: a rank that saw the death itself,
+        // unless all live ranks finished before it.
+        let waiting = world - 1 - finished - errors.clone().count();
+        assert!(waiting == 0 || errors.count() > 0, "ranks wait, and nobody noticed the death");
+        (world - 1 - finished, finished)
+    }
+}

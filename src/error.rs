@@ -1,0 +1,100 @@
+//! What can go wrong, as the user sees it.
+
+use std::fmt;
+
+use unisum_link::Rank;
+
+/// Why a call failed, who caused it, and how far the operation got.
+///
+/// After a failed collective the communicator is aborted: every later call returns an error of
+/// kind [`ErrorKind::Aborted`], on every rank. The contents of the buffers of the failed
+/// collective are unspecified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    kind: ErrorKind,
+    rank: Option<Rank>,
+    culprits: Vec<Rank>,
+    operation: Option<Operation>,
+    detail: String,
+}
+
+/// The collective that failed and how far it got on this rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Operation {
+    pub(crate) call: String,
+    pub(crate) step: usize,
+    pub(crate) steps: usize,
+}
+
+/// The kinds of [`Error`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// An argument, an environment variable or a launcher's setting is wrong.
+    Configuration,
+    /// The job could not be joined: an address, the token, a rank that never came.
+    Rendezvous,
+    /// A rank's process ended, or its host or network went away.
+    RankLost,
+    /// The deadline passed: a rank is stopped, too late, or never called.
+    Timeout,
+    /// Ranks called different collectives, or the same with different arguments.
+    Mismatch,
+    /// Memory could not be had.
+    Memory,
+    /// An earlier error aborted the communicator; the text repeats it.
+    Aborted,
+    /// The process was forked after the communicator was made: only the parent may use it.
+    Forked,
+}
+
+impl Error {
+    pub(crate) fn new(kind: ErrorKind, detail: impl Into<String>) -> Self {
+        let detail = detail.into();
+        Self { kind, rank: None, culprits: Vec::new(), operation: None, detail }
+    }
+
+    pub(crate) fn on(self, rank: Rank) -> Self {
+        Self { rank: Some(rank), ..self }
+    }
+
+    pub(crate) fn caused_by(self, culprits: Vec<Rank>) -> Self {
+        Self { culprits, ..self }
+    }
+
+    pub(crate) fn during(self, operation: Operation) -> Self {
+        Self { operation: Some(operation), ..self }
+    }
+
+    /// The same failure, as seen by a call that came after it.
+    pub(crate) fn repeated(&self) -> Self {
+        let detail = format!("the communicator was aborted by an earlier error: {self}");
+        let culprits = self.culprits.clone();
+        Self { rank: self.rank, ..Self::new(ErrorKind::Aborted, detail).caused_by(culprits) }
+    }
+
+    /// What kind of error it is.
+    pub const fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The ranks that caused it, where that is known: the same on every rank that reports it.
+    pub fn culprits(&self) -> &[Rank] {
+        &self.culprits
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(rank) = self.rank {
+            write!(f, "rank {rank}: ")?;
+        }
+        if let Some(operation) = &self.operation {
+            let Operation { call, step, steps } = operation;
+            write!(f, "{call} failed at step {step} of {steps}: ")?;
+        }
+        f.write_str(&self.detail)
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,72 @@
+//! Collective communication for training large models: every rank's gradients summed on every
+//! rank, over TCP and shared memory, by the algorithm that fits.
+//!
+//! ```no_run
+//! use unisum::{Communicator, ReduceOp};
+//!
+//! # fn main() -> Result<(), unisum::Error> {
+//! let communicator = Communicator::from_environment()?; // torchrun, mpirun, srun, UNISUM_RANK …
+//! let mut gradients = communicator.allocate::<f32>(1 << 20)?; // peers on this host map it
+//! gradients.fill(communicator.rank() as f32);
+//! communicator.all_reduce(&mut gradients, ReduceOp::Average)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The layers, from the caller down: [`Communicator`] numbers calls and turns failures into
+//! errors; the engine executes a rank's plan (crate `unisum-algorithms`) over links (crate
+//! `unisum-link` and one crate per transport). ARCHITECTURE.md has the picture.
+
+#[cfg(not(any(feature = "tcp", feature = "shm")))]
+compile_error!("unisum needs at least one of the features `tcp` and `shm`");
+
+mod address;
+mod background;
+mod buffer;
+mod builder;
+mod choice;
+mod communicator;
+mod control;
+mod engine;
+mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
+mod interface;
+mod launcher;
+pub mod local;
+mod memory;
+mod programs;
+mod runner;
+mod settings;
+mod turns;
+mod wiring;
+mod work;
+
+pub use buffer::Buffer;
+pub use builder::Builder;
+pub use communicator::Communicator;
+pub use error::{Error, ErrorKind};
+pub use settings::{ByteSizeError, parse_bytes};
+pub use unisum_link::{Dtype, Element, Rank, ReduceOp};
+pub use work::Work;
+
+/// The names of all algorithms, as [`Communicator::set_algorithm`] takes them.
+pub fn algorithms() -> Vec<&'static str> {
+    unisum_algorithms::all().iter().map(|algorithm| algorithm.name()).collect()
+}
+
+/// The transports that this build has, as `UNISUM_TRANSPORT` takes them.
+pub fn transports() -> Vec<&'static str> {
+    let known = [("tcp", cfg!(feature = "tcp")), ("shm", cfg!(feature = "shm"))];
+    known.into_iter().filter_map(|(name, built)| built.then_some(name)).collect()
+}
+
+/// The instruction set that the reduction kernels use on this machine.
+pub fn isa() -> &'static str {
+    unisum_link::kernels::isa()
+}
+
+/// The README's example, compiled with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

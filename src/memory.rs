@@ -1,0 +1,104 @@
+//! Where a collective's memory comes from, and whether the links reach it without copies.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::fmt;
+use std::ptr::NonNull;
+
+use unisum_link::Region;
+
+/// Memory that a buffer owns.
+pub(crate) enum Memory {
+    /// Of this process alone.
+    Private { start: NonNull<u8>, layout: Layout },
+    /// Part of the heap that the node's ranks map.
+    #[cfg(feature = "shm")]
+    Shared(unisum_shm::Block),
+}
+
+/// Allocates memory and recognises it again by its address.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Arena {
+    #[cfg(feature = "shm")]
+    heap: Option<unisum_shm::Heap>,
+}
+
+impl Arena {
+    /// An arena in the node's shared memory.
+    #[cfg(feature = "shm")]
+    pub(crate) const fn shared(heap: unisum_shm::Heap) -> Self {
+        Self { heap: Some(heap) }
+    }
+
+    /// `bytes` zeroed bytes, aligned to pages.
+    ///
+    /// # Errors
+    /// The system's reason.
+    pub(crate) fn allocate(&self, bytes: usize) -> Result<Memory, String> {
+        let bytes = bytes.max(1);
+        #[cfg(feature = "shm")]
+        if let Some(heap) = &self.heap {
+            return heap.allocate(bytes).map(Memory::Shared).map_err(|error| error.to_string());
+        }
+        let layout = Layout::from_size_align(bytes, 4096).map_err(|error| error.to_string())?;
+        // SAFETY: the layout's size is at least 1.
+        let start = unsafe { alloc_zeroed(layout) };
+        let start = NonNull::new(start).ok_or("out of memory")?;
+        Ok(Memory::Private { start, layout })
+    }
+
+    /// The region of a slice.
+    ///
+    /// # Safety
+    /// As [`Region::new`]: `data` is the engine's alone until the collective has ended.
+    pub(crate) unsafe fn region<T>(&self, data: &mut [T]) -> Region {
+        let bytes = size_of_val(data);
+        // SAFETY: the caller promised it.
+        unsafe { self.region_at(NonNull::from(data).cast(), bytes) }
+    }
+
+    /// The region of `bytes` bytes at `base`.
+    ///
+    /// # Safety
+    /// As [`Region::new`].
+    pub(crate) unsafe fn region_at(&self, base: NonNull<u8>, bytes: usize) -> Region {
+        #[cfg(feature = "shm")]
+        let offset = self.heap.as_ref().and_then(|heap| heap.offset_of(base.as_ptr(), bytes));
+        #[cfg(not(feature = "shm"))]
+        let offset = None;
+        // SAFETY: the caller promised it.
+        unsafe { Region::new(base, bytes, offset) }
+    }
+}
+
+// SAFETY: the memory is owned: no other owner exists, in any thread.
+unsafe impl Send for Memory {}
+// SAFETY: shared access gives out only the address.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        match self {
+            Self::Private { start, .. } => *start,
+            #[cfg(feature = "shm")]
+            Self::Shared(block) => block.address(),
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        match self {
+            // SAFETY: allocated in `Arena::allocate` with this layout, and nobody refers to it
+            // any more.
+            Self::Private { start, layout } => unsafe { dealloc(start.as_ptr(), *layout) },
+            #[cfg(feature = "shm")]
+            Self::Shared(_) => {}
+        }
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Memory").field(&self.start()).finish()
+    }
+}

@@ -1,0 +1,238 @@
+//! What a user can set by environment, in one table, read once and checked.
+
+mod bytes;
+mod environment;
+mod variables;
+
+use std::time::Duration;
+
+pub use bytes::{ByteSizeError, parse_bytes};
+pub(crate) use environment::Environment;
+use variables::VARIABLES;
+
+use crate::address::PortRange;
+use crate::interface::InterfaceFilter;
+
+/// Everything about a communicator that the environment can set.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Settings {
+    /// How long one operation may take before it ends with an error.
+    pub(crate) timeout: Duration,
+    /// How long the ranks wait for each other at the start.
+    pub(crate) connect_timeout: Duration,
+    /// Name of the algorithm to use for every operation; `None` chooses by size.
+    pub(crate) algorithm: Option<String>,
+    /// Which transport carries the data.
+    pub(crate) transport: TransportChoice,
+    /// Which network interfaces may be used; `None` goes by the route to the rendezvous host.
+    pub(crate) interface: Option<InterfaceFilter>,
+    /// Ports a rank may listen on; `None` lets the kernel pick.
+    pub(crate) port_range: Option<PortRange>,
+    /// TCP connections to each peer.
+    pub(crate) sockets_per_peer: usize,
+    /// Bytes of one pipeline slice.
+    pub(crate) slice_bytes: usize,
+    /// Slices open at once.
+    pub(crate) window: usize,
+    /// Bytes of shared memory each rank offers for zero-copy buffers; `None` chooses by need.
+    pub(crate) shm_heap: Option<u64>,
+    /// Whether ranks of one host may read each other's private memory (`process_vm_readv`).
+    pub(crate) cross_memory: bool,
+}
+
+/// Which transport carries the data.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub(crate) enum TransportChoice {
+    /// Shared memory between ranks of one host, TCP between hosts.
+    #[default]
+    Auto,
+    /// TCP between all ranks.
+    Tcp,
+    /// Shared memory only: an error if the ranks are not on one host.
+    Shm,
+}
+
+/// A variable that does not hold what it must.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{variable}=`{value}`: expected {accepted}")]
+pub(crate) struct SettingsError {
+    variable: &'static str,
+    value: String,
+    accepted: String,
+}
+
+impl Settings {
+    /// Reads the settings from `environment`; what is not set has its default.
+    ///
+    /// Warns, once a call, of `UNISUM_` variables that do not exist, as they are likely misspelt.
+    ///
+    /// # Errors
+    /// [`SettingsError`] for the first variable whose value is malformed or out of range.
+    pub(crate) fn from_environment(environment: &Environment) -> Result<Self, SettingsError> {
+        let unknown = unknown_variables(environment);
+        if !unknown.is_empty() {
+            tracing::warn!("unknown variables, misspelt? {}", unknown.join(", "));
+        }
+        let defaults = Self::default();
+        let read = Reader(environment);
+        Ok(Self {
+            timeout: read.seconds("UNISUM_TIMEOUT")?.unwrap_or(defaults.timeout),
+            connect_timeout: read
+                .seconds("UNISUM_CONNECT_TIMEOUT")?
+                .unwrap_or(defaults.connect_timeout),
+            algorithm: read.algorithm("UNISUM_ALGORITHM")?,
+            transport: read.parsed("UNISUM_TRANSPORT")?.unwrap_or_default(),
+            interface: read.interface()?,
+            port_range: read.parsed("UNISUM_PORT_RANGE")?,
+            sockets_per_peer: read
+                .number("UNISUM_TCP_SOCKETS", 1..=16)?
+                .unwrap_or(defaults.sockets_per_peer),
+            slice_bytes: read
+                .bytes("UNISUM_SLICE_BYTES", 4 << 10..=1 << 30)?
+                .map_or(defaults.slice_bytes, |bytes| {
+                    usize::try_from(bytes).expect("1 GiB fits a usize")
+                }),
+            window: read.number("UNISUM_WINDOW", 1..=1024)?.unwrap_or(defaults.window),
+            shm_heap: read.bytes("UNISUM_SHM_HEAP", 1..=1 << 46)?,
+            cross_memory: read.switch("UNISUM_CMA")?.unwrap_or(defaults.cross_memory),
+        })
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(300),
+            connect_timeout: Duration::from_secs(120),
+            algorithm: None,
+            transport: TransportChoice::Auto,
+            interface: None,
+            port_range: None,
+            sockets_per_peer: 1,
+            slice_bytes: 256 << 10,
+            window: 4,
+            shm_heap: None,
+            cross_memory: true,
+        }
+    }
+}
+
+impl std::str::FromStr for TransportChoice {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, &'static str> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "tcp" => Ok(Self::Tcp),
+            "shm" => Ok(Self::Shm),
+            _ => Err("auto, tcp or shm"),
+        }
+    }
+}
+
+impl std::fmt::Display for TransportChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Tcp => "tcp",
+            Self::Shm => "shm",
+        })
+    }
+}
+
+/// The `UNISUM_` variables that are set but do not exist.
+fn unknown_variables(environment: &Environment) -> Vec<String> {
+    let known = |name: &str| VARIABLES.iter().any(|variable| variable.name == name);
+    let ours = environment.names().filter(|name| name.starts_with("UNISUM_"));
+    ours.filter(|name| !known(name)).map(str::to_owned).collect()
+}
+
+/// Reads single variables; what is not set is `None`.
+struct Reader<'a>(&'a Environment);
+
+type Read<T> = Result<Option<T>, SettingsError>;
+
+impl Reader<'_> {
+    fn read<T>(
+        &self,
+        variable: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Read<T> {
+        let Some(value) = self.0.get(variable) else {
+            return Ok(None);
+        };
+        let refused = |accepted| SettingsError { variable, value: value.to_owned(), accepted };
+        parse(value.trim()).map(Some).map_err(refused)
+    }
+
+    fn seconds(&self, variable: &'static str) -> Read<Duration> {
+        self.read(variable, |text| {
+            let seconds = text.parse().ok().filter(|s| (MIN_SECONDS..=MAX_SECONDS).contains(s));
+            let accepted = || format!("{MIN_SECONDS} to {MAX_SECONDS} seconds");
+            seconds.map(Duration::from_secs_f64).ok_or_else(accepted)
+        })
+    }
+
+    fn number(
+        &self,
+        variable: &'static str,
+        range: std::ops::RangeInclusive<usize>,
+    ) -> Read<usize> {
+        self.read(variable, |text| {
+            let number = text.parse().ok().filter(|number| range.contains(number));
+            number.ok_or_else(|| format!("{} to {}", range.start(), range.end()))
+        })
+    }
+
+    fn bytes(&self, variable: &'static str, range: std::ops::RangeInclusive<u64>) -> Read<u64> {
+        self.read(variable, |text| {
+            let bytes = parse_bytes(text).ok().filter(|bytes| range.contains(bytes));
+            let (low, high) = range.into_inner();
+            bytes.ok_or_else(|| format!("{low} to {high} bytes, optionally with K, M, G or T"))
+        })
+    }
+
+    fn switch(&self, variable: &'static str) -> Read<bool> {
+        self.read(variable, |text| match text.to_ascii_lowercase().as_str() {
+            "1" | "true" | "yes" | "on" => Ok(true),
+            "0" | "false" | "no" | "off" => Ok(false),
+            _ => Err("1 or 0".to_owned()),
+        })
+    }
+
+    fn parsed<T: std::str::FromStr<Err: ToString>>(&self, variable: &'static str) -> Read<T> {
+        self.read(variable, |text| text.parse().map_err(|error: T::Err| error.to_string()))
+    }
+
+    /// The name's form only: which names exist is the selection's to know.
+    fn algorithm(&self, variable: &'static str) -> Read<String> {
+        let name = self.read(variable, |text| {
+            let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+            match text.bytes().all(fits) {
+                true => Ok(text.to_ascii_lowercase()),
+                false => Err("auto or the name of an algorithm".to_owned()),
+            }
+        })?;
+        Ok(name.filter(|name| name != "auto"))
+    }
+
+    /// Users of NCCL and Gloo have said once already which network to use.
+    fn interface(&self) -> Read<InterfaceFilter> {
+        for variable in ["UNISUM_INTERFACE", "NCCL_SOCKET_IFNAME"] {
+            if let Some(filter) = self.parsed(variable)? {
+                return Ok(Some(filter));
+            }
+        }
+        self.read("GLOO_SOCKET_IFNAME", |names| {
+            InterfaceFilter::exact(names).map_err(|error| error.to_string())
+        })
+    }
+}
+
+/// A millisecond; anything shorter is a mistake of units.
+const MIN_SECONDS: f64 = 0.001;
+/// Eleven days; longer waits are better found by a person.
+const MAX_SECONDS: f64 = 1_000_000.0;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,104 @@
+use super::*;
+
+fn read(pairs: &[(&'static str, &str)]) -> Result<Settings, SettingsError> {
+    Settings::from_environment(&pairs.iter().copied().collect())
+}
+
+#[test]
+fn the_documented_defaults_are_the_real_ones() {
+    let written: Environment = VARIABLES.iter().map(|v| (v.name, v.default)).collect();
+    assert_eq!(Settings::from_environment(&written), Ok(Settings::default()));
+    assert_eq!(read(&[]), Ok(Settings::default()));
+}
+
+#[test]
+fn the_documentation_has_every_variable_and_no_other() {
+    let page = include_str!("../../docs/configuration.md");
+    let written: Vec<_> = page.lines().filter(|line| line.starts_with("| `UNISUM_")).collect();
+    let table: Vec<_> = VARIABLES
+        .iter()
+        .map(|variable| {
+            let default = match variable.default {
+                "" => "–".to_owned(),
+                value => format!("`{value}`"),
+            };
+            format!("| `{}` | {default} | {} |", variable.name, variable.meaning)
+        })
+        .collect();
+    assert_eq!(written, table, "rows for docs/configuration.md:\n{}", table.join("\n"));
+}
+
+#[test]
+fn every_setting_is_read() {
+    let settings = read(&[
+        ("UNISUM_TIMEOUT", "1.5"),
+        ("UNISUM_CONNECT_TIMEOUT", " 7 "),
+        ("UNISUM_ALGORITHM", "Ring"),
+        ("UNISUM_TRANSPORT", "shm"),
+        ("UNISUM_INTERFACE", "^docker"),
+        ("UNISUM_PORT_RANGE", "20000-20010"),
+        ("UNISUM_TCP_SOCKETS", "4"),
+        ("UNISUM_SLICE_BYTES", "1M"),
+        ("UNISUM_WINDOW", "8"),
+        ("UNISUM_SHM_HEAP", "2G"),
+        ("UNISUM_CMA", "off"),
+    ]);
+    let expected = Settings {
+        timeout: Duration::from_millis(1500),
+        connect_timeout: Duration::from_secs(7),
+        algorithm: Some("ring".to_owned()),
+        transport: TransportChoice::Shm,
+        interface: Some("^docker".parse().unwrap()),
+        port_range: Some("20000-20010".parse().unwrap()),
+        sockets_per_peer: 4,
+        slice_bytes: 1 << 20,
+        window: 8,
+        shm_heap: Some(2 << 30),
+        cross_memory: false,
+    };
+    assert_eq!(settings, Ok(expected));
+}
+
+#[test]
+fn malformed_values_are_errors_that_name_variable_value_and_what_is_accepted() {
+    for (variable, value, accepted) in [
+        ("UNISUM_TIMEOUT", "0", "0.001 to 1000000 seconds"),
+        ("UNISUM_TIMEOUT", "NaN", "seconds"),
+        ("UNISUM_TIMEOUT", "inf", "seconds"),
+        ("UNISUM_TIMEOUT", "5s", "seconds"),
+        ("UNISUM_CONNECT_TIMEOUT", "-1", "seconds"),
+        ("UNISUM_ALGORITHM", "ring tree", "name of an algorithm"),
+        ("UNISUM_TRANSPORT", "ib", "auto, tcp or shm"),
+        ("UNISUM_INTERFACE", "^", "a name is empty"),
+        ("NCCL_SOCKET_IFNAME", "eth0,", "a name is empty"),
+        ("GLOO_SOCKET_IFNAME", "a b", "interface filter"),
+        ("UNISUM_PORT_RANGE", "9-8", "LOW-HIGH"),
+        ("UNISUM_TCP_SOCKETS", "17", "1 to 16"),
+        ("UNISUM_SLICE_BYTES", "1K", "4096 to 1073741824 bytes"),
+        ("UNISUM_WINDOW", "0", "1 to 1024"),
+        ("UNISUM_SHM_HEAP", "lots", "bytes"),
+        ("UNISUM_CMA", "2", "1 or 0"),
+    ] {
+        let error = read(&[(variable, value)]).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{variable}=`{value}`: expected ")), "{error}");
+        assert!(error.contains(accepted), "{error}");
+    }
+}
+
+#[test]
+fn interfaces_fall_back_to_what_nccl_and_gloo_were_told() {
+    let all = [("UNISUM_INTERFACE", "a"), ("NCCL_SOCKET_IFNAME", "b"), ("GLOO_SOCKET_IFNAME", "c")];
+    let filter = |pairs| read(pairs).unwrap().interface.unwrap().to_string();
+    assert_eq!([filter(&all), filter(&all[1..]), filter(&all[2..])], ["a", "b", "=c"]);
+}
+
+#[test]
+fn misspelt_variables_are_listed() {
+    let environment = Environment::from_iter([
+        ("UNISUM_TIMEOUTS", "1"),
+        ("UNISUM_TIMEOUT", "1"),
+        ("UNISUM", "1"),
+        ("OTHER", "1"),
+    ]);
+    assert_eq!(unknown_variables(&environment), ["UNISUM_TIMEOUTS"]);
+}

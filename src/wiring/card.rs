@@ -1,0 +1,85 @@
+//! What each rank tells all others when it joins.
+
+use std::net::SocketAddr;
+
+use bytes::{Buf, BufMut};
+
+/// A rank's card. Its encoding begins with a version, so that mixed versions are noticed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Card {
+    /// Where the rank accepts connections.
+    pub(crate) address: Option<SocketAddr>,
+    /// Which host it is on, as far as names go; sharing memory proves it.
+    pub(crate) host: String,
+    /// Process id, for messages.
+    pub(crate) pid: u32,
+    /// Settings that must be the same on all ranks, readable.
+    pub(crate) settings: String,
+    /// What the shared-memory transport offers; empty if it does not.
+    pub(crate) shm: Vec<u8>,
+}
+
+const VERSION: u32 = 1;
+
+impl Card {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.put_u32_le(VERSION);
+        bytes.put_u32_le(self.pid);
+        let address = self.address.map_or_else(String::new, |address| address.to_string());
+        for field in [address.as_bytes(), self.host.as_bytes(), self.settings.as_bytes(), &self.shm]
+        {
+            bytes.put_u32_le(u32::try_from(field.len()).expect("cards are small"));
+            bytes.put_slice(field);
+        }
+        bytes
+    }
+
+    /// Reads a card; the error says what is wrong with it.
+    pub(crate) fn decode(mut bytes: &[u8]) -> Result<Self, String> {
+        let version = bytes.try_get_u32_le().map_err(|_| "an empty card")?;
+        if version != VERSION {
+            return Err(format!("version {version} of unisum's protocol, this rank has {VERSION}"));
+        }
+        let pid = bytes.try_get_u32_le().map_err(|_| "a card without process id")?;
+        let address = text(&mut bytes)?;
+        let address = if address.is_empty() {
+            None
+        } else {
+            Some(address.parse().map_err(|_| format!("{address:?} is not an address"))?)
+        };
+        let (host, settings) = (text(&mut bytes)?, text(&mut bytes)?);
+        let shm = field(&mut bytes)?.to_vec();
+        if !bytes.is_empty() {
+            return Err("a card with something behind it".into());
+        }
+        Ok(Self { address, host, pid, settings, shm })
+    }
+}
+
+fn text(bytes: &mut &[u8]) -> Result<String, String> {
+    String::from_utf8(field(bytes)?.to_vec()).map_err(|_| "text that is not UTF-8".into())
+}
+
+fn field<'a>(bytes: &mut &'a [u8]) -> Result<&'a [u8], String> {
+    let length = bytes.try_get_u32_le().map_err(|_| "a card that ends early")? as usize;
+    bytes.split_off(..length).ok_or_else(|| "a card that ends early".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_survive_the_wire() {
+        let card = Card {
+            address: Some("[::1]:4000".parse().unwrap()),
+            host: "boot/net".into(),
+            pid: 7,
+            settings: "transport=auto".into(),
+            shm: vec![1, 2, 3],
+        };
+        assert_eq!(Card::decode(&card.encode()), Ok(card));
+        assert_eq!(Card::decode(&Card::default().encode()), Ok(Card::default()));
+    }
+}

@@ -1,0 +1,208 @@
+//! What the links cost: measured between few ranks, then agreed by all.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BufMut};
+use unisum_algorithms::{CostModel, LinkCost, Topology};
+use unisum_link::kernels::Fold;
+use unisum_link::{Dtype, LinkError, Profile, Rank, ReduceOp};
+
+use super::{calibrate, rendezvous_error};
+use crate::choice::{Choice, NodeCost};
+use crate::control::Control;
+use crate::engine::Engine;
+use crate::engine::program::Tuning;
+use crate::memory::Arena;
+use crate::{Error, ErrorKind};
+
+/// The figures that all ranks share.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Costs {
+    /// Between ranks that share memory; without such, as `across`.
+    pub(super) inside: Profile,
+    /// Between ranks that don't; without such, as `inside`.
+    pub(super) across: Profile,
+    pub(super) gamma_s_per_byte: f64,
+    pub(super) cores: f64,
+    /// For all ranks of rank 0's node to arrive; as an α where it shares memory with nobody.
+    arrival_s: f64,
+}
+
+/// A pair that measures may be slow to start on a crowded host.
+const MEASURE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Measures: rank 0 with the first rank it shares memory with and with the first it does not.
+/// Then rank 0's figures become everybody's.
+pub(super) fn agree(
+    engine: &mut Engine,
+    control: &Control,
+    rank: Rank,
+    members: &[Rank],
+    arena: &Arena,
+) -> Result<Costs, Error> {
+    let pairs =
+        control.exchange(first_partners(rank, members, engine)).map_err(rendezvous_error)?;
+    let mut measured = [None; 2];
+    for (kind, partner) in partners(&pairs[0]).into_iter().enumerate() {
+        let Some(partner) = partner else { continue };
+        let peer = if rank == 0 { partner } else { 0 };
+        if rank == 0 || rank == partner {
+            measured[kind] = Some(measure(engine, peer, rank == 0, arena)?);
+        }
+    }
+    let arrival_s = match engine.group() {
+        Some(group) => calibrate::arrival_s(group, Instant::now() + MEASURE_TIMEOUT)
+            .map_err(|error| measuring_failed(&error))?,
+        None => measured.iter().flatten().map(|profile| profile.alpha_s).fold(1e-6, f64::max),
+    };
+    let blobs = control.exchange(encode(rank, &measured, arrival_s)).map_err(rendezvous_error)?;
+    decode(&blobs[0]).ok_or_else(|| {
+        let text = "rank 0 told no costs that this version understands";
+        Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![0])
+    })
+}
+
+fn measure(engine: &mut Engine, peer: Rank, first: bool, arena: &Arena) -> Result<Profile, Error> {
+    let until = Instant::now() + MEASURE_TIMEOUT;
+    calibrate::measure(engine.link_to(peer), peer, first, arena, until)
+        .map_err(|error| measuring_failed(&error))
+}
+
+fn measuring_failed(error: &LinkError) -> Error {
+    let text = format!("measuring the {error}");
+    Error::new(ErrorKind::Rendezvous, text).caused_by(vec![error.peer])
+}
+
+/// Rank 0 names its partners: one that shares its memory and one that does not (or itself).
+fn first_partners(rank: Rank, members: &[Rank], engine: &Engine) -> Vec<u8> {
+    let world = engine.route().len();
+    let sharing = members.iter().copied().find(|&peer| peer != rank);
+    let apart = (0..world).find(|peer| !members.contains(peer));
+    let mut bytes = Vec::new();
+    for partner in [sharing, apart] {
+        bytes.put_u32_le(partner.unwrap_or(rank) as u32);
+    }
+    bytes
+}
+
+fn partners(mut bytes: &[u8]) -> [Option<Rank>; 2] {
+    [(); 2].map(|()| bytes.try_get_u32_le().ok().map(|peer| peer as Rank).filter(|&peer| peer != 0))
+}
+
+fn encode(rank: Rank, measured: &[Option<Profile>; 2], arrival_s: f64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let [inside, across] = measured;
+    let (Some(inside), Some(across)) = (inside.or(*across), across.or(*inside)) else {
+        return bytes;
+    };
+    if rank == 0 {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        for value in [
+            inside.alpha_s,
+            inside.beta_s_per_byte,
+            across.alpha_s,
+            across.beta_s_per_byte,
+            gamma_s_per_byte(),
+            cores as f64,
+            arrival_s,
+        ] {
+            bytes.put_f64_le(value);
+        }
+    }
+    bytes
+}
+
+pub(super) fn decode(mut bytes: &[u8]) -> Option<Costs> {
+    let is_figure = |value: &f64| *value > 0.0 && value.is_finite();
+    let mut next = || bytes.try_get_f64_le().ok().filter(is_figure);
+    Some(Costs {
+        inside: Profile { alpha_s: next()?, beta_s_per_byte: next()? },
+        across: Profile { alpha_s: next()?, beta_s_per_byte: next()? },
+        gamma_s_per_byte: next()?,
+        cores: next()?,
+        arrival_s: next()?,
+    })
+}
+
+/// Seconds to add a byte of one buffer to another, both in cache.
+fn gamma_s_per_byte() -> f64 {
+    const COUNT: usize = 64 << 10;
+    let (mut to, from) = (vec![1.0_f32; COUNT], vec![1.0_f32; COUNT]);
+    let fold = Fold { dtype: Dtype::F32, op: ReduceOp::Sum, divide_by: None };
+    let mut fastest = Duration::MAX;
+    for _ in 0..4 {
+        let start = Instant::now();
+        let own: *mut u8 = to.as_mut_ptr().cast();
+        // SAFETY: both vectors hold `COUNT` elements; the destination is one of the sources.
+        unsafe { fold.run(own, &[own.cast_const(), from.as_ptr().cast()], COUNT) };
+        fastest = fastest.min(start.elapsed());
+    }
+    fastest.as_secs_f64().max(1e-9) / (COUNT * size_of::<f32>()) as f64
+}
+
+impl Costs {
+    /// The choice that follows from the figures.
+    pub(super) fn choice(
+        &self,
+        topology: Topology,
+        engine: &mut Engine,
+        tuning: Tuning,
+        fixed: Option<usize>,
+    ) -> Choice {
+        let world = topology.world();
+        let largest_node = (0..topology.node_count())
+            .map(|node| topology.members(node as u32).len())
+            .max()
+            .unwrap_or(1);
+        let ranks_per_core = largest_node as f64 / self.cores;
+        let shares = engine.group().is_some();
+        let node = engine.group().filter(|group| group.members().len() == world).map(|group| {
+            let (arrival_s, beta_s_per_byte) = (self.arrival_s, self.inside.beta_s_per_byte);
+            NodeCost { arrival_s, beta_s_per_byte, slot_bytes: group.slot_bytes() }
+        });
+        // Most of a short message's time is the processors' at its two ends.
+        let slowest_alpha_s = self.inside.alpha_s.max(self.across.alpha_s);
+        let model = CostModel {
+            inside: link_cost(&self.inside),
+            across: link_cost(&self.across),
+            gamma_s_per_byte: self.gamma_s_per_byte,
+            message_s: slowest_alpha_s / 2.0,
+            ranks_per_core,
+            slice_elements: tuning.slice_bytes / 4,
+            window: tuning.window,
+            group_steps: shares,
+            ..CostModel::default()
+        };
+        Choice::new(topology, model, node, fixed)
+    }
+}
+
+const fn link_cost(profile: &Profile) -> LinkCost {
+    LinkCost { alpha_s: profile.alpha_s, beta_s_per_byte: profile.beta_s_per_byte }
+}
+
+impl fmt::Display for Costs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, profile) in [("inside a node", &self.inside), ("across nodes", &self.across)] {
+            let (micros, rate) = (profile.alpha_s * 1e6, 1e-9 / profile.beta_s_per_byte);
+            writeln!(f, "{name}: {micros:.1} us + bytes at {rate:.2} GB/s (measured by rank 0)")?;
+        }
+        writeln!(f, "all ranks of a node meet in {:.1} us", self.arrival_s * 1e6)?;
+        writeln!(f, "reducing: {:.1} GB/s a core", 1e-9 / self.gamma_s_per_byte)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_kind_of_link_stands_for_the_other() {
+        let profile = Profile { alpha_s: 1e-6, beta_s_per_byte: 1e-9 };
+        let costs = decode(&encode(0, &[None, Some(profile)], 1e-6)).unwrap();
+        assert_eq!((costs.inside, costs.across), (profile, profile));
+        assert_eq!(decode(&encode(1, &[None, Some(profile)], 1e-6)), None);
+        assert_eq!(decode(&[0; 56]), None);
+    }
+}

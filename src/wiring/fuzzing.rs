@@ -1,0 +1,53 @@
+//! What must hold of what ranks tell each other when they join, whatever they tell.
+
+use unisum_link::fuzzing::Target;
+
+use super::card::Card;
+use super::costs;
+
+pub(crate) const TARGETS: &[Target] = &[
+    Target { name: "card", check: check_card, seeds: card_seeds },
+    Target { name: "costs", check: check_costs, seeds: costs_seeds },
+];
+
+/// A card that is accepted encodes to one that says the same, and to the same bytes but for the
+/// address, which may be written in several ways.
+fn check_card(bytes: &[u8]) {
+    let Ok(card) = Card::decode(bytes) else { return };
+    let encoded = card.encode();
+    let without_address = |card: &[u8]| {
+        let (head, rest) = card.split_at(8);
+        let (length, rest) = rest.split_first_chunk().expect("it was accepted");
+        [head, &rest[u32::from_le_bytes(*length) as usize..]].concat()
+    };
+    assert_eq!(without_address(&encoded), without_address(bytes));
+    assert_eq!(Card::decode(&encoded), Ok(card));
+}
+
+fn card_seeds() -> Vec<Vec<u8>> {
+    let card = Card {
+        address: Some(([10, 0, 0, 1], 4000).into()),
+        host: "boot/net".into(),
+        pid: 7,
+        settings: "transport=auto".into(),
+        shm: vec![1, 2, 3],
+    };
+    vec![card.encode(), Card::default().encode()]
+}
+
+/// Costs that are accepted are numbers to reckon with.
+fn check_costs(bytes: &[u8]) {
+    let Some(costs) = costs::decode(bytes) else { return };
+    for profile in [costs.inside, costs.across] {
+        assert!(profile.alpha_s > 0.0 && profile.alpha_s.is_finite());
+        assert!(profile.beta_s_per_byte > 0.0 && profile.beta_s_per_byte.is_finite());
+    }
+    assert!(costs.gamma_s_per_byte.is_finite() && costs.cores.is_finite());
+    // Printing divides by them.
+    assert!(!costs.to_string().is_empty());
+}
+
+fn costs_seeds() -> Vec<Vec<u8>> {
+    let figures = [1e-6_f64, 1e-10, 2e-5, 1e-9, 5e-11, 16.0];
+    vec![figures.map(f64::to_le_bytes).concat()]
+}

@@ -1,0 +1,182 @@
+//! Joining: from rank and world to an engine whose links reach everybody.
+//!
+//! All ranks go through the same exchanges over the control connection: cards (where is who, and
+//! with which settings), who shares memory with whom, and what the links were measured to cost.
+
+mod calibrate;
+mod card;
+mod costs;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
+mod node;
+mod tcp;
+
+use std::time::Instant;
+
+use unisum_algorithms::Topology;
+use unisum_link::handshake::Secret;
+use unisum_link::{Link, Rank};
+
+use crate::choice::{self, Choice};
+use crate::control::{Control, ControlError};
+use crate::engine::program::Tuning;
+use crate::engine::{Engine, Links};
+use crate::launcher::Detected;
+use crate::memory::Arena;
+use crate::settings::Settings;
+use crate::{Error, ErrorKind};
+use card::Card;
+use node::{Node, Offer};
+
+/// What joining gave.
+#[derive(Debug)]
+pub(crate) struct Joined {
+    pub(crate) control: Control,
+    pub(crate) engine: Engine,
+    pub(crate) choice: Choice,
+    pub(crate) arena: Arena,
+    pub(crate) tuning: Tuning,
+    pub(crate) transport: String,
+    pub(crate) description: String,
+}
+
+/// Joins the job. Blocks until every rank has come.
+pub(crate) fn join(
+    detected: &Detected,
+    settings: &Settings,
+    secret: &Secret,
+) -> Result<Joined, Error> {
+    let (rank, world, start) = (detected.rank, detected.world, Instant::now());
+    let fixed = settings.algorithm.as_deref().map(choice::index_of).transpose()?;
+    let control = tcp::start_control(detected, settings, secret)?;
+    let offer = Offer::new(settings.transport, secret);
+    let cards = exchange_cards(&control, rank, settings, &offer)?;
+    let node = offer.join(rank, &cards, &control, settings)?;
+    let Node { arena, members, link, topology } = node;
+    let mut links = Assembly::new(world);
+    if let Some(link) = link {
+        links.add("shm", link, &members);
+    }
+    let others: Vec<Rank> = (0..world).filter(|peer| !members.contains(peer)).collect();
+    if !others.is_empty() {
+        let link = tcp::connect(rank, &cards, settings, secret, detected, &control)?;
+        links.add("tcp", link, &others);
+    }
+    let transport = links.names.join("+");
+    let mut engine = links.engine(rank);
+    engine.links().iter().for_each(|link| control.add_waker(link.waker()));
+    let costs = costs::agree(&mut engine, &control, rank, &members, &arena)?;
+    let seconds = start.elapsed().as_secs_f64();
+    let description =
+        describe(detected, &cards, &topology, &transport, seconds) + &costs.to_string();
+    tracing::info!("rank {rank} of {world} joined over {transport} in {seconds:.3} s");
+    let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
+    let choice = costs.choice(topology, &mut engine, tuning, fixed);
+    Ok(Joined { control, engine, choice, arena, tuning, transport, description })
+}
+
+/// The links of a communicator, while they are put together.
+struct Assembly {
+    names: Vec<&'static str>,
+    links: Links,
+    group_link: Option<usize>,
+}
+
+impl Assembly {
+    fn new(world: usize) -> Self {
+        let links = Links { all: Vec::new(), route: vec![0; world] };
+        Self { names: Vec::new(), links, group_link: None }
+    }
+
+    fn add(&mut self, name: &'static str, mut link: Box<dyn Link>, ranks: &[Rank]) {
+        let index = self.links.all.len();
+        if link.group().is_some() {
+            self.group_link = Some(index);
+        }
+        ranks.iter().for_each(|&rank| self.links.route[rank] = index);
+        self.names.push(name);
+        self.links.all.push(link);
+    }
+
+    fn engine(self, rank: Rank) -> Engine {
+        Engine::new(rank, self.links, self.group_link)
+    }
+}
+
+fn exchange_cards(
+    control: &Control,
+    rank: Rank,
+    settings: &Settings,
+    offer: &Offer,
+) -> Result<Vec<Card>, Error> {
+    let card = Card {
+        address: Some(control.local_addr()),
+        host: node::host_name(),
+        pid: std::process::id(),
+        settings: common_settings(settings),
+        shm: offer.card(),
+    };
+    let cards = control.exchange(card.encode()).map_err(rendezvous_error)?;
+    let cards: Vec<Card> = cards
+        .iter()
+        .enumerate()
+        .map(|(peer, card)| {
+            Card::decode(card).map_err(|why| {
+                let text = format!("rank {peer} introduced itself with {why}");
+                Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![peer])
+            })
+        })
+        .collect::<Result<_, _>>()?;
+    check_settings(rank, &cards)?;
+    Ok(cards)
+}
+
+/// The settings that have to be the same on all ranks, as a user would write them.
+fn common_settings(settings: &Settings) -> String {
+    let algorithm = settings.algorithm.as_deref().unwrap_or("auto");
+    let Settings { transport, slice_bytes, window, sockets_per_peer, .. } = settings;
+    format!(
+        "UNISUM_TRANSPORT={transport} UNISUM_ALGORITHM={algorithm} \
+         UNISUM_SLICE_BYTES={slice_bytes} UNISUM_WINDOW={window} \
+         UNISUM_TCP_SOCKETS={sockets_per_peer}"
+    )
+}
+
+fn check_settings(rank: Rank, cards: &[Card]) -> Result<(), Error> {
+    let first = &cards[0].settings;
+    let differs = |card: &Card| card.settings != *first;
+    let Some(other) = cards.iter().position(differs) else { return Ok(()) };
+    let text = format!(
+        "settings that must be the same on all ranks differ: rank 0 has {first}, \
+         rank {other} has {}",
+        cards[other].settings
+    );
+    Err(Error::new(ErrorKind::Configuration, text).on(rank).caused_by(vec![other]))
+}
+
+fn rendezvous_error(error: ControlError) -> Error {
+    Error::new(ErrorKind::Rendezvous, error.to_string())
+}
+
+fn describe(
+    detected: &Detected,
+    cards: &[Card],
+    topology: &Topology,
+    transport: &str,
+    seconds: f64,
+) -> String {
+    let nodes = topology.node_count();
+    let mut text = format!(
+        "rank {} of {} (from {}), {nodes} node{}, over {transport}, joined in {seconds:.3} s\n",
+        detected.rank,
+        detected.world,
+        detected.source,
+        if nodes == 1 { "" } else { "s" },
+    );
+    for (rank, card) in cards.iter().enumerate() {
+        let address = card.address.map_or_else(|| "-".to_owned(), |address| address.to_string());
+        let node = topology.node_of(rank);
+        text += &format!("  rank {rank}: node {node}, pid {}, {address}\n", card.pid);
+    }
+    text
+}

@@ -1,0 +1,86 @@
+//! The control connection, and the TCP link beside it.
+
+#[cfg(feature = "tcp")]
+use std::sync::Arc;
+
+use unisum_link::handshake::Secret;
+#[cfg(feature = "tcp")]
+use unisum_link::handshake::job_hash;
+use unisum_link::{Link, Rank};
+
+use super::card::Card;
+use super::rendezvous_error;
+use crate::control::{Control, ControlConfig};
+use crate::launcher::Detected;
+use crate::settings::Settings;
+use crate::{Error, ErrorKind};
+
+pub(super) fn start_control(
+    detected: &Detected,
+    settings: &Settings,
+    secret: &Secret,
+) -> Result<Control, Error> {
+    let rendezvous = detected.rendezvous.clone().ok_or_else(|| {
+        let text = "no rendezvous address; set UNISUM_RENDEZVOUS=tcp://HOST:PORT";
+        Error::new(ErrorKind::Configuration, text)
+    })?;
+    let config = ControlConfig {
+        rank: detected.rank,
+        world: detected.world,
+        rendezvous,
+        job: detected.job.clone(),
+        secret: secret.clone(),
+        interface: settings.interface.clone(),
+        port_range: settings.port_range,
+        connect_timeout: settings.connect_timeout,
+    };
+    Control::start(config).map_err(rendezvous_error)
+}
+
+/// The link to the ranks that share no memory with this one.
+#[cfg(feature = "tcp")]
+pub(super) fn connect(
+    rank: Rank,
+    cards: &[Card],
+    settings: &Settings,
+    secret: &Secret,
+    detected: &Detected,
+    control: &Control,
+) -> Result<Box<dyn Link>, Error> {
+    let addresses = cards.iter().enumerate().map(|(peer, card)| {
+        card.address.ok_or_else(|| {
+            let text = format!("rank {peer} told no address");
+            Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![peer])
+        })
+    });
+    let config = unisum_tcp::TcpConfig {
+        rank,
+        addresses: addresses.collect::<Result<_, _>>()?,
+        session: control.session(),
+        job: job_hash(&detected.job),
+        secret: secret.clone(),
+        sockets_per_peer: settings.sockets_per_peer as u8,
+        connect_timeout: settings.connect_timeout,
+    };
+    let link = unisum_tcp::TcpLink::new(config).map_err(|error| {
+        let text = format!("making an event queue for TCP: {error}");
+        Error::new(ErrorKind::Rendezvous, text).on(rank)
+    })?;
+    let inbox = link.inbox();
+    control.set_inbox(Arc::new(move |peer, socket, stream| inbox.deliver(peer, socket, stream)));
+    Ok(Box::new(link))
+}
+
+/// Without the `tcp` feature nobody else can be reached.
+#[cfg(not(feature = "tcp"))]
+pub(super) fn connect(
+    rank: Rank,
+    _cards: &[Card],
+    _settings: &Settings,
+    _secret: &Secret,
+    _detected: &Detected,
+    _control: &Control,
+) -> Result<Box<dyn Link>, Error> {
+    let text = "some ranks share no memory with this one, and this build has no TCP transport";
+    Err(Error::new(ErrorKind::Configuration, text).on(rank))
+}

@@ -1,0 +1,164 @@
+//! Several hosts: network namespaces, joined by veth pairs and a bridge in one more namespace.
+//!
+//! They need root. Without it the tests say so and pass, unless UNISUM_TEST_NAMESPACES is
+//! `required`, as in CI.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+mod support;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use support::{World, reach, tell};
+use unisum::{Communicator, ReduceOp};
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[("sums", sums), ("lose_a_host", lose_a_host)]);
+}
+
+const LIMIT: Duration = Duration::from_secs(100);
+
+fn namespace(host: usize) -> String {
+    format!("unisum-{}-{host}", std::process::id())
+}
+
+/// Runs a command to set up hosts.
+fn sh(command: &str) -> Result<(), String> {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() { Ok(()) } else { Err(format!("{command}: {error}")) }
+}
+
+/// Hosts 0..n with addresses 10.77.0.1… and fd77::1… on `eth0`; deleted when dropped.
+struct Hosts(usize);
+
+impl Hosts {
+    fn new(hosts: usize) -> Option<Self> {
+        let this = Self(hosts);
+        match this.set_up() {
+            Ok(()) => Some(this),
+            Err(why) => {
+                let required =
+                    std::env::var("UNISUM_TEST_NAMESPACES").is_ok_and(|v| v == "required");
+                assert!(!required, "no network namespaces: {why}");
+                println!("skipped: no network namespaces: {why}");
+                None
+            }
+        }
+    }
+
+    fn set_up(&self) -> Result<(), String> {
+        let switch = namespace(self.0);
+        sh(&format!("ip netns add {switch} && ip -n {switch} link add br0 type bridge"))?;
+        sh(&format!("ip -n {switch} link set br0 up"))?;
+        for host in 0..self.0 {
+            let (name, number) = (namespace(host), host + 1);
+            sh(&format!("ip netns add {name} && ip -n {name} link set lo up"))?;
+            let peer = format!("peer name port{host} netns {switch}");
+            sh(&format!("ip -n {name} link add eth0 type veth {peer}"))?;
+            sh(&format!("ip -n {switch} link set port{host} master br0 up"))?;
+            sh(&format!("ip -n {name} addr add 10.77.0.{number}/24 dev eth0"))?;
+            sh(&format!("ip -n {name} addr add fd77::{number}/64 dev eth0 nodad"))?;
+            sh(&format!("ip -n {name} link set eth0 up"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        for host in 0..=self.0 {
+            // It may not exist if setting up failed half-way.
+            let _ = sh(&format!("ip netns del {}", namespace(host)));
+        }
+    }
+}
+
+fn inside(host: usize) -> Vec<String> {
+    ["ip", "netns", "exec", &namespace(host)].map(str::to_owned).to_vec()
+}
+
+/// One test at a time: the namespaces have fixed names within this process.
+static HOSTS: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+fn world(ranks: usize, scenario: &'static str, rendezvous: &str) -> World {
+    World::new(ranks, scenario).set("UNISUM_RENDEZVOUS", rendezvous).set("UNISUM_INTERFACE", "")
+}
+
+#[test]
+fn ranks_on_several_hosts_share_memory_inside_and_use_tcp_across() {
+    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(_hosts) = Hosts::new(3) else { return };
+    for rendezvous in ["tcp://10.77.0.1:7001", "tcp://[fd77::1]:7001"] {
+        // Uneven: two ranks on host 0, three on host 1, one on host 2.
+        let world = world(6, "sums", rendezvous).through(|rank| inside([0, 0, 1, 1, 1, 2][rank]));
+        let told = world.succeed(LIMIT);
+        let transports: Vec<&str> = told.iter().map(|told| told[0].as_str()).collect();
+        assert_eq!(transports, ["shm+tcp", "shm+tcp", "shm+tcp", "shm+tcp", "shm+tcp", "tcp"]);
+    }
+}
+
+#[test]
+fn ranks_placed_in_turn_on_the_hosts_are_grouped_by_host() {
+    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(_hosts) = Hosts::new(2) else { return };
+    let told =
+        world(5, "sums", "tcp://10.77.0.1:7001").through(|rank| inside(rank % 2)).succeed(LIMIT);
+    assert!(told.iter().all(|told| told[0] == "shm+tcp"), "{told:?}");
+}
+
+fn sums() {
+    let communicator = Communicator::from_environment().unwrap();
+    tell(communicator.transport());
+    let (rank, world) = (communicator.rank(), communicator.world());
+    for algorithm in unisum::algorithms() {
+        communicator.set_algorithm(Some(algorithm)).unwrap();
+        for count in [1, world + 1, 5000, 200_003] {
+            let mut private: Vec<f64> = (0..count).map(|at| (at * (rank + 1)) as f64).collect();
+            let mut registered = communicator.allocate::<f64>(count).unwrap();
+            registered.copy_from_slice(&private);
+            for (data, op, divisor) in
+                [(&mut private[..], ReduceOp::Sum, 1), (&mut registered, ReduceOp::Average, world)]
+            {
+                communicator.all_reduce(data, op).unwrap();
+                for (at, &element) in data.iter().enumerate() {
+                    let expected = (at * world * (world + 1) / 2) as f64 / divisor as f64;
+                    assert_eq!(element, expected, "{algorithm}, {op}, element {at} of {count}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_unplugged_host_is_named_by_the_deadline() {
+    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(hosts) = Hosts::new(3) else { return };
+    let running = world(3, "lose_a_host", "tcp://10.77.0.1:7001")
+        .through(inside)
+        .set("UNISUM_TIMEOUT", 2)
+        .start();
+    running.wait_for("reducing", 3, LIMIT);
+    sh(&format!("ip -n {} link set port2 down", namespace(hosts.0))).unwrap();
+    let cut = Instant::now();
+    for ended in &running.wait(LIMIT)[..2] {
+        let told = &ended.told[0];
+        assert!(told.starts_with("[2] "), "{told}");
+    }
+    println!("all ended {:?} after the host was unplugged", cut.elapsed());
+}
+
+fn lose_a_host() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut data = vec![1_f32; 100_000];
+    for round in 0.. {
+        if let Err(error) = communicator.all_reduce(&mut data, ReduceOp::Max) {
+            return tell(format!("{:?} {error}", error.culprits()));
+        }
+        if round == 0 {
+            reach("reducing");
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Worlds of real processes: a test starts copies of its own binary as ranks.
+//!
+//! A copy runs only the test `rank_process`, which looks up the scenario that the environment
+//! names. What a scenario wants its test to see it prints with [`tell`].
+
+// Each test binary uses its part of this module.
+#![allow(dead_code, unreachable_pub)]
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What a rank process does.
+pub type Scenario = (&'static str, fn());
+
+const SCENARIO: &str = "TEST_SCENARIO";
+const MARKS: &str = "TEST_MARKS";
+const TOLD: &str = "@told ";
+
+/// The body of each test binary's `rank_process`: nothing unless this process is a rank.
+pub fn run_if_rank(scenarios: &[Scenario]) {
+    let Ok(name) = std::env::var(SCENARIO) else { return };
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    let (_, scenario) = scenarios.iter().find(|(known, _)| *known == name).expect("a scenario");
+    scenario();
+}
+
+/// Prints a line for the test that started this rank.
+pub fn tell(line: impl std::fmt::Display) {
+    // The harness may have printed a part of a line before this one.
+    println!("\n{TOLD}{line}");
+}
+
+/// A setting of the test, from the environment.
+pub fn setting(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"))
+}
+
+/// Describes a world to start.
+#[derive(Clone)]
+pub struct World {
+    ranks: usize,
+    scenario: &'static str,
+    variables: HashMap<String, String>,
+    /// Runs a rank's command through another one, like `ip netns exec NAME`.
+    through: fn(usize) -> Vec<String>,
+}
+
+/// What one rank did.
+#[derive(Debug)]
+pub struct Ended {
+    /// 0..=255, or 128 + signal.
+    pub status: i32,
+    pub told: Vec<String>,
+    pub log: String,
+}
+
+/// Started ranks; killed when dropped.
+pub struct Running {
+    ranks: Vec<Rank>,
+    directory: std::path::PathBuf,
+}
+
+struct Rank {
+    child: Child,
+    output: Option<thread::JoinHandle<String>>,
+    log: Option<thread::JoinHandle<String>>,
+}
+
+impl World {
+    pub fn new(ranks: usize, scenario: &'static str) -> Self {
+        let variables = HashMap::from([
+            ("UNISUM_CONNECT_TIMEOUT".into(), "60".into()),
+            ("UNISUM_TIMEOUT".into(), "60".into()),
+        ]);
+        Self { ranks, scenario, variables, through: |_| Vec::new() }
+    }
+
+    pub fn set(mut self, name: &str, value: impl ToString) -> Self {
+        self.variables.insert(name.into(), value.to_string());
+        self
+    }
+
+    pub fn through(mut self, through: fn(usize) -> Vec<String>) -> Self {
+        self.through = through;
+        self
+    }
+
+    /// Starts all ranks.
+    pub fn start(&self) -> Running {
+        self.start_ranks(&(0..self.ranks).collect::<Vec<_>>())
+    }
+
+    /// Starts only some of the world's ranks.
+    pub fn start_ranks(&self, ranks: &[usize]) -> Running {
+        let name = format!("unisum-test-{}-{:x}", std::process::id(), unique());
+        let directory = std::env::temp_dir().join(name);
+        std::fs::create_dir(&directory).unwrap();
+        let ranks = ranks.iter().map(|&rank| self.start_rank(rank, &directory)).collect();
+        Running { ranks, directory }
+    }
+
+    fn start_rank(&self, rank: usize, directory: &std::path::Path) -> Rank {
+        let program = std::env::current_exe().unwrap();
+        let mut words = (self.through)(rank);
+        words.push(program.to_str().unwrap().into());
+        let mut command = Command::new(&words[0]);
+        command
+            .args(&words[1..])
+            .args(["--exact", "rank_process", "--nocapture", "--test-threads=1"])
+            .env(SCENARIO, self.scenario)
+            .env("UNISUM_RANK", rank.to_string())
+            .env("UNISUM_WORLD", self.ranks.to_string())
+            .env("UNISUM_TOKEN", "a token of the tests, long enough")
+            .env("UNISUM_RENDEZVOUS", format!("file://{}/world", directory.display()))
+            .env(MARKS, directory)
+            .env("UNISUM_INTERFACE", "=lo")
+            .envs(&self.variables)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let output = Some(read(child.stdout.take().unwrap()));
+        let log = Some(read(child.stderr.take().unwrap()));
+        Rank { child, output, log }
+    }
+
+    /// Starts the world and waits until all have ended, at most `limit`.
+    pub fn run(&self, limit: Duration) -> Vec<Ended> {
+        self.start().wait(limit)
+    }
+
+    /// Runs the world; every rank must end with status 0. What they told.
+    pub fn succeed(&self, limit: Duration) -> Vec<Vec<String>> {
+        let ended = self.run(limit);
+        for (rank, ended) in ended.iter().enumerate() {
+            assert_eq!(ended.status, 0, "rank {rank} of {}: {ended:#?}", self.ranks);
+        }
+        ended.into_iter().map(|ended| ended.told).collect()
+    }
+}
+
+fn read(mut from: impl Read + Send + 'static) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        from.read_to_end(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+fn unique() -> u64 {
+    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+}
+
+impl Running {
+    /// Starts one more rank, of a world that may be described differently.
+    pub fn add(&mut self, world: &World, rank: usize) {
+        let rank = world.start_rank(rank, &self.directory);
+        self.ranks.push(rank);
+    }
+
+    pub fn pid(&self, rank: usize) -> i32 {
+        self.ranks[rank].child.id() as i32
+    }
+
+    pub fn signal(&self, rank: usize, signal: i32) {
+        // SAFETY: plain system call on a child that has not been waited for.
+        let result = unsafe { libc::kill(self.pid(rank), signal) };
+        assert_eq!(result, 0, "signal {signal} to rank {rank}");
+    }
+
+    /// Waits until so many ranks have marked the point `name` by [`reach`].
+    pub fn wait_for(&self, name: &str, ranks: usize, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let prefix = format!("{name}.");
+        loop {
+            let reached = std::fs::read_dir(&self.directory)
+                .unwrap()
+                .filter(|entry| {
+                    let entry = entry.as_ref().unwrap();
+                    entry.file_name().to_string_lossy().starts_with(&prefix)
+                })
+                .count();
+            if reached >= ranks {
+                return;
+            }
+            assert!(Instant::now() < deadline, "only {reached} of {ranks} ranks reached {name}");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until all have ended; panics with what they said if that takes longer than `limit`.
+    pub fn wait(mut self, limit: Duration) -> Vec<Ended> {
+        let deadline = Instant::now() + limit;
+        let mut statuses = Vec::new();
+        for rank in 0..self.ranks.len() {
+            loop {
+                if let Some(status) = self.ranks[rank].child.try_wait().unwrap() {
+                    statuses.push(status);
+                    break;
+                }
+                if Instant::now() >= deadline {
+                    self.kill_all();
+                    let ended = self.collect(&[]);
+                    panic!("rank {rank} still runs after {limit:?}: {ended:#?}");
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        self.collect(&statuses)
+    }
+
+    fn collect(&mut self, statuses: &[std::process::ExitStatus]) -> Vec<Ended> {
+        use std::os::unix::process::ExitStatusExt as _;
+        let join = |handle: Option<thread::JoinHandle<String>>| handle.unwrap().join().unwrap();
+        let ended = |(index, rank): (usize, &mut Rank)| {
+            let code = |status: &std::process::ExitStatus| {
+                status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+            };
+            let output = join(rank.output.take());
+            let told = output.lines().filter_map(|line| line.strip_prefix(TOLD));
+            Ended {
+                status: statuses.get(index).map_or(-1, code),
+                told: told.map(str::to_owned).collect(),
+                log: join(rank.log.take()),
+            }
+        };
+        self.ranks.iter_mut().enumerate().map(ended).collect()
+    }
+
+    fn kill_all(&mut self) {
+        for rank in &mut self.ranks {
+            // A rank that has ended can't be killed any more: that is what is wanted.
+            let _ = rank.child.kill();
+            let _ = rank.child.wait();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill_all();
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Marks that this rank reached the point `name`, for [`Running::wait_for`].
+pub fn reach(name: &str) {
+    let mark = format!("{name}.{}", setting("UNISUM_RANK"));
+    std::fs::write(std::path::Path::new(&setting(MARKS)).join(mark), "").unwrap();
+}

@@ -1,0 +1,156 @@
+//! The house rules that a machine can hold: which crate may depend on which, how long lines,
+//! functions and files get, and that nothing unfinished is committed.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn sources() -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    let mut open = ["src", "algorithms", "transports", "benches", "examples", "tests", "fuzz"]
+        .map(|folder| root().join(folder))
+        .to_vec();
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(folder).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("target") {
+                open.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).unwrap();
+                found.push((path, text));
+            }
+        }
+    }
+    assert!(found.len() > 50, "the sources are where this test looks");
+    found
+}
+
+fn complain(faults: &[String]) {
+    assert!(faults.is_empty(), "\n{}", faults.join("\n"));
+}
+
+#[test]
+fn dependencies_between_our_crates_follow_the_arrows() {
+    let arrows = [
+        ("unisum-algorithms", &[][..]),
+        ("unisum-link", &[][..]),
+        ("unisum-tcp", &["unisum-link"]),
+        ("unisum-shm", &["unisum-link"]),
+        ("unisum", &["unisum-algorithms", "unisum-link", "unisum-shm", "unisum-tcp"]),
+        ("allreduce-bench", &["unisum"]),
+    ];
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    assert_eq!(packages.len(), arrows.len(), "a new crate needs a row here");
+    for package in packages {
+        let name = package["name"].as_str().unwrap();
+        let (_, allowed) = arrows.iter().find(|(known, _)| *known == name).unwrap();
+        for dependency in package["dependencies"].as_array().unwrap() {
+            let dependency = dependency["name"].as_str().unwrap();
+            let ours = packages.iter().any(|package| package["name"] == dependency);
+            assert!(!ours || allowed.contains(&dependency), "{name} must not use {dependency}");
+        }
+    }
+}
+
+#[test]
+fn lines_have_at_most_100_columns() {
+    let mut faults = Vec::new();
+    for (path, text) in sources() {
+        for (number, line) in text.lines().enumerate() {
+            if line.chars().count() > 100 {
+                faults.push(format!("{}:{} is too wide", path.display(), number + 1));
+            }
+        }
+    }
+    complain(&faults);
+}
+
+#[test]
+fn files_have_at_most_600_lines() {
+    let long = |(path, text): &(PathBuf, String)| {
+        let lines = text.lines().count();
+        (lines > 600).then(|| format!("{} has {lines} lines", path.display()))
+    };
+    complain(&sources().iter().filter_map(long).collect::<Vec<_>>());
+}
+
+/// From its `fn` to the closing brace at the same indentation.
+#[test]
+fn functions_have_at_most_70_lines() {
+    let mut faults = Vec::new();
+    for (path, text) in sources() {
+        let lines: Vec<&str> = text.lines().collect();
+        for (start, line) in lines.iter().enumerate() {
+            let code = line.trim_start();
+            let indent = line.len() - code.len();
+            let qualifiers = ["pub", "pub(crate)", "pub(super)", "const", "unsafe", "fn"];
+            let before = code.split_whitespace().take_while(|word| qualifiers.contains(word));
+            // A declaration without a body ends in a semicolon.
+            let body = lines[start..].iter().find(|line| line.ends_with(['{', ';']));
+            if before.last() != Some("fn") || body.is_none_or(|line| line.ends_with(';')) {
+                continue;
+            }
+            let closing = format!("{}}}", " ".repeat(indent));
+            let length = lines[start..].iter().position(|line| *line == closing).unwrap_or(0);
+            if length > 70 {
+                faults.push(format!("{}:{} has {length} lines", path.display(), start + 1));
+            }
+        }
+    }
+    complain(&faults);
+}
+
+#[test]
+fn nothing_is_marked_as_unfinished() {
+    let marks = ["todo!(", "unimplemented!(", "dbg!(", "FIXME", "XXX"];
+    let mut faults = Vec::new();
+    for (path, text) in sources().iter().filter(|(path, _)| !path.ends_with("tests/tidy.rs")) {
+        for mark in marks.iter().filter(|mark| text.contains(**mark)) {
+            faults.push(format!("{} contains {mark}", path.display()));
+        }
+    }
+    complain(&faults);
+}
+
+#[test]
+fn unsafe_code_stays_where_it_is_allowed() {
+    let allowed = [
+        "src/buffer.rs",
+        "src/communicator.rs",
+        "src/engine/",
+        "src/local.rs",
+        "src/memory.rs",
+        "src/wiring/calibrate.rs",
+        "src/wiring/costs.rs",
+        "transports/link/src/fork",
+        "transports/link/src/kernels/",
+        "transports/link/src/conformance/",
+        "transports/link/src/region.rs",
+        "transports/shm/",
+        "transports/tcp/src/lane.rs",
+        "transports/tcp/src/link.rs",
+        "benches/",
+    ];
+    let mut faults = Vec::new();
+    for (path, text) in sources() {
+        let path = path.strip_prefix(root()).unwrap().to_string_lossy().into_owned();
+        let is_test = path.contains("tests/") || path.contains("examples/");
+        let has_unsafe = text.contains("unsafe {") || text.contains("unsafe impl");
+        if has_unsafe && !is_test && !allowed.iter().any(|prefix| path.starts_with(prefix)) {
+            faults.push(format!("{path} has unsafe code"));
+        }
+    }
+    complain(&faults);
+}

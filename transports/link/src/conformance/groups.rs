@@ -1,0 +1,223 @@
+//! Groups: ranks that share memory through one link. Nothing runs where a link has no group.
+
+use std::time::{Duration, Instant};
+
+use super::Mesh;
+use super::memory::copy;
+use super::parking::idle;
+use super::port::{Kind, PATIENCE, Port, call, run_on};
+use crate::kernels::Fold;
+use crate::{Call, Dtype, LinkErrorKind, Rank, ReduceOp};
+
+const WORLDS: [usize; 3] = [2, 3, 5];
+const FOLD: Fold = Fold { dtype: Dtype::U32, op: ReduceOp::Sum, divide_by: None };
+
+fn run_groups(mesh: &Mesh, bytes: usize, kind: Kind, rank: impl Fn(&mut Port<'_>, usize) + Sync) {
+    for world in WORLDS {
+        run_on(mesh, world, bytes, kind, &|port: &mut Port<'_>| {
+            let Some(group) = port.link.group() else {
+                return;
+            };
+            let members = group.members().to_vec();
+            assert_eq!(members, (0..world).collect::<Vec<Rank>>());
+            rank(port, world);
+        });
+    }
+}
+
+/// What rank `rank` puts in at `round`: one value, different for each.
+fn input(rank: Rank, round: u64) -> u32 {
+    (rank as u32 + 1).wrapping_mul(0x0101_0101).wrapping_mul(round as u32 + 1)
+}
+
+/// The reduced value.
+fn reduced(world: usize, round: u64) -> u32 {
+    (0..world).fold(0, |sum, rank| input(rank, round).wrapping_add(sum))
+}
+
+fn fill(port: &Port<'_>, round: u64, bytes: usize) {
+    let value = input(port.rank, round).to_ne_bytes();
+    port.memory.write(0, &value.repeat(bytes / 4));
+}
+
+/// Uneven ranks: now one, now another is late.
+fn dawdle(rank: Rank, round: u64) {
+    if (round + rank as u64).is_multiple_of(7) {
+        for _ in 0..20 {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Hundreds of deposits with one arrival each: a fast member must not overwrite what a slow one
+/// still reads, and its own region is free as soon as the arrival is complete.
+pub fn deposits_survive_fast_and_slow_members(mesh: &Mesh) {
+    run_groups(mesh, 4096, Kind::Private, |port, world| {
+        let most = port.group().slot_bytes().min(4096);
+        for round in 0..500 {
+            let bytes = if round % 3 == 0 { most } else { 8 };
+            port.begin(call(round, bytes));
+            fill(port, round, bytes);
+            let entered = port.group().enter(true);
+            port.complete(entered).expect("all enter");
+            port.memory.write(0, &vec![0xee; bytes]);
+            dawdle(port.rank, round);
+            assert!(!port.group().registered(), "deposits are not to be written");
+            let sum = fold_sources(port, world, 0, bytes);
+            assert_eq!(sum, reduced(world, round).to_ne_bytes().repeat(bytes / 4), "{round}");
+        }
+    });
+}
+
+/// Folds `bytes` bytes at `at` of all members, in rank order.
+fn fold_sources(port: &mut Port<'_>, world: usize, at: usize, bytes: usize) -> Vec<u8> {
+    let mut scratch = vec![vec![0u8; bytes]; world];
+    let group = port.group();
+    let sources: Vec<*const u8> = (0..world)
+        .map(|member| group.source(member, at..at + bytes, &mut scratch[member]))
+        .map(|source| source.expect("members are readable"))
+        .collect();
+    let mut sum = vec![0u32; bytes / 4];
+    let into = sum.as_mut_ptr().cast::<u8>();
+    // SAFETY: the group said that each source has `bytes` readable bytes; `sum` has as many.
+    unsafe { FOLD.run(into, &sources, bytes / 4) };
+    copy(into, bytes)
+}
+
+/// The slice of `bytes` that belongs to `rank`, in whole elements.
+fn slice(rank: Rank, world: usize, bytes: usize) -> std::ops::Range<usize> {
+    let at = |rank: Rank| bytes / 4 * rank / world * 4;
+    at(rank)..at(rank + 1)
+}
+
+/// Registered regions: each member folds its slice of all regions and stores it in all of them.
+pub fn groups_fold_registered_regions(mesh: &Mesh) {
+    run_groups(mesh, 100_000, Kind::Registered, |port, world| {
+        for round in 0..200 {
+            let bytes = if round % 10 == 0 { 100_000 } else { 1000 };
+            port.begin(call(round, bytes));
+            fill(port, round, bytes);
+            let entered = port.group().enter(false);
+            port.complete(entered).expect("all enter");
+            assert!(port.group().registered(), "all regions are");
+            dawdle(port.rank, round);
+            let mine = slice(port.rank, world, bytes);
+            let sum = fold_sources(port, world, mine.start, mine.len());
+            for member in 0..world {
+                let into = port.group().target(member, mine.clone());
+                // SAFETY: the group gave the address of that many writable bytes.
+                unsafe { into.copy_from_nonoverlapping(sum.as_ptr(), sum.len()) };
+            }
+            let arrived = port.group().arrive();
+            port.complete(arrived).expect("all arrive");
+            let expected = reduced(world, round).to_ne_bytes().repeat(bytes / 4);
+            assert!(port.memory.read(0, bytes) == expected, "round {round}");
+        }
+    });
+}
+
+/// Private regions: each member folds its slice into its own region, then copies the others'.
+pub fn groups_fold_private_regions(mesh: &Mesh) {
+    run_groups(mesh, 100_000, Kind::Private, |port, world| {
+        for round in 0..200 {
+            let bytes = if round % 10 == 0 { 100_000 } else { 1000 };
+            port.begin(call(round, bytes));
+            fill(port, round, bytes);
+            let entered = port.group().enter(false);
+            port.complete(entered).expect("all enter");
+            assert!(!port.group().registered(), "no region is");
+            let mine = slice(port.rank, world, bytes);
+            let sum = fold_sources(port, world, mine.start, mine.len());
+            arrive(port);
+            port.memory.write(mine.start, &sum);
+            arrive(port);
+            dawdle(port.rank, round);
+            let own = port.rank;
+            for member in (0..world).filter(|&member| member != own) {
+                let theirs = slice(member, world, bytes);
+                let mut scratch = vec![0; theirs.len()];
+                let from = port.group().source(member, theirs.clone(), &mut scratch);
+                let from = copy(from.expect("members are readable"), theirs.len());
+                port.memory.write(theirs.start, &from);
+            }
+            arrive(port);
+            let expected = reduced(world, round).to_ne_bytes().repeat(bytes / 4);
+            assert!(port.memory.read(0, bytes) == expected, "round {round}");
+        }
+    });
+}
+
+fn arrive(port: &mut Port<'_>) {
+    let arrived = port.group().arrive();
+    port.complete(arrived).expect("all arrive");
+}
+
+/// A member that calls something else is an error on every member, with both calls.
+pub fn group_mismatch_reaches_every_member(mesh: &Mesh) {
+    for deposit in [true, false] {
+        run_groups(mesh, 64, Kind::Private, move |port, _| {
+            let (usual, other) = (call(0, 64), Call { count: 63, ..call(0, 64) });
+            let (ours, theirs) = if port.rank == 1 { (other, usual) } else { (usual, other) };
+            port.begin(ours);
+            let entered = port.group().enter(deposit);
+            let error = port.complete(entered).expect_err("the calls differ");
+            assert_eq!(error.peer, usize::from(port.rank != 1));
+            assert_eq!(error.kind, LinkErrorKind::Mismatch { ours, theirs });
+            port.meet();
+        });
+    }
+}
+
+/// While a member is late, the others can name it.
+pub fn late_members_are_named(mesh: &Mesh) {
+    run_groups(mesh, 64, Kind::Private, |port, _| {
+        for round in 0..3 {
+            port.begin(call(round, 64));
+            if port.rank == 1 {
+                port.meet();
+                port.meet();
+            }
+            let entered = port.group().enter(false);
+            if port.rank != 1 {
+                port.meet();
+                assert!(!port.group().complete(entered).expect("nobody differs"));
+                assert_eq!(port.group().missing(entered), [1]);
+                port.meet();
+            }
+            port.complete(entered).expect("all enter");
+            assert_eq!(port.group().missing(entered), []);
+            port.meet();
+        }
+    });
+}
+
+/// A group's park lasts until its deadline, burns no CPU, and ends by a wake.
+pub fn group_parks_end_by_deadline_and_by_wake(mesh: &Mesh) {
+    run_groups(mesh, 64, Kind::Private, |port, _| {
+        port.begin(call(0, 64));
+        if port.rank == 1 {
+            port.meet();
+            let entered = port.group().enter(false);
+            return port.complete(entered).expect("all enter");
+        }
+        let entered = port.group().enter(false);
+        idle(|until| port.group().park(entered, until).expect("parking works"));
+        let (waker, start) = (port.link.waker(), Instant::now());
+        waker.wake();
+        port.group().park(entered, start + PATIENCE).expect("parking works");
+        std::thread::scope(|scope| {
+            let delay = Duration::from_millis(20);
+            scope.spawn(move || {
+                // Only makes it likely that the park has begun; right either way.
+                std::thread::sleep(delay);
+                waker.wake();
+            });
+            while start.elapsed() < delay {
+                port.group().park(entered, start + PATIENCE).expect("parking works");
+            }
+        });
+        assert!(start.elapsed() < PATIENCE / 2, "a wake was lost");
+        port.meet();
+        port.complete(entered).expect("all enter");
+    });
+}

@@ -1,0 +1,101 @@
+//! The header before each message of a byte-stream transport (sans-IO).
+//!
+//! ```text
+//! offset  0  magic    u32   "usm1"
+//!         4  reserved u32   0
+//!         8  bytes    u64   length of the payload that follows
+//!        16  call     [24]  what the sender called (see `Call`)
+//! ```
+//! All integers are little endian.
+
+use bytes::{Buf, BufMut};
+
+use crate::Call;
+
+/// Bytes of an encoded header.
+pub const HEADER_BYTES: usize = 16 + Call::ENCODED;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"usm1");
+
+/// What precedes a message's payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Length of the payload.
+    pub bytes: u64,
+    /// The collective it belongs to.
+    pub call: Call,
+}
+
+/// Why bytes are not a header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// The first bytes are not unisum's.
+    #[error("a message began with {0:#010x}, not with unisum's magic number")]
+    Magic(u32),
+    /// The spare word is used: a newer version of the protocol.
+    #[error("a message header has unknown flags {0:#x}: do all ranks run the same version?")]
+    Flags(u32),
+    /// A code in the call is unknown.
+    #[error("a message describes a call this version does not know")]
+    Call,
+}
+
+impl Header {
+    /// The wire form.
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut encoded = [0; HEADER_BYTES];
+        let mut to = &mut encoded[..];
+        to.put_u32_le(MAGIC);
+        to.put_u32_le(0);
+        to.put_u64_le(self.bytes);
+        to.put_slice(&self.call.encode());
+        encoded
+    }
+
+    /// Reads the wire form.
+    ///
+    /// # Errors
+    /// If the bytes are not a header of this version.
+    pub fn decode(encoded: &[u8; HEADER_BYTES]) -> Result<Self, HeaderError> {
+        let mut from = &encoded[..];
+        let magic = from.get_u32_le();
+        if magic != MAGIC {
+            return Err(HeaderError::Magic(magic));
+        }
+        let flags = from.get_u32_le();
+        if flags != 0 {
+            return Err(HeaderError::Flags(flags));
+        }
+        let bytes = from.get_u64_le();
+        let mut call = [0; Call::ENCODED];
+        from.copy_to_slice(&mut call);
+        let call = Call::decode(&call).ok_or(HeaderError::Call)?;
+        Ok(Self { bytes, call })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Collective, Dtype, ReduceOp};
+
+    proptest! {
+        #[test]
+        fn headers_survive_the_wire(bytes: u64, number: u64, count: u64, algorithm: u32) {
+            let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
+            let call = Call { number, collective, dtype, op, count, algorithm };
+            let header = Header { bytes, call };
+            prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
+        }
+    }
+
+    #[test]
+    fn an_http_request_is_not_a_header() {
+        let mut bytes = [b' '; HEADER_BYTES];
+        bytes[..16].copy_from_slice(b"GET / HTTP/1.1\r\n");
+        let magic = u32::from_le_bytes(*b"GET ");
+        assert_eq!(Header::decode(&bytes), Err(HeaderError::Magic(magic)));
+    }
+}

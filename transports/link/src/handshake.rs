@@ -1,0 +1,414 @@
+//! The mutual proof of the job token that opens every connection.
+//!
+//! ```text
+//! dialer    Hello      "usmH" version purpose socket from to world session job nonce   (84 bytes)
+//! listener  Challenge  "usmL" 1 nonce                                                  (37)
+//! dialer    Proof      mac("dialer", hello, nonce)                                     (32)
+//! listener  Accepted   "usmL" 2 mac("listener", hello, nonce)                          (37)
+//!  or, in place of either listener message:
+//! listener  Refused    "usmL" 3 length text                                            (≤ 206)
+//! ```
+//! All integers are little endian. Every message has a fixed or a bounded size, and the dialer
+//! speaks only when asked, so that nothing follows a message before its answer. Both nonces are
+//! fresh, so a recorded proof is worth nothing later; both macs cover the whole hello, so it
+//! can't be altered on its way. What the listener knows of the job is told only after the proof.
+//!
+//! The token is proven, not the bytes that follow: those are neither encrypted nor signed. A token
+//! that can be guessed can be guessed offline from a recorded handshake: use a random one.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+
+use bytes::{Buf, BufMut};
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::{Digest, Sha256};
+
+/// Bytes of an encoded hello.
+const HELLO_BYTES: usize = 84;
+/// Bytes of an answer's head: magic and kind.
+const HEAD_BYTES: usize = 5;
+/// Most bytes of a refusal's text.
+const REASON_BYTES_MAX: usize = 200;
+const NONCE_BYTES: usize = 32;
+const MAC_BYTES: usize = 32;
+const VERSION: u16 = 1;
+const DIALER: &[u8; 4] = b"usmH";
+const LISTENER: &[u8; 4] = b"usmL";
+const CHALLENGE: u8 = 1;
+const ACCEPTED: u8 = 2;
+const REFUSED: u8 = 3;
+
+/// The key that all processes of a job share, derived from the job token.
+#[derive(Clone)]
+pub struct Secret([u8; 32]);
+
+impl Secret {
+    /// The secret of a token.
+    pub fn new(token: &[u8]) -> Self {
+        Self(Sha256::digest(token).into())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// Proves knowledge of the secret: HMAC-SHA-256 over the label and the parts, each with its length
+/// before it, so that no two lists of parts give the same bytes.
+///
+/// Source: RFC 2104.
+pub fn mac(secret: &Secret, label: &str, parts: &[&[u8]]) -> [u8; 32] {
+    keyed(secret, label, parts).finalize().into_bytes().into()
+}
+
+/// Whether `proof` is the [`mac`] of the same label and parts, in constant time.
+pub fn verify(secret: &Secret, label: &str, parts: &[&[u8]], proof: &[u8]) -> bool {
+    keyed(secret, label, parts).verify_slice(proof).is_ok()
+}
+
+fn keyed(secret: &Secret, label: &str, parts: &[&[u8]]) -> Hmac<Sha256> {
+    let mut mac = Hmac::<Sha256>::new_from_slice(&secret.0).expect("HMAC takes keys of any length");
+    for part in [label.as_bytes()].iter().chain(parts) {
+        mac.update(&(part.len() as u64).to_le_bytes());
+        mac.update(part);
+    }
+    mac
+}
+
+/// The 16 bytes by which a connection names its job.
+pub fn job_hash(job: &str) -> [u8; 16] {
+    let mut hash = [0; 16];
+    hash.copy_from_slice(&Sha256::digest(job)[..16]);
+    hash
+}
+
+/// Fresh random bytes for a nonce or a session.
+///
+/// # Errors
+/// If the system has no random numbers.
+pub fn random<const BYTES: usize>() -> io::Result<[u8; BYTES]> {
+    let mut bytes = [0; BYTES];
+    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    Ok(bytes)
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Purpose {
+    /// A rank's one control connection to the coordinator.
+    Control = 1,
+    /// Payload between two ranks.
+    Data = 2,
+}
+
+/// How a dialer introduces itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// What the connection is for.
+    pub purpose: Purpose,
+    /// Which of several sockets between the two ranks this is.
+    pub socket: u8,
+    /// The dialer's rank.
+    pub from: u32,
+    /// The rank it means to reach.
+    pub to: u32,
+    /// How many ranks the dialer expects in the job.
+    pub world: u32,
+    /// The session that the coordinator chose; zeros on a control connection, which learns it.
+    pub session: [u8; 16],
+    /// [`job_hash`] of the job's name.
+    pub job: [u8; 16],
+}
+
+impl Hello {
+    fn encode(&self, nonce: &[u8; NONCE_BYTES]) -> [u8; HELLO_BYTES] {
+        let mut encoded = [0; HELLO_BYTES];
+        let mut to = &mut encoded[..];
+        to.put_slice(DIALER);
+        to.put_u16_le(VERSION);
+        to.put_u8(self.purpose as u8);
+        to.put_u8(self.socket);
+        to.put_u32_le(self.from);
+        to.put_u32_le(self.to);
+        to.put_u32_le(self.world);
+        to.put_slice(&self.session);
+        to.put_slice(&self.job);
+        to.put_slice(nonce);
+        encoded
+    }
+
+    /// Reads what follows magic and version, which are checked already.
+    fn decode(encoded: &[u8; HELLO_BYTES]) -> Result<Self, Refusal> {
+        let mut from = &encoded[6..];
+        let purpose = match from.get_u8() {
+            1 => Purpose::Control,
+            2 => Purpose::Data,
+            _ => return Err(Refusal::Garbage),
+        };
+        let socket = from.get_u8();
+        let (rank, to, world) = (from.get_u32_le(), from.get_u32_le(), from.get_u32_le());
+        let (mut session, mut job) = ([0; 16], [0; 16]);
+        from.copy_to_slice(&mut session);
+        from.copy_to_slice(&mut job);
+        Ok(Self { purpose, socket, from: rank, to, world, session, job })
+    }
+}
+
+/// Why a listener turns a dialer away. The dialer is told the text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The bytes are not unisum's: a stranger. It is told nothing at all.
+    #[error("the bytes are not unisum's")]
+    Garbage,
+    /// The proof is wrong.
+    #[error("wrong token")]
+    Token,
+    /// The dialer speaks another version of the handshake.
+    #[error(
+        "protocol version {theirs}, but this job speaks {VERSION}: do all ranks run the same \
+         unisum?"
+    )]
+    Version {
+        /// The dialer's version.
+        theirs: u16,
+    },
+    /// The dialer belongs to another job.
+    #[error("another job")]
+    Job,
+    /// The dialer's world has another size.
+    #[error("world of {theirs}, but this job's is {ours}")]
+    World {
+        /// The dialer's.
+        theirs: u32,
+        /// The listener's.
+        ours: u32,
+    },
+    /// The ranks make no sense in this world, or this is not the rank that the dialer means.
+    #[error("no connection from rank {from} to rank {to} can end here")]
+    Rank {
+        /// The dialer's rank.
+        from: u32,
+        /// The rank it wanted.
+        to: u32,
+    },
+    /// Another process with this rank is connected.
+    #[error("rank {0} is taken: another process has joined with it")]
+    RankTaken(u32),
+    /// The dialer belongs to another session of the job: an earlier start of it.
+    #[error("another session of the job")]
+    Session,
+    /// Nobody new is admitted: the job is over, or was never to have that many connections.
+    #[error("too many connections")]
+    Crowded,
+}
+
+impl Refusal {
+    /// The bytes to send before closing: none for a stranger.
+    pub fn encode(&self) -> Vec<u8> {
+        if *self == Self::Garbage {
+            return Vec::new();
+        }
+        let text = self.to_string();
+        let text = &text.as_bytes()[..text.len().min(REASON_BYTES_MAX)];
+        let mut message = Vec::with_capacity(HEAD_BYTES + 1 + text.len());
+        message.put_slice(LISTENER);
+        message.put_u8(REFUSED);
+        message.put_u8(text.len() as u8);
+        message.put_slice(text);
+        message
+    }
+}
+
+/// What a listener does after it fed bytes to a [`Listening`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// Read more.
+    More,
+    /// Send these bytes, then read more.
+    Send(Vec<u8>),
+    /// Send these bytes; the connection is the hello's from then on.
+    Admitted(Hello, Vec<u8>),
+    /// Send these bytes and close.
+    Refused(Refusal, Vec<u8>),
+}
+
+/// The listener's half of one handshake (sans-IO). It holds one hello at most.
+#[derive(Debug)]
+pub struct Listening {
+    buffer: [u8; HELLO_BYTES],
+    filled: usize,
+    nonce: [u8; NONCE_BYTES],
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Hello,
+    Proof { hello: Hello, encoded: [u8; HELLO_BYTES] },
+    Over,
+}
+
+impl Listening {
+    /// A handshake with a `nonce` that was never used before (see [`random`]).
+    pub fn new(nonce: [u8; 32]) -> Self {
+        Self { buffer: [0; HELLO_BYTES], filled: 0, nonce, stage: Stage::Hello }
+    }
+
+    /// Takes what the dialer sent. `admit` is asked once, after the dialer has proven the token:
+    /// is there room for this hello? After [`Heard::Admitted`] or [`Heard::Refused`] everything
+    /// is refused.
+    pub fn feed(
+        &mut self,
+        bytes: &[u8],
+        secret: &Secret,
+        admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
+    ) -> Heard {
+        self.step(bytes, secret, admit).unwrap_or_else(|refusal| {
+            self.stage = Stage::Over;
+            Heard::Refused(refusal, refusal.encode())
+        })
+    }
+
+    fn step(
+        &mut self,
+        bytes: &[u8],
+        secret: &Secret,
+        admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
+    ) -> Result<Heard, Refusal> {
+        let whole = match self.stage {
+            Stage::Hello => HELLO_BYTES,
+            Stage::Proof { .. } => MAC_BYTES,
+            Stage::Over => return Err(Refusal::Garbage),
+        };
+        let taken = bytes.len().min(whole - self.filled);
+        self.buffer[self.filled..self.filled + taken].copy_from_slice(&bytes[..taken]);
+        self.filled += taken;
+        if matches!(self.stage, Stage::Hello) {
+            self.check_head()?;
+        }
+        if taken < bytes.len() {
+            return Err(Refusal::Garbage);
+        }
+        if self.filled < whole {
+            return Ok(Heard::More);
+        }
+        self.filled = 0;
+        match std::mem::replace(&mut self.stage, Stage::Over) {
+            Stage::Hello => self.challenge(),
+            Stage::Proof { hello, encoded } => self.judge(hello, &encoded, secret, admit),
+            Stage::Over => Err(Refusal::Garbage),
+        }
+    }
+
+    /// Looks at magic and version as soon as they are there: hellos of other versions may have
+    /// other sizes.
+    fn check_head(&self) -> Result<(), Refusal> {
+        let seen = self.filled.min(DIALER.len());
+        if self.buffer[..seen] != DIALER[..seen] {
+            return Err(Refusal::Garbage);
+        }
+        let theirs = u16::from_le_bytes([self.buffer[4], self.buffer[5]]);
+        if self.filled >= 6 && theirs != VERSION {
+            return Err(Refusal::Version { theirs });
+        }
+        Ok(())
+    }
+
+    fn challenge(&mut self) -> Result<Heard, Refusal> {
+        let hello = Hello::decode(&self.buffer)?;
+        self.stage = Stage::Proof { hello, encoded: self.buffer };
+        Ok(Heard::Send(answer(CHALLENGE, &self.nonce)))
+    }
+
+    fn judge(
+        &self,
+        hello: Hello,
+        encoded: &[u8; HELLO_BYTES],
+        secret: &Secret,
+        admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
+    ) -> Result<Heard, Refusal> {
+        let parts: [&[u8]; 2] = [encoded, &self.nonce];
+        if !verify(secret, "dialer", &parts, &self.buffer[..MAC_BYTES]) {
+            return Err(Refusal::Token);
+        }
+        admit(&hello)?;
+        Ok(Heard::Admitted(hello, answer(ACCEPTED, &mac(secret, "listener", &parts))))
+    }
+}
+
+fn answer(kind: u8, body: &[u8; 32]) -> Vec<u8> {
+    [&LISTENER[..], &[kind], body].concat()
+}
+
+/// Why a dialer's handshake failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandshakeError {
+    /// The connection broke, or nothing came within the stream's timeout.
+    #[error("the connection failed during the handshake: {0}")]
+    Io(#[from] io::Error),
+    /// Something else than unisum listens there.
+    #[error("what listens there is not unisum")]
+    NotUnisum,
+    /// The listener does not know the token.
+    #[error("the listener could not prove that it knows the job's token")]
+    Impostor,
+    /// The listener said no, and why.
+    #[error("refused: {0}")]
+    Refused(String),
+}
+
+/// Introduces this process to a listener. Blocks as long as the stream does: set its timeouts.
+/// One round trip and a half.
+///
+/// # Errors
+/// If the stream fails, the listener refuses, or does not prove the token either.
+pub fn dial(
+    stream: &mut (impl Read + Write),
+    hello: &Hello,
+    secret: &Secret,
+) -> Result<(), HandshakeError> {
+    let hello = hello.encode(&random()?);
+    stream.write_all(&hello)?;
+    let nonce = read_answer(stream, CHALLENGE)?;
+    let parts: [&[u8]; 2] = [&hello, &nonce];
+    stream.write_all(&mac(secret, "dialer", &parts))?;
+    let proof = read_answer(stream, ACCEPTED)?;
+    if verify(secret, "listener", &parts, &proof) { Ok(()) } else { Err(HandshakeError::Impostor) }
+}
+
+fn read_answer(stream: &mut impl Read, wanted: u8) -> Result<[u8; 32], HandshakeError> {
+    let mut head = [0; HEAD_BYTES];
+    stream.read_exact(&mut head)?;
+    if head[..4] != LISTENER[..] {
+        return Err(HandshakeError::NotUnisum);
+    }
+    if head[4] == REFUSED {
+        return Err(HandshakeError::Refused(read_reason(stream)?));
+    }
+    if head[4] != wanted {
+        return Err(HandshakeError::NotUnisum);
+    }
+    let mut body = [0; 32];
+    stream.read_exact(&mut body)?;
+    Ok(body)
+}
+
+/// A refusal's text. It comes from somebody who has proven nothing: control characters, which a
+/// terminal would obey, are replaced.
+fn read_reason(stream: &mut impl Read) -> io::Result<String> {
+    let mut length = [0];
+    stream.read_exact(&mut length)?;
+    let mut text = [0; u8::MAX as usize];
+    let text = &mut text[..usize::from(length[0])];
+    stream.read_exact(text)?;
+    let text = String::from_utf8_lossy(text);
+    Ok(text.chars().map(|c| if c.is_control() { '.' } else { c }).collect())
+}
+
+#[cfg(test)]
+mod tests;

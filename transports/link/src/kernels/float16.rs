@@ -1,0 +1,89 @@
+//! Conversions between 16-bit floats and `f32`, in operations that vectorise everywhere.
+//!
+//! Source: Fabian Giesen, "half to float done quick" and the comments there (public domain).
+
+/// The quiet NaN that every NaN result becomes.
+pub(super) const F32_NAN: u32 = 0x7fc0_0000;
+
+const F32_INFINITY: u32 = 0x7f80_0000;
+/// The distance between the exponent biases of `f32` and `f16`, in place.
+const REBIAS: u32 = (127 - 15) << 23;
+
+/// The value of the `f16` with the given bits. A NaN stays a NaN, not always the same one.
+#[inline(always)]
+pub(super) fn f16_to_f32(bits: u16) -> f32 {
+    let sign = u32::from(bits & 0x8000) << 16;
+    let magnitude = u32::from(bits & 0x7fff);
+    let shifted = magnitude << 13;
+    // Subnormal: an integer of units of 2⁻²⁴, exact, and no subnormal `f32` on the way.
+    let tiny = (magnitude as i32 as f32 * f32::from_bits((127 - 24) << 23)).to_bits();
+    let finite = if magnitude < 0x0400 { tiny } else { shifted + REBIAS };
+    let value = if magnitude >= 0x7c00 { shifted | F32_INFINITY } else { finite };
+    f32::from_bits(value | sign)
+}
+
+/// The bits of the `f16` nearest to `value`, ties to even. The only NaN it may meet is [`F32_NAN`].
+#[inline(always)]
+pub(super) fn f32_to_f16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let sign = (bits >> 16) & 0x8000;
+    let magnitude = bits & 0x7fff_ffff;
+    // Half the last place that is dropped, less one if the last place that stays is even. A
+    // carry into the exponent is right, up to infinity.
+    let odd = (magnitude >> 13) & 1;
+    let normal = magnitude.wrapping_sub(REBIAS).wrapping_add(0x0fff + odd) >> 13;
+    // The last place of 0.5 is 2⁻²⁴, that of a subnormal `f16`: the addition rounds to it.
+    let tiny = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5_f32.to_bits());
+    let large = if magnitude > F32_INFINITY { 0x7e00 } else { 0x7c00 };
+    let finite = if magnitude < (127 - 14) << 23 { tiny } else { normal };
+    let result = if magnitude >= (127 + 16) << 23 { large } else { finite };
+    (result | sign) as u16
+}
+
+/// The value of the `bf16` with the given bits.
+#[inline(always)]
+pub(super) fn bf16_to_f32(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// The bits of the `bf16` nearest to `value`, ties to even. The only NaN it may meet is
+/// [`F32_NAN`], which rounds like a number.
+#[inline(always)]
+pub(super) fn f32_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let odd = (bits >> 16) & 1;
+    ((bits + 0x7fff + odd) >> 16) as u16
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+
+    #[test]
+    fn every_f16_widens_to_its_value() {
+        for bits in 0..=u16::MAX {
+            let (ours, theirs) = (f16_to_f32(bits), f16::from_bits(bits).to_f32());
+            assert!(ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan());
+        }
+    }
+
+    #[test]
+    fn narrowing_rounds_to_nearest_even_around_every_16_bit_float() {
+        let check = |value: f32| {
+            assert_eq!(f32_to_f16(value), f16::from_f32(value).to_bits(), "f16 of {value:e}");
+            assert_eq!(f32_to_bf16(value), bf16::from_f32(value).to_bits(), "bf16 of {value:e}");
+        };
+        let step = if cfg!(miri) { 997 } else { 1 };
+        for bits in (0..=u16::MAX).step_by(step) {
+            // The value, the half way to its neighbour, and what lies next to both.
+            let bases = [f16_to_f32(bits), bf16_to_f32(bits)];
+            for base in bases.into_iter().filter(|base| !base.is_nan()) {
+                for offset in [0, 1, 0x0fff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                    let value = f32::from_bits(base.to_bits() + offset);
+                    check(if value.is_nan() { f32::from_bits(F32_NAN) } else { value });
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The contract between the engine and a transport.
+
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::{Call, LinkError, Rank, Region};
+
+/// The engine's name for a transfer it posted. Links hand it back and give it no meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+/// Where the bytes of a receive go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Landing {
+    /// Into the region, at the range the receive names: an arrival that stores.
+    Place,
+    /// Anywhere the link likes (a slot of its own, or right where the sender has them): an
+    /// arrival that reduces. The engine reads them through [`Link::arrived`] and gives them back
+    /// with [`Link::release`].
+    Slot,
+}
+
+/// What a link costs, for the cost model and for people.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Profile {
+    /// Seconds a message costs beside its bytes (α).
+    pub alpha_s: f64,
+    /// Seconds per byte (β).
+    pub beta_s_per_byte: f64,
+}
+
+/// Wakes a thread that is parked in a link, from any other thread.
+pub trait Wake: Send + Sync + fmt::Debug {
+    /// Makes the current or the next park return. Idempotent, never blocks.
+    fn wake(&self);
+}
+
+/// This rank's end of one transport: it moves bytes to and from every peer the transport reaches.
+///
+/// One thread at a time drives a link. Per peer and direction, transfers are matched in the order
+/// in which they were posted (FIFO), and both ends post the same lengths in the same order: they
+/// derive them from the same plan. Nothing blocks but [`Link::park`].
+///
+/// A link's error is final for the communicator: the engine calls [`Link::abort`] and nothing
+/// else after it.
+pub trait Link: Send + fmt::Debug {
+    /// Starts a collective on `region`. All transfers of the one before it are done.
+    fn begin(&mut self, call: Call, region: Region);
+
+    /// Sends `bytes` of the region to `to`. The range may be written again once the ticket is
+    /// done. `bytes` is not empty.
+    ///
+    /// # Errors
+    /// If the peer can't be reached or is gone.
+    fn send(&mut self, to: Rank, bytes: Range<usize>, ticket: Ticket) -> Result<(), LinkError>;
+
+    /// Receives what `from` sends next, which has the length of `bytes` (not empty). With
+    /// [`Landing::Place`] nobody touches that range until the ticket is done.
+    ///
+    /// # Errors
+    /// If the peer can't be reached or is gone.
+    fn receive(
+        &mut self,
+        from: Rank,
+        bytes: Range<usize>,
+        landing: Landing,
+        ticket: Ticket,
+    ) -> Result<(), LinkError>;
+
+    /// Moves what can be moved now and appends the tickets that are done.
+    ///
+    /// # Errors
+    /// The first failure of any peer that a posted transfer concerns.
+    fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError>;
+
+    /// The bytes of a done receive that landed in a slot, readable until released. The address
+    /// may change when the link is parked or armed (a slot in the sender's memory is then copied,
+    /// so that the sender can go on): ask again after that.
+    fn arrived(&self, ticket: Ticket) -> *const u8;
+
+    /// Gives an arrival's slot back.
+    fn release(&mut self, ticket: Ticket);
+
+    /// Sleeps until a transfer may have moved, until woken, or until `until`. So many tickets as
+    /// `wanted` says (never 0) must get done before the engine can go on: a link may sleep
+    /// through fewer.
+    ///
+    /// # Errors
+    /// Only if sleeping itself is impossible.
+    fn park(&mut self, until: Instant, wanted: usize) -> Result<(), LinkError>;
+
+    /// Announces that the engine is about to sleep on [`Link::wake_fd`] together with other
+    /// links'; `false` if something may have moved already, and then there is nothing to disarm.
+    fn arm(&mut self) -> bool;
+
+    /// Ends what [`Link::arm`] began and drains the descriptor.
+    fn disarm(&mut self);
+
+    /// A descriptor that becomes readable when an armed link should be looked at.
+    fn wake_fd(&self) -> BorrowedFd<'_>;
+
+    /// A handle that wakes this link's parked or armed thread.
+    fn waker(&self) -> Arc<dyn Wake>;
+
+    /// Drops every posted transfer: from here on the link touches no region of this process, and
+    /// what peers still do to the region no longer shows in it. Idempotent.
+    fn abort(&mut self);
+
+    /// The group of ranks that share memory with this one through this link, if it has that.
+    fn group(&mut self) -> Option<&mut dyn Group>;
+
+    /// What the link costs.
+    fn profile(&self) -> Profile;
+}
+
+/// A step that all members of a [`Group`] take together: an arrival on the group's counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrival(pub u32);
+
+/// The ranks of one node that can read each other's memory.
+///
+/// All members make the same sequence of arrivals. Between arrivals they read each other's
+/// regions, and write them where every region is registered. A collective on a group is:
+/// [`Group::enter`] (after which all see all regions), the work, [`Group::arrive`].
+pub trait Group {
+    /// The members, ascending; this rank is one of them.
+    fn members(&self) -> &[Rank];
+
+    /// Largest deposit in bytes.
+    fn slot_bytes(&self) -> usize;
+
+    /// Publishes this rank's call and region (as given to [`Link::begin`]) and arrives. With
+    /// `deposit`, copies the whole region (at most [`Group::slot_bytes`]) into this rank's slot
+    /// first: the members then read the slot and not the region, so that the region is free once
+    /// the arrival is complete.
+    fn enter(&mut self, deposit: bool) -> Arrival;
+
+    /// Arrives: everything this rank read and wrote before it is done.
+    fn arrive(&mut self) -> Arrival;
+
+    /// Whether all members made this arrival. The first time that an [`Group::enter`] is complete,
+    /// all members' calls are compared.
+    ///
+    /// # Errors
+    /// [`crate::LinkErrorKind::Mismatch`] if a member called something else.
+    fn complete(&mut self, arrival: Arrival) -> Result<bool, LinkError>;
+
+    /// Members that have not made the arrival yet: the ones to name when time is up.
+    fn missing(&self, arrival: Arrival) -> Vec<Rank>;
+
+    /// Sleeps until the arrival may be complete, until woken, or until `until`.
+    ///
+    /// # Errors
+    /// Only if sleeping itself is impossible.
+    fn park(&mut self, arrival: Arrival, until: Instant) -> Result<(), LinkError>;
+
+    /// Whether every member's region of the entered collective is registered, so that
+    /// [`Group::target`] may be used. The same answer on all members.
+    fn registered(&self) -> bool;
+
+    /// Whether members can read each other's private memory; the same answer on all members. If
+    /// not, [`Group::source`] works on registered regions and deposits only.
+    fn reads_private(&self) -> bool;
+
+    /// The address of `bytes` of a member's region (or deposit, if `enter` deposited). Mapped
+    /// memory is read where it is; private memory is copied into `scratch` first, which has room.
+    ///
+    /// # Errors
+    /// If the kernel refuses or the member is gone.
+    fn source(
+        &mut self,
+        member: Rank,
+        bytes: Range<usize>,
+        scratch: &mut [u8],
+    ) -> Result<*const u8, LinkError>;
+
+    /// The address of `bytes` of a member's registered region, to write to.
+    ///
+    /// # Panics
+    /// If the member's region is not registered: [`Group::registered`] said so.
+    fn target(&mut self, member: Rank, bytes: Range<usize>) -> *mut u8;
+}

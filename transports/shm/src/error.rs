@@ -1,0 +1,55 @@
+//! Why shared memory can't be used, or not any more.
+
+use std::io;
+
+use unisum_link::Rank;
+
+/// A failure to join or use the memory of a host. Whoever gets one while joining falls back to
+/// another transport.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShmError {
+    /// No other rank is on this host, as far as the cards tell.
+    #[error("no other rank shares this host")]
+    Alone,
+    /// A rank's card can't be read: another version, or garbage.
+    #[error("the shared-memory card of rank {0} can't be read: do all ranks run the same version?")]
+    Card(Rank),
+    /// The operating system refused.
+    #[error("{context}: {source}")]
+    Os {
+        /// What was tried.
+        context: &'static str,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// A rank of the host was not heard of in time.
+    #[error("ranks {0:?} of this host did not take part in time")]
+    Late(Vec<Rank>),
+    /// What answered is not the leader, or the memory is not the one it described.
+    #[error("joining the memory of rank {leader}: {reason}")]
+    Refused {
+        /// The rank that owns the memory.
+        leader: Rank,
+        /// What was wrong.
+        reason: String,
+    },
+    /// The heap has no free range of that size.
+    #[error("no {bytes} free bytes in a shared heap of {heap_bytes}")]
+    Full {
+        /// What was asked for.
+        bytes: usize,
+        /// What the heap has in all.
+        heap_bytes: u64,
+    },
+    /// The link of this heap was aborted.
+    #[error("the communicator of this heap was aborted")]
+    Aborted,
+}
+
+impl ShmError {
+    /// The system's refusal of what `context` names; for `map_err`.
+    pub(crate) fn os<E: Into<io::Error>>(context: &'static str) -> impl Fn(E) -> Self {
+        move |source| Self::Os { context, source: source.into() }
+    }
+}

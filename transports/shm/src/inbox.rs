@@ -1,0 +1,327 @@
+//! What this rank receives from one peer.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::atomic::{Ordering, fence};
+
+use unisum_link::{Landing, LinkError, LinkErrorKind, Rank, Region, Ticket};
+
+use crate::bell::{Bell, URGENT};
+use crate::ffi::read_process;
+use crate::layout::STAGE_BYTES;
+use crate::mailbox::{CallWords, Mailbox, Message, Place, decode_call};
+use crate::mapping::Mapping;
+
+/// The receiving end of a mailbox.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    mailbox: Mailbox,
+    peer: Peer,
+    /// Entries whose room was given back.
+    consumed: u64,
+    /// The entries after those that were read: still held or only waiting for an older one.
+    taken: VecDeque<Taken>,
+    queue: VecDeque<Incoming>,
+    /// Buffers for slots, to be used again.
+    spare: Vec<Vec<u64>>,
+}
+
+#[derive(Debug)]
+struct Taken {
+    held: bool,
+    /// Whether the sender waits for this entry to be consumed.
+    awaited: bool,
+}
+
+#[derive(Debug)]
+struct Incoming {
+    ticket: Ticket,
+    call: CallWords,
+    region: Region,
+    bytes: Range<usize>,
+    landing: Landing,
+    /// Where pieces gather for a slot.
+    scratch: Vec<u64>,
+    arrived: usize,
+}
+
+/// A done receive that landed in a slot.
+#[derive(Debug)]
+pub(crate) struct Arrived {
+    pub(crate) at: *const u8,
+    bytes: usize,
+    holds: Holds,
+}
+
+impl Arrived {
+    fn in_scratch(scratch: Vec<u64>, bytes: usize) -> Self {
+        Self { at: scratch.as_ptr().cast(), bytes, holds: Holds::Scratch(scratch) }
+    }
+}
+
+#[derive(Debug)]
+enum Holds {
+    Entry(u64),
+    Scratch(Vec<u64>),
+}
+
+// SAFETY: the pointer is into the mapping or into the scratch that goes along.
+unsafe impl Send for Arrived {}
+
+/// Whom an inbox, or a group, reads from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer {
+    pub(crate) rank: Rank,
+    pub(crate) seat: u64,
+    pub(crate) pid: u32,
+}
+
+impl Peer {
+    /// Copies private memory of the peer to `into`.
+    ///
+    /// # Safety
+    /// `into` is valid for writing `bytes` bytes.
+    pub(crate) unsafe fn pull(
+        &self,
+        mapping: &Mapping,
+        from: u64,
+        into: *mut u8,
+        bytes: usize,
+    ) -> Result<(), LinkError> {
+        // SAFETY: the caller's promise.
+        let read = unsafe { read_process(self.pid, from, into, bytes) };
+        // An aborting peer says so before its owner uses the memory again, so if we don't see it
+        // now, what we read was the message. The fence orders our reads before the load; it pairs
+        // with the one in `ShmLink::leave`.
+        fence(Ordering::SeqCst);
+        let control = mapping.layout().control(self.seat);
+        if mapping.word(control.gone()).load(Ordering::Relaxed) != 0 {
+            return Err(LinkError::closed(self.rank));
+        }
+        read.map_err(|error| match error.raw_os_error() {
+            Some(libc::ESRCH) => LinkError::closed(self.rank),
+            _ => LinkError::os(self.rank, "reading the peer's private memory", error),
+        })
+    }
+
+    /// The error for a call other than ours.
+    pub(crate) fn mismatch(&self, ours: &CallWords, theirs: &CallWords) -> LinkError {
+        match (decode_call(ours), decode_call(theirs)) {
+            (Some(ours), Some(theirs)) => {
+                LinkError { peer: self.rank, kind: LinkErrorKind::Mismatch { ours, theirs } }
+            }
+            _ => LinkError::protocol(self.rank, "an unknown call in the shared memory"),
+        }
+    }
+
+    /// The address of `bytes` bytes at `offset` of the peer's heap.
+    pub(crate) fn mapped(
+        &self,
+        mapping: &Mapping,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<*mut u8, LinkError> {
+        let inside = offset.checked_add(bytes).is_some_and(|e| e <= mapping.layout().heap_bytes());
+        if !inside {
+            return Err(LinkError::protocol(self.rank, "a message outside of the sender's heap"));
+        }
+        Ok(mapping.pointer(mapping.layout().heap(self.seat) + offset, bytes))
+    }
+}
+
+impl Inbox {
+    pub(crate) fn new(mapping: &Mapping, own: u64, peer: Peer) -> Self {
+        Self {
+            mailbox: Mailbox::new(mapping.layout(), peer.seat, own),
+            peer,
+            consumed: 0,
+            taken: VecDeque::new(),
+            queue: VecDeque::new(),
+            spare: Vec::new(),
+        }
+    }
+
+    /// Queues a receive.
+    pub(crate) fn push(
+        &mut self,
+        call: CallWords,
+        region: Region,
+        bytes: Range<usize>,
+        landing: Landing,
+        ticket: Ticket,
+    ) {
+        let scratch = Vec::new();
+        let incoming = Incoming { ticket, call, region, bytes, landing, scratch, arrived: 0 };
+        self.queue.push_back(incoming);
+    }
+
+    /// Drops everything.
+    pub(crate) fn clear(&mut self) {
+        self.queue.clear();
+        self.spare.clear();
+    }
+
+    /// Takes what has arrived for the posted receives; `done` gets the finished ones, with their
+    /// slot if they landed in one.
+    pub(crate) fn progress(
+        &mut self,
+        mapping: &Mapping,
+        bell: &Bell,
+        done: &mut impl FnMut(Ticket, Option<Arrived>),
+    ) -> Result<(), LinkError> {
+        while !self.queue.is_empty() {
+            let number = self.consumed + self.taken.len() as u64;
+            let Some(message) = self.mailbox.read(mapping, number) else {
+                break;
+            };
+            self.take(mapping, number, &message, done)?;
+            // Not once at the end: the sender may go on while we copy the next.
+            self.consume(mapping, bell);
+        }
+        Ok(())
+    }
+
+    /// Gives an arrival's slot back.
+    pub(crate) fn release(&mut self, mapping: &Mapping, bell: &Bell, arrived: Arrived) {
+        match arrived.holds {
+            Holds::Entry(number) => self.let_go(mapping, bell, number),
+            Holds::Scratch(scratch) if self.spare.len() < SPARES => self.spare.push(scratch),
+            Holds::Scratch(_) => {}
+        }
+    }
+
+    /// Copies an arrival that is read where the sender has it, so that the sender can go on.
+    pub(crate) fn copy_out(&mut self, mapping: &Mapping, bell: &Bell, arrived: &mut Arrived) {
+        let Holds::Entry(number) = arrived.holds else {
+            return;
+        };
+        let (from, bytes) = (arrived.at, arrived.bytes);
+        let mut scratch = buffer(&mut self.spare, bytes);
+        // SAFETY: an arrival is readable until its entry is let go, and the buffer is as long.
+        unsafe { scratch.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(from, bytes) };
+        *arrived = Arrived::in_scratch(scratch, bytes);
+        self.let_go(mapping, bell, number);
+    }
+
+    fn let_go(&mut self, mapping: &Mapping, bell: &Bell, number: u64) {
+        self.taken[(number - self.consumed) as usize].held = false;
+        self.consume(mapping, bell);
+    }
+
+    /// Acts on one entry, which belongs to the first receive.
+    fn take(
+        &mut self,
+        mapping: &Mapping,
+        number: u64,
+        message: &Message,
+        done: &mut impl FnMut(Ticket, Option<Arrived>),
+    ) -> Result<(), LinkError> {
+        let in_place = self.land(mapping, number, message)?;
+        let awaited = message.place != Some(Place::Staged);
+        self.taken.push_back(Taken { held: in_place.is_some(), awaited });
+        let whole = |first: &&Incoming| in_place.is_some() || first.arrived == first.bytes.len();
+        if self.queue.front().filter(whole).is_none() {
+            return Ok(());
+        }
+        let first = self.queue.pop_front().expect("it was just looked at");
+        let bytes = first.bytes.len();
+        let slot = (first.landing == Landing::Slot).then(|| match in_place {
+            Some(at) => Arrived { at, bytes, holds: Holds::Entry(number) },
+            None => Arrived::in_scratch(first.scratch, bytes),
+        });
+        done(first.ticket, slot);
+        Ok(())
+    }
+
+    /// Moves an entry's bytes to where the first receive wants them. The address instead, if it
+    /// wants them in a slot and can read the whole message where it is.
+    fn land(
+        &mut self,
+        mapping: &Mapping,
+        number: u64,
+        message: &Message,
+    ) -> Result<Option<*const u8>, LinkError> {
+        let first = self.queue.front_mut().expect("an entry is read for a receive");
+        first.check(&self.peer, message)?;
+        let bytes = first.bytes.len();
+        let (from, piece) = match message.place {
+            Some(Place::Heap(offset)) => (self.peer.mapped(mapping, offset, bytes as u64)?, bytes),
+            Some(Place::Staged) => {
+                (self.mailbox.stage(mapping, number), STAGE_BYTES.min(bytes - first.arrived))
+            }
+            Some(Place::Process(address)) => {
+                let into = first.room(&mut self.spare, bytes);
+                // SAFETY: `room` has that many bytes.
+                unsafe { self.peer.pull(mapping, address, into, bytes) }?;
+                first.arrived = bytes;
+                return Ok(None);
+            }
+            Some(Place::Deposit) | None => {
+                return Err(LinkError::protocol(self.peer.rank, "a message at an unknown place"));
+            }
+        };
+        if first.landing == Landing::Slot && piece == bytes {
+            return Ok(Some(from));
+        }
+        let into = first.room(&mut self.spare, piece);
+        // SAFETY: both have `piece` bytes and lie in memory of different ranks; the sender leaves
+        // the source alone until we say that it is consumed.
+        unsafe { into.copy_from_nonoverlapping(from, piece) };
+        first.arrived += piece;
+        Ok(None)
+    }
+
+    /// Gives the room of entries back that nobody holds, and tells a sender that waits for it.
+    fn consume(&mut self, mapping: &Mapping, bell: &Bell) {
+        let (mut awaited, before) = (0, self.consumed);
+        while self.taken.front().is_some_and(|first| !first.held) {
+            awaited += u32::from(self.taken.pop_front().is_some_and(|first| first.awaited));
+            self.consumed += 1;
+        }
+        if self.consumed == before {
+            return;
+        }
+        let stalled = self.mailbox.consume(mapping, self.consumed);
+        let weight = if stalled { URGENT } else { awaited };
+        if weight > 0 {
+            bell.ring(self.peer.seat, weight);
+        }
+    }
+}
+
+impl Incoming {
+    /// Whether the message is the one that was posted for.
+    fn check(&self, peer: &Peer, message: &Message) -> Result<(), LinkError> {
+        if message.call != self.call {
+            return Err(peer.mismatch(&self.call, &message.call));
+        }
+        let bytes = self.bytes.len();
+        if message.bytes != bytes as u64 {
+            let what = format!("{} bytes came where {bytes} were expected", message.bytes);
+            return Err(LinkError::protocol(peer.rank, what));
+        }
+        Ok(())
+    }
+
+    /// Where the next `piece` bytes go: their place in the region, or scratch for the slot.
+    fn room(&mut self, spare: &mut Vec<Vec<u64>>, piece: usize) -> *mut u8 {
+        let start = self.bytes.start + self.arrived;
+        if self.landing == Landing::Place {
+            return self.region.pointer(&(start..start + piece));
+        }
+        if self.scratch.is_empty() {
+            self.scratch = buffer(spare, self.bytes.len());
+        }
+        self.scratch.as_mut_ptr().cast::<u8>().wrapping_add(self.arrived)
+    }
+}
+
+/// A buffer for `bytes` bytes, a used one if there is one.
+fn buffer(spare: &mut Vec<Vec<u64>>, bytes: usize) -> Vec<u64> {
+    let mut buffer = spare.pop().unwrap_or_default();
+    buffer.resize(bytes.div_ceil(8), 0);
+    buffer
+}
+
+/// Slot buffers kept per peer.
+const SPARES: usize = 4;

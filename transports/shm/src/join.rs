@@ -1,0 +1,231 @@
+//! How the ranks of a host come to share one memory.
+//!
+//! Every rank binds a socket of a random name in the abstract namespace and tells its name on its
+//! card. The lowest candidate leads: it creates the memory and hands it to the others.
+//!
+//! ```text
+//! leader   challenge [32]                                    to whoever connects as our user
+//! member   rank u32, nonce [32], mac("shm member", ..)       68 bytes
+//! leader   heap u64, memory's nonce [16], mac("shm leader")  56 bytes, and the memfd
+//! member   1 byte, after it found the nonce in the memory and wrote its own there
+//! leader   1 byte, after it found the member's nonce: both see the same memory
+//! ```
+
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
+mod guests;
+mod host;
+mod member;
+
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use unisum_link::fork::ParentOnly;
+use unisum_link::handshake::{Secret, random};
+use unisum_link::{Group, Rank};
+
+use crate::bell::Bell;
+use crate::card::{Card, candidates};
+use crate::ffi::read_process;
+use crate::group::Team;
+use crate::inbox::Peer;
+use crate::mapping::Mapping;
+use crate::{ShmError, ShmLink};
+
+/// This rank's offer to share memory with whoever is on the same host.
+#[derive(Debug)]
+pub struct Offer {
+    secret: Secret,
+    listener: ParentOnly<UnixListener>,
+    card: Card,
+}
+
+impl Offer {
+    /// Binds this rank's socket. `secret` is the job's: strangers are refused by it.
+    ///
+    /// # Errors
+    /// If the system refuses, or tells too little about itself.
+    pub fn new(secret: &Secret) -> Result<Self, ShmError> {
+        let name: [u8; 32] = random().map_err(ShmError::os("drawing a name"))?;
+        let address =
+            SocketAddr::from_abstract_name(name).map_err(ShmError::os("naming a socket"))?;
+        let listener = UnixListener::bind_addr(&address)
+            .map(ParentOnly::new)
+            .map_err(ShmError::os("binding a Unix socket"))?;
+        listener.set_nonblocking(true).map_err(ShmError::os("setting up a Unix socket"))?;
+        Ok(Self { secret: secret.clone(), listener, card: Card::here(name)? })
+    }
+
+    /// What all ranks must know of this offer: opaque bytes.
+    pub fn card(&self) -> Vec<u8> {
+        self.card.encode()
+    }
+
+    /// Shares memory with the other ranks of this host. Every rank with a card calls this, with
+    /// the same `cards` (by rank; empty where a rank made no offer) and `session` (the job's, so
+    /// that two jobs never mix).
+    ///
+    /// `heap_bytes` is how much registered memory each rank may have at most, by default as much
+    /// as the machine has; nothing is committed before it is allocated. The lowest rank of the
+    /// host decides. Blocks until all are there, at most until `deadline`.
+    ///
+    /// # Errors
+    /// [`ShmError::Alone`] if no other rank is here, and whatever stands against sharing; then
+    /// this rank must use another transport, and tell the others.
+    pub fn join(
+        self,
+        me: Rank,
+        cards: &[Vec<u8>],
+        session: [u8; 16],
+        heap_bytes: Option<u64>,
+        deadline: Instant,
+    ) -> Result<Candidate, ShmError> {
+        let found = candidates(me, cards)?;
+        let ranks: Vec<Rank> = found.iter().map(|(rank, _)| *rank).collect();
+        let proof = Proof { secret: self.secret, session };
+        let mapped = if ranks[0] == me {
+            let room = found.iter().map(|(_, card)| card.room).min().unwrap_or(0);
+            host::serve(&self.listener, &proof, &ranks, heap_bytes, room, deadline)?
+        } else {
+            member::join(&proof, &ranks, me, &found[0].1, deadline)?
+        };
+        Ok(mapped.seat(me, ranks))
+    }
+}
+
+/// What both ends prove to each other.
+#[derive(Debug)]
+struct Proof {
+    secret: Secret,
+    session: [u8; 16],
+}
+
+/// This rank's part of a mapping, before it is known who else takes part.
+struct Mapped {
+    mapping: Arc<Mapping>,
+    bell: Bell,
+    probe: Arc<AtomicU64>,
+}
+
+impl Mapped {
+    /// Writes down who sits at `seat`: all that peers need to know.
+    fn new(mapping: Mapping, seat: u64) -> Result<Self, ShmError> {
+        let mapping = Arc::new(mapping);
+        let bell = Bell::new(Arc::clone(&mapping), seat)?;
+        let drawn = random().map_err(ShmError::os("drawing a probe"))?;
+        let probe = Arc::new(AtomicU64::new(u64::from_le_bytes(drawn)));
+        let control = mapping.layout().control(seat);
+        // Relaxed: read after the socket's messages that follow.
+        mapping.word(control.pid()).store(std::process::id(), Ordering::Relaxed);
+        mapping.wide(control.probe_address()).store(probe.as_ptr() as u64, Ordering::Relaxed);
+        mapping.wide(control.probe_value()).store(u64::from_le_bytes(drawn), Ordering::Relaxed);
+        Ok(Self { mapping, bell, probe })
+    }
+
+    fn seat(self, me: Rank, candidates: Vec<Rank>) -> Candidate {
+        let Self { mapping, bell, probe } = self;
+        Candidate { mapping, bell: Arc::new(bell), probe, me, candidates, private_reads: true }
+    }
+}
+
+/// A rank that shares the memory of its host, before all know who else does.
+#[derive(Debug)]
+pub struct Candidate {
+    mapping: Arc<Mapping>,
+    bell: Arc<Bell>,
+    probe: Arc<AtomicU64>,
+    me: Rank,
+    candidates: Vec<Rank>,
+    private_reads: bool,
+}
+
+impl Candidate {
+    /// The rank that created the memory. Ranks share memory exactly if they name the same.
+    pub fn leader(&self) -> Rank {
+        self.candidates[0]
+    }
+
+    /// Makes the group do without `process_vm_readv`, as if the kernel forbade it.
+    #[must_use]
+    pub fn without_private_reads(mut self) -> Self {
+        self.private_reads = false;
+        self
+    }
+
+    /// The link among `members`: ascending, the same on all of them, all of which joined.
+    ///
+    /// Finds out whether the members can read each other's private memory, so it waits for all of
+    /// them, at most until `deadline`.
+    ///
+    /// # Errors
+    /// [`ShmError::Late`] if a member doesn't connect.
+    ///
+    /// # Panics
+    /// If `members` names a rank that is no candidate, or lacks this one.
+    pub fn connect(self, members: &[Rank], deadline: Instant) -> Result<ShmLink, ShmError> {
+        let peers = members.iter().map(|&rank| Peer { rank, seat: self.seat(rank), pid: 0 });
+        let own = members.binary_search(&self.me).expect("this rank is a member");
+        let (mapping, bell) = (Arc::clone(&self.mapping), Arc::clone(&self.bell));
+        let mut team = Team::new(mapping, bell, peers.collect(), own);
+        meet(&mut team, deadline)?;
+        team.look_up_processes();
+        let can_read = self.private_reads && team.peers().iter().all(|peer| self.can_read(peer));
+        let verdict =
+            |peer: &Peer| self.mapping.word(self.mapping.layout().control(peer.seat).verdict());
+        // Relaxed, here and below: ordered by the arrival between them.
+        verdict(&team.peers()[own]).store(u32::from(can_read), Ordering::Relaxed);
+        meet(&mut team, deadline)?;
+        let reads_private =
+            team.peers().iter().all(|peer| verdict(peer).load(Ordering::Relaxed) == 1);
+        team.reads_private = reads_private;
+        tracing::debug!(?members, reads_private, "shared memory connected");
+        let (mapping, me) = (Arc::clone(&self.mapping), team.peers()[own]);
+        Ok(ShmLink::new(mapping, self.bell, team, me, self.probe))
+    }
+
+    fn seat(&self, rank: Rank) -> u64 {
+        self.candidates.binary_search(&rank).expect("members are candidates") as u64
+    }
+
+    /// Whether the kernel lets us read the peer's memory; a process id of another namespace would
+    /// name another process, so the content is compared.
+    fn can_read(&self, peer: &Peer) -> bool {
+        let control = self.mapping.layout().control(peer.seat);
+        let address = self.mapping.wide(control.probe_address()).load(Ordering::Relaxed);
+        let expected = self.mapping.wide(control.probe_value()).load(Ordering::Relaxed);
+        let mut found = 0u64;
+        let into = (&raw mut found).cast();
+        // SAFETY: `found` has 8 bytes.
+        let read = unsafe { read_process(peer.pid, address, into, 8) };
+        if let Err(error) = &read {
+            tracing::info!(rank = peer.rank, %error, "private memory of a peer can't be read");
+        }
+        read.is_ok() && found == expected
+    }
+}
+
+/// Waits until all members of a new team are there.
+fn meet(team: &mut Team, deadline: Instant) -> Result<(), ShmError> {
+    let arrival = team.arrive();
+    let os = |error: unisum_link::LinkError| std::io::Error::other(error.to_string());
+    while !team.complete(arrival).map_err(os).map_err(ShmError::os("meeting the members"))? {
+        if Instant::now() >= deadline {
+            return Err(ShmError::Late(team.missing(arrival)));
+        }
+        team.park(arrival, deadline).map_err(os).map_err(ShmError::os("meeting the members"))?;
+    }
+    Ok(())
+}
+
+/// Bytes of each message of the exchange.
+const CHALLENGE_BYTES: usize = 32;
+const REQUEST_BYTES: usize = 4 + 32 + 32;
+const GRANT_BYTES: usize = 8 + 16 + 32;
+/// Says that the memory is mapped, or seen to be.
+const SEEN: u8 = 1;
+
+#[cfg(test)]
+mod tests;

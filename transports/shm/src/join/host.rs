@@ -1,0 +1,82 @@
+//! The leader's side: it creates the memory and hands it to the candidates that prove themselves.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use rustix::process::{Resource, getrlimit};
+use rustix::system::sysinfo;
+use unisum_link::Rank;
+use unisum_link::handshake::random;
+
+use super::guests::Guests;
+use super::{Mapped, Proof};
+use crate::ShmError;
+use crate::layout::{HEAP_ALIGN, Layout, MAGIC, NONCE};
+use crate::mapping::{Mapping, create};
+
+/// Creates the memory and serves it until all of `candidates` have it or failed, at most until
+/// `deadline`.
+pub(super) fn serve(
+    listener: &UnixListener,
+    proof: &Proof,
+    candidates: &[Rank],
+    heap_bytes: Option<u64>,
+    room: u64,
+    deadline: Instant,
+) -> Result<Mapped, ShmError> {
+    let mapping = create_mapping(candidates.len(), heap_bytes, room)?;
+    let nonce: [u8; 16] = random().map_err(ShmError::os("drawing a nonce"))?;
+    for (offset, word) in [NONCE, NONCE + 8].into_iter().zip(nonce_words(&nonce)) {
+        mapping.wide(offset).store(word, Ordering::Relaxed);
+    }
+    // Relaxed: whoever maps it does so after a message from us.
+    mapping.wide(0).store(MAGIC, Ordering::Relaxed);
+    let mapped = Mapped::new(mapping, 0)?;
+    let mut guests = Guests::new(listener, proof, &mapped.mapping, nonce, candidates);
+    while guests.is_waiting() && Instant::now() < deadline {
+        guests.turn(deadline).map_err(ShmError::os("waiting for the ranks of this host"))?;
+    }
+    for (rank, state) in guests.absent() {
+        tracing::warn!(rank, state, "a rank of this host does not share memory");
+    }
+    Ok(mapped)
+}
+
+/// Creates and maps memory with heaps as large as the limits of the process and of the address
+/// space allow.
+fn create_mapping(seats: usize, heap_bytes: Option<u64>, room: u64) -> Result<Mapping, ShmError> {
+    let asked = heap_bytes.unwrap_or_else(physical_bytes);
+    // Exceeding the file size limit would be a signal and not an error.
+    let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX).min(room);
+    let mut heap = asked.min(limit / seats as u64).max(HEAP_ALIGN);
+    loop {
+        let error = match Layout::new(seats, heap).filter(|layout| layout.bytes() <= limit) {
+            None => {
+                let source = io::Error::from(io::ErrorKind::OutOfMemory);
+                ShmError::Os { context: "fitting shared memory into the limits", source }
+            }
+            Some(layout) => match create(layout).and_then(|memory| Mapping::new(memory, layout)) {
+                Ok(mapping) => return Ok(mapping),
+                Err(error) => error,
+            },
+        };
+        if heap <= HEAP_ALIGN {
+            return Err(error);
+        }
+        heap = (heap / 2).max(HEAP_ALIGN);
+        tracing::info!(%error, heap_bytes = heap, "trying with smaller heaps");
+    }
+}
+
+fn physical_bytes() -> u64 {
+    let info = sysinfo();
+    info.totalram.saturating_mul(u64::from(info.mem_unit.max(1)))
+}
+
+/// A nonce as words of the mapping.
+pub(super) fn nonce_words(nonce: &[u8; 16]) -> [u64; 2] {
+    let words = u128::from_le_bytes(*nonce);
+    [words as u64, (words >> 64) as u64]
+}

@@ -1,0 +1,209 @@
+//! Where everything lies in the memory that the ranks of a host share (pure arithmetic).
+//!
+//! ```text
+//! header      one page: magic, nonce, the group's counter, generation and sleepers
+//! control     per seat, 4 lines: doorbell | arrivals | who it is | name of its socket
+//! slots       per seat and parity: a card (one line) and a deposit
+//! mailboxes   per ordered pair of seats: a line for the reader, then a ring of entries
+//! staging     per ordered pair: one buffer per ring entry (pages appear with the first use)
+//! heaps       per seat: registered memory, sparse
+//! ```
+//! A *seat* is a rank's index among the candidates of the host. Everything that several
+//! processes write or poll has a cache line of its own.
+
+/// Entries of a mailbox's ring.
+pub(crate) const RING: u64 = 16;
+/// Bytes of a staging buffer: the largest message that its sender needn't wait for.
+pub(crate) const STAGE_BYTES: usize = 8 << 10;
+/// Bytes of a deposit.
+pub(crate) const SLOT_BYTES: usize = 16 << 10;
+/// What the memory begins with: "unishm" and the version of this layout.
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"unishm\x00\x01");
+
+/// Offsets in the header.
+pub(crate) const NONCE: u64 = 8;
+/// Members that made the current arrival.
+pub(crate) const ARRIVED: u64 = 64;
+/// How many arrivals are complete (see `group`).
+pub(crate) const GENERATION: u64 = 128;
+/// Members that sleep on the generation.
+pub(crate) const SLEEPERS: u64 = 192;
+
+const LINE: u64 = 64;
+const PAGE: u64 = 4096;
+const CONTROL_BYTES: u64 = 4 * LINE;
+const SLOT_STRIDE: u64 = LINE + SLOT_BYTES as u64;
+const MAILBOX_BYTES: u64 = (1 + RING) * LINE;
+const STAGING_BYTES: u64 = RING * STAGE_BYTES as u64;
+/// Heaps start at multiples of this, so that huge pages fit.
+pub(crate) const HEAP_ALIGN: u64 = 2 << 20;
+/// More than any address space has; keeps sums from overflowing.
+const BYTES_MAX: u64 = 1 << 56;
+
+/// The sizes that everything else follows from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    seats: u64,
+    heap_bytes: u64,
+}
+
+impl Layout {
+    /// The layout for `seats` ranks with heaps of at most `heap_bytes` bytes (rounded down);
+    /// `None` if that is more than memory can ever be.
+    pub(crate) fn new(seats: usize, heap_bytes: u64) -> Option<Self> {
+        let seats = u64::try_from(seats).ok().filter(|seats| (1..=1 << 14).contains(seats))?;
+        let heap_bytes = heap_bytes / HEAP_ALIGN * HEAP_ALIGN;
+        let layout = Self { seats, heap_bytes };
+        let heaps = seats.checked_mul(heap_bytes).filter(|&bytes| bytes < BYTES_MAX)?;
+        (layout.heaps() + heaps < BYTES_MAX).then_some(layout)
+    }
+
+    /// Bytes of one heap.
+    pub(crate) const fn heap_bytes(&self) -> u64 {
+        self.heap_bytes
+    }
+
+    /// Bytes of all of it.
+    pub(crate) const fn bytes(&self) -> u64 {
+        self.heap(self.seats)
+    }
+
+    /// The part at the start that is always in use: everything before the staging buffers.
+    pub(crate) const fn dense_bytes(&self) -> u64 {
+        self.stagings()
+    }
+
+    /// The control lines of a seat.
+    pub(crate) const fn control(&self, seat: u64) -> Control {
+        Control(PAGE + seat * CONTROL_BYTES)
+    }
+
+    /// The card of a seat at a parity; the deposit follows it.
+    pub(crate) const fn card(&self, seat: u64, parity: u32) -> u64 {
+        self.slots() + (2 * seat + (parity & 1) as u64) * SLOT_STRIDE
+    }
+
+    /// The deposit of a seat at a parity.
+    pub(crate) const fn deposit(&self, seat: u64, parity: u32) -> u64 {
+        self.card(seat, parity) + LINE
+    }
+
+    /// The line of the mailbox that the reader writes.
+    pub(crate) const fn mailbox(&self, from: u64, to: u64) -> u64 {
+        self.mailboxes() + (from * self.seats + to) * MAILBOX_BYTES
+    }
+
+    /// The staging buffers of an ordered pair, and their bytes.
+    pub(crate) const fn staging(&self, from: u64, to: u64) -> (u64, u64) {
+        (self.stagings() + (from * self.seats + to) * STAGING_BYTES, STAGING_BYTES)
+    }
+
+    /// The heap of a seat.
+    pub(crate) const fn heap(&self, seat: u64) -> u64 {
+        self.heaps() + seat * self.heap_bytes
+    }
+
+    const fn slots(&self) -> u64 {
+        PAGE + self.seats * CONTROL_BYTES
+    }
+
+    const fn mailboxes(&self) -> u64 {
+        self.slots() + self.seats * 2 * SLOT_STRIDE
+    }
+
+    const fn stagings(&self) -> u64 {
+        (self.mailboxes() + self.seats * self.seats * MAILBOX_BYTES).next_multiple_of(PAGE)
+    }
+
+    const fn heaps(&self) -> u64 {
+        (self.stagings() + self.seats * self.seats * STAGING_BYTES).next_multiple_of(HEAP_ALIGN)
+    }
+}
+
+/// The offset of an entry's line in its mailbox.
+pub(crate) const fn entry(mailbox: u64, number: u64) -> u64 {
+    mailbox + (1 + number % RING) * LINE
+}
+
+/// Offsets of a seat's control lines.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Control(u64);
+
+#[rustfmt::skip]
+impl Control {
+    /// Doorbell: counts what happened for this seat.
+    pub(crate) const fn events(self) -> u64 { self.0 }
+    /// Doorbell: the count at which its sleeper wants to be woken.
+    pub(crate) const fn wake_at(self) -> u64 { self.0 + 4 }
+    /// Doorbell: awake, asleep or armed; the futex word.
+    pub(crate) const fn mode(self) -> u64 { self.0 + 8 }
+    /// How many arrivals this seat made.
+    pub(crate) const fn arrivals(self) -> u64 { self.0 + LINE }
+    /// Not 0 once the rank aborted or left: its private memory is no longer what it was.
+    pub(crate) const fn gone(self) -> u64 { self.0 + 2 * LINE }
+    /// Whether this rank can read every member's private memory.
+    pub(crate) const fn verdict(self) -> u64 { self.0 + 2 * LINE + 4 }
+    /// Its process id, as it sees itself.
+    pub(crate) const fn pid(self) -> u64 { self.0 + 2 * LINE + 8 }
+    /// Address of a private word that its peers try to read.
+    pub(crate) const fn probe_address(self) -> u64 { self.0 + 2 * LINE + 16 }
+    /// What that word holds.
+    pub(crate) const fn probe_value(self) -> u64 { self.0 + 2 * LINE + 24 }
+    /// What it wrote to prove that it mapped this very memory: two words.
+    pub(crate) const fn identity(self) -> u64 { self.0 + 2 * LINE + 32 }
+    /// Name of its doorbell's socket: four words.
+    pub(crate) const fn socket(self) -> u64 { self.0 + 3 * LINE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every part of a layout as (offset, bytes).
+    fn parts(layout: &Layout) -> Vec<(u64, u64)> {
+        let mut parts = vec![(0, PAGE)];
+        for seat in 0..layout.seats {
+            parts.push((layout.control(seat).events(), CONTROL_BYTES));
+            parts.push((layout.heap(seat), layout.heap_bytes));
+            for parity in [6, 7] {
+                parts.push((layout.card(seat, parity), LINE));
+                parts.push((layout.deposit(seat, parity), SLOT_BYTES as u64));
+            }
+            for peer in 0..layout.seats {
+                parts.push((layout.mailbox(seat, peer), MAILBOX_BYTES));
+                parts.push(layout.staging(seat, peer));
+            }
+        }
+        parts.sort_unstable();
+        parts
+    }
+
+    #[test]
+    fn parts_do_not_overlap_and_are_aligned() {
+        for seats in [1, 2, 3, 16, 61] {
+            let layout = Layout::new(seats, 5 << 20).unwrap();
+            let parts = parts(&layout);
+            for pair in parts.windows(2) {
+                assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{seats} seats: {pair:?}");
+            }
+            assert!(parts.iter().all(|(offset, _)| offset % LINE == 0));
+            let (offset, bytes) = parts[parts.len() - 1];
+            assert_eq!(offset + bytes, layout.bytes());
+            assert_eq!(layout.heap(0) % HEAP_ALIGN, 0);
+        }
+    }
+
+    #[test]
+    fn rings_reuse_their_entries() {
+        assert_eq!(entry(128, 3), entry(128, 3 + RING));
+        assert_eq!(entry(128, RING - 1) + LINE, 128 + MAILBOX_BYTES);
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        assert_eq!(Layout::new(0, 1 << 20), None);
+        assert_eq!(Layout::new(1 << 20, 1 << 20), None);
+        assert_eq!(Layout::new(4, u64::MAX), None);
+        assert!(Layout::new(128, 1 << 46).is_some());
+    }
+}

@@ -1,0 +1,185 @@
+//! What this rank sends to one peer.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+
+use unisum_link::{Region, Ticket};
+
+use crate::bell::{Bell, URGENT};
+use crate::layout::{RING, STAGE_BYTES};
+use crate::mailbox::{CallWords, Mailbox, Place};
+use crate::mapping::Mapping;
+
+/// Registered messages up to this are staged all the same: a copy is cheaper than the wait for
+/// the reader.
+const STAGE_REGISTERED_MAX: usize = 2 << 10;
+
+/// The sending end of a mailbox.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    mailbox: Mailbox,
+    seat: u64,
+    staging: Range<u64>,
+    staging_reserved: bool,
+    posted: u64,
+    /// How much was posted when we last asked the reader for room.
+    stalled: Option<u64>,
+    queue: VecDeque<Outgoing>,
+    /// Published messages whose memory the peer still reads: done when `consumed` passes them.
+    lent: VecDeque<(u64, Ticket)>,
+}
+
+#[derive(Debug)]
+struct Outgoing {
+    ticket: Ticket,
+    call: CallWords,
+    region: Region,
+    bytes: Range<usize>,
+    /// Bytes staged so far.
+    staged: usize,
+}
+
+/// What sending needs beside the outbox.
+pub(crate) struct Sender<'a> {
+    pub(crate) mapping: &'a Mapping,
+    pub(crate) bell: &'a Bell,
+    /// Whether peers can read this process's private memory.
+    pub(crate) readable: bool,
+    pub(crate) done: &'a mut Vec<Ticket>,
+}
+
+impl Outbox {
+    pub(crate) fn new(mapping: &Mapping, own: u64, seat: u64) -> Self {
+        let (start, bytes) = mapping.layout().staging(own, seat);
+        Self {
+            mailbox: Mailbox::new(mapping.layout(), own, seat),
+            seat,
+            staging: start..start + bytes,
+            staging_reserved: false,
+            posted: 0,
+            stalled: None,
+            queue: VecDeque::new(),
+            lent: VecDeque::new(),
+        }
+    }
+
+    /// Queues a message; `progress` sends it.
+    pub(crate) fn push(
+        &mut self,
+        call: CallWords,
+        region: Region,
+        bytes: Range<usize>,
+        ticket: Ticket,
+    ) {
+        self.queue.push_back(Outgoing { ticket, call, region, bytes, staged: 0 });
+    }
+
+    /// Drops everything.
+    pub(crate) fn clear(&mut self) {
+        self.queue.clear();
+        self.lent.clear();
+    }
+
+    /// Publishes what there is room for and reports what is done.
+    pub(crate) fn progress(&mut self, sender: &mut Sender<'_>) -> io::Result<()> {
+        if self.queue.is_empty() && self.lent.is_empty() {
+            return Ok(());
+        }
+        let mut consumed = self.mailbox.consumed(sender.mapping);
+        while let Some(&(number, ticket)) = self.lent.front() {
+            if number >= consumed {
+                break;
+            }
+            sender.done.push(ticket);
+            self.lent.pop_front();
+        }
+        while !self.queue.is_empty() {
+            if self.posted - consumed >= RING {
+                consumed = self.stall(sender);
+                if self.posted - consumed >= RING {
+                    return Ok(());
+                }
+            }
+            self.publish(sender)?;
+        }
+        if self.stalled.take().is_some() {
+            self.mailbox.stall(sender.mapping, false);
+        }
+        Ok(())
+    }
+
+    /// Asks the reader to tell us when there is room; how much it has consumed by then.
+    fn stall(&mut self, sender: &Sender<'_>) -> u64 {
+        if self.stalled == Some(self.posted) {
+            return self.mailbox.consumed(sender.mapping);
+        }
+        self.stalled = Some(self.posted);
+        let consumed = self.mailbox.stall(sender.mapping, true);
+        sender.bell.ring(self.seat, URGENT);
+        consumed
+    }
+
+    /// Publishes the first queued message, or its next piece. There is room.
+    fn publish(&mut self, sender: &mut Sender<'_>) -> io::Result<()> {
+        let Some(first) = self.queue.front() else {
+            return Ok(());
+        };
+        let (call, ticket, total) = (first.call, first.ticket, first.bytes.len());
+        let place = place(first, sender.readable);
+        let mut weight = URGENT;
+        if place == Place::Staged {
+            self.reserve_staging(sender.mapping)?;
+            if self.stage(sender.mapping) {
+                sender.done.push(ticket);
+                self.queue.pop_front();
+            }
+            if total <= STAGE_BYTES {
+                // We don't wait for the reader, so it may sleep on for more.
+                weight = 1;
+            }
+        } else {
+            self.lent.push_back((self.posted, ticket));
+            self.queue.pop_front();
+        }
+        self.mailbox.publish(sender.mapping, self.posted, &call, total as u64, place);
+        self.posted += 1;
+        sender.bell.ring(self.seat, weight);
+        Ok(())
+    }
+
+    /// Copies the next piece of the first message; whether it is the last.
+    fn stage(&mut self, mapping: &Mapping) -> bool {
+        let first = self.queue.front_mut().expect("the caller looked");
+        let start = first.bytes.start + first.staged;
+        let piece = start..first.bytes.end.min(start + STAGE_BYTES);
+        let into = self.mailbox.stage(mapping, self.posted);
+        // SAFETY: the region is readable there (`pointer` checks the bounds), a staging buffer is
+        // no smaller than a piece, and it is ours until the entry is published.
+        unsafe { into.copy_from_nonoverlapping(first.region.pointer(&piece), piece.len()) };
+        first.staged += piece.len();
+        piece.end == first.bytes.end
+    }
+
+    fn reserve_staging(&mut self, mapping: &Mapping) -> io::Result<()> {
+        if !self.staging_reserved {
+            mapping.reserve(self.staging.clone())?;
+            self.staging_reserved = true;
+        }
+        Ok(())
+    }
+}
+
+/// How a message travels.
+fn place(message: &Outgoing, readable: bool) -> Place {
+    let bytes = message.bytes.len();
+    match message.region.heap_offset() {
+        Some(offset) if bytes > STAGE_REGISTERED_MAX => {
+            Place::Heap(offset + message.bytes.start as u64)
+        }
+        None if readable && bytes > STAGE_BYTES => {
+            Place::Process(message.region.pointer(&message.bytes) as u64)
+        }
+        _ => Place::Staged,
+    }
+}

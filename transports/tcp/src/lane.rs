@@ -1,0 +1,204 @@
+//! One socket to one peer: its queue of posted sends and its queue of posted receives.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::TcpStream;
+
+use rustix::net::{RecvFlags, SendFlags, recvmsg, sendmsg};
+use unisum_link::fork::ParentOnly;
+use unisum_link::frame::{HEADER_BYTES, Header};
+use unisum_link::{Call, LinkError, LinkErrorKind, Rank};
+
+/// A message's memory: part of the region, or of a slot the link keeps until the message is done.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    pub(crate) start: *mut u8,
+    pub(crate) bytes: usize,
+}
+
+// SAFETY: a span points into a region (which may move between threads) or into a slot that the
+// same link owns; it is used by the one thread that drives the link.
+unsafe impl Send for Span {}
+
+/// A message under way, with the link's name for the transfer it belongs to.
+#[derive(Debug)]
+struct Message {
+    transfer: usize,
+    header: [u8; HEADER_BYTES],
+    span: Span,
+    /// Bytes of header and payload that are through.
+    through: usize,
+}
+
+impl Message {
+    const fn total(&self) -> usize {
+        HEADER_BYTES + self.span.bytes
+    }
+
+    /// The part of header and payload that is not through yet.
+    fn rest(&mut self) -> (&mut [u8], &mut [u8]) {
+        let of_header = self.through.min(HEADER_BYTES);
+        let of_payload = self.through - of_header;
+        // SAFETY: `of_payload` is at most `span.bytes`, so the address stays inside the span.
+        let start = unsafe { self.span.start.add(of_payload) };
+        // SAFETY: whoever posted the message lent the span until it is done or dropped, and only
+        // this thread touches it meanwhile (contract of `Region`).
+        let payload =
+            unsafe { std::slice::from_raw_parts_mut(start, self.span.bytes - of_payload) };
+        (&mut self.header[of_header..], payload)
+    }
+}
+
+/// One socket. Until the connection is there, messages wait in the queues.
+#[derive(Debug, Default)]
+pub(crate) struct Lane {
+    stream: Option<ParentOnly<TcpStream>>,
+    sends: VecDeque<Message>,
+    receives: VecDeque<Message>,
+    /// Cleared when the kernel said "would block", set again by its next event.
+    readable: bool,
+    writable: bool,
+    /// Whether the link lists this lane among those with work.
+    pub(crate) listed: bool,
+}
+
+impl Lane {
+    pub(crate) fn connect(&mut self, stream: ParentOnly<TcpStream>) {
+        (self.stream, self.readable, self.writable) = (Some(stream), true, true);
+    }
+
+    pub(crate) const fn is_connected(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    pub(crate) const fn ready(&mut self, readable: bool, writable: bool) {
+        self.readable |= readable;
+        self.writable |= writable;
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.sends.is_empty() && self.receives.is_empty()
+    }
+
+    /// Whether `flush` or `drain` could move something without a new event.
+    pub(crate) fn can_move(&self) -> bool {
+        self.is_connected()
+            && (self.writable && !self.sends.is_empty()
+                || self.readable && !self.receives.is_empty())
+    }
+
+    pub(crate) fn post_send(&mut self, transfer: usize, call: Call, span: Span) {
+        let header = Header { bytes: span.bytes as u64, call }.encode();
+        self.sends.push_back(Message { transfer, header, span, through: 0 });
+    }
+
+    pub(crate) fn post_receive(&mut self, transfer: usize, span: Span) {
+        let header = [0; HEADER_BYTES];
+        self.receives.push_back(Message { transfer, header, span, through: 0 });
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.sends.clear();
+        self.receives.clear();
+        self.listed = false;
+    }
+
+    /// Sends what the socket takes; appends finished transfers.
+    pub(crate) fn flush(&mut self, peer: Rank, done: &mut Vec<usize>) -> Result<(), LinkError> {
+        let Some(stream) = &self.stream else {
+            return Ok(());
+        };
+        while self.writable {
+            let Some(message) = self.sends.front_mut() else {
+                break;
+            };
+            match send(stream, message) {
+                Ok(sent) => message.through += sent,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(failed(peer, "sending", &error)),
+            }
+            if message.through == message.total() {
+                done.push(message.transfer);
+                self.sends.pop_front();
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives what is there and posted; appends finished transfers.
+    pub(crate) fn drain(
+        &mut self,
+        peer: Rank,
+        ours: Call,
+        done: &mut Vec<usize>,
+    ) -> Result<(), LinkError> {
+        let Some(stream) = &self.stream else {
+            return Ok(());
+        };
+        while self.readable {
+            let Some(message) = self.receives.front_mut() else {
+                break;
+            };
+            match receive(stream, message) {
+                Ok(0) => return Err(LinkError::closed(peer)),
+                Ok(received) => advance(message, received, peer, ours)?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(failed(peer, "receiving", &error)),
+            }
+            if message.through == message.total() {
+                done.push(message.transfer);
+                self.receives.pop_front();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Counts received bytes and checks the header when it has become complete.
+fn advance(
+    message: &mut Message,
+    received: usize,
+    peer: Rank,
+    ours: Call,
+) -> Result<(), LinkError> {
+    let complete_before = message.through >= HEADER_BYTES;
+    message.through += received;
+    if complete_before || message.through < HEADER_BYTES {
+        return Ok(());
+    }
+    let header = Header::decode(&message.header)
+        .map_err(|error| LinkError::protocol(peer, error.to_string()))?;
+    if header.call != ours {
+        let kind = LinkErrorKind::Mismatch { ours, theirs: header.call };
+        return Err(LinkError { peer, kind });
+    }
+    if header.bytes != message.span.bytes as u64 {
+        let (theirs, ours) = (header.bytes, message.span.bytes);
+        let what = format!("a message of {theirs} bytes where the plan has {ours}");
+        return Err(LinkError::protocol(peer, what));
+    }
+    Ok(())
+}
+
+fn send(stream: &TcpStream, message: &mut Message) -> io::Result<usize> {
+    let (header, payload) = message.rest();
+    let parts = [IoSlice::new(header), IoSlice::new(payload)];
+    // NOSIGNAL: the host program may not ignore SIGPIPE.
+    Ok(sendmsg(stream, &parts, &mut Default::default(), SendFlags::NOSIGNAL)?)
+}
+
+fn receive(stream: &TcpStream, message: &mut Message) -> io::Result<usize> {
+    let (header, payload) = message.rest();
+    let mut parts = [IoSliceMut::new(header), IoSliceMut::new(payload)];
+    let flags = RecvFlags::empty();
+    Ok(recvmsg(stream, &mut parts, &mut Default::default(), flags)?.bytes)
+}
+
+fn failed(peer: Rank, doing: &str, error: &io::Error) -> LinkError {
+    match error.kind() {
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => LinkError::closed(peer),
+        _ => LinkError::os(peer, doing, error),
+    }
+}

@@ -1,0 +1,14 @@
+//! unisum over TCP: one or several sockets per pair of ranks, opened when first needed.
+//!
+//! Each message is a [`unisum_link::frame::Header`] followed by its payload; header and payload
+//! leave in one system call and arrive in one. Arrivals that store are received straight into the
+//! caller's memory, arrivals that reduce into recycled slots. Nothing is received that was not
+//! posted, so a fast peer is held back by TCP's own flow control and memory stays bounded.
+
+mod inbox;
+mod lane;
+mod link;
+mod slots;
+
+pub use inbox::Inbox;
+pub use link::{TcpConfig, TcpLink};

@@ -1,0 +1,402 @@
+//! The TCP link: lanes to all peers, one poll.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use socket2::{SockRef, TcpKeepalive};
+use unisum_link::handshake::{Hello, Purpose, Secret};
+use unisum_link::{Call, Group, Landing, Link, LinkError, Profile, Rank, Region, Ticket, Wake};
+
+use crate::inbox::{Arrived, Dial, Inbox};
+use crate::lane::{Lane, Span};
+use crate::slots::Slots;
+
+/// What a rank knows of the job before its first connection.
+#[derive(Clone, Debug)]
+pub struct TcpConfig {
+    /// This rank.
+    pub rank: Rank,
+    /// Where each rank listens, by rank.
+    pub addresses: Vec<SocketAddr>,
+    /// The session that rank 0 opened: connections of another one are refused.
+    pub session: [u8; 16],
+    /// Fingerprint of the job's name.
+    pub job: [u8; 16],
+    /// The job's secret.
+    pub secret: Secret,
+    /// Sockets to each peer, at least 1: large messages are split over them.
+    pub sockets_per_peer: u8,
+    /// How long opening a connection may take.
+    pub connect_timeout: Duration,
+}
+
+/// A posted transfer, split over one or several lanes.
+#[derive(Debug)]
+struct Transfer {
+    ticket: Ticket,
+    parts_left: usize,
+    /// The slot of an arrival that reduces.
+    slot: Option<Vec<u8>>,
+}
+
+/// This rank's sockets to all others. See [`unisum_link::Link`].
+#[derive(Debug)]
+pub struct TcpLink {
+    config: TcpConfig,
+    poll: Poll,
+    events: Events,
+    waker: Arc<PollWaker>,
+    inbox: Arc<Inbox>,
+    /// `sockets_per_peer` lanes per rank, rank-major.
+    lanes: Vec<Lane>,
+    /// Lanes with posted messages.
+    busy: Vec<usize>,
+    /// Whether a rank's connections were asked for.
+    opened: Vec<bool>,
+    transfers: Vec<Option<Transfer>>,
+    free_transfers: Vec<usize>,
+    arrived: HashMap<Ticket, Vec<u8>>,
+    slots: Slots,
+    current: Option<(Call, Region)>,
+    finished: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct PollWaker(Waker);
+
+impl Wake for PollWaker {
+    fn wake(&self) {
+        // An eventfd write fails only if its counter is full, and then a wake-up is pending.
+        let _ = self.0.wake();
+    }
+}
+
+const WAKE: Token = Token(usize::MAX);
+
+/// Messages from this size on are split over all sockets of a peer.
+const SPLIT_BYTES: usize = 64 << 10;
+
+impl TcpLink {
+    /// A link without connections; they are opened when a peer is first used. Connections that
+    /// peers open are handed to [`TcpLink::inbox`].
+    ///
+    /// # Errors
+    /// If the system gives no event queue (descriptors exhausted).
+    pub fn new(config: TcpConfig) -> io::Result<Self> {
+        let poll = Poll::new()?;
+        let waker = Arc::new(PollWaker(Waker::new(poll.registry(), WAKE)?));
+        let world = config.addresses.len();
+        let lanes = world * usize::from(config.sockets_per_peer);
+        Ok(Self {
+            inbox: Arc::new(Inbox::new(waker.clone())),
+            poll,
+            events: Events::with_capacity(64),
+            waker,
+            lanes: (0..lanes).map(|_| Lane::default()).collect(),
+            busy: Vec::new(),
+            opened: vec![false; world],
+            transfers: Vec::new(),
+            free_transfers: Vec::new(),
+            arrived: HashMap::new(),
+            slots: Slots::default(),
+            current: None,
+            finished: Vec::new(),
+            config,
+        })
+    }
+
+    /// Where accepted connections are to be delivered.
+    pub fn inbox(&self) -> Arc<Inbox> {
+        self.inbox.clone()
+    }
+
+    fn sockets(&self) -> usize {
+        usize::from(self.config.sockets_per_peer)
+    }
+
+    /// Sees to it that the connections to `peer` exist or are being opened: the higher rank
+    /// dials, so that a pair never opens two.
+    fn open(&mut self, peer: Rank) -> Result<(), LinkError> {
+        if std::mem::replace(&mut self.opened[peer], true) || peer > self.config.rank {
+            return Ok(());
+        }
+        for socket in 0..self.config.sockets_per_peer {
+            let hello = Hello {
+                purpose: Purpose::Data,
+                socket,
+                from: self.config.rank as u32,
+                to: peer as u32,
+                world: self.config.addresses.len() as u32,
+                session: self.config.session,
+                job: self.config.job,
+            };
+            self.inbox.dial(Dial {
+                address: self.config.addresses[peer],
+                hello,
+                secret: self.config.secret.clone(),
+                timeout: self.config.connect_timeout,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn admit(&mut self, arrived: Arrived) -> Result<(), LinkError> {
+        let Arrived { peer, socket, result } = arrived;
+        let sockets = self.sockets();
+        let lane = peer * sockets + usize::from(socket);
+        if usize::from(socket) >= sockets || self.lanes[lane].is_connected() {
+            let what = format!("connection {socket} opened twice or one too many ({sockets} set)");
+            return Err(LinkError::protocol(peer, what));
+        }
+        let stream = result?;
+        prepare(&stream).map_err(|error| LinkError::os(peer, "preparing the socket", error))?;
+        self.poll
+            .registry()
+            .register(
+                &mut SourceFd(&stream.as_raw_fd()),
+                Token(lane),
+                Interest::READABLE | Interest::WRITABLE,
+            )
+            .map_err(|error| LinkError::os(peer, "watching the socket", error))?;
+        self.lanes[lane].connect(stream);
+        Ok(())
+    }
+
+    /// Takes over new connections and the kernel's events, after at most `timeout`.
+    fn look(&mut self, timeout: Duration) -> io::Result<()> {
+        match self.poll.poll(&mut self.events, Some(timeout)) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
+            result => result?,
+        }
+        for event in &self.events {
+            if let Some(lane) = self.lanes.get_mut(event.token().0) {
+                let failed = event.is_error();
+                lane.ready(
+                    event.is_readable() || event.is_read_closed() || failed,
+                    event.is_writable() || event.is_write_closed() || failed,
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn own_error(&self, doing: &str, error: io::Error) -> LinkError {
+        LinkError::os(self.config.rank, doing, error)
+    }
+
+    fn admit_arrived(&mut self) -> Result<(), LinkError> {
+        self.inbox.take().into_iter().try_for_each(|arrived| self.admit(arrived))
+    }
+
+    /// Posts a transfer's parts on the peer's lanes and returns the lanes used.
+    fn post(
+        &mut self,
+        peer: Rank,
+        span: Span,
+        transfer: Transfer,
+        mut post: impl FnMut(&mut Lane, usize, Span),
+    ) -> Range<usize> {
+        let parts = if span.bytes < SPLIT_BYTES { 1 } else { self.sockets() };
+        let transfer = Transfer { parts_left: parts, ..transfer };
+        let index = self.free_transfers.pop().unwrap_or(self.transfers.len());
+        if index == self.transfers.len() {
+            self.transfers.push(None);
+        }
+        self.transfers[index] = Some(transfer);
+        let first = peer * self.sockets();
+        for part in 0..parts {
+            let (from, to) = (span.bytes * part / parts, span.bytes * (part + 1) / parts);
+            let part_span = Span { start: span.start.wrapping_add(from), bytes: to - from };
+            let lane = &mut self.lanes[first + part];
+            if !std::mem::replace(&mut lane.listed, true) {
+                self.busy.push(first + part);
+            }
+            post(lane, index, part_span);
+        }
+        first..first + parts
+    }
+
+    fn current(&self) -> (Call, Region) {
+        self.current.expect("the engine begins a collective before it posts transfers")
+    }
+
+    fn peer_of(&self, lane: usize) -> Rank {
+        lane / self.sockets()
+    }
+
+    /// Counts finished parts and reports the transfers they complete.
+    fn settle(&mut self, done: &mut Vec<Ticket>) {
+        for index in std::mem::take(&mut self.finished) {
+            let entry = &mut self.transfers[index];
+            let Some(transfer) = entry else { continue };
+            transfer.parts_left -= 1;
+            if transfer.parts_left > 0 {
+                continue;
+            }
+            if let Some(transfer) = entry.take() {
+                self.free_transfers.push(index);
+                done.push(transfer.ticket);
+                if let Some(slot) = transfer.slot {
+                    self.arrived.insert(transfer.ticket, slot);
+                }
+            }
+        }
+    }
+
+    fn move_lanes(&mut self) -> Result<(), LinkError> {
+        let (call, _) = self.current();
+        let mut finished = std::mem::take(&mut self.finished);
+        let mut result = Ok(());
+        for at in (0..self.busy.len()).rev() {
+            let index = self.busy[at];
+            let peer = self.peer_of(index);
+            let lane = &mut self.lanes[index];
+            if result.is_ok() {
+                result = lane
+                    .flush(peer, &mut finished)
+                    .and_then(|()| lane.drain(peer, call, &mut finished));
+            }
+            if lane.is_idle() {
+                lane.listed = false;
+                self.busy.swap_remove(at);
+            }
+        }
+        self.finished = finished;
+        result
+    }
+}
+
+impl Link for TcpLink {
+    fn begin(&mut self, call: Call, region: Region) {
+        self.current = Some((call, region));
+    }
+
+    fn send(&mut self, to: Rank, bytes: Range<usize>, ticket: Ticket) -> Result<(), LinkError> {
+        self.open(to)?;
+        let (call, region) = self.current();
+        let span = Span { start: region.pointer(&bytes), bytes: bytes.len() };
+        let transfer = Transfer { ticket, parts_left: 0, slot: None };
+        let mut lanes = self.post(to, span, transfer, |lane, index, span| {
+            lane.post_send(index, call, span);
+        });
+        let mut finished = std::mem::take(&mut self.finished);
+        let result = lanes.try_for_each(|lane| self.lanes[lane].flush(to, &mut finished));
+        self.finished = finished;
+        result
+    }
+
+    fn receive(
+        &mut self,
+        from: Rank,
+        bytes: Range<usize>,
+        landing: Landing,
+        ticket: Ticket,
+    ) -> Result<(), LinkError> {
+        self.open(from)?;
+        let (start, slot) = match landing {
+            Landing::Place => (self.current().1.pointer(&bytes), None),
+            Landing::Slot => {
+                let mut slot = self.slots.take(bytes.len());
+                (slot.as_mut_ptr(), Some(slot))
+            }
+        };
+        let span = Span { start, bytes: bytes.len() };
+        let transfer = Transfer { ticket, parts_left: 0, slot };
+        self.post(from, span, transfer, Lane::post_receive);
+        Ok(())
+    }
+
+    fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError> {
+        let before = done.len();
+        self.admit_arrived()?;
+        let result = self.move_lanes();
+        self.settle(done);
+        if result.is_ok() && done.len() == before {
+            self.look(Duration::ZERO).map_err(|error| self.own_error("polling sockets", error))?;
+            let result = self.move_lanes();
+            self.settle(done);
+            return result;
+        }
+        result
+    }
+
+    fn arrived(&self, ticket: Ticket) -> *const u8 {
+        self.arrived[&ticket].as_ptr()
+    }
+
+    fn release(&mut self, ticket: Ticket) {
+        if let Some(slot) = self.arrived.remove(&ticket) {
+            self.slots.give(slot);
+        }
+    }
+
+    fn park(&mut self, until: Instant, _wanted: usize) -> Result<(), LinkError> {
+        let left = until.saturating_duration_since(Instant::now());
+        if self.arm() && !left.is_zero() {
+            self.look(left).map_err(|error| self.own_error("waiting for sockets", error))?;
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self) -> bool {
+        self.inbox.is_empty() && !self.busy.iter().any(|&lane| self.lanes[lane].can_move())
+    }
+
+    fn disarm(&mut self) {
+        // The events become flags of the lanes. `progress` polls again and reports a failure.
+        let _ = self.look(Duration::ZERO);
+    }
+
+    fn wake_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor belongs to `self.poll`, which lives as long as the borrow.
+        unsafe { BorrowedFd::borrow_raw(self.poll.as_raw_fd()) }
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        self.waker.clone()
+    }
+
+    fn abort(&mut self) {
+        self.inbox.close();
+        self.lanes.iter_mut().for_each(Lane::clear);
+        self.current = None;
+        self.busy.clear();
+        self.finished.clear();
+        self.transfers.clear();
+        self.free_transfers.clear();
+        self.arrived.clear();
+    }
+
+    fn group(&mut self) -> Option<&mut dyn Group> {
+        None
+    }
+
+    /// What loopback costs; the facade measures real networks through the control connection.
+    fn profile(&self) -> Profile {
+        Profile { alpha_s: 12e-6, beta_s_per_byte: 1.0 / 3.0e9 }
+    }
+}
+
+impl Drop for TcpLink {
+    fn drop(&mut self) {
+        self.inbox.close();
+    }
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(10))
+        .with_interval(Duration::from_secs(5))
+        .with_retries(4);
+    socket.set_tcp_keepalive(&keepalive)?;
+    stream.set_nonblocking(true)
+}
