@@ -52,8 +52,12 @@ pub(super) fn contradiction(call: &Call, by: Rank, accounts: &[Account]) -> Opti
     };
     let inside: Vec<_> = accounts.iter().enumerate().filter_map(same_number).collect();
     let culprits = in_another_call(&inside)?;
-    let who = name(&culprits);
-    let mut text = format!("{call} waits on rank {by}: {who} called something else");
+    let called = |is_culprit: bool| {
+        let is = |(rank, _): &&(Rank, Snapshot)| culprits.contains(rank) == is_culprit;
+        inside.iter().find(is).and_then(|(_, doing)| doing.call)
+    };
+    let (who, theirs, usual) = (name(&culprits), called(true)?, called(false)?);
+    let mut text = format!("rank {by} waits: {who} called {theirs}, others {usual}");
     list(&mut text, accounts, &culprits);
     Some(Verdict::new(VerdictKind::OtherCall, culprits, text))
 }
@@ -159,7 +163,9 @@ mod tests {
         assert_eq!(contradiction(&call(7), 0, &late), None);
         let contradicting = [inside(7, 1), inside(7, 1), Account::Silent, other];
         let verdict = contradiction(&call(7), 0, &contradicting).unwrap();
-        assert_eq!((verdict.kind, verdict.culprits), (VerdictKind::OtherCall, vec![3]));
+        assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::OtherCall, &[3][..]));
+        let first = verdict.text.lines().next().unwrap();
+        assert!(first.contains(&call(7).to_string()) && first.contains("x 99"), "{first}");
     }
 
     #[test]
