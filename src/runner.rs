@@ -147,7 +147,7 @@ impl Runner {
                     if let Some(verdict) = self.control.verdict() {
                         return Err(Failure::Verdict(verdict));
                     }
-                    if backoff.pause() == Pause::Park {
+                    if backoff.pause(engine.patience()) == Pause::Park {
                         self.park(engine, call, &mut wait)?;
                         backoff.reset();
                     }

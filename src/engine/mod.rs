@@ -18,7 +18,7 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 use unisum_link::kernels::Fold;
-use unisum_link::{Arrival, Call, Group, Link, LinkError, Rank, ReduceOp, Region};
+use unisum_link::{Arrival, Call, Group, Link, LinkError, Patience, Rank, ReduceOp, Region};
 
 use program::{Action, Program};
 pub(crate) use scoreboard::Links;
@@ -260,6 +260,18 @@ impl Engine {
         }
     }
 
+    /// How long waiting for what is under way pays before it parks.
+    pub(crate) fn patience(&self) -> Patience {
+        let in_segment = |running: &Running| running.state == State::InSegment;
+        if !self.running.as_ref().is_some_and(in_segment) {
+            return Patience::MEMORY;
+        }
+        let in_flight = self.scoreboard.in_flight().iter().zip(&self.links.all);
+        in_flight
+            .filter(|(in_flight, _)| **in_flight > 0)
+            .fold(Patience::MEMORY, |patience, (_, link)| patience.min(link.patience()))
+    }
+
     /// Sleeps until something may have moved, until woken, or until `until`.
     pub(crate) fn park(&mut self, until: Instant) -> Result<(), LinkError> {
         let Some(running) = &self.running else { return Ok(()) };
@@ -269,17 +281,31 @@ impl Engine {
                 None => Ok(()),
             };
         }
-        let in_flight = self.scoreboard.in_flight();
-        let busy: Vec<usize> = (0..in_flight.len()).filter(|&link| in_flight[link] > 0).collect();
-        match busy[..] {
-            [link] => self.links.all[link].park(until, 1),
-            _ => self.park_on_many(&busy, until),
+        let wanted = match running.program.actions.get(running.action) {
+            Some(Action::Transfers(segment)) => self.scoreboard.wanted(segment),
+            _ => 1,
+        };
+        match self.only_busy_link() {
+            Some(link) => self.links.all[link].park(until, wanted),
+            None => self.park_on_many(until),
         }
     }
 
-    fn park_on_many(&mut self, busy: &[usize], until: Instant) -> Result<(), LinkError> {
+    /// The links that have transfers under way.
+    fn busy_links(&self) -> impl Iterator<Item = usize> {
+        let in_flight = self.scoreboard.in_flight();
+        (0..in_flight.len()).filter(|&link| in_flight[link] > 0)
+    }
+
+    fn only_busy_link(&self) -> Option<usize> {
+        let mut busy = self.busy_links();
+        busy.next().filter(|_| busy.next().is_none())
+    }
+
+    fn park_on_many(&mut self, until: Instant) -> Result<(), LinkError> {
+        let busy: Vec<usize> = self.busy_links().collect();
         let armed = busy.iter().take_while(|&&link| self.links.all[link].arm()).count();
-        let slept = if armed == busy.len() { self.poll_all(busy, until) } else { Ok(()) };
+        let slept = if armed == busy.len() { self.poll_all(&busy, until) } else { Ok(()) };
         for &link in &busy[..armed] {
             self.links.all[link].disarm();
         }

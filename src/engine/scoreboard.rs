@@ -98,6 +98,20 @@ impl Scoreboard {
         &self.in_flight
     }
 
+    /// How many of the tickets under way have to get done before anything else can happen: all,
+    /// where they are the arrivals of one reduction.
+    pub(crate) fn wanted(&self, segment: &Segment) -> usize {
+        let in_flight: usize = self.in_flight.iter().sum();
+        let open = segment.step_starts[self.retired]..segment.step_starts[self.opened];
+        let is_all_of = |index: usize| match &segment.transfers[index].work {
+            Work::Reduce { from } if self.missing[index] as usize == in_flight => {
+                !from.iter().any(|&peer| self.unposted[peer][IN].contains(&index))
+            }
+            _ => false,
+        };
+        if open.into_iter().any(is_all_of) { in_flight } else { 1 }
+    }
+
     /// The ranks of the oldest unfinished step, with what is missing from them.
     pub(crate) fn waiting_for(&self, segment: &Segment) -> Vec<Rank> {
         let mut ranks = Vec::new();

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use unisum_link::{
-    Backoff, Call, Collective, Dtype, Group, Landing, Link, LinkError, LinkErrorKind, Pause,
-    Profile, Rank, ReduceOp, Region, Ticket,
+    Backoff, Call, Collective, Dtype, Group, Landing, Link, LinkError, LinkErrorKind, Patience,
+    Pause, Profile, Rank, ReduceOp, Region, Ticket,
 };
 
 use crate::memory::Arena;
@@ -54,7 +54,7 @@ pub(crate) fn arrival_s(group: &mut dyn Group, until: Instant) -> Result<f64, Li
         let arrival = group.arrive();
         let mut backoff = Backoff::new();
         while !group.complete(arrival)? {
-            if backoff.pause() == Pause::Park {
+            if backoff.pause(Patience::MEMORY) == Pause::Park {
                 if Instant::now() >= until {
                     let peer = group.missing(arrival).first().copied().unwrap_or_default();
                     return Err(no_answer(peer));
@@ -117,7 +117,7 @@ impl Pair<'_> {
             if !done.is_empty() {
                 return Ok(());
             }
-            if backoff.pause() == Pause::Park {
+            if backoff.pause(self.link.patience()) == Pause::Park {
                 if Instant::now() >= self.until {
                     return Err(no_answer(self.peer));
                 }

@@ -25,7 +25,7 @@ pub use error::{LinkError, LinkErrorKind};
 pub use link::{Arrival, Group, Landing, Link, Profile, Ticket, Wake};
 pub use op::ReduceOp;
 pub use region::Region;
-pub use wait::{Backoff, Pause};
+pub use wait::{Backoff, Patience, Pause};
 
 /// A process of the job, counted from 0.
 pub type Rank = usize;

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::{Call, LinkError, Rank, Region};
+use crate::{Call, LinkError, Patience, Rank, Region};
 
 /// The engine's name for a transfer it posted. Links hand it back and give it no meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -83,6 +83,11 @@ pub trait Link: Send + fmt::Debug {
 
     /// Gives an arrival's slot back.
     fn release(&mut self, ticket: Ticket);
+
+    /// How long a wait for this link's transfers pays before it parks.
+    fn patience(&self) -> Patience {
+        Patience::MEMORY
+    }
 
     /// Sleeps until a transfer may have moved, until woken, or until `until`. So many tickets as
     /// `wanted` says (never 0) must get done before the engine can go on: a link may sleep

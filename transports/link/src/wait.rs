@@ -11,20 +11,41 @@ pub enum Pause {
     Park,
 }
 
+/// How often a wait looks again before it parks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Looks with a pause before each: these catch a peer that runs on another core.
+    pub pauses: u32,
+    /// Looks after yielding: these let a peer that shares this core run.
+    pub yields: u32,
+}
+
+impl Patience {
+    /// Where a look is a load from memory.
+    ///
+    /// Measured on 2 cores: about 40 pauses catch a peer that runs on another core; 2 to 8 yields
+    /// are cheaper than two futex calls where cores are shared; after that the peer is late, and
+    /// sleeping is free.
+    pub const MEMORY: Self = Self { pauses: 40, yields: 8 };
+
+    /// Where a look is a system call: it takes longer than a pause, and while ranks share cores
+    /// it takes them from those who have work.
+    pub const SYSTEM_CALL: Self = Self { pauses: 0, yields: 8 };
+
+    /// The shorter of two: for waits on both at once.
+    #[must_use]
+    pub fn min(self, other: Self) -> Self {
+        Self { pauses: self.pauses.min(other.pauses), yields: self.yields.min(other.yields) }
+    }
+}
+
 /// The pauses between two looks at a condition, for one wait.
-///
-/// Measured on 2 cores: about 40 pauses catch a peer that runs on another core; 2 to 8 yields let
-/// a peer that shares this core run, which is cheaper than two futex calls; after that the peer
-/// is late and sleeping is free.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Backoff {
     looks: u32,
 }
 
 impl Backoff {
-    const PAUSES: u32 = 40;
-    const YIELDS: u32 = 8;
-
     /// A fresh wait.
     pub const fn new() -> Self {
         Self { looks: 0 }
@@ -36,11 +57,11 @@ impl Backoff {
     }
 
     /// Pauses or yields once, or says that it is time to park.
-    pub fn pause(&mut self) -> Pause {
+    pub fn pause(&mut self, patience: Patience) -> Pause {
         self.looks += 1;
-        if self.looks <= Self::PAUSES {
+        if self.looks <= patience.pauses {
             hint::spin_loop();
-        } else if self.looks <= Self::PAUSES + Self::YIELDS {
+        } else if self.looks <= patience.pauses + patience.yields {
             std::thread::yield_now();
         } else {
             return Pause::Park;
@@ -56,9 +77,10 @@ mod tests {
     #[test]
     fn a_wait_parks_after_bounded_looks_and_starts_over_on_reset() {
         let mut backoff = Backoff::new();
-        let looks = (0..1000).take_while(|_| backoff.pause() == Pause::Again).count();
-        assert_eq!(looks, (Backoff::PAUSES + Backoff::YIELDS) as usize);
+        let looks =
+            (0..1000).take_while(|_| backoff.pause(Patience::MEMORY) == Pause::Again).count();
+        assert_eq!(looks, 48);
         backoff.reset();
-        assert_eq!(backoff.pause(), Pause::Again);
+        assert_eq!(backoff.pause(Patience::MEMORY), Pause::Again);
     }
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use unisum_link::kernels::Fold;
 use unisum_link::{
-    Arrival, Backoff, Call, Collective, Dtype, Group, Link, Pause, ReduceOp, Region,
+    Arrival, Backoff, Call, Collective, Dtype, Group, Link, Patience, Pause, ReduceOp, Region,
 };
 use unisum_shm::ShmLink;
 
@@ -110,7 +110,7 @@ fn one_pass(group: &mut dyn Group, bytes: usize) {
 fn complete(group: &mut dyn Group, arrival: Arrival) {
     let (deadline, mut backoff) = (Instant::now() + Duration::from_secs(20), Backoff::new());
     while !group.complete(arrival).unwrap() {
-        if backoff.pause() == Pause::Park {
+        if backoff.pause(Patience::MEMORY) == Pause::Park {
             group.park(arrival, deadline).unwrap();
         }
     }

@@ -3,11 +3,14 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::TcpStream;
+use std::os::fd::AsFd as _;
 
 use rustix::net::{RecvFlags, SendFlags, recvmsg, sendmsg};
 use unisum_link::fork::ParentOnly;
 use unisum_link::frame::{HEADER_BYTES, Header};
 use unisum_link::{Call, LinkError, LinkErrorKind, Rank};
+
+use crate::sleep::{Ready, Watched};
 
 /// A message's memory: part of the region, or of a slot the link keeps until the message is done.
 #[derive(Clone, Copy, Debug)]
@@ -49,13 +52,16 @@ impl Message {
     }
 }
 
+/// What a socket's receive buffer holds at the least.
+const BUFFERED_BYTES: usize = 32 << 10;
+
 /// One socket. Until the connection is there, messages wait in the queues.
 #[derive(Debug, Default)]
 pub(crate) struct Lane {
     stream: Option<ParentOnly<TcpStream>>,
     sends: VecDeque<Message>,
     receives: VecDeque<Message>,
-    /// Cleared when the kernel said "would block", set again by its next event.
+    /// Whether a try is worth it: cleared when the kernel has no more, set by its next event.
     readable: bool,
     writable: bool,
     /// Whether the link lists this lane among those with work.
@@ -71,9 +77,24 @@ impl Lane {
         self.stream.is_some()
     }
 
-    pub(crate) const fn ready(&mut self, readable: bool, writable: bool) {
-        self.readable |= readable;
-        self.writable |= writable;
+    /// Takes over that the socket may be ready.
+    pub(crate) const fn ready(&mut self, ready: Ready) {
+        self.readable |= ready.reads;
+        self.writable |= ready.writes;
+    }
+
+    /// What to sleep on; nothing before the connection is there.
+    pub(crate) fn watched(&self, lane: usize) -> Option<Watched<'_>> {
+        let socket = self.stream.as_ref()?.as_fd();
+        let (reads, writes) = (!self.receives.is_empty(), !self.sends.is_empty());
+        Some(Watched { lane, socket, reads, writes })
+    }
+
+    /// Whether only one message is awaited, so small that the socket's buffer holds it: its
+    /// sender is not held back while nobody reads.
+    pub(crate) fn waits_for_little(&self) -> bool {
+        let small = |message: &Message| message.total() <= BUFFERED_BYTES;
+        self.sends.is_empty() && self.receives.len() == 1 && self.receives.iter().all(small)
     }
 
     pub(crate) fn is_idle(&self) -> bool {
@@ -113,7 +134,11 @@ impl Lane {
                 break;
             };
             match send(stream, message) {
-                Ok(sent) => message.through += sent,
+                Ok(sent) => {
+                    message.through += sent;
+                    // A short send found the buffer full: the next event tells of room.
+                    self.writable = message.through == message.total();
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(failed(peer, "sending", &error)),
@@ -142,7 +167,11 @@ impl Lane {
             };
             match receive(stream, message) {
                 Ok(0) => return Err(LinkError::closed(peer)),
-                Ok(received) => advance(message, received, peer, ours)?,
+                Ok(received) => {
+                    // A short receive found the buffer empty: the next event tells of more.
+                    self.readable = message.through + received == message.total();
+                    advance(message, received, peer, ours)?;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(failed(peer, "receiving", &error)),

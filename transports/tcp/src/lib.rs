@@ -8,6 +8,7 @@
 mod inbox;
 mod lane;
 mod link;
+mod sleep;
 mod slots;
 
 pub use inbox::Inbox;

@@ -4,18 +4,19 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::handshake::{Hello, Purpose, Secret};
-use unisum_link::{Call, Group, Landing, Link, LinkError, Profile, Rank, Region, Ticket, Wake};
+use unisum_link::{
+    Call, Group, Landing, Link, LinkError, Patience, Profile, Rank, Region, Ticket, Wake,
+};
 
 use crate::inbox::{Arrived, Dial, Inbox};
 use crate::lane::{Lane, Span};
+use crate::sleep::{FEW, Ready, Sleeper, Watched};
 use crate::slots::Slots;
 
 /// What a rank knows of the job before its first connection.
@@ -50,14 +51,14 @@ struct Transfer {
 #[derive(Debug)]
 pub struct TcpLink {
     config: TcpConfig,
-    poll: Poll,
-    events: Events,
-    waker: Arc<PollWaker>,
+    sleeper: Sleeper,
     inbox: Arc<Inbox>,
     /// `sockets_per_peer` lanes per rank, rank-major.
     lanes: Vec<Lane>,
     /// Lanes with posted messages.
     busy: Vec<usize>,
+    /// Which of the busy lanes is tried next, when nothing is known of any.
+    next_try: usize,
     /// Whether a rank's connections were asked for.
     opened: Vec<bool>,
     transfers: Vec<Option<Transfer>>,
@@ -67,18 +68,6 @@ pub struct TcpLink {
     current: Option<(Call, Region)>,
     finished: Vec<usize>,
 }
-
-#[derive(Debug)]
-struct PollWaker(Waker);
-
-impl Wake for PollWaker {
-    fn wake(&self) {
-        // An eventfd write fails only if its counter is full, and then a wake-up is pending.
-        let _ = self.0.wake();
-    }
-}
-
-const WAKE: Token = Token(usize::MAX);
 
 /// Messages from this size on are split over all sockets of a peer.
 const SPLIT_BYTES: usize = 64 << 10;
@@ -90,17 +79,15 @@ impl TcpLink {
     /// # Errors
     /// If the system gives no event queue (descriptors exhausted).
     pub fn new(config: TcpConfig) -> io::Result<Self> {
-        let poll = Poll::new()?;
-        let waker = Arc::new(PollWaker(Waker::new(poll.registry(), WAKE)?));
+        let sleeper = Sleeper::new()?;
         let world = config.addresses.len();
         let lanes = world * usize::from(config.sockets_per_peer);
         Ok(Self {
-            inbox: Arc::new(Inbox::new(waker.clone())),
-            poll,
-            events: Events::with_capacity(64),
-            waker,
+            inbox: Arc::new(Inbox::new(sleeper.bell())),
+            sleeper,
             lanes: (0..lanes).map(|_| Lane::default()).collect(),
             busy: Vec::new(),
+            next_try: 0,
             opened: vec![false; world],
             transfers: Vec::new(),
             free_transfers: Vec::new(),
@@ -157,32 +144,45 @@ impl TcpLink {
         }
         let stream = result?;
         prepare(&stream).map_err(|error| LinkError::os(peer, "preparing the socket", error))?;
-        self.poll
-            .registry()
-            .register(
-                &mut SourceFd(&stream.as_raw_fd()),
-                Token(lane),
-                Interest::READABLE | Interest::WRITABLE,
-            )
+        self.sleeper
+            .watch(lane, stream.as_fd())
             .map_err(|error| LinkError::os(peer, "watching the socket", error))?;
         self.lanes[lane].connect(stream);
         Ok(())
     }
 
-    /// Takes over new connections and the kernel's events, after at most `timeout`.
-    fn look(&mut self, timeout: Duration) -> io::Result<()> {
-        match self.poll.poll(&mut self.events, Some(timeout)) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(()),
-            result => result?,
+    /// Takes over the event queue's news, after at most `timeout`.
+    fn look_at_all(&mut self, timeout: Duration) -> io::Result<()> {
+        self.sleeper.on_queue(timeout, |ready| self.lanes[ready.lane].ready(ready))
+    }
+
+    /// Finds lanes to try when none is known to be ready: one of few, whose socket is then asked
+    /// directly, or all that the event queue knows of.
+    fn look(&mut self) -> io::Result<()> {
+        if self.busy.len() > FEW {
+            return self.look_at_all(Duration::ZERO);
         }
-        for event in &self.events {
-            if let Some(lane) = self.lanes.get_mut(event.token().0) {
-                let failed = event.is_error();
-                lane.ready(
-                    event.is_readable() || event.is_read_closed() || failed,
-                    event.is_writable() || event.is_write_closed() || failed,
-                );
-            }
+        self.next_try += 1;
+        if let Some(at) = self.next_try.checked_rem(self.busy.len()) {
+            let lane = self.busy[at];
+            self.lanes[lane].ready(Ready { lane, reads: true, writes: true });
+        }
+        Ok(())
+    }
+
+    /// Sleeps on the sockets of all busy lanes; where every transfer under way is needed to go
+    /// on, on one of them, which has to come anyway.
+    fn sleep(&mut self, timeout: Duration, all_needed: bool) -> io::Result<()> {
+        let few = if all_needed { self.busy.len().min(1) } else { self.busy.len() };
+        if few > FEW {
+            return self.look_at_all(timeout);
+        }
+        let watched: [Option<Watched<'_>>; FEW] = std::array::from_fn(|place| {
+            let lane = *self.busy[..few].get(place)?;
+            self.lanes[lane].watched(lane)
+        });
+        for ready in self.sleeper.on_few(&watched, timeout)?.into_iter().flatten() {
+            self.lanes[ready.lane].ready(ready);
         }
         Ok(())
     }
@@ -319,7 +319,7 @@ impl Link for TcpLink {
         let result = self.move_lanes();
         self.settle(done);
         if result.is_ok() && done.len() == before {
-            self.look(Duration::ZERO).map_err(|error| self.own_error("polling sockets", error))?;
+            self.look().map_err(|error| self.own_error("polling sockets", error))?;
             let result = self.move_lanes();
             self.settle(done);
             return result;
@@ -337,10 +337,18 @@ impl Link for TcpLink {
         }
     }
 
-    fn park(&mut self, until: Instant, _wanted: usize) -> Result<(), LinkError> {
+    fn patience(&self) -> Patience {
+        Patience::SYSTEM_CALL
+    }
+
+    fn park(&mut self, until: Instant, wanted: usize) -> Result<(), LinkError> {
         let left = until.saturating_duration_since(Instant::now());
         if self.arm() && !left.is_zero() {
-            self.look(left).map_err(|error| self.own_error("waiting for sockets", error))?;
+            let under_way = self.transfers.len() - self.free_transfers.len();
+            let all_needed = wanted >= under_way
+                && self.busy.iter().all(|&lane| self.lanes[lane].waits_for_little());
+            self.sleep(left, all_needed)
+                .map_err(|error| self.own_error("waiting for sockets", error))?;
         }
         Ok(())
     }
@@ -351,16 +359,15 @@ impl Link for TcpLink {
 
     fn disarm(&mut self) {
         // The events become flags of the lanes. `progress` polls again and reports a failure.
-        let _ = self.look(Duration::ZERO);
+        let _ = self.look_at_all(Duration::ZERO);
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor belongs to `self.poll`, which lives as long as the borrow.
-        unsafe { BorrowedFd::borrow_raw(self.poll.as_raw_fd()) }
+        self.sleeper.descriptor()
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
-        self.waker.clone()
+        self.sleeper.bell()
     }
 
     fn abort(&mut self) {
@@ -398,5 +405,16 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
         .with_interval(Duration::from_secs(5))
         .with_retries(4);
     socket.set_tcp_keepalive(&keepalive)?;
+    if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
+        choose_congestion_control(&socket);
+    }
     stream.set_nonblocking(true)
+}
+
+/// Inside a host nothing is ever congested: cubic gets out of the way, where bbr, the default of
+/// some systems, paces and halves the throughput of two opposite streams.
+fn choose_congestion_control(socket: &SockRef<'_>) {
+    if let Err(error) = socket.set_tcp_congestion(b"cubic") {
+        tracing::debug!("this system has no cubic congestion control: {error}");
+    }
 }

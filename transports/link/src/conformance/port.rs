@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use super::memory::{Memory, copy};
 use super::{End, Mesh};
 use crate::{
-    Arrival, Backoff, Call, Collective, Dtype, Group, Landing, Link, LinkError, Pause, Rank,
-    ReduceOp, Ticket,
+    Arrival, Backoff, Call, Collective, Dtype, Group, Landing, Link, LinkError, Patience, Pause,
+    Rank, ReduceOp, Ticket,
 };
 
 /// How long any wait of the suite may take before it counts as a hang.
@@ -142,7 +142,7 @@ impl<'a> Port<'a> {
                 return Ok(());
             }
             assert!(Instant::now() < until, "rank {}: {open} transfers hang", self.rank);
-            if backoff.pause() == Pause::Park {
+            if backoff.pause(self.link.patience()) == Pause::Park {
                 self.link.park(until, open)?;
                 backoff.reset();
             }
@@ -193,7 +193,7 @@ impl<'a> Port<'a> {
         while !self.group().complete(arrival)? {
             let missing = self.group().missing(arrival);
             assert!(Instant::now() < until, "ranks {missing:?} never arrived");
-            if backoff.pause() == Pause::Park {
+            if backoff.pause(Patience::MEMORY) == Pause::Park {
                 self.group().park(arrival, until)?;
                 backoff.reset();
             }
