@@ -23,15 +23,32 @@ pub(crate) struct Choice {
     chosen: [OnceLock<usize>; CLASSES],
 }
 
-/// What group steps cost in a node's shared memory.
+/// What collectives of group steps cost in a node's shared memory, as measured there.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct NodeCost {
-    /// Seconds for all ranks to arrive.
-    pub(crate) arrival_s: f64,
-    /// Seconds for a rank to read or write a byte.
-    pub(crate) beta_s_per_byte: f64,
+    pub(crate) one_shot: Line,
+    pub(crate) two_shot: Line,
     /// Largest deposit.
     pub(crate) slot_bytes: usize,
+}
+
+/// A time that grows with the size in a straight line.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Line {
+    pub(crate) start_s: f64,
+    pub(crate) s_per_byte: f64,
+}
+
+impl Line {
+    /// The line through two measured points, (bytes, seconds), the smaller first.
+    pub(crate) fn through((few, few_s): (usize, f64), (more, more_s): (usize, f64)) -> Self {
+        let s_per_byte = ((more_s - few_s) / (more - few) as f64).max(1e-15);
+        Self { start_s: (few_s - few as f64 * s_per_byte).max(1e-9), s_per_byte }
+    }
+
+    fn at(&self, bytes: usize) -> f64 {
+        self.start_s + bytes as f64 * self.s_per_byte
+    }
 }
 
 const AUTO: usize = usize::MAX;
@@ -85,49 +102,27 @@ impl Choice {
         })
     }
 
-    /// The modelled time; infinite for a plan that can't be costed.
+    /// The modelled time; infinite for a plan that can't be costed. Where all ranks share memory
+    /// only group steps count: nothing else moves as few bytes and wakes as few ranks.
     fn seconds(&self, index: usize, bytes: usize) -> f64 {
         let algorithm = all()[index];
-        let sharing = self.model.ranks_per_core.max(1.0);
-        let ranks = self.topology.world();
-        let as_group = self.node.and_then(|node| node.seconds(algorithm, bytes, ranks, sharing));
-        as_group.unwrap_or_else(|| {
-            let count = (bytes / self.model.bytes_per_element).max(1);
-            let shape = Shape { topology: self.topology.clone(), count };
-            let waits = self.node.map_or(0.0, |node| node.waiting_s(algorithm, &shape));
-            waits + cost(algorithm, &shape, &self.model).unwrap_or(f64::INFINITY)
-        })
+        if let Some(node) = &self.node {
+            return node.seconds(algorithm, bytes).unwrap_or(f64::INFINITY);
+        }
+        let count = (bytes / self.model.bytes_per_element).max(1);
+        let shape = Shape { topology: self.topology.clone(), count };
+        cost(algorithm, &shape, &self.model).unwrap_or(f64::INFINITY)
     }
 }
 
 impl NodeCost {
-    /// The time of the algorithms that run as group steps when the node is the world. A copied
-    /// byte is one read and one write.
-    fn seconds(
-        &self,
-        algorithm: &dyn Algorithm,
-        bytes: usize,
-        ranks: usize,
-        sharing: f64,
-    ) -> Option<f64> {
-        let copy_s = bytes as f64 * self.beta_s_per_byte * sharing;
+    /// The time of the algorithms that run as group steps when the node is the world.
+    fn seconds(&self, algorithm: &dyn Algorithm, bytes: usize) -> Option<f64> {
         match algorithm.name() {
-            // Deposits its own, reads everybody's.
-            "one-shot" if bytes <= self.slot_bytes => {
-                Some(self.arrival_s + (1.0 + ranks as f64 / 2.0) * copy_s)
-            }
-            // Reads its slice of all buffers and writes it to all.
-            "two-shot" | "hierarchical" | "hierarchical-tree" => {
-                Some(2.0 * self.arrival_s + copy_s)
-            }
+            "one-shot" if bytes <= self.slot_bytes => Some(self.one_shot.at(bytes)),
+            "two-shot" => Some(self.two_shot.at(bytes)),
             _ => None,
         }
-    }
-
-    /// What a pairwise plan costs beside its transfers: in each round ranks wait for each other,
-    /// as at an arrival.
-    fn waiting_s(&self, algorithm: &dyn Algorithm, shape: &Shape) -> f64 {
-        algorithm.steps(shape, 0).count() as f64 * self.arrival_s
     }
 }
 
@@ -177,7 +172,9 @@ mod tests {
 
     #[test]
     fn shared_memory_takes_one_shot_for_small_and_two_shot_for_large_calls() {
-        let node = NodeCost { arrival_s: 5e-6, beta_s_per_byte: 1e-10, slot_bytes: 16 << 10 };
+        let one_shot = Line::through((8, 5e-6), (8 << 10, 8e-6));
+        let two_shot = Line::through((4 << 10, 10e-6), (256 << 10, 30e-6));
+        let node = NodeCost { one_shot, two_shot, slot_bytes: 16 << 10 };
         let choice = Choice::new(Topology::flat(8), CostModel::default(), Some(node), None);
         let name = |count| all()[choice.algorithm(count, Dtype::F32)].name();
         assert_eq!(name(2), "one-shot");

@@ -45,6 +45,8 @@ pub(crate) struct Engine {
     group_link: Option<usize>,
     scoreboard: Scoreboard,
     scratch: Vec<u8>,
+    /// For waits in memory.
+    patience: Patience,
     running: Option<Running>,
 }
 
@@ -69,13 +71,15 @@ enum State {
 }
 
 impl Engine {
-    pub(crate) fn new(rank: Rank, links: Links, group_link: Option<usize>) -> Self {
+    /// With `crowded`, more ranks run on this host than it has cores.
+    pub(crate) fn new(rank: Rank, links: Links, group_link: Option<usize>, crowded: bool) -> Self {
         Self {
             rank,
             links,
             group_link,
             scoreboard: Scoreboard::default(),
             scratch: Vec::new(),
+            patience: if crowded { Patience::CROWDED } else { Patience::MEMORY },
             running: None,
         }
     }
@@ -264,12 +268,12 @@ impl Engine {
     pub(crate) fn patience(&self) -> Patience {
         let in_segment = |running: &Running| running.state == State::InSegment;
         if !self.running.as_ref().is_some_and(in_segment) {
-            return Patience::MEMORY;
+            return self.patience;
         }
         let in_flight = self.scoreboard.in_flight().iter().zip(&self.links.all);
         in_flight
             .filter(|(in_flight, _)| **in_flight > 0)
-            .fold(Patience::MEMORY, |patience, (_, link)| patience.min(link.patience()))
+            .fold(self.patience, |patience, (_, link)| patience.min(link.patience()))
     }
 
     /// Sleeps until something may have moved, until woken, or until `until`.

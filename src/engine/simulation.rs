@@ -259,7 +259,7 @@ impl World {
         let engine = |rank| {
             let all: Vec<Box<dyn Link>> = vec![Box::new(link(rank)), Box::new(link(rank))];
             let links = Links { all, route: (0..world).map(|peer| (peer + rank) % 2).collect() };
-            Engine::new(rank, links, None)
+            Engine::new(rank, links, None, false)
         };
         let engines = (0..world).map(engine).collect();
         let value = |rank: usize, at: usize| (rank * 1000 + at * 7) as i32;

@@ -1,12 +1,15 @@
-//! Measures a link between two ranks: the α and β of the cost model.
+//! Measures a link between two ranks, the α and β of the cost model, and collectives of a group.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use unisum_link::{
-    Backoff, Call, Collective, Dtype, Group, Landing, Link, LinkError, LinkErrorKind, Patience,
-    Pause, Profile, Rank, ReduceOp, Region, Ticket,
+    Backoff, Call, Collective, Dtype, Landing, Link, LinkError, LinkErrorKind, Pause, Profile,
+    Rank, ReduceOp, Region, Ticket,
 };
 
+use crate::engine::program::Program;
+use crate::engine::{Advance, Engine};
 use crate::memory::Arena;
 
 const SMALL: usize = 8;
@@ -42,30 +45,47 @@ pub(crate) fn measure(
     Ok(Profile { alpha_s, beta_s_per_byte })
 }
 
-/// The time that all members of the group take to arrive: the median of several rounds that all
-/// members make at once, among ranks that compete for the cores as they will later.
+/// Seconds that `program` takes the group's members, who run it at once, as they will later, among
+/// ranks that compete for the cores: the lower quartile of several runs, since starting processes
+/// disturb.
 ///
 /// # Errors
-/// If a member does not arrive until `until`.
-pub(crate) fn arrival_s(group: &mut dyn Group, until: Instant) -> Result<f64, LinkError> {
+/// If a member fails or does not come until `until`.
+pub(crate) fn collective_s(
+    engine: &mut Engine,
+    call: Call,
+    region: Region,
+    program: &Arc<Program>,
+    until: Instant,
+) -> Result<f64, LinkError> {
     let mut times = Vec::with_capacity(ROUNDS);
-    for _ in 0..ROUNDS {
+    for round in 0..ROUNDS {
+        let call = Call { number: call.number - round as u64, ..call };
         let start = Instant::now();
-        let arrival = group.arrive();
-        let mut backoff = Backoff::new();
-        while !group.complete(arrival)? {
-            if backoff.pause(Patience::MEMORY) == Pause::Park {
-                if Instant::now() >= until {
-                    let peer = group.missing(arrival).first().copied().unwrap_or_default();
-                    return Err(no_answer(peer));
-                }
-                group.park(arrival, until)?;
-            }
-        }
+        engine.start(call, region, program.clone());
+        finish(engine, until)?;
         times.push(start.elapsed().as_secs_f64());
     }
     times.sort_by(f64::total_cmp);
-    Ok(times[ROUNDS / 2])
+    Ok(times[ROUNDS / 4])
+}
+
+fn finish(engine: &mut Engine, until: Instant) -> Result<(), LinkError> {
+    let mut backoff = Backoff::new();
+    loop {
+        match engine.advance()? {
+            Advance::Done => return Ok(()),
+            Advance::Moved => backoff.reset(),
+            Advance::Waiting if backoff.pause(engine.patience()) == Pause::Park => {
+                if Instant::now() >= until {
+                    return Err(no_answer(engine.waiting_for().first().copied().unwrap_or(0)));
+                }
+                engine.park(until)?;
+                backoff.reset();
+            }
+            Advance::Waiting => {}
+        }
+    }
 }
 
 fn no_answer(peer: Rank) -> LinkError {

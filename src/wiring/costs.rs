@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut};
 use unisum_algorithms::{CostModel, LinkCost, Topology};
 use unisum_link::kernels::Fold;
-use unisum_link::{Dtype, LinkError, Profile, Rank, ReduceOp};
+use unisum_link::{Call, Collective, Dtype, LinkError, Profile, Rank, ReduceOp};
 
 use super::{calibrate, rendezvous_error};
-use crate::choice::{Choice, NodeCost};
+use crate::choice::{self, Choice, Line, NodeCost};
 use crate::control::Control;
 use crate::engine::Engine;
 use crate::engine::program::Tuning;
 use crate::memory::Arena;
+use crate::programs::Programs;
 use crate::{Error, ErrorKind};
 
 /// The figures that all ranks share.
@@ -25,22 +26,32 @@ pub(super) struct Costs {
     pub(super) across: Profile,
     pub(super) gamma_s_per_byte: f64,
     pub(super) cores: f64,
-    /// For all ranks of rank 0's node to arrive; as an α where it shares memory with nobody.
-    arrival_s: f64,
+    /// All-reduces of the group that is the whole world: one-shot and two-shot.
+    group: Option<[Line; 2]>,
+}
+
+/// Whose costs are measured.
+#[derive(Clone, Copy)]
+pub(super) struct Site<'a> {
+    pub(super) rank: Rank,
+    /// The ranks that share memory with this one, itself included.
+    pub(super) members: &'a [Rank],
+    pub(super) arena: &'a Arena,
+    pub(super) topology: &'a Topology,
+    pub(super) tuning: Tuning,
 }
 
 /// A pair that measures may be slow to start on a crowded host.
 const MEASURE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Measures: rank 0 with the first rank it shares memory with and with the first it does not.
-/// Then rank 0's figures become everybody's.
+/// Measures: rank 0 with the first rank it shares memory with and with the first it does not, and
+/// all ranks together where they share memory. Then rank 0's figures become everybody's.
 pub(super) fn agree(
     engine: &mut Engine,
     control: &Control,
-    rank: Rank,
-    members: &[Rank],
-    arena: &Arena,
+    site: Site<'_>,
 ) -> Result<Costs, Error> {
+    let Site { rank, members, arena, .. } = site;
     let pairs =
         control.exchange(first_partners(rank, members, engine)).map_err(rendezvous_error)?;
     let mut measured = [None; 2];
@@ -51,12 +62,8 @@ pub(super) fn agree(
             measured[kind] = Some(measure(engine, peer, rank == 0, arena)?);
         }
     }
-    let arrival_s = match engine.group() {
-        Some(group) => calibrate::arrival_s(group, Instant::now() + MEASURE_TIMEOUT)
-            .map_err(|error| measuring_failed(&error))?,
-        None => measured.iter().flatten().map(|profile| profile.alpha_s).fold(1e-6, f64::max),
-    };
-    let blobs = control.exchange(encode(rank, &measured, arrival_s)).map_err(rendezvous_error)?;
+    let group = measure_group(engine, site)?;
+    let blobs = control.exchange(encode(rank, &measured, group)).map_err(rendezvous_error)?;
     decode(&blobs[0]).ok_or_else(|| {
         let text = "rank 0 told no costs that this version understands";
         Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![0])
@@ -67,6 +74,53 @@ fn measure(engine: &mut Engine, peer: Rank, first: bool, arena: &Arena) -> Resul
     let until = Instant::now() + MEASURE_TIMEOUT;
     calibrate::measure(engine.link_to(peer), peer, first, arena, until)
         .map_err(|error| measuring_failed(&error))
+}
+
+/// Where all ranks share memory: what its one-shot and its two-shot take, each at two sizes.
+fn measure_group(engine: &mut Engine, site: Site<'_>) -> Result<Option<[Line; 2]>, Error> {
+    let Some(slot_bytes) = engine.group().map(|group| group.slot_bytes()) else {
+        return Ok(None);
+    };
+    if site.members.len() < site.topology.world() {
+        return Ok(None);
+    }
+    let one_shot = measure_collectives(engine, site, "one-shot", [8, slot_bytes / 2])?;
+    let two_shot = measure_collectives(engine, site, "two-shot", [4 << 10, 256 << 10])?;
+    Ok(Some([one_shot, two_shot]))
+}
+
+fn measure_collectives(
+    engine: &mut Engine,
+    site: Site<'_>,
+    algorithm: &str,
+    sizes: [usize; 2],
+) -> Result<Line, Error> {
+    let failed = |text: String| Error::new(ErrorKind::Rendezvous, text).on(site.rank);
+    let memory = site.arena.allocate(sizes[1]).map_err(failed)?;
+    let algorithm = choice::index_of(algorithm)?;
+    let mut programs = Programs::new(site.rank, site.tuning);
+    let mut points = [(0, 0.0); 2];
+    for (point, bytes) in points.iter_mut().zip(sizes) {
+        let call = Call {
+            number: u64::MAX,
+            collective: Collective::AllReduce,
+            dtype: Dtype::F32,
+            op: ReduceOp::Sum,
+            count: (bytes / size_of::<f32>()) as u64,
+            algorithm: algorithm as u32,
+        };
+        let program = programs.program(&call, algorithm, site.topology, engine);
+        // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the
+        // links drop the region before `memory` is freed.
+        let region = unsafe { site.arena.region_at(memory.start(), bytes) };
+        let until = Instant::now() + MEASURE_TIMEOUT;
+        let seconds = calibrate::collective_s(engine, call, region, &program, until);
+        if seconds.is_err() {
+            engine.abort();
+        }
+        *point = (bytes, seconds.map_err(|error| measuring_failed(&error))?);
+    }
+    Ok(Line::through(points[0], points[1]))
 }
 
 fn measuring_failed(error: &LinkError) -> Error {
@@ -90,24 +144,26 @@ fn partners(mut bytes: &[u8]) -> [Option<Rank>; 2] {
     [(); 2].map(|()| bytes.try_get_u32_le().ok().map(|peer| peer as Rank).filter(|&peer| peer != 0))
 }
 
-fn encode(rank: Rank, measured: &[Option<Profile>; 2], arrival_s: f64) -> Vec<u8> {
+fn encode(rank: Rank, measured: &[Option<Profile>; 2], group: Option<[Line; 2]>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let [inside, across] = measured;
     let (Some(inside), Some(across)) = (inside.or(*across), across.or(*inside)) else {
         return bytes;
     };
     if rank == 0 {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         for value in [
             inside.alpha_s,
             inside.beta_s_per_byte,
             across.alpha_s,
             across.beta_s_per_byte,
             gamma_s_per_byte(),
-            cores as f64,
-            arrival_s,
+            cores() as f64,
         ] {
             bytes.put_f64_le(value);
+        }
+        for line in group.iter().flatten() {
+            bytes.put_f64_le(line.start_s);
+            bytes.put_f64_le(line.s_per_byte);
         }
     }
     bytes
@@ -116,13 +172,17 @@ fn encode(rank: Rank, measured: &[Option<Profile>; 2], arrival_s: f64) -> Vec<u8
 pub(super) fn decode(mut bytes: &[u8]) -> Option<Costs> {
     let is_figure = |value: &f64| *value > 0.0 && value.is_finite();
     let mut next = || bytes.try_get_f64_le().ok().filter(is_figure);
-    Some(Costs {
-        inside: Profile { alpha_s: next()?, beta_s_per_byte: next()? },
-        across: Profile { alpha_s: next()?, beta_s_per_byte: next()? },
-        gamma_s_per_byte: next()?,
-        cores: next()?,
-        arrival_s: next()?,
-    })
+    let inside = Profile { alpha_s: next()?, beta_s_per_byte: next()? };
+    let across = Profile { alpha_s: next()?, beta_s_per_byte: next()? };
+    let (gamma_s_per_byte, cores) = (next()?, next()?);
+    let mut line = || Some(Line { start_s: next()?, s_per_byte: next()? });
+    let group = line().and_then(|one_shot| Some([one_shot, line()?]));
+    Some(Costs { inside, across, gamma_s_per_byte, cores, group })
+}
+
+/// The cores that this process may use.
+pub(super) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Seconds to add a byte of one buffer to another, both in cache.
@@ -157,10 +217,11 @@ impl Costs {
             .unwrap_or(1);
         let ranks_per_core = largest_node as f64 / self.cores;
         let shares = engine.group().is_some();
-        let node = engine.group().filter(|group| group.members().len() == world).map(|group| {
-            let (arrival_s, beta_s_per_byte) = (self.arrival_s, self.inside.beta_s_per_byte);
-            NodeCost { arrival_s, beta_s_per_byte, slot_bytes: group.slot_bytes() }
-        });
+        let node =
+            engine.group().filter(|group| group.members().len() == world).and_then(|group| {
+                let [one_shot, two_shot] = self.group?;
+                Some(NodeCost { one_shot, two_shot, slot_bytes: group.slot_bytes() })
+            });
         // Most of a short message's time is the processors' at its two ends.
         let slowest_alpha_s = self.inside.alpha_s.max(self.across.alpha_s);
         let model = CostModel {
@@ -188,7 +249,10 @@ impl fmt::Display for Costs {
             let (micros, rate) = (profile.alpha_s * 1e6, 1e-9 / profile.beta_s_per_byte);
             writeln!(f, "{name}: {micros:.1} us + bytes at {rate:.2} GB/s (measured by rank 0)")?;
         }
-        writeln!(f, "all ranks of a node meet in {:.1} us", self.arrival_s * 1e6)?;
+        for (name, line) in ["one-shot", "two-shot"].iter().zip(self.group.iter().flatten()) {
+            let (micros, rate) = (line.start_s * 1e6, 1e-9 / line.s_per_byte);
+            writeln!(f, "{name} of all ranks: {micros:.1} us + bytes at {rate:.2} GB/s")?;
+        }
         writeln!(f, "reducing: {:.1} GB/s a core", 1e-9 / self.gamma_s_per_byte)
     }
 }
@@ -200,9 +264,9 @@ mod tests {
     #[test]
     fn one_kind_of_link_stands_for_the_other() {
         let profile = Profile { alpha_s: 1e-6, beta_s_per_byte: 1e-9 };
-        let costs = decode(&encode(0, &[None, Some(profile)], 1e-6)).unwrap();
-        assert_eq!((costs.inside, costs.across), (profile, profile));
-        assert_eq!(decode(&encode(1, &[None, Some(profile)], 1e-6)), None);
+        let costs = decode(&encode(0, &[None, Some(profile)], None)).unwrap();
+        assert_eq!((costs.inside, costs.across, costs.group), (profile, profile, None));
+        assert_eq!(decode(&encode(1, &[None, Some(profile)], None)), None);
         assert_eq!(decode(&[0; 56]), None);
     }
 }

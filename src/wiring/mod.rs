@@ -26,6 +26,7 @@ use crate::memory::Arena;
 use crate::settings::Settings;
 use crate::{Error, ErrorKind};
 use card::Card;
+use costs::Site;
 use node::{Node, Offer};
 
 /// What joining gave.
@@ -63,14 +64,15 @@ pub(crate) fn join(
         links.add("tcp", link, &others);
     }
     let transport = links.names.join("+");
-    let mut engine = links.engine(rank);
+    let mut engine = links.engine(rank, &topology);
     engine.links().iter().for_each(|link| control.add_waker(link.waker()));
-    let costs = costs::agree(&mut engine, &control, rank, &members, &arena)?;
+    let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
+    let site = Site { rank, members: &members, arena: &arena, topology: &topology, tuning };
+    let costs = costs::agree(&mut engine, &control, site)?;
     let seconds = start.elapsed().as_secs_f64();
     let description =
         describe(detected, &cards, &topology, &transport, seconds) + &costs.to_string();
     tracing::info!("rank {rank} of {world} joined over {transport} in {seconds:.3} s");
-    let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
     let choice = costs.choice(topology, &mut engine, tuning, fixed);
     Ok(Joined { control, engine, choice, arena, tuning, transport, description })
 }
@@ -98,8 +100,9 @@ impl Assembly {
         self.links.all.push(link);
     }
 
-    fn engine(self, rank: Rank) -> Engine {
-        Engine::new(rank, self.links, self.group_link)
+    fn engine(self, rank: Rank, topology: &Topology) -> Engine {
+        let on_this_host = topology.members(topology.node_of(rank)).len();
+        Engine::new(rank, self.links, self.group_link, on_this_host > costs::cores())
     }
 }
 

@@ -50,6 +50,9 @@ fn join(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let world = World::connect(args)?;
     let connect_ms = start.elapsed().as_secs_f64() * 1e3;
+    if args.verbose > 0 && world.is_first() {
+        eprint!("{}", world.comm.describe());
+    }
     if world.is_alone() && args.joined.is_none() && world.is_first() {
         eprintln!("note: no launcher found, so this is a world of 1; -n 16 starts 16 ranks here");
     }
