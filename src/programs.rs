@@ -86,10 +86,6 @@ fn build(
         element_bytes: key.element_bytes,
         average: key.average,
         tuning,
-        group: group.map(|group| GroupShape {
-            members: &members,
-            slot_bytes: group.slot_bytes(),
-            reads_private: group.reads_private(),
-        }),
+        group: group.map(|group| GroupShape { members: &members, slot_bytes: group.slot_bytes() }),
     })
 }

@@ -20,10 +20,10 @@ use rustix::time::Timespec;
 use unisum_link::kernels::Fold;
 use unisum_link::{Arrival, Call, Group, Link, LinkError, Patience, Rank, ReduceOp, Region};
 
-use program::{Action, Program};
+use program::{Action, Exchange, Program};
 pub(crate) use scoreboard::Links;
 use scoreboard::{Bench, Scoreboard};
-use together::GroupBench;
+use together::{GroupBench, Next, Sources};
 
 /// What [`Engine::advance`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ pub(crate) struct Engine {
     /// The link whose group takes the group actions.
     group_link: Option<usize>,
     scoreboard: Scoreboard,
-    scratch: Vec<u8>,
+    sources: Sources,
     /// For waits in memory.
     patience: Patience,
     running: Option<Running>,
@@ -65,9 +65,34 @@ struct Running {
 enum State {
     Start,
     InSegment,
-    Arriving(Arrival),
-    /// The slices of others are to be pulled, then a last arrival follows.
-    ArrivingToPull(Arrival),
+    Entering(Arrival),
+    /// When all have arrived, this piece of an exchange is due.
+    BetweenPieces(Arrival, usize),
+    /// When all have arrived, the action is done.
+    Leaving(Arrival),
+}
+
+impl State {
+    const fn arrival(self) -> Option<Arrival> {
+        match self {
+            Self::Start | Self::InSegment => None,
+            Self::Entering(arrival) | Self::BetweenPieces(arrival, _) | Self::Leaving(arrival) => {
+                Some(arrival)
+            }
+        }
+    }
+}
+
+impl Running {
+    /// Takes over how an exchange goes on after `piece`.
+    const fn go_on(&mut self, next: Next, piece: usize) -> Advance {
+        self.state = match next {
+            Next::Done => return Advance::Done,
+            Next::Last(arrival) => State::Leaving(arrival),
+            Next::Piece(arrival) => State::BetweenPieces(arrival, piece + 1),
+        };
+        Advance::Moved
+    }
 }
 
 impl Engine {
@@ -78,7 +103,7 @@ impl Engine {
             links,
             group_link,
             scoreboard: Scoreboard::default(),
-            scratch: Vec::new(),
+            sources: Sources::default(),
             patience: if crowded { Patience::CROWDED } else { Patience::MEMORY },
             running: None,
         }
@@ -128,12 +153,6 @@ impl Engine {
         let mut moved = false;
         while let Some(action) = program.actions.get(running.action) {
             match self.advance_action(action, running)? {
-                Advance::Done if self.must_go_pairwise(action, running) => {
-                    let pairwise = program.pairwise.clone().expect("just seen");
-                    (running.program, running.action) = (pairwise, 0);
-                    running.state = State::Start;
-                    return Ok(Advance::Moved);
-                }
                 Advance::Done => {
                     (running.action, running.state) = (running.action + 1, State::Start);
                     moved = true;
@@ -147,14 +166,6 @@ impl Engine {
         Ok(Advance::Done)
     }
 
-    /// Whether the group that was just entered can't reach all its members' memory. The answer is
-    /// the same on all members.
-    fn must_go_pairwise(&mut self, action: &Action, running: &Running) -> bool {
-        matches!(action, Action::Enter { deposit: false })
-            && running.program.pairwise.is_some()
-            && !self.bench(running, false).group.registered()
-    }
-
     fn advance_action(
         &mut self,
         action: &Action,
@@ -163,13 +174,14 @@ impl Engine {
         match running.state {
             State::Start => self.begin_action(action, running),
             State::InSegment => self.advance_segment(action, running),
-            State::Arriving(arrival) => {
-                Ok(match self.bench(running, false).group.complete(arrival)? {
-                    true => Advance::Done,
-                    false => Advance::Waiting,
-                })
+            State::Entering(arrival)
+            | State::BetweenPieces(arrival, _)
+            | State::Leaving(arrival) => {
+                match self.bench(running, false).group.complete(arrival)? {
+                    true => self.all_arrived(action, running),
+                    false => Ok(Advance::Waiting),
+                }
             }
-            State::ArrivingToPull(arrival) => self.pull_when_complete(action, running, arrival),
         }
     }
 
@@ -183,19 +195,14 @@ impl Engine {
                 self.scoreboard.start(segment, &self.links);
                 running.state = State::InSegment;
             }
-            Action::Enter { deposit } => {
-                let arrival = self.bench(running, false).group.enter(*deposit);
-                running.state = State::Arriving(arrival);
+            Action::OneShot { .. } => {
+                let arrival = self.bench(running, false).group.enter(true);
+                running.state = State::Entering(arrival);
             }
-            Action::Fold { bytes, divide, push } => {
-                let mut bench = self.bench(running, *divide);
-                let push = *push && bench.group.registered();
-                bench.fold(bytes, push)?;
-                return Ok(Advance::Done);
+            Action::Exchange(exchange) if exchange.enters => {
+                running.state = State::Entering(self.bench(running, false).enter(exchange));
             }
-            Action::Gather { slices, pushed } => {
-                running.state = self.begin_gather(slices, *pushed, running);
-            }
+            Action::Exchange(exchange) => return self.exchange(exchange, running),
             Action::Divide { bytes } => {
                 divide(running, bytes);
                 return Ok(Advance::Done);
@@ -204,34 +211,32 @@ impl Engine {
         Ok(Advance::Moved)
     }
 
-    fn begin_gather(&mut self, slices: &[Range<usize>], pushed: bool, running: &Running) -> State {
-        let mut bench = self.bench(running, false);
-        if !bench.group.registered() {
-            return State::ArrivingToPull(bench.group.arrive());
-        }
-        if !pushed {
-            let members = bench.group.members().to_vec();
-            let own = members.iter().position(|&member| member == bench.rank);
-            bench.push(&members, &slices[own.expect("a rank is in its own group")]);
-        }
-        State::Arriving(bench.group.arrive())
-    }
-
-    fn pull_when_complete(
+    fn all_arrived(
         &mut self,
         action: &Action,
         running: &mut Running,
-        arrival: Arrival,
     ) -> Result<Advance, LinkError> {
-        let mut bench = self.bench(running, false);
-        if !bench.group.complete(arrival)? {
-            return Ok(Advance::Waiting);
+        match (action, running.state) {
+            (Action::OneShot { bytes, divides }, State::Entering(_)) => {
+                self.bench(running, *divides).fold_deposits(bytes)?;
+                Ok(Advance::Done)
+            }
+            (Action::Exchange(exchange), State::Entering(_)) => self.exchange(exchange, running),
+            (Action::Exchange(exchange), State::BetweenPieces(_, piece)) => {
+                let next = self.bench(running, exchange.divides).piece(exchange, piece)?;
+                Ok(running.go_on(next, piece))
+            }
+            _ => Ok(Advance::Done),
         }
-        if let Action::Gather { slices, .. } = action {
-            bench.pull(slices)?;
-        }
-        running.state = State::Arriving(bench.group.arrive());
-        Ok(Advance::Moved)
+    }
+
+    fn exchange(
+        &mut self,
+        exchange: &Exchange,
+        running: &mut Running,
+    ) -> Result<Advance, LinkError> {
+        let next = self.bench(running, exchange.divides).exchange(exchange)?;
+        Ok(running.go_on(next, usize::from(exchange.folds)))
     }
 
     fn advance_segment(
@@ -260,7 +265,7 @@ impl Engine {
             group,
             region: running.region,
             fold: Fold { divide_by, ..running.fold },
-            scratch: &mut self.scratch,
+            sources: &mut self.sources,
         }
     }
 
@@ -279,7 +284,7 @@ impl Engine {
     /// Sleeps until something may have moved, until woken, or until `until`.
     pub(crate) fn park(&mut self, until: Instant) -> Result<(), LinkError> {
         let Some(running) = &self.running else { return Ok(()) };
-        if let State::Arriving(arrival) | State::ArrivingToPull(arrival) = running.state {
+        if let Some(arrival) = running.state.arrival() {
             return match self.group() {
                 Some(group) => group.park(arrival, until),
                 None => Ok(()),
@@ -348,10 +353,9 @@ impl Engine {
             (State::InSegment, Some(Action::Transfers(segment))) => {
                 self.scoreboard.waiting_for(segment)
             }
-            (State::Arriving(arrival) | State::ArrivingToPull(arrival), _) => {
+            (state, _) => state.arrival().map_or_else(Vec::new, |arrival| {
                 self.group().map_or_else(Vec::new, |group| group.missing(arrival))
-            }
-            _ => Vec::new(),
+            }),
         }
     }
 

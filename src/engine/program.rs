@@ -1,7 +1,6 @@
 //! From a rank's plan to what the engine executes.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use unisum_algorithms::{Algorithm, Pattern, Rank, Shape, Step, slice};
 
@@ -12,25 +11,40 @@ use super::segment::Segment;
 pub(crate) enum Action {
     /// Pairwise transfers through the scoreboard.
     Transfers(Segment),
-    /// Arrive at the group; with `deposit`, leave a copy of the whole region for the others.
-    Enter { deposit: bool },
-    /// Fold `bytes` of all members into this rank's region, in rank order. With `push`, store
-    /// each block at all members while it is hot, where their memory allows it.
-    Fold { bytes: Range<usize>, divide: bool, push: bool },
-    /// Every member's slice goes to all members. `slices` is by place in the group. With
-    /// `pushed`, the fold before it did that already where the members' memory allows it.
-    Gather { slices: Vec<Range<usize>>, pushed: bool },
+    /// Leave a copy of `bytes`, the whole region, for the group, and fold all members' copies.
+    OneShot { bytes: Range<usize>, divides: bool },
+    /// Fold slices of the group's regions, or hand them on.
+    Exchange(Exchange),
     /// Divide by the number of ranks (the end of an average).
     Divide { bytes: Range<usize> },
+}
+
+/// What the members of a group do with the slices of their regions, each with its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Exchange {
+    /// By place in the group.
+    pub(crate) slices: Vec<Range<usize>>,
+    /// Whether the group is entered first: the members tell where their regions are.
+    pub(crate) enters: bool,
+    /// Fold the slice of all members' regions, in rank order.
+    pub(crate) folds: bool,
+    /// Give the slice to all members.
+    pub(crate) gathers: bool,
+    /// Divide what was folded by the number of ranks.
+    pub(crate) divides: bool,
+}
+
+impl Exchange {
+    /// Bytes of the longest slice.
+    pub(crate) fn longest(&self) -> usize {
+        self.slices.iter().map(Range::len).max().unwrap_or(0)
+    }
 }
 
 /// What a rank executes for one shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Program {
     pub(crate) actions: Vec<Action>,
-    /// The same without group actions, for a group whose members can't read each other's private
-    /// memory: whether a call's memory is private is known only when all have entered.
-    pub(crate) pairwise: Option<Arc<Self>>,
 }
 
 /// How plans are turned into programs: the same on all ranks.
@@ -47,7 +61,6 @@ pub(crate) struct Tuning {
 pub(crate) struct GroupShape<'a> {
     pub(crate) members: &'a [Rank],
     pub(crate) slot_bytes: usize,
-    pub(crate) reads_private: bool,
 }
 
 /// What a program is made from.
@@ -63,16 +76,9 @@ pub(crate) struct Source<'a> {
 }
 
 impl Program {
-    /// Builds the program, and the pairwise one beside it if the group may need that.
-    pub(crate) fn build(source: &Source<'_>) -> Self {
-        let alone = || Arc::new(Self::plain(&Source { group: None, ..*source }));
-        let blind = source.group.is_some_and(|group| !group.reads_private);
-        Self { pairwise: blind.then(alone), ..Self::plain(source) }
-    }
-
-    /// Steps that the whole group takes together become group actions, runs
+    /// Builds the program: steps that the whole group takes together become group actions, runs
     /// of pairwise steps become segments. Without a group everything is pairwise.
-    fn plain(source: &Source<'_>) -> Self {
+    pub(crate) fn build(source: &Source<'_>) -> Self {
         let mut builder = Builder { source, actions: Vec::new(), pairs: Vec::new() };
         for step in source.algorithm.steps(source.shape, source.rank) {
             builder.add(step);
@@ -98,30 +104,34 @@ impl Builder<'_> {
             Pattern::Pairs => {}
             Pattern::OneShot => {
                 let bytes = self.bytes(&step.incoming[0].elements);
-                self.actions.push(Action::Enter { deposit: true });
-                self.actions.push(Action::Fold { bytes, divide: self.is_final(), push: false });
+                self.actions.push(Action::OneShot { bytes, divides: self.is_final() });
             }
-            Pattern::ReduceScatter => {
-                let elements = step.incoming.first().map_or(0..0, |own| own.elements.clone());
-                let bytes = self.bytes(&elements);
-                self.actions.push(Action::Enter { deposit: false });
-                self.actions.push(Action::Fold { bytes, divide: false, push: false });
+            Pattern::ReduceScatter => self.add_exchange(&step),
+            Pattern::AllGather => {
+                let (alone, divides) = (self.group_is_world(), self.source.average);
+                match self.actions.last_mut() {
+                    // The slices that were just folded are handed on while they are in cache. All
+                    // members have to see this alike: where there are other nodes, a member may
+                    // have nothing to do with them, but others have.
+                    Some(Action::Exchange(exchange)) if alone && !exchange.gathers => {
+                        (exchange.gathers, exchange.divides) = (true, divides);
+                    }
+                    _ => self.add_exchange(&step),
+                }
             }
-            Pattern::AllGather => self.add_gather(&step),
         }
     }
 
-    fn add_gather(&mut self, step: &Step) {
-        let slices = self.gather_slices(step);
-        let is_final = self.is_final();
-        let pushed = match self.actions.last_mut() {
-            Some(Action::Fold { divide, push, .. }) => {
-                (*divide, *push) = (is_final, true);
-                true
-            }
-            _ => false,
-        };
-        self.actions.push(Action::Gather { slices, pushed });
+    fn add_exchange(&mut self, step: &Step) {
+        let folds = step.pattern == Pattern::ReduceScatter;
+        let enters = !self.actions.iter().any(|action| matches!(action, Action::Exchange(_)));
+        self.actions.push(Action::Exchange(Exchange {
+            slices: self.slices(step, folds),
+            enters,
+            folds,
+            gathers: !folds,
+            divides: false,
+        }));
     }
 
     /// Whether the step is one that exactly the members of the group take together, in a form
@@ -141,18 +151,32 @@ impl Builder<'_> {
     /// A fold over the group completes an average where the group is the world; elsewhere the
     /// division follows at the end, alike on all ranks.
     fn is_final(&self) -> bool {
-        let members = self.source.group.map_or(0, |group| group.members.len());
-        self.source.average && members == self.source.shape.world()
+        self.source.average && self.group_is_world()
     }
 
-    fn gather_slices(&self, step: &Step) -> Vec<Range<usize>> {
+    fn group_is_world(&self) -> bool {
+        let members = self.source.group.map_or(0, |group| group.members.len());
+        members == self.source.shape.world()
+    }
+
+    /// Each member's slice: what it folds is sent to it, what it gathers comes from it.
+    fn slices(&self, step: &Step, folds: bool) -> Vec<Range<usize>> {
         let group = self.source.group.map_or(&[][..], |group| group.members);
-        let own = step.outgoing.first().map_or(0..0, |out| out.elements.clone());
-        let slice_of = |member: &Rank| {
-            let arrival = step.incoming.iter().find(|incoming| incoming.from == [*member]);
-            arrival.map_or_else(|| own.clone(), |incoming| incoming.elements.clone())
+        let outgoing = |to| step.outgoing.iter().find(|out| out.to == to).map(|out| &out.elements);
+        let incoming = |from| {
+            let arrival = step.incoming.iter().find(|incoming| incoming.from.contains(&from));
+            arrival.map(|incoming| &incoming.elements)
         };
-        group.iter().map(|member| self.bytes(&slice_of(member))).collect()
+        let own = match folds {
+            true => step.incoming.first().map(|incoming| &incoming.elements),
+            false => step.outgoing.first().map(|out| &out.elements),
+        };
+        let slice_of = |&member: &Rank| match member == self.source.rank {
+            true => own,
+            false if folds => outgoing(member),
+            false => incoming(member),
+        };
+        group.iter().map(|member| slice_of(member).map_or(0..0, |it| self.bytes(it))).collect()
     }
 
     fn bytes(&self, elements: &Range<usize>) -> Range<usize> {
@@ -172,12 +196,16 @@ impl Builder<'_> {
     fn finish(mut self) -> Program {
         self.close_pairs();
         let divided = self.actions.iter().any(|action| {
-            matches!(action, Action::Divide { .. } | Action::Fold { divide: true, .. })
+            matches!(
+                action,
+                Action::OneShot { divides: true, .. }
+                    | Action::Exchange(Exchange { divides: true, .. })
+            )
         });
         if self.source.average && !divided {
             let bytes = 0..self.source.shape.count * self.source.element_bytes;
             self.actions.push(Action::Divide { bytes });
         }
-        Program { actions: self.actions, pairwise: None }
+        Program { actions: self.actions }
     }
 }

@@ -1,14 +1,29 @@
 //! The group actions: what the ranks of a node do together in shared memory.
+//!
+//! Registered regions are folded and written where they lie. What lies in private memory goes over
+//! the members' benches in pieces small enough to stay in cache, two of each in turn:
+//!
+//! ```text
+//! bench of each member    input of piece 0, 2, … | input of piece 1, 3, … | result | result
+//!                         (a part for each member)
+//! ```
+//! Between two arrivals every member lays out its inputs of piece k, folds its part of piece k−1
+//! and copies the others' results of piece k−2: one arrival a piece. Nobody overwrites what others
+//! still read, since they did that before the last arrival.
 
 use std::ops::Range;
 
 use unisum_link::kernels::Fold;
-use unisum_link::{Group, LinkError, Rank, Region};
+use unisum_link::{Arrival, Group, LinkError, Rank, Region};
+
+use super::program::Exchange;
 
 /// Blocks of mapped memory: read from all members, folded and written while in the first cache.
 const MAPPED_BLOCK: usize = 16 << 10;
-/// Blocks of private memory: large enough that the system call that fetches one is amortised.
-const PRIVATE_BLOCK: usize = 64 << 10;
+/// Longest part of a piece: the benches of two ranks and what they copy stay in a second cache.
+const PART_BYTES_MAX: usize = 64 << 10;
+/// Parts begin at lines of the cache.
+const LINE: usize = 64;
 
 /// What a group action works with.
 pub(crate) struct GroupBench<'a> {
@@ -16,58 +31,155 @@ pub(crate) struct GroupBench<'a> {
     pub(crate) group: &'a mut dyn Group,
     pub(crate) region: Region,
     pub(crate) fold: Fold,
-    pub(crate) scratch: &'a mut Vec<u8>,
+    pub(crate) sources: &'a mut Sources,
+}
+
+/// Room for the addresses of one fold, kept so that nothing is allocated.
+#[derive(Debug, Default)]
+pub(crate) struct Sources(Vec<*const u8>);
+
+// SAFETY: the addresses are used in the call that collects them and never afterwards.
+unsafe impl Send for Sources {}
+
+/// How an exchange goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    Done,
+    /// After this arrival it is done.
+    Last(Arrival),
+    /// After this arrival the next piece is due.
+    Piece(Arrival),
 }
 
 impl GroupBench<'_> {
-    /// Folds `bytes` of all members into this rank's region; with `push`, stores every block at
-    /// all members. Nobody else touches these bytes between the group's arrivals.
-    pub(crate) fn fold(&mut self, bytes: &Range<usize>, push: bool) -> Result<(), LinkError> {
-        let members = self.group.members().to_vec();
-        let block = if self.group.registered() { MAPPED_BLOCK } else { PRIVATE_BLOCK };
-        let mut sources = Vec::with_capacity(members.len());
-        for start in bytes.clone().step_by(block) {
-            let bytes = start..bytes.end.min(start + block);
-            self.sources_of(&members, &bytes, &mut sources)?;
-            let own = self.region.pointer(&bytes);
-            let count = bytes.len() / self.fold.dtype.bytes();
-            // SAFETY: `own` is valid for `bytes`; the sources are mapped memory or scratch of the
-            // same length. All members arrived, so their values are there, and only this rank
-            // writes these bytes until the next arrival.
-            unsafe { self.fold.run(own, &sources, count) };
-            if push {
-                self.push(&members, &bytes);
+    /// Folds `bytes` of all members' deposits into this rank's region.
+    pub(crate) fn fold_deposits(&mut self, bytes: &Range<usize>) -> Result<(), LinkError> {
+        self.fold_into(bytes, self.region.pointer(bytes), |group, member| {
+            Ok(group.source(member, bytes.clone())?.expect("a deposit is mapped"))
+        })
+    }
+
+    /// Enters. The first piece of a private region goes along, in case somebody can't map it.
+    pub(crate) fn enter(&mut self, exchange: &Exchange) -> Arrival {
+        if exchange.folds && !self.is_registered() {
+            self.lay_out(exchange, 0);
+        }
+        self.group.enter(false)
+    }
+
+    /// After the enter: folds this rank's slice of all members, or hands it to them, or both.
+    pub(crate) fn exchange(&mut self, exchange: &Exchange) -> Result<Next, LinkError> {
+        if !self.group.registered() {
+            let first = usize::from(exchange.folds);
+            return self.piece(exchange, first);
+        }
+        let own = &exchange.slices[self.place()];
+        for start in own.clone().step_by(MAPPED_BLOCK) {
+            let bytes = start..own.end.min(start + MAPPED_BLOCK);
+            if exchange.folds {
+                self.fold_into(&bytes, self.region.pointer(&bytes), |group, member| {
+                    Ok(group.source(member, bytes.clone())?.expect("registered regions are mapped"))
+                })?;
             }
+            if exchange.gathers {
+                self.push(&bytes);
+            }
+        }
+        Ok(if exchange.gathers { Next::Last(self.group.arrive()) } else { Next::Done })
+    }
+
+    /// The work between two arrivals of an exchange of private regions.
+    pub(crate) fn piece(&mut self, exchange: &Exchange, k: usize) -> Result<Next, LinkError> {
+        if exchange.folds {
+            if !self.is_registered() {
+                self.lay_out(exchange, k);
+            }
+            if let Some(k) = k.checked_sub(1) {
+                self.fold_part(exchange, k)?;
+            }
+        } else {
+            self.lay_out_result(exchange, k);
+        }
+        let behind = if exchange.folds { 2 } else { 1 };
+        if let Some(k) = k.checked_sub(behind).filter(|_| exchange.gathers) {
+            self.copy_results(exchange, k);
+        }
+        let pieces = exchange.longest().div_ceil(self.part_bytes());
+        let is_last = k + 1 >= pieces + behind;
+        Ok(if is_last { Next::Done } else { Next::Piece(self.group.arrive()) })
+    }
+
+    /// Copies this rank's inputs of piece `k` to its bench.
+    fn lay_out(&self, exchange: &Exchange, k: usize) {
+        for (place, slice) in exchange.slices.iter().enumerate() {
+            let part = self.part(slice, k);
+            let to = self.bench(self.rank, self.input(k, place, part.len()));
+            // SAFETY: the region and the bench are valid for that many bytes and never overlap.
+            // Who read the input of piece k − 2 here did so before the last arrival.
+            unsafe { to.copy_from_nonoverlapping(self.region.pointer(&part), part.len()) };
+        }
+    }
+
+    /// Folds this rank's part of piece `k` into its region, and lays the result out for the others.
+    fn fold_part(&mut self, exchange: &Exchange, k: usize) -> Result<(), LinkError> {
+        let place = self.place();
+        let part = self.part(&exchange.slices[place], k);
+        let input = self.input(k, place, part.len());
+        self.fold_into(&part, self.region.pointer(&part), |group, member| {
+            let mapped = group.source(member, part.clone())?;
+            Ok(mapped.unwrap_or_else(|| group.bench(member, input.clone()).cast_const()))
+        })?;
+        if exchange.gathers {
+            self.lay_out_result(exchange, k);
         }
         Ok(())
     }
 
-    fn sources_of(
+    fn lay_out_result(&self, exchange: &Exchange, k: usize) {
+        let part = self.part(&exchange.slices[self.place()], k);
+        let to = self.bench(self.rank, self.result(k, part.len()));
+        // SAFETY: as in `lay_out`.
+        unsafe { to.copy_from_nonoverlapping(self.region.pointer(&part), part.len()) };
+    }
+
+    /// Copies the others' results of piece `k` into this rank's region.
+    fn copy_results(&self, exchange: &Exchange, k: usize) {
+        for (&member, slice) in self.group.members().iter().zip(&exchange.slices) {
+            if member == self.rank {
+                continue;
+            }
+            let part = self.part(slice, k);
+            let from = self.bench(member, self.result(k, part.len()));
+            // SAFETY: as in `lay_out`; the member finished the result before the last arrival.
+            unsafe { self.region.pointer(&part).copy_from_nonoverlapping(from, part.len()) };
+        }
+    }
+
+    /// Folds what `source` gives for each member into `into`, which is this rank's `bytes`.
+    fn fold_into(
         &mut self,
-        members: &[Rank],
         bytes: &Range<usize>,
-        sources: &mut Vec<*const u8>,
+        into: *mut u8,
+        source: impl Fn(&dyn Group, Rank) -> Result<*const u8, LinkError>,
     ) -> Result<(), LinkError> {
-        let room = bytes.len() * members.len();
-        if !self.group.registered() && self.scratch.len() < room {
-            self.scratch.resize(room, 0);
+        if bytes.is_empty() {
+            return Ok(());
         }
-        sources.clear();
-        for (place, &member) in members.iter().enumerate() {
-            let at = if self.group.registered() {
-                0..0
-            } else {
-                place * bytes.len()..(place + 1) * bytes.len()
-            };
-            sources.push(self.group.source(member, bytes.clone(), &mut self.scratch[at])?);
+        self.sources.0.clear();
+        for &member in self.group.members() {
+            self.sources.0.push(source(&*self.group, member)?);
         }
+        let count = bytes.len() / self.fold.dtype.bytes();
+        // SAFETY: `into` and every source are valid for `bytes`. All members arrived, so their
+        // values are there, and only this rank writes these bytes until the next arrival.
+        unsafe { self.fold.run(into, &self.sources.0, count) };
         Ok(())
     }
 
     /// Stores `bytes` of this rank's region at all members.
-    pub(crate) fn push(&mut self, members: &[Rank], bytes: &Range<usize>) {
+    fn push(&self, bytes: &Range<usize>) {
         let own = self.region.pointer(bytes);
-        for &member in members.iter().filter(|&&member| member != self.rank) {
+        for &member in self.group.members().iter().filter(|&&member| member != self.rank) {
             let target = self.group.target(member, bytes.clone());
             // SAFETY: both are valid for `bytes`: the own region, and the member's mapped one.
             // Nobody but this rank touches these bytes of any member until the next arrival, and
@@ -76,24 +188,43 @@ impl GroupBench<'_> {
         }
     }
 
-    /// Copies every other member's slice into this rank's region.
-    pub(crate) fn pull(&mut self, slices: &[Range<usize>]) -> Result<(), LinkError> {
-        let members = self.group.members().to_vec();
-        for (&member, bytes) in members.iter().zip(slices) {
-            if member == self.rank || bytes.is_empty() {
-                continue;
-            }
-            let own = self.region.pointer(bytes);
-            // SAFETY: the region is valid for `bytes` and, between two arrivals, only this rank
-            // touches the slices of others in its own region.
-            let landing = unsafe { std::slice::from_raw_parts_mut(own, bytes.len()) };
-            let source = self.group.source(member, bytes.clone(), landing)?;
-            if source != own.cast_const() {
-                // SAFETY: `source` is the member's mapped memory, `bytes` long and final since
-                // the last arrival; two ranks' buffers never overlap.
-                unsafe { std::ptr::copy_nonoverlapping(source, own, bytes.len()) };
-            }
-        }
-        Ok(())
+    const fn is_registered(&self) -> bool {
+        self.region.heap_offset().is_some()
+    }
+
+    fn place(&self) -> usize {
+        let place = self.group.members().binary_search(&self.rank);
+        place.expect("a rank is in its own group")
+    }
+
+    /// Most bytes of a slice in one piece: all inputs and results fit the bench twice.
+    fn part_bytes(&self) -> usize {
+        let parts = 2 * (self.group.members().len() + 1);
+        (self.group.bench_bytes() / parts / LINE * LINE).min(PART_BYTES_MAX)
+    }
+
+    /// What piece `k` takes of a slice.
+    fn part(&self, slice: &Range<usize>, k: usize) -> Range<usize> {
+        let at = |k: usize| slice.end.min(slice.start + k * self.part_bytes());
+        at(k)..at(k + 1)
+    }
+
+    /// Where the part for the member at `place` lies among the inputs of piece `k`.
+    fn input(&self, k: usize, place: usize, bytes: usize) -> Range<usize> {
+        self.on_bench((k % 2) * self.group.members().len() + place, bytes)
+    }
+
+    /// Where the result of piece `k` lies.
+    fn result(&self, k: usize, bytes: usize) -> Range<usize> {
+        self.on_bench(2 * self.group.members().len() + k % 2, bytes)
+    }
+
+    fn on_bench(&self, part: usize, bytes: usize) -> Range<usize> {
+        let start = part * self.part_bytes();
+        start..start + bytes
+    }
+
+    fn bench(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
+        self.group.bench(member, bytes)
     }
 }

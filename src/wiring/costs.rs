@@ -222,13 +222,15 @@ impl Costs {
                 let [one_shot, two_shot] = self.group?;
                 Some(NodeCost { one_shot, two_shot, slot_bytes: group.slot_bytes() })
             });
-        // Most of a short message's time is the processors' at its two ends.
+        // Most of a short message's time is the processors' at its two ends, and a wait that
+        // gives the core to another rank costs about as much (measured over TCP on 2 cores).
         let slowest_alpha_s = self.inside.alpha_s.max(self.across.alpha_s);
         let model = CostModel {
             inside: link_cost(&self.inside),
             across: link_cost(&self.across),
             gamma_s_per_byte: self.gamma_s_per_byte,
-            message_s: slowest_alpha_s / 2.0,
+            message_s: slowest_alpha_s / 3.0,
+            wait_s: slowest_alpha_s / 2.0,
             ranks_per_core,
             slice_elements: tuning.slice_bytes / 4,
             window: tuning.window,

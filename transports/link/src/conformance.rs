@@ -16,7 +16,7 @@ pub use endings::{
 };
 pub use groups::{
     deposits_survive_fast_and_slow_members, group_mismatch_reaches_every_member,
-    group_parks_end_by_deadline_and_by_wake, groups_fold_private_regions,
+    group_parks_end_by_deadline_and_by_wake, groups_fold_private_regions_over_benches,
     groups_fold_registered_regions, late_members_are_named,
 };
 pub use memory::Memory;
@@ -80,7 +80,7 @@ macro_rules! conformance_tests {
             a_dropped_peer_hangs_nobody
             deposits_survive_fast_and_slow_members
             groups_fold_registered_regions
-            groups_fold_private_regions
+            groups_fold_private_regions_over_benches
             group_mismatch_reaches_every_member
             late_members_are_named
             group_parks_end_by_deadline_and_by_wake

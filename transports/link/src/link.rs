@@ -127,9 +127,10 @@ pub struct Arrival(pub u32);
 
 /// The ranks of one node that can read each other's memory.
 ///
-/// All members make the same sequence of arrivals. Between arrivals they read each other's
-/// regions, and write them where every region is registered. A collective on a group is:
-/// [`Group::enter`] (after which all see all regions), the work, [`Group::arrive`].
+/// All members make the same sequence of arrivals. Between arrivals they read and write each other's
+/// regions where every region is registered; what is private goes over the members' benches. A
+/// collective on a group is: [`Group::enter`] (after which all see all regions), the work,
+/// [`Group::arrive`].
 pub trait Group {
     /// The members, ascending; this rank is one of them.
     fn members(&self) -> &[Rank];
@@ -166,25 +167,26 @@ pub trait Group {
     /// [`Group::target`] may be used. The same answer on all members.
     fn registered(&self) -> bool;
 
-    /// Whether members can read each other's private memory; the same answer on all members. If
-    /// not, [`Group::source`] works on registered regions and deposits only.
-    fn reads_private(&self) -> bool;
-
-    /// The address of `bytes` of a member's region (or deposit, if `enter` deposited). Mapped
-    /// memory is read where it is; private memory is copied into `scratch` first, which has room.
+    /// The address of `bytes` of a member's region (or deposit, if `enter` deposited) where this
+    /// rank can read it; `None` if it is another rank's private memory.
     ///
     /// # Errors
-    /// If the kernel refuses or the member is gone.
-    fn source(
-        &mut self,
-        member: Rank,
-        bytes: Range<usize>,
-        scratch: &mut [u8],
-    ) -> Result<*const u8, LinkError>;
+    /// If the member's region is not where it says.
+    fn source(&self, member: Rank, bytes: Range<usize>) -> Result<Option<*const u8>, LinkError>;
 
     /// The address of `bytes` of a member's registered region, to write to.
     ///
     /// # Panics
     /// If the member's region is not registered: [`Group::registered`] said so.
-    fn target(&mut self, member: Rank, bytes: Range<usize>) -> *mut u8;
+    fn target(&self, member: Rank, bytes: Range<usize>) -> *mut u8;
+
+    /// Bytes of each member's bench.
+    fn bench_bytes(&self) -> usize;
+
+    /// The address of `bytes` of a member's bench: memory that all members map, for what moves
+    /// between private regions. Who uses which part of it when is up to the caller.
+    ///
+    /// # Panics
+    /// If the range is outside of [`Group::bench_bytes`].
+    fn bench(&self, member: Rank, bytes: Range<usize>) -> *mut u8;
 }

@@ -79,7 +79,7 @@ fn time(link: &mut ShmLink, number: u64, region: Region) -> Duration {
 /// Folds all members' bytes at `at` into `into`.
 fn fold(group: &mut dyn Group, at: usize, bytes: usize, into: *mut u8) {
     let members = group.members().to_vec();
-    let source = |member| group.source(member, at..at + bytes, &mut []).unwrap();
+    let source = |member| group.source(member, at..at + bytes).unwrap().unwrap();
     let sources: Vec<*const u8> = members.into_iter().map(source).collect();
     // SAFETY: the group and the caller gave that many bytes.
     unsafe { FOLD.run(into, &sources, bytes / 4) };

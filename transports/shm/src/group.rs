@@ -15,7 +15,7 @@ use unisum_link::{Arrival, Group, LinkError, Rank, Region};
 
 use crate::bell::{Bell, wake};
 use crate::inbox::Peer;
-use crate::layout::{ARRIVED, GENERATION, SLEEPERS, SLOT_BYTES};
+use crate::layout::{ARRIVED, BENCH_BYTES, GENERATION, SLEEPERS, SLOT_BYTES};
 use crate::mailbox::{CallWords, Place};
 use crate::mapping::Mapping;
 
@@ -39,8 +39,6 @@ pub(crate) struct Team {
     unread: Option<Arrival>,
     /// Where each member's data is, once the cards are read.
     places: Vec<Place>,
-    /// Whether the kernel lets every member read every other's private memory, as agreed.
-    pub(crate) reads_private: bool,
 }
 
 impl Team {
@@ -62,7 +60,6 @@ impl Team {
             enters: 0,
             unread: None,
             places: Vec::new(),
-            reads_private: false,
         }
     }
 
@@ -230,45 +227,27 @@ impl Group for Team {
         self.places.iter().all(|place| matches!(place, Place::Heap(_)))
     }
 
-    fn reads_private(&self) -> bool {
-        self.reads_private
-    }
-
-    fn source(
-        &mut self,
-        member: Rank,
-        bytes: Range<usize>,
-        scratch: &mut [u8],
-    ) -> Result<*const u8, LinkError> {
+    fn source(&self, member: Rank, bytes: Range<usize>) -> Result<Option<*const u8>, LinkError> {
         let index = self.index(member);
         let (peer, len) = (&self.peers[index], bytes.len());
-        let layout = self.mapping.layout();
         let start = bytes.start as u64;
         match self.places[index] {
             Place::Deposit => {
                 assert!(bytes.end <= SLOT_BYTES, "{bytes:?} lie outside of a deposit");
-                let at = layout.deposit(peer.seat, self.parity()) + start;
-                Ok(self.mapping.pointer(at, len as u64).cast_const())
+                let at = self.mapping.layout().deposit(peer.seat, self.parity()) + start;
+                Ok(Some(self.mapping.pointer(at, len as u64).cast_const()))
             }
-            _ if index == self.own => Ok(self.region().pointer(&bytes).cast_const()),
+            _ if index == self.own => Ok(Some(self.region().pointer(&bytes).cast_const())),
             Place::Heap(offset) => {
                 let at = peer.mapped(&self.mapping, offset + start, len as u64)?;
-                Ok(at.cast_const())
+                Ok(Some(at.cast_const()))
             }
-            Place::Process(_) if !self.reads_private => {
-                Err(LinkError::protocol(member, "a private region that may not be read"))
-            }
-            Place::Process(address) => {
-                let into = scratch[..len].as_mut_ptr();
-                // SAFETY: the slice was just cut to that length.
-                unsafe { peer.pull(&self.mapping, address + start, into, len) }?;
-                Ok(into.cast_const())
-            }
+            Place::Process(_) => Ok(None),
             Place::Staged => Err(LinkError::protocol(member, "a staged region in a group")),
         }
     }
 
-    fn target(&mut self, member: Rank, bytes: Range<usize>) -> *mut u8 {
+    fn target(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
         let index = self.index(member);
         let Place::Heap(offset) = self.places[index] else {
             panic!("the region of rank {member} is not registered");
@@ -276,6 +255,17 @@ impl Group for Team {
         let region = self.region().bytes();
         assert!(bytes.end <= region, "{bytes:?} lie outside of a region of {region} bytes");
         let at = self.mapping.layout().heap(self.peers[index].seat) + offset + bytes.start as u64;
+        self.mapping.pointer(at, bytes.len() as u64)
+    }
+
+    fn bench_bytes(&self) -> usize {
+        BENCH_BYTES
+    }
+
+    fn bench(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
+        assert!(bytes.end <= BENCH_BYTES, "{bytes:?} lie outside of a bench");
+        let seat = self.peers[self.index(member)].seat;
+        let at = self.mapping.layout().bench(seat) + bytes.start as u64;
         self.mapping.pointer(at, bytes.len() as u64)
     }
 }

@@ -148,7 +148,7 @@ impl Candidate {
         self.candidates[0]
     }
 
-    /// Makes the group do without `process_vm_readv`, as if the kernel forbade it.
+    /// Makes the link do without `process_vm_readv`, as if the kernel forbade it.
     #[must_use]
     pub fn without_private_reads(mut self) -> Self {
         self.private_reads = false;
@@ -180,10 +180,9 @@ impl Candidate {
         meet(&mut team, deadline)?;
         let reads_private =
             team.peers().iter().all(|peer| verdict(peer).load(Ordering::Relaxed) == 1);
-        team.reads_private = reads_private;
         tracing::debug!(?members, reads_private, "shared memory connected");
         let (mapping, me) = (Arc::clone(&self.mapping), team.peers()[own]);
-        Ok(ShmLink::new(mapping, self.bell, team, me, self.probe))
+        Ok(ShmLink::new(mapping, self.bell, team, me, self.probe, reads_private))
     }
 
     fn seat(&self, rank: Rank) -> u64 {

@@ -6,6 +6,7 @@
 //! slots       per seat and parity: a card (one line) and a deposit
 //! mailboxes   per ordered pair of seats: a line for the reader, then a ring of entries
 //! staging     per ordered pair: one buffer per ring entry (pages appear with the first use)
+//! benches     per seat: what moves between private regions, page by page as it is used
 //! heaps       per seat: registered memory, sparse
 //! ```
 //! A *seat* is a rank's index among the candidates of the host. Everything that several
@@ -17,6 +18,8 @@ pub(crate) const RING: u64 = 16;
 pub(crate) const STAGE_BYTES: usize = 8 << 10;
 /// Bytes of a deposit.
 pub(crate) const SLOT_BYTES: usize = 16 << 10;
+/// Bytes of a bench.
+pub(crate) const BENCH_BYTES: usize = 1 << 20;
 /// What the memory begins with: "unishm" and the version of this layout.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"unishm\x00\x01");
 
@@ -98,6 +101,11 @@ impl Layout {
         (self.stagings() + (from * self.seats + to) * STAGING_BYTES, STAGING_BYTES)
     }
 
+    /// The bench of a seat.
+    pub(crate) const fn bench(&self, seat: u64) -> u64 {
+        self.benches() + seat * BENCH_BYTES as u64
+    }
+
     /// The heap of a seat.
     pub(crate) const fn heap(&self, seat: u64) -> u64 {
         self.heaps() + seat * self.heap_bytes
@@ -115,8 +123,12 @@ impl Layout {
         (self.mailboxes() + self.seats * self.seats * MAILBOX_BYTES).next_multiple_of(PAGE)
     }
 
+    const fn benches(&self) -> u64 {
+        self.stagings() + self.seats * self.seats * STAGING_BYTES
+    }
+
     const fn heaps(&self) -> u64 {
-        (self.stagings() + self.seats * self.seats * STAGING_BYTES).next_multiple_of(HEAP_ALIGN)
+        self.bench(self.seats).next_multiple_of(HEAP_ALIGN)
     }
 }
 
@@ -165,6 +177,7 @@ mod tests {
         for seat in 0..layout.seats {
             parts.push((layout.control(seat).events(), CONTROL_BYTES));
             parts.push((layout.heap(seat), layout.heap_bytes));
+            parts.push((layout.bench(seat), BENCH_BYTES as u64));
             for parity in [6, 7] {
                 parts.push((layout.card(seat, parity), LINE));
                 parts.push((layout.deposit(seat, parity), SLOT_BYTES as u64));

@@ -45,6 +45,8 @@ pub struct ShmLink {
     seen: u32,
     /// Whether something was posted since.
     posted: bool,
+    /// Whether the kernel lets every member read every other's private memory, as agreed.
+    reads_private: bool,
     /// What peers read to find out whether they can.
     _probe: Arc<AtomicU64>,
 }
@@ -62,6 +64,7 @@ impl ShmLink {
         team: Team,
         me: Peer,
         probe: Arc<AtomicU64>,
+        reads_private: bool,
     ) -> Self {
         let others = team.peers().iter().filter(|peer| peer.rank != me.rank);
         let pair = |peer: &Peer| Pair {
@@ -84,6 +87,7 @@ impl ShmLink {
             done: Vec::new(),
             posted: true,
             _probe: probe,
+            reads_private,
         }
     }
 
@@ -106,7 +110,7 @@ impl ShmLink {
         let mut sender = Sender {
             mapping: &self.mapping,
             bell: &self.bell,
-            readable: self.team.reads_private,
+            readable: self.reads_private,
             done: &mut self.done,
         };
         let peer = self.peers[index];

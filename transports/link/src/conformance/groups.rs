@@ -71,12 +71,12 @@ pub fn deposits_survive_fast_and_slow_members(mesh: &Mesh) {
 
 /// Folds `bytes` bytes at `at` of all members, in rank order.
 fn fold_sources(port: &mut Port<'_>, world: usize, at: usize, bytes: usize) -> Vec<u8> {
-    let mut scratch = vec![vec![0u8; bytes]; world];
     let group = port.group();
-    let sources: Vec<*const u8> = (0..world)
-        .map(|member| group.source(member, at..at + bytes, &mut scratch[member]))
-        .map(|source| source.expect("members are readable"))
-        .collect();
+    let source = |member| {
+        let mapped = group.source(member, at..at + bytes).expect("regions are where they say");
+        mapped.unwrap_or_else(|| group.bench(member, at..at + bytes).cast_const())
+    };
+    let sources: Vec<*const u8> = (0..world).map(source).collect();
     let mut sum = vec![0u32; bytes / 4];
     let into = sum.as_mut_ptr().cast::<u8>();
     // SAFETY: the group said that each source has `bytes` readable bytes; `sum` has as many.
@@ -116,8 +116,9 @@ pub fn groups_fold_registered_regions(mesh: &Mesh) {
     });
 }
 
-/// Private regions: each member folds its slice into its own region, then copies the others'.
-pub fn groups_fold_private_regions(mesh: &Mesh) {
+/// Private regions go over the benches: each member lays its region out, folds its slice of all
+/// benches, lays that out and copies the others'.
+pub fn groups_fold_private_regions_over_benches(mesh: &Mesh) {
     run_groups(mesh, 100_000, Kind::Private, |port, world| {
         for round in 0..200 {
             let bytes = if round % 10 == 0 { 100_000 } else { 1000 };
@@ -126,25 +127,37 @@ pub fn groups_fold_private_regions(mesh: &Mesh) {
             let entered = port.group().enter(false);
             port.complete(entered).expect("all enter");
             assert!(!port.group().registered(), "no region is");
-            let mine = slice(port.rank, world, bytes);
-            let sum = fold_sources(port, world, mine.start, mine.len());
+            let own = port.rank;
+            let other = (own + 1) % world;
+            assert_eq!(port.group().source(other, 0..4), Ok(None), "nobody maps it");
+            lay_out(port, 0..bytes);
             arrive(port);
+            let mine = slice(own, world, bytes);
+            let sum = fold_sources(port, world, mine.start, mine.len());
             port.memory.write(mine.start, &sum);
             arrive(port);
-            dawdle(port.rank, round);
-            let own = port.rank;
+            dawdle(own, round);
+            lay_out(port, mine);
+            arrive(port);
             for member in (0..world).filter(|&member| member != own) {
                 let theirs = slice(member, world, bytes);
-                let mut scratch = vec![0; theirs.len()];
-                let from = port.group().source(member, theirs.clone(), &mut scratch);
-                let from = copy(from.expect("members are readable"), theirs.len());
-                port.memory.write(theirs.start, &from);
+                let from = port.group().bench(member, theirs.clone());
+                port.memory.write(theirs.start, &copy(from, theirs.len()));
             }
             arrive(port);
             let expected = reduced(world, round).to_ne_bytes().repeat(bytes / 4);
             assert!(port.memory.read(0, bytes) == expected, "round {round}");
         }
     });
+}
+
+/// Copies `bytes` of the region to the same place of this rank's bench.
+fn lay_out(port: &mut Port<'_>, bytes: std::ops::Range<usize>) {
+    let data = port.memory.read(bytes.start, bytes.len());
+    let (own, len) = (port.rank, bytes.len());
+    let bench = port.group().bench(own, bytes);
+    // SAFETY: the bench has that room, and nobody reads it before the next arrival.
+    unsafe { bench.copy_from_nonoverlapping(data.as_ptr(), len) };
 }
 
 fn arrive(port: &mut Port<'_>) {
