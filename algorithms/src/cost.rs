@@ -29,6 +29,10 @@ pub struct CostModel {
     pub gamma_s_per_byte: f64,
     /// Processor time of one message at each of its ends, in seconds; an end does one at a time.
     pub message_s: f64,
+    /// Processor time of waiting for messages, in seconds, counted once for those that are
+    /// reduced together and only where ranks share cores: another rank runs meanwhile, and the
+    /// core goes there and back.
+    pub wait_s: f64,
     /// The size of an element.
     pub bytes_per_element: usize,
     /// Above 1, ranks of a node share cores: their processor times then add up.
@@ -50,6 +54,7 @@ impl Default for CostModel {
             links_per_node: 1,
             gamma_s_per_byte: 1.0 / 20e9,
             message_s: 0.5e-6,
+            wait_s: 2e-6,
             bytes_per_element: 4,
             ranks_per_core: 1.0,
             slice_elements: 64 * 1024,

@@ -153,6 +153,7 @@ impl<'a> Simulation<'a> {
             0.0
         };
         let receiver = &mut self.ranks[to];
+        receiver.work += self.model.wait_s;
         if reduce > 0.0 {
             arrived = arrived.max(receiver.reduce_free) + reduce;
             receiver.reduce_free = arrived;
@@ -224,7 +225,7 @@ impl<'a> Simulation<'a> {
             work += ends * (self.processor_s(rank, other, bytes) - self.model.message_s) + message;
         }
         let once = self.model.message_s - message;
-        (alpha + once + f64::max(sent, received), work + once)
+        (alpha + once + f64::max(sent, received), work + once + self.model.wait_s)
     }
 
     /// How many ranks of its node send over the link of `rank`, itself included.
