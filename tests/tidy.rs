@@ -44,6 +44,7 @@ fn dependencies_between_our_crates_follow_the_arrows() {
         ("unisum-shm", &["unisum-link"]),
         ("unisum", &["unisum-algorithms", "unisum-link", "unisum-shm", "unisum-tcp"]),
         ("allreduce-bench", &["unisum"]),
+        ("instructions", &["unisum-algorithms", "unisum-link", "unisum-shm", "unisum-tcp"]),
     ];
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version=1", "--no-deps", "--offline"])

@@ -14,6 +14,28 @@ pub struct LinkCost {
     /// For each byte, in seconds; the messages that a rank sends follow each other, and so do those
     /// that it receives.
     pub beta_s_per_byte: f64,
+    /// The same in steps that receive at most [`LinkCost::CACHED_BYTES`]: what a processor moves it
+    /// moves faster while it stays in cache.
+    pub beta_cached_s_per_byte: f64,
+}
+
+impl LinkCost {
+    /// What a rank may receive in a step, before it is sliced, so that it stays in cache.
+    pub const CACHED_BYTES: usize = 256 << 10;
+
+    /// A link whose bytes cost the same in every transfer.
+    pub const fn new(alpha_s: f64, beta_s_per_byte: f64) -> Self {
+        Self { alpha_s, beta_s_per_byte, beta_cached_s_per_byte: beta_s_per_byte }
+    }
+
+    /// Seconds for each byte of a step that receives `step_bytes` in all.
+    const fn s_per_byte(&self, step_bytes: f64) -> f64 {
+        if step_bytes <= Self::CACHED_BYTES as f64 {
+            self.beta_cached_s_per_byte
+        } else {
+            self.beta_s_per_byte
+        }
+    }
 }
 
 /// The machine that plans are costed for.
@@ -49,8 +71,8 @@ impl Default for CostModel {
     /// Round figures for shared memory within a node and 100 Gbit/s between nodes, f32 elements.
     fn default() -> Self {
         Self {
-            inside: LinkCost { alpha_s: 0.5e-6, beta_s_per_byte: 1.0 / 10e9 },
-            across: LinkCost { alpha_s: 10e-6, beta_s_per_byte: 1.0 / 12.5e9 },
+            inside: LinkCost::new(0.5e-6, 1.0 / 10e9),
+            across: LinkCost::new(10e-6, 1.0 / 12.5e9),
             links_per_node: 1,
             gamma_s_per_byte: 1.0 / 20e9,
             message_s: 0.5e-6,
@@ -87,8 +109,8 @@ impl CostModel {
 /// `model`: a rank sends one message at a time, receives one at a time and reduces one at a time,
 /// all three at once; sub-steps wait for the elements they need and for the window. A marked step
 /// within one node is one group step, with a message's latency and processor time once instead of
-/// once for each member. Where ranks share cores, the processor time of the busiest node is added
-/// (Brent's bound: depth plus work over cores).
+/// once for each member. Where ranks share cores, the time lies between the longer of this and the
+/// processor time of the busiest node over its cores, and their sum (Brent): the middle is taken.
 ///
 /// Plans of very many slices are followed for two smaller counts and extended in a straight line,
 /// since each further slice adds the same time. Cost: about 0.5 µs

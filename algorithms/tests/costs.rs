@@ -86,7 +86,7 @@ fn the_usual_algorithm_wins_at_each_size() {
 
 #[test]
 fn the_fewest_messages_win_where_ranks_share_cores() {
-    let link = LinkCost { alpha_s: 1e-6, beta_s_per_byte: 1e-10 };
+    let link = LinkCost::new(1e-6, 1e-10);
     let alone = CostModel { inside: link, message_s: 5e-6, ..CostModel::default() };
     let sharing = CostModel { ranks_per_core: 8.0, ..alone };
     let on = |name, model| seconds(name, &Shape::flat(16, 2), model);

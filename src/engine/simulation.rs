@@ -11,8 +11,7 @@ use std::time::Instant;
 
 use unisum_algorithms::{Shape, Topology, all};
 use unisum_link::{
-    Call, Collective, Dtype, Group, Landing, Link, LinkError, Profile, Rank, ReduceOp, Region,
-    Ticket, Wake,
+    Call, Collective, Dtype, Group, Landing, Link, LinkError, Rank, ReduceOp, Region, Ticket, Wake,
 };
 
 use super::program::{Program, Source, Tuning};
@@ -226,10 +225,6 @@ impl Link for SimulatedLink {
 
     fn group(&mut self) -> Option<&mut dyn Group> {
         None
-    }
-
-    fn profile(&self) -> Profile {
-        Profile { alpha_s: 1.0, beta_s_per_byte: 1.0 }
     }
 }
 

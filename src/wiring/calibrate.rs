@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use unisum_algorithms::LinkCost;
 use unisum_link::{
-    Backoff, Call, Collective, Dtype, Landing, Link, LinkError, LinkErrorKind, Pause, Profile,
-    Rank, ReduceOp, Region, Ticket,
+    Backoff, Call, Collective, Dtype, Landing, Link, LinkError, LinkErrorKind, Pause, Rank,
+    ReduceOp, Region, Ticket,
 };
 
 use crate::engine::program::Program;
@@ -13,6 +14,7 @@ use crate::engine::{Advance, Engine};
 use crate::memory::Arena;
 
 const SMALL: usize = 8;
+const CACHED: usize = LinkCost::CACHED_BYTES / 4;
 const LARGE: usize = 1 << 20;
 const ROUNDS: usize = 12;
 
@@ -27,7 +29,7 @@ pub(crate) fn measure(
     first: bool,
     arena: &Arena,
     until: Instant,
-) -> Result<Profile, LinkError> {
+) -> Result<LinkCost, LinkError> {
     let memory = arena
         .allocate(LARGE)
         .map_err(|error| LinkError::os(peer, "allocating memory to measure with", error))?;
@@ -39,10 +41,13 @@ pub(crate) fn measure(
     if times.is_err() {
         pair.link.abort();
     }
-    let (small, large) = times?;
-    let alpha_s = small.as_secs_f64();
-    let beta_s_per_byte = (large.as_secs_f64() - alpha_s).max(1e-12) / (LARGE - SMALL) as f64;
-    Ok(Profile { alpha_s, beta_s_per_byte })
+    let [small, cached, large] = times?;
+    let s_per_byte = |seconds: f64, bytes: usize| (seconds - small).max(1e-12) / bytes as f64;
+    Ok(LinkCost {
+        alpha_s: small,
+        beta_s_per_byte: s_per_byte(large, LARGE),
+        beta_cached_s_per_byte: s_per_byte(cached, CACHED),
+    })
 }
 
 /// Seconds that `program` takes the group's members, who run it at once, as they will later, among
@@ -101,13 +106,16 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
-    fn run(&mut self, region: Region) -> Result<(Duration, Duration), LinkError> {
+    /// Seconds that a message of each size takes one way.
+    fn run(&mut self, region: Region) -> Result<[f64; 3], LinkError> {
         let (collective, dtype, op) = (Collective::AllReduce, Dtype::U8, ReduceOp::Sum);
         let call = Call { number: u64::MAX, collective, dtype, op, count: 0, algorithm: 0 };
         self.link.begin(call, region);
-        let small = self.fastest_half_trip(SMALL)?;
-        let large = self.fastest_half_trip(LARGE)?;
-        Ok((small, large))
+        let mut seconds = [0.0; 3];
+        for (seconds, bytes) in seconds.iter_mut().zip([SMALL, CACHED, LARGE]) {
+            *seconds = self.fastest_half_trip(bytes)?.as_secs_f64();
+        }
+        Ok(seconds)
     }
 
     fn fastest_half_trip(&mut self, bytes: usize) -> Result<Duration, LinkError> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut};
 use unisum_algorithms::{CostModel, LinkCost, Topology};
 use unisum_link::kernels::Fold;
-use unisum_link::{Call, Collective, Dtype, LinkError, Profile, Rank, ReduceOp};
+use unisum_link::{Call, Collective, Dtype, LinkError, Rank, ReduceOp};
 
 use super::{calibrate, rendezvous_error};
 use crate::choice::{self, Choice, Line, NodeCost};
@@ -21,9 +21,9 @@ use crate::{Error, ErrorKind};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Costs {
     /// Between ranks that share memory; without such, as `across`.
-    pub(super) inside: Profile,
+    pub(super) inside: LinkCost,
     /// Between ranks that don't; without such, as `inside`.
-    pub(super) across: Profile,
+    pub(super) across: LinkCost,
     pub(super) gamma_s_per_byte: f64,
     pub(super) cores: f64,
     /// All-reduces of the group that is the whole world: one-shot and two-shot.
@@ -70,7 +70,7 @@ pub(super) fn agree(
     })
 }
 
-fn measure(engine: &mut Engine, peer: Rank, first: bool, arena: &Arena) -> Result<Profile, Error> {
+fn measure(engine: &mut Engine, peer: Rank, first: bool, arena: &Arena) -> Result<LinkCost, Error> {
     let until = Instant::now() + MEASURE_TIMEOUT;
     calibrate::measure(engine.link_to(peer), peer, first, arena, until)
         .map_err(|error| measuring_failed(&error))
@@ -144,7 +144,7 @@ fn partners(mut bytes: &[u8]) -> [Option<Rank>; 2] {
     [(); 2].map(|()| bytes.try_get_u32_le().ok().map(|peer| peer as Rank).filter(|&peer| peer != 0))
 }
 
-fn encode(rank: Rank, measured: &[Option<Profile>; 2], group: Option<[Line; 2]>) -> Vec<u8> {
+fn encode(rank: Rank, measured: &[Option<LinkCost>; 2], group: Option<[Line; 2]>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let [inside, across] = measured;
     let (Some(inside), Some(across)) = (inside.or(*across), across.or(*inside)) else {
@@ -154,8 +154,10 @@ fn encode(rank: Rank, measured: &[Option<Profile>; 2], group: Option<[Line; 2]>)
         for value in [
             inside.alpha_s,
             inside.beta_s_per_byte,
+            inside.beta_cached_s_per_byte,
             across.alpha_s,
             across.beta_s_per_byte,
+            across.beta_cached_s_per_byte,
             gamma_s_per_byte(),
             cores() as f64,
         ] {
@@ -172,8 +174,11 @@ fn encode(rank: Rank, measured: &[Option<Profile>; 2], group: Option<[Line; 2]>)
 pub(super) fn decode(mut bytes: &[u8]) -> Option<Costs> {
     let is_figure = |value: &f64| *value > 0.0 && value.is_finite();
     let mut next = || bytes.try_get_f64_le().ok().filter(is_figure);
-    let inside = Profile { alpha_s: next()?, beta_s_per_byte: next()? };
-    let across = Profile { alpha_s: next()?, beta_s_per_byte: next()? };
+    let mut link = || {
+        let (alpha_s, beta_s_per_byte, beta_cached_s_per_byte) = (next()?, next()?, next()?);
+        Some(LinkCost { alpha_s, beta_s_per_byte, beta_cached_s_per_byte })
+    };
+    let (inside, across) = (link()?, link()?);
     let (gamma_s_per_byte, cores) = (next()?, next()?);
     let mut line = || Some(Line { start_s: next()?, s_per_byte: next()? });
     let group = line().and_then(|one_shot| Some([one_shot, line()?]));
@@ -225,9 +230,16 @@ impl Costs {
         // Most of a short message's time is the processors' at its two ends, and a wait that
         // gives the core to another rank costs about as much (measured over TCP on 2 cores).
         let slowest_alpha_s = self.inside.alpha_s.max(self.across.alpha_s);
+        let mut inside = self.inside;
+        if ranks_per_core > 1.0 {
+            // Two ranks alone measured this; all together they drive each other's data out of the
+            // caches (measured over TCP: 16 ranks on 2 cores paid twice for what does not stay).
+            inside.beta_s_per_byte =
+                inside.beta_s_per_byte.max(2.0 * inside.beta_cached_s_per_byte);
+        }
         let model = CostModel {
-            inside: link_cost(&self.inside),
-            across: link_cost(&self.across),
+            inside,
+            across: self.across,
             gamma_s_per_byte: self.gamma_s_per_byte,
             message_s: slowest_alpha_s / 3.0,
             wait_s: slowest_alpha_s / 2.0,
@@ -241,15 +253,17 @@ impl Costs {
     }
 }
 
-const fn link_cost(profile: &Profile) -> LinkCost {
-    LinkCost { alpha_s: profile.alpha_s, beta_s_per_byte: profile.beta_s_per_byte }
-}
-
 impl fmt::Display for Costs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, profile) in [("inside a node", &self.inside), ("across nodes", &self.across)] {
-            let (micros, rate) = (profile.alpha_s * 1e6, 1e-9 / profile.beta_s_per_byte);
-            writeln!(f, "{name}: {micros:.1} us + bytes at {rate:.2} GB/s (measured by rank 0)")?;
+            let LinkCost { alpha_s, beta_s_per_byte, beta_cached_s_per_byte } = profile;
+            let (micros, rate) = (alpha_s * 1e6, 1e-9 / beta_s_per_byte);
+            let cached = 1e-9 / beta_cached_s_per_byte;
+            writeln!(
+                f,
+                "{name}: {micros:.1} us + bytes at {rate:.2} GB/s, {cached:.2} in cache \
+                 (measured by rank 0)"
+            )?;
         }
         for (name, line) in ["one-shot", "two-shot"].iter().zip(self.group.iter().flatten()) {
             let (micros, rate) = (line.start_s * 1e6, 1e-9 / line.s_per_byte);
@@ -265,7 +279,7 @@ mod tests {
 
     #[test]
     fn one_kind_of_link_stands_for_the_other() {
-        let profile = Profile { alpha_s: 1e-6, beta_s_per_byte: 1e-9 };
+        let profile = LinkCost::new(1e-6, 1e-9);
         let costs = decode(&encode(0, &[None, Some(profile)], None)).unwrap();
         assert_eq!((costs.inside, costs.across, costs.group), (profile, profile, None));
         assert_eq!(decode(&encode(1, &[None, Some(profile)], None)), None);

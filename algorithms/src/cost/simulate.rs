@@ -98,7 +98,9 @@ impl<'a> Simulation<'a> {
             let cores = (members.len() as f64 / self.model.ranks_per_core).max(1.0);
             members.iter().map(|&rank| self.ranks[rank].work).sum::<f64>() / cores
         });
-        last + busiest.fold(0.0, f64::max)
+        // No schedule beats the longer of the two, and a greedy one takes no more than their sum.
+        let busiest = busiest.fold(0.0, f64::max);
+        last.max(busiest) + last.min(busiest) / 2.0
     }
 
     fn drain(&mut self) {
@@ -129,7 +131,7 @@ impl<'a> Simulation<'a> {
             for incoming in &step.incoming {
                 let elements = nth_slice(&incoming.elements, max, k).len();
                 if elements > 0 {
-                    self.arrive(rank, &incoming.from, elements, incoming.on_arrival);
+                    self.arrive(rank, incoming, elements);
                 }
             }
         }
@@ -138,16 +140,17 @@ impl<'a> Simulation<'a> {
         }
     }
 
-    /// One message from each of `from`, then, for a reduce, one pass over them all.
-    fn arrive(&mut self, to: Rank, from: &[Rank], elements: usize, on_arrival: OnArrival) {
+    /// A slice of one message from each source, then, for a reduce, one pass over them all.
+    fn arrive(&mut self, to: Rank, incoming: &Incoming, elements: usize) {
         let bytes = self.model.bytes(elements);
+        let whole = self.model.bytes(incoming.elements.len() * incoming.from.len());
         let mut arrived = 0.0f64;
-        for &from in from {
-            let (sent, alpha) = self.send(from, to, bytes);
+        for &from in &incoming.from {
+            let (sent, alpha) = self.send(from, to, bytes, whole);
             arrived = arrived.max(sent + alpha);
         }
-        let sources = from.len() as f64;
-        let reduce = if on_arrival == OnArrival::Reduce {
+        let sources = incoming.from.len() as f64;
+        let reduce = if incoming.on_arrival == OnArrival::Reduce {
             bytes * sources * self.model.gamma_s_per_byte
         } else {
             0.0
@@ -162,11 +165,12 @@ impl<'a> Simulation<'a> {
         receiver.done = receiver.done.max(arrived);
     }
 
-    /// One message: when its last byte leaves, and how long it takes from there, in seconds.
-    fn send(&mut self, from: Rank, to: Rank, bytes: f64) -> (f64, f64) {
+    /// One message of a step that receives `whole` bytes: when its last byte leaves, and how long it takes
+    /// from there, in seconds.
+    fn send(&mut self, from: Rank, to: Rank, bytes: f64, whole: f64) -> (f64, f64) {
         let link = self.link(from, to);
-        let transfer = bytes * link.beta_s_per_byte;
-        let work = self.processor_s(from, to, bytes);
+        let transfer = bytes * link.s_per_byte(whole);
+        let work = self.processor_s(from, to, bytes, whole);
         let (sender, receiver) = (&self.ranks[from], &self.ranks[to]);
         let ports = sender.port.send_free.max(receiver.port.receive_free);
         let mut start = ports.max(sender.ready).max(receiver.ready);
@@ -208,7 +212,10 @@ impl<'a> Simulation<'a> {
         let together = self.model.is_group_step(step, rank, self.topology);
         let message = if together { 0.0 } else { self.model.message_s };
         let sharing = self.sharing(rank);
+        let elements = |i: &Incoming| i.elements.len() * i.from.len();
+        let whole = self.model.bytes(step.incoming.iter().map(elements).sum());
         let (mut sent, mut received, mut alpha, mut work) = (0.0, 0.0, 0.0f64, 0.0);
+        let mut waits = 0.0f64;
         let out = step.outgoing.iter().map(|o| (o.to, o.elements.len(), true));
         let arriving = |i: &'s Incoming| i.from.iter().map(|&from| (from, i.elements.len(), false));
         for (other, elements, is_sent) in out.chain(step.incoming.iter().flat_map(arriving)) {
@@ -218,14 +225,17 @@ impl<'a> Simulation<'a> {
             let (link, bytes) = (self.link(rank, other), self.model.bytes(elements));
             let shared = if self.is_inside(rank, other) { 1.0 } else { sharing };
             let port = if is_sent { &mut sent } else { &mut received };
-            *port += message + bytes * link.beta_s_per_byte * shared;
+            *port += message + bytes * link.s_per_byte(whole) * shared;
             alpha = alpha.max(link.alpha_s);
+            // What comes from many comes at many times.
+            waits += if is_sent || together { 0.0 } else { 1.0 };
             // A group step moves each byte once, by one of its ends.
             let ends = if together { 0.5 } else { 1.0 };
-            work += ends * (self.processor_s(rank, other, bytes) - self.model.message_s) + message;
+            work += ends * (self.processor_s(rank, other, bytes, whole) - self.model.message_s)
+                + message;
         }
         let once = self.model.message_s - message;
-        (alpha + once + f64::max(sent, received), work + once + self.model.wait_s)
+        (alpha + once + f64::max(sent, received), work + once + waits.max(1.0) * self.model.wait_s)
     }
 
     /// How many ranks of its node send over the link of `rank`, itself included.
@@ -247,10 +257,10 @@ impl<'a> Simulation<'a> {
 
     /// What a message keeps the processor of each end busy for: within a node it is the processor
     /// that copies.
-    fn processor_s(&self, from: Rank, to: Rank, bytes: f64) -> f64 {
-        let copied =
-            if self.is_inside(from, to) { bytes * self.model.inside.beta_s_per_byte } else { 0.0 };
-        self.model.message_s + copied
+    fn processor_s(&self, from: Rank, to: Rank, bytes: f64, whole: f64) -> f64 {
+        let s_per_byte =
+            if self.is_inside(from, to) { self.model.inside.s_per_byte(whole) } else { 0.0 };
+        self.model.message_s + bytes * s_per_byte
     }
 }
 

@@ -22,7 +22,7 @@ mod wait;
 pub use call::{Call, Collective};
 pub use dtype::{Dtype, Element};
 pub use error::{LinkError, LinkErrorKind};
-pub use link::{Arrival, Group, Landing, Link, Profile, Ticket, Wake};
+pub use link::{Arrival, Group, Landing, Link, Ticket, Wake};
 pub use op::ReduceOp;
 pub use region::Region;
 pub use wait::{Backoff, Patience, Pause};

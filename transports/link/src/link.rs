@@ -23,15 +23,6 @@ pub enum Landing {
     Slot,
 }
 
-/// What a link costs, for the cost model and for people.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Profile {
-    /// Seconds a message costs beside its bytes (α).
-    pub alpha_s: f64,
-    /// Seconds per byte (β).
-    pub beta_s_per_byte: f64,
-}
-
 /// Wakes a thread that is parked in a link, from any other thread.
 pub trait Wake: Send + Sync + fmt::Debug {
     /// Makes the current or the next park return. Idempotent, never blocks.
@@ -116,9 +107,6 @@ pub trait Link: Send + fmt::Debug {
 
     /// The group of ranks that share memory with this one through this link, if it has that.
     fn group(&mut self) -> Option<&mut dyn Group>;
-
-    /// What the link costs.
-    fn profile(&self) -> Profile;
 }
 
 /// A step that all members of a [`Group`] take together: an arrival on the group's counter.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
-use unisum_link::{Call, Group, Landing, Link, LinkError, Profile, Rank, Region, Ticket, Wake};
+use unisum_link::{Call, Group, Landing, Link, LinkError, Rank, Region, Ticket, Wake};
 
 use crate::bell::{Bell, URGENT};
 use crate::group::Team;
@@ -16,12 +16,6 @@ use crate::inbox::{Arrived, Inbox, Peer};
 use crate::mailbox::{CallWords, call_words};
 use crate::mapping::Mapping;
 use crate::outbox::{Outbox, Sender};
-
-/// Measured on 2 cores of a virtual machine: a deposit of 8 bytes by two ranks that spin took
-/// 0.48 µs. Ranks that share a core take 4 µs, the price of a switch.
-const ALPHA_S: f64 = 0.5e-6;
-/// Measured likewise: 1 MiB from one registered buffer to another took 43 µs.
-const BETA_S_PER_BYTE: f64 = 4.1e-11;
 
 /// This rank's end of the memory that the ranks of its host share.
 #[derive(Debug)]
@@ -241,10 +235,6 @@ impl Link for ShmLink {
 
     fn group(&mut self) -> Option<&mut dyn Group> {
         Some(&mut self.team)
-    }
-
-    fn profile(&self) -> Profile {
-        Profile { alpha_s: ALPHA_S, beta_s_per_byte: BETA_S_PER_BYTE }
     }
 }
 

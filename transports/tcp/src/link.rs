@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::handshake::{Hello, Purpose, Secret};
-use unisum_link::{
-    Call, Group, Landing, Link, LinkError, Patience, Profile, Rank, Region, Ticket, Wake,
-};
+use unisum_link::{Call, Group, Landing, Link, LinkError, Patience, Rank, Region, Ticket, Wake};
 
 use crate::inbox::{Arrived, Dial, Inbox};
 use crate::lane::{Lane, Span};
@@ -233,7 +231,7 @@ impl TcpLink {
 
     /// Counts finished parts and reports the transfers they complete.
     fn settle(&mut self, done: &mut Vec<Ticket>) {
-        for index in std::mem::take(&mut self.finished) {
+        for index in self.finished.drain(..) {
             let entry = &mut self.transfers[index];
             let Some(transfer) = entry else { continue };
             transfer.parts_left -= 1;
@@ -383,11 +381,6 @@ impl Link for TcpLink {
 
     fn group(&mut self) -> Option<&mut dyn Group> {
         None
-    }
-
-    /// What loopback costs; the facade measures real networks through the control connection.
-    fn profile(&self) -> Profile {
-        Profile { alpha_s: 12e-6, beta_s_per_byte: 1.0 / 3.0e9 }
     }
 }
 
