@@ -14,13 +14,14 @@ pub struct LinkCost {
     /// For each byte, in seconds; the messages that a rank sends follow each other, and so do those
     /// that it receives.
     pub beta_s_per_byte: f64,
-    /// The same in steps that receive at most [`LinkCost::CACHED_BYTES`]: what a processor moves it
-    /// moves faster while it stays in cache.
+    /// The same where a rank receives at most [`LinkCost::CACHED_BYTES`] at once: what a
+    /// processor moves it moves faster while it stays in cache.
     pub beta_cached_s_per_byte: f64,
 }
 
 impl LinkCost {
-    /// What a rank may receive in a step, before it is sliced, so that it stays in cache.
+    /// What a rank may receive at once so that it stays in cache: a slice from each source, or all
+    /// of a marked step, which is not sliced.
     pub const CACHED_BYTES: usize = 256 << 10;
 
     /// A link whose bytes cost the same in every transfer.
@@ -28,9 +29,9 @@ impl LinkCost {
         Self { alpha_s, beta_s_per_byte, beta_cached_s_per_byte: beta_s_per_byte }
     }
 
-    /// Seconds for each byte of a step that receives `step_bytes` in all.
-    const fn s_per_byte(&self, step_bytes: f64) -> f64 {
-        if step_bytes <= Self::CACHED_BYTES as f64 {
+    /// Seconds for each byte of `at_once` bytes that are received at once.
+    const fn s_per_byte(&self, at_once: f64) -> f64 {
+        if at_once <= Self::CACHED_BYTES as f64 {
             self.beta_cached_s_per_byte
         } else {
             self.beta_s_per_byte

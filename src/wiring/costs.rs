@@ -240,7 +240,8 @@ impl Costs {
         let model = CostModel {
             inside,
             across: self.across,
-            gamma_s_per_byte: self.gamma_s_per_byte,
+            // What is reduced lands in a slot before: one more pass over it.
+            gamma_s_per_byte: self.gamma_s_per_byte + self.inside.beta_cached_s_per_byte / 2.0,
             message_s: slowest_alpha_s / 3.0,
             wait_s: slowest_alpha_s / 2.0,
             ranks_per_core,

@@ -143,10 +143,11 @@ impl<'a> Simulation<'a> {
     /// A slice of one message from each source, then, for a reduce, one pass over them all.
     fn arrive(&mut self, to: Rank, incoming: &Incoming, elements: usize) {
         let bytes = self.model.bytes(elements);
-        let whole = self.model.bytes(incoming.elements.len() * incoming.from.len());
+        // Slices are handed on while they are in cache.
+        let at_once = self.model.bytes(elements * incoming.from.len());
         let mut arrived = 0.0f64;
         for &from in &incoming.from {
-            let (sent, alpha) = self.send(from, to, bytes, whole);
+            let (sent, alpha) = self.send(from, to, bytes, at_once);
             arrived = arrived.max(sent + alpha);
         }
         let sources = incoming.from.len() as f64;
@@ -165,12 +166,12 @@ impl<'a> Simulation<'a> {
         receiver.done = receiver.done.max(arrived);
     }
 
-    /// One message of a step that receives `whole` bytes: when its last byte leaves, and how long it takes
-    /// from there, in seconds.
-    fn send(&mut self, from: Rank, to: Rank, bytes: f64, whole: f64) -> (f64, f64) {
+    /// One message, of `at_once` bytes that the receiver gets at once: when its last byte leaves,
+    /// and how long it takes from there, in seconds.
+    fn send(&mut self, from: Rank, to: Rank, bytes: f64, at_once: f64) -> (f64, f64) {
         let link = self.link(from, to);
-        let transfer = bytes * link.s_per_byte(whole);
-        let work = self.processor_s(from, to, bytes, whole);
+        let transfer = bytes * link.s_per_byte(at_once);
+        let work = self.processor_s(from, to, bytes, at_once);
         let (sender, receiver) = (&self.ranks[from], &self.ranks[to]);
         let ports = sender.port.send_free.max(receiver.port.receive_free);
         let mut start = ports.max(sender.ready).max(receiver.ready);
@@ -213,7 +214,7 @@ impl<'a> Simulation<'a> {
         let message = if together { 0.0 } else { self.model.message_s };
         let sharing = self.sharing(rank);
         let elements = |i: &Incoming| i.elements.len() * i.from.len();
-        let whole = self.model.bytes(step.incoming.iter().map(elements).sum());
+        let at_once = self.model.bytes(step.incoming.iter().map(elements).sum());
         let (mut sent, mut received, mut alpha, mut work) = (0.0, 0.0, 0.0f64, 0.0);
         let mut waits = 0.0f64;
         let out = step.outgoing.iter().map(|o| (o.to, o.elements.len(), true));
@@ -225,13 +226,13 @@ impl<'a> Simulation<'a> {
             let (link, bytes) = (self.link(rank, other), self.model.bytes(elements));
             let shared = if self.is_inside(rank, other) { 1.0 } else { sharing };
             let port = if is_sent { &mut sent } else { &mut received };
-            *port += message + bytes * link.s_per_byte(whole) * shared;
+            *port += message + bytes * link.s_per_byte(at_once) * shared;
             alpha = alpha.max(link.alpha_s);
             // What comes from many comes at many times.
             waits += if is_sent || together { 0.0 } else { 1.0 };
             // A group step moves each byte once, by one of its ends.
             let ends = if together { 0.5 } else { 1.0 };
-            work += ends * (self.processor_s(rank, other, bytes, whole) - self.model.message_s)
+            work += ends * (self.processor_s(rank, other, bytes, at_once) - self.model.message_s)
                 + message;
         }
         let once = self.model.message_s - message;
@@ -257,9 +258,9 @@ impl<'a> Simulation<'a> {
 
     /// What a message keeps the processor of each end busy for: within a node it is the processor
     /// that copies.
-    fn processor_s(&self, from: Rank, to: Rank, bytes: f64, whole: f64) -> f64 {
+    fn processor_s(&self, from: Rank, to: Rank, bytes: f64, at_once: f64) -> f64 {
         let s_per_byte =
-            if self.is_inside(from, to) { self.model.inside.s_per_byte(whole) } else { 0.0 };
+            if self.is_inside(from, to) { self.model.inside.s_per_byte(at_once) } else { 0.0 };
         self.model.message_s + bytes * s_per_byte
     }
 }

@@ -115,10 +115,10 @@ pub struct Arrival(pub u32);
 
 /// The ranks of one node that can read each other's memory.
 ///
-/// All members make the same sequence of arrivals. Between arrivals they read and write each other's
-/// regions where every region is registered; what is private goes over the members' benches. A
-/// collective on a group is: [`Group::enter`] (after which all see all regions), the work,
-/// [`Group::arrive`].
+/// All members make the same sequence of arrivals. Between arrivals they read and write each
+/// other's regions where every region is registered; what is private goes over the members'
+/// benches. A collective on a group is: [`Group::enter`] (after which all see all regions), the
+/// work, [`Group::arrive`].
 pub trait Group {
     /// The members, ascending; this rank is one of them.
     fn members(&self) -> &[Rank];
