@@ -21,7 +21,7 @@ use super::program::Exchange;
 /// Blocks of mapped memory: read from all members, folded and written while in the first cache.
 const MAPPED_BLOCK: usize = 16 << 10;
 /// Longest part of a piece: the benches of two ranks and what they copy stay in a second cache.
-const PART_BYTES_MAX: usize = 64 << 10;
+const PART_BYTES_MAX: usize = 256 << 10;
 /// Parts begin at lines of the cache.
 const LINE: usize = 64;
 

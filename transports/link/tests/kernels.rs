@@ -201,7 +201,7 @@ fn run<T: Reference>(
 /// All the ways to fold that are allowed.
 fn folds(dtype: Dtype) -> impl Iterator<Item = Fold> {
     let whole = ReduceOp::ALL.map(|op| Fold { dtype, op, divide_by: None });
-    let divided = [1, 2, 3, 7, 1000, u32::MAX].map(|divisor| Fold {
+    let divided = [1, 2, 3, 7, 128, 255, 1000, 65536, 1 << 31, u32::MAX].map(|divisor| Fold {
         dtype,
         op: ReduceOp::Average,
         divide_by: NonZeroU32::new(divisor),
@@ -254,7 +254,7 @@ fn every_kernel_gives_the_bits_of_the_reference() {
         };
         let offsets: &[usize] = if cfg!(miri) { &[1] } else { &[0, 1, 4] };
         for fold in folds(T::DTYPE) {
-            for sources in [1, 2, 3, 5, 16] {
+            for sources in [1, 2, 3, 4, 5, 6, 16] {
                 for &count in counts {
                     check(fold, &inputs::<T>(sources, count), offsets, &[Destination::Apart]);
                 }
@@ -269,6 +269,7 @@ fn buffers_larger_than_the_accumulator_give_the_bits_of_the_reference() {
     fn large<T: Reference>() {
         for fold in folds(T::DTYPE) {
             check(fold, &inputs::<T>(4, 4107), &[1], &[Destination::Apart]);
+            check(fold, &inputs::<T>(9, 4107), &[0], &[Destination::Source(3)]);
         }
     }
     if !cfg!(miri) {
@@ -288,6 +289,78 @@ fn the_destination_may_be_any_source() {
         }
     }
     for_each_element!(in_place());
+}
+
+#[test]
+fn every_count_up_to_three_lines_gives_the_bits_of_the_reference() {
+    fn counts<T: Reference>() {
+        let destinations = [Destination::Apart, Destination::Source(0), Destination::Source(1)];
+        for fold in folds(T::DTYPE) {
+            for count in 0..=3 * 64 / size_of::<T>() + 1 {
+                for sources in [2, 3] {
+                    check(fold, &inputs::<T>(sources, count), &[0, 3], &destinations);
+                }
+            }
+        }
+    }
+    if !cfg!(miri) {
+        for_each_element!(counts());
+    }
+}
+
+#[test]
+fn every_small_integer_is_divided_exactly() {
+    fn all<T: Reference>(from_bits: fn(u16) -> T) {
+        let step = if cfg!(miri) { 991 } else { 1 };
+        let values: Vec<T> = (0..=u16::MAX).step_by(step).map(from_bits).collect();
+        for fold in folds(T::DTYPE).filter(|fold| fold.divide_by.is_some()) {
+            check(fold, std::slice::from_ref(&values), &[0], &[Destination::Apart]);
+        }
+    }
+    all(|bits| bits as i8);
+    all(|bits| bits as u8);
+    all(|bits| bits as i16);
+    all(|bits| bits);
+}
+
+/// Sums and products of 16-bit floats whose exact results lie on, or next to, the middle between
+/// two neighbours, or among the subnormal numbers, in lines that also hold NaN and infinities.
+#[test]
+fn halves_round_to_nearest_even_wherever_their_neighbours_lie() {
+    fn all<T: Reference>(from_bits: fn(u16) -> T, mantissa_bits: u16) {
+        let step = if cfg!(miri) { 991 } else { 1 };
+        let spread = |factor: u16| {
+            let bits = (0..=u16::MAX).step_by(step).map(move |i| i.wrapping_mul(factor));
+            bits.collect::<Vec<u16>>()
+        };
+        // In order, most lines hold nothing special; spread, most of them do.
+        for first in [spread(1), spread(0x9e37)] {
+            let smaller = |places: u16, low: u16| {
+                let exponent = move |bits: u16| (bits & 0x7fff) >> mantissa_bits;
+                let bits = first
+                    .iter()
+                    .map(move |&bits| exponent(bits).saturating_sub(places) << mantissa_bits | low);
+                bits.map(from_bits).collect::<Vec<T>>()
+            };
+            let last_place = (1 << mantissa_bits) - 1;
+            let mut others: Vec<Vec<T>> = Vec::new();
+            for places in [mantissa_bits, mantissa_bits + 1, mantissa_bits + 2] {
+                others.extend([0, 1, last_place].map(|low| smaller(places, low)));
+            }
+            // Subnormal numbers of both signs, and what shrinks a product to one.
+            others.push(first.iter().map(|bits| from_bits(bits % (last_place + 1))).collect());
+            others.push(first.iter().map(|bits| from_bits(bits & 0x80ff)).collect());
+            let first: Vec<T> = first.iter().copied().map(from_bits).collect();
+            for other in others {
+                for op in [ReduceOp::Sum, ReduceOp::Product, ReduceOp::Min, ReduceOp::Max] {
+                    let fold = Fold { dtype: T::DTYPE, op, divide_by: None };
+                    check(fold, &[first.clone(), other.clone()], &[0], &[Destination::Apart]);
+                }
+            }
+        }
+    }
+    all(f16::from_bits, 10);
+    all(bf16::from_bits, 7);
 }
 
 #[test]

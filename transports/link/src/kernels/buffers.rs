@@ -16,7 +16,7 @@ pub(super) struct Target<T, const W: usize> {
     len: usize,
 }
 
-impl<T: Copy, const W: usize> Source<T, W> {
+impl<T: Copy + Default, const W: usize> Source<T, W> {
     /// # Safety
     /// While this or a copy is in use, the `len` chunks at `start` hold values that nobody writes,
     /// except through a [`Target`] on the same thread.
@@ -37,6 +37,20 @@ impl<T: Copy, const W: usize> Source<T, W> {
         assert!(i < self.len);
         // SAFETY: the chunk is one of those that `new` was given.
         unsafe { self.start.wrapping_add(i).read_unaligned() }
+    }
+
+    /// The `count` elements after `chunks` chunks from `start` on, and zeros up to a chunk.
+    ///
+    /// # Safety
+    /// The elements hold values that nobody writes during the call.
+    #[inline(always)]
+    pub(super) unsafe fn part(start: *const u8, chunks: usize, count: usize) -> [T; W] {
+        assert!(count <= W);
+        let from = start.cast::<[T; W]>().wrapping_add(chunks).cast::<u8>();
+        let mut chunk = [T::default(); W];
+        // SAFETY: the caller vouches for the elements; as many fit into a chunk.
+        unsafe { from.copy_to_nonoverlapping(chunk.as_mut_ptr().cast(), count * size_of::<T>()) };
+        chunk
     }
 }
 
@@ -73,5 +87,17 @@ impl<T: Copy, const W: usize> Target<T, W> {
         assert!(i < self.len);
         // SAFETY: the chunk is one of those that `new` was given.
         unsafe { self.start.wrapping_add(i).write_unaligned(chunk) };
+    }
+
+    /// Writes the first `count` elements of `chunk` after `chunks` chunks from `start` on.
+    ///
+    /// # Safety
+    /// The elements may be written, and nobody else accesses them during the call.
+    #[inline(always)]
+    pub(super) unsafe fn set_part(start: *mut u8, chunks: usize, count: usize, chunk: [T; W]) {
+        assert!(count <= W);
+        let to = start.cast::<[T; W]>().wrapping_add(chunks).cast::<u8>();
+        // SAFETY: the caller vouches for the elements; a chunk has as many.
+        unsafe { to.copy_from_nonoverlapping(chunk.as_ptr().cast(), count * size_of::<T>()) };
     }
 }

@@ -22,7 +22,7 @@ pub(super) fn f16_to_f32(bits: u16) -> f32 {
     f32::from_bits(value | sign)
 }
 
-/// The bits of the `f16` nearest to `value`, ties to even. The only NaN it may meet is [`F32_NAN`].
+/// The bits of the `f16` nearest to `value`, ties to even. Every NaN becomes the same one.
 #[inline(always)]
 pub(super) fn f32_to_f16(value: f32) -> u16 {
     let bits = value.to_bits();
@@ -34,10 +34,9 @@ pub(super) fn f32_to_f16(value: f32) -> u16 {
     let normal = magnitude.wrapping_sub(REBIAS).wrapping_add(0x0fff + odd) >> 13;
     // The last place of 0.5 is 2⁻²⁴, that of a subnormal `f16`: the addition rounds to it.
     let tiny = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5_f32.to_bits());
-    let large = if magnitude > F32_INFINITY { 0x7e00 } else { 0x7c00 };
     let finite = if magnitude < (127 - 14) << 23 { tiny } else { normal };
-    let result = if magnitude >= (127 + 16) << 23 { large } else { finite };
-    (result | sign) as u16
+    let result = if magnitude >= (127 + 16) << 23 { 0x7c00 } else { finite };
+    if magnitude > F32_INFINITY { 0x7e00 } else { (result | sign) as u16 }
 }
 
 /// The value of the `bf16` with the given bits.
@@ -46,11 +45,11 @@ pub(super) fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
-/// The bits of the `bf16` nearest to `value`, ties to even. The only NaN it may meet is
-/// [`F32_NAN`], which rounds like a number.
+/// The bits of the `bf16` nearest to `value`, ties to even. Every NaN becomes the same one.
 #[inline(always)]
 pub(super) fn f32_to_bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
+    // The canonical NaN rounds like a number, to the upper half of its bits.
+    let bits = if value.is_nan() { F32_NAN } else { value.to_bits() };
     let odd = (bits >> 16) & 1;
     ((bits + 0x7fff + odd) >> 16) as u16
 }

@@ -4,10 +4,12 @@ use std::fmt;
 use std::num::NonZeroU32;
 use std::sync::LazyLock;
 
-use super::float16::{f16_to_f32, f32_to_f16};
+use super::float16::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use super::loops;
 use super::number::Number;
 use super::operator::Operator;
+#[cfg(target_arch = "x86_64")]
+use super::x86::{Avx2, Avx512};
 
 /// The name of the instruction set that [`Fold::run`](super::Fold::run) uses, such as `avx2`.
 pub fn isa() -> &'static str {
@@ -32,6 +34,8 @@ impl Isa {
             Some(AnyLevel::Baseline(Baseline)),
             #[cfg(target_arch = "x86_64")]
             Avx2::detect().map(AnyLevel::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            Avx512::detect().map(AnyLevel::Avx512),
         ];
         levels.into_iter().flatten().map(Self)
     }
@@ -44,10 +48,12 @@ impl Isa {
             AnyLevel::Baseline(_) => "baseline",
             #[cfg(target_arch = "x86_64")]
             AnyLevel::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            AnyLevel::Avx512(_) => "avx512",
         }
     }
 
-    /// Runs the kernel for elements `T`, operation `O` and tiles of `N` elements.
+    /// Runs the kernel for elements `T`, operation `O` and blocks of `N` elements.
     ///
     /// # Safety
     /// As [`Level::fold`].
@@ -58,6 +64,15 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the caller keeps the same contract.
             AnyLevel::Avx2(level) => unsafe { level.fold::<T, O, N>(task) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the caller keeps the same contract.
+            AnyLevel::Avx512(level) if T::IS_HALF || T::NEEDS_AVX512 && !O::ADDS => unsafe {
+                level.fold::<T, O, N>(task)
+            },
+            // Here 512 bits gain nothing: the first-level cache is the bound with 256.
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the caller keeps the same contract.
+            AnyLevel::Avx512(level) => unsafe { level.avx2().fold::<T, O, N>(task) },
         }
     }
 }
@@ -73,6 +88,8 @@ enum AnyLevel {
     Baseline(Baseline),
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
 }
 
 /// What one call of a kernel works on.
@@ -86,10 +103,15 @@ pub(super) struct Task<'a> {
     pub(super) divisor: NonZeroU32,
 }
 
+/// How many 16-bit floats a level may convert at once: a cache line of them.
+pub(super) const LINE: usize = 32;
+
 /// A set of processor features. A value of the type is the proof that the processor has them.
 pub(super) trait Level: Copy {
-    /// Whether the level has instructions that convert eight `f16` at once.
-    const CONVERTS_F16: bool = false;
+    /// Whether 16-bit floats are converted and computed with by [`LINE`], else one by one.
+    const CONVERTS_LINES: bool;
+    /// As many `f32`, in an order of the level's own.
+    type Wide: Copy;
 
     /// Folds as [`Fold::run`](super::Fold::run) says.
     ///
@@ -98,16 +120,19 @@ pub(super) trait Level: Copy {
     unsafe fn fold<T: Number, O: Operator, const N: usize>(self, task: &Task<'_>);
 
     /// Converts exactly. A NaN stays a NaN, not always the same one.
-    #[inline(always)]
-    fn widen_f16<const W: usize>(self, half: [u16; W]) -> [f32; W] {
-        half.map(f16_to_f32)
-    }
+    fn widen_f16<const W: usize>(self, half: [u16; W]) -> Self::Wide;
+    /// Rounds to nearest even, and makes every NaN the canonical one.
+    fn narrow_f16<const W: usize>(self, wide: Self::Wide) -> [u16; W];
+    /// As [`widen_f16`](Self::widen_f16).
+    fn widen_bf16<const W: usize>(self, half: [u16; W]) -> Self::Wide;
+    /// As [`narrow_f16`](Self::narrow_f16).
+    fn narrow_bf16<const W: usize>(self, wide: Self::Wide) -> [u16; W];
 
-    /// Rounds to nearest even. The only NaN it may meet is the canonical one.
-    #[inline(always)]
-    fn narrow_f16<const W: usize>(self, wide: [f32; W]) -> [u16; W] {
-        wide.map(f32_to_f16)
-    }
+    /// `value` in all places.
+    fn splat(self, value: f32) -> Self::Wide;
+    fn plus(self, left: Self::Wide, right: Self::Wide) -> Self::Wide;
+    fn times(self, left: Self::Wide, right: Self::Wide) -> Self::Wide;
+    fn over(self, left: Self::Wide, right: Self::Wide) -> Self::Wide;
 }
 
 /// What the target guarantees: SSE2 on x86-64, NEON on AArch64.
@@ -115,96 +140,44 @@ pub(super) trait Level: Copy {
 pub(super) struct Baseline;
 
 impl Level for Baseline {
+    const CONVERTS_LINES: bool = false;
+    type Wide = f32;
+
     unsafe fn fold<T: Number, O: Operator, const N: usize>(self, task: &Task<'_>) {
         // SAFETY: the caller keeps the same contract.
         unsafe { loops::fold::<Self, T, O, N>(self, task) };
     }
-}
 
-#[cfg(target_arch = "x86_64")]
-pub(super) use x86::Avx2;
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::{
-        __m128i, __m256, _MM_FROUND_TO_NEAREST_INT, _mm256_cvtph_ps, _mm256_cvtps_ph,
-    };
-    use std::mem::transmute;
-
-    use super::{Level, Number, Operator, Task, f16_to_f32, f32_to_f16, loops};
-
-    /// Defines a level whose features are detected, and compiles the loop for them.
-    macro_rules! level {
-        ($(#[$doc:meta])* $name:ident, $($feature:tt),+) => {
-            $(#[$doc])*
-            #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-            pub(in super::super) struct $name(());
-
-            impl $name {
-                pub(super) fn detect() -> Option<Self> {
-                    ($(is_x86_feature_detected!($feature))&&+).then_some(Self(()))
-                }
-            }
-
-            impl Level for $name {
-                const CONVERTS_F16: bool = true;
-
-                unsafe fn fold<T: Number, O: Operator, const N: usize>(self, task: &Task<'_>) {
-                    $(#[target_feature(enable = $feature)])+
-                    unsafe fn entry<T: Number, O: Operator, const N: usize>(
-                        level: $name,
-                        task: &Task<'_>,
-                    ) {
-                        // SAFETY: the caller keeps the same contract.
-                        unsafe { loops::fold::<$name, T, O, N>(level, task) };
-                    }
-                    // SAFETY: `self` proves the features; the caller keeps the rest.
-                    unsafe { entry::<T, O, N>(self, task) };
-                }
-
-                #[inline(always)]
-                fn widen_f16<const W: usize>(self, half: [u16; W]) -> [f32; W] {
-                    let [eight] = half.as_chunks().0 else { return half.map(f16_to_f32) };
-                    let mut wide = [0.0; W];
-                    // SAFETY: `self` proves F16C.
-                    wide.copy_from_slice(&unsafe { widen_8(*eight) });
-                    wide
-                }
-
-                #[inline(always)]
-                fn narrow_f16<const W: usize>(self, wide: [f32; W]) -> [u16; W] {
-                    let [eight] = wide.as_chunks().0 else { return wide.map(f32_to_f16) };
-                    let mut half = [0; W];
-                    // SAFETY: `self` proves F16C.
-                    half.copy_from_slice(&unsafe { narrow_8(*eight) });
-                    half
-                }
-            }
-        };
+    #[inline(always)]
+    fn widen_f16<const W: usize>(self, half: [u16; W]) -> f32 {
+        f16_to_f32(half[0])
     }
-
-    level!(
-        /// 256-bit vectors, and conversions of `f16`.
-        Avx2, "avx2", "f16c"
-    );
-
-    #[inline]
-    #[target_feature(enable = "avx,f16c")]
-    fn widen_8(half: [u16; 8]) -> [f32; 8] {
-        // SAFETY: both types are 16 bytes of plain data.
-        let half = unsafe { transmute::<[u16; 8], __m128i>(half) };
-        let wide = _mm256_cvtph_ps(half);
-        // SAFETY: both types are 32 bytes of plain data.
-        unsafe { transmute::<__m256, [f32; 8]>(wide) }
+    #[inline(always)]
+    fn narrow_f16<const W: usize>(self, wide: f32) -> [u16; W] {
+        [f32_to_f16(wide); W]
     }
-
-    #[inline]
-    #[target_feature(enable = "avx,f16c")]
-    fn narrow_8(wide: [f32; 8]) -> [u16; 8] {
-        // SAFETY: both types are 32 bytes of plain data.
-        let wide = unsafe { transmute::<[f32; 8], __m256>(wide) };
-        let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(wide);
-        // SAFETY: both types are 16 bytes of plain data.
-        unsafe { transmute::<__m128i, [u16; 8]>(half) }
+    #[inline(always)]
+    fn widen_bf16<const W: usize>(self, half: [u16; W]) -> f32 {
+        bf16_to_f32(half[0])
+    }
+    #[inline(always)]
+    fn narrow_bf16<const W: usize>(self, wide: f32) -> [u16; W] {
+        [f32_to_bf16(wide); W]
+    }
+    #[inline(always)]
+    fn splat(self, value: f32) -> f32 {
+        value
+    }
+    #[inline(always)]
+    fn plus(self, left: f32, right: f32) -> f32 {
+        left + right
+    }
+    #[inline(always)]
+    fn times(self, left: f32, right: f32) -> f32 {
+        left * right
+    }
+    #[inline(always)]
+    fn over(self, left: f32, right: f32) -> f32 {
+        left / right
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! The loops are written once (`loops`), generic over the element type (`number`), the operation
 //! (`operator`) and the instruction set (`isa`). Each instruction set compiles them again with its
-//! features switched on, and the compiler vectorises them. No step may be fused or reordered, so
-//! all of them give the same bits.
+//! features switched on, and the compiler vectorises them; only 16-bit floats are converted by
+//! hand (`x86`). No step may be fused or reordered, so all of them give the same bits.
 
 mod buffers;
 mod float16;
@@ -11,6 +11,9 @@ mod isa;
 mod loops;
 mod number;
 mod operator;
+mod reciprocal;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::num::NonZeroU32;
 
@@ -18,7 +21,7 @@ pub use isa::{Isa, isa};
 
 use self::isa::Task;
 use self::number::Number;
-use self::operator::{Extreme, Product, Sum};
+use self::operator::{Average, Extreme, Product, Scaled, Sum};
 use crate::{Dtype, ReduceOp};
 
 /// One pass of a reduction: `dst[i] = source 0[i] ∘ source 1[i] ∘ …`, element by element.
@@ -76,20 +79,20 @@ impl Fold {
     unsafe fn by_dtype(&self, isa: Isa, task: &Task<'_>) {
         // Where integers wrap, the sign does not matter: one kernel serves both.
         let wraps = self.divide_by.is_none() && !matches!(self.op, ReduceOp::Min | ReduceOp::Max);
-        // The number is how many elements the accumulator of three sources or more has: 2 KiB.
+        // The number is how many accumulators a block has: 4 KiB of them.
         let by_op = match self.dtype {
-            Dtype::F16 => Self::by_op::<half::f16, 512>,
-            Dtype::Bf16 => Self::by_op::<half::bf16, 512>,
-            Dtype::F32 => Self::by_op::<f32, 512>,
-            Dtype::F64 => Self::by_op::<f64, 256>,
-            Dtype::I8 if !wraps => Self::by_op::<i8, 2048>,
-            Dtype::I8 | Dtype::U8 => Self::by_op::<u8, 2048>,
-            Dtype::I16 if !wraps => Self::by_op::<i16, 1024>,
-            Dtype::I16 | Dtype::U16 => Self::by_op::<u16, 1024>,
-            Dtype::I32 if !wraps => Self::by_op::<i32, 512>,
-            Dtype::I32 | Dtype::U32 => Self::by_op::<u32, 512>,
-            Dtype::I64 if !wraps => Self::by_op::<i64, 256>,
-            Dtype::I64 | Dtype::U64 => Self::by_op::<u64, 256>,
+            Dtype::F16 => Self::by_op::<half::f16, 1024>,
+            Dtype::Bf16 => Self::by_op::<half::bf16, 1024>,
+            Dtype::F32 => Self::by_op::<f32, 1024>,
+            Dtype::F64 => Self::by_op::<f64, 512>,
+            Dtype::I8 if !wraps => Self::by_op::<i8, 4096>,
+            Dtype::I8 | Dtype::U8 => Self::by_op::<u8, 4096>,
+            Dtype::I16 if !wraps => Self::by_op::<i16, 2048>,
+            Dtype::I16 | Dtype::U16 => Self::by_op::<u16, 2048>,
+            Dtype::I32 if !wraps => Self::by_op::<i32, 1024>,
+            Dtype::I32 | Dtype::U32 => Self::by_op::<u32, 1024>,
+            Dtype::I64 if !wraps => Self::by_op::<i64, 512>,
+            Dtype::I64 | Dtype::U64 => Self::by_op::<u64, 512>,
         };
         // SAFETY: the caller's contract, and `by_op` is the one for `self.dtype`.
         unsafe { by_op(self, isa, task) };
@@ -99,8 +102,14 @@ impl Fold {
     /// As [`Isa::fold`].
     unsafe fn by_op<T: Number, const N: usize>(&self, isa: Isa, task: &Task<'_>) {
         let fold = match (self.op, self.divide_by) {
-            (ReduceOp::Sum | ReduceOp::Average, None) => Isa::fold::<T, Sum<false>, N>,
-            (ReduceOp::Sum | ReduceOp::Average, Some(_)) => Isa::fold::<T, Sum<true>, N>,
+            (ReduceOp::Sum | ReduceOp::Average, None) => Isa::fold::<T, Sum, N>,
+            (ReduceOp::Sum | ReduceOp::Average, Some(divisor)) => {
+                if T::SCALES && divisor.is_power_of_two() {
+                    Isa::fold::<T, Scaled, N>
+                } else {
+                    Isa::fold::<T, Average, N>
+                }
+            }
             (ReduceOp::Product, _) => Isa::fold::<T, Product, N>,
             (ReduceOp::Min, _) => Isa::fold::<T, Extreme<false>, N>,
             (ReduceOp::Max, _) => Isa::fold::<T, Extreme<true>, N>,
