@@ -67,6 +67,11 @@ pub struct TcpLink {
     finished: Vec<usize>,
 }
 
+/// What a socket inside the host may hold before its sender waits: with the megabytes that the
+/// kernel allows by itself, data leaves the caches between the two copies (2 ranks, 1 MiB: 263 us
+/// instead of 203; no difference with more ranks).
+const LOCAL_SEND_BYTES: usize = 512 << 10;
+
 /// Messages from this size on are split over all sockets of a peer.
 const SPLIT_BYTES: usize = 64 << 10;
 
@@ -400,6 +405,7 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_keepalive(&keepalive)?;
     if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
         choose_congestion_control(&socket);
+        socket.set_send_buffer_size(LOCAL_SEND_BYTES)?;
     }
     stream.set_nonblocking(true)
 }
