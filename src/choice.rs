@@ -46,6 +46,11 @@ impl Line {
         Self { start_s: (few_s - few as f64 * s_per_byte).max(1e-9), s_per_byte }
     }
 
+    /// The same, but starting no earlier.
+    pub(crate) fn starting_from(self, start_s: f64) -> Self {
+        Self { start_s: self.start_s.max(start_s), ..self }
+    }
+
     fn at(&self, bytes: usize) -> f64 {
         self.start_s + bytes as f64 * self.s_per_byte
     }

@@ -1,18 +1,20 @@
 //! Collectives run one at a time, in the order in which they were called.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
 
-/// A queue of callers: each draws a number and runs when it is served.
+/// A queue of callers: each draws a number and runs when it is served. Who need not wait takes no
+/// lock.
+///
+/// Serving and waiting race like this (Dekker): a caller adds to `drawn` and then loads `serving`;
+/// who is done stores `serving` and then loads `drawn`. All four are `SeqCst`, so one of the two
+/// sees the other: the caller its turn, or who is done the caller, whom it then wakes.
 #[derive(Debug, Default)]
 pub(crate) struct Turns {
-    state: Mutex<State>,
+    drawn: AtomicU64,
+    serving: AtomicU64,
+    sleeping: Mutex<()>,
     served: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    drawn: u64,
-    serving: u64,
 }
 
 /// The right to run now; the next caller is served when it is dropped.
@@ -22,34 +24,35 @@ pub(crate) struct Turn<'a>(&'a Turns);
 impl Turns {
     /// Draws the next number. Every number drawn must be waited for, or all later ones wait too.
     pub(crate) fn draw(&self) -> u64 {
-        let mut state = self.lock();
-        state.drawn += 1;
-        state.drawn - 1
+        // SeqCst: see above.
+        self.drawn.fetch_add(1, Ordering::SeqCst)
     }
 
     /// Waits until `number` is served.
     pub(crate) fn wait(&self, number: u64) -> Turn<'_> {
-        let mut state = self.lock();
-        while state.serving != number {
-            state = self.served.wait(state).unwrap_or_else(PoisonError::into_inner);
+        // SeqCst: see above; acquires what was done in the turns before.
+        let is_served = || self.serving.load(Ordering::SeqCst) == number;
+        if !is_served() {
+            let mut sleeping = self.sleeping.lock().unwrap_or_else(PoisonError::into_inner);
+            // Looked at under the lock that `drop` takes before it wakes: no wake-up is lost.
+            while !is_served() {
+                sleeping = self.served.wait(sleeping).unwrap_or_else(PoisonError::into_inner);
+            }
         }
         Turn(self)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Two counters can't be left half-changed by a panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
-        state.serving += 1;
-        let waiting = state.drawn > state.serving;
-        drop(state);
-        if waiting {
-            self.0.served.notify_all();
+        let turns = self.0;
+        // Relaxed: only whose turn it is stores it.
+        let next = turns.serving.load(Ordering::Relaxed) + 1;
+        // SeqCst, twice: see above; releases what was done in this turn.
+        turns.serving.store(next, Ordering::SeqCst);
+        if turns.drawn.load(Ordering::SeqCst) > next {
+            drop(turns.sleeping.lock().unwrap_or_else(PoisonError::into_inner));
+            turns.served.notify_all();
         }
     }
 }

@@ -140,6 +140,13 @@ impl Engine {
 
     /// Does what can be done now. After an error only [`Engine::abort`] is left.
     pub(crate) fn advance(&mut self) -> Result<Advance, LinkError> {
+        if let Some(arrival) = self.running.as_ref().and_then(|running| running.state.arrival())
+            && let Some(group) = self.group()
+            && !group.complete(arrival)?
+        {
+            // By far the most frequent look.
+            return Ok(Advance::Waiting);
+        }
         let Some(mut running) = self.running.take() else { return Ok(Advance::Done) };
         let result = self.advance_running(&mut running);
         if !matches!(result, Ok(Advance::Done)) {
