@@ -242,7 +242,9 @@ impl Costs {
         }
         let model = CostModel {
             inside,
-            across: self.across,
+            // Between hosts the wire is the limit, whatever the caches hold; short messages may
+            // only seem faster where the network lets bursts pass.
+            across: LinkCost::new(self.across.alpha_s, self.across.beta_s_per_byte),
             // What is reduced lands in a slot before: one more pass over it.
             gamma_s_per_byte: self.gamma_s_per_byte + self.inside.beta_cached_s_per_byte / 2.0,
             message_s: slowest_alpha_s / 3.0,
