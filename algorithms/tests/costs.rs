@@ -95,6 +95,18 @@ fn the_fewest_messages_win_where_ranks_share_cores() {
 }
 
 #[test]
+fn several_streams_into_one_network_link_end_later_than_one() {
+    let model =
+        CostModel { across: LinkCost::new(50e-6, 1.0 / 120e6), window: 4, ..CostModel::default() };
+    let hosts = |ranks, name| {
+        let shape = Shape { topology: Topology::nodes(&[ranks; 4]), count: 256 << 10 };
+        seconds(name, &shape, &model)
+    };
+    assert!(hosts(1, "ring") * 1.2 < hosts(1, "two-shot"));
+    assert!(hosts(4, "hierarchical") < hosts(4, "halving-doubling"));
+}
+
+#[test]
 fn nothing_costs_nothing() {
     let model = CostModel::default();
     for algorithm in all() {

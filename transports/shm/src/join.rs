@@ -32,6 +32,7 @@ use crate::card::{Card, candidates};
 use crate::ffi::read_process;
 use crate::group::Team;
 use crate::inbox::Peer;
+use crate::layout::BENCH_BYTES;
 use crate::mapping::Mapping;
 use crate::{ShmError, ShmLink};
 
@@ -169,6 +170,12 @@ impl Candidate {
         let peers = members.iter().map(|&rank| Peer { rank, seat: self.seat(rank), pid: 0 });
         let own = members.binary_search(&self.me).expect("this rank is a member");
         let (mapping, bell) = (Arc::clone(&self.mapping), Arc::clone(&self.bell));
+        // Now, and not when it is first written: then there would be no way to say that memory
+        // ran out.
+        let bench = mapping.layout().bench(self.seat(self.me));
+        mapping
+            .reserve(bench..bench + BENCH_BYTES as u64)
+            .map_err(ShmError::os("allocating shared memory for private buffers"))?;
         let mut team = Team::new(mapping, bell, peers.collect(), own);
         meet(&mut team, deadline)?;
         team.look_up_processes();

@@ -31,5 +31,6 @@ mod without_private_reads {
         abort_leaves_the_region_alone
         a_dropped_peer_hangs_nobody
         deposits_survive_fast_and_slow_members
+        groups_fold_private_regions_over_benches
     );
 }
