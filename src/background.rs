@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use crate::turns::Turns;
+use crate::turns::{Number, Turns};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -31,7 +31,7 @@ struct Queue {
 impl Background {
     /// Draws the next turn and queues `job` for it. If no thread can be started, the job runs
     /// here and now, later than everything before it.
-    pub(crate) fn submit(&self, turns: &Turns, job: impl FnOnce(u64) + Send + 'static) {
+    pub(crate) fn submit<T>(&self, turns: &Turns<T>, job: impl FnOnce(Number) + Send + 'static) {
         let mut queue = self.shared.lock();
         // Drawn under the lock: the thread must meet the turns in ascending order.
         let turn = turns.draw();

@@ -7,8 +7,8 @@ use unisum_link::Rank;
 use unisum_link::handshake::Secret;
 
 use crate::background::Background;
-use crate::communicator::Member;
 use crate::launcher::{self, Detected, Token};
+use crate::member::{Core, Member};
 use crate::runner::Runner;
 use crate::settings::{Environment, Settings};
 use crate::wiring::{self, Joined};
@@ -112,11 +112,12 @@ impl Builder {
 }
 
 fn communicator(detected: &Detected, settings: &Settings, joined: Joined) -> Communicator {
-    let Joined { control, engine, choice, arena, tuning, transport, description } = joined;
-    let runner =
-        Runner::new(detected.rank, settings.timeout, control, engine, choice, tuning).into();
-    let member = Member { runner, background: Background::default(), arena };
-    Communicator::new(detected.rank, detected.world, Some(member), transport, description)
+    let Joined { job, membership, engine, choice, tuning, transport, description } = joined;
+    let (rank, world) = (detected.rank, detected.world);
+    let runner = Runner::new(rank, settings.timeout, membership, engine, choice, tuning);
+    let core = Core { runner, job, rank, world }.into();
+    let member = Member { core, background: Background::default() };
+    Communicator::new(rank, world, Some(member), transport, description)
 }
 
 fn configuration(error: impl std::error::Error) -> Error {

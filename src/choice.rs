@@ -4,9 +4,11 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use unisum_algorithms::{Algorithm, CostModel, Shape, Topology, all, cost};
-use unisum_link::Dtype;
+use unisum_algorithms::{
+    Algorithm, Collective, CostModel, PairCounts, Shape, Space, Topology, algorithms, cost,
+};
 
+use crate::programs::Key;
 use crate::{Error, ErrorKind};
 
 /// The choice of one communicator, the same on all its ranks: it follows from the topology and
@@ -17,10 +19,10 @@ pub(crate) struct Choice {
     model: CostModel,
     /// The figures of the shared memory that spans the whole world, if one does.
     node: Option<NodeCost>,
-    /// An index into [`all`], or [`AUTO`].
+    /// An index into the names of all algorithms, or [`AUTO`].
     fixed: AtomicUsize,
-    /// By size class; filled when first asked for.
-    chosen: [OnceLock<usize>; CLASSES],
+    /// By kind and size class; filled when first asked for.
+    chosen: [[OnceLock<usize>; CLASSES]; KINDS],
 }
 
 /// What collectives of group steps cost in a node's shared memory, as measured there.
@@ -56,14 +58,17 @@ impl Line {
     }
 }
 
-const AUTO: usize = usize::MAX;
+/// The number that stands for no fixed algorithm.
+pub(crate) const AUTO: usize = usize::MAX;
 /// Size classes are powers of two of bytes.
 const CLASSES: usize = 48;
+/// Kinds of collectives that have algorithms of their own.
+const KINDS: usize = 8;
 
-/// The number of the algorithm called `name`.
+/// The number of the algorithm called `name` among all names.
 pub(crate) fn index_of(name: &str) -> Result<usize, Error> {
-    all().iter().position(|algorithm| algorithm.name() == name).ok_or_else(|| {
-        let names: Vec<_> = all().iter().map(|algorithm| algorithm.name()).collect();
+    let names = crate::algorithms();
+    names.iter().position(|known| *known == name).ok_or_else(|| {
         let text = format!("no algorithm is called {name:?}; there are {}", names.join(", "));
         Error::new(ErrorKind::Configuration, text)
     })
@@ -77,55 +82,136 @@ impl Choice {
         fixed: Option<usize>,
     ) -> Self {
         let fixed = AtomicUsize::new(fixed.unwrap_or(AUTO));
-        Self { topology, model, node, fixed, chosen: [const { OnceLock::new() }; CLASSES] }
+        let chosen = [const { [const { OnceLock::new() }; CLASSES] }; KINDS];
+        Self { topology, model, node, fixed, chosen }
+    }
+
+    /// The choice of a group of these ranks: by the same figures, with `shares_memory` if all of
+    /// the group's ranks share memory.
+    pub(crate) fn for_group(&self, topology: Topology, shares_memory: bool) -> Self {
+        let node = self.node.filter(|_| shares_memory);
+        let fixed = Some(self.fixed()).filter(|&fixed| fixed != AUTO);
+        Self::new(topology, self.model, node, fixed)
     }
 
     pub(crate) const fn topology(&self) -> &Topology {
         &self.topology
     }
 
-    /// Fixes the algorithm, or leaves it to the model again.
+    /// Fixes the algorithm, or leaves it to the model again. Collectives that have none of that
+    /// name are left to the model.
     pub(crate) fn fix(&self, index: Option<usize>) {
         // Relaxed: the caller orders it with its own collectives; nothing else hangs on it.
         self.fixed.store(index.unwrap_or(AUTO), Ordering::Relaxed);
     }
 
-    /// The number of the algorithm for a call.
-    pub(crate) fn algorithm(&self, count: usize, dtype: Dtype) -> usize {
+    /// What is fixed, or [`AUTO`].
+    pub(crate) fn fixed(&self) -> usize {
         // Relaxed: see `fix`.
-        match self.fixed.load(Ordering::Relaxed) {
-            AUTO => self.for_class(class(count.saturating_mul(dtype.bytes()))),
-            fixed => fixed,
-        }
+        self.fixed.load(Ordering::Relaxed)
     }
 
-    fn for_class(&self, class: usize) -> usize {
-        *self.chosen[class].get_or_init(|| {
-            let seconds = |index: &usize| self.seconds(*index, typical_bytes(class));
-            let by_time = |a: &usize, b: &usize| seconds(a).total_cmp(&seconds(b));
-            (0..all().len()).min_by(by_time).unwrap_or(0)
+    /// The number of the algorithm for a call, among those of its collective.
+    pub(crate) fn algorithm(&self, shape: &Shape, key: &Key) -> usize {
+        let list = algorithms(shape.collective);
+        let fits = |index: &usize| {
+            list[*index].supports(shape) && (!key.ordered || list[*index].in_rank_order())
+        };
+        let named = crate::algorithms().get(self.fixed()).copied();
+        let fixed = list.iter().position(|algorithm| Some(algorithm.name()) == named);
+        if let Some(fixed) = fixed.filter(fits) {
+            return fixed;
+        }
+        let class = match shape.space {
+            // Each rank knows lengths of its own: the choice must not hang on them.
+            Space::Pairs(PairCounts::Own { .. }) => typical_class(shape.world()),
+            _ => class(shape.elements().saturating_mul(key.element_bytes)),
+        };
+        let chosen = self.for_class(shape.collective, class);
+        if fits(&chosen) {
+            return chosen;
+        }
+        (0..list.len())
+            .filter(fits)
+            .min_by(|a, b| self.by_time(shape.collective, class, *a, *b))
+            .expect("some algorithm folds any shape in rank order")
+    }
+
+    fn for_class(&self, collective: Collective, class: usize) -> usize {
+        *self.chosen[kind(collective)][class].get_or_init(|| {
+            let indices = 0..algorithms(collective).len();
+            indices.min_by(|a, b| self.by_time(collective, class, *a, *b)).unwrap_or(0)
         })
+    }
+
+    fn by_time(
+        &self,
+        collective: Collective,
+        class: usize,
+        a: usize,
+        b: usize,
+    ) -> std::cmp::Ordering {
+        let seconds = |index| self.seconds(collective, index, typical_bytes(class));
+        seconds(a).total_cmp(&seconds(b))
     }
 
     /// The modelled time; infinite for a plan that can't be costed. Where all ranks share memory
     /// only group steps count: nothing else moves as few bytes and wakes as few ranks.
-    fn seconds(&self, index: usize, bytes: usize) -> f64 {
-        let algorithm = all()[index];
+    fn seconds(&self, collective: Collective, index: usize, bytes: usize) -> f64 {
+        let algorithm = algorithms(collective)[index];
         if let Some(node) = &self.node {
-            return node.seconds(algorithm, bytes).unwrap_or(f64::INFINITY);
+            return node.seconds(collective, algorithm, bytes).unwrap_or(f64::INFINITY);
         }
         let count = (bytes / self.model.bytes_per_element).max(1);
-        let shape = Shape { topology: self.topology.clone(), count };
-        cost(algorithm, &shape, &self.model).unwrap_or(f64::INFINITY)
+        let shape = typical_shape(self.topology.clone(), collective, count);
+        match algorithm.supports(&shape) {
+            true => cost(algorithm, &shape, &self.model).unwrap_or(f64::INFINITY),
+            false => f64::INFINITY,
+        }
+    }
+}
+
+/// A shape of `count` elements in all.
+fn typical_shape(topology: Topology, collective: Collective, count: usize) -> Shape {
+    use Collective::{AllReduce, Broadcast, Reduce};
+    match collective {
+        AllReduce | Broadcast { .. } | Reduce { .. } => Shape::whole(topology, collective, count),
+        _ => {
+            let each = count.div_ceil(topology.world());
+            Shape::even(topology, collective, each)
+        }
+    }
+}
+
+const fn kind(collective: Collective) -> usize {
+    match collective {
+        Collective::AllReduce => 0,
+        Collective::Reduce { .. } => 1,
+        Collective::Broadcast { .. } => 2,
+        Collective::AllGather => 3,
+        Collective::ReduceScatter => 4,
+        Collective::AllToAll => 5,
+        Collective::Gather { .. } => 6,
+        Collective::Scatter { .. } => 7,
     }
 }
 
 impl NodeCost {
     /// The time of the algorithms that run as group steps when the node is the world.
-    fn seconds(&self, algorithm: &dyn Algorithm, bytes: usize) -> Option<f64> {
-        match algorithm.name() {
-            "one-shot" if bytes <= self.slot_bytes => Some(self.one_shot.at(bytes)),
-            "two-shot" => Some(self.two_shot.at(bytes)),
+    fn seconds(
+        &self,
+        collective: Collective,
+        algorithm: &dyn Algorithm,
+        bytes: usize,
+    ) -> Option<f64> {
+        match (collective, algorithm.name()) {
+            (Collective::AllReduce, "one-shot") if bytes <= self.slot_bytes => {
+                Some(self.one_shot.at(bytes))
+            }
+            (Collective::AllReduce, "two-shot") => Some(self.two_shot.at(bytes)),
+            (Collective::AllReduce, _) => None,
+            // Each byte is copied or folded once, by the rank that wants it.
+            (_, "direct") => Some(self.two_shot.at(bytes)),
             _ => None,
         }
     }
@@ -137,20 +223,26 @@ const fn class(bytes: usize) -> usize {
     if class as usize >= CLASSES { CLASSES - 1 } else { class as usize }
 }
 
+/// The class of an all-to-all whose blocks may be of any length: as if they were of 4 KiB.
+const fn typical_class(world: usize) -> usize {
+    class(world.saturating_mul(4 << 10))
+}
+
 const fn typical_bytes(class: usize) -> usize {
     1 << class
 }
 
 impl fmt::Display for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "algorithms (chosen by modelled time, float32):")?;
+        writeln!(f, "algorithms of an all-reduce (chosen by modelled time, float32):")?;
+        let collective = Collective::AllReduce;
         let mut from = 0;
         for class in 3..=30 {
-            let index = self.for_class(class);
-            if class == 30 || self.for_class(class + 1) != index {
-                let name = all()[index].name();
+            let index = self.for_class(collective, class);
+            if class == 30 || self.for_class(collective, class + 1) != index {
+                let name = algorithms(collective)[index].name();
                 let to = typical_bytes(class);
-                let micros = self.seconds(index, to) * 1e6;
+                let micros = self.seconds(collective, index, to) * 1e6;
                 writeln!(f, "  above {from:>10} up to {to:>10} B: {name} ({micros:.1} us there)")?;
                 from = to;
             }
@@ -181,7 +273,11 @@ mod tests {
         let two_shot = Line::through((4 << 10, 10e-6), (256 << 10, 30e-6));
         let node = NodeCost { one_shot, two_shot, slot_bytes: 16 << 10 };
         let choice = Choice::new(Topology::flat(8), CostModel::default(), Some(node), None);
-        let name = |count| all()[choice.algorithm(count, Dtype::F32)].name();
+        let name = |count| {
+            let shape = Shape::flat(8, count);
+            let key = Key::all_reduce(count, 4);
+            algorithms(Collective::AllReduce)[choice.algorithm(&shape, &key)].name()
+        };
         assert_eq!(name(2), "one-shot");
         assert_eq!(name(1 << 20), "two-shot");
         choice.fix(Some(index_of("ring").unwrap()));

@@ -1,14 +1,15 @@
 //! The communicator: the collectives as a program calls them.
 
 use std::fmt;
-use std::sync::Arc;
 
-use unisum_link::{Element, Rank, ReduceOp};
+use unisum_link::{Dtype, Element, Rank};
 
-use crate::background::Background;
+use crate::alone;
 use crate::buffer::Buffer;
+use crate::collective::{Buffers, Collective, InPlace, Outcome, Owned, Reduction};
+use crate::member::Member;
 use crate::memory::Arena;
-use crate::runner::{Request, Runner};
+use crate::programs;
 use crate::work::{Completion, Work};
 use crate::{Builder, Error, ErrorKind};
 
@@ -25,16 +26,9 @@ pub struct Communicator {
     rank: Rank,
     world: usize,
     /// `None` in a world of one, which needs nobody.
-    member: Option<Member>,
+    pub(crate) member: Option<Member>,
     description: String,
     transport: String,
-}
-
-/// What a rank of a larger world has.
-pub(crate) struct Member {
-    pub(crate) runner: Arc<Runner>,
-    pub(crate) background: Background,
-    pub(crate) arena: Arena,
 }
 
 impl Communicator {
@@ -75,62 +69,218 @@ impl Communicator {
         self.world
     }
 
-    /// Reduces `data` element by element over all ranks and leaves the result on every rank.
+    /// Runs a collective on borrowed buffers, in place or apart.
     ///
-    /// Collective: every rank calls it, in the same order, with the same `op`, element type and
-    /// `data.len()`. Blocks until done; the calling thread does the work, and sleeps while it has
-    /// to wait. The result is bitwise equal on all ranks, and the same in every run with the same
-    /// world, sizes and settings. Memory of [`Communicator::allocate`] is used without copies.
+    /// Collective: every rank calls it, in the same order, with the same collective and element
+    /// type, and with buffers of the lengths that it needs ([`Collective`], [`Buffers`]). Blocks
+    /// until this rank's part is done; the calling thread does the work, and sleeps while it has
+    /// to wait. Where several ranks get the same elements they get the same bits, and the same in
+    /// every run with the same world, sizes, settings and algorithm. Memory of
+    /// [`Communicator::allocate`] is used without copies, inputs stay as they are. An all-to-all in
+    /// place copies its input first.
     ///
-    /// Cost: see the algorithm that [`Communicator::choice`] names, in the table of
-    /// [`Communicator::describe`].
+    /// Cost: see the algorithm that [`Communicator::choice`] names.
     ///
     /// # Errors
-    /// [`ErrorKind::Mismatch`] if a rank called something else, [`ErrorKind::RankLost`] if one is
-    /// gone, [`ErrorKind::Timeout`] if one did not come in time. `data` is then unspecified and
-    /// the communicator aborted.
-    pub fn all_reduce<T: Element>(&self, data: &mut [T], op: ReduceOp) -> Result<(), Error> {
-        let Some(member) = &self.member else { return Ok(()) };
-        member.runner.check()?;
-        let turn = member.runner.turns.draw();
-        let mut spare = Spare::default();
-        // SAFETY: `run` returns only after the engine is done with the region or has aborted, so
-        // the mutable borrow of `data` covers all use.
-        let request = unsafe { request(&member.arena, data, op, &mut spare) };
-        member.runner.run(turn, request)
+    /// [`ErrorKind::Configuration`] if the arguments are wrong on every rank alike: nothing was
+    /// sent, and the communicator stays usable. [`ErrorKind::Mismatch`] if a rank called something
+    /// else, or with buffers that do not fit; [`ErrorKind::RankLost`] if one is gone,
+    /// [`ErrorKind::Timeout`] if one did not come in time. The output is then unspecified and the
+    /// communicator aborted on all ranks.
+    pub fn run<T: Element>(
+        &self,
+        collective: &Collective,
+        buffers: Buffers<'_, T>,
+    ) -> Result<Outcome, Error> {
+        self.check(collective, T::DTYPE)?;
+        let Some(member) = &self.member else { return self.alone(collective, buffers) };
+        member.core.runner.check()?;
+        let turn = member.core.runner.turns.draw();
+        // SAFETY: `execute` returns only after the engine is done with the regions or has aborted,
+        // so the borrow of the buffers covers all use.
+        unsafe { member.core.execute(turn, collective, buffers) }
+    }
+
+    /// Starts a collective on buffers that it owns until it has ended ([`InPlace`], `Apart`), and
+    /// returns at once. The work gives them back with the result.
+    ///
+    /// Collective, like [`Communicator::run`]; calls start in the order in which they are made,
+    /// blocking or not. A thread of the communicator does the work. Results may be waited for in
+    /// any order, or dropped.
+    ///
+    /// # Errors
+    /// The work's result carries what [`Communicator::run`] would return.
+    pub fn start<T: Element, B: Owned<T>>(
+        &self,
+        collective: Collective,
+        buffers: B,
+    ) -> Work<(B, Outcome)> {
+        self.submit::<T, B, _>(collective, buffers, |buffers, outcome| (buffers, outcome))
+    }
+
+    fn submit<T: Element, B: Owned<T>, R: Send + 'static>(
+        &self,
+        collective: Collective,
+        mut buffers: B,
+        give_back: fn(B, Outcome) -> R,
+    ) -> Work<R> {
+        let completion = Completion::new();
+        let work = completion.work();
+        if let Err(error) = self.check(&collective, T::DTYPE) {
+            completion.end(Err(error));
+            return work;
+        }
+        let Some(member) = &self.member else {
+            let result = self.alone(&collective, buffers.lend());
+            completion.end(result.map(|outcome| give_back(buffers, outcome)));
+            return work;
+        };
+        let core = member.core.clone();
+        member.background.submit(&member.core.runner.turns, move |turn| {
+            // SAFETY: this closure owns `buffers` and keeps them in place until `execute` returns,
+            // after which the engine no longer uses the regions.
+            let result = unsafe { core.execute(turn, &collective, buffers.lend()) };
+            completion.end(result.map(|outcome| give_back(buffers, outcome)));
+        });
+        work
+    }
+
+    /// Reduces `data` element by element over all ranks and leaves the result on every rank.
+    ///
+    /// [`Communicator::run`] with [`Collective::all_reduce`]; see there.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn all_reduce<T: Element>(
+        &self,
+        data: &mut [T],
+        how: impl Into<Reduction>,
+    ) -> Result<(), Error> {
+        self.run(&Collective::all_reduce(how), Buffers::InPlace(data)).map(drop)
     }
 
     /// Starts to reduce `buffer` (a `Vec<T>`, a [`Buffer<T>`], anything that owns its elements)
     /// over all ranks and returns at once. The work owns the buffer until it is done and gives it
     /// back with the result.
     ///
-    /// Collective, like [`Communicator::all_reduce`]; calls start in the order in which they are
-    /// made, blocking or not. A thread of the communicator does the work. Results may be waited
-    /// for in any order, or dropped.
+    /// [`Communicator::start`] with [`Collective::all_reduce`]; see there.
     ///
     /// # Errors
-    /// The work's result carries what [`Communicator::all_reduce`] would return.
-    pub fn all_reduce_async<T, B>(&self, mut buffer: B, op: ReduceOp) -> Work<B>
+    /// The work's result carries what [`Communicator::run`] would return.
+    pub fn all_reduce_async<T, B>(&self, buffer: B, how: impl Into<Reduction>) -> Work<B>
     where
         T: Element,
         B: AsMut<[T]> + Send + 'static,
     {
-        let completion = Completion::new();
-        let work = completion.work();
-        let Some(member) = &self.member else {
-            completion.end(Ok(buffer));
-            return work;
-        };
-        let (runner, arena) = (member.runner.clone(), member.arena.clone());
-        member.background.submit(&member.runner.turns, move |turn| {
-            let mut spare = Spare::default();
-            // SAFETY: this closure owns `buffer` and keeps it in place until `run` returns, after
-            // which the engine no longer uses the region.
-            let request = unsafe { request(&arena, buffer.as_mut(), op, &mut spare) };
-            let result = runner.run(turn, request);
-            completion.end(result.map(|()| buffer));
-        });
-        work
+        let collective = Collective::all_reduce(how);
+        self.submit::<T, _, _>(collective, InPlace(buffer), |InPlace(buffer), _| buffer)
+    }
+
+    /// Reduces `data` over all ranks and leaves the result at `root`; elsewhere `data` stays as it
+    /// is.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn reduce<T: Element>(
+        &self,
+        data: &mut [T],
+        how: impl Into<Reduction>,
+        root: Rank,
+    ) -> Result<(), Error> {
+        self.run(&Collective::reduce(how, root), Buffers::InPlace(data)).map(drop)
+    }
+
+    /// Copies the `data` of `root` to all ranks.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn broadcast<T: Element>(&self, data: &mut [T], root: Rank) -> Result<(), Error> {
+        self.run(&Collective::broadcast(root), Buffers::InPlace(data)).map(drop)
+    }
+
+    /// Gathers the `input` of all ranks, in rank order, in the `output` of all ranks, which is as
+    /// long as all of them.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn all_gather<T: Element>(&self, input: &[T], output: &mut [T]) -> Result<(), Error> {
+        self.run(&Collective::all_gather(), Buffers::Apart(input, output)).map(drop)
+    }
+
+    /// Reduces the `input` of all ranks and leaves in `output` the block of this rank: `input` is
+    /// world times as long.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn reduce_scatter<T: Element>(
+        &self,
+        input: &[T],
+        output: &mut [T],
+        how: impl Into<Reduction>,
+    ) -> Result<(), Error> {
+        self.run(&Collective::reduce_scatter(how), Buffers::Apart(input, output)).map(drop)
+    }
+
+    /// Sends block r of `input` to rank r, and receives its block for this rank in block r of
+    /// `output`.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn all_to_all<T: Element>(&self, input: &[T], output: &mut [T]) -> Result<(), Error> {
+        self.run(&Collective::all_to_all(), Buffers::Apart(input, output)).map(drop)
+    }
+
+    /// Gathers the `input` of all ranks, in rank order, in the `output` of `root`; elsewhere
+    /// `output` may be empty.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn gather<T: Element>(
+        &self,
+        input: &[T],
+        output: &mut [T],
+        root: Rank,
+    ) -> Result<(), Error> {
+        self.run(&Collective::gather(root), Buffers::Apart(input, output)).map(drop)
+    }
+
+    /// Sends block r of the `input` of `root` to the `output` of rank r; elsewhere `input` may be
+    /// empty.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn scatter<T: Element>(
+        &self,
+        input: &[T],
+        output: &mut [T],
+        root: Rank,
+    ) -> Result<(), Error> {
+        self.run(&Collective::scatter(root), Buffers::Apart(input, output)).map(drop)
+    }
+
+    /// Returns when all ranks have called it.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn barrier(&self) -> Result<(), Error> {
+        self.run::<u8>(&Collective::barrier(), Buffers::InPlace(&mut [])).map(drop)
+    }
+
+    /// Refuses what can't be run, whatever the buffers.
+    fn check(&self, collective: &Collective, dtype: Dtype) -> Result<(), Error> {
+        let refuse = |text| Error::new(ErrorKind::Configuration, text).on(self.rank);
+        collective.check(dtype, self.world).map_err(refuse)
+    }
+
+    /// Runs a collective in a world of one.
+    fn alone<T: Element>(
+        &self,
+        collective: &Collective,
+        buffers: Buffers<'_, T>,
+    ) -> Result<Outcome, Error> {
+        let refuse = |text| Error::new(ErrorKind::Configuration, text).on(self.rank);
+        collective.size(T::DTYPE, (0, 1), buffers.lengths()).map_err(refuse)?;
+        Ok(alone::run(collective, buffers))
     }
 
     /// Allocates `count` zeroed elements in memory that the links reach without copies: peers on
@@ -147,18 +297,25 @@ impl Communicator {
             .checked_mul(size_of::<T>())
             .filter(|&bytes| isize::try_from(bytes).is_ok())
             .ok_or_else(|| refuse(&"more bytes than an address space has"))?;
-        let arena = self.member.as_ref().map_or_else(Arena::default, |member| member.arena.clone());
+        let arena = self
+            .member
+            .as_ref()
+            .map_or_else(Arena::default, |member| member.core.job.arena.clone());
         let memory = arena.allocate(bytes).map_err(|error| refuse(&error))?;
         // SAFETY: the memory is zeroed, page-aligned and `bytes` long; zero is a value of every
         // element type.
         Ok(unsafe { Buffer::new(memory, count) })
     }
 
-    /// The algorithm that the next `all_reduce` of `count` elements takes: the same on all ranks.
-    pub fn choice<T: Element>(&self, count: usize) -> &'static str {
+    /// The algorithm that the next such collective takes on buffers of `count` elements (the
+    /// longer of input and output): the same on all ranks.
+    pub fn choice<T: Element>(&self, collective: &Collective, count: usize) -> &'static str {
         self.member.as_ref().map_or("none", |member| {
-            let index = member.runner.choice.algorithm(count, T::DTYPE);
-            unisum_algorithms::all()[index].name()
+            let choice = &member.core.runner.choice;
+            let key = collective.typical_key(self.world, T::DTYPE, count);
+            let shape = programs::shape(&key, self.rank, choice.topology());
+            let list = unisum_algorithms::algorithms(shape.collective);
+            list[choice.algorithm(&shape, &key)].name()
         })
     }
 
@@ -170,9 +327,13 @@ impl Communicator {
     pub fn set_algorithm(&self, name: Option<&str>) -> Result<(), Error> {
         let index = name.map(crate::choice::index_of).transpose()?;
         if let Some(member) = &self.member {
-            member.runner.choice.fix(index);
+            member.core.runner.choice.fix(index);
         }
         Ok(())
+    }
+
+    pub(crate) fn description(&self) -> &str {
+        self.description.trim_end()
     }
 
     /// The transports in use, as "tcp", "shm" or "shm+tcp".
@@ -183,7 +344,7 @@ impl Communicator {
     /// Where the ranks are, what the links cost, and which algorithm is chosen from which size
     /// on: for people, several lines.
     pub fn describe(&self) -> String {
-        let table = self.member.as_ref().map(|member| member.runner.choice.to_string());
+        let table = self.member.as_ref().map(|member| member.core.runner.choice.to_string());
         format!("{}{}", self.description, table.unwrap_or_default())
     }
 }
@@ -191,40 +352,13 @@ impl Communicator {
 impl Drop for Communicator {
     fn drop(&mut self) {
         let Some(member) = self.member.take() else { return };
-        if member.runner.is_forked() {
+        if member.core.runner.is_forked() {
             // Nothing may be dropped here: a thread that exists only in the parent may hold a lock.
             return std::mem::forget(member);
         }
-        let runner = member.runner.clone();
-        member.background.finish(move || runner.leave());
+        let core = member.core.clone();
+        drop(member.core);
+        // The last to hold the core leaves.
+        member.background.finish(move || drop(core));
     }
-}
-
-impl fmt::Debug for Member {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Member").field("runner", &self.runner).finish_non_exhaustive()
-    }
-}
-
-/// Memory for calls without elements, whose message carries one element that nobody reads.
-#[derive(Debug, Default)]
-#[repr(align(16))]
-struct Spare([u8; 16]);
-
-/// # Safety
-/// `data` and `spare` are the engine's alone until the request has been run.
-unsafe fn request<T: Element>(
-    arena: &Arena,
-    data: &mut [T],
-    op: ReduceOp,
-    spare: &mut Spare,
-) -> Request {
-    let count = data.len();
-    let region = match count {
-        // SAFETY: the caller promised it.
-        0 => unsafe { arena.region(&mut spare.0) },
-        // SAFETY: the caller promised it.
-        _ => unsafe { arena.region(data) },
-    };
-    Request { dtype: T::DTYPE, op, count, region }
 }

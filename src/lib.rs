@@ -21,20 +21,26 @@
 compile_error!("unisum needs at least one of the features `tcp` and `shm`");
 
 mod address;
+mod alone;
 mod background;
 mod buffer;
 mod builder;
 mod choice;
+mod collective;
 mod communicator;
 mod control;
 mod engine;
 mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod groups;
 mod interface;
 mod launcher;
 pub mod local;
+mod member;
+mod membership;
 mod memory;
+mod mesh;
 mod programs;
 mod runner;
 mod settings;
@@ -44,15 +50,32 @@ mod work;
 
 pub use buffer::Buffer;
 pub use builder::Builder;
+pub use collective::{Apart, Buffers, Collective, InPlace, Outcome, Owned, Reduction};
 pub use communicator::Communicator;
 pub use error::{Error, ErrorKind};
+pub use mesh::Mesh;
 pub use settings::{ByteSizeError, parse_bytes};
-pub use unisum_link::{Dtype, Element, Rank, ReduceOp};
+pub use unisum_link::{Bool, CustomOp, Dtype, Element, Rank, ReduceOp, f8e4m3, f8e5m2};
 pub use work::Work;
 
-/// The names of all algorithms, as [`Communicator::set_algorithm`] takes them.
+/// The names of all algorithms, as [`Communicator::set_algorithm`] takes them: those of the
+/// all-reduce first, then those that only other collectives have.
 pub fn algorithms() -> Vec<&'static str> {
-    unisum_algorithms::all().iter().map(|algorithm| algorithm.name()).collect()
+    let mut names = Vec::new();
+    for kind in unisum_link::Collective::ALL {
+        for name in algorithms_of(kind) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+    }
+    names
+}
+
+/// The names of the algorithms that a kind of collective has.
+fn algorithms_of(kind: unisum_link::Collective) -> Vec<&'static str> {
+    let list = unisum_algorithms::algorithms(programs::plan_of(kind, 0));
+    list.iter().map(|algorithm| algorithm.name()).collect()
 }
 
 /// The transports that this build has, as `UNISUM_TRANSPORT` takes them.

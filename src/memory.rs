@@ -56,6 +56,16 @@ impl Arena {
         unsafe { self.region_at(NonNull::from(data).cast(), bytes) }
     }
 
+    /// The region of a slice that nobody writes.
+    ///
+    /// # Safety
+    /// As [`Region::new`], but that the memory may be read by others, and is not written.
+    pub(crate) unsafe fn region_to_read<T>(&self, data: &[T]) -> Region {
+        let bytes = size_of_val(data);
+        // SAFETY: the caller promised it.
+        unsafe { self.region_at(NonNull::from(data).cast(), bytes) }
+    }
+
     /// The region of `bytes` bytes at `base`.
     ///
     /// # Safety

@@ -3,19 +3,51 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use unisum_algorithms::{Shape, Topology, all};
-use unisum_link::{Call, Rank, ReduceOp};
+use unisum_algorithms as plans;
+use unisum_algorithms::{Shape, Topology};
+use unisum_link::{Collective as Kind, Rank};
 
+use crate::choice::Choice;
+use crate::collective::Blocks;
 use crate::engine::Engine;
 use crate::engine::program::{GroupShape, Program, Source, Tuning};
 
 /// What a program depends on within one communicator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Key {
-    algorithm: usize,
-    count: u64,
-    element_bytes: usize,
-    average: bool,
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    pub(crate) kind: Kind,
+    pub(crate) root: Rank,
+    pub(crate) blocks: Blocks,
+    pub(crate) element_bytes: usize,
+    pub(crate) average: bool,
+    pub(crate) scales: bool,
+    /// Whether operands have to be folded in rank order.
+    pub(crate) ordered: bool,
+    /// Whether input and output are one memory.
+    pub(crate) in_place: bool,
+}
+
+impl Key {
+    /// A plain all-reduce in place.
+    pub(crate) const fn all_reduce(count: usize, element_bytes: usize) -> Self {
+        Self {
+            kind: Kind::AllReduce,
+            root: 0,
+            blocks: Blocks::Even(count),
+            element_bytes,
+            average: false,
+            scales: false,
+            ordered: false,
+            in_place: true,
+        }
+    }
+}
+
+/// A compiled program and the algorithm it was made from.
+#[derive(Clone, Debug)]
+pub(crate) struct Compiled {
+    pub(crate) algorithm: usize,
+    pub(crate) program: Arc<Program>,
 }
 
 /// A bounded cache: training repeats the same few shapes.
@@ -23,47 +55,92 @@ struct Key {
 pub(crate) struct Programs {
     rank: Rank,
     tuning: Tuning,
-    last: Option<(Key, Arc<Program>)>,
-    known: HashMap<Key, Arc<Program>>,
+    /// What was fixed when `last` and `known` were made.
+    fixed: usize,
+    last: Option<(Key, Compiled)>,
+    known: HashMap<Key, Compiled>,
 }
 
 const CAPACITY: usize = 128;
 
 impl Programs {
     pub(crate) fn new(rank: Rank, tuning: Tuning) -> Self {
-        Self { rank, tuning, last: None, known: HashMap::new() }
+        let fixed = crate::choice::AUTO;
+        Self { rank, tuning, fixed, last: None, known: HashMap::new() }
     }
 
-    /// The program of a call, built if it is new.
-    pub(crate) fn program(
-        &mut self,
-        call: &Call,
+    /// The program of a call, built if it is new, by the algorithm that `choice` takes for it.
+    pub(crate) fn program(&mut self, key: &Key, choice: &Choice, engine: &mut Engine) -> &Compiled {
+        let fixed = choice.fixed();
+        if self.fixed != fixed || self.known.len() > CAPACITY {
+            (self.fixed, self.last) = (fixed, None);
+            self.known.clear();
+        }
+        if self.last.as_ref().is_none_or(|(last, _)| last != key) {
+            let compiled = self.known.get(key).cloned().unwrap_or_else(|| {
+                let shape = shape(key, self.rank, choice.topology());
+                let algorithm = choice.algorithm(&shape, key);
+                let program = build(key, self.rank, self.tuning, algorithm, &shape, engine).into();
+                Compiled { algorithm, program }
+            });
+            self.known.insert(key.clone(), compiled.clone());
+            self.last = Some((key.clone(), compiled));
+        }
+        let (_, compiled) = self.last.as_ref().expect("it was just put there");
+        compiled
+    }
+
+    /// The program of a call by a given algorithm, which is not kept.
+    pub(crate) fn build_by(
+        &self,
         algorithm: usize,
+        key: &Key,
         topology: &Topology,
         engine: &mut Engine,
     ) -> Arc<Program> {
-        let key = Key {
-            algorithm,
-            count: call.count,
-            element_bytes: call.dtype.bytes(),
-            average: call.op == ReduceOp::Average,
-        };
-        if let Some((last, program)) = &self.last
-            && *last == key
-        {
-            return program.clone();
+        let shape = shape(key, self.rank, topology);
+        build(key, self.rank, self.tuning, algorithm, &shape, engine).into()
+    }
+}
+
+/// The plan's view of a call.
+pub(crate) fn shape(key: &Key, rank: Rank, topology: &Topology) -> Shape {
+    let (topology, collective) = (topology.clone(), collective(key));
+    match &key.blocks {
+        // A call without elements still meets the other ranks', to find out whether they agree.
+        Blocks::Even(each) if collective == plans::Collective::AllReduce => {
+            Shape::all_reduce(topology, (*each).max(1))
         }
-        if self.known.len() >= CAPACITY {
-            self.known.clear();
-        }
-        let (rank, tuning) = (self.rank, self.tuning);
-        let program = self
-            .known
-            .entry(key)
-            .or_insert_with(|| Arc::new(build(&key, rank, tuning, topology, engine)))
-            .clone();
-        self.last = Some((key, program.clone()));
-        program
+        Blocks::Even(each) => match collective {
+            plans::Collective::Reduce { .. } | plans::Collective::Broadcast { .. } => {
+                Shape::whole(topology, collective, *each)
+            }
+            _ => Shape::even(topology, collective, *each),
+        },
+        Blocks::Given(counts) => Shape::blocks(topology, collective, counts),
+        Blocks::Pairs(sends, receives) => Shape::pairs(topology, rank, sends, receives),
+    }
+}
+
+/// The plans' name of a call's collective. Calls that move no elements are an all-reduce.
+fn collective(key: &Key) -> plans::Collective {
+    match key.blocks {
+        Blocks::Even(0) => plans::Collective::AllReduce,
+        _ => plan_of(key.kind, key.root),
+    }
+}
+
+/// The plans' name of a kind of collective.
+pub(crate) const fn plan_of(kind: Kind, root: Rank) -> plans::Collective {
+    match kind {
+        Kind::Reduce => plans::Collective::Reduce { root },
+        Kind::Broadcast => plans::Collective::Broadcast { root },
+        Kind::AllGather => plans::Collective::AllGather,
+        Kind::ReduceScatter => plans::Collective::ReduceScatter,
+        Kind::AllToAll => plans::Collective::AllToAll,
+        Kind::Gather => plans::Collective::Gather { root },
+        Kind::Scatter => plans::Collective::Scatter { root },
+        _ => plans::Collective::AllReduce,
     }
 }
 
@@ -71,20 +148,20 @@ fn build(
     key: &Key,
     rank: Rank,
     tuning: Tuning,
-    topology: &Topology,
+    algorithm: usize,
+    shape: &Shape,
     engine: &mut Engine,
 ) -> Program {
-    // A call without elements still meets the other ranks', to find out whether they agree.
-    let count = usize::try_from(key.count).expect("counts come from a slice").max(1);
-    let shape = Shape { topology: topology.clone(), count };
     let group = engine.group();
     let members = group.as_ref().map_or_else(Vec::new, |group| group.members().to_vec());
     Program::build(&Source {
-        algorithm: all()[key.algorithm],
-        shape: &shape,
+        algorithm: plans::algorithms(shape.collective)[algorithm],
+        shape,
         rank,
         element_bytes: key.element_bytes,
         average: key.average,
+        scales: key.scales,
+        in_place: key.in_place,
         tuning,
         group: group.map(|group| GroupShape { members: &members, slot_bytes: group.slot_bytes() }),
     })

@@ -1,49 +1,51 @@
 //! Runs collectives: numbers them, drives the engine, and turns failures into errors that name
 //! the rank, the operation and how far it got.
 
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::num::NonZeroU32;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use unisum_link::{
-    Backoff, Call, Collective, Dtype, LinkError, LinkErrorKind, Pause, Rank, ReduceOp, Region, fork,
-};
+use unisum_link::kernels::Fold;
+use unisum_link::{Backoff, Call, LinkError, LinkErrorKind, Pause, Rank, ReduceOp, Regions, fork};
 
 use crate::choice::Choice;
-use crate::control::{Control, Report, Verdict, VerdictKind};
+use crate::collective::Outcome;
+use crate::control::{Report, Verdict, VerdictKind};
 use crate::engine::program::Tuning;
 use crate::engine::{Advance, Engine};
 use crate::error::Operation;
-use crate::programs::Programs;
-use crate::turns::Turns;
+use crate::membership::Membership;
+use crate::programs::{Key, Programs};
+use crate::turns::{Number, Turns};
 use crate::{Error, ErrorKind};
 
 /// What a caller asks for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Request {
-    pub(crate) dtype: Dtype,
-    pub(crate) op: ReduceOp,
-    pub(crate) count: usize,
-    pub(crate) region: Region,
+    pub(crate) key: Key,
+    pub(crate) fold: Fold,
+    pub(crate) regions: Regions,
 }
 
 /// One communicator's collectives, executed one at a time in the order of their turns.
 #[derive(Debug)]
 pub(crate) struct Runner {
-    rank: Rank,
     timeout: Duration,
-    control: Control,
+    pub(crate) membership: Membership,
     pub(crate) choice: Choice,
-    pub(crate) turns: Turns,
-    state: Mutex<State>,
+    pub(crate) turns: Turns<State>,
     failed: OnceLock<Error>,
     fork_generation: u32,
 }
 
+/// What the collective whose turn it is has to itself.
 #[derive(Debug)]
-struct State {
+pub(crate) struct State {
     engine: Engine,
     next_number: u64,
     programs: Programs,
+    /// Whether a collective began that did not return.
+    inside: bool,
 }
 
 /// Why the engine stopped before the end.
@@ -72,19 +74,17 @@ impl Runner {
     pub(crate) fn new(
         rank: Rank,
         timeout: Duration,
-        control: Control,
+        membership: Membership,
         engine: Engine,
         choice: Choice,
         tuning: Tuning,
     ) -> Self {
         let programs = Programs::new(rank, tuning);
         Self {
-            rank,
             timeout,
-            control,
+            membership,
             choice,
-            turns: Turns::default(),
-            state: Mutex::new(State { engine, next_number: 0, programs }),
+            turns: Turns::new(State { engine, next_number: 0, programs, inside: false }),
             failed: OnceLock::new(),
             fork_generation: fork::generation(),
         }
@@ -95,9 +95,14 @@ impl Runner {
         if self.is_forked() {
             let text = "this process was forked after the communicator was made: only the parent \
                         may use it; make a communicator of its own in the child";
-            return Err(Error::new(ErrorKind::Forked, text).on(self.rank));
+            return Err(Error::new(ErrorKind::Forked, text).on(self.rank()));
         }
         self.failed.get().map_or(Ok(()), |error| Err(error.repeated()))
+    }
+
+    /// The job's number of this rank.
+    fn rank(&self) -> Rank {
+        self.membership.job_rank()
     }
 
     /// Whether this process is a child of the one that made the communicator.
@@ -106,33 +111,71 @@ impl Runner {
     }
 
     /// Runs a collective when its turn comes, on the calling thread.
-    pub(crate) fn run(&self, turn: u64, request: Request) -> Result<(), Error> {
-        let _turn = self.turns.wait(turn);
+    pub(crate) fn run(&self, turn: Number, request: &Request) -> Result<Outcome, Error> {
+        let mut state = self.turns.wait(turn);
         self.check()?;
-        // A panic inside the engine is a bug after which the state is not to be trusted.
-        let mut state = self.state.lock().map_err(|_| self.poisoned())?;
+        if std::mem::replace(&mut state.inside, true) {
+            // A panic inside the engine is a bug after which the state is not to be trusted.
+            let text = "a panic in an earlier collective left it undefined";
+            return Err(Error::new(ErrorKind::Aborted, text).on(self.rank()));
+        }
         let call = self.begin(&mut state, request);
         let result = self.drive(&mut state.engine, &call);
-        self.control.status().end();
-        result.map_err(|failure| self.fail(&mut state.engine, call, failure))
+        self.membership.status().end();
+        let result = match result {
+            Ok(()) => Ok(Outcome { nonfinite: state.engine.found_nonfinite() }),
+            Err(failure) => Err(self.fail(&mut state.engine, call, failure)),
+        };
+        state.inside = false;
+        result
     }
 
-    fn begin(&self, state: &mut State, request: Request) -> Call {
-        let Request { dtype, op, count, region } = request;
-        let algorithm = self.choice.algorithm(count, dtype);
-        let call = Call {
-            number: state.next_number,
-            collective: Collective::AllReduce,
-            dtype,
-            op,
-            count: count as u64,
-            algorithm: algorithm as u32,
+    /// Tells all ranks that this one was called with buffers that do not fit, when the call's turn
+    /// has come; the error for the caller.
+    pub(crate) fn refuse(&self, turn: Number, text: &str) -> Error {
+        let mut state = self.turns.wait(turn);
+        if let Err(error) = self.check() {
+            return error;
+        }
+        state.engine.abort();
+        let rank = self.rank();
+        let text = format!("rank {rank}: {text}");
+        self.membership.accuse(Report { against: rank, mismatch: true, text: text.clone() });
+        let error = match self.membership.await_verdict(Instant::now() + GRACE) {
+            Some(verdict) => from_verdict(&verdict),
+            None => Error::new(ErrorKind::Mismatch, text).caused_by(vec![rank]),
         };
-        state.next_number += 1;
-        let topology = self.choice.topology();
-        let program = state.programs.program(&call, algorithm, topology, &mut state.engine);
-        self.control.status().begin(&call);
-        state.engine.start(call, region, program);
+        let error = error.on(self.rank());
+        // Turns run one at a time: nobody else sets it.
+        let _ = self.failed.set(error.clone());
+        error
+    }
+
+    fn begin(&self, state: &mut State, request: &Request) -> Call {
+        let Request { key, fold, regions } = request;
+        let State { engine, programs, next_number, .. } = state;
+        let compiled = programs.program(key, &self.choice, engine);
+        let (count, mut detail) = key.blocks.agreed();
+        if let Some(factor) = fold.factor {
+            detail ^= (factor.to_bits() ^ (factor.to_bits() >> 32)) as u32;
+        }
+        let call = Call {
+            communicator: self.membership.communicator(),
+            number: *next_number,
+            collective: key.kind,
+            dtype: fold.dtype,
+            op: fold.op,
+            count,
+            root: key.root as u32,
+            detail,
+            algorithm: compiled.algorithm as u16,
+        };
+        *next_number += 1;
+        self.membership.status().begin(&call);
+        let world = self.choice.topology().world() as u32; // ranks are numbered in 32 bits
+        let divides = fold.op == ReduceOp::Average;
+        let divide_by = NonZeroU32::new(world).filter(|_| divides);
+        engine.start(call, Fold { divide_by, ..*fold }, *regions, &compiled.program);
         call
     }
 
@@ -144,7 +187,7 @@ impl Runner {
                 Advance::Done => return Ok(()),
                 Advance::Moved => backoff.reset(),
                 Advance::Waiting => {
-                    if let Some(verdict) = self.control.verdict() {
+                    if let Some(verdict) = self.membership.verdict() {
                         return Err(Failure::Verdict(verdict));
                     }
                     if backoff.pause(engine.patience()) == Pause::Park {
@@ -167,17 +210,17 @@ impl Runner {
             return Err(Failure::Deadline);
         }
         if now - since >= STALL && !std::mem::replace(&mut wait.asked, true) {
-            self.control.stalled(call);
+            self.membership.stalled(call);
         }
         let (step, steps) = engine.position();
-        self.control.status().step(step, steps, engine.bytes_moved());
+        self.membership.status().step(step, steps, engine.bytes_moved());
         engine.park(deadline.min(now + NAP)).map_err(Failure::Link)
     }
 
     /// Finds out why, tells everybody, and leaves the engine aborted.
     fn fail(&self, engine: &mut Engine, call: Call, failure: Failure) -> Error {
         let (step, steps) = engine.position();
-        let waiting_for = engine.waiting_for();
+        let waiting_for = self.membership.job_ranks(&engine.waiting_for());
         engine.abort();
         let error = match failure {
             Failure::Verdict(verdict) => from_verdict(&verdict),
@@ -185,21 +228,22 @@ impl Runner {
             Failure::Deadline => self.judge_deadline(&call, waiting_for),
         };
         let operation = Operation { call: call.to_string(), step, steps };
-        let error = error.on(self.rank).during(operation);
+        let error = error.on(self.rank()).during(operation);
         // The engine runs one collective at a time: nobody else sets it.
         let _ = self.failed.set(error.clone());
         error
     }
 
     fn judge_link(&self, error: LinkError) -> Error {
+        let error = self.membership.in_job(error);
         let is_mismatch = matches!(error.kind, LinkErrorKind::Mismatch { .. });
         let text = error.to_string();
-        self.control.accuse(Report {
+        self.membership.accuse(Report {
             against: error.peer,
             mismatch: is_mismatch,
             text: text.clone(),
         });
-        match self.control.await_verdict(Instant::now() + GRACE) {
+        match self.membership.await_verdict(Instant::now() + GRACE) {
             Some(verdict) => from_verdict(&verdict),
             None => {
                 let kind = if is_mismatch { ErrorKind::Mismatch } else { ErrorKind::RankLost };
@@ -209,25 +253,13 @@ impl Runner {
     }
 
     fn judge_deadline(&self, call: &Call, waiting_for: Vec<Rank>) -> Error {
-        self.control.overdue(call);
-        if let Some(verdict) = self.control.await_verdict(Instant::now() + 2 * GRACE) {
+        self.membership.overdue(call);
+        if let Some(verdict) = self.membership.await_verdict(Instant::now() + 2 * GRACE) {
             return from_verdict(&verdict);
         }
         let seconds = self.timeout.as_secs_f64();
         let text = format!("no progress within {seconds} s; waiting for ranks {waiting_for:?}");
         Error::new(ErrorKind::Timeout, text).caused_by(waiting_for)
-    }
-
-    fn poisoned(&self) -> Error {
-        Error::new(ErrorKind::Aborted, "a panic in an earlier collective left it undefined")
-            .on(self.rank)
-    }
-
-    /// Leaves the job in order. Not for forked children.
-    pub(crate) fn leave(&self) {
-        self.control.leave();
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.engine.abort();
     }
 }
 

@@ -8,7 +8,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::{Ended, World, reach, setting, tell};
-use unisum::{Communicator, Error, ErrorKind, ReduceOp};
+use unisum::{Collective, Communicator, Error, ErrorKind, ReduceOp};
 
 #[test]
 fn rank_process() {
@@ -105,7 +105,9 @@ fn a_killed_rank_is_named_by_all_others_within_two_seconds_on_shared_memory() {
 #[test]
 fn a_killed_rank_is_named_by_every_algorithm() {
     for transport in ["tcp", "shm"] {
-        for (trial, algorithm) in unisum::algorithms().into_iter().enumerate() {
+        for (trial, algorithm) in
+            Collective::all_reduce(ReduceOp::Sum).algorithms().into_iter().enumerate()
+        {
             let world = World::new(4, "reduce_forever")
                 .set("UNISUM_TRANSPORT", transport)
                 .set("UNISUM_ALGORITHM", algorithm)

@@ -129,10 +129,15 @@ fn nothing_is_marked_as_unfinished() {
 fn unsafe_code_stays_where_it_is_allowed() {
     let allowed = [
         "src/buffer.rs",
+        "src/alone.rs",
         "src/communicator.rs",
+        "src/member.rs",
+        "transports/link/src/boolean.rs",
+        "transports/link/src/custom.rs",
         "src/engine/",
         "src/local.rs",
         "src/memory.rs",
+        "src/turns.rs",
         "src/wiring/calibrate.rs",
         "src/wiring/costs.rs",
         "transports/link/src/fork",

@@ -1,21 +1,22 @@
-//! What an algorithm is, and the list of them.
+//! What an algorithm is, and the lists of them.
 
 use std::borrow::Cow;
 use std::fmt::Debug;
 use std::ops::Range;
 
 use crate::{
-    DOUBLE_TREE, HALVING_DOUBLING, HIERARCHICAL, HIERARCHICAL_TREE, K_TREE, ONE_SHOT,
-    RECURSIVE_DOUBLING, RING, Rank, Shape, Step, TREE, TWO_SHOT,
+    Collective, DOUBLE_TREE, HALVING_DOUBLING, HIERARCHICAL, HIERARCHICAL_TREE, K_TREE, ONE_SHOT,
+    RECURSIVE_DOUBLING, RING, Rank, Shape, Step, TREE, TWO_SHOT, all_gather, all_to_all, broadcast,
+    gather, reduce, reduce_scatter, scatter,
 };
 
 /// The steps of one rank, made as they are asked for.
 pub type Steps<'a> = Box<dyn Iterator<Item = Step> + Send + 'a>;
 
-/// A plan for every rank of every shape that leaves the reduced elements on all ranks, bitwise
-/// equal.
+/// A plan for every rank of the shapes of one collective that leaves each rank with what it wants;
+/// where several want the same elements, they get the same bits.
 pub trait Algorithm: Send + Sync + Debug {
-    /// The name to choose it by.
+    /// The name to choose it by, among the algorithms of its collective.
     fn name(&self) -> &'static str;
 
     /// The steps of `rank`, one per round.
@@ -25,18 +26,84 @@ pub trait Algorithm: Send + Sync + Debug {
     /// yields none.
     ///
     /// # Panics
-    /// If `rank` is not below the world.
+    /// If `rank` is not below the world, or the shape is of another collective or not supported.
     fn steps<'a>(&'a self, shape: &'a Shape, rank: Rank) -> Steps<'a>;
+
+    /// Whether there is a plan for this shape of the algorithm's collective.
+    fn supports(&self, _shape: &Shape) -> bool {
+        true
+    }
+
+    /// Whether every element is folded in the order of the ranks, so that the operation need not
+    /// commute (it still has to be associative). [`prove_rank_order`](crate::prove_rank_order)
+    /// proves it. True of plans that reduce nothing.
+    fn in_rank_order(&self) -> bool;
 }
 
-/// All algorithms.
+/// All algorithms of the all-reduce.
 pub fn all() -> &'static [&'static dyn Algorithm] {
-    &ALL
+    algorithms(Collective::AllReduce)
 }
 
-/// The algorithm with this name.
-pub fn by_name(name: &str) -> Option<&'static dyn Algorithm> {
-    all().iter().copied().find(|algorithm| algorithm.name() == name)
+/// The algorithms of a collective, whatever its root.
+pub fn algorithms(collective: Collective) -> &'static [&'static dyn Algorithm] {
+    match collective {
+        Collective::AllReduce => &ALL_REDUCE,
+        Collective::Reduce { .. } => &reduce::ALL,
+        Collective::Broadcast { .. } => &broadcast::ALL,
+        Collective::AllGather => &all_gather::ALL,
+        Collective::ReduceScatter => &reduce_scatter::ALL,
+        Collective::AllToAll => &all_to_all::ALL,
+        Collective::Gather { .. } => &gather::ALL,
+        Collective::Scatter { .. } => &scatter::ALL,
+    }
+}
+
+/// The algorithm of a collective with this name.
+pub fn by_name(collective: Collective, name: &str) -> Option<&'static dyn Algorithm> {
+    algorithms(collective).iter().copied().find(|algorithm| algorithm.name() == name)
+}
+
+/// Steps that can be taken from either end.
+pub(crate) type Rounds<'a> = Box<dyn DoubleEndedIterator<Item = Step> + Send + 'a>;
+
+/// An algorithm of a collective other than the all-reduce: a function of the shape and the rank.
+#[derive(Debug)]
+pub struct Plan {
+    pub(crate) name: &'static str,
+    /// Called for worlds of two ranks or more.
+    pub(crate) rounds: for<'a> fn(&'a Shape, Rank) -> Rounds<'a>,
+    pub(crate) in_rank_order: bool,
+    pub(crate) supports: fn(&Shape) -> bool,
+}
+
+impl Plan {
+    /// A plan for all shapes of its collective.
+    pub(crate) const fn new(
+        name: &'static str,
+        rounds: for<'a> fn(&'a Shape, Rank) -> Rounds<'a>,
+        in_rank_order: bool,
+    ) -> Self {
+        Self { name, rounds, in_rank_order, supports: |_| true }
+    }
+}
+
+impl Algorithm for Plan {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn steps<'a>(&'a self, shape: &'a Shape, rank: Rank) -> Steps<'a> {
+        if shape.world() < 2 { Box::new(std::iter::empty()) } else { (self.rounds)(shape, rank) }
+    }
+
+    fn supports(&self, shape: &Shape) -> bool {
+        (self.supports)(shape)
+    }
+
+    fn in_rank_order(&self) -> bool {
+        self.in_rank_order
+    }
 }
 
 /// An all-reduce of `range` over the members of a group; every member calls it.
@@ -48,6 +115,7 @@ pub(crate) type Phase = for<'a> fn(Group<'a>, Range<usize>) -> Steps<'a>;
 pub struct Flat {
     pub(crate) name: &'static str,
     pub(crate) phase: Phase,
+    pub(crate) in_rank_order: bool,
 }
 
 impl Algorithm for Flat {
@@ -56,8 +124,12 @@ impl Algorithm for Flat {
     }
 
     fn steps<'a>(&'a self, shape: &'a Shape, rank: Rank) -> Steps<'a> {
-        let group = Group::new(Cow::Borrowed(shape.topology.by_node()), rank);
-        (self.phase)(group, 0..shape.count)
+        let group = Group::by_node(shape, rank);
+        (self.phase)(group, shape.all())
+    }
+
+    fn in_rank_order(&self) -> bool {
+        self.in_rank_order
     }
 }
 
@@ -71,8 +143,25 @@ pub(crate) struct Group<'a> {
 
 impl<'a> Group<'a> {
     pub(crate) fn new(members: Cow<'a, [Rank]>, rank: Rank) -> Self {
-        let me = members.iter().position(|&member| member == rank);
-        Self { me: me.expect("the caller names a rank of the group"), members }
+        let mut group = Self { members, me: 0 };
+        group.me = group.position(rank);
+        group
+    }
+
+    /// All ranks, node after node.
+    pub(crate) fn by_node(shape: &'a Shape, rank: Rank) -> Self {
+        Self::new(Cow::Borrowed(shape.topology.by_node()), rank)
+    }
+
+    /// All ranks, ascending.
+    pub(crate) fn ascending(shape: &Shape, rank: Rank) -> Self {
+        Self { members: (0..shape.world()).collect(), me: rank }
+    }
+
+    /// The index of another member.
+    pub(crate) fn position(&self, rank: Rank) -> usize {
+        let found = self.members.iter().position(|&member| member == rank);
+        found.expect("the caller names a rank of the group")
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -85,7 +174,7 @@ impl<'a> Group<'a> {
     }
 }
 
-static ALL: [&dyn Algorithm; 10] = [
+static ALL_REDUCE: [&dyn Algorithm; 10] = [
     &RING,
     &TREE,
     &K_TREE,

@@ -1,9 +1,10 @@
 //! The time of a plan in the α-β-γ model.
 
+mod direct;
 mod simulate;
 
 use crate::slice::slices_of;
-use crate::{Algorithm, Fault, Pattern, Rank, Shape, Step, Topology};
+use crate::{Algorithm, Fault, PairCounts, Pattern, Rank, Scope, Shape, Space, Step, Topology};
 use simulate::Simulation;
 
 /// What a message costs between two ranks.
@@ -92,14 +93,24 @@ impl CostModel {
         elements as f64 * self.bytes_per_element as f64
     }
 
+    /// Whether all ranks of a scope share memory.
+    fn shares_memory(&self, scope: Scope, topology: &Topology) -> bool {
+        self.group_steps && (scope == Scope::Node || topology.node_count() == 1)
+    }
+
     /// Whether a rank's step can run as one group step: it is marked, and its members share the
     /// memory of a node.
     fn is_group_step(&self, step: &Step, rank: Rank, topology: &Topology) -> bool {
         let node = topology.node_of(rank);
         let together = |to: Rank| topology.node_of(to) == node;
         self.group_steps
-            && step.pattern != Pattern::Pairs
-            && step.outgoing.iter().all(|out| together(out.to))
+            && match step.pattern {
+                Pattern::Pairs | Pattern::Wall => false,
+                Pattern::Direct(scope) => self.shares_memory(scope, topology),
+                Pattern::OneShot | Pattern::ReduceScatter | Pattern::AllGather => {
+                    step.outgoing.iter().all(|out| together(out.to))
+                }
+            }
     }
 }
 
@@ -113,6 +124,9 @@ impl CostModel {
 /// once for each member. Where ranks share cores, the time lies between the longer of this and the
 /// processor time of the busiest node over its cores, and their sum (Brent): the middle is taken.
 ///
+/// An all-to-all of any lengths is costed as one of the mean length of its rank's blocks, which
+/// other ranks see otherwise: a choice that all have to agree on can't rest on it.
+///
 /// Plans of very many slices are followed for two smaller counts and extended in a straight line,
 /// since each further slice adds the same time. Cost: about 0.5 µs
 /// for each message followed, which are a few million at most.
@@ -125,40 +139,44 @@ impl CostModel {
 /// model", SPAA 1995; Brent, "The parallel evaluation of general arithmetic expressions", JACM
 /// 21(2), 1974.
 pub fn cost(algorithm: &dyn Algorithm, shape: &Shape, model: &CostModel) -> Result<f64, Fault> {
+    if matches!(shape.space, Space::Pairs(PairCounts::Own { .. })) {
+        return cost(algorithm, &shape.scaled(1, 1), model);
+    }
     let slices = most_slices(algorithm, shape, model);
     let limit = slice_limit(algorithm, shape);
     if slices <= limit {
         return follow(algorithm, shape, model);
     }
     let part = |slices_kept: usize| {
-        let count = (shape.count as f64 * slices_kept as f64 / slices as f64).ceil() as usize;
-        let topology = shape.topology.clone();
-        let seconds = follow(algorithm, &Shape { topology, count }, model)?;
-        Ok((count as f64, seconds))
+        let kept = shape.scaled(slices_kept, slices);
+        Ok((kept.elements() as f64, follow(algorithm, &kept, model)?))
     };
     let ((few, few_s), (more, more_s)) = (part(limit / 2)?, part(limit)?);
-    Ok(more_s + (more_s - few_s) / (more - few) * (shape.count as f64 - more))
+    Ok(more_s + (more_s - few_s) / (more - few) * (shape.elements() as f64 - more))
 }
 
-/// The largest number of slices of a transfer. The first rank of each node stands for all.
+/// The rank whose plan stands for all: the root, which has most to do, or any.
+fn sample(shape: &Shape) -> Option<Rank> {
+    shape.collective.root().or_else(|| shape.topology.by_node().first().copied())
+}
+
+/// The largest number of slices of a transfer.
 fn most_slices(algorithm: &dyn Algorithm, shape: &Shape, model: &CostModel) -> usize {
-    let Some(rank) = shape.topology.by_node().first() else {
-        return 0;
-    };
+    let Some(rank) = sample(shape) else { return 0 };
     let steps = algorithm
-        .steps(shape, *rank)
-        .filter(|step| !model.is_group_step(step, *rank, &shape.topology));
+        .steps(shape, rank)
+        .filter(|step| !model.is_group_step(step, rank, &shape.topology));
     steps.map(|step| slices_of(&step, model.slice_elements)).max().unwrap_or(0)
 }
 
 /// How many slices can be followed in reasonable time.
 fn slice_limit(algorithm: &dyn Algorithm, shape: &Shape) -> usize {
-    let messages = |rank: &Rank| -> usize {
-        let steps = algorithm.steps(shape, *rank);
+    let messages = |rank| -> usize {
+        let steps = algorithm.steps(shape, rank);
         steps.map(|step| step.incoming.len().max(1)).sum()
     };
-    let sample = shape.topology.by_node().first().map_or(0, messages);
-    (MESSAGES_FOLLOWED / (sample * shape.world()).max(1)).clamp(4, 64)
+    let messages = sample(shape).map_or(0, messages);
+    (MESSAGES_FOLLOWED / (messages * shape.world()).max(1)).clamp(4, 64)
 }
 
 /// Simulates every slice of every transfer.
@@ -205,21 +223,34 @@ const MESSAGES_FOLLOWED: usize = 4_000_000;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Topology, all};
+    use crate::{Collective, Topology, algorithms};
 
     #[test]
     fn extending_a_cost_in_a_straight_line_changes_little() {
         let model = CostModel { slice_elements: 4096, ..CostModel::default() };
         for sizes in [&[1; 6][..], &[3, 3], &[4, 2, 3]] {
-            let shape = Shape { topology: Topology::nodes(sizes), count: 3_000_000 };
-            for algorithm in all() {
-                let followed = follow(*algorithm, &shape, &model).unwrap();
-                let extended = cost(*algorithm, &shape, &model).unwrap();
-                let name = algorithm.name();
-                assert!(
-                    (extended / followed - 1.0).abs() < 0.05,
-                    "{name}: {extended:e}, {followed:e}"
-                );
+            let (topology, root) = (Topology::nodes(sizes), 1);
+            let whole = |kind| Shape::whole(topology.clone(), kind, 3_000_000);
+            let even = |kind| Shape::even(topology.clone(), kind, 500_000);
+            let shapes = [
+                whole(Collective::AllReduce),
+                whole(Collective::Reduce { root }),
+                whole(Collective::Broadcast { root }),
+                even(Collective::AllGather),
+                even(Collective::ReduceScatter),
+                even(Collective::AllToAll),
+                even(Collective::Gather { root }),
+                even(Collective::Scatter { root }),
+            ];
+            for shape in &shapes {
+                for algorithm in algorithms(shape.collective) {
+                    let followed = follow(*algorithm, shape, &model).unwrap();
+                    let extended = cost(*algorithm, shape, &model).unwrap();
+                    assert!(
+                        (extended / followed - 1.0).abs() < 0.05,
+                        "{algorithm:?}: {extended:e}, {followed:e}"
+                    );
+                }
             }
         }
     }

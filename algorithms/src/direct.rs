@@ -1,9 +1,9 @@
-//! Direct exchanges: everybody with everybody.
+//! Direct exchanges: everybody with everybody, in one step.
 
 use std::ops::Range;
 
 use crate::algorithm::{Group, Steps};
-use crate::{Flat, Incoming, OnArrival, Outgoing, Pattern, Rank, Step, chunk};
+use crate::{Flat, Incoming, OnArrival, Outgoing, Pattern, Rank, Scope, Shape, Step, chunk};
 
 /// One-shot: everybody sends everything to everybody and reduces it all in one pass.
 ///
@@ -12,7 +12,7 @@ use crate::{Flat, Incoming, OnArrival, Outgoing, Pattern, Rank, Step, chunk};
 ///
 /// Source: the all-pairs all-reduce of MSCCL++, Shah et al., "MSCCL++: Rethinking GPU communication
 /// abstractions for AI inference", 2025, section 4.
-pub static ONE_SHOT: Flat = Flat { name: "one-shot", phase: one_shot };
+pub static ONE_SHOT: Flat = Flat { name: "one-shot", phase: one_shot, in_rank_order: true };
 
 /// Two-shot: everybody reduces its own slice from everybody, then gives it to everybody.
 ///
@@ -21,7 +21,7 @@ pub static ONE_SHOT: Flat = Flat { name: "one-shot", phase: one_shot };
 /// Cost: 2·α + 2(n−1)/n·S·β + (n−1)/n·S·γ, as 2(n−1) messages per rank where run pairwise.
 ///
 /// Source: as [`ONE_SHOT`].
-pub static TWO_SHOT: Flat = Flat { name: "two-shot", phase: two_shot };
+pub static TWO_SHOT: Flat = Flat { name: "two-shot", phase: two_shot, in_rank_order: true };
 
 fn one_shot(group: Group<'_>, range: Range<usize>) -> Steps<'_> {
     let step = (group.len() > 1).then(|| Step {
@@ -80,6 +80,42 @@ pub(crate) fn all_gather(
             .map(|(_, to)| Outgoing { to, elements: slice_of(me) })
             .collect(),
         incoming: others(members, me).map(store).collect(),
+    }
+}
+
+/// One step of a group: every member gives its elements to all others.
+pub(crate) fn exchange(
+    shape: &Shape,
+    scope: Scope,
+    rank: Rank,
+    elements_of: impl Fn(Rank) -> Vec<Range<usize>>,
+) -> Step {
+    let step = Step::new(Pattern::Direct(scope));
+    let members = step.members(rank, &shape.topology);
+    if members.len() < 2 {
+        return Step::default();
+    }
+    let mine = elements_of(rank);
+    members.into_iter().filter(|&other| other != rank).fold(step, |step, other| {
+        step.send_all(other, mine.clone()).store_all(other, elements_of(other))
+    })
+}
+
+/// One step of a group: the member `from` gives every other member its part.
+pub(crate) fn fan_out(
+    shape: &Shape,
+    scope: Scope,
+    from: Rank,
+    rank: Rank,
+    part_of: impl Fn(Rank) -> Range<usize>,
+) -> Step {
+    let step = Step::new(Pattern::Direct(scope));
+    let members = step.members(rank, &shape.topology);
+    let others = members.iter().filter(|&&other| other != from);
+    match members.len() {
+        0 | 1 => Step::default(),
+        _ if rank == from => others.fold(step, |step, &to| step.send(to, part_of(to))),
+        _ => step.store(from, part_of(rank)),
     }
 }
 

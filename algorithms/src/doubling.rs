@@ -15,7 +15,7 @@ use crate::{Flat, Rank, Step, chunk};
 /// Source: Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in
 /// MPICH", IJHPCA 19(1), 2005, section 4.5.
 pub static RECURSIVE_DOUBLING: Flat =
-    Flat { name: "recursive-doubling", phase: recursive_doubling };
+    Flat { name: "recursive-doubling", phase: recursive_doubling, in_rank_order: false };
 
 /// Halving-doubling: a reduce-scatter by halves and an all-gather by doubles.
 ///
@@ -25,7 +25,8 @@ pub static RECURSIVE_DOUBLING: Flat =
 /// group step of two.
 ///
 /// Source: Rabenseifner, "Optimization of collective reduction operations", ICCS 2004.
-pub static HALVING_DOUBLING: Flat = Flat { name: "halving-doubling", phase: halving_doubling };
+pub static HALVING_DOUBLING: Flat =
+    Flat { name: "halving-doubling", phase: halving_doubling, in_rank_order: false };
 
 fn recursive_doubling(group: Group<'_>, range: Range<usize>) -> Steps<'_> {
     let cube = Cube::new(group);

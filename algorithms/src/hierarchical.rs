@@ -54,17 +54,22 @@ impl Algorithm for Hierarchical {
         let node = shape.topology.node_of(rank) as usize;
         let members = shape.topology.members_of(node);
         let me = Group::new(Cow::Borrowed(members), rank).me;
-        let slice_of = |i: usize| chunk(&(0..shape.count), members.len(), i);
-        let across = pieces(&shape.topology, shape.count, slice_of(me)).into_iter().map(|piece| {
+        let slice_of = |i: usize| chunk(&shape.all(), members.len(), i);
+        let count = shape.all().end;
+        let across = pieces(&shape.topology, count, slice_of(me)).into_iter().map(|piece| {
             let owners = (0..shape.topology.node_count()).map(|other| match other == node {
                 true => rank,
-                false => owner(shape.topology.members_of(other), shape.count, piece.start),
+                false => owner(shape.topology.members_of(other), count, piece.start),
             });
             (self.across)(Group { members: owners.collect(), me: node }, piece)
         });
         let scatter = std::iter::once_with(move || reduce_scatter(members, me, slice_of));
         let gather = std::iter::once_with(move || all_gather(members, me, slice_of));
         Box::new(scatter.chain(side_by_side(across.collect())).chain(gather))
+    }
+
+    fn in_rank_order(&self) -> bool {
+        false
     }
 }
 

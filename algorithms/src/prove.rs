@@ -1,4 +1,4 @@
-//! Proof by execution that plans are an all-reduce.
+//! Proof by execution that plans are the collective they are for.
 
 mod fault;
 mod marks;
@@ -12,65 +12,147 @@ use crate::{Algorithm, OnArrival, Rank, Shape, Step, slice};
 pub use fault::Fault;
 use run::Run;
 
-/// Proves that `algorithm` all-reduces `shape`, whole and sliced, in windows of 1, 2 and 8 open
+/// Proves that `algorithm` does what `shape` says, whole and sliced, in windows of 1, 2 and 8 open
 /// steps.
 ///
 /// Executes the plans of all ranks on symbolic values, so the answer is exact and holds for every
-/// commutative operation, associative or not: each input is counted exactly once on every rank, all
-/// ranks fold in the same order and therefore get the same bits, nothing deadlocks with rendezvous
-/// sends, both ends agree on every transfer, and the marks are truthful.
+/// commutative operation, associative or not: each rank ends with every contribution to the
+/// elements it wants, each counted exactly once; all ranks that want an element fold it in the same
+/// order and therefore get the same bits; no rank sends or reduces what it has no value of; nothing
+/// deadlocks with rendezvous sends, both ends agree on every transfer, and the marks are truthful.
 /// Cost: a few hundred nanoseconds for each transfer and piece of a range; independent of the
 /// element count.
 ///
 /// # Errors
 /// The first [`Fault`] found.
+///
+/// # Panics
+/// If the algorithm does not support the shape, or the shape is that of one rank: see
+/// [`prove_each`].
 pub fn prove(algorithm: &dyn Algorithm, shape: &Shape) -> Result<(), Fault> {
-    let ranks = 0..shape.world();
-    let plans: Vec<Vec<Step>> = ranks.map(|rank| algorithm.steps(shape, rank).collect()).collect();
-    let expected = plans.first().map_or(0, Vec::len);
-    if let Some(rank) = plans.iter().position(|plan| plan.len() != expected) {
-        return Err(Fault::Rounds { rank, rounds: plans[rank].len(), expected });
-    }
-    check(&plans, shape.count)?;
-    for window in [1, 8] {
-        Run::new(&plans, shape.count, window).rounds_are_global().execute()?;
-    }
-    let lengths = plans.iter().flatten().flat_map(|s| s.outgoing.iter().map(|o| o.elements.len()));
-    let longest = lengths.max().unwrap_or(0);
-    let sliced: Vec<Vec<Step>> =
-        plans.into_iter().map(|plan| slice(plan.into_iter(), longest.div_ceil(SLICES))).collect();
-    [1, 2, 8].into_iter().try_for_each(|window| Run::new(&sliced, shape.count, window).execute())
+    prove_all(algorithm, &Shapes::Shared(shape), false)
 }
 
-/// Proves that the plans of all ranks, in rank order, all-reduce `count` elements with `window`
-/// open steps.
+/// As [`prove`], for an all-to-all whose ranks know only their own lengths: the shape of each rank,
+/// in rank order.
+///
+/// # Errors
+/// The first [`Fault`] found.
+///
+/// # Panics
+/// If the algorithm does not support the shapes, or there is not one for each rank.
+pub fn prove_each(algorithm: &dyn Algorithm, shapes: &[Shape]) -> Result<(), Fault> {
+    assert!(shapes.iter().all(|shape| shape.world() == shapes.len()), "a shape for each rank");
+    prove_all(algorithm, &Shapes::Each(shapes), false)
+}
+
+/// As [`prove`], and that every element is folded in rank order: right for operations that do not
+/// commute.
+///
+/// # Errors
+/// The first [`Fault`] found.
+///
+/// # Panics
+/// As [`prove`].
+pub fn prove_rank_order(algorithm: &dyn Algorithm, shape: &Shape) -> Result<(), Fault> {
+    prove_all(algorithm, &Shapes::Shared(shape), true)
+}
+
+/// Proves that the plans of all ranks, in rank order, do what `shape` says with `window` open
+/// steps.
 ///
 /// As [`prove`], but for plans as they are. They may be sliced: then both ends of a transfer need
 /// not be at the same index of their plans. Marked steps must be.
 ///
 /// # Errors
 /// The first [`Fault`] found.
-pub fn prove_plans(plans: &[Vec<Step>], count: usize, window: usize) -> Result<(), Fault> {
-    check(plans, count)?;
-    Run::new(plans, count, window).execute()
+///
+/// # Panics
+/// If the shape is that of one rank.
+pub fn prove_plans(shape: &Shape, plans: &[Vec<Step>], window: usize) -> Result<(), Fault> {
+    let shapes = Shapes::Shared(shape);
+    check(plans, &shapes)?;
+    Run::new(plans, &shapes.ends(), window).execute()
+}
+
+/// The shapes of all ranks.
+enum Shapes<'a> {
+    Shared(&'a Shape),
+    Each(&'a [Shape]),
+}
+
+impl Shapes<'_> {
+    fn of(&self, rank: Rank) -> &Shape {
+        match self {
+            Self::Shared(shape) => shape,
+            Self::Each(shapes) => &shapes[rank],
+        }
+    }
+
+    fn world(&self) -> usize {
+        match self {
+            Self::Shared(shape) => shape.world(),
+            Self::Each(shapes) => shapes.len(),
+        }
+    }
+
+    fn ends(&self) -> Ends {
+        let ranks = || 0..self.world();
+        Ends {
+            contributes: ranks().map(|rank| self.of(rank).contributes(rank)).collect(),
+            wants: ranks().map(|rank| self.of(rank).wants(rank)).collect(),
+        }
+    }
+}
+
+/// For each rank the elements it contributes and those it wants.
+struct Ends {
+    contributes: Vec<Vec<Range<usize>>>,
+    wants: Vec<Vec<Range<usize>>>,
+}
+
+fn prove_all(
+    algorithm: &dyn Algorithm,
+    shapes: &Shapes<'_>,
+    in_rank_order: bool,
+) -> Result<(), Fault> {
+    let ranks = 0..shapes.world();
+    let plans: Vec<Vec<Step>> =
+        ranks.map(|rank| algorithm.steps(shapes.of(rank), rank).collect()).collect();
+    let expected = plans.first().map_or(0, Vec::len);
+    if let Some(rank) = plans.iter().position(|plan| plan.len() != expected) {
+        return Err(Fault::Rounds { rank, rounds: plans[rank].len(), expected });
+    }
+    check(&plans, shapes)?;
+    let ends = shapes.ends();
+    for window in [1, 8] {
+        let run = Run::new(&plans, &ends, window).in_rank_order(in_rank_order);
+        run.rounds_are_global().execute()?;
+    }
+    let lengths = plans.iter().flatten().flat_map(|s| s.outgoing.iter().map(|o| o.elements.len()));
+    let longest = lengths.max().unwrap_or(0);
+    let sliced: Vec<Vec<Step>> =
+        plans.into_iter().map(|plan| slice(plan.into_iter(), longest.div_ceil(SLICES))).collect();
+    [1, 2, 8].into_iter().try_for_each(|window| {
+        Run::new(&sliced, &ends, window).in_rank_order(in_rank_order).execute()
+    })
 }
 
 /// What can be said without executing.
-fn check(plans: &[Vec<Step>], count: usize) -> Result<(), Fault> {
+fn check(plans: &[Vec<Step>], shapes: &Shapes<'_>) -> Result<(), Fault> {
     for (rank, plan) in plans.iter().enumerate() {
         for (round, step) in plan.iter().enumerate() {
-            check_ranges(step, rank, round, count)?;
+            check_ranges(step, rank, round, shapes.of(rank))?;
             check_ranks(step, rank, round, plans.len())?;
             check_overlaps(step, rank, round)?;
         }
     }
-    marks::check(plans)
+    marks::check(plans, &shapes.of(0).topology)
 }
 
-fn check_ranges(step: &Step, rank: Rank, round: usize, count: usize) -> Result<(), Fault> {
-    let beyond = |elements: &&Range<usize>| elements.end > count || elements.start > elements.end;
-    match ranges(step).find(beyond) {
-        Some(elements) => Err(Fault::Bounds { rank, round, elements: elements.clone(), count }),
+fn check_ranges(step: &Step, rank: Rank, round: usize, shape: &Shape) -> Result<(), Fault> {
+    match ranges(step).find(|elements| !shape.contains(elements)) {
+        Some(elements) => Err(Fault::Bounds { rank, round, elements: elements.clone() }),
         None => Ok(()),
     }
 }
@@ -113,7 +195,7 @@ fn check_overlaps(step: &Step, rank: Rank, round: usize) -> Result<(), Fault> {
     Ok(())
 }
 
-fn ranges(step: &Step) -> impl Iterator<Item = &Range<usize>> {
+pub(crate) fn ranges(step: &Step) -> impl Iterator<Item = &Range<usize>> {
     step.outgoing.iter().map(|o| &o.elements).chain(step.incoming.iter().map(|i| &i.elements))
 }
 

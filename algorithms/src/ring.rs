@@ -12,7 +12,7 @@ use crate::{Flat, Step, chunk};
 ///
 /// Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
 /// workstations", JPDC 69(2), 2009.
-pub static RING: Flat = Flat { name: "ring", phase: ring };
+pub static RING: Flat = Flat { name: "ring", phase: ring, in_rank_order: false };
 
 /// In round t chunk `me`−1−t goes on and chunk `me`−2−t arrives, until chunk `me` is complete; then
 /// the complete chunks go once more around.

@@ -12,10 +12,10 @@ use crate::{Incoming, Outgoing, Pattern, Step};
 /// transfers that has one. The sub-steps are ordered by (r + k, r), so that slice k goes on its way
 /// while slice k+1 arrives. Empty transfers and empty steps are dropped.
 ///
-/// A step with a mark is a wall: no sub-step of an earlier round comes after it and none of a later
-/// round before it, because its group divides ranges anew and slice numbers lose their meaning. Its
-/// own sub-steps are [`Pattern::Pairs`]. To run a marked step as a group step, leave it whole and
-/// slice only the runs of steps between such steps.
+/// A step with a mark is a wall, and so is one of [`Pattern::Wall`]: no sub-step of an earlier
+/// round comes after it and none of a later round before it, because it divides or joins ranges and
+/// slice numbers lose their meaning. Its own sub-steps are [`Pattern::Pairs`]. To run a marked step
+/// as a group step, leave it whole and slice only the runs of steps between such steps.
 ///
 /// Every rank orders by the same key and cuts the same ranges in the same way. So transfers between
 /// two ranks come in the same order on both ends, and an executor with a window of one open
@@ -27,12 +27,12 @@ pub fn slice(steps: impl Iterator<Item = Step>, max_elements: usize) -> Vec<Step
     let mut keyed = Vec::new();
     let mut segment = 0;
     for (round, step) in steps.enumerate() {
-        let marked = step.pattern != Pattern::Pairs;
-        segment += usize::from(marked);
+        let wall = step.pattern != Pattern::Pairs;
+        segment += usize::from(wall);
         for k in 0..slices_of(&step, max_elements) {
             keyed.push(((segment, round + k, round), sub_step(&step, max_elements, k)));
         }
-        segment += usize::from(marked);
+        segment += usize::from(wall);
     }
     keyed.sort_by_key(|(key, _)| *key);
     keyed.into_iter().map(|(_, step)| step).collect()

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::Rank;
+use crate::{Rank, Topology};
 
 /// What happens to bytes when they arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,15 +38,19 @@ pub struct Incoming {
 
 /// What a rank's step says about the steps of the other ranks in the same round.
 ///
-/// All but `Pairs` name a group: this rank and the receivers in `outgoing`. All its members run the
-/// same pattern in this round, so that an executor with shared memory can run it as one group step
-/// (a barrier and a fold, or a push and a barrier) instead of pairwise transfers. The transfers are
-/// listed all the same, empty ones too, so that any other executor may run them pairwise.
+/// All but `Pairs` and `Wall` name a group, see [`Step::members`]. All its members run the same
+/// pattern in this round, so that an executor with shared memory can run it as one group step (a
+/// barrier and a fold, or a copy and a barrier) instead of pairwise transfers. The transfers are
+/// listed all the same, so that any other executor may run them pairwise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pattern {
     /// Nothing: only the listed transfers.
     #[default]
     Pairs,
+    /// Pairwise transfers that divide or join ranges: slices of earlier and later rounds do not
+    /// mix with those of this round, see [`slice()`](crate::slice()). All ranks with work in the
+    /// round carry the mark.
+    Wall,
     /// Each member sends one range to all others and reduces it from all.
     OneShot,
     /// Each member reduces its own slice from all members; the slices are disjoint.
@@ -55,6 +59,22 @@ pub enum Pattern {
     ReduceScatter,
     /// Each member stores its own slice at all members; the slices are disjoint.
     AllGather,
+    /// Any transfers among exactly the ranks of the scope, each of which carries the mark, with
+    /// transfers or without.
+    ///
+    /// No member receives, stored or reduced, into what it sends in this step. So with shared
+    /// memory the members enter, each takes what comes to it straight from the senders' memory (a
+    /// copy, or one fold of all sources in rank order), and they arrive.
+    Direct(Scope),
+}
+
+/// Whom a [`Pattern::Direct`] is among; two ranks or more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// All ranks.
+    World,
+    /// The ranks of the node of the rank whose step it is.
+    Node,
 }
 
 /// One rank's part of one round.
@@ -79,11 +99,25 @@ impl Step {
             && self.incoming.iter().all(|i| i.elements.is_empty())
     }
 
-    /// The group of a step with a mark, `rank` included, ascending.
-    pub fn members(&self, rank: Rank) -> Vec<Rank> {
-        let mut members: Vec<Rank> = self.outgoing.iter().map(|o| o.to).chain([rank]).collect();
+    /// The group of a step of `rank` with a mark, `rank` included, ascending: the ranks of the
+    /// scope of a `Direct`, else this rank and the receivers in `outgoing`.
+    pub fn members(&self, rank: Rank, topology: &Topology) -> Vec<Rank> {
+        let mut members: Vec<Rank> = match self.pattern {
+            Pattern::Direct(Scope::World) => (0..topology.world()).collect(),
+            Pattern::Direct(Scope::Node) => topology.members(topology.node_of(rank)),
+            _ => self.outgoing.iter().map(|o| o.to).chain([rank]).collect(),
+        };
         members.sort_unstable();
         members
+    }
+
+    /// Whether the step names a group.
+    pub fn is_marked(&self) -> bool {
+        !matches!(self.pattern, Pattern::Pairs | Pattern::Wall)
+    }
+
+    pub(crate) fn new(pattern: Pattern) -> Self {
+        Self { pattern, ..Self::default() }
     }
 
     /// Adds the transfers of `other`, which belongs to the same round.
@@ -101,6 +135,14 @@ impl Step {
 
     pub(crate) fn store(self, from: Rank, elements: Range<usize>) -> Self {
         self.receive(vec![from], elements, OnArrival::Store)
+    }
+
+    pub(crate) fn send_all(self, to: Rank, ranges: Vec<Range<usize>>) -> Self {
+        ranges.into_iter().fold(self, |step, elements| step.send(to, elements))
+    }
+
+    pub(crate) fn store_all(self, from: Rank, ranges: Vec<Range<usize>>) -> Self {
+        ranges.into_iter().fold(self, |step, elements| step.store(from, elements))
     }
 
     pub(crate) fn reduce(self, mut from: Vec<Rank>, elements: Range<usize>) -> Self {

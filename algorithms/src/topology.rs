@@ -1,4 +1,4 @@
-//! Where the ranks live, and the shape of one collective.
+//! Where the ranks live.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -82,27 +82,6 @@ impl Topology {
 
     pub(crate) fn members_of(&self, node: usize) -> &[Rank] {
         &self.by_node[self.starts[node]..self.starts[node + 1]]
-    }
-}
-
-/// What a plan depends on, besides the algorithm and the rank; also the key of a plan cache.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Shape {
-    /// Where the ranks live.
-    pub topology: Topology,
-    /// The number of elements, the same on every rank.
-    pub count: usize,
-}
-
-impl Shape {
-    /// `count` elements on each of `world` ranks, all on one node.
-    pub fn flat(world: usize, count: usize) -> Self {
-        Self { topology: Topology::flat(world), count }
-    }
-
-    /// The number of ranks.
-    pub fn world(&self) -> usize {
-        self.topology.world()
     }
 }
 

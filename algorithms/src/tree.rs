@@ -13,13 +13,13 @@ use crate::{Flat, Rank, Step, chunk};
 ///
 /// Source: Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in
 /// MPICH", IJHPCA 19(1), 2005; slicing as in Sanders et al., see [`DOUBLE_TREE`].
-pub static TREE: Flat = Flat { name: "tree", phase: tree };
+pub static TREE: Flat = Flat { name: "tree", phase: tree, in_rank_order: false };
 
 /// Tree of arity 4: the fewest messages, 2(n−1) in all, in half the levels of the binary one.
 ///
 /// The choice for small messages where ranks share cores, so that the sum of messages counts.
 /// Cost: about 2·log₄(n)·α + 5·S·β + 4·S·γ with slices, and a parent handles four messages at once.
-pub static K_TREE: Flat = Flat { name: "k-tree", phase: k_tree };
+pub static K_TREE: Flat = Flat { name: "k-tree", phase: k_tree, in_rank_order: false };
 
 /// Two binary trees at once, half of the elements by each; inner in one is leaf in the other.
 ///
@@ -30,7 +30,8 @@ pub static K_TREE: Flat = Flat { name: "k-tree", phase: k_tree };
 ///
 /// Source: Sanders, Speck and Träff, "Two-tree algorithms for full bandwidth broadcast, reduction
 /// and scan", Parallel Computing 35(12), 2009.
-pub static DOUBLE_TREE: Flat = Flat { name: "double-tree", phase: double_tree };
+pub static DOUBLE_TREE: Flat =
+    Flat { name: "double-tree", phase: double_tree, in_rank_order: false };
 
 pub(crate) fn tree(group: Group<'_>, range: Range<usize>) -> Steps<'_> {
     up_and_down(vec![(compact(&group, 2), range)], compact_height(group.len(), 2))
@@ -54,9 +55,24 @@ fn double_tree(group: Group<'_>, range: Range<usize>) -> Steps<'_> {
     up_and_down(halves, if n < 2 { 0 } else { (n - 1).ilog2() as usize + 1 })
 }
 
+/// The place of this rank in each of two binary trees below member 0; inner in one is leaf in the
+/// other, but for one rank of an even number.
+pub(crate) fn two_trees(group: &Group<'_>) -> [Place; 2] {
+    let (n, me) = (group.len(), group.me);
+    let first = in_order(n, me).map(|i| group.at(i));
+    // The others mirrored, or, where that would not swap odd and even, shifted.
+    let second = if n.is_multiple_of(2) {
+        let shift = |i: usize, by: usize| if i == 0 { 0 } else { (i - 1 + by) % (n - 1) + 1 };
+        in_order(n, shift(me, 1)).map(|i| group.at(shift(i, n - 2)))
+    } else {
+        in_order(n, (n - me) % n).map(|i| group.at(n - i))
+    };
+    [first, second]
+}
+
 /// One rank's place in a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Place {
+pub(crate) struct Place {
     parent: Option<Rank>,
     children: Vec<Rank>,
     depth: usize,
@@ -72,7 +88,13 @@ impl Place {
     }
 
     /// This rank's part of `round`: up the tree for `height` rounds, then down for as many.
-    fn step(&self, step: Step, round: usize, height: usize, range: &Range<usize>) -> Step {
+    pub(crate) fn step(
+        &self,
+        step: Step,
+        round: usize,
+        height: usize,
+        range: &Range<usize>,
+    ) -> Step {
         match self.parent {
             Some(parent) if round + self.depth == height => step.send(parent, range.clone()),
             Some(parent) if round + 1 == height + self.depth => step.store(parent, range.clone()),
@@ -176,6 +198,18 @@ mod tests {
             };
             assert_eq!((0..n).filter(|&me| both(me) > 1).count(), n % 2, "{n} ranks");
             assert!((0..n).all(|me| in_order(n, me).children.len() <= 2), "{n} ranks");
+        }
+    }
+
+    #[test]
+    fn inner_in_one_of_two_trees_below_a_root_is_leaf_in_the_other() {
+        for n in 2..100 {
+            let members: Vec<Rank> = (0..n).collect();
+            let places = |me| two_trees(&Group { members: Cow::Borrowed(&members), me });
+            let inner = |me| places(me).iter().filter(|place| !place.children.is_empty()).count();
+            let twice = (1..n).filter(|&me| inner(me) > 1).count();
+            assert!(twice <= usize::from(n % 2 == 0), "{n} ranks");
+            assert!(places(0).iter().all(|place| place.children.len() == 1), "{n} ranks");
         }
     }
 

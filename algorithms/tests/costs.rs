@@ -1,15 +1,14 @@
 //! The cost model agrees with the formulas it stands for, and orders the algorithms as they are
 //! used.
 
-use unisum_algorithms::{CostModel, LinkCost, Shape, Topology, all, by_name, cost};
+mod support;
 
-fn seconds(name: &str, shape: &Shape, model: &CostModel) -> f64 {
-    cost(by_name(name).expect("a known name"), shape, model).expect("a right plan")
-}
+use support::{collectives, even, seconds};
+use unisum_algorithms::{CostModel, LinkCost, Shape, Topology, algorithms, cost};
 
 /// Nodes of one rank each, so that nothing runs as a group step.
 fn apart(world: usize, count: usize) -> Shape {
-    Shape { topology: Topology::nodes(&vec![1; world]), count }
+    Shape::all_reduce(Topology::nodes(&vec![1; world]), count)
 }
 
 fn assert_near(actual: f64, expected: f64, tolerance: f64) {
@@ -79,7 +78,7 @@ fn the_usual_algorithm_wins_at_each_size() {
     assert!(one_node("two-shot", MIB) < one_node("one-shot", MIB));
     assert!(one_node("two-shot", MIB) < one_node("ring", MIB));
     let nodes = Topology::nodes(&[8; 8]);
-    let across = |name, count| seconds(name, &Shape { topology: nodes.clone(), count }, &model);
+    let across = |name, count| seconds(name, &Shape::all_reduce(nodes.clone(), count), &model);
     assert!(across("hierarchical", MIB) < across("ring", MIB));
     assert!(across("hierarchical-tree", 64) < across("hierarchical", 64));
 }
@@ -99,7 +98,7 @@ fn several_streams_into_one_network_link_end_later_than_one() {
     let model =
         CostModel { across: LinkCost::new(50e-6, 1.0 / 120e6), window: 4, ..CostModel::default() };
     let hosts = |ranks, name| {
-        let shape = Shape { topology: Topology::nodes(&[ranks; 4]), count: 256 << 10 };
+        let shape = Shape::all_reduce(Topology::nodes(&[ranks; 4]), 256 << 10);
         seconds(name, &shape, &model)
     };
     assert!(hosts(1, "ring") * 1.2 < hosts(1, "two-shot"));
@@ -109,8 +108,13 @@ fn several_streams_into_one_network_link_end_later_than_one() {
 #[test]
 fn nothing_costs_nothing() {
     let model = CostModel::default();
-    for algorithm in all() {
-        assert_eq!(cost(*algorithm, &Shape::flat(1, 100), &model), Ok(0.0));
-        assert!(cost(*algorithm, &Shape::flat(3, 0), &model).unwrap() < 1e-5);
+    for collective in collectives(0) {
+        for algorithm in algorithms(collective) {
+            let costs = |world, count| {
+                cost(*algorithm, &even(&Topology::flat(world), collective, count), &model).unwrap()
+            };
+            assert_eq!(costs(1, 100), 0.0);
+            assert!(costs(3, 0) < 1e-5, "{algorithm:?}");
+        }
     }
 }

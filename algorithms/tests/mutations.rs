@@ -1,24 +1,43 @@
 //! The prover catches plans that are wrong, and names the mistake.
 
+mod support;
+
+use support::{collectives, even};
 use unisum_algorithms::{
-    Fault, Incoming, OnArrival, Outgoing, Pattern, Shape, Step, Topology, by_name, prove_plans,
+    Collective, Fault, Incoming, OnArrival, Outgoing, Pattern, RING, Scope, Shape, Step, Topology,
+    algorithms, by_name, prove_plans, prove_rank_order,
 };
 
 const COUNT: usize = 64;
 
 fn plans(name: &str, shape: &Shape) -> Vec<Vec<Step>> {
-    let algorithm = by_name(name).expect("a known name");
+    let algorithm = by_name(shape.collective, name).expect("a known name");
     (0..shape.world()).map(|rank| algorithm.steps(shape, rank).collect()).collect()
 }
 
-/// The fault of the plans of `name` on four ranks after `mutate`.
+/// The fault of the plans of `name` for an all-reduce on four ranks after `mutate`.
 fn fault_of(name: &str, mutate: impl FnOnce(&mut Vec<Vec<Step>>)) -> Fault {
-    let mut plans = plans(name, &Shape::flat(4, COUNT));
-    assert_eq!(prove_plans(&plans, COUNT, 2), Ok(()), "{name} is right before it is changed");
+    fault_in(&Shape::flat(4, COUNT), name, mutate)
+}
+
+/// The fault of the plans of `name` for this shape after `mutate`.
+fn fault_in(shape: &Shape, name: &str, mutate: impl FnOnce(&mut Vec<Vec<Step>>)) -> Fault {
+    let mut plans = plans(name, shape);
+    assert_eq!(prove_plans(shape, &plans, 2), Ok(()), "{name} is right before it is changed");
     mutate(&mut plans);
-    let fault = prove_plans(&plans, COUNT, 2).expect_err("the changed plans are wrong");
+    let fault = prove_plans(shape, &plans, 2).expect_err("the changed plans are wrong");
     assert!(!fault.to_string().is_empty());
     fault
+}
+
+/// A shape of four ranks with COUNT elements in all, or 16 in each block.
+fn four(collective: Collective) -> Shape {
+    even(&Topology::flat(4), collective, if is_whole(collective) { COUNT } else { COUNT / 4 })
+}
+
+fn is_whole(collective: Collective) -> bool {
+    use Collective::{AllReduce, Broadcast, Reduce};
+    matches!(collective, AllReduce | Broadcast { .. } | Reduce { .. })
 }
 
 fn send(to: usize, elements: std::ops::Range<usize>) -> Outgoing {
@@ -111,7 +130,8 @@ fn another_order_of_folding_is_caught() {
             vec![receive(&[0, 1], all(), OnArrival::Reduce)],
         )],
     ];
-    assert_eq!(prove_plans(&plans, COUNT, 8), Err(Fault::Order { rank: 2, element: 0 }));
+    let order = Fault::Order { rank: 2, than: 0, element: 0 };
+    assert_eq!(prove_plans(&Shape::flat(3, COUNT), &plans, 8), Err(order));
 }
 
 #[test]
@@ -135,13 +155,13 @@ fn false_marks_are_caught() {
 
 #[test]
 fn touching_the_slice_of_another_between_scatter_and_gather_is_caught() {
-    let shape = Shape { topology: Topology::nodes(&[2, 2]), count: COUNT };
+    let shape = Shape::all_reduce(Topology::nodes(&[2, 2]), COUNT);
     let mut plans = plans("hierarchical", &shape);
-    assert_eq!(prove_plans(&plans, COUNT, 8), Ok(()));
+    assert_eq!(prove_plans(&shape, &plans, 8), Ok(()));
     // Rank 0 owns 0..32 of its node, and lets rank 2 have a look beyond it.
     plans[0][1].outgoing.push(send(2, 40..41));
     plans[2][1].incoming.push(receive(&[0], 40..41, OnArrival::Store));
-    let fault = prove_plans(&plans, COUNT, 8).unwrap_err();
+    let fault = prove_plans(&shape, &plans, 8).unwrap_err();
     assert!(matches!(fault, Fault::Mark { rank: 0, round: 1, .. }), "{fault}");
 }
 
@@ -179,6 +199,126 @@ fn an_order_that_deadlocks_is_caught_only_where_the_window_is_too_small() {
         vec![sends(0, low.clone()), reduce(0, high.clone()), sends(0, high), store(0, low)],
     ];
     let stuck = Fault::Deadlock { rank: 0, round: 0, window: 1 };
-    assert_eq!(prove_plans(&plans, COUNT, 1), Err(stuck));
-    assert_eq!(prove_plans(&plans, COUNT, 2), Ok(()));
+    assert_eq!(prove_plans(&Shape::flat(2, COUNT), &plans, 1), Err(stuck));
+    assert_eq!(prove_plans(&Shape::flat(2, COUNT), &plans, 2), Ok(()));
+}
+
+#[test]
+fn a_plan_for_another_root_is_caught() {
+    let both = collectives(1).into_iter().zip(collectives(3));
+    for (meant, taken) in both.filter(|(meant, _)| meant.root().is_some()) {
+        for algorithm in algorithms(meant) {
+            let plans = plans(algorithm.name(), &four(taken));
+            let fault = prove_plans(&four(meant), &plans, 2).expect_err("the root is another");
+            let caught = matches!(fault, Fault::NoValue { .. } | Fault::Missing { .. });
+            assert!(caught, "{} {meant:?}: {fault}", algorithm.name());
+        }
+    }
+}
+
+#[test]
+fn a_block_that_a_rank_does_not_have_is_not_sent() {
+    let gather = four(Collective::Gather { root: 3 });
+    let fault = fault_in(&gather, "direct", |plans| {
+        plans[0][0].outgoing[0].elements = 16..32;
+        plans[3][0].incoming[0].elements = 16..32;
+        plans[3][0].incoming.remove(1);
+        plans[1][0].outgoing.clear();
+    });
+    assert_eq!(fault, Fault::NoValue { rank: 0, round: 0, element: 16 });
+}
+
+#[test]
+fn swapped_blocks_are_caught() {
+    let scatter = four(Collective::Scatter { root: 0 });
+    let fault = fault_in(&scatter, "direct", |plans| {
+        plans[0][0].outgoing[0].elements = 32..48;
+        plans[0][0].outgoing[1].elements = 16..32;
+        plans[1][0].incoming[0].elements = 32..48;
+        plans[2][0].incoming[0].elements = 16..32;
+    });
+    assert_eq!(fault, Fault::Missing { rank: 1, input: 0, element: 16 });
+    let all_to_all = four(Collective::AllToAll);
+    let swap = |plans: &mut Vec<Vec<Step>>| {
+        let (a, b) = (all_to_all.pair(0, 1), all_to_all.pair(0, 2));
+        plans[0][0].outgoing[0].elements = b.clone();
+        plans[0][0].outgoing[1].elements = a.clone();
+        plans[1][0].incoming[0].elements = b;
+        plans[2][0].incoming[0].elements = a;
+    };
+    let fault = fault_in(&all_to_all, "direct", swap);
+    assert_eq!(fault, Fault::Missing { rank: 1, input: 0, element: all_to_all.pair(0, 1).start });
+}
+
+#[test]
+fn a_fold_into_nothing_is_caught() {
+    for name in ["tree", "direct"] {
+        let fault = fault_in(&four(Collective::Broadcast { root: 0 }), name, |plans| {
+            plans[2].iter_mut().flat_map(|step| &mut step.incoming).for_each(|arrival| {
+                arrival.on_arrival = OnArrival::Reduce;
+            });
+        });
+        assert_eq!(fault, Fault::NoValue { rank: 2, round: 0, element: 0 });
+    }
+}
+
+#[test]
+fn a_reduce_done_twice_is_caught() {
+    for algorithm in algorithms(Collective::Reduce { root: 2 }) {
+        let fault = fault_in(&four(Collective::Reduce { root: 2 }), algorithm.name(), |plans| {
+            plans.iter_mut().for_each(|plan| plan.extend(plan.clone()));
+        });
+        assert!(matches!(fault, Fault::CountedTwice { .. }), "{}: {fault}", algorithm.name());
+    }
+}
+
+#[test]
+fn false_direct_marks_are_caught() {
+    let why = |fault: Fault| match fault {
+        Fault::Mark { pattern: Pattern::Direct(_), why, .. } => why,
+        _ => panic!("{fault}"),
+    };
+    let gather = four(Collective::AllGather);
+    let fault = fault_in(&gather, "direct", |plans| plans[2][0].pattern = Pattern::Pairs);
+    assert_eq!(why(fault), "a member runs another pattern");
+    let fault = fault_in(&four(Collective::AllReduce), "recursive-doubling", |plans| {
+        plans.iter_mut().for_each(|plan| plan[0].pattern = Pattern::Direct(Scope::World));
+    });
+    assert_eq!(why(fault), "it receives into what others read");
+    let nodes = even(&Topology::nodes(&[2, 1, 2]), Collective::AllGather, 16);
+    let direct_in_nodes = |plans: &mut Vec<Vec<Step>>| {
+        plans.iter_mut().for_each(|plan| plan[0].pattern = Pattern::Direct(Scope::Node));
+    };
+    assert_eq!(why(fault_in(&nodes, "direct", direct_in_nodes)), "a transfer leaves the group");
+    let alone = |plans: &mut Vec<Vec<Step>>| {
+        plans[2][0].pattern = Pattern::Direct(Scope::Node);
+    };
+    assert_eq!(why(fault_in(&nodes, "hierarchical", alone)), "its scope has no other rank");
+}
+
+#[test]
+fn a_wall_that_only_some_ranks_have_is_caught() {
+    let fault = fault_in(&four(Collective::AllGather), "doubling", |plans| {
+        plans[1][0].pattern = Pattern::Pairs;
+    });
+    assert!(matches!(fault, Fault::Mark { pattern: Pattern::Wall, round: 0, .. }), "{fault}");
+}
+
+#[test]
+fn another_order_than_that_of_the_ranks_is_caught() {
+    let fault = prove_rank_order(&RING, &Shape::flat(4, COUNT)).unwrap_err();
+    assert!(matches!(fault, Fault::RankOrder { .. }), "{fault}");
+    assert!(fault.to_string().contains("not in rank order"));
+}
+
+#[test]
+fn elements_beyond_the_block_of_a_pair_are_caught() {
+    let shape = four(Collective::AllToAll);
+    let fault = fault_in(&shape, "pairwise", |plans| plans[3][1].outgoing[0].elements.end += 1);
+    assert!(matches!(fault, Fault::Bounds { rank: 3, round: 1, .. }), "{fault}");
+    // A rank knows only its own lengths.
+    let own = Shape::pairs(Topology::flat(4), 0, &[1, 2, 3, 4], &[1, 0, 0, 0]);
+    let mut plans = vec![Vec::new(); 4];
+    plans[1] = vec![pairs(vec![send(2, shape.pair(1, 2))], vec![])];
+    assert!(matches!(prove_plans(&own, &plans, 1), Err(Fault::Bounds { rank: 1, .. })));
 }

@@ -6,10 +6,10 @@ use std::mem;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::{Call, Rank};
+use unisum_link::Rank;
 
 use super::inquest::{self, Account};
-use super::message::Message;
+use super::message::{Concern, Message};
 use super::status::Snapshot;
 use super::verdict::{Report, Verdict, VerdictKind, name};
 
@@ -89,9 +89,9 @@ struct Query {
 }
 
 /// The call that made a query necessary.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Overdue {
-    call: Call,
+    concern: Concern,
     by: Rank,
     until: Instant,
     /// Whether the call may go on if all ranks are in it: it is late and not overdue.
@@ -160,8 +160,8 @@ impl Coordinator {
             (_, Presence::Left(_) | Presence::Dead) => {}
             (Message::Blob { round, blob }, _) => self.take_blob(from, round, blob, now),
             (Message::Accuse(report), _) => self.accused(from, report, now),
-            (Message::Overdue(call), _) => self.ask(from, call, false, now),
-            (Message::Stalled(call), _) => self.ask(from, call, true, now),
+            (Message::Overdue(concern), _) => self.ask(from, concern, false, now),
+            (Message::Stalled(concern), _) => self.ask(from, concern, true, now),
             (Message::Status { query, snapshot }, _) => self.answered(from, query, snapshot),
             (Message::Bye(last), _) => self.left(from, last),
             (message, _) => self.violated(from, format_args!("it sent {message:?}")),
@@ -176,7 +176,7 @@ impl Coordinator {
         if let Some(due) = self.accusations.iter().find(|accusation| accusation.until <= now) {
             self.conclude(due.report.verdict(due.by));
         }
-        if self.query.open.is_some_and(|overdue| overdue.until <= now) {
+        if self.query.open.as_ref().is_some_and(|overdue| overdue.until <= now) {
             self.decide();
         }
     }
@@ -184,7 +184,7 @@ impl Coordinator {
     /// When [`Coordinator::tick`] has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let accusations = self.accusations.iter().map(|accusation| accusation.until);
-        let query = self.query.open.map(|overdue| overdue.until);
+        let query = self.query.open.as_ref().map(|overdue| overdue.until);
         accusations.chain(query).chain(self.round.until).min()
     }
 
@@ -284,20 +284,27 @@ impl Coordinator {
     }
 
     /// Starts to find out why a call takes so long, unless that is under way.
-    fn ask(&mut self, by: Rank, call: Call, patient: bool, now: Instant) {
+    fn ask(&mut self, by: Rank, concern: Concern, patient: bool, now: Instant) {
         if let Some(open) = &mut self.query.open {
-            if open.patient && !patient {
-                (open.by, open.call, open.patient) = (by, call, false);
+            let same = open.concern.call.communicator == concern.call.communicator;
+            if same && open.patient && !patient {
+                (open.by, open.concern, open.patient) = (by, concern, false);
+                return;
             }
-            return;
+            // Who is merely late asks once and is not answered; who is overdue asks for another
+            // communicator instead.
+            if same || patient || !open.patient {
+                return;
+            }
         }
         if self.verdict.is_some() {
             return;
         }
         let number = self.query.number.wrapping_add(1);
-        let open = Some(Overdue { call, by, until: now + ANSWER_TIMEOUT, patient });
+        let communicator = concern.call.communicator;
+        let open = Some(Overdue { concern, by, until: now + ANSWER_TIMEOUT, patient });
         self.query = Query { number, answers: vec![None; self.presence.len()], open };
-        self.tell_all(vec![Message::StatusRequest { query: number }]);
+        self.tell_all(vec![Message::StatusRequest { query: number, communicator }]);
     }
 
     fn answered(&mut self, from: Rank, query: u32, snapshot: Snapshot) {
@@ -316,7 +323,7 @@ impl Coordinator {
     }
 
     fn decide(&mut self) {
-        let Some(Overdue { call, by, patient, .. }) = self.query.open.take() else {
+        let Some(Overdue { concern, by, patient, .. }) = self.query.open.take() else {
             return;
         };
         let account = |(presence, answer): (&Presence, &Option<Snapshot>)| match (presence, answer)
@@ -325,7 +332,13 @@ impl Coordinator {
             (_, Some(snapshot)) => Account::Here(*snapshot),
             (_, None) => Account::Silent,
         };
-        let accounts: Vec<_> = self.presence.iter().zip(&self.query.answers).map(account).collect();
+        let mut accounts: Vec<_> =
+            self.presence.iter().zip(&self.query.answers).map(account).collect();
+        let Concern { call, ranks } = concern;
+        if !ranks.is_empty() {
+            let apart = accounts.iter_mut().enumerate().filter(|(rank, _)| !ranks.contains(rank));
+            apart.for_each(|(_, account)| *account = Account::Apart);
+        }
         if patient {
             if let Some(verdict) = inquest::contradiction(&call, by, &accounts) {
                 self.conclude(verdict);
@@ -333,7 +346,7 @@ impl Coordinator {
             return;
         }
         // If everybody has left, nobody waits for anybody.
-        if accounts.iter().any(|account| !matches!(account, Account::Left(_))) {
+        if accounts.iter().any(|it| !matches!(it, Account::Left(_) | Account::Apart)) {
             self.conclude(inquest::decide(&call, by, &accounts));
         }
     }

@@ -55,9 +55,9 @@ fn message_seeds() -> Vec<Vec<u8>> {
         Message::Blob { round: 1, blob: blob.clone() },
         Message::Gathered { round: 1, rank: 2, blob },
         Message::Accuse(Report { against: 1, mismatch: true, text: text.clone() }),
-        Message::Overdue(call(1)),
-        Message::Stalled(call(1)),
-        Message::StatusRequest { query: 3 },
+        Message::Overdue(call(1).into()),
+        Message::Stalled(call(1).into()),
+        Message::StatusRequest { query: 3, communicator: 0 },
         Message::Status { query: 3, snapshot: snapshot(1, 5) },
         Message::Verdict(Verdict { kind, culprits: vec![1, 2], text }),
         Message::Left { rank: 1 },
@@ -104,14 +104,14 @@ fn said(what: u8, number: u8) -> Message {
         6 | 7 => Message::Joined,
         8 | 9 => Message::Blob { round: u32::from(number % 4), blob: Bytes::from_static(b"blob") },
         10 => Message::Accuse(Report { against, mismatch: number > 127, text: String::new() }),
-        11 if number > 127 => Message::Stalled(call(u64::from(number & 7))),
-        11 => Message::Overdue(call(u64::from(number))),
+        11 if number > 127 => Message::Stalled(call(u64::from(number & 7)).into()),
+        11 => Message::Overdue(call(u64::from(number)).into()),
         12 | 13 => {
             let (query, step) = (u32::from(number >> 6), u32::from(number & 7));
             Message::Status { query, snapshot: snapshot(u64::from(number >> 3 & 7), step) }
         }
         14 => Message::Bye(snapshot(u64::from(number), 0)),
-        _ => Message::StatusRequest { query: u32::from(number) },
+        _ => Message::StatusRequest { query: u32::from(number), communicator: 0 },
     }
 }
 
@@ -193,7 +193,17 @@ fn file_seeds() -> Vec<Vec<u8>> {
 
 fn call(number: u64) -> Call {
     let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-    Call { number, collective, dtype, op, count: 1000, algorithm: 0 }
+    Call {
+        number,
+        collective,
+        dtype,
+        op,
+        count: 1000,
+        algorithm: 0,
+        root: 0,
+        detail: 0,
+        communicator: 0,
+    }
 }
 
 fn snapshot(number: u64, step: u32) -> Snapshot {

@@ -19,6 +19,8 @@ pub(super) enum Account {
     Left(Snapshot),
     /// It answered.
     Here(Snapshot),
+    /// It is not in the communicator.
+    Apart,
 }
 
 /// Finds the ranks that `call`, in which rank `by` ran out of time, waits for.
@@ -64,7 +66,8 @@ pub(super) fn contradiction(call: &Call, by: Rank, accounts: &[Account]) -> Opti
 
 /// Whether a rank that did `last` before it left took no part in `call`, or not to its end.
 fn misses(last: &Snapshot, call: &Call) -> bool {
-    last.position() <= call.number.saturating_mul(2).saturating_add(1)
+    // What it did last was in the job's own communicator; of a group it is no longer a member.
+    call.communicator != 0 || last.position() <= call.number.saturating_mul(2).saturating_add(1)
 }
 
 fn which(accounts: &[Account], is: impl Fn(&Account) -> bool) -> Option<Vec<Rank>> {
@@ -116,10 +119,13 @@ fn in_another_call(inside: &[(Rank, Snapshot)]) -> Option<Vec<Rank>> {
 
 /// Appends a line a rank, the culprits first.
 fn list(text: &mut String, accounts: &[Account], culprits: &[Rank]) {
-    let others = (0..accounts.len()).filter(|rank| culprits.binary_search(rank).is_err());
+    let is_other =
+        |rank: &Rank| culprits.binary_search(rank).is_err() && accounts[*rank] != Account::Apart;
+    let others = (0..accounts.len()).filter(is_other);
     for rank in culprits.iter().copied().chain(others).take(LINES_MAX) {
         let line = match &accounts[rank] {
             Account::Silent => "no answer".to_owned(),
+            Account::Apart => "not in the group".to_owned(),
             Account::Left(last) => format!("left; at that time {last}"),
             Account::Here(doing) => doing.to_string(),
         };

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::Call;
 
-use super::message::Message;
+use super::message::{Concern, Message};
 use super::shared::{Command, Shared};
 use super::verdict::{Report, Verdict, VerdictKind};
 
@@ -45,8 +44,8 @@ impl Member {
                     self.shared.gathered(std::mem::take(&mut self.blobs));
                 }
             }
-            Message::StatusRequest { query } => {
-                let snapshot = self.shared.status.snapshot();
+            Message::StatusRequest { query, communicator } => {
+                let snapshot = self.shared.snapshot(communicator);
                 return Ok(Some(Message::Status { query, snapshot }));
             }
             Message::Verdict(verdict) => self.conclude(verdict),
@@ -66,12 +65,12 @@ impl Member {
                 Some(Message::Blob { round: self.round, blob })
             }
             Command::Accuse(report) => self.accuse(report, now),
-            Command::Overdue(call) => self.overdue(call, now),
+            Command::Overdue(concern) => self.overdue(concern, now),
             // Without a coordinator nobody can be asked; the deadline will tell.
-            Command::Stalled(call) => {
-                (!self.is_coordinator_gone()).then_some(Message::Stalled(call))
+            Command::Stalled(concern) => {
+                (!self.is_coordinator_gone()).then_some(Message::Stalled(concern))
             }
-            Command::Leave => Some(Message::Bye(self.shared.status.snapshot())),
+            Command::Leave => Some(Message::Bye(self.shared.snapshot(0))),
         }
     }
 
@@ -112,8 +111,9 @@ impl Member {
         Some(Message::Accuse(report))
     }
 
-    fn overdue(&mut self, call: Call, now: Instant) -> Option<Message> {
+    fn overdue(&mut self, concern: Concern, now: Instant) -> Option<Message> {
         if self.is_coordinator_gone() {
+            let call = concern.call;
             let text = format!(
                 "{call} is overdue on rank {}: rank 0, the coordinator, has left, so that no rank \
                  can be asked what it is doing",
@@ -123,7 +123,7 @@ impl Member {
             return None;
         }
         self.expect_verdict(now);
-        Some(Message::Overdue(call))
+        Some(Message::Overdue(concern))
     }
 
     fn expect_verdict(&mut self, now: Instant) {
@@ -172,8 +172,8 @@ mod tests {
     #[test]
     fn a_coordinator_that_is_silent_is_unresponsive() {
         let (mut member, now) = (member(), Instant::now());
-        let asked = member.command(Command::Overdue(call(1)), now);
-        assert_eq!(asked, Some(Message::Overdue(call(1))));
+        let asked = member.command(Command::Overdue(call(1).into()), now);
+        assert_eq!(asked, Some(Message::Overdue(call(1).into())));
         member.tick(now + VERDICT_TIMEOUT / 2);
         assert!(member.shared.verdict().is_none());
         member.tick(now + VERDICT_TIMEOUT);
@@ -191,7 +191,7 @@ mod tests {
         };
         let now = Instant::now();
         let mut member = gone();
-        assert_eq!(member.command(Command::Overdue(call(1)), now), None);
+        assert_eq!(member.command(Command::Overdue(call(1).into()), now), None);
         expect(&member, VerdictKind::Left, 0);
         let mut member = gone();
         assert_eq!(member.command(Command::Accuse(report()), now), None);

@@ -18,6 +18,8 @@ pub(super) const BLOB_BYTES_MAX: usize = 64 << 10;
 pub(super) const FRAME_BYTES_MAX: usize = BLOB_BYTES_MAX + 1024;
 /// Most culprits that a verdict names on the wire.
 const CULPRITS_MAX: usize = 4096;
+/// Most ranks that a concern names on the wire.
+const RANKS_MAX: usize = 16_000;
 /// Longest text in bytes.
 const TEXT_BYTES_MAX: usize = 16 << 10;
 
@@ -35,11 +37,11 @@ pub(super) enum Message {
     /// Rank: another rank misbehaves.
     Accuse(Report),
     /// Rank: the deadline of this call expired.
-    Overdue(Call),
+    Overdue(Concern),
     /// Rank: it has waited in this call for a while: is everybody in the same one?
-    Stalled(Call),
-    /// Coordinator: what are you doing?
-    StatusRequest { query: u32 },
+    Stalled(Concern),
+    /// Coordinator: what are you doing in this communicator?
+    StatusRequest { query: u32, communicator: u16 },
     /// Rank: this.
     Status { query: u32, snapshot: Snapshot },
     /// Coordinator: the communicator is over.
@@ -48,6 +50,20 @@ pub(super) enum Message {
     Left { rank: Rank },
     /// Rank: I leave in order.
     Bye(Snapshot),
+}
+
+/// A call that takes long, and whose ranks it waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Concern {
+    pub(crate) call: Call,
+    /// The communicator's ranks, by their numbers in the job; none stands for all.
+    pub(crate) ranks: Vec<Rank>,
+}
+
+impl From<Call> for Concern {
+    fn from(call: Call) -> Self {
+        Self { call, ranks: Vec::new() }
+    }
 }
 
 /// Why bytes are not a message.
@@ -90,8 +106,16 @@ impl Message {
                 put_rank(to, report.against);
                 put_text(to, &report.text);
             }
-            Self::Overdue(call) | Self::Stalled(call) => to.put_slice(&call.encode()),
-            Self::StatusRequest { query } => to.put_u32_le(*query),
+            Self::Overdue(Concern { call, ranks }) | Self::Stalled(Concern { call, ranks }) => {
+                to.put_slice(&call.encode());
+                // Of too many ranks none is named: then all are asked.
+                let named = if ranks.len() > RANKS_MAX { &[] } else { &ranks[..] };
+                named.iter().for_each(|rank| put_rank(to, *rank));
+            }
+            Self::StatusRequest { query, communicator } => {
+                to.put_u32_le(*query);
+                to.put_u16_le(*communicator);
+            }
             Self::Status { query, snapshot } => {
                 to.put_u32_le(*query);
                 put_snapshot(to, snapshot);
@@ -152,13 +176,13 @@ impl Message {
             3 => parse_blob(body),
             4 => parse_gathered(body),
             5 => parse_report(body).map(Self::Accuse),
-            6 => parse_call(body).map(Self::Overdue),
-            7 => word(body).map(|query| Self::StatusRequest { query }),
+            6 => parse_concern(body).map(Self::Overdue),
+            7 => parse_request(body),
             8 => parse_status(body),
             9 => parse_verdict(body).map(Self::Verdict),
             10 => rank(body).map(|rank| Self::Left { rank }),
             11 => parse_snapshot(body).map(Self::Bye),
-            12 => parse_call(body).map(Self::Stalled),
+            12 => parse_concern(body).map(Self::Stalled),
             kind => return Err(MessageError::Kind(kind)),
         })
     }
@@ -245,8 +269,18 @@ fn parse_report(body: &mut Bytes) -> Option<Report> {
     Some(Report { mismatch, against: rank(body)?, text: text(body)? })
 }
 
-fn parse_call(body: &mut Bytes) -> Option<Call> {
-    Call::decode(&take(body)?)
+fn parse_concern(body: &mut Bytes) -> Option<Concern> {
+    let call = Call::decode(&take(body)?)?;
+    let mut ranks = Vec::new();
+    while !body.is_empty() {
+        ranks.push(rank(body)?);
+    }
+    Some(Concern { call, ranks })
+}
+
+fn parse_request(body: &mut Bytes) -> Option<Message> {
+    let query = word(body)?;
+    Some(Message::StatusRequest { query, communicator: u16::from_le_bytes(take(body)?) })
 }
 
 fn parse_status(body: &mut Bytes) -> Option<Message> {
@@ -290,6 +324,11 @@ mod tests {
         })
     }
 
+    fn concerns() -> impl Strategy<Value = Concern> {
+        let parts = (any::<u64>(), prop::collection::vec(ranks(), 0..9));
+        parts.prop_map(|(number, ranks)| Concern { call: call(number), ranks })
+    }
+
     fn blobs() -> impl Strategy<Value = Bytes> {
         any::<Vec<u8>>().prop_map(Bytes::from)
     }
@@ -312,9 +351,10 @@ mod tests {
             (ranks(), any::<bool>(), any::<String>()).prop_map(|(against, mismatch, text)| {
                 Message::Accuse(Report { against, mismatch, text })
             }),
-            any::<u64>().prop_map(|number| Message::Overdue(call(number))),
-            any::<u64>().prop_map(|number| Message::Stalled(call(number))),
-            any::<u32>().prop_map(|query| Message::StatusRequest { query }),
+            concerns().prop_map(Message::Overdue),
+            concerns().prop_map(Message::Stalled),
+            any::<(u32, u16)>()
+                .prop_map(|(query, communicator)| Message::StatusRequest { query, communicator }),
             (any::<u32>(), snapshots())
                 .prop_map(|(query, snapshot)| Message::Status { query, snapshot }),
             verdict.prop_map(|(code, culprits, text)| {

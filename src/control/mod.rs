@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 use mio::{Poll, Waker};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, Hello, Purpose, Secret, job_hash};
-use unisum_link::{Call, Rank, Wake};
+use unisum_link::{Rank, Wake};
 
 use self::coordinator::Coordinator;
 use self::dial::Reached;
@@ -48,6 +48,7 @@ use crate::address::{PortRange, Rendezvous};
 use crate::interface::InterfaceFilter;
 
 pub(crate) use self::error::ControlError;
+pub(crate) use self::message::Concern;
 pub(crate) use self::shared::Inbox;
 pub(crate) use self::status::Status;
 pub(crate) use self::verdict::{Report, Verdict, VerdictKind};
@@ -88,6 +89,7 @@ pub(crate) struct Control {
     /// Held during an exchange: they go one by one.
     exchanging: Mutex<()>,
     has_left: AtomicBool,
+    status: Arc<Status>,
     process: u32,
 }
 
@@ -137,6 +139,7 @@ impl Control {
         address: SocketAddr,
         connect_timeout: Duration,
     ) -> Self {
+        let status = shared.enroll(0);
         Self {
             shared,
             waker,
@@ -145,6 +148,7 @@ impl Control {
             connect_timeout,
             exchanging: Mutex::new(()),
             has_left: AtomicBool::new(false),
+            status,
             process: std::process::id(),
         }
     }
@@ -193,19 +197,36 @@ impl Control {
     /// Gives data connections that have proven the token and name this session to `inbox`, on the
     /// control thread: peer, socket index, and the stream (non-blocking). Those that came before
     /// are delivered at once, on this thread. `inbox` must not block.
-    #[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "only TCP has data connections"))]
-    pub(crate) fn set_inbox(&self, inbox: Inbox) {
-        self.shared.set_inbox(inbox);
+    pub(crate) fn set_inbox(&self, communicator: u16, inbox: Inbox) {
+        self.shared.set_inbox(communicator, inbox);
     }
 
-    /// Has `waker` woken when the verdict comes; at once if it is there.
-    pub(crate) fn add_waker(&self, waker: Arc<dyn Wake>) {
-        self.shared.add_waker(waker);
+    /// Has `waker` woken when the verdict comes, as long as this rank is in the communicator; at
+    /// once if it is there.
+    pub(crate) fn add_waker(&self, communicator: u16, waker: Arc<dyn Wake>) {
+        self.shared.add_waker(communicator, waker);
     }
 
-    /// Where the engine says what this rank is doing.
-    pub(crate) fn status(&self) -> &Status {
-        &self.shared.status
+    /// Where the engine of the job's own communicator says what this rank is doing.
+    pub(crate) const fn status(&self) -> &Arc<Status> {
+        &self.status
+    }
+
+    /// Enrolls this rank in a communicator, in which it has the number `rank` of `world`: data
+    /// connections of `session` are its. Gives the place where its engine says what it is doing.
+    pub(crate) fn enroll(
+        &self,
+        communicator: u16,
+        session: [u8; 16],
+        (rank, world): (Rank, usize),
+    ) -> Arc<Status> {
+        self.shared.open_channel(communicator, session, (rank, world));
+        self.shared.enroll(communicator)
+    }
+
+    /// This rank is no longer in a communicator.
+    pub(crate) fn withdraw(&self, communicator: u16) {
+        self.shared.withdraw(communicator);
     }
 
     /// Why the communicator has ended, if it has. One load until then.
@@ -224,16 +245,16 @@ impl Control {
         self.command(Command::Accuse(report));
     }
 
-    /// Tells the coordinator that this rank's deadline for `call` expired; a verdict follows
+    /// Tells the coordinator that this rank's deadline for a call expired; a verdict follows
     /// within about 2 s. Never blocks.
-    pub(crate) fn overdue(&self, call: &Call) {
-        self.command(Command::Overdue(*call));
+    pub(crate) fn overdue(&self, concern: Concern) {
+        self.command(Command::Overdue(concern));
     }
 
-    /// Tells the coordinator that this rank has waited in `call` for a while. A verdict follows
+    /// Tells the coordinator that this rank has waited in a call for a while. A verdict follows
     /// only if another rank called something else under the same number. Never blocks.
-    pub(crate) fn stalled(&self, call: &Call) {
-        self.command(Command::Stalled(*call));
+    pub(crate) fn stalled(&self, concern: Concern) {
+        self.command(Command::Stalled(concern));
     }
 
     /// Leaves in order: for the others this rank has not died. Waits until the kernel has the
@@ -317,9 +338,11 @@ fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
 fn spawn(config: ControlConfig, joined: Joined, shared: &Arc<Shared>) -> io::Result<Waker> {
     let ControlConfig { rank, world, job, secret, connect_timeout, .. } = config;
     let Joined { listening, session, role } = joined;
+    // Before anybody learns where this rank listens.
+    shared.open_channel(0, session, (rank, world));
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), thread::WAKER)?;
-    let identity = Identity { rank, world, session, job: job_hash(&job), secret };
+    let identity = Identity { rank, world, job: job_hash(&job), secret };
     let mut thread = ControlThread::new(poll, identity, Arc::clone(shared), listening.listener)?;
     match role {
         Role::Coordinator(published) => {

@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use unisum_link::fork::ParentOnly;
-use unisum_link::{Call, Rank, Wake};
+use unisum_link::{Rank, Wake};
 
-use super::status::Status;
+use super::message::Concern;
+use super::status::{Snapshot, Status};
 use super::verdict::{Report, Verdict};
 
 /// Who takes the data connections: peer, socket index, non-blocking stream.
@@ -20,26 +21,38 @@ pub(crate) type Inbox = Arc<dyn Fn(Rank, u8, ParentOnly<TcpStream>) + Send + Syn
 pub(super) enum Command {
     Exchange(Bytes),
     Accuse(Report),
-    Overdue(Call),
-    Stalled(Call),
+    Overdue(Concern),
+    Stalled(Concern),
     Leave,
 }
 
 pub(super) struct Shared {
     pub(super) rank: Rank,
-    pub(super) status: Status,
+    /// What this rank does in each of its communicators.
+    statuses: Mutex<Vec<(u16, Arc<Status>)>>,
     verdict: OnceLock<Verdict>,
     left: Box<[AtomicBool]>,
-    wakers: Mutex<Vec<Arc<dyn Wake>>>,
+    /// Who is woken by the verdict, with the communicator it belongs to.
+    wakers: Mutex<Vec<(u16, Arc<dyn Wake>)>>,
     arrivals: Mutex<Arrivals>,
     commands: Mutex<Vec<Command>>,
     news: Mutex<News>,
     changed: Condvar,
 }
 
-/// Data connections and who takes them; those that come too early wait.
+/// Data connections, by the communicators they belong to.
 #[derive(Default)]
 struct Arrivals {
+    channels: Vec<Channel>,
+}
+
+/// A communicator that takes data connections; those that come too early wait.
+struct Channel {
+    communicator: u16,
+    session: [u8; 16],
+    /// This rank's number in it, and how many ranks it has.
+    rank: Rank,
+    world: usize,
     inbox: Option<Inbox>,
     early: Vec<(Rank, u8, ParentOnly<TcpStream>)>,
 }
@@ -55,7 +68,7 @@ impl Shared {
     pub(super) fn new(rank: Rank, world: usize) -> Self {
         Self {
             rank,
-            status: Status::default(),
+            statuses: Mutex::default(),
             verdict: OnceLock::new(),
             left: (0..world).map(|_| AtomicBool::new(false)).collect(),
             wakers: Mutex::default(),
@@ -82,16 +95,37 @@ impl Shared {
         // Taken so that nobody is between looking at the verdict and sleeping.
         drop(lock(&self.news));
         self.changed.notify_all();
-        lock(&self.wakers).iter().for_each(|waker| waker.wake());
+        lock(&self.wakers).iter().for_each(|(_, waker)| waker.wake());
     }
 
     /// Registers who is woken by the verdict, at once if there is one.
-    pub(super) fn add_waker(&self, waker: Arc<dyn Wake>) {
-        lock(&self.wakers).push(Arc::clone(&waker));
+    pub(super) fn add_waker(&self, communicator: u16, waker: Arc<dyn Wake>) {
+        lock(&self.wakers).push((communicator, Arc::clone(&waker)));
         // After the push: either `conclude` sees the waker, or this sees the verdict.
         if self.verdict().is_some() {
             waker.wake();
         }
+    }
+
+    /// The status of a communicator that this rank is in from now on.
+    pub(super) fn enroll(&self, communicator: u16) -> Arc<Status> {
+        let status = Arc::new(Status::default());
+        lock(&self.statuses).push((communicator, Arc::clone(&status)));
+        status
+    }
+
+    /// The rank is no longer in a communicator.
+    pub(super) fn withdraw(&self, communicator: u16) {
+        lock(&self.statuses).retain(|(known, _)| *known != communicator);
+        lock(&self.wakers).retain(|(known, _)| *known != communicator);
+        lock(&self.arrivals).channels.retain(|channel| channel.communicator != communicator);
+    }
+
+    /// What this rank does in a communicator; nothing if it is not in it.
+    pub(super) fn snapshot(&self, communicator: u16) -> Snapshot {
+        let statuses = lock(&self.statuses);
+        let status = statuses.iter().find(|(known, _)| *known == communicator);
+        status.map_or_else(Snapshot::default, |(_, status)| status.snapshot())
     }
 
     pub(super) fn set_left(&self, rank: Rank) {
@@ -104,28 +138,61 @@ impl Shared {
         self.left[rank].load(Ordering::Acquire)
     }
 
+    /// Takes data connections of a communicator from now on.
+    pub(super) fn open_channel(
+        &self,
+        communicator: u16,
+        session: [u8; 16],
+        (rank, world): (Rank, usize),
+    ) {
+        let (inbox, early) = (None, Vec::new());
+        let channel = Channel { communicator, session, rank, world, inbox, early };
+        lock(&self.arrivals).channels.push(channel);
+    }
+
+    /// This rank's number and the number of ranks in the communicator of a session.
+    pub(super) fn channel(&self, session: &[u8; 16]) -> Option<(Rank, usize)> {
+        let arrivals = lock(&self.arrivals);
+        let channel = arrivals.channels.iter().find(|channel| channel.session == *session)?;
+        Some((channel.rank, channel.world))
+    }
+
     /// Hands a data connection over, or keeps it until somebody takes it. `false` if too many
-    /// wait already.
-    pub(super) fn arrived(&self, peer: Rank, socket: u8, stream: ParentOnly<TcpStream>) -> bool {
+    /// wait already, or nobody ever will.
+    pub(super) fn arrived(
+        &self,
+        session: &[u8; 16],
+        peer: Rank,
+        socket: u8,
+        stream: ParentOnly<TcpStream>,
+    ) -> bool {
         let mut arrivals = lock(&self.arrivals);
-        if let Some(inbox) = arrivals.inbox.clone() {
+        let mut channels = arrivals.channels.iter_mut();
+        let Some(channel) = channels.find(|channel| channel.session == *session) else {
+            return false;
+        };
+        if let Some(inbox) = channel.inbox.clone() {
             drop(arrivals);
             inbox(peer, socket, stream);
             return true;
         }
-        let has_room = arrivals.early.len() < 64 + 8 * self.world();
+        let has_room = channel.early.len() < 64 + 8 * channel.world;
         if has_room {
-            arrivals.early.push((peer, socket, stream));
+            channel.early.push((peer, socket, stream));
         }
         has_room
     }
 
-    pub(super) fn set_inbox(&self, inbox: Inbox) {
+    pub(super) fn set_inbox(&self, communicator: u16, inbox: Inbox) {
         let mut arrivals = lock(&self.arrivals);
-        for (peer, socket, stream) in arrivals.early.drain(..) {
+        let mut channels = arrivals.channels.iter_mut();
+        let Some(channel) = channels.find(|channel| channel.communicator == communicator) else {
+            return;
+        };
+        for (peer, socket, stream) in channel.early.drain(..) {
             inbox(peer, socket, stream);
         }
-        arrivals.inbox = Some(inbox);
+        channel.inbox = Some(inbox);
     }
 
     /// Lets go of what others gave: wakers, the inbox and waiting connections.

@@ -54,9 +54,8 @@ impl Status {
         // Pairs with the Acquire fence in `snapshot`: who sees one of the stores below sees that
         // `begun` has moved past this slot's former call.
         fence(Ordering::Release);
-        for (word, bytes) in slot.call.iter().zip(call.encode().chunks_exact(8)) {
-            let bytes = bytes.try_into().expect("chunks of 8 bytes");
-            word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
+        for (place, word) in slot.call.iter().zip(call.words()) {
+            place.store(word, Ordering::Relaxed);
         }
         slot.steps.store(0, Ordering::Relaxed);
         slot.bytes.store(0, Ordering::Relaxed);
@@ -102,14 +101,11 @@ impl Status {
             return Snapshot::default();
         }
         let slot = self.slot(begun);
-        let mut call = [0; Call::ENCODED];
         // Relaxed, all: the fences in `begin` and `snapshot` order them.
-        for (bytes, word) in call.chunks_exact_mut(8).zip(&slot.call) {
-            bytes.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
-        }
+        let call = slot.call.each_ref().map(|word| word.load(Ordering::Relaxed));
         let steps = slot.steps.load(Ordering::Relaxed);
         Snapshot {
-            call: Call::decode(&call),
+            call: Call::from_words(&call),
             inside: self.ended.load(Ordering::Relaxed) < begun,
             step: (steps >> 32) as u32,
             steps: steps as u32,

@@ -13,6 +13,8 @@ use unisum_link::handshake::{Heard, Listening as Handshake};
 use unisum_link::{Collective, Dtype, ReduceOp};
 
 use super::message::Message;
+use unisum_link::Call;
+
 use super::*;
 
 mod alone;
@@ -22,7 +24,17 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) fn call(number: u64) -> Call {
     let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-    Call { number, collective, dtype, op, count: 1000, algorithm: 0 }
+    Call {
+        number,
+        collective,
+        dtype,
+        op,
+        count: 1000,
+        algorithm: 0,
+        root: 0,
+        detail: 0,
+        communicator: 0,
+    }
 }
 
 /// A directory that is removed when dropped.
@@ -290,7 +302,7 @@ fn a_rank_that_does_not_enter_is_named_with_the_others_progress() {
         control.status().begin(&call(0));
         control.status().step(2, 5, 64);
     }
-    controls[1].overdue(&call(0));
+    controls[1].overdue(call(0).into());
     expect_verdict(&controls, PATIENCE, VerdictKind::NotEntered, &[2]);
     let text = controls[2].verdict().unwrap().text;
     assert!(text.contains("rank 0: in all_reduce #0") && text.contains("step 2 of 5"), "{text}");
@@ -301,7 +313,7 @@ fn a_rank_that_does_not_answer_is_named() {
     let (controls, rendezvous) = start(3, &[2]);
     let _stopped = join_by_hand(2, 3, &rendezvous);
     controls.iter().for_each(|control| control.status().begin(&call(0)));
-    controls[1].overdue(&call(0));
+    controls[1].overdue(call(0).into());
     expect_verdict(&controls, PATIENCE, VerdictKind::Unresponsive, &[2]);
 }
 
@@ -316,12 +328,12 @@ fn a_verdict_wakes_who_sleeps_in_a_link() {
     }
     let (controls, _) = start(2, &[]);
     let (bell, rung) = mpsc::channel();
-    controls[0].add_waker(Arc::new(Bell(bell.clone())));
+    controls[0].add_waker(0, Arc::new(Bell(bell.clone())));
     let text = "this rank called a, the peer called b".to_owned();
     controls[1].accuse(Report { against: 0, mismatch: true, text });
     rung.recv_timeout(PATIENCE).unwrap();
     expect_verdict(&controls, PATIENCE, VerdictKind::Mismatch, &[0, 1]);
-    controls[0].add_waker(Arc::new(Bell(bell)));
+    controls[0].add_waker(0, Arc::new(Bell(bell)));
     rung.recv_timeout(PATIENCE).unwrap();
 }
 
@@ -370,10 +382,13 @@ fn data_connections_reach_the_inbox_early_or_late() {
     };
     let early = dial(0);
     let (inbox, arrived) = mpsc::channel();
-    controls[0].set_inbox(Arc::new(move |peer, socket, stream| {
-        // The receiver is gone at the end of the test.
-        let _ = inbox.send((peer, socket, stream));
-    }));
+    controls[0].set_inbox(
+        0,
+        Arc::new(move |peer, socket, stream| {
+            // The receiver is gone at the end of the test.
+            let _ = inbox.send((peer, socket, stream));
+        }),
+    );
     let late = dial(1);
     for socket in [0, 1] {
         let (peer, named, mut stream) = arrived.recv_timeout(PATIENCE).unwrap();

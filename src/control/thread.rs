@@ -38,7 +38,6 @@ const NO_GOODBYE: &str = "its control connection ended without a goodbye";
 pub(super) struct Identity {
     pub(super) rank: Rank,
     pub(super) world: usize,
-    pub(super) session: [u8; 16],
     pub(super) job: [u8; 16],
     pub(super) secret: Secret,
 }
@@ -135,10 +134,10 @@ impl ControlThread {
     }
 
     fn visit(&mut self, token: usize, now: Instant) {
-        let Self { door: Some(door), identity, coordinator, poll, .. } = self else {
+        let Self { door: Some(door), identity, coordinator, poll, shared, .. } = self else {
             return;
         };
-        let admit = |hello: &Hello| identity.admit(hello, coordinator.as_ref());
+        let admit = |hello: &Hello| identity.admit(hello, coordinator.as_ref(), shared);
         let admitted = door.visit(token, &identity.secret, admit, poll.registry(), now);
         match admitted {
             None => {}
@@ -152,8 +151,9 @@ impl ControlThread {
         let Admitted { hello, stream, address, .. } = admitted;
         // The transport registers it with its own queue.
         let _ = self.poll.registry().deregister(&mut SourceFd(&stream.as_raw_fd()));
-        if !self.shared.arrived(hello.from as Rank, hello.socket, stream) {
-            tracing::warn!(%address, rank = hello.from, "too many connections from a rank");
+        if !self.shared.arrived(&hello.session, hello.from as Rank, hello.socket, stream) {
+            let rank = hello.from;
+            tracing::warn!(%address, rank, "a connection that nobody takes, or one too many");
         }
     }
 
@@ -356,21 +356,30 @@ impl ControlThread {
 
 impl Identity {
     /// Whether a connection that has proven the token may come in.
-    fn admit(&self, hello: &Hello, coordinator: Option<&Coordinator>) -> Result<(), Refusal> {
+    fn admit(
+        &self,
+        hello: &Hello,
+        coordinator: Option<&Coordinator>,
+        shared: &Shared,
+    ) -> Result<(), Refusal> {
         let Hello { from, to, .. } = *hello;
-        let (dialer, ours) = (from as Rank, self.world as u32);
         if hello.job != self.job {
             return Err(Refusal::Job);
         }
+        // Data connections belong to a communicator, in which ranks have numbers of their own.
+        let (rank, world) = match hello.purpose {
+            Purpose::Data => shared.channel(&hello.session).ok_or(Refusal::Session)?,
+            Purpose::Control => (self.rank, self.world),
+        };
+        let (dialer, ours) = (from as Rank, world as u32);
         if hello.world != ours {
             return Err(Refusal::World { theirs: hello.world, ours });
         }
-        if dialer >= self.world || dialer == self.rank || to as Rank != self.rank {
+        if dialer >= world || dialer == rank || to as Rank != rank {
             return Err(Refusal::Rank { from, to });
         }
         match (hello.purpose, coordinator) {
-            (Purpose::Data, _) if hello.session == self.session => Ok(()),
-            (Purpose::Data, _) => Err(Refusal::Session),
+            (Purpose::Data, _) => Ok(()),
             (Purpose::Control, None) => Err(Refusal::Rank { from, to }),
             (Purpose::Control, Some(coordinator)) if coordinator.is_vacant(dialer) => Ok(()),
             (Purpose::Control, Some(_)) => Err(Refusal::RankTaken(from)),

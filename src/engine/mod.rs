@@ -3,23 +3,33 @@
 //! A collective is started and then advanced until it is done. Advancing never blocks, so the
 //! same code runs under a caller's thread, a progress thread, and a simulation of many ranks.
 
+mod folding;
+mod memories;
+mod placement;
 pub(crate) mod program;
+mod pull;
 mod scoreboard;
 mod segment;
 #[cfg(test)]
 mod simulation;
+mod taking;
 mod together;
 
-use std::num::NonZeroU32;
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 use unisum_link::kernels::Fold;
-use unisum_link::{Arrival, Call, Group, Link, LinkError, Patience, Rank, ReduceOp, Region};
+use unisum_link::{
+    Arrival, Call, Collective, Group, Link, LinkError, Patience, Rank, Region, Regions,
+};
 
+use folding::{Extras, Folding};
+use memories::Memories;
+use placement::{Memory, Move};
 use program::{Action, Exchange, Program};
 pub(crate) use scoreboard::Links;
 use scoreboard::{Bench, Scoreboard};
@@ -45,17 +55,25 @@ pub(crate) struct Engine {
     group_link: Option<usize>,
     scoreboard: Scoreboard,
     sources: Sources,
+    /// Memory for what passes through this rank; grows to what the programs need.
+    scratch: Vec<u64>,
     /// For waits in memory.
     patience: Patience,
+    /// What the collective under way executes, or the last one did; not there while an advance
+    /// works on it.
+    program: Option<Arc<Program>>,
     running: Option<Running>,
+    /// Whether the collective that ended last had a result that is infinite or NaN.
+    found_nonfinite: bool,
 }
 
 /// A collective under way.
 #[derive(Debug)]
 struct Running {
-    program: Arc<Program>,
-    region: Region,
-    fold: Fold,
+    memories: Memories,
+    folding: Folding,
+    /// Whether all ranks are to know what one finds.
+    spreads_marks: bool,
     action: usize,
     state: State,
 }
@@ -66,7 +84,7 @@ enum State {
     Start,
     InSegment,
     Entering(Arrival),
-    /// When all have arrived, this piece of an exchange is due.
+    /// When all have arrived, this piece of an exchange or a pull is due.
     BetweenPieces(Arrival, usize),
     /// When all have arrived, the action is done.
     Leaving(Arrival),
@@ -84,7 +102,7 @@ impl State {
 }
 
 impl Running {
-    /// Takes over how an exchange goes on after `piece`.
+    /// Takes over how an exchange or a pull goes on after `piece`.
     const fn go_on(&mut self, next: Next, piece: usize) -> Advance {
         self.state = match next {
             Next::Done => return Advance::Done,
@@ -104,8 +122,11 @@ impl Engine {
             group_link,
             scoreboard: Scoreboard::default(),
             sources: Sources::default(),
+            scratch: Vec::new(),
             patience: if crowded { Patience::CROWDED } else { Patience::MEMORY },
+            program: None,
             running: None,
+            found_nonfinite: false,
         }
     }
 
@@ -126,16 +147,36 @@ impl Engine {
         self.links.all[self.group_link?].group()
     }
 
-    /// Begins a collective. The region is the engine's until [`Advance::Done`] or an abort.
-    pub(crate) fn start(&mut self, call: Call, region: Region, program: Arc<Program>) {
+    /// Begins a collective. The regions are the engine's until [`Advance::Done`] or an abort.
+    pub(crate) fn start(
+        &mut self,
+        call: Call,
+        fold: Fold,
+        regions: Regions,
+        program: &Arc<Program>,
+    ) {
         for link in &mut self.links.all {
-            link.begin(call, region);
+            link.begin(call, regions);
         }
-        let world = u32::try_from(self.links.route.len()).ok().and_then(NonZeroU32::new);
-        let divide_by = world.filter(|_| call.op == ReduceOp::Average);
-        let fold = Fold { dtype: call.dtype, op: call.op, divide_by };
-        let (action, state) = (0, State::Start);
-        self.running = Some(Running { program, region, fold, action, state });
+        let memories = Memories { regions, scratch: self.scratch(program.scratch) };
+        let spreads_marks = fold.watch && call.collective == Collective::AllReduce;
+        let (folding, action, state) = (Folding::new(fold), 0, State::Start);
+        self.found_nonfinite = false;
+        if !self.program.as_ref().is_some_and(|last| Arc::ptr_eq(last, program)) {
+            self.program = Some(program.clone());
+        }
+        self.running = Some(Running { memories, folding, spreads_marks, action, state });
+    }
+
+    /// At least `bytes` bytes of scratch memory, which nothing else uses.
+    fn scratch(&mut self, bytes: usize) -> Region {
+        if self.scratch.len() * 8 < bytes {
+            self.scratch.resize(bytes.div_ceil(8), 0);
+        }
+        let base = NonNull::new(self.scratch.as_mut_ptr().cast()).unwrap_or(NonNull::dangling());
+        // SAFETY: the vector is this long and stays as it is until the next collective starts;
+        // only the engine and its links use it.
+        unsafe { Region::new(base, bytes, None) }
     }
 
     /// Does what can be done now. After an error only [`Engine::abort`] is left.
@@ -148,15 +189,27 @@ impl Engine {
             return Ok(Advance::Waiting);
         }
         let Some(mut running) = self.running.take() else { return Ok(Advance::Done) };
-        let result = self.advance_running(&mut running);
-        if !matches!(result, Ok(Advance::Done)) {
+        let Some(program) = self.program.take() else { return Ok(Advance::Done) };
+        let mut result = self.advance_running(&program, &mut running);
+        self.program = Some(program);
+        if running.folding.panicked {
+            let what = "the program's reduction function panicked";
+            result = Err(LinkError::protocol(self.rank, what));
+        }
+        if matches!(result, Ok(Advance::Done)) {
+            let is_marked = running.spreads_marks && self.links.is_marked();
+            self.found_nonfinite = running.folding.nonfinite || is_marked;
+        } else {
             self.running = Some(running);
         }
         result
     }
 
-    fn advance_running(&mut self, running: &mut Running) -> Result<Advance, LinkError> {
-        let program = running.program.clone();
+    fn advance_running(
+        &mut self,
+        program: &Program,
+        running: &mut Running,
+    ) -> Result<Advance, LinkError> {
         let mut moved = false;
         while let Some(action) = program.actions.get(running.action) {
             match self.advance_action(action, running)? {
@@ -184,7 +237,7 @@ impl Engine {
             State::Entering(arrival)
             | State::BetweenPieces(arrival, _)
             | State::Leaving(arrival) => {
-                match self.bench(running, false).group.complete(arrival)? {
+                match group_of(&mut self.links, self.group_link).complete(arrival)? {
                     true => self.all_arrived(action, running),
                     false => Ok(Advance::Waiting),
                 }
@@ -202,14 +255,20 @@ impl Engine {
                 self.scoreboard.start(segment, &self.links);
                 running.state = State::InSegment;
             }
-            Action::OneShot { .. } => {
-                let arrival = self.bench(running, false).group.enter(true);
+            Action::Pull(pull) => {
+                let group = group_of(&mut self.links, self.group_link);
+                let arrival = if pull.enters { group.enter(pull.deposits) } else { group.arrive() };
                 running.state = State::Entering(arrival);
             }
             Action::Exchange(exchange) if exchange.enters => {
-                running.state = State::Entering(self.bench(running, false).enter(exchange));
+                let mut bench = self.bench(running, Extras::default());
+                running.state = State::Entering(bench.enter(exchange));
             }
             Action::Exchange(exchange) => return self.exchange(exchange, running),
+            Action::Copy { moves, scales } => {
+                moves.iter().for_each(|it| copy(running, it, *scales));
+                return Ok(Advance::Done);
+            }
             Action::Divide { bytes } => {
                 divide(running, bytes);
                 return Ok(Advance::Done);
@@ -224,13 +283,17 @@ impl Engine {
         running: &mut Running,
     ) -> Result<Advance, LinkError> {
         match (action, running.state) {
-            (Action::OneShot { bytes, divides }, State::Entering(_)) => {
-                self.bench(running, *divides).fold_deposits(bytes)?;
-                Ok(Advance::Done)
+            (Action::Pull(pull), State::Entering(_)) => {
+                let next = self.bench(running, pull.extras()).pull(pull)?;
+                Ok(running.go_on(next, 0))
+            }
+            (Action::Pull(pull), State::BetweenPieces(_, piece)) => {
+                let next = self.bench(running, pull.extras()).pull_piece(pull, piece)?;
+                Ok(running.go_on(next, piece))
             }
             (Action::Exchange(exchange), State::Entering(_)) => self.exchange(exchange, running),
             (Action::Exchange(exchange), State::BetweenPieces(_, piece)) => {
-                let next = self.bench(running, exchange.divides).piece(exchange, piece)?;
+                let next = self.bench(running, exchange.extras()).piece(exchange, piece)?;
                 Ok(running.go_on(next, piece))
             }
             _ => Ok(Advance::Done),
@@ -242,19 +305,24 @@ impl Engine {
         exchange: &Exchange,
         running: &mut Running,
     ) -> Result<Advance, LinkError> {
-        let next = self.bench(running, exchange.divides).exchange(exchange)?;
+        let next = self.bench(running, exchange.extras()).exchange(exchange)?;
         Ok(running.go_on(next, usize::from(exchange.folds)))
     }
 
     fn advance_segment(
         &mut self,
         action: &Action,
-        running: &Running,
+        running: &mut Running,
     ) -> Result<Advance, LinkError> {
         let Action::Transfers(segment) = action else { return Ok(Advance::Done) };
-        let fold = Fold { divide_by: None, ..running.fold };
-        let (rank, region) = (self.rank, running.region);
-        let mut bench = Bench { rank, segment, links: &mut self.links, region, fold };
+        let mut bench = Bench {
+            rank: self.rank,
+            segment,
+            links: &mut self.links,
+            memories: running.memories,
+            folding: &mut running.folding,
+            spreads_marks: running.spreads_marks,
+        };
         let moved = self.scoreboard.advance(&mut bench)?;
         Ok(match (self.scoreboard.is_done(segment), moved) {
             (true, _) => Advance::Done,
@@ -263,17 +331,22 @@ impl Engine {
         })
     }
 
-    fn bench(&mut self, running: &Running, divide: bool) -> GroupBench<'_> {
-        let link = self.group_link.expect("programs have group actions only where a group is");
-        let group = self.links.all[link].group().expect("the group's link has a group");
-        let divide_by = running.fold.divide_by.filter(|_| divide);
+    fn bench<'a>(&'a mut self, running: &'a mut Running, extras: Extras) -> GroupBench<'a> {
         GroupBench {
             rank: self.rank,
-            group,
-            region: running.region,
-            fold: Fold { divide_by, ..running.fold },
+            group: group_of(&mut self.links, self.group_link),
+            memories: running.memories,
+            folding: &mut running.folding,
+            extras,
+            spreads_marks: running.spreads_marks,
             sources: &mut self.sources,
         }
+    }
+
+    /// Whether the collective that ended last had a result that is infinite or NaN; only if its
+    /// fold watched for that.
+    pub(crate) const fn found_nonfinite(&self) -> bool {
+        self.found_nonfinite
     }
 
     /// How long waiting for what is under way pays before it parks.
@@ -297,7 +370,7 @@ impl Engine {
                 None => Ok(()),
             };
         }
-        let wanted = match running.program.actions.get(running.action) {
+        let wanted = match self.action(running) {
             Some(Action::Transfers(segment)) => self.scoreboard.wanted(segment),
             _ => 1,
         };
@@ -305,6 +378,11 @@ impl Engine {
             Some(link) => self.links.all[link].park(until, wanted),
             None => self.park_on_many(until),
         }
+    }
+
+    /// The action that the running collective is in.
+    fn action(&self, running: &Running) -> Option<&Action> {
+        self.program.as_ref()?.actions.get(running.action)
     }
 
     /// The links that have transfers under way.
@@ -343,20 +421,20 @@ impl Engine {
 
     /// How far the running collective is: (steps done, steps in all).
     pub(crate) fn position(&self) -> (usize, usize) {
-        let Some(running) = &self.running else { return (0, 0) };
+        let (Some(running), Some(program)) = (&self.running, &self.program) else { return (0, 0) };
         let steps = |action: &Action| match action {
             Action::Transfers(segment) => segment.steps(),
             _ => 1,
         };
-        let before: usize = running.program.actions[..running.action].iter().map(steps).sum();
+        let before: usize = program.actions[..running.action].iter().map(steps).sum();
         let inside = if running.state == State::InSegment { self.scoreboard.retired() } else { 0 };
-        (before + inside, running.program.actions.iter().map(steps).sum())
+        (before + inside, program.actions.iter().map(steps).sum())
     }
 
     /// The ranks without which the running collective can't go on.
     pub(crate) fn waiting_for(&mut self) -> Vec<Rank> {
         let Some(running) = &self.running else { return Vec::new() };
-        match (running.state, running.program.actions.get(running.action)) {
+        match (running.state, self.action(running)) {
             (State::InSegment, Some(Action::Transfers(segment))) => {
                 self.scoreboard.waiting_for(segment)
             }
@@ -380,10 +458,33 @@ impl Engine {
     }
 }
 
-fn divide(running: &Running, bytes: &Range<usize>) {
-    let own = running.region.pointer(bytes);
-    let count = bytes.len() / running.fold.dtype.bytes();
-    // SAFETY: the region is valid for `bytes` and no transfer is under way between two actions;
+/// The group that a program with group actions means.
+fn group_of(links: &mut Links, link: Option<usize>) -> &mut dyn Group {
+    let link = link.expect("programs have group actions only where a group is");
+    links.all[link].group().expect("the group's link has a group")
+}
+
+fn divide(running: &mut Running, bytes: &Range<usize>) {
+    let own = running.memories.regions.output.pointer(bytes);
+    let extras = Extras { divides: true, ..Extras::default() };
+    // SAFETY: the output is valid for `bytes` and no transfer is under way between two actions;
     // folding one source in place is allowed.
-    unsafe { running.fold.run(own, &[own.cast_const()], count) };
+    unsafe { running.folding.run(own, &[own.cast_const()], bytes.len(), extras) };
+}
+
+/// Copies within this rank, the inputs of a pre-multiplied sum times the factor.
+fn copy(running: &mut Running, Move { from, to, count: bytes }: &Move, scales: bool) {
+    let source = running.memories.pointer(*from, *bytes).cast_const();
+    let into = running.memories.pointer(*to, *bytes);
+    // Sums that were worked on in scratch memory become results here.
+    let watches = running.folding.watches() && from.memory == Memory::Scratch;
+    if scales || watches {
+        let extras = Extras { scales, watches, ..Extras::default() };
+        // SAFETY: both are valid for that many bytes, no transfer is under way between two
+        // actions, and they are one place or do not overlap.
+        unsafe { running.folding.run(into, &[source], *bytes, extras) };
+    } else {
+        // SAFETY: as above; in place they may overlap.
+        unsafe { into.copy_from(source, *bytes) };
+    }
 }

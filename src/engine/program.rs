@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use unisum_algorithms::{Algorithm, Pattern, Rank, Shape, Step, slice};
 
+use super::folding::Extras;
+use super::placement::{Move, Overlay, Placement};
+use super::pull::{Pull, Puller};
 use super::segment::Segment;
 
 /// One action. Each ends before the next begins; the work inside a segment is pipelined.
@@ -11,11 +14,13 @@ use super::segment::Segment;
 pub(crate) enum Action {
     /// Pairwise transfers through the scoreboard.
     Transfers(Segment),
-    /// Leave a copy of `bytes`, the whole region, for the group, and fold all members' copies.
-    OneShot { bytes: Range<usize>, divides: bool },
+    /// Take what this rank receives straight from where the members of the group have it.
+    Pull(Pull),
     /// Fold slices of the group's regions, or hand them on.
     Exchange(Exchange),
-    /// Divide by the number of ranks (the end of an average).
+    /// Copies within this rank, in bytes, the first kind of a pre-multiplied sum's inputs.
+    Copy { moves: Vec<Move>, scales: bool },
+    /// Divide the output by the number of ranks (the end of an average).
     Divide { bytes: Range<usize> },
 }
 
@@ -26,15 +31,21 @@ pub(crate) struct Exchange {
     pub(crate) slices: Vec<Range<usize>>,
     /// Whether the group is entered first: the members tell where their regions are.
     pub(crate) enters: bool,
-    /// Fold the slice of all members' regions, in rank order.
+    /// Fold the slice of all members' inputs, in rank order.
     pub(crate) folds: bool,
     /// Give the slice to all members.
     pub(crate) gathers: bool,
     /// Divide what was folded by the number of ranks.
     pub(crate) divides: bool,
+    /// Multiply the inputs by the factor as they are folded.
+    pub(crate) scales: bool,
 }
 
 impl Exchange {
+    pub(super) const fn extras(&self) -> Extras {
+        Extras { divides: self.divides, scales: self.scales, watches: true }
+    }
+
     /// Bytes of the longest slice.
     pub(crate) fn longest(&self) -> usize {
         self.slices.iter().map(Range::len).max().unwrap_or(0)
@@ -45,6 +56,8 @@ impl Exchange {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Program {
     pub(crate) actions: Vec<Action>,
+    /// Bytes of scratch memory that it needs.
+    pub(crate) scratch: usize,
 }
 
 /// How plans are turned into programs: the same on all ranks.
@@ -70,7 +83,12 @@ pub(crate) struct Source<'a> {
     pub(crate) shape: &'a Shape,
     pub(crate) rank: Rank,
     pub(crate) element_bytes: usize,
+    /// Whether the sum is divided by the number of ranks.
     pub(crate) average: bool,
+    /// Whether inputs are multiplied by a factor first.
+    pub(crate) scales: bool,
+    /// Whether input and output are one memory.
+    pub(crate) in_place: bool,
     pub(crate) tuning: Tuning,
     pub(crate) group: Option<GroupShape<'a>>,
 }
@@ -79,84 +97,166 @@ impl Program {
     /// Builds the program: steps that the whole group takes together become group actions, runs
     /// of pairwise steps become segments. Without a group everything is pairwise.
     pub(crate) fn build(source: &Source<'_>) -> Self {
-        let mut builder = Builder { source, actions: Vec::new(), pairs: Vec::new() };
-        for step in source.algorithm.steps(source.shape, source.rank) {
-            builder.add(step);
+        let mut puller = Puller::new(source);
+        let items = source.items(source.rank, &puller);
+        let scales_folds = source.scales && source.folds_inputs(&items);
+        let renames_all = source.scales && !scales_folds;
+        let steps = items.iter().flat_map(Item::steps);
+        let placement = Placement::new(source.shape, source.rank, steps, renames_all);
+        let mut builder = Builder { source, actions: Vec::new(), scales: scales_folds };
+        builder.copy(&placement.first, renames_all);
+        let mut located = &placement.located[..];
+        for item in &items {
+            let (of_item, rest) = located.split_at(item.transfers());
+            located = rest;
+            match item {
+                Item::Pairs(steps) => {
+                    let (size, window) = (source.element_bytes, source.tuning.window);
+                    let overlay = source.overlay();
+                    let segment = Segment::compile(steps, of_item, size, window, overlay);
+                    builder.actions.push(Action::Transfers(segment));
+                }
+                Item::Group(_, step) if is_exchange(step) => builder.exchange(step),
+                Item::Group(round, step) => builder.pull(puller.pull(*round, step, of_item)),
+            }
         }
-        builder.finish()
+        builder.copy(&placement.last, false);
+        builder.divide();
+        let scratch = placement.scratch * source.element_bytes;
+        Self { actions: builder.actions, scratch }
     }
 }
 
+/// A part of a plan.
+#[derive(Debug)]
+pub(super) enum Item {
+    /// The step of a round that the group takes together.
+    Group(usize, Step),
+    /// Sliced pairwise steps.
+    Pairs(Vec<Step>),
+}
+
+impl Item {
+    pub(super) fn steps(&self) -> &[Step] {
+        match self {
+            Self::Group(_, step) => std::slice::from_ref(step),
+            Self::Pairs(steps) => steps,
+        }
+    }
+
+    /// How many transfers its steps have.
+    pub(super) fn transfers(&self) -> usize {
+        self.steps().iter().map(|step| step.outgoing.len() + step.incoming.len()).sum()
+    }
+}
+
+const fn is_exchange(step: &Step) -> bool {
+    matches!(step.pattern, Pattern::ReduceScatter | Pattern::AllGather)
+}
+
+impl Source<'_> {
+    /// The parts of a member's plan; the same division on all members of a group.
+    pub(super) fn items(&self, rank: Rank, puller: &Puller<'_>) -> Vec<Item> {
+        let mut items = Vec::new();
+        let mut pairs = Vec::new();
+        for (round, step) in self.algorithm.steps(self.shape, rank).enumerate() {
+            if self.is_group_step(&step, rank) && puller.can_run(&step, round) {
+                self.close_pairs(&mut pairs, &mut items);
+                items.push(Item::Group(round, step));
+            } else {
+                pairs.push(step);
+            }
+        }
+        self.close_pairs(&mut pairs, &mut items);
+        items
+    }
+
+    fn close_pairs(&self, pairs: &mut Vec<Step>, items: &mut Vec<Item>) {
+        let max = (self.tuning.slice_bytes / self.element_bytes).max(1);
+        let steps = slice(std::mem::take(pairs).into_iter(), max);
+        if !steps.is_empty() {
+            items.push(Item::Pairs(steps));
+        }
+    }
+}
+
+impl Source<'_> {
+    /// Whether the step is one that exactly the members of the group take together.
+    fn is_group_step(&self, step: &Step, rank: Rank) -> bool {
+        let Some(group) = self.group else { return false };
+        step.is_marked() && step.members(rank, &self.shape.topology) == group.members
+    }
+
+    pub(super) fn group_is_world(&self) -> bool {
+        let members = self.group.map_or(0, |group| group.members.len());
+        members == self.shape.world()
+    }
+
+    /// Whether all inputs are operands of one fold and of nothing else.
+    fn folds_inputs(&self, items: &[Item]) -> bool {
+        let is_group = |item: &Item| matches!(item, Item::Group(..));
+        self.group_is_world() && !items.is_empty() && items.iter().all(is_group)
+    }
+
+    fn overlay(&self) -> Overlay {
+        match self.in_place {
+            true => Overlay::in_place(self.shape, self.rank, self.element_bytes),
+            false => Overlay::APART,
+        }
+    }
+
+    fn bytes(&self, elements: &Range<usize>) -> Range<usize> {
+        elements.start * self.element_bytes..elements.end * self.element_bytes
+    }
+}
+
+/// Puts actions together.
 struct Builder<'a> {
     source: &'a Source<'a>,
     actions: Vec<Action>,
-    pairs: Vec<Step>,
+    /// Whether the first fold multiplies its operands by the factor.
+    scales: bool,
 }
 
 impl Builder<'_> {
-    fn add(&mut self, step: Step) {
-        if !self.is_group_step(&step) {
-            self.pairs.push(step);
+    /// Whether this is the first action that the group takes together.
+    fn enters(&self) -> bool {
+        !self.actions.iter().any(|it| matches!(it, Action::Exchange(_) | Action::Pull(_)))
+    }
+
+    fn pull(&mut self, pull: Pull) {
+        // A fold over the group completes an average where the group is the world; elsewhere the
+        // division follows at the end, alike on all ranks.
+        let divides = self.source.average && self.source.group_is_world();
+        let (enters, scales) = (self.enters(), std::mem::take(&mut self.scales));
+        self.actions.push(Action::Pull(Pull { enters, divides, scales, ..pull }));
+    }
+
+    fn exchange(&mut self, step: &Step) {
+        let folds = step.pattern == Pattern::ReduceScatter;
+        let divides = self.source.average && self.source.group_is_world();
+        if let Some(Action::Exchange(exchange)) = self.actions.last_mut()
+            && self.source.group_is_world()
+            && !folds
+            && !exchange.gathers
+        {
+            // The slices that were just folded are handed on while they are in cache. All members
+            // have to see this alike: where there are other nodes, a member may have nothing to
+            // do with them, but others have.
+            (exchange.gathers, exchange.divides) = (true, divides);
             return;
         }
-        self.close_pairs();
-        match step.pattern {
-            Pattern::Pairs => {}
-            Pattern::OneShot => {
-                let bytes = self.bytes(&step.incoming[0].elements);
-                self.actions.push(Action::OneShot { bytes, divides: self.is_final() });
-            }
-            Pattern::ReduceScatter => self.add_exchange(&step),
-            Pattern::AllGather => {
-                let (alone, divides) = (self.group_is_world(), self.source.average);
-                match self.actions.last_mut() {
-                    // The slices that were just folded are handed on while they are in cache. All
-                    // members have to see this alike: where there are other nodes, a member may
-                    // have nothing to do with them, but others have.
-                    Some(Action::Exchange(exchange)) if alone && !exchange.gathers => {
-                        (exchange.gathers, exchange.divides) = (true, divides);
-                    }
-                    _ => self.add_exchange(&step),
-                }
-            }
-        }
-    }
-
-    fn add_exchange(&mut self, step: &Step) {
-        let folds = step.pattern == Pattern::ReduceScatter;
-        let enters = !self.actions.iter().any(|action| matches!(action, Action::Exchange(_)));
+        let (enters, scales) = (self.enters(), folds && std::mem::take(&mut self.scales));
+        let (slices, gathers) = (self.slices(step, folds), !folds);
+        let divides = false;
         self.actions.push(Action::Exchange(Exchange {
-            slices: self.slices(step, folds),
+            slices,
             enters,
             folds,
-            gathers: !folds,
-            divides: false,
+            gathers,
+            divides,
+            scales,
         }));
-    }
-
-    /// Whether the step is one that exactly the members of the group take together, in a form
-    /// that the group can execute.
-    fn is_group_step(&self, step: &Step) -> bool {
-        let Some(group) = self.source.group else { return false };
-        let fits = match step.pattern {
-            Pattern::Pairs => false,
-            Pattern::OneShot => {
-                self.source.shape.count * self.source.element_bytes <= group.slot_bytes
-            }
-            Pattern::ReduceScatter | Pattern::AllGather => true,
-        };
-        fits && step.members(self.source.rank) == group.members
-    }
-
-    /// A fold over the group completes an average where the group is the world; elsewhere the
-    /// division follows at the end, alike on all ranks.
-    fn is_final(&self) -> bool {
-        self.source.average && self.group_is_world()
-    }
-
-    fn group_is_world(&self) -> bool {
-        let members = self.source.group.map_or(0, |group| group.members.len());
-        members == self.source.shape.world()
     }
 
     /// Each member's slice: what it folds is sent to it, what it gathers comes from it.
@@ -176,36 +276,36 @@ impl Builder<'_> {
             false if folds => outgoing(member),
             false => incoming(member),
         };
-        group.iter().map(|member| slice_of(member).map_or(0..0, |it| self.bytes(it))).collect()
+        let bytes = |member| slice_of(member).map_or(0..0, |it| self.source.bytes(it));
+        group.iter().map(bytes).collect()
     }
 
-    fn bytes(&self, elements: &Range<usize>) -> Range<usize> {
-        let size = self.source.element_bytes;
-        elements.start * size..elements.end * size
-    }
-
-    fn close_pairs(&mut self) {
-        let tuning = self.source.tuning;
-        let size = self.source.element_bytes;
-        let steps = slice(std::mem::take(&mut self.pairs).into_iter(), tuning.slice_bytes / size);
-        if !steps.is_empty() {
-            self.actions.push(Action::Transfers(Segment::compile(&steps, size, tuning.window)));
+    /// Copies within the rank; in place most of them have nothing to do.
+    fn copy(&mut self, moves: &[Move], scales: bool) {
+        let (size, overlay) = (self.source.element_bytes, self.source.overlay());
+        let in_bytes = |it: &Move| Move {
+            from: it.from.in_bytes(size),
+            to: it.to.in_bytes(size),
+            count: it.count * size,
+        };
+        let is_needed = |it: &Move| scales || overlay.of(it.from) != overlay.of(it.to);
+        let moves: Vec<Move> = moves.iter().map(in_bytes).filter(is_needed).collect();
+        if !moves.is_empty() {
+            self.actions.push(Action::Copy { moves, scales });
         }
     }
 
-    fn finish(mut self) -> Program {
-        self.close_pairs();
-        let divided = self.actions.iter().any(|action| {
-            matches!(
-                action,
-                Action::OneShot { divides: true, .. }
-                    | Action::Exchange(Exchange { divides: true, .. })
-            )
-        });
-        if self.source.average && !divided {
-            let bytes = 0..self.source.shape.count * self.source.element_bytes;
-            self.actions.push(Action::Divide { bytes });
+    /// Ends an average that no fold has ended.
+    fn divide(&mut self) {
+        let is_divided = |action: &Action| match action {
+            Action::Pull(pull) => pull.divides,
+            Action::Exchange(exchange) => exchange.divides,
+            _ => false,
+        };
+        let wants = self.source.shape.wants(self.source.rank);
+        let wanted: usize = wants.iter().map(Range::len).sum();
+        if self.source.average && wanted > 0 && !self.actions.iter().any(is_divided) {
+            self.actions.push(Action::Divide { bytes: 0..wanted * self.source.element_bytes });
         }
-        Program { actions: self.actions }
     }
 }

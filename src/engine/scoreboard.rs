@@ -1,11 +1,12 @@
 //! Executes a segment over the links: an in-order window of open steps.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 
-use unisum_link::kernels::Fold;
-use unisum_link::{Landing, Link, LinkError, Rank, Region, Ticket};
+use unisum_link::{Landing, Link, LinkError, Rank, Ticket};
 
+use super::folding::{Extras, Folding};
+use super::memories::Memories;
+use super::placement::Memory;
 use super::segment::{Segment, Transfer, Work};
 
 /// The links and which of them reaches each rank.
@@ -19,6 +20,15 @@ pub(crate) struct Links {
 impl Links {
     fn to(&mut self, peer: Rank) -> &mut dyn Link {
         self.all[self.route[peer]].as_mut()
+    }
+
+    /// Marks the collective on all links.
+    pub(crate) fn mark(&mut self) {
+        self.all.iter_mut().for_each(|link| link.mark());
+    }
+
+    pub(crate) fn is_marked(&self) -> bool {
+        self.all.iter().any(|link| link.is_marked())
     }
 }
 
@@ -51,8 +61,10 @@ pub(crate) struct Bench<'a> {
     pub(crate) rank: Rank,
     pub(crate) segment: &'a Segment,
     pub(crate) links: &'a mut Links,
-    pub(crate) region: Region,
-    pub(crate) fold: Fold,
+    pub(crate) memories: Memories,
+    pub(crate) folding: &'a mut Folding,
+    /// Whether a mark is passed on to other ranks.
+    pub(crate) spreads_marks: bool,
 }
 
 const OUT: usize = 0;
@@ -139,6 +151,10 @@ impl Scoreboard {
             let result = bench.links.all[link].progress(&mut done);
             moved |= !done.is_empty();
             self.in_flight[link] -= done.len();
+            if bench.spreads_marks && bench.links.all[link].is_marked() {
+                // What came marked over one link goes on marked over all, before it is passed on.
+                bench.links.mark();
+            }
             for ticket in done.drain(..) {
                 self.ticket_done(ticket, bench)?;
             }
@@ -189,8 +205,8 @@ impl Scoreboard {
             }
             self.unposted[peer][direction].pop_front();
             self.in_flight[bench.links.route[peer]] += 1;
-            self.bytes_moved += transfer.bytes.len() as u64;
-            post(transfer, index, peer, bench.links)?;
+            self.bytes_moved += transfer.bytes as u64;
+            post(transfer, index, peer, bench)?;
         }
         Ok(())
     }
@@ -242,8 +258,10 @@ impl Scoreboard {
 
     /// Folds this rank's value and all arrivals once, in rank order.
     fn fold(&mut self, index: usize, from: &[Rank], bench: &mut Bench<'_>) {
-        let bytes = &bench.segment.transfers[index].bytes;
-        let own = bench.region.pointer(bytes);
+        let Transfer { bytes, reads, writes, .. } = bench.segment.transfers[index];
+        let (Some(reads), Some(writes)) = (reads, writes) else { return };
+        let own = bench.memories.pointer(reads, bytes).cast_const();
+        let into = bench.memories.pointer(writes, bytes);
         let own_place = from.iter().filter(|&&peer| peer < bench.rank).count();
         self.sources.clear();
         for (source, &peer) in from.iter().enumerate() {
@@ -255,11 +273,15 @@ impl Scoreboard {
         if own_place == from.len() {
             self.sources.push(own);
         }
-        let count = bytes.len() / bench.fold.dtype.bytes();
-        // SAFETY: `own` is valid for `bytes` (checked by `Region::pointer`) and no other transfer
-        // touches it (hazards are clear); each arrival is a landed receive of the same length,
-        // readable until released below.
-        unsafe { bench.fold.run(own, &self.sources, count) };
+        let watches = writes.memory == Memory::Output;
+        let extras = Extras { watches, ..Extras::default() };
+        // SAFETY: `own` and `into` are valid for `bytes` (checked by `Region::part`) and no other
+        // transfer touches them (hazards are clear); each arrival is a landed receive of the same
+        // length, readable until released below.
+        unsafe { bench.folding.run(into, &self.sources, bytes, extras) };
+        if bench.folding.nonfinite && bench.spreads_marks {
+            bench.links.mark();
+        }
         for (source, &peer) in from.iter().enumerate() {
             bench.links.to(peer).release(ticket(index, source));
         }
@@ -284,16 +306,26 @@ fn for_each_end(
     }
 }
 
-fn post(transfer: &Transfer, index: usize, peer: Rank, links: &mut Links) -> Result<(), LinkError> {
-    let bytes: Range<usize> = transfer.bytes.clone();
-    let link = links.to(peer);
+fn post(
+    transfer: &Transfer,
+    index: usize,
+    peer: Rank,
+    bench: &mut Bench<'_>,
+) -> Result<(), LinkError> {
+    let place = match &transfer.work {
+        Work::Send { .. } => transfer.reads,
+        Work::Store { .. } | Work::Reduce { .. } => transfer.writes,
+    };
+    let place = place.expect("every transfer has its place");
+    let memory = bench.memories.region(place, transfer.bytes);
+    let link = bench.links.to(peer);
     match &transfer.work {
-        Work::Send { .. } => link.send(peer, bytes, ticket(index, 0)),
-        Work::Store { .. } => link.receive(peer, bytes, Landing::Place, ticket(index, 0)),
+        Work::Send { .. } => link.send(peer, memory, ticket(index, 0)),
+        Work::Store { .. } => link.receive(peer, memory, Landing::Place, ticket(index, 0)),
         Work::Reduce { from } => {
             let source = from.iter().position(|&rank| rank == peer);
             let source = source.expect("a reduce is queued only for its sources");
-            link.receive(peer, bytes, Landing::Slot, ticket(index, source))
+            link.receive(peer, memory, Landing::Slot, ticket(index, source))
         }
     }
 }

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use unisum_algorithms::{OnArrival, Rank, Step};
 
+use super::placement::{Located, Overlay, Place};
+
 /// What a transfer does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
@@ -12,11 +14,15 @@ pub(crate) enum Work {
     Reduce { from: Vec<Rank> },
 }
 
-/// One transfer of a segment. `bytes` is its range in the region.
+/// One transfer of a segment: its length, and the bytes it touches in this rank's memories.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Transfer {
     pub(crate) work: Work,
-    pub(crate) bytes: Range<usize>,
+    pub(crate) bytes: usize,
+    /// What a send sends, or the own operand of a reduction.
+    pub(crate) reads: Option<Place>,
+    /// Where an arrival ends up.
+    pub(crate) writes: Option<Place>,
     pub(crate) step: usize,
     /// Earlier transfers of the window that touch the same bytes, at least one of both writing.
     pub(crate) waits_for: u32,
@@ -38,13 +44,30 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
-    /// Compiles sliced steps for elements of `element_bytes` bytes.
-    pub(crate) fn compile(steps: &[Step], element_bytes: usize, window: usize) -> Self {
+    /// Compiles sliced steps for elements of `element_bytes` bytes, each transfer with its entry
+    /// of `located`.
+    pub(crate) fn compile(
+        steps: &[Step],
+        located: &[Located],
+        element_bytes: usize,
+        window: usize,
+        overlay: Overlay,
+    ) -> Self {
         let mut segment = Self { window, step_starts: vec![0], ..Self::default() };
+        let mut located = located.iter();
         for (index, step) in steps.iter().enumerate() {
-            for (work, elements) in works(step) {
-                let bytes = elements.start * element_bytes..elements.end * element_bytes;
-                segment.add(Transfer { work, bytes, step: index, waits_for: 0, followers: vec![] });
+            for ((work, elements), located) in works(step).zip(&mut located) {
+                let place = |place: Option<Place>| place.map(|it| it.in_bytes(element_bytes));
+                let transfer = Transfer {
+                    work,
+                    bytes: elements.len() * element_bytes,
+                    reads: place(located.reads),
+                    writes: place(located.writes),
+                    step: index,
+                    waits_for: 0,
+                    followers: vec![],
+                };
+                segment.add(transfer, overlay);
             }
             segment.step_starts.push(segment.transfers.len());
         }
@@ -56,11 +79,11 @@ impl Segment {
         self.step_starts.len() - 1
     }
 
-    fn add(&mut self, mut transfer: Transfer) {
+    fn add(&mut self, mut transfer: Transfer, overlay: Overlay) {
         let index = self.transfers.len();
         let oldest_open = (transfer.step + 1).saturating_sub(self.window);
         for earlier in &mut self.transfers[self.step_starts[oldest_open]..] {
-            if conflict(earlier, &transfer) {
+            if conflict(earlier, &transfer, overlay) {
                 earlier.followers.push(index);
                 transfer.waits_for += 1;
             }
@@ -81,16 +104,25 @@ fn works(step: &Step) -> impl Iterator<Item = (Work, &Range<usize>)> {
     sends.chain(arrivals)
 }
 
-fn conflict(earlier: &Transfer, later: &Transfer) -> bool {
-    let is_read = |transfer: &Transfer| matches!(transfer.work, Work::Send { .. });
-    let overlap = earlier.bytes.start < later.bytes.end && later.bytes.start < earlier.bytes.end;
-    overlap && !(is_read(earlier) && is_read(later))
+fn conflict(earlier: &Transfer, later: &Transfer, overlay: Overlay) -> bool {
+    let meet = |a: Option<Place>, b: Option<Place>| match (a, b) {
+        (Some(a), Some(b)) => {
+            let ((a_memory, a_start), (b_memory, b_start)) = (overlay.of(a), overlay.of(b));
+            let ends = (a_start + earlier.bytes as isize, b_start + later.bytes as isize);
+            a_memory == b_memory && a_start < ends.1 && b_start < ends.0
+        }
+        _ => false,
+    };
+    meet(earlier.writes, later.writes)
+        || meet(earlier.writes, later.reads)
+        || meet(earlier.reads, later.writes)
 }
 
 #[cfg(test)]
 mod tests {
     use unisum_algorithms::{Incoming, Outgoing, Pattern};
 
+    use super::super::placement::Memory;
     use super::*;
 
     fn step(send: Range<usize>, reduce: Range<usize>) -> Step {
@@ -105,23 +137,36 @@ mod tests {
         }
     }
 
+    /// In place: everything lies in the output.
+    fn compile(steps: &[Step], window: usize) -> Segment {
+        let at = |elements: &Range<usize>| Some(Place::new(Memory::Output, elements.start));
+        let located = |step: &Step| {
+            let sends = step.outgoing.iter().map(|out| (at(&out.elements), None));
+            let arrivals = step.incoming.iter().map(|it| (at(&it.elements), at(&it.elements)));
+            sends.chain(arrivals).map(|(reads, writes)| Located { reads, writes }).collect()
+        };
+        let located: Vec<Located> =
+            steps.iter().flat_map(|step| -> Vec<_> { located(step) }).collect();
+        Segment::compile(steps, &located, 4, window, Overlay::APART)
+    }
+
     fn waits(segment: &Segment) -> Vec<u32> {
         segment.transfers.iter().map(|transfer| transfer.waits_for).collect()
     }
 
     #[test]
     fn a_reduce_waits_for_the_send_of_the_same_step_and_the_next_send_for_the_reduce() {
-        let segment = Segment::compile(&[step(0..4, 0..4), step(0..4, 4..8)], 4, 8);
+        let segment = compile(&[step(0..4, 0..4), step(0..4, 4..8)], 8);
         // send; reduce after it; second send after the reduce; second reduce is free.
         assert_eq!(waits(&segment), [0, 1, 1, 0]);
         assert_eq!(segment.transfers[1].followers, [2]);
-        assert_eq!(segment.transfers[1].bytes, 0..16);
+        assert_eq!(segment.transfers[1].bytes, 16);
     }
 
     #[test]
     fn steps_beyond_the_window_are_not_compared() {
         let steps = [step(0..4, 0..4), step(0..4, 0..4), step(0..4, 0..4)];
-        let segment = Segment::compile(&steps, 1, 1);
+        let segment = compile(&steps, 1);
         // Window 1: a step opens when the one before is done, only same-step hazards remain.
         assert_eq!(waits(&segment), [0, 1, 0, 1, 0, 1]);
     }

@@ -9,9 +9,11 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use unisum_algorithms::{Shape, Topology, all};
+use unisum_algorithms::{self as plans, Algorithm, Shape, Topology, algorithms, all};
+use unisum_link::kernels::Fold;
 use unisum_link::{
-    Call, Collective, Dtype, Group, Landing, Link, LinkError, Rank, ReduceOp, Region, Ticket, Wake,
+    Call, Collective, Dtype, Group, Landing, Link, LinkError, Rank, ReduceOp, Region, Regions,
+    Ticket, Wake,
 };
 
 use super::program::{Program, Source, Tuning};
@@ -38,6 +40,7 @@ impl Random {
 struct Message {
     at: u64,
     call: Call,
+    marked: bool,
     bytes: Vec<u8>,
     /// The sender's ticket, if it is done only when the message is received.
     on_receipt: Option<Ticket>,
@@ -74,13 +77,14 @@ impl Network {
 struct SimulatedLink {
     rank: Rank,
     network: Arc<Mutex<Network>>,
-    current: Option<(Call, Region)>,
-    posted: HashMap<Rank, VecDeque<(Range<usize>, Landing, Ticket)>>,
+    current: Option<Call>,
+    posted: HashMap<Rank, VecDeque<(Region, Landing, Ticket)>>,
     /// Sends that are done and not reported yet.
     sent: Vec<Ticket>,
     /// How many sends to each rank wait to be received.
     awaited: HashMap<Rank, usize>,
     slots: HashMap<Ticket, Vec<u8>>,
+    marked: bool,
 }
 
 #[derive(Debug)]
@@ -95,17 +99,18 @@ impl SimulatedLink {
         self.network.lock().unwrap()
     }
 
-    fn current(&self) -> (Call, Region) {
+    fn current(&self) -> Call {
         self.current.expect("begun")
     }
 
-    fn land(&mut self, message: Message, bytes: Range<usize>, landing: Landing, ticket: Ticket) {
-        assert_eq!(message.bytes.len(), bytes.len(), "both ends post the same lengths");
+    fn land(&mut self, message: Message, memory: Region, landing: Landing, ticket: Ticket) {
+        assert_eq!(message.bytes.len(), memory.bytes(), "both ends post the same lengths");
+        self.marked |= message.marked;
         match landing {
             Landing::Place => {
-                let to = self.current().1.pointer(&bytes);
-                // SAFETY: the region is valid for `bytes`; the message is memory of its own.
-                unsafe { to.copy_from_nonoverlapping(message.bytes.as_ptr(), bytes.len()) };
+                let to = memory.base();
+                // SAFETY: the region is that long; the message is memory of its own.
+                unsafe { to.copy_from_nonoverlapping(message.bytes.as_ptr(), memory.bytes()) };
             }
             Landing::Slot => {
                 self.slots.insert(ticket, message.bytes);
@@ -115,21 +120,20 @@ impl SimulatedLink {
 }
 
 impl Link for SimulatedLink {
-    fn begin(&mut self, call: Call, region: Region) {
-        self.current = Some((call, region));
+    fn begin(&mut self, call: Call, _regions: Regions) {
+        (self.current, self.marked) = (Some(call), false);
     }
 
-    fn send(&mut self, to: Rank, bytes: Range<usize>, ticket: Ticket) -> Result<(), LinkError> {
-        let (call, region) = self.current();
-        let from = region.pointer(&bytes);
-        // SAFETY: the region is valid for `bytes` and the engine sends only what is quiet.
-        let payload = unsafe { std::slice::from_raw_parts(from, bytes.len()) }.to_vec();
+    fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
+        let (call, marked) = (self.current(), self.marked);
+        // SAFETY: the region is that long and the engine sends only what is quiet.
+        let payload = unsafe { std::slice::from_raw_parts(memory.base(), memory.bytes()) }.to_vec();
         let mut network = self.network();
         let delay = 1 + network.random.below(50);
         let line = network.lines.get(&(self.rank, to)).and_then(|line| line.back());
         let at = line.map_or(0, |last| last.at).max(network.now + delay);
         let on_receipt = (network.random.below(2) == 0).then_some(ticket);
-        let message = Message { at, call, bytes: payload, on_receipt };
+        let message = Message { at, call, marked, bytes: payload, on_receipt };
         network.lines.entry((self.rank, to)).or_default().push_back(message);
         drop(network);
         match on_receipt {
@@ -142,11 +146,11 @@ impl Link for SimulatedLink {
     fn receive(
         &mut self,
         from: Rank,
-        bytes: Range<usize>,
+        memory: Region,
         landing: Landing,
         ticket: Ticket,
     ) -> Result<(), LinkError> {
-        self.posted.entry(from).or_default().push_back((bytes, landing, ticket));
+        self.posted.entry(from).or_default().push_back((memory, landing, ticket));
         Ok(())
     }
 
@@ -165,7 +169,7 @@ impl Link for SimulatedLink {
         let peers: Vec<Rank> = self.posted.keys().copied().collect();
         for peer in peers {
             while !self.posted[&peer].is_empty() {
-                let (ours, _) = self.current();
+                let ours = self.current();
                 let mut network = self.network();
                 let now = network.now;
                 let line = network.lines.entry((peer, rank)).or_default();
@@ -182,8 +186,8 @@ impl Link for SimulatedLink {
                 drop(network);
                 assert_eq!(message.call, ours);
                 let posted = self.posted.get_mut(&peer).and_then(VecDeque::pop_front);
-                let (bytes, landing, ticket) = posted.expect("just seen");
-                self.land(message, bytes, landing, ticket);
+                let (memory, landing, ticket) = posted.expect("just seen");
+                self.land(message, memory, landing, ticket);
                 done.push(ticket);
             }
         }
@@ -196,6 +200,14 @@ impl Link for SimulatedLink {
 
     fn release(&mut self, ticket: Ticket) {
         self.slots.remove(&ticket).expect("released once, after it arrived");
+    }
+
+    fn mark(&mut self) {
+        self.marked = true;
+    }
+
+    fn is_marked(&self) -> bool {
+        self.marked
     }
 
     fn park(&mut self, _until: Instant, _wanted: usize) -> Result<(), LinkError> {
@@ -232,11 +244,13 @@ impl Link for SimulatedLink {
 struct World {
     network: Arc<Mutex<Network>>,
     engines: Vec<Engine>,
-    buffers: Vec<Vec<i32>>,
+    inputs: Vec<Vec<i32>>,
+    /// Where the results go, if not to the inputs.
+    outputs: Vec<Vec<i32>>,
 }
 
 impl World {
-    fn new(world: usize, count: usize, seed: u64, death: Option<(Rank, u64)>) -> Self {
+    fn new(world: usize, seed: u64, death: Option<(Rank, u64)>) -> Self {
         let random = Random(seed);
         let (lines, received) = (HashMap::new(), HashMap::new());
         let network = Network { now: 0, random, lines, received, death };
@@ -249,6 +263,7 @@ impl World {
             sent: Vec::new(),
             awaited: HashMap::new(),
             slots: HashMap::new(),
+            marked: false,
         };
         // Two links, so that what arrives over different links is reordered as well.
         let engine = |rank| {
@@ -257,38 +272,61 @@ impl World {
             Engine::new(rank, links, None, false)
         };
         let engines = (0..world).map(engine).collect();
-        let value = |rank: usize, at: usize| (rank * 1000 + at * 7) as i32;
-        let buffers =
-            (0..world).map(|rank| (0..count).map(|at| value(rank, at)).collect()).collect();
-        Self { network, engines, buffers }
+        Self { network, engines, inputs: Vec::new(), outputs: Vec::new() }
     }
 
-    fn start(&mut self, algorithm: usize, number: u64, tuning: Tuning) {
-        let (world, count) = (self.engines.len(), self.buffers[0].len());
-        let topology = Topology::nodes(&uneven(world));
-        let shape = Shape { topology, count };
+    /// Starts a sum by `algorithm`, with one buffer a rank for input and output if `in_place`.
+    fn start(&mut self, algorithm: &dyn Algorithm, shape: &Shape, in_place: bool, tuning: Tuning) {
         let call = Call {
-            number,
+            number: 0,
             collective: Collective::AllReduce,
             dtype: Dtype::I32,
             op: ReduceOp::Sum,
-            count: count as u64,
-            algorithm: algorithm as u32,
+            count: shape.elements() as u64,
+            algorithm: 0,
+            root: 0,
+            detail: 0,
+            communicator: 0,
         };
+        let buffers = |rank: Rank| Buffers::new(shape, rank, in_place);
+        let buffers: Vec<Buffers> = (0..self.engines.len()).map(buffers).collect();
+        self.inputs = buffers.iter().map(|it| it.input.clone()).collect();
+        self.outputs = buffers.iter().map(|it| vec![-1; it.output]).collect();
         for (rank, engine) in self.engines.iter_mut().enumerate() {
             let program = Program::build(&Source {
-                algorithm: all()[algorithm],
-                shape: &shape,
+                algorithm,
+                shape,
                 rank,
                 element_bytes: 4,
                 average: false,
+                scales: false,
+                in_place: buffers[rank].overlaid.is_some(),
                 tuning,
                 group: None,
             });
-            let base = NonNull::from(self.buffers[rank].as_mut_slice()).cast();
-            // SAFETY: the buffers outlive the engines' use of them: both live in this world.
-            let region = unsafe { Region::new(base, count * 4, None) };
-            engine.start(call, region, Arc::new(program));
+            let input = region(&mut self.inputs[rank]);
+            let regions = match &buffers[rank].overlaid {
+                Some((puts, gets)) => Regions { input: input.part(puts), output: input.part(gets) },
+                None => Regions { input, output: region(&mut self.outputs[rank]) },
+            };
+            let fold = Fold::new(Dtype::I32, ReduceOp::Sum);
+            engine.start(call, fold, regions, &Arc::new(program));
+        }
+    }
+
+    /// Checks every rank's result, and that inputs apart stayed as they were.
+    fn check(&self, shape: &Shape, in_place: bool, context: &str) {
+        let world = self.engines.len();
+        for rank in 0..world {
+            let buffers = Buffers::new(shape, rank, in_place);
+            let result = match &buffers.overlaid {
+                Some((_, gets)) => &self.inputs[rank][gets.start / 4..gets.end / 4],
+                None => {
+                    assert_eq!(self.inputs[rank], buffers.input, "{context}: an input changed");
+                    &self.outputs[rank]
+                }
+            };
+            assert_eq!(result, expected(shape, rank), "{context}: rank {rank}");
         }
     }
 
@@ -348,27 +386,93 @@ fn uneven(world: usize) -> Vec<usize> {
     }
 }
 
-fn expected(world: usize, count: usize) -> Vec<i32> {
-    let ranks: i32 = (0..world as i32).sum();
-    (0..count).map(|at| ranks * 1000 + world as i32 * (at * 7) as i32).collect()
+/// What a rank begins with.
+struct Buffers {
+    input: Vec<i32>,
+    /// Elements of the output.
+    output: usize,
+    /// Where input and output lie in one buffer, in bytes.
+    overlaid: Option<(Range<usize>, Range<usize>)>,
+}
+
+impl Buffers {
+    fn new(shape: &Shape, rank: Rank, in_place: bool) -> Self {
+        let (puts, gets) = (shape.contributes(rank), shape.wants(rank));
+        let input: Vec<i32> = puts.iter().cloned().flatten().map(|at| value(rank, at)).collect();
+        let output = gets.iter().map(Range::len).sum();
+        let (Some(first_in), Some(first_out), true) = (puts.first(), gets.first(), in_place) else {
+            return Self { input, output, overlaid: None };
+        };
+        let start = first_in.start.min(first_out.start);
+        let place = |first: usize, len: usize| (first - start) * 4..(first - start + len) * 4;
+        let overlaid = (place(first_in.start, input.len()), place(first_out.start, output));
+        let mut both = vec![-1; overlaid.0.end.max(overlaid.1.end) / 4];
+        both[overlaid.0.start / 4..overlaid.0.end / 4].copy_from_slice(&input);
+        Self { input: both, output: 0, overlaid: Some(overlaid) }
+    }
+}
+
+fn region(buffer: &mut [i32]) -> Region {
+    let (base, bytes) = (NonNull::from(&mut *buffer).cast(), size_of_val(buffer));
+    // SAFETY: the buffers outlive the engines' use of them: both live in one world.
+    unsafe { Region::new(base, bytes, None) }
+}
+
+const fn value(rank: Rank, element: usize) -> i32 {
+    (rank * 1000 + element % 10_007 * 7) as i32
+}
+
+/// The sum of all contributions to what a rank wants.
+fn expected(shape: &Shape, rank: Rank) -> Vec<i32> {
+    let inputs: Vec<Vec<Range<usize>>> =
+        (0..shape.world()).map(|peer| shape.contributes(peer)).collect();
+    let has = |peer: Rank, at: usize| inputs[peer].iter().any(|range| range.contains(&at));
+    let peers = |at: usize| (0..shape.world()).filter(move |&peer| has(peer, at));
+    let sum = |at: usize| peers(at).map(|peer| value(peer, at)).sum();
+    shape.wants(rank).into_iter().flatten().map(sum).collect()
+}
+
+/// A shape of each collective on uneven nodes, with uneven blocks where it may have them.
+fn shapes(world: usize, count: usize, random: &mut Random) -> Vec<Shape> {
+    use plans::Collective::{
+        AllGather, AllReduce, AllToAll, Broadcast, Gather, Reduce, ReduceScatter, Scatter,
+    };
+    let topology = || Topology::nodes(&uneven(world));
+    let root = random.below(world as u64) as usize;
+    let mut length = || random.below(2 * count as u64 / world as u64 + 1) as usize;
+    let lengths: Vec<usize> = (0..world).map(|_| length()).collect();
+    let whole = [AllReduce, Reduce { root }, Broadcast { root }];
+    let blocks = [AllGather, ReduceScatter, Gather { root }, Scatter { root }];
+    whole
+        .map(|collective| Shape::whole(topology(), collective, count))
+        .into_iter()
+        .chain(blocks.map(|collective| Shape::blocks(topology(), collective, &lengths)))
+        .chain([Shape::even(topology(), AllToAll, count / world)])
+        .collect()
 }
 
 #[test]
-fn every_algorithm_is_right_under_any_schedule() {
+fn every_algorithm_of_every_collective_is_right_under_any_schedule() {
     for seed in 0..if cfg!(miri) { 1 } else { 40 } {
         let mut random = Random(seed);
         let world = 2 + random.below(8) as usize;
         let count = random.below(200) as usize + 1;
-        for algorithm in 0..all().len() {
-            let tuning = Tuning { slice_bytes: 4 << random.below(6), window: 1 << random.below(6) };
-            let mut simulated = World::new(world, count, random.next(), None);
-            simulated.start(algorithm, 0, tuning);
-            let failures = simulated.run();
-            let name = all()[algorithm].name();
-            let context = format!("seed {seed}, {name}, world {world}, count {count}, {tuning:?}");
-            assert!(failures.iter().all(Option::is_none), "{context}: {failures:?}");
-            for buffer in &simulated.buffers {
-                assert_eq!(*buffer, expected(world, count), "{context}");
+        for shape in shapes(world, count, &mut random) {
+            let in_place = shape.collective != plans::Collective::AllToAll && random.below(2) == 0;
+            let fits = |algorithm: &&&dyn Algorithm| algorithm.supports(&shape);
+            for algorithm in algorithms(shape.collective).iter().filter(fits) {
+                let tuning =
+                    Tuning { slice_bytes: 4 << random.below(6), window: 1 << random.below(6) };
+                let mut simulated = World::new(world, random.next(), None);
+                simulated.start(*algorithm, &shape, in_place, tuning);
+                let failures = simulated.run();
+                let (name, collective) = (algorithm.name(), shape.collective);
+                let context = format!(
+                    "seed {seed}, {collective:?} {name}, world {world}, count {count}, {tuning:?}, \
+                     in place {in_place}"
+                );
+                assert!(failures.iter().all(Option::is_none), "{context}: {failures:?}");
+                simulated.check(&shape, in_place, &context);
             }
         }
     }
@@ -382,8 +486,9 @@ fn a_rank_that_dies_leaves_nobody_waiting_for_it_without_an_error() {
         let dead = random.below(world as u64) as usize;
         let algorithm = random.below(all().len() as u64) as usize;
         let death = Some((dead, random.below(200)));
-        let mut simulated = World::new(world, 64, random.next(), death);
-        simulated.start(algorithm, 0, Tuning { slice_bytes: 32, window: 8 });
+        let mut simulated = World::new(world, random.next(), death);
+        let shape = Shape::all_reduce(Topology::nodes(&uneven(world)), 64);
+        simulated.start(all()[algorithm], &shape, true, Tuning { slice_bytes: 32, window: 8 });
         let (failed, finished) = simulated.run_with_deaths(dead);
         assert_eq!(failed + finished + 1, world, "seed {seed}");
     }

@@ -13,30 +13,35 @@
 
 use std::ops::Range;
 
-use unisum_link::kernels::Fold;
-use unisum_link::{Arrival, Group, LinkError, Rank, Region};
+use unisum_link::{Arrival, Group, LinkError, Part, Rank};
 
+use super::folding::{Extras, Folding};
+use super::memories::Memories;
 use super::program::Exchange;
 
 /// Blocks of mapped memory: read from all members, folded and written while in the first cache.
-const MAPPED_BLOCK: usize = 16 << 10;
+pub(super) const MAPPED_BLOCK: usize = 16 << 10;
 /// Longest part of a piece: the benches of two ranks and what they copy stay in a second cache.
-const PART_BYTES_MAX: usize = 256 << 10;
+pub(super) const PART_BYTES_MAX: usize = 256 << 10;
 /// Parts begin at lines of the cache.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
 /// What a group action works with.
 pub(crate) struct GroupBench<'a> {
     pub(crate) rank: Rank,
     pub(crate) group: &'a mut dyn Group,
-    pub(crate) region: Region,
-    pub(crate) fold: Fold,
+    pub(crate) memories: Memories,
+    pub(crate) folding: &'a mut Folding,
+    /// What the folds of the action do beside folding.
+    pub(crate) extras: Extras,
+    /// Whether a mark is passed on to other ranks.
+    pub(crate) spreads_marks: bool,
     pub(crate) sources: &'a mut Sources,
 }
 
 /// Room for the addresses of one fold, kept so that nothing is allocated.
 #[derive(Debug, Default)]
-pub(crate) struct Sources(Vec<*const u8>);
+pub(crate) struct Sources(pub(super) Vec<*const u8>);
 
 // SAFETY: the addresses are used in the call that collects them and never afterwards.
 unsafe impl Send for Sources {}
@@ -52,16 +57,9 @@ pub(crate) enum Next {
 }
 
 impl GroupBench<'_> {
-    /// Folds `bytes` of all members' deposits into this rank's region.
-    pub(crate) fn fold_deposits(&mut self, bytes: &Range<usize>) -> Result<(), LinkError> {
-        self.fold_into(bytes, self.region.pointer(bytes), |group, member| {
-            Ok(group.source(member, bytes.clone())?.expect("a deposit is mapped"))
-        })
-    }
-
     /// Enters. The first piece of a private region goes along, in case somebody can't map it.
     pub(crate) fn enter(&mut self, exchange: &Exchange) -> Arrival {
-        if exchange.folds && !self.is_registered() {
+        if exchange.folds && !self.input_is_registered() {
             self.lay_out(exchange, 0);
         }
         self.group.enter(false)
@@ -69,7 +67,7 @@ impl GroupBench<'_> {
 
     /// After the enter: folds this rank's slice of all members, or hands it to them, or both.
     pub(crate) fn exchange(&mut self, exchange: &Exchange) -> Result<Next, LinkError> {
-        if !self.group.registered() {
+        if ![Part::Input, Part::Output].into_iter().all(|part| self.group.registered(part)) {
             let first = usize::from(exchange.folds);
             return self.piece(exchange, first);
         }
@@ -77,21 +75,22 @@ impl GroupBench<'_> {
         for start in own.clone().step_by(MAPPED_BLOCK) {
             let bytes = start..own.end.min(start + MAPPED_BLOCK);
             if exchange.folds {
-                self.fold_into(&bytes, self.region.pointer(&bytes), |group, member| {
-                    Ok(group.source(member, bytes.clone())?.expect("registered regions are mapped"))
+                self.fold_into(&bytes, |group, member| {
+                    let mapped = group.source(member, Part::Input, bytes.clone())?;
+                    Ok(mapped.expect("registered regions are mapped"))
                 })?;
             }
             if exchange.gathers {
                 self.push(&bytes);
             }
         }
-        Ok(if exchange.gathers { Next::Last(self.group.arrive()) } else { Next::Done })
+        Ok(if exchange.gathers { Next::Last(self.arrive()) } else { Next::Done })
     }
 
     /// The work between two arrivals of an exchange of private regions.
     pub(crate) fn piece(&mut self, exchange: &Exchange, k: usize) -> Result<Next, LinkError> {
         if exchange.folds {
-            if !self.is_registered() {
+            if !self.input_is_registered() {
                 self.lay_out(exchange, k);
             }
             if let Some(k) = k.checked_sub(1) {
@@ -106,7 +105,7 @@ impl GroupBench<'_> {
         }
         let pieces = exchange.longest().div_ceil(self.part_bytes());
         let is_last = k + 1 >= pieces + behind;
-        Ok(if is_last { Next::Done } else { Next::Piece(self.group.arrive()) })
+        Ok(if is_last { Next::Done } else { Next::Piece(self.arrive()) })
     }
 
     /// Copies this rank's inputs of piece `k` to its bench.
@@ -114,9 +113,10 @@ impl GroupBench<'_> {
         for (place, slice) in exchange.slices.iter().enumerate() {
             let part = self.part(slice, k);
             let to = self.bench(self.rank, self.input(k, place, part.len()));
+            let from = self.memories.regions.input.pointer(&part);
             // SAFETY: the region and the bench are valid for that many bytes and never overlap.
             // Who read the input of piece k − 2 here did so before the last arrival.
-            unsafe { to.copy_from_nonoverlapping(self.region.pointer(&part), part.len()) };
+            unsafe { to.copy_from_nonoverlapping(from, part.len()) };
         }
     }
 
@@ -125,8 +125,8 @@ impl GroupBench<'_> {
         let place = self.place();
         let part = self.part(&exchange.slices[place], k);
         let input = self.input(k, place, part.len());
-        self.fold_into(&part, self.region.pointer(&part), |group, member| {
-            let mapped = group.source(member, part.clone())?;
+        self.fold_into(&part, |group, member| {
+            let mapped = group.source(member, Part::Input, part.clone())?;
             Ok(mapped.unwrap_or_else(|| group.bench(member, input.clone()).cast_const()))
         })?;
         if exchange.gathers {
@@ -139,7 +139,7 @@ impl GroupBench<'_> {
         let part = self.part(&exchange.slices[self.place()], k);
         let to = self.bench(self.rank, self.result(k, part.len()));
         // SAFETY: as in `lay_out`.
-        unsafe { to.copy_from_nonoverlapping(self.region.pointer(&part), part.len()) };
+        unsafe { to.copy_from_nonoverlapping(self.output(&part), part.len()) };
     }
 
     /// Copies the others' results of piece `k` into this rank's region.
@@ -151,15 +151,14 @@ impl GroupBench<'_> {
             let part = self.part(slice, k);
             let from = self.bench(member, self.result(k, part.len()));
             // SAFETY: as in `lay_out`; the member finished the result before the last arrival.
-            unsafe { self.region.pointer(&part).copy_from_nonoverlapping(from, part.len()) };
+            unsafe { self.output(&part).copy_from_nonoverlapping(from, part.len()) };
         }
     }
 
-    /// Folds what `source` gives for each member into `into`, which is this rank's `bytes`.
+    /// Folds what `source` gives for each member into `bytes` of this rank's output.
     fn fold_into(
         &mut self,
         bytes: &Range<usize>,
-        into: *mut u8,
         source: impl Fn(&dyn Group, Rank) -> Result<*const u8, LinkError>,
     ) -> Result<(), LinkError> {
         if bytes.is_empty() {
@@ -169,16 +168,16 @@ impl GroupBench<'_> {
         for &member in self.group.members() {
             self.sources.0.push(source(&*self.group, member)?);
         }
-        let count = bytes.len() / self.fold.dtype.bytes();
+        let into = self.output(bytes);
         // SAFETY: `into` and every source are valid for `bytes`. All members arrived, so their
         // values are there, and only this rank writes these bytes until the next arrival.
-        unsafe { self.fold.run(into, &self.sources.0, count) };
+        unsafe { self.folding.run(into, &self.sources.0, bytes.len(), self.extras) };
         Ok(())
     }
 
-    /// Stores `bytes` of this rank's region at all members.
+    /// Stores `bytes` of this rank's output at all members.
     fn push(&self, bytes: &Range<usize>) {
-        let own = self.region.pointer(bytes);
+        let own = self.output(bytes);
         for &member in self.group.members().iter().filter(|&&member| member != self.rank) {
             let target = self.group.target(member, bytes.clone());
             // SAFETY: both are valid for `bytes`: the own region, and the member's mapped one.
@@ -188,8 +187,20 @@ impl GroupBench<'_> {
         }
     }
 
-    const fn is_registered(&self) -> bool {
-        self.region.heap_offset().is_some()
+    /// Arrives; what this rank found goes along.
+    pub(super) fn arrive(&mut self) -> Arrival {
+        if self.folding.nonfinite && self.spreads_marks {
+            self.group.mark();
+        }
+        self.group.arrive()
+    }
+
+    fn output(&self, bytes: &Range<usize>) -> *mut u8 {
+        self.memories.regions.output.pointer(bytes)
+    }
+
+    pub(super) const fn input_is_registered(&self) -> bool {
+        self.memories.regions.input.heap_offset().is_some()
     }
 
     fn place(&self) -> usize {
@@ -224,7 +235,7 @@ impl GroupBench<'_> {
         start..start + bytes
     }
 
-    fn bench(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
+    pub(super) fn bench(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
         self.group.bench(member, bytes)
     }
 }

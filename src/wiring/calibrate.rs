@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use unisum_algorithms::LinkCost;
+use unisum_link::kernels::Fold;
 use unisum_link::{
     Backoff, Call, Collective, Dtype, Landing, Link, LinkError, LinkErrorKind, Pause, Rank,
-    ReduceOp, Region, Ticket,
+    ReduceOp, Region, Regions, Ticket,
 };
 
 use crate::engine::program::Program;
@@ -59,7 +60,7 @@ pub(crate) fn measure(
 pub(crate) fn collective_s(
     engine: &mut Engine,
     call: Call,
-    region: Region,
+    regions: Regions,
     program: &Arc<Program>,
     until: Instant,
 ) -> Result<f64, LinkError> {
@@ -67,7 +68,8 @@ pub(crate) fn collective_s(
     for round in 0..ROUNDS {
         let call = Call { number: call.number - round as u64, ..call };
         let start = Instant::now();
-        engine.start(call, region, program.clone());
+        let fold = Fold::new(call.dtype, call.op);
+        engine.start(call, fold, regions, program);
         finish(engine, until)?;
         times.push(start.elapsed().as_secs_f64());
     }
@@ -109,27 +111,37 @@ impl Pair<'_> {
     /// Seconds that a message of each size takes one way.
     fn run(&mut self, region: Region) -> Result<[f64; 3], LinkError> {
         let (collective, dtype, op) = (Collective::AllReduce, Dtype::U8, ReduceOp::Sum);
-        let call = Call { number: u64::MAX, collective, dtype, op, count: 0, algorithm: 0 };
-        self.link.begin(call, region);
+        let call = Call {
+            number: u64::MAX,
+            collective,
+            dtype,
+            op,
+            count: 0,
+            algorithm: 0,
+            root: 0,
+            detail: 0,
+            communicator: 0,
+        };
+        self.link.begin(call, Regions::in_place(region));
         let mut seconds = [0.0; 3];
         for (seconds, bytes) in seconds.iter_mut().zip([SMALL, CACHED, LARGE]) {
-            *seconds = self.fastest_half_trip(bytes)?.as_secs_f64();
+            *seconds = self.fastest_half_trip(region.part(&(0..bytes)))?.as_secs_f64();
         }
         Ok(seconds)
     }
 
-    fn fastest_half_trip(&mut self, bytes: usize) -> Result<Duration, LinkError> {
+    fn fastest_half_trip(&mut self, memory: Region) -> Result<Duration, LinkError> {
         let mut fastest = Duration::MAX;
         for _ in 0..ROUNDS {
             let start = Instant::now();
             if self.first {
-                self.link.send(self.peer, 0..bytes, Ticket(0))?;
+                self.link.send(self.peer, memory, Ticket(0))?;
                 self.finish()?;
             }
-            self.link.receive(self.peer, 0..bytes, Landing::Place, Ticket(0))?;
+            self.link.receive(self.peer, memory, Landing::Place, Ticket(0))?;
             self.finish()?;
             if !self.first {
-                self.link.send(self.peer, 0..bytes, Ticket(0))?;
+                self.link.send(self.peer, memory, Ticket(0))?;
                 self.finish()?;
             }
             fastest = fastest.min(start.elapsed() / 2);

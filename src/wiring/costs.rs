@@ -4,17 +4,17 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut};
-use unisum_algorithms::{CostModel, LinkCost, Topology};
-use unisum_link::kernels::Fold;
-use unisum_link::{Call, Collective, Dtype, LinkError, Rank, ReduceOp};
+use unisum_algorithms::{Algorithm, CostModel, LinkCost, Topology, all};
+use unisum_link::kernels::{Fold, Folded};
+use unisum_link::{Call, Collective, Dtype, LinkError, Rank, ReduceOp, Regions};
 
 use super::{calibrate, rendezvous_error};
-use crate::choice::{self, Choice, Line, NodeCost};
+use crate::choice::{Choice, Line, NodeCost};
 use crate::control::Control;
 use crate::engine::Engine;
 use crate::engine::program::Tuning;
 use crate::memory::Arena;
-use crate::programs::Programs;
+use crate::programs::{Key, Programs};
 use crate::{Error, ErrorKind};
 
 /// The figures that all ranks share.
@@ -97,24 +97,31 @@ fn measure_collectives(
 ) -> Result<Line, Error> {
     let failed = |text: String| Error::new(ErrorKind::Rendezvous, text).on(site.rank);
     let memory = site.arena.allocate(sizes[1]).map_err(failed)?;
-    let algorithm = choice::index_of(algorithm)?;
-    let mut programs = Programs::new(site.rank, site.tuning);
+    let named = |known: &&dyn Algorithm| known.name() == algorithm;
+    let algorithm = all().iter().position(named).expect("the names are the algorithms'");
+    let programs = Programs::new(site.rank, site.tuning);
     let mut points = [(0, 0.0); 2];
     for (point, bytes) in points.iter_mut().zip(sizes) {
+        let count = bytes / size_of::<f32>();
+        let key = Key::all_reduce(count, size_of::<f32>());
         let call = Call {
             number: u64::MAX,
             collective: Collective::AllReduce,
             dtype: Dtype::F32,
             op: ReduceOp::Sum,
-            count: (bytes / size_of::<f32>()) as u64,
-            algorithm: algorithm as u32,
+            count: count as u64,
+            root: 0,
+            detail: 0,
+            communicator: 0,
+            algorithm: algorithm as u16,
         };
-        let program = programs.program(&call, algorithm, site.topology, engine);
+        let program = programs.build_by(algorithm, &key, site.topology, engine);
         // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the
         // links drop the region before `memory` is freed.
         let region = unsafe { site.arena.region_at(memory.start(), bytes) };
+        let regions = Regions::in_place(region);
         let until = Instant::now() + MEASURE_TIMEOUT;
-        let seconds = calibrate::collective_s(engine, call, region, &program, until);
+        let seconds = calibrate::collective_s(engine, call, regions, &program, until);
         if seconds.is_err() {
             engine.abort();
         }
@@ -194,13 +201,14 @@ pub(super) fn cores() -> usize {
 fn gamma_s_per_byte() -> f64 {
     const COUNT: usize = 64 << 10;
     let (mut to, from) = (vec![1.0_f32; COUNT], vec![1.0_f32; COUNT]);
-    let fold = Fold { dtype: Dtype::F32, op: ReduceOp::Sum, divide_by: None };
+    let fold = Fold::new(Dtype::F32, ReduceOp::Sum);
     let mut fastest = Duration::MAX;
     for _ in 0..4 {
         let start = Instant::now();
         let own: *mut u8 = to.as_mut_ptr().cast();
         // SAFETY: both vectors hold `COUNT` elements; the destination is one of the sources.
-        unsafe { fold.run(own, &[own.cast_const(), from.as_ptr().cast()], COUNT) };
+        let outcome = unsafe { fold.run(own, &[own.cast_const(), from.as_ptr().cast()], COUNT) };
+        debug_assert_eq!(outcome, Folded::Done);
         fastest = fastest.min(start.elapsed());
     }
     fastest.as_secs_f64().max(1e-9) / (COUNT * size_of::<f32>()) as f64

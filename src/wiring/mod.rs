@@ -8,9 +8,12 @@ mod card;
 mod costs;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod group;
+mod job;
 mod node;
 mod tcp;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use unisum_algorithms::Topology;
@@ -22,24 +25,30 @@ use crate::control::{Control, ControlError};
 use crate::engine::program::Tuning;
 use crate::engine::{Engine, Links};
 use crate::launcher::Detected;
-use crate::memory::Arena;
+use crate::membership::Membership;
 use crate::settings::Settings;
 use crate::{Error, ErrorKind};
 use card::Card;
 use costs::Site;
-use node::{Node, Offer};
+pub(crate) use group::{Group, Member, Parent};
+pub(crate) use job::Job;
+use node::{Circle, Node, Offer};
 
 /// What joining gave.
 #[derive(Debug)]
 pub(crate) struct Joined {
-    pub(crate) control: Control,
+    pub(crate) job: Arc<Job>,
+    pub(crate) membership: Membership,
     pub(crate) engine: Engine,
     pub(crate) choice: Choice,
-    pub(crate) arena: Arena,
     pub(crate) tuning: Tuning,
     pub(crate) transport: String,
     pub(crate) description: String,
 }
+
+/// Gives every rank's blob to every rank of a communicator, in rank order. All ranks call it,
+/// equally often.
+pub(crate) type Exchange<'a> = dyn Fn(Vec<u8>) -> Result<Vec<Vec<u8>>, Error> + 'a;
 
 /// Joins the job. Blocks until every rank has come.
 pub(crate) fn join(
@@ -49,32 +58,37 @@ pub(crate) fn join(
 ) -> Result<Joined, Error> {
     let (rank, world, start) = (detected.rank, detected.world, Instant::now());
     let fixed = settings.algorithm.as_deref().map(choice::index_of).transpose()?;
-    let control = tcp::start_control(detected, settings, secret)?;
+    let control = Arc::new(tcp::start_control(detected, settings, secret)?);
     let offer = Offer::new(settings.transport, secret);
     let cards = exchange_cards(&control, rank, settings, &offer)?;
-    let node = offer.join(rank, &cards, &control, settings)?;
-    let Node { arena, members, link, topology } = node;
+    let hosts: Vec<&str> = cards.iter().map(|card| card.host.as_str()).collect();
+    let circle = Circle {
+        rank,
+        hosts: &hosts,
+        cards: cards.iter().map(|card| card.shm.clone()).collect(),
+        session: control.session(),
+        exchange: &|blob| control.exchange(blob).map_err(rendezvous_error),
+        #[cfg(feature = "shm")]
+        heaps: None,
+    };
+    let Node { members, link, topology } = offer.join(&circle, settings)?;
+    let job = Job::new(settings, secret, &detected.job, &cards, link.as_ref())?;
+    let session = circle.session;
+    let membership = Membership::of_job(control.clone(), rank, world);
     let mut links = Assembly::new(world);
-    if let Some(link) = link {
-        links.add("shm", link, &members);
-    }
-    let others: Vec<Rank> = (0..world).filter(|peer| !members.contains(peer)).collect();
-    if !others.is_empty() {
-        let link = tcp::connect(rank, &cards, settings, secret, detected, &control)?;
-        links.add("tcp", link, &others);
-    }
+    links.add_all(link, &members, &job, &membership, (rank, session))?;
     let transport = links.names.join("+");
     let mut engine = links.engine(rank, &topology);
-    engine.links().iter().for_each(|link| control.add_waker(link.waker()));
+    engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
     let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
-    let site = Site { rank, members: &members, arena: &arena, topology: &topology, tuning };
-    let costs = costs::agree(&mut engine, &control, site)?;
+    let site = Site { rank, members: &members, arena: &job.arena, topology: &topology, tuning };
+    let costs = costs::agree(&mut engine, membership.control(), site)?;
     let seconds = start.elapsed().as_secs_f64();
     let description =
         describe(detected, &cards, &topology, &transport, seconds) + &costs.to_string();
     tracing::info!("rank {rank} of {world} joined over {transport} in {seconds:.3} s");
     let choice = costs.choice(topology, &mut engine, tuning, fixed);
-    Ok(Joined { control, engine, choice, arena, tuning, transport, description })
+    Ok(Joined { job: Arc::new(job), membership, engine, choice, tuning, transport, description })
 }
 
 /// The links of a communicator, while they are put together.
@@ -98,6 +112,26 @@ impl Assembly {
         ranks.iter().for_each(|&rank| self.links.route[rank] = index);
         self.names.push(name);
         self.links.all.push(link);
+    }
+
+    /// Adds the node's link, and one to the ranks that share no memory with this one.
+    fn add_all(
+        &mut self,
+        shared: Option<node::Shared>,
+        members: &[Rank],
+        job: &Job,
+        membership: &Membership,
+        (rank, session): (Rank, [u8; 16]),
+    ) -> Result<(), Error> {
+        if let Some(shared) = shared {
+            self.add("shm", shared.link, members);
+        }
+        let world = self.links.route.len();
+        let others: Vec<Rank> = (0..world).filter(|peer| !members.contains(peer)).collect();
+        if !others.is_empty() {
+            self.add("tcp", tcp::connect(job, membership, (rank, session))?, &others);
+        }
+        Ok(())
     }
 
     fn engine(self, rank: Rank, topology: &Topology) -> Engine {

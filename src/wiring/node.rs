@@ -8,21 +8,41 @@ use unisum_algorithms::Topology;
 use unisum_link::handshake::Secret;
 use unisum_link::{Link, Rank};
 
-use super::card::Card;
-use super::rendezvous_error;
-use crate::control::Control;
-use crate::memory::Arena;
+use super::Exchange;
 use crate::settings::{Settings, TransportChoice};
 use crate::{Error, ErrorKind};
 
 /// This rank's node as it was found.
 pub(super) struct Node {
-    pub(super) arena: Arena,
     /// Ascending, with this rank; only this rank if it shares memory with nobody.
     pub(super) members: Vec<Rank>,
-    pub(super) link: Option<Box<dyn Link>>,
+    pub(super) link: Option<Shared>,
     /// The nodes of all ranks.
     pub(super) topology: Topology,
+}
+
+/// The link among the ranks of a node.
+pub(super) struct Shared {
+    pub(super) link: Box<dyn Link>,
+    /// Where their registered memory lies.
+    #[cfg(feature = "shm")]
+    pub(super) heaps: unisum_shm::Heaps,
+}
+
+/// The communicator whose ranks look for a node, all of which go through the same exchanges.
+pub(super) struct Circle<'a> {
+    pub(super) rank: Rank,
+    /// The host of each rank, as far as names go.
+    pub(super) hosts: &'a [&'a str],
+    /// What each rank offers to share memory.
+    #[cfg_attr(not(feature = "shm"), expect(dead_code, reason = "nobody offers"))]
+    pub(super) cards: Vec<Vec<u8>>,
+    /// The communicator's own, so that two never mix.
+    pub(super) session: [u8; 16],
+    pub(super) exchange: &'a Exchange<'a>,
+    /// Of a group: the job's numbers of its ranks, and where these have registered memory.
+    #[cfg(feature = "shm")]
+    pub(super) heaps: Option<(&'a unisum_shm::Heaps, &'a [Rank])>,
 }
 
 /// How long the ranks of a node try to share memory before they do without.
@@ -61,44 +81,38 @@ impl Offer {
     }
 
     /// Tries to share memory, tells everybody how it went, and connects those who succeeded.
-    pub(super) fn join(
-        self,
-        rank: Rank,
-        cards: &[Card],
-        control: &Control,
-        settings: &Settings,
-    ) -> Result<Node, Error> {
-        let candidate = self.candidate(rank, cards, control, settings);
+    pub(super) fn join(self, circle: &Circle<'_>, settings: &Settings) -> Result<Node, Error> {
+        let rank = circle.rank;
+        let candidate = self.candidate(circle, settings);
         let report = match &candidate {
             Ok((leader, _)) => format!("+{leader}"),
             Err(why) => format!("-{why}"),
         };
-        let reports = control.exchange(report.into_bytes()).map_err(rendezvous_error)?;
+        let reports = (circle.exchange)(report.into_bytes())?;
         let reports: Vec<_> =
             reports.iter().map(|report| String::from_utf8_lossy(report)).collect();
         let leaders: Vec<Option<Rank>> =
             reports.iter().map(|report| report.strip_prefix('+')?.parse().ok()).collect();
         let members = members_of(rank, &leaders);
-        if settings.transport == TransportChoice::Shm && members.len() < cards.len() {
+        if settings.transport == TransportChoice::Shm && members.len() < reports.len() {
             return Err(not_all_share(rank, &members, &reports));
         }
-        let topology = topology(&leaders, cards);
-        connect(rank, candidate, members, topology)
+        let topology = topology(&leaders, circle.hosts);
+        connect(circle, candidate, members, topology)
     }
 
     #[cfg(feature = "shm")]
     fn candidate(
         self,
-        rank: Rank,
-        cards: &[Card],
-        control: &Control,
+        circle: &Circle<'_>,
         settings: &Settings,
     ) -> Result<(Rank, unisum_shm::Candidate), String> {
-        let cards: Vec<Vec<u8>> = cards.iter().map(|card| card.shm.clone()).collect();
         let until = Instant::now() + SHARING_TIMEOUT.min(settings.connect_timeout);
+        // A group needs no heaps of its own.
+        let heap = if circle.heaps.is_some() { Some(0) } else { settings.shm_heap };
         let candidate = self
             .shm?
-            .join(rank, &cards, control.session(), settings.shm_heap, until)
+            .join(circle.rank, &circle.cards, circle.session, heap, until)
             .map_err(|error| error.to_string())?;
         let private_reads = settings.cross_memory;
         let candidate = if private_reads { candidate } else { candidate.without_private_reads() };
@@ -108,9 +122,7 @@ impl Offer {
     #[cfg(not(feature = "shm"))]
     fn candidate(
         self,
-        _rank: Rank,
-        _cards: &[Card],
-        _control: &Control,
+        _circle: &Circle<'_>,
         _settings: &Settings,
     ) -> Result<(Rank, std::convert::Infallible), String> {
         Err("this build has no shared-memory transport".into())
@@ -119,20 +131,27 @@ impl Offer {
 
 #[cfg(feature = "shm")]
 fn connect(
-    rank: Rank,
+    circle: &Circle<'_>,
     candidate: Result<(Rank, unisum_shm::Candidate), String>,
     members: Vec<Rank>,
     topology: Topology,
 ) -> Result<Node, Error> {
+    let rank = circle.rank;
     match candidate {
         Ok((_, candidate)) if members.len() > 1 => {
-            let link =
-                candidate.connect(&members, Instant::now() + SHARING_TIMEOUT).map_err(|error| {
-                    let text = format!("sharing memory with ranks {members:?}: {error}");
-                    Error::new(ErrorKind::Rendezvous, text).on(rank)
-                })?;
-            let arena = Arena::shared(link.heap());
-            Ok(Node { arena, members, link: Some(Box::new(link)), topology })
+            let until = Instant::now() + SHARING_TIMEOUT;
+            let link = match circle.heaps {
+                None => candidate.connect(&members, until),
+                Some((heaps, ranks)) => heaps
+                    .renamed(&members, ranks)
+                    .and_then(|heaps| candidate.connect_beside(&members, heaps, until)),
+            };
+            let link = link.map_err(|error| {
+                let text = format!("sharing memory with ranks {members:?}: {error}");
+                Error::new(ErrorKind::Rendezvous, text).on(rank)
+            })?;
+            let heaps = link.heaps();
+            Ok(Node { members, link: Some(Shared { link: Box::new(link), heaps }), topology })
         }
         Err(why) => {
             tracing::info!("rank {rank} shares no memory: {why}");
@@ -144,16 +163,16 @@ fn connect(
 
 #[cfg(not(feature = "shm"))]
 fn connect(
-    rank: Rank,
+    circle: &Circle<'_>,
     _candidate: Result<(Rank, std::convert::Infallible), String>,
     _members: Vec<Rank>,
     topology: Topology,
 ) -> Result<Node, Error> {
-    Ok(alone(rank, topology))
+    Ok(alone(circle.rank, topology))
 }
 
 fn alone(rank: Rank, topology: Topology) -> Node {
-    Node { arena: Arena::default(), members: vec![rank], link: None, topology }
+    Node { members: vec![rank], link: None, topology }
 }
 
 fn members_of(rank: Rank, leaders: &[Option<Rank>]) -> Vec<Rank> {
@@ -164,10 +183,9 @@ fn members_of(rank: Rank, leaders: &[Option<Rank>]) -> Vec<Rank> {
 }
 
 /// Ranks that share memory are a node; those that share none are grouped by host.
-fn topology(leaders: &[Option<Rank>], cards: &[Card]) -> Topology {
-    let first_on_host = |rank: Rank| {
-        (0..rank).find(|&peer| leaders[peer].is_none() && cards[peer].host == cards[rank].host)
-    };
+fn topology(leaders: &[Option<Rank>], hosts: &[&str]) -> Topology {
+    let first_on_host =
+        |rank: Rank| (0..rank).find(|&peer| leaders[peer].is_none() && hosts[peer] == hosts[rank]);
     let node = |rank: Rank| leaders[rank].or_else(|| first_on_host(rank)).unwrap_or(rank) as u32;
     let sharing = |rank: Rank| leaders[rank].is_some();
     // A rank that shares memory and one that does not are never in one node.
@@ -205,14 +223,10 @@ pub(super) fn host_name() -> String {
 mod tests {
     use super::*;
 
-    fn cards(hosts: &[&str]) -> Vec<Card> {
-        hosts.iter().map(|host| Card { host: (*host).into(), ..Card::default() }).collect()
-    }
-
     #[test]
     fn ranks_that_share_memory_are_a_node_and_the_others_go_by_host() {
         let leaders = [Some(0), None, Some(0), None, None];
-        let topology = topology(&leaders, &cards(&["a", "a", "a", "a", "b"]));
+        let topology = topology(&leaders, &["a", "a", "a", "a", "b"]);
         let nodes: Vec<u32> = (0..5).map(|rank| topology.node_of(rank)).collect();
         assert_eq!(nodes, [0, 1, 0, 1, 2]);
         assert_eq!(members_of(2, &leaders), [0, 2]);

@@ -4,14 +4,13 @@
 use std::sync::Arc;
 
 use unisum_link::handshake::Secret;
-#[cfg(feature = "tcp")]
-use unisum_link::handshake::job_hash;
 use unisum_link::{Link, Rank};
 
-use super::card::Card;
+use super::job::Job;
 use super::rendezvous_error;
 use crate::control::{Control, ControlConfig};
 use crate::launcher::Detected;
+use crate::membership::Membership;
 use crate::settings::Settings;
 use crate::{Error, ErrorKind};
 
@@ -37,28 +36,20 @@ pub(super) fn start_control(
     Control::start(config).map_err(rendezvous_error)
 }
 
-/// The link to the ranks that share no memory with this one.
+/// The link of a communicator to the ranks that share no memory with this one.
 #[cfg(feature = "tcp")]
 pub(super) fn connect(
-    rank: Rank,
-    cards: &[Card],
-    settings: &Settings,
-    secret: &Secret,
-    detected: &Detected,
-    control: &Control,
+    job: &Job,
+    membership: &Membership,
+    (rank, session): (Rank, [u8; 16]),
 ) -> Result<Box<dyn Link>, Error> {
-    let addresses = cards.iter().enumerate().map(|(peer, card)| {
-        card.address.ok_or_else(|| {
-            let text = format!("rank {peer} told no address");
-            Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![peer])
-        })
-    });
+    let settings = &job.settings;
     let config = unisum_tcp::TcpConfig {
         rank,
-        addresses: addresses.collect::<Result<_, _>>()?,
-        session: control.session(),
-        job: job_hash(&detected.job),
-        secret: secret.clone(),
+        addresses: membership.ranks().iter().map(|&rank| job.places[rank].address).collect(),
+        session,
+        job: job.name,
+        secret: job.secret.clone(),
         sockets_per_peer: settings.sockets_per_peer as u8,
         connect_timeout: settings.connect_timeout,
     };
@@ -67,19 +58,17 @@ pub(super) fn connect(
         Error::new(ErrorKind::Rendezvous, text).on(rank)
     })?;
     let inbox = link.inbox();
-    control.set_inbox(Arc::new(move |peer, socket, stream| inbox.deliver(peer, socket, stream)));
+    let deliver = move |peer, socket, stream| inbox.deliver(peer, socket, stream);
+    membership.set_inbox(Arc::new(deliver));
     Ok(Box::new(link))
 }
 
 /// Without the `tcp` feature nobody else can be reached.
 #[cfg(not(feature = "tcp"))]
 pub(super) fn connect(
-    rank: Rank,
-    _cards: &[Card],
-    _settings: &Settings,
-    _secret: &Secret,
-    _detected: &Detected,
-    _control: &Control,
+    _job: &Job,
+    _membership: &Membership,
+    (rank, _session): (Rank, [u8; 16]),
 ) -> Result<Box<dyn Link>, Error> {
     let text = "some ranks share no memory with this one, and this build has no TCP transport";
     Err(Error::new(ErrorKind::Configuration, text).on(rank))

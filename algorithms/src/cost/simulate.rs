@@ -11,12 +11,12 @@ use crate::{Incoming, OnArrival, Pattern, Rank, Step, Topology};
 
 /// The state of all ranks at the sub-step that is being followed.
 pub(super) struct Simulation<'a> {
-    topology: &'a Topology,
-    model: CostModel,
-    ranks: Vec<Clock>,
+    pub(super) topology: &'a Topology,
+    pub(super) model: CostModel,
+    pub(super) ranks: Vec<Clock>,
     /// Which of `links` each rank sends to other nodes over; it may share it with others of its
     /// node.
-    link_of: Vec<usize>,
+    pub(super) link_of: Vec<usize>,
     links: Vec<Port>,
     /// Rounds of which some slices have not been followed, in order.
     open: VecDeque<Round>,
@@ -30,14 +30,14 @@ struct Round {
 
 /// When each direction is free again, in seconds since the start.
 #[derive(Clone, Copy, Default)]
-struct Port {
-    send_free: f64,
-    receive_free: f64,
+pub(super) struct Port {
+    pub(super) send_free: f64,
+    pub(super) receive_free: f64,
 }
 
 /// One rank's times, in seconds since the start.
 #[derive(Clone, Default)]
-struct Clock {
+pub(super) struct Clock {
     port: Port,
     reduce_free: f64,
     /// Of the sub-step that is being followed.
@@ -47,7 +47,7 @@ struct Clock {
     retired: f64,
     window: VecDeque<Done>,
     /// Processor time so far.
-    work: f64,
+    pub(super) work: f64,
 }
 
 /// A sub-step that is still in the window.
@@ -75,15 +75,25 @@ impl<'a> Simulation<'a> {
     /// Follows one round of all ranks, sliced, in wavefront order with the rounds before and after
     /// it.
     pub(super) fn round(&mut self, steps: Vec<Step>) {
-        let marked = steps.iter().any(|step| step.pattern != Pattern::Pairs);
-        if marked {
+        // Where only some ranks have the mark, the others do nothing.
+        let marked = steps.iter().find(|step| step.pattern != Pattern::Pairs);
+        let pattern = marked.map_or(Pattern::Pairs, |step| step.pattern);
+        if pattern != Pattern::Pairs {
             self.drain();
-            self.group_round(&steps);
-            return;
+        }
+        match pattern {
+            Pattern::Pairs | Pattern::Wall => {}
+            Pattern::Direct(scope) if self.model.shares_memory(scope, self.topology) => {
+                return self.shared_round(&steps);
+            }
+            Pattern::Direct(_) => return self.direct_round(&steps),
+            Pattern::OneShot | Pattern::ReduceScatter | Pattern::AllGather => {
+                return self.group_round(&steps);
+            }
         }
         let slices = steps.iter().map(|step| slices_of(step, self.model.slice_elements)).max();
         self.open.push_back(Round { steps, next_slice: 0, slices: slices.unwrap_or(0) });
-        self.wave();
+        if pattern == Pattern::Wall { self.drain() } else { self.wave() }
     }
 
     /// The end of the last rank, after all rounds.
@@ -197,14 +207,19 @@ impl<'a> Simulation<'a> {
         for (rank, step) in steps.iter().enumerate().filter(|(_, step)| !step.outgoing.is_empty()) {
             let start = step.outgoing.iter().map(|o| ends[o.to]).fold(ends[rank], f64::max);
             let (transfer, work) = self.group_transfer(rank, step);
-            let reduced = step.incoming.iter().filter(|i| i.on_arrival == OnArrival::Reduce);
-            let reduced_bytes = reduced.map(|i| self.model.bytes(i.elements.len() * i.from.len()));
-            let reduce = reduced_bytes.sum::<f64>() * self.model.gamma_s_per_byte;
+            let reduce = self.reduce_s(step);
             // A group step folds straight from the members' buffers: one pass does both.
             let together = self.model.is_group_step(step, rank, self.topology);
             let busy = if together { transfer.max(reduce) } else { transfer + reduce };
             self.ranks[rank].restart(start + busy, work + reduce);
         }
+    }
+
+    /// How long a rank folds what it gets in a step, in seconds.
+    pub(super) fn reduce_s(&self, step: &Step) -> f64 {
+        let reduced = step.incoming.iter().filter(|i| i.on_arrival == OnArrival::Reduce);
+        let bytes = reduced.map(|i| self.model.bytes(i.elements.len() * i.from.len()));
+        bytes.sum::<f64>() * self.model.gamma_s_per_byte
     }
 
     /// The time until all of a group step's bytes have come and gone, and its processor time, in
@@ -240,10 +255,7 @@ impl<'a> Simulation<'a> {
                 + message;
         }
         if streams > 1 {
-            // They do not share the node's link evenly: the last of them is late by about one
-            // message (measured at 1 Gbit/s: 3 peers 18.3 ms where a ring takes 13.2; halving
-            // among 4 ranks of a node 982 where the hierarchical plan takes 910).
-            received += longest;
+            received += UNEVEN * longest;
         }
         let once = self.model.message_s - message;
         (alpha + once + f64::max(sent, received), work + once + waits.max(1.0) * self.model.wait_s)
@@ -257,18 +269,18 @@ impl<'a> Simulation<'a> {
         members.div_ceil(links) as f64
     }
 
-    fn is_inside(&self, a: Rank, b: Rank) -> bool {
+    pub(super) fn is_inside(&self, a: Rank, b: Rank) -> bool {
         self.topology.node_of(a) == self.topology.node_of(b)
     }
 
-    fn link(&self, a: Rank, b: Rank) -> LinkCost {
+    pub(super) fn link(&self, a: Rank, b: Rank) -> LinkCost {
         let inside = self.topology.node_of(a) == self.topology.node_of(b);
         if inside { self.model.inside } else { self.model.across }
     }
 
     /// What a message keeps the processor of each end busy for: within a node it is the processor
     /// that copies.
-    fn processor_s(&self, from: Rank, to: Rank, bytes: f64, at_once: f64) -> f64 {
+    pub(super) fn processor_s(&self, from: Rank, to: Rank, bytes: f64, at_once: f64) -> f64 {
         let s_per_byte =
             if self.is_inside(from, to) { self.model.inside.s_per_byte(at_once) } else { 0.0 };
         self.model.message_s + bytes * s_per_byte
@@ -277,7 +289,7 @@ impl<'a> Simulation<'a> {
 
 impl Clock {
     /// When everything so far is done.
-    fn end(&self) -> f64 {
+    pub(super) fn end(&self) -> f64 {
         self.window.iter().map(|done| done.at).fold(self.retired, f64::max)
     }
 
@@ -320,7 +332,7 @@ impl Clock {
     }
 
     /// Goes on from `at` with nothing open.
-    fn restart(&mut self, at: f64, work: f64) {
+    pub(super) fn restart(&mut self, at: f64, work: f64) {
         self.window.clear();
         (self.retired, self.ready, self.done) = (at, at, at);
         self.work += work;
@@ -348,3 +360,8 @@ fn links_of_ranks(topology: &Topology, links_per_node: usize) -> Vec<usize> {
     }
     link_of
 }
+
+/// By how many messages the last of several streams into a node's link is late, since they do not
+/// share it evenly (measured at 1 Gbit/s: 3 peers 18.3 ms where a ring takes 13.2; halving among 4
+/// ranks of a node 982 where the hierarchical plan takes 910).
+pub(super) const UNEVEN: f64 = 1.0;

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use crate::{Pattern, Rank};
 
-/// Why plans are not an all-reduce. A round counts from 0 and is an index into the rank's plan.
+/// Why plans are not the collective they are for. A round counts from 0 and is an index into the
+/// rank's plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 #[allow(missing_docs)] // the fields are what their names say, and `Display` spells each of them out
@@ -14,8 +15,8 @@ pub enum Fault {
     Rounds { rank: Rank, rounds: usize, expected: usize },
     /// A transfer with the rank itself or a rank beyond the world.
     Partner { rank: Rank, round: usize, other: Rank },
-    /// A range beyond the count, or one that ends before it starts.
-    Bounds { rank: Rank, round: usize, elements: Range<usize>, count: usize },
+    /// A range that is not part of the space, or one that ends before it starts.
+    Bounds { rank: Rank, round: usize, elements: Range<usize> },
     /// A store from no or several sources.
     StoreSources { rank: Rank, round: usize, sources: usize },
     /// A reduce whose sources are missing, repeated or not in rank order.
@@ -37,12 +38,16 @@ pub enum Fault {
     },
     /// The two ends of a transfer are in different rounds.
     RoundsDiffer { from: Rank, sent_in: usize, to: Rank, expected_in: usize },
+    /// An element is sent or folded that has no value on this rank.
+    NoValue { rank: Rank, round: usize, element: usize },
     /// An input is folded into a value that already contains it.
     CountedTwice { rank: Rank, round: usize, input: Rank, element: usize },
-    /// A rank ends without an input.
+    /// Values are folded that together are not in rank order.
+    RankOrder { rank: Rank, round: usize, element: usize },
+    /// A rank ends without an input to an element that it wants.
     Missing { rank: Rank, input: Rank, element: usize },
-    /// A rank ends with all inputs, folded in another order than on rank 0.
-    Order { rank: Rank, element: usize },
+    /// A rank ends with all inputs, folded in another order than on another rank.
+    Order { rank: Rank, than: Rank, element: usize },
     /// No rank can go on; `rank` is the first that has not finished.
     Deadlock { rank: Rank, round: usize, window: usize },
 }
@@ -56,10 +61,9 @@ impl fmt::Display for Fault {
             Self::Partner { rank, round, other } => {
                 write!(f, "rank {rank} round {round}: no transfer is possible with rank {other}")
             }
-            Self::Bounds { rank, round, elements, count } => write!(
-                f,
-                "rank {rank} round {round}: elements {elements:?} are not within 0..{count}"
-            ),
+            Self::Bounds { rank, round, elements } => {
+                write!(f, "rank {rank} round {round}: elements {elements:?} are not in the space")
+            }
             Self::StoreSources { rank, round, sources } => {
                 write!(f, "rank {rank} round {round}: store from {sources} sources instead of one")
             }
@@ -102,8 +106,14 @@ impl Fault {
             Self::Missing { rank, input, element } => {
                 write!(f, "rank {rank} ends without the input of rank {input} in element {element}")
             }
-            Self::Order { rank, element } => {
-                write!(f, "rank {rank} folds element {element} in another order than rank 0")
+            Self::Order { rank, than, element } => {
+                write!(f, "rank {rank} folds element {element} in another order than rank {than}")
+            }
+            Self::RankOrder { rank, round, element } => {
+                write!(f, "rank {rank} round {round}: element {element} is not in rank order")
+            }
+            Self::NoValue { rank, round, element } => {
+                write!(f, "rank {rank} round {round}: element {element} has no value there")
             }
             Self::Deadlock { rank, round, window } => {
                 write!(f, "rank {rank} round {round}: deadlock with a window of {window} steps")

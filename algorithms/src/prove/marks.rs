@@ -3,17 +3,17 @@
 use std::ops::Range;
 
 use super::{Fault, overlap, ranges};
-use crate::{Incoming, OnArrival, Pattern, Rank, Step};
+use crate::{Incoming, OnArrival, Pattern, Rank, Step, Topology};
 
 /// Checks every marked step against those of its group, and that ranks keep to the slices they own.
-pub(super) fn check(plans: &[Vec<Step>]) -> Result<(), Fault> {
+pub(super) fn check(plans: &[Vec<Step>], topology: &Topology) -> Result<(), Fault> {
     for (rank, plan) in plans.iter().enumerate() {
         let mut owned = Vec::new();
         for (round, step) in plan.iter().enumerate() {
             let pattern = step.pattern;
             let fault = |why| Fault::Mark { rank, round, pattern, why };
-            check_group(plans, rank, round, step).map_err(fault)?;
-            check_ownership(&mut owned, rank, step).map_err(fault)?;
+            check_group(plans, topology, rank, round).map_err(fault)?;
+            check_ownership(&mut owned, topology, rank, step).map_err(fault)?;
         }
     }
     Ok(())
@@ -25,12 +25,13 @@ type Scattered = (Vec<Rank>, Range<usize>);
 /// Between a scatter and its gather a rank touches only its own slice; scatters nest.
 fn check_ownership(
     owned: &mut Vec<Scattered>,
+    topology: &Topology,
     rank: Rank,
     step: &Step,
 ) -> Result<(), &'static str> {
     if step.pattern == Pattern::AllGather
         && let Some((members, slice)) = owned.pop()
-        && (members != step.members(rank) || step.outgoing[0].elements != slice)
+        && (members != step.members(rank, topology) || step.outgoing[0].elements != slice)
     {
         return Err("it gathers other slices than were scattered");
     }
@@ -42,7 +43,7 @@ fn check_ownership(
         }
     }
     if step.pattern == Pattern::ReduceScatter {
-        owned.push((step.members(rank), step.incoming[0].elements.clone()));
+        owned.push((step.members(rank, topology), step.incoming[0].elements.clone()));
     }
     Ok(())
 }
@@ -50,14 +51,18 @@ fn check_ownership(
 /// All members run the same pattern in this round with the same group, and the ranges fit it.
 fn check_group(
     plans: &[Vec<Step>],
+    topology: &Topology,
     rank: Rank,
     round: usize,
-    step: &Step,
 ) -> Result<(), &'static str> {
-    if step.pattern == Pattern::Pairs {
-        return Ok(());
+    let step = &plans[rank][round];
+    match step.pattern {
+        Pattern::Pairs => return Ok(()),
+        Pattern::Wall => return check_wall(plans, round),
+        Pattern::Direct(_) => return check_direct(plans, topology, rank, round),
+        Pattern::OneShot | Pattern::ReduceScatter | Pattern::AllGather => {}
     }
-    let members = step.members(rank);
+    let members = step.members(rank, topology);
     if members.len() < 2 || !members.is_sorted_by(|a, b| a < b) {
         return Err("its receivers are not a group");
     }
@@ -70,7 +75,7 @@ fn check_group(
             return Err("a member runs another pattern");
         };
         // Equal groups are transitive, so comparing with the first member's is enough.
-        if members[0] == other.min(rank) && theirs.members(other) != members {
+        if members[0] == other.min(rank) && theirs.members(other, topology) != members {
             return Err("a member has another group");
         }
         let Some(their_range) = contribution(theirs) else {
@@ -83,11 +88,51 @@ fn check_group(
     Ok(())
 }
 
+/// Everybody who does something in this round has the mark.
+fn check_wall(plans: &[Vec<Step>], round: usize) -> Result<(), &'static str> {
+    let apart = |step: &Step| step.pattern != Pattern::Wall && !step.is_empty();
+    if plans.iter().filter_map(|plan| plan.get(round)).any(apart) {
+        return Err("another rank has work without the mark");
+    }
+    Ok(())
+}
+
+/// All members of the scope have the mark, transfers stay among them, and nobody receives into what
+/// is read.
+fn check_direct(
+    plans: &[Vec<Step>],
+    topology: &Topology,
+    rank: Rank,
+    round: usize,
+) -> Result<(), &'static str> {
+    let step = &plans[rank][round];
+    let members = step.members(rank, topology);
+    if members.len() < 2 {
+        return Err("its scope has no other rank");
+    }
+    let marked = |member: Rank| {
+        plans[member].get(round).is_some_and(|theirs| theirs.pattern == step.pattern)
+    };
+    if !members.iter().all(|&member| marked(member)) {
+        return Err("a member runs another pattern");
+    }
+    let sources = step.incoming.iter().flat_map(|i| &i.from);
+    let mut partners = step.outgoing.iter().map(|o| &o.to).chain(sources);
+    if !partners.all(|partner| members.contains(partner)) {
+        return Err("a transfer leaves the group");
+    }
+    let is_read = |i: &Incoming| step.outgoing.iter().any(|o| overlap(&o.elements, &i.elements));
+    if step.incoming.iter().any(is_read) {
+        return Err("it receives into what others read");
+    }
+    Ok(())
+}
+
 /// The range that is this rank's own in its marked step: the one it reduces, or the one it gives to
 /// all.
 fn contribution(step: &Step) -> Option<Range<usize>> {
     match step.pattern {
-        Pattern::Pairs => None,
+        Pattern::Pairs | Pattern::Wall | Pattern::Direct(_) => None,
         Pattern::OneShot | Pattern::ReduceScatter => match &step.incoming[..] {
             [Incoming { from, elements, on_arrival: OnArrival::Reduce }]
                 if from.len() == step.outgoing.len() =>
@@ -112,7 +157,7 @@ fn agrees(step: &Step, mine: &Range<usize>, other: Rank, theirs: &Range<usize>) 
         return false;
     };
     match step.pattern {
-        Pattern::Pairs => true,
+        Pattern::Pairs | Pattern::Wall | Pattern::Direct(_) => true,
         Pattern::OneShot => mine == theirs && sent == Some(mine),
         Pattern::ReduceScatter => sent == Some(theirs) && !overlap(mine, theirs),
         Pattern::AllGather => {

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::values::{Value, Values};
-use super::{Fault, overlap, ranges};
+use super::values::{HOLE, Unfit, Value, Values};
+use super::{Ends, Fault, overlap, ranges};
 use crate::{OnArrival, Rank, Step};
 
 /// All ranks at once, with rendezvous sends and an in-order window of open steps.
@@ -14,6 +14,7 @@ use crate::{OnArrival, Rank, Step};
 /// wait in a slot until the step has sent and received everything.
 pub(super) struct Run<'a> {
     plans: &'a [Vec<Step>],
+    ends: &'a Ends,
     window: usize,
     rounds_are_global: bool,
     /// Where ranges begin and end: cell i is the elements from `bounds[i]` to `bounds[i + 1]`.
@@ -57,29 +58,39 @@ struct Post {
 }
 
 impl<'a> Run<'a> {
-    pub(super) fn new(plans: &'a [Vec<Step>], count: usize, window: usize) -> Self {
+    pub(super) fn new(plans: &'a [Vec<Step>], ends: &'a Ends, window: usize) -> Self {
         let world = plans.len();
-        let ends = plans.iter().flatten().flat_map(ranges).flat_map(|e| [e.start, e.end]);
-        let mut bounds: Vec<usize> = ends.chain([0, count]).collect();
+        let moved = plans.iter().flatten().flat_map(ranges);
+        let all = ends.contributes.iter().chain(&ends.wants).flatten().chain(moved);
+        let mut bounds: Vec<usize> = all.flat_map(|range| [range.start, range.end]).collect();
         bounds.sort_unstable();
         bounds.dedup();
-        let progress = |rank: Rank| Progress {
-            cells: vec![rank as Value; bounds.len() - 1],
-            oldest: 0,
-            open: VecDeque::new(),
+        let progress = |rank: Rank| {
+            let mut cells = vec![HOLE; bounds.len().saturating_sub(1)];
+            for range in &ends.contributes[rank] {
+                cells[cells_of(&bounds, range)].fill(rank as Value);
+            }
+            Progress { cells, oldest: 0, open: VecDeque::new() }
         };
         let queues = || std::iter::repeat_with(VecDeque::new).take(world * world).collect();
         Self {
             plans,
+            ends,
             window: window.max(1),
             rounds_are_global: false,
-            values: Values::new(world),
+            values: Values::new(world, false),
             ranks: (0..world).map(progress).collect(),
             sends: queues(),
             receives: queues(),
             runnable: (0..world).collect(),
             bounds,
         }
+    }
+
+    /// Says whether every fold has to keep its inputs in rank order.
+    pub(super) fn in_rank_order(mut self, demanded: bool) -> Self {
+        self.values = Values::new(self.ranks.len(), demanded);
+        self
     }
 
     /// Demands that both ends of a transfer are at the same index of their plans.
@@ -158,7 +169,12 @@ impl<'a> Run<'a> {
             if self.rounds_are_global && sent_in != expected_in {
                 return Err(Fault::RoundsDiffer { from, sent_in, to, expected_in });
             }
-            let cells = self.ranks[from].cells[self.cells(&send.elements)].to_vec();
+            let range = self.cells(&send.elements);
+            let cells = self.ranks[from].cells[range.clone()].to_vec();
+            if let Some(hole) = cells.iter().position(|&value| value == HOLE) {
+                let element = self.bounds[range.start + hole];
+                return Err(Fault::NoValue { rank: from, round: sent_in, element });
+            }
             let slot = Slot { arrival: receive.arrival, from, cells };
             self.open_step(to, expected_in).slots.push(slot);
             self.settle(from, sent_in)?;
@@ -205,26 +221,37 @@ impl<'a> Run<'a> {
             operands.clear();
             operands.extend(slots.iter().map(|slot| slot.cells[i]));
             operands.insert(mine, self.ranks[rank].cells[cell]);
-            let twice = |input| Fault::CountedTwice {
-                rank,
-                round: index,
-                input,
-                element: self.bounds[cell],
+            let (round, element) = (index, self.bounds[cell]);
+            let fault = |unfit| match unfit {
+                Unfit::Twice(input) => Fault::CountedTwice { rank, round, input, element },
+                Unfit::Hole => Fault::NoValue { rank, round, element },
+                Unfit::Order => Fault::RankOrder { rank, round, element },
             };
-            self.ranks[rank].cells[cell] = self.values.fold(&mut operands).map_err(twice)?;
+            self.ranks[rank].cells[cell] = self.values.fold(&mut operands).map_err(fault)?;
         }
         Ok(())
     }
 
+    /// Whether every rank has what it wants, and the same as the others that want it.
     fn check_results(&self) -> Result<(), Fault> {
-        for (rank, progress) in self.ranks.iter().enumerate() {
-            for (cell, &value) in progress.cells.iter().enumerate() {
-                let element = self.bounds[cell];
-                if let Some(input) = self.values.missing(value) {
+        // For each cell its inputs, a bit per rank.
+        let words = self.ranks.len().div_ceil(64);
+        let mut inputs = vec![0u64; self.bounds.len() * words];
+        for (rank, contributed) in self.ends.contributes.iter().enumerate() {
+            for cell in contributed.iter().flat_map(|range| self.cells(range)) {
+                inputs[cell * words + rank / 64] |= 1 << (rank % 64);
+            }
+        }
+        let mut first: Vec<Option<Rank>> = vec![None; self.bounds.len()];
+        for (rank, wanted) in self.ends.wants.iter().enumerate() {
+            for cell in wanted.iter().flat_map(|range| self.cells(range)) {
+                let (value, element) = (self.ranks[rank].cells[cell], self.bounds[cell]);
+                if let Some(input) = self.values.missing(value, &inputs[cell * words..][..words]) {
                     return Err(Fault::Missing { rank, input, element });
                 }
-                if value != self.ranks[0].cells[cell] {
-                    return Err(Fault::Order { rank, element });
+                let than = *first[cell].get_or_insert(rank);
+                if value != self.ranks[than].cells[cell] {
+                    return Err(Fault::Order { rank, than, element });
                 }
             }
         }
@@ -237,9 +264,13 @@ impl<'a> Run<'a> {
     }
 
     fn cells(&self, elements: &Range<usize>) -> Range<usize> {
-        let at = |element: usize| self.bounds.partition_point(|&bound| bound < element);
-        at(elements.start)..at(elements.end)
+        cells_of(&self.bounds, elements)
     }
+}
+
+fn cells_of(bounds: &[usize], elements: &Range<usize>) -> Range<usize> {
+    let at = |element: usize| bounds.partition_point(|&bound| bound < element);
+    at(elements.start)..at(elements.end)
 }
 
 /// Whether `later` must wait for `earlier`: it reads what that writes, or writes what that reads or

@@ -11,7 +11,9 @@ use clap::builder::{
 use clap::{ArgAction, Parser, ValueEnum};
 use unisum::{Dtype, ReduceOp};
 
-/// Measures unisum's all-reduce between processes, and checks every result.
+use crate::collective::{Kind, Place};
+
+/// Measures unisum's collectives between processes, and checks every result.
 ///
 /// With -n it starts the ranks on this machine; without, it joins the world of the launcher it
 /// runs under (mpirun, srun, torchrun, ...) or of the UNISUM_* variables.
@@ -22,15 +24,32 @@ pub(crate) struct Args {
     #[arg(short = 'n', long, value_name = "N", value_parser = ranks_parser())]
     pub(crate) ranks: Option<usize>,
 
-    /// Smallest buffer, in bytes (suffixes K, M, G)
+    /// Collectives, separated by commas, or all: all_reduce, reduce, broadcast, all_gather,
+    /// reduce_scatter, all_to_all, gather, scatter, barrier; with uneven blocks all_gather_v,
+    /// reduce_scatter_v, all_to_all_v, gather_v, scatter_v
+    #[arg(long, value_name = "NAME", default_value = "all_reduce",
+          conflicts_with_all = ["late_ms", "startup"],
+          value_parser = |text: &str| list(text, &Kind::ALL))]
+    pub(crate) collective: List<Kind>,
+
+    /// The root, or all in turn, of collectives that have one
+    #[arg(long, value_name = "RANK", default_value = "0", value_parser = roots)]
+    pub(crate) root: Roots,
+
+    /// Whether results take the place of the input, or lie apart [default: as in the call of
+    /// that name: in for all_reduce, reduce and broadcast, else out]
+    #[arg(long, value_enum)]
+    pub(crate) place: Option<Places>,
+
+    /// Smallest size, in bytes (suffixes K, M, G): that of the longer buffer, as in nccl-tests
     #[arg(short = 'b', long, value_name = "BYTES", default_value = "8", value_parser = bytes)]
     pub(crate) min_bytes: u64,
 
-    /// Largest buffer, in bytes
+    /// Largest size, in bytes
     #[arg(short = 'e', long, value_name = "BYTES", default_value = "64M", value_parser = bytes)]
     pub(crate) max_bytes: u64,
 
-    /// Each buffer is this many times as large as the one before
+    /// Each size is this many times the one before
     #[arg(short = 'f', long, value_name = "FACTOR", default_value = "2", value_parser = factor)]
     pub(crate) step_factor: u64,
 
@@ -117,6 +136,31 @@ pub(crate) struct Args {
     pub(crate) joined: Option<u64>,
 }
 
+/// Which ranks are the root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Roots {
+    One(usize),
+    All,
+}
+
+/// Where results go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Places {
+    In,
+    Out,
+    Both,
+}
+
+impl Places {
+    pub(crate) fn list(self) -> Vec<Place> {
+        match self {
+            Self::In => vec![Place::In],
+            Self::Out => vec![Place::Out],
+            Self::Both => vec![Place::Out, Place::In],
+        }
+    }
+}
+
 /// Where buffers live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Memory {
@@ -167,22 +211,39 @@ impl Args {
                 "the smallest buffer (-b, {min_bytes} B) does not hold one {dtype} of {bytes} B"
             ));
         }
-        Ok(())
+        let kinds = &self.collective.0;
+        if kinds.iter().all(|kind| self.algorithms(*kind).is_empty()) {
+            let names = kinds.iter().map(Kind::to_string).collect::<Vec<_>>().join(", ");
+            return Err(format!("there is no algorithm {} for {names}", self.algorithm));
+        }
+        if !kinds.iter().any(|kind| kind.reduces()) {
+            return Ok(());
+        }
+        let nothing = self.dtype.0.iter().all(|&dtype| self.operations(dtype).next().is_none());
+        match self.undefined().next() {
+            Some(reason) if nothing => Err(reason),
+            _ => Ok(()),
+        }
+    }
+
+    /// The reductions to measure that elements of this type have.
+    pub(crate) fn operations(&self, dtype: Dtype) -> impl Iterator<Item = ReduceOp> {
+        self.op.0.iter().copied().filter(move |op| op.is_defined_for(dtype))
+    }
+
+    /// Why reductions that were asked for are left out: one sentence an operation.
+    pub(crate) fn undefined(&self) -> impl Iterator<Item = String> {
+        self.op.0.iter().filter_map(|op| {
+            let lacks = |dtype: &&Dtype| !op.is_defined_for(**dtype);
+            let names: Vec<_> =
+                self.dtype.0.iter().filter(lacks).map(|dtype| dtype.to_string()).collect();
+            (!names.is_empty()).then(|| format!("{op} is not defined for {}", names.join(", ")))
+        })
     }
 
     /// Sizes of the worlds that `-n` or `--startup` ask to be started here.
     pub(crate) fn worlds(&self) -> Vec<usize> {
         self.ranks.map_or_else(|| self.startup.clone(), |ranks| vec![ranks])
-    }
-
-    /// Algorithms to measure; `None` is the automatic choice.
-    pub(crate) fn algorithms(&self) -> Vec<Option<&'static str>> {
-        let all = unisum::algorithms().into_iter().map(Some);
-        match self.algorithm.as_str() {
-            "auto" => vec![None],
-            "all" => all.collect(),
-            name => all.filter(|algorithm| *algorithm == Some(name)).collect(),
-        }
     }
 
     /// Whether algorithms are compared.
@@ -221,6 +282,14 @@ where
 
 fn algorithm_parser() -> PossibleValuesParser {
     PossibleValuesParser::new(["auto", "all"].into_iter().chain(unisum::algorithms()))
+}
+
+fn roots(text: &str) -> Result<Roots, String> {
+    match text.parse() {
+        Ok(root) => Ok(Roots::One(root)),
+        Err(_) if text == "all" => Ok(Roots::All),
+        Err(error) => Err(format!("{error}; a rank or all")),
+    }
 }
 
 fn ranks_parser() -> impl TypedValueParser<Value = usize> {
@@ -288,7 +357,12 @@ mod tests {
             ("-b 4 -d f64", "does not hold one f64"),
             ("-f 1", "never grow"),
             ("-d f33", "expected one of f16, "),
-            ("-o xor", "expected one of sum, prod, min, max, avg"),
+            ("-o nand", "expected one of sum, prod, min, max, avg, bitand, bitor, bitxor"),
+            ("-d f32,bf16 -o xor", "bitxor is not defined for f32, bf16"),
+            ("--collective all_reduces", "expected one of all_reduce, reduce, "),
+            ("--collective barrier -a bruck", "no algorithm bruck for barrier"),
+            ("--root last", "a rank or all"),
+            ("--collective reduce --late-ms 5", "cannot be used with"),
             ("-a fastest", "possible values: auto, all, "),
             ("-n 0", "0 is not in 1"),
             ("-b 0", "no speed"),

@@ -1,64 +1,70 @@
 //! Data with a known result.
 
+use std::marker::PhantomData;
+
 use unisum::ReduceOp;
 
+use crate::collective::Source;
 use crate::value::Value;
 
-/// What this rank puts in and what must come out, for the positions 0 to [`PERIOD`] - 1; both
-/// repeat after that, so that no buffer-sized expectation is held.
+/// The data of one operation, which all ranks derive from a seed: what each puts in at each
+/// position, and what must come out. It repeats after [`PERIOD`] positions, so that no
+/// buffer-sized expectation is held.
 ///
 /// The period is a prime, so that chunks and slices exchanged by mistake do not fall on equal
 /// data.
 #[derive(Debug)]
 pub(crate) struct Pattern<T> {
-    mine: Vec<T>,
-    expected: Vec<T>,
+    op: Option<ReduceOp>,
+    ranks: usize,
+    seed: u64,
+    value: PhantomData<T>,
 }
 
 const PERIOD: usize = 1021;
 
 impl<T: Value> Pattern<T> {
-    /// The pattern that all ranks derive from a seed for buffers of `count` elements.
-    pub(crate) fn new(op: ReduceOp, world: usize, rank: usize, seed: u64, count: usize) -> Self {
-        let period = PERIOD.min(count.max(1));
-        let mut pattern = Self { mine: Vec::new(), expected: Vec::new() };
-        let mut all = Vec::with_capacity(world);
-        for position in 0..period {
-            all.clear();
-            all.extend((0..world).map(|rank| {
-                T::contribution(op, world, rank, position, noise(seed, rank, position))
-            }));
-            pattern.mine.push(all[rank]);
-            pattern.expected.push(T::expected(op, &all));
-        }
-        pattern
+    /// The data of an operation that reduces by `op`, or reduces nothing.
+    pub(crate) const fn new(op: Option<ReduceOp>, ranks: usize, seed: u64) -> Self {
+        Self { op, ranks, seed, value: PhantomData }
     }
 
-    /// Writes this rank's contribution.
-    pub(crate) fn fill(&self, data: &mut [T]) {
-        for chunk in data.chunks_mut(self.mine.len()) {
-            chunk.copy_from_slice(&self.mine[..chunk.len()]);
+    /// Writes what a source has, from its first element on.
+    pub(crate) fn fill(&self, data: &mut [T], from: Source) {
+        let period = self.period(from, 0, data.len());
+        for chunk in data.chunks_mut(PERIOD) {
+            chunk.copy_from_slice(&period[..chunk.len()]);
         }
     }
 
-    /// How many elements do not have the expected bits.
-    pub(crate) fn wrong(&self, data: &[T]) -> u64 {
-        let pairs = data.chunks(self.expected.len()).map(|chunk| chunk.iter().zip(&self.expected));
+    /// How many elements do not have the bits that a source has from element `start` on.
+    pub(crate) fn wrong(&self, data: &[T], from: Source, start: usize) -> u64 {
+        let period = self.period(from, start, data.len());
+        let pairs = data.chunks(PERIOD).map(|chunk| chunk.iter().zip(&period));
         pairs.map(|pairs| pairs.filter(|(is, want)| is.bits() != want.bits()).count() as u64).sum()
     }
-}
 
-/// A 64-bit hash of the data's bits and their order; not for adversaries.
-pub(crate) fn hash<T: Value>(data: &[T]) -> u64 {
-    const LANES: usize = 4;
-    let mut lanes = [data.len() as u64; LANES];
-    for chunk in data.chunks(LANES) {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane = (*lane ^ value.bits()).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    /// The first of `count` values of a source, until they repeat.
+    fn period(&self, from: Source, start: usize, count: usize) -> Vec<T> {
+        let positions = (start..start + count.min(PERIOD)).map(|position| position % PERIOD);
+        match from {
+            Source::Rank(rank) => positions.map(|position| self.put_in(rank, position)).collect(),
+            Source::All => {
+                let all = |position| (0..self.ranks).map(move |rank| self.put_in(rank, position));
+                let op = self.op.unwrap_or(ANY);
+                positions.map(|at| T::expected(op, &all(at).collect::<Vec<_>>())).collect()
+            }
         }
     }
-    lanes.iter().fold(0, |hash, lane| mix(hash ^ lane))
+
+    fn put_in(&self, rank: usize, position: usize) -> T {
+        let noise = noise(self.seed, rank, position);
+        T::contribution(self.op.unwrap_or(ANY), self.ranks, rank, position, noise)
+    }
 }
+
+/// An operation for which values need no property.
+const ANY: ReduceOp = ReduceOp::BitXor;
 
 fn noise(seed: u64, rank: usize, position: usize) -> u64 {
     mix(mix(mix(seed) ^ rank as u64) ^ position as u64)
@@ -83,16 +89,17 @@ mod tests {
     /// Folds all ranks' contributions in ascending, descending and even-ranks-first order.
     fn folds<T: Value>(op: ReduceOp, fold: impl Fn(T, T) -> T) {
         for world in WORLDS {
-            let all: Vec<_> =
-                (0..world).map(|rank| Pattern::<T>::new(op, world, rank, 5, 40)).collect();
+            let pattern = Pattern::<T>::new(Some(op), world, 5);
             let ascending: Vec<_> = (0..world).collect();
             let descending: Vec<_> = (0..world).rev().collect();
             let evens = (0..world).step_by(2).chain((1..world).step_by(2)).collect();
             for order in [ascending, descending, evens] {
                 let result: Vec<T> = (0..40)
-                    .map(|at| order.iter().map(|rank| all[*rank].mine[at]).reduce(&fold).unwrap())
+                    .map(|at| {
+                        order.iter().map(|rank| pattern.put_in(*rank, at)).reduce(&fold).unwrap()
+                    })
                     .collect();
-                assert_eq!(all[0].wrong(&result), 0, "{op}, world {world}");
+                assert_eq!(pattern.wrong(&result, Source::All, 0), 0, "{op}, world {world}");
             }
         }
     }
@@ -119,16 +126,25 @@ mod tests {
     }
 
     #[test]
-    fn wrong_elements_are_counted_and_change_the_hash() {
-        let pattern = Pattern::<f32>::new(ReduceOp::Max, 1, 0, 9, 5000);
+    fn wrong_elements_are_counted() {
+        let pattern = Pattern::<f32>::new(None, 3, 9);
         let mut data = vec![0.0; 5000];
-        pattern.fill(&mut data);
-        assert_eq!(pattern.wrong(&data), 0);
-        let before = hash(&data);
+        pattern.fill(&mut data, Source::Rank(1));
+        assert_eq!(pattern.wrong(&data, Source::Rank(1), 0), 0);
+        assert_eq!(pattern.wrong(&data[1500..], Source::Rank(1), 1500), 0);
         data[4999] += 1.0;
-        data[0] = -data[0];
-        assert_eq!(pattern.wrong(&data), 2);
-        assert_ne!(hash(&data), before);
+        data[0] += 1.0;
+        assert_eq!(pattern.wrong(&data, Source::Rank(1), 0), 2);
+    }
+
+    #[test]
+    fn blocks_that_are_mistaken_for_others_are_wrong() {
+        let pattern = Pattern::<f32>::new(None, 3, 9);
+        let mut data = vec![0.0; 5000];
+        pattern.fill(&mut data, Source::Rank(1));
+        for (from, start) in [(Source::Rank(0), 0), (Source::Rank(1), 1000), (Source::All, 0)] {
+            assert!(pattern.wrong(&data, from, start) > 4000, "{from:?} from {start} on");
+        }
     }
 
     #[test]

@@ -10,10 +10,12 @@ use unisum::ReduceOp;
 
 use crate::Result;
 use crate::args::Args;
+use crate::collective::{Case, Kind, Place};
+use crate::operation::{Operands, Operation};
 use crate::report::Records;
 use crate::usage::Usage;
 use crate::value::Value;
-use crate::world::{Data, World, elements, with_dtype};
+use crate::world::{World, with_dtype};
 
 /// Reports, for each size, type and operation, what the waiting ranks burnt.
 ///
@@ -29,9 +31,9 @@ pub(crate) fn run(args: &Args, world: &World) -> Result<ExitCode> {
     }
     let mut records = Records::new(args.format, true);
     for &dtype in &args.dtype.0 {
-        for &op in &args.op.0 {
+        for op in args.operations(dtype) {
             for bytes in args.sizes() {
-                let (count, _) = elements(bytes, dtype);
+                let count = bytes as usize / dtype.bytes();
                 with_dtype!(dtype, T => one::<T>(args, world, late, (count, op), &mut records))?;
             }
         }
@@ -46,14 +48,17 @@ fn one<T: Value>(
     (count, op): (usize, ReduceOp),
     records: &mut Records,
 ) -> Result<()> {
-    let mut data = Data::<T>::allocate(&world.comm, args.memory, count)?;
-    data.fill(T::fixed_point(op));
+    let (kind, ranks) = (Kind::ALL_REDUCE, world.comm.world());
+    let case = Case { kind, root: 0, place: Place::In, ranks, count };
+    let mut operands = Operands::<T>::allocate(&world.comm, args.memory, &[case])?;
+    let mut operation = operands.operation(case, world.comm.rank(), Some(op));
+    operation.settle();
     let late_by = Duration::from_millis(args.late_ms.unwrap_or(0));
     let sleep = if world.comm.rank() == late { late_by } else { Duration::ZERO };
     // Once without waiting: what the operation itself takes (the first also connects the ranks).
-    operation(world, &mut data, op, Duration::ZERO)?;
-    let in_time = operation(world, &mut data, op, Duration::ZERO)?;
-    let waited = operation(world, &mut data, op, sleep)?;
+    used_s(world, &mut operation, Duration::ZERO)?;
+    let in_time = used_s(world, &mut operation, Duration::ZERO)?;
+    let waited = used_s(world, &mut operation, sleep)?;
     let mine_s = if sleep.is_zero() { (waited - in_time).max(0.0) } else { 0.0 };
     let (mut most, mut total) = ([mine_s], [mine_s]);
     world.max(&mut most)?;
@@ -61,12 +66,12 @@ fn one<T: Value>(
     if !world.is_first() {
         return Ok(());
     }
-    let waiting = (world.comm.world() - 1).max(1) as f64;
+    let waiting = (ranks - 1).max(1) as f64;
     Ok(records.write(&[
-        ("collective", json!("all_reduce")),
+        ("collective", json!(kind.to_string())),
         ("transport", json!(world.comm.transport())),
-        ("algorithm", json!(world.comm.choice::<T>(count))),
-        ("ranks", json!(world.comm.world())),
+        ("algorithm", json!(world.comm.choice::<T>(&operation.call, count))),
+        ("ranks", json!(ranks)),
         ("bytes", json!(count * size_of::<T>())),
         ("dtype", json!(T::DTYPE.to_string())),
         ("op", json!(op.to_string())),
@@ -78,15 +83,14 @@ fn one<T: Value>(
 }
 
 /// One operation, entered this late by this rank: its processor time in seconds.
-fn operation<T: Value>(
+fn used_s<T: Value>(
     world: &World,
-    data: &mut [T],
-    op: ReduceOp,
+    operation: &mut Operation<'_, T>,
     sleep: Duration,
 ) -> Result<f64> {
     world.align()?;
     let before = Usage::now()?;
     thread::sleep(sleep);
-    world.comm.all_reduce(data, op)?;
+    operation.run(&world.comm)?;
     Ok(Usage::since(before)?.cpu_seconds)
 }

@@ -1,4 +1,4 @@
-//! `allreduce-bench`: measures unisum's all-reduce between processes, and checks every result.
+//! `allreduce-bench`: measures unisum's collectives between processes, and checks every result.
 //!
 //! With `-n N` it starts N ranks on this machine; without, it joins the world of the launcher it
 //! runs under (mpirun, srun, torchrun, …). Every rank runs [`join`]; rank 0 prints.
@@ -7,10 +7,13 @@
 
 mod args;
 mod check;
+mod collective;
 mod late;
 mod launch;
 mod measure;
+mod operation;
 mod report;
+mod series;
 mod startup;
 mod sweep;
 mod usage;

@@ -2,10 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use unisum::ReduceOp;
-
 use crate::Result;
 use crate::args::{Args, MAX_ITERATIONS};
+use crate::operation::Operation;
 use crate::usage::Usage;
 use crate::value::Value;
 use crate::world::World;
@@ -60,7 +59,7 @@ impl Measurement {
     }
 }
 
-/// Measures the all-reduce of `data`, which is checked before and after.
+/// Measures an operation, which is checked before and after.
 ///
 /// Collective. The ranks agree on the slowest rank's estimate, and with it on the counts.
 ///
@@ -68,20 +67,17 @@ impl Measurement {
 /// If an operation fails.
 pub(crate) fn measure<T: Value>(
     world: &World,
-    data: &mut [T],
-    op: ReduceOp,
+    operation: &mut Operation<'_, T>,
     effort: &Effort,
 ) -> Result<Measurement> {
-    let before = effort.check.then(|| world.checked(data, op)).transpose()?;
-    // No value may overflow or fade into subnormal numbers on the way, which would change the
-    // time, whatever the number of operations in place.
-    data.fill(T::fixed_point(op));
-    let (cold_s, _) = timed(world, data, op, 1)?;
+    let before = effort.check.then(|| world.checked(operation)).transpose()?;
+    operation.settle();
+    let (cold_s, _) = timed(world, operation, 1)?;
     let warmups = effort.warmups(cold_s[0]);
-    let warm_s = if warmups == 0 { cold_s } else { timed(world, data, op, warmups)?.0 };
+    let warm_s = if warmups == 0 { cold_s } else { timed(world, operation, warmups)?.0 };
     let estimate_s = warm_s.iter().sum::<f64>() / warm_s.len() as f64;
-    let (times_s, used) = timed(world, data, op, effort.iterations(estimate_s))?;
-    let after = effort.check.then(|| world.checked(data, op)).transpose()?;
+    let (times_s, used) = timed(world, operation, effort.iterations(estimate_s))?;
+    let after = effort.check.then(|| world.checked(operation)).transpose()?;
     Ok(Measurement {
         times_s: sorted(times_s),
         wrong: before.zip(after).map(|(before, after)| before + after),
@@ -90,21 +86,20 @@ pub(crate) fn measure<T: Value>(
     })
 }
 
-/// Runs operations back to back: each one's time on its slowest rank in seconds, and what all
+/// Runs an operation back to back: each run's time on its slowest rank in seconds, and what all
 /// ranks used together.
 fn timed<T: Value>(
     world: &World,
-    data: &mut [T],
-    op: ReduceOp,
-    operations: usize,
+    operation: &mut Operation<'_, T>,
+    repetitions: usize,
 ) -> Result<(Vec<f64>, Usage)> {
-    let mut times_s = vec![0.0; operations];
+    let mut times_s = vec![0.0; repetitions];
     let before = Usage::now()?;
     // All start together, so that the first operation waits for nobody's looking up its usage.
     world.align()?;
     for time_s in &mut times_s {
         let start = Instant::now();
-        world.comm.all_reduce(data, op)?;
+        operation.run(&world.comm)?;
         *time_s = start.elapsed().as_secs_f64();
     }
     let used = Usage::since(before)?;

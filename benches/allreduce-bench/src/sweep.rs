@@ -1,25 +1,33 @@
-//! The main job: every size, type, operation and algorithm that was asked for.
+//! The main job: every collective, size, type, operation and algorithm that was asked for.
 
 use std::process::ExitCode;
 
-use unisum::ReduceOp;
-
 use crate::Result;
 use crate::args::Args;
+use crate::collective::Case;
 use crate::measure::{Effort, measure};
+use crate::operation::{Operands, Operation};
 use crate::report::{About, Progress, Report, Row};
 use crate::value::Value;
-use crate::world::{Data, World, elements, with_dtype};
+use crate::world::{World, with_dtype};
 
 /// Measures and reports. The exit code says whether everything was right.
 ///
 /// # Errors
-/// If an operation fails or the report cannot be written.
+/// If a collective cannot be measured as the arguments say, an operation fails, or the report
+/// cannot be written.
 pub(crate) fn run(args: &Args, world: &World) -> Result<ExitCode> {
-    let mut sweep = Sweep::new(args, world);
+    let all = args.series(world.comm.world())?;
+    if world.is_first() {
+        args.notes().iter().for_each(|note| eprintln!("note: {note}"));
+    }
+    let mut sweep = Sweep::new(args, world, all.iter().map(|series| args.points(series)).sum());
     sweep.report(|report, about| report.begin(about))?;
-    for &dtype in &args.dtype.0 {
-        with_dtype!(dtype, T => sweep.dtype::<T>())?;
+    for series in &all {
+        sweep.report(|report, _| report.series(series))?;
+        for &dtype in args.dtypes(series.kind) {
+            with_dtype!(dtype, T => sweep.dtype::<T>(series))?;
+        }
     }
     let wrong = sweep.wrong;
     sweep.report(|report, _| report.end(wrong))?;
@@ -31,7 +39,6 @@ struct Sweep<'a> {
     args: &'a Args,
     world: &'a World,
     about: About,
-    effort: Effort,
     /// On rank 0.
     report: Option<Box<dyn Report>>,
     progress: Progress,
@@ -39,16 +46,14 @@ struct Sweep<'a> {
 }
 
 impl<'a> Sweep<'a> {
-    fn new(args: &'a Args, world: &'a World) -> Self {
+    fn new(args: &'a Args, world: &'a World, points: usize) -> Self {
         let prints = world.is_first();
-        let points = args.sizes().count() * args.dtype.0.len() * args.op.0.len();
         Self {
             args,
             world,
             about: About::new(args, &world.comm),
-            effort: Effort::new(args, args.algorithms().len()),
             report: prints.then(|| crate::report::open(args)),
-            progress: Progress::new(prints, points * args.algorithms().len()),
+            progress: Progress::new(prints, points),
             wrong: 0,
         }
     }
@@ -65,40 +70,41 @@ impl<'a> Sweep<'a> {
         }
     }
 
-    fn dtype<T: Value>(&mut self) -> Result<()> {
-        let largest = self.args.sizes().last().unwrap_or(0);
-        let (count, _) = elements(largest, T::DTYPE);
-        let mut data = Data::<T>::allocate(&self.world.comm, self.args.memory, count)?;
-        for &op in &self.args.op.0 {
-            for bytes in self.args.sizes() {
-                let (count, note) = elements(bytes, T::DTYPE);
-                if let Some(note) = note.filter(|_| self.world.is_first()) {
-                    self.progress.clear();
-                    eprintln!("{note}");
-                }
-                self.size(&mut data[..count], op)?;
+    fn dtype<T: Value>(&mut self, series: &Case) -> Result<()> {
+        let counts = self.args.counts(series, T::DTYPE);
+        let cases: Vec<_> = counts.into_iter().map(|count| Case { count, ..*series }).collect();
+        let comm = &self.world.comm;
+        let mut operands = Operands::<T>::allocate(comm, self.args.memory, &cases)?;
+        for op in self.args.reductions(series.kind, T::DTYPE) {
+            for &case in &cases {
+                self.size(&mut operands.operation(case, comm.rank(), op))?;
             }
         }
         Ok(())
     }
 
-    fn size<T: Value>(&mut self, data: &mut [T], op: ReduceOp) -> Result<()> {
+    fn size<T: Value>(&mut self, operation: &mut Operation<'_, T>) -> Result<()> {
         let mut rows = Vec::new();
-        let automatic = self.automatic::<T>(data.len())?;
-        for algorithm in self.args.algorithms() {
+        let (case, op) = (operation.case, operation.op);
+        let automatic = self.automatic(operation)?;
+        let algorithms = self.args.algorithms(case.kind);
+        let effort = Effort::new(self.args, algorithms.len());
+        for algorithm in algorithms {
             if algorithm.is_some() {
                 self.world.comm.set_algorithm(algorithm)?;
             }
-            let algorithm = algorithm.unwrap_or(automatic);
-            self.progress.step(size_of_val(data), T::DTYPE, op, algorithm);
-            let measured = measure(self.world, data, op, &self.effort)?;
+            let taken = self.choice(operation);
+            self.progress.step(&case, T::DTYPE, op, taken);
+            if self.args.compares() && !self.world.is_alone() && algorithm != Some(taken) {
+                continue; // Another stands in where one cannot run.
+            }
+            let measured = measure(self.world, operation, &effort)?;
             self.wrong += measured.wrong.unwrap_or(0);
             rows.push(Row {
                 transport: self.about.transport.clone(),
-                algorithm,
-                automatic: algorithm == automatic,
-                ranks: self.about.ranks,
-                count: data.len(),
+                algorithm: taken,
+                automatic: taken == automatic,
+                case,
                 dtype: T::DTYPE,
                 op,
                 memory: self.args.memory,
@@ -110,10 +116,14 @@ impl<'a> Sweep<'a> {
 
     /// The algorithm that is taken if the command line names none: by the environment
     /// (`UNISUM_ALGORITHM`), else by the library's choice.
-    fn automatic<T: Value>(&self, count: usize) -> Result<&'static str> {
+    fn automatic<T: Value>(&self, operation: &Operation<'_, T>) -> Result<&'static str> {
         if self.args.algorithm != "auto" {
             self.world.comm.set_algorithm(None)?;
         }
-        Ok(self.world.comm.choice::<T>(count))
+        Ok(self.choice(operation))
+    }
+
+    fn choice<T: Value>(&self, operation: &Operation<'_, T>) -> &'static str {
+        self.world.comm.choice::<T>(&operation.call, operation.case.count)
     }
 }

@@ -1,7 +1,7 @@
 //! Element values whose reduction over all ranks is known exactly, in whatever order it is folded.
 
 use half::{bf16, f16};
-use unisum::{Element, ReduceOp};
+use unisum::{Bool, Element, ReduceOp, f8e4m3, f8e5m2};
 
 /// An element type that the check can make, predict and compare bit by bit.
 pub(crate) trait Value: Element {
@@ -49,7 +49,7 @@ macro_rules! integers {
     ($($t:ty)*) => { $(
         impl Value for $t {
             /// Sums and products wrap, so any value does; odd factors keep all bits of a product
-            /// alive. Averages stay clear of wrapping.
+            /// alive, and few ranks touch the same bit. Averages stay clear of wrapping.
             fn contribution(
                 op: ReduceOp,
                 world: usize,
@@ -64,6 +64,8 @@ macro_rules! integers {
                         share.value(world, rank, position, noise, signed) as Self
                     }
                     ReduceOp::Product => noise as Self | 1,
+                    ReduceOp::BitOr => 1 << (noise % u64::from(Self::BITS)),
+                    ReduceOp::BitAnd => !(1 << (noise % u64::from(Self::BITS))),
                     _ => noise as Self,
                 }
             }
@@ -75,12 +77,15 @@ macro_rules! integers {
                     ReduceOp::Product => values.fold(1, i128::wrapping_mul) as Self,
                     ReduceOp::Min => values.min().unwrap_or(0) as Self,
                     ReduceOp::Max => values.max().unwrap_or(0) as Self,
+                    ReduceOp::BitAnd => values.fold(-1, |all, value| all & value) as Self,
+                    ReduceOp::BitOr => values.fold(0, |all, value| all | value) as Self,
+                    ReduceOp::BitXor => values.fold(0, |all, value| all ^ value) as Self,
                     _ => (values.sum::<i128>() / contributions.len() as i128) as Self,
                 }
             }
 
             fn fixed_point(op: ReduceOp) -> Self {
-                (op != ReduceOp::Sum) as Self
+                !matches!(op, ReduceOp::Sum | ReduceOp::BitXor) as Self
             }
 
             fn bits(self) -> u64 {
@@ -161,4 +166,35 @@ floats! {
     bf16: 1 << 8, 126, bf16::from_f64, bf16::to_f64;
     f32: 1 << 24, 126, |value| value as f32, f64::from;
     f64: 1 << 53, F64_EXPONENTS, f64::from, f64::from;
+    f8e4m3: 1 << 4, 6, |value| Self::from_f32(value as f32), |value: Self| value.to_f32().into();
+    f8e5m2: 1 << 3, 14, |value| Self::from_f32(value as f32), |value: Self| value.to_f32().into();
+}
+
+impl Value for Bool {
+    /// One rank in all, on average, is what decides an "and" or an "or".
+    fn contribution(op: ReduceOp, world: usize, _: usize, _: usize, noise: u64) -> Self {
+        let rare = noise.is_multiple_of(world as u64);
+        Self::new(match op {
+            ReduceOp::BitXor => noise >> 63 == 1,
+            ReduceOp::Product | ReduceOp::Min | ReduceOp::BitAnd => !rare,
+            _ => rare,
+        })
+    }
+
+    fn expected(op: ReduceOp, contributions: &[Self]) -> Self {
+        let mut values = contributions.iter().map(|value| value.get());
+        Self::new(match op {
+            ReduceOp::BitXor => values.filter(|value| *value).count() % 2 == 1,
+            ReduceOp::Product | ReduceOp::Min | ReduceOp::BitAnd => values.all(|value| value),
+            _ => values.any(|value| value),
+        })
+    }
+
+    fn fixed_point(op: ReduceOp) -> Self {
+        Self::new(op != ReduceOp::BitXor)
+    }
+
+    fn bits(self) -> u64 {
+        self.to_byte().into()
+    }
 }

@@ -2,13 +2,15 @@
 //! operations (by all-reduces as well).
 
 use std::cell::Cell;
-use std::ops::{Deref, DerefMut};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use unisum::{Buffer, Communicator, Dtype, ReduceOp};
+use unisum::{Communicator, ReduceOp};
 
 use crate::Result;
-use crate::args::{Args, Memory};
-use crate::check::{Pattern, hash};
+use crate::args::Args;
+use crate::check::Pattern;
+use crate::operation::Operation;
 use crate::value::Value;
 
 /// A connected rank.
@@ -75,78 +77,41 @@ impl World {
         self.max(&mut [0.0])
     }
 
-    /// One all-reduce on known data: how many elements came out wrong, over all ranks. At least 1
-    /// if the ranks' results are not bitwise equal.
+    /// One operation on known data: how much came out wrong, over all ranks. The expectation is
+    /// exact, so that ranks whose results differ are wrong.
     ///
     /// # Errors
-    /// If an all-reduce fails.
-    pub(crate) fn checked<T: Value>(&self, data: &mut [T], op: ReduceOp) -> Result<u64> {
+    /// If an operation fails.
+    pub(crate) fn checked<T: Value>(&self, operation: &mut Operation<'_, T>) -> Result<u64> {
         let seed = self.checks.replace(self.checks.get() + 1);
-        let (world, rank) = (self.comm.world(), self.comm.rank());
-        let pattern = Pattern::new(op, world, rank, seed, data.len());
-        pattern.fill(data);
-        self.comm.all_reduce(data, op)?;
-        let mut wrong = [pattern.wrong(data) as f64];
+        let wrong = if operation.case.kind.moves_elements() {
+            let pattern = Pattern::new(operation.op, operation.case.ranks, seed);
+            operation.fill(&pattern);
+            operation.run(&self.comm)?;
+            operation.wrong(&pattern)
+        } else {
+            self.early(operation)?
+        };
+        let mut wrong = [wrong as f64];
         self.sum(&mut wrong)?;
-        let differ = self.differ(hash(data))?;
-        Ok((wrong[0] as u64).max(u64::from(differ)))
+        Ok(wrong[0] as u64)
     }
 
-    /// Whether the ranks' words differ: the smallest word is the largest on equal ones only.
-    fn differ(&self, word: u64) -> Result<bool> {
-        let mut bounds = [word, !word];
-        self.comm.all_reduce(&mut bounds, ReduceOp::Min)?;
-        Ok(bounds[0] != !bounds[1])
-    }
-}
-
-/// A buffer in the memory that was asked for.
-pub(crate) enum Data<T> {
-    Registered(Buffer<T>),
-    Private(Vec<T>),
-}
-
-impl<T: Value> Data<T> {
-    /// Room for `count` elements.
-    ///
-    /// # Errors
-    /// If there is no memory.
-    pub(crate) fn allocate(comm: &Communicator, memory: Memory, count: usize) -> Result<Self> {
-        Ok(match memory {
-            Memory::Registered => Self::Registered(comm.allocate(count)?),
-            Memory::Private => {
-                let mut data = Vec::new();
-                data.try_reserve_exact(count)?;
-                data.resize(count, T::fixed_point(ReduceOp::Sum));
-                Self::Private(data)
+    /// How often this rank went on from a barrier too early. Each rank comes late to one, by a
+    /// time that starts when all others' clocks already run: nobody measures less.
+    fn early<T: Value>(&self, barrier: &mut Operation<'_, T>) -> Result<u64> {
+        const LATE_BY: Duration = Duration::from_millis(1);
+        let mut early = 0;
+        for late in 0..self.comm.world() {
+            let start = Instant::now();
+            self.align()?;
+            if late == self.comm.rank() {
+                thread::sleep(LATE_BY);
             }
-        })
-    }
-}
-
-impl<T> Deref for Data<T>
-where
-    Buffer<T>: Deref<Target = [T]>,
-{
-    type Target = [T];
-
-    fn deref(&self) -> &[T] {
-        match self {
-            Self::Registered(buffer) => buffer,
-            Self::Private(data) => data,
+            barrier.run(&self.comm)?;
+            early += u64::from(start.elapsed() < LATE_BY);
         }
-    }
-}
-
-impl<T> DerefMut for Data<T>
-where
-    Buffer<T>: DerefMut<Target = [T]>,
-{
-    fn deref_mut(&mut self) -> &mut [T] {
-        match self {
-            Self::Registered(buffer) => buffer,
-            Self::Private(data) => data,
-        }
+        Ok(early)
     }
 }
 
@@ -155,7 +120,8 @@ macro_rules! with_dtype {
     ($dtype:expr, $T:ident => $body:expr) => {
         $crate::world::with_dtype!(@arms $dtype, $T, $body,
             F16 half::f16, Bf16 half::bf16, F32 f32, F64 f64, I8 i8, U8 u8, I16 i16, U16 u16,
-            I32 i32, U32 u32, I64 i64, U64 u64)
+            I32 i32, U32 u32, I64 i64, U64 u64, F8E4M3 unisum::f8e4m3, F8E5M2 unisum::f8e5m2,
+            Bool unisum::Bool)
     };
     (@arms $dtype:expr, $T:ident, $body:expr, $($variant:ident $t:ty),*) => {
         match $dtype {
@@ -165,16 +131,3 @@ macro_rules! with_dtype {
     };
 }
 pub(crate) use with_dtype;
-
-/// How many elements fit, and a word if that is not all of the bytes.
-pub(crate) fn elements(bytes: u64, dtype: Dtype) -> (usize, Option<String>) {
-    let size = dtype.bytes() as u64;
-    let count = bytes / size;
-    let note = (count * size != bytes).then(|| {
-        format!(
-            "note: {bytes} B is no whole number of {dtype} ({size} B); using {} B",
-            count * size
-        )
-    });
-    (count as usize, note)
-}

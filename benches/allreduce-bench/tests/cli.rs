@@ -3,10 +3,12 @@
 use std::process::{Command, Output};
 
 use serde_json::Value;
+use unisum::{Collective, Dtype, ReduceOp};
 
 /// The keys that scripts rely on.
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 20] = [
     "collective",
+    "place",
     "transport",
     "algorithm",
     "ranks",
@@ -56,15 +58,101 @@ fn json_is_one_object_per_size_with_all_keys_and_nothing_else() {
             assert!(!object[key].is_null(), "{key} in {object}");
         }
         assert_eq!((&object["ranks"], &object["wrong"]), (&3.into(), &0.into()));
+        assert_eq!((&object["collective"], &object["place"]), (&"all_reduce".into(), &"in".into()));
+        assert!(object["root"].is_null());
     }
+}
+
+/// All collectives, those with blocks that differ last.
+const COLLECTIVES: [&str; 14] = [
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "gather",
+    "scatter",
+    "barrier",
+    "all_gather_v",
+    "reduce_scatter_v",
+    "all_to_all_v",
+    "gather_v",
+    "scatter_v",
+];
+
+#[test]
+fn every_collective_is_right_from_every_root_in_place_and_out_of_place() {
+    for (ranks, transport) in [(1, "auto"), (3, "tcp"), (3, "shm"), (4, "shm")] {
+        let line = format!("-n {ranks} -t {transport} -b 64 -e 64K -f 32 -i 2 -w 0");
+        let objects = objects(&format!("{line} --collective all --root all --place both"));
+        assert!(objects.iter().all(|object| object["wrong"] == 0));
+        let with_root = ["reduce", "broadcast", "gather", "scatter", "gather_v", "scatter_v"];
+        for name in COLLECTIVES {
+            let mut of_name = objects.iter().filter(|object| object["collective"] == name);
+            let roots = if with_root.contains(&name) { ranks } else { 1 };
+            let tables = if name == "barrier" { 1 } else { 2 * roots * 3 };
+            assert_eq!(of_name.clone().count(), tables, "{name}");
+            let last = of_name.next_back().unwrap();
+            let root = with_root.contains(&name).then(|| ranks - 1);
+            assert_eq!(last["root"].as_u64(), root.map(|root| root as u64), "{name}");
+        }
+    }
+}
+
+#[test]
+fn every_algorithm_of_every_collective_is_right() {
+    for transport in ["tcp", "shm"] {
+        let line = format!("-n 3 -t {transport} -b 60K -e 60K -i 2 -w 0 --collective all -a all");
+        let objects = objects(&line);
+        for name in COLLECTIVES {
+            let of_name: Vec<_> =
+                objects.iter().filter(|object| object["collective"] == name).collect();
+            assert!(of_name.len() >= 2, "{name} by {} algorithms", of_name.len());
+            let automatic = of_name.iter().filter(|object| object["automatic"] == true).count();
+            assert_eq!(automatic, 1, "{name}");
+        }
+    }
+}
+
+#[test]
+fn bandwidths_of_all_collectives_are_those_of_nccl_tests() {
+    let factors = [
+        ("all_reduce", 1.5),
+        ("reduce", 1.0),
+        ("broadcast", 1.0),
+        ("all_gather", 0.75),
+        ("reduce_scatter", 0.75),
+        ("all_to_all", 0.75),
+        ("gather", 0.75),
+        ("scatter", 0.75),
+    ];
+    let names = factors.map(|(name, _)| name).join(",");
+    let objects = objects(&format!("-n 4 -b 64K -e 64K -i 2 -w 0 --collective {names}"));
+    for (object, (name, factor)) in objects.iter().zip(factors) {
+        assert_eq!((&object["collective"], &object["bytes"]), (&name.into(), &65536.into()));
+        let rate = |key: &str| object[key].as_f64().unwrap();
+        assert!((rate("busbw_GBps") / rate("algbw_GBps") - factor).abs() < 1e-9, "{name}");
+    }
+}
+
+#[test]
+fn tables_are_one_a_collective_and_say_where_results_go() {
+    let output = run("-n 2 -b 64 -e 64 -i 2 --collective all");
+    let titles: Vec<_> =
+        text(&output.stdout).lines().filter(|line| line.contains("place")).collect();
+    assert_eq!(titles.len(), COLLECTIVES.len() - 1, "{titles:?}");
+    assert_eq!(titles[1], "# reduce, root 0, in place");
+    assert_eq!(titles[3], "# all_gather, out of place; counts are multiples of 2");
 }
 
 #[test]
 fn every_algorithm_is_right_on_both_transports() {
     for transport in ["tcp", "shm"] {
         let objects = objects(&format!("-n 4 -t {transport} -a all -b 256 -e 256K -f 1024 -i 3"));
+        let all = Collective::all_reduce(ReduceOp::Sum).algorithms().len();
         let algorithms = objects.len() / 2;
-        assert!(algorithms >= 7, "{algorithms} algorithms");
+        assert!((7..=all).contains(&algorithms), "{algorithms} of {all} algorithms");
         assert!(objects.iter().all(|object| object["transport"] == transport));
         let automatic = objects.iter().filter(|object| object["automatic"] == true).count();
         assert_eq!(automatic, 2, "one automatic choice per size");
@@ -74,7 +162,8 @@ fn every_algorithm_is_right_on_both_transports() {
 #[test]
 fn every_type_and_operation_is_right() {
     let objects = objects("-n 3 -d all -o all -b 4K -e 4K -i 1 -w 0");
-    assert_eq!(objects.len(), 12 * 5);
+    let defined = |op: ReduceOp| Dtype::ALL.iter().filter(move |dtype| op.is_defined_for(**dtype));
+    assert_eq!(objects.len(), ReduceOp::ALL.into_iter().flat_map(defined).count());
 }
 
 #[test]
@@ -106,16 +195,32 @@ fn csv_has_a_header_and_as_many_columns_in_each_line() {
 #[test]
 fn odd_sizes_are_rounded_down_and_said_so() {
     let output = run("-n 2 -b 10 -e 10 -i 1 --format json");
-    assert!(text(&output.stderr).contains("10 B is no whole number of f32"));
+    assert!(text(&output.stderr).contains("rounded down to whole f32 (4 B)"));
     assert!(text(&output.stdout).contains("\"bytes\":8,"));
 }
 
 #[test]
 fn bad_arguments_are_refused_before_anything_starts() {
-    for line in ["-n 0", "-f 1", "-b 2 -e 1", "-d f33", "-o xor", "-a rign", "-b 1 -d f64"] {
+    let of_collectives = ["--collective all_sum", "--root x", "--collective scatter -a ring"];
+    for line in ["-n 0", "-f 1", "-b 2 -e 1", "-d f33", "-o xor", "-a rign", "-b 1 -d f64"]
+        .iter()
+        .chain(&of_collectives)
+    {
         let output = run(line);
         assert_eq!(output.status.code(), Some(2), "{line}");
         assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{line}");
+    }
+}
+
+#[test]
+fn what_a_world_cannot_measure_is_said() {
+    for (line, reason) in [
+        ("--collective reduce --root 2", "--root 2: the last of 2 ranks is 1"),
+        ("--collective all_gather -b 4 -e 4", "one f32 of each is 8 B, which no size holds"),
+    ] {
+        let output = run(&format!("-n 2 {line}"));
+        assert_eq!(output.status.code(), Some(1), "{line}");
+        assert!(text(&output.stderr).contains(reason), "{line}: {}", text(&output.stderr));
     }
 }
 

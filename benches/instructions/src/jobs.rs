@@ -4,8 +4,10 @@ use std::fmt;
 use std::hint::black_box;
 use std::str::FromStr;
 
-use unisum_algorithms::{Algorithm, CostModel, Shape, Topology, all, by_name, cost, prove, slice};
-use unisum_link::kernels::{Fold, Isa, isa};
+use unisum_algorithms::{
+    Algorithm, Collective, CostModel, Shape, Topology, all, by_name, cost, prove, slice,
+};
+use unisum_link::kernels::{Fold, Folded, Isa, isa};
 use unisum_link::{Dtype, ReduceOp};
 
 use crate::Result;
@@ -89,7 +91,7 @@ fn plan_jobs(algorithm: &'static dyn Algorithm) -> impl Iterator<Item = Job> {
         job("plan", 8, plan),
         job("compile", 8, compile),
         job("prove", 1, |algorithm| {
-            let shape = Shape { topology: Topology::nodes(&[3, 4]), count: 1000 };
+            let shape = Shape::all_reduce(Topology::nodes(&[3, 4]), 1000);
             prove(algorithm, black_box(&shape)).expect("the algorithms are right");
         }),
         job("cost", 1, |algorithm| {
@@ -102,7 +104,7 @@ fn plan_jobs(algorithm: &'static dyn Algorithm) -> impl Iterator<Item = Job> {
 
 /// Two nodes of eight ranks.
 fn sixteen(count: usize) -> Shape {
-    Shape { topology: Topology::nodes(&[8, 8]), count }
+    Shape::all_reduce(Topology::nodes(&[8, 8]), count)
 }
 
 /// The steps of all ranks, sliced.
@@ -121,6 +123,8 @@ fn compile(algorithm: &dyn Algorithm) {
         rank: 5,
         element_bytes: 4,
         average: false,
+        scales: false,
+        in_place: true,
         tuning: Tuning { slice_bytes: 256 << 10, window: 4 },
         group: None,
     }));
@@ -158,7 +162,7 @@ fn fold_job(level: &'static str, dtype: Dtype, op: ReduceOp, sources: usize) -> 
         let known = Isa::available().find(|known| known.name() == level);
         let isa = known.ok_or_else(|| format!("valgrind shows no processor with {level}"))?;
         let divide_by = (op == ReduceOp::Average).then(|| 3.try_into().expect("not zero"));
-        let fold = Fold { dtype, op, divide_by };
+        let fold = Fold { divide_by, ..Fold::new(dtype, op) };
         let mut buffers = vec![vec![0_u64; FOLD_BYTES / size_of::<u64>()]; sources];
         let work = move || {
             let dst: *mut u8 = buffers[0].as_mut_ptr().cast();
@@ -167,7 +171,8 @@ fn fold_job(level: &'static str, dtype: Dtype, op: ReduceOp, sources: usize) -> 
             pointers[1..].iter_mut().zip(rest).for_each(|(pointer, other)| *pointer = other);
             let pointers = black_box(&pointers[..sources]);
             // SAFETY: the buffers have FOLD_BYTES bytes each; `dst` is the first source exactly.
-            unsafe { fold.run_with(isa, dst, pointers, FOLD_BYTES / dtype.bytes()) };
+            let outcome = unsafe { fold.run_with(isa, dst, pointers, FOLD_BYTES / dtype.bytes()) };
+            assert_eq!(outcome, Folded::Done);
         };
         Ok(Box::new(work) as Work)
     };
@@ -222,7 +227,7 @@ fn all_reduce_job(reduction: &'static Reduction) -> Job {
         if isa() != FOLDS[0].0 {
             return Err(format!("valgrind shows a processor of which {} is used", isa()).into());
         }
-        let algorithm = by_name(algorithm).ok_or("an algorithm is gone")?;
+        let algorithm = by_name(Collective::AllReduce, algorithm).ok_or("an algorithm is gone")?;
         let tuning = Tuning { slice_bytes, window: 4 };
         let mut world = World::new(transport, memory, world, bytes)?;
         let programs = world.compile(algorithm, tuning);

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use unisum_algorithms::{Algorithm, Shape, Topology};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Heard, Hello, Listening, Secret, random};
-use unisum_link::{Call, Collective, Dtype, Link, Rank, ReduceOp, Region};
+use unisum_link::kernels::Fold;
+use unisum_link::{Call, Collective, Dtype, Link, Rank, ReduceOp, Region, Regions};
 use unisum_shm::{Block, Offer, ShmLink};
 use unisum_tcp::{Inbox, TcpConfig, TcpLink};
 
@@ -84,7 +85,7 @@ impl World {
         algorithm: &dyn Algorithm,
         tuning: Tuning,
     ) -> Vec<Arc<Program>> {
-        let shape = Shape { topology: Topology::flat(self.engines.len()), count: self.count };
+        let shape = Shape::all_reduce(Topology::flat(self.engines.len()), self.count);
         let mut program = |(rank, engine): (Rank, &mut Engine)| {
             let group = engine.group();
             let members = group.as_ref().map_or_else(Vec::new, |group| group.members().to_vec());
@@ -94,6 +95,8 @@ impl World {
                 rank,
                 element_bytes: Dtype::F32.bytes(),
                 average: false,
+                scales: false,
+                in_place: true,
                 tuning,
                 group: group
                     .map(|group| GroupShape { members: &members, slot_bytes: group.slot_bytes() }),
@@ -114,10 +117,15 @@ impl World {
             op: ReduceOp::Sum,
             count: self.count as u64,
             algorithm: 0,
+            root: 0,
+            detail: 0,
+            communicator: 0,
         };
         self.next_number += 1;
         for (rank, engine) in self.engines.iter_mut().enumerate() {
-            engine.start(call, self.regions[rank], programs[rank].clone());
+            let regions = Regions::in_place(self.regions[rank]);
+            let fold = Fold::new(call.dtype, call.op);
+            engine.start(call, fold, regions, &programs[rank]);
         }
         let mut stuck = None;
         loop {

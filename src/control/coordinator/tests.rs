@@ -148,8 +148,8 @@ fn a_mismatch_counts_at_once_and_names_both() {
 #[test]
 fn an_overdue_call_is_decided_when_the_last_rank_answers() {
     let mut job = Job::new();
-    job.say(1, Message::Overdue(call(5)));
-    assert_eq!(job.outputs()[0].messages, [Message::StatusRequest { query: 1 }]);
+    job.say(1, Message::Overdue(call(5).into()));
+    assert_eq!(job.outputs()[0].messages, [Message::StatusRequest { query: 1, communicator: 0 }]);
     for rank in [0, 1, 3] {
         job.answer(rank, 5, true);
     }
@@ -161,7 +161,7 @@ fn an_overdue_call_is_decided_when_the_last_rank_answers() {
 #[test]
 fn a_rank_that_does_not_answer_is_unresponsive() {
     let mut job = Job::new();
-    job.say(1, Message::Overdue(call(5)));
+    job.say(1, Message::Overdue(call(5).into()));
     for rank in [0, 1, 2] {
         job.answer(rank, 5, true);
     }
@@ -172,7 +172,7 @@ fn a_rank_that_does_not_answer_is_unresponsive() {
 #[test]
 fn a_death_during_the_question_is_the_answer() {
     let mut job = Job::new();
-    job.say(1, Message::Overdue(call(5)));
+    job.say(1, Message::Overdue(call(5).into()));
     job.coordinator.lost(3, "its connection ended");
     job.expect(VerdictKind::Died, &[3]);
 }
@@ -180,7 +180,7 @@ fn a_death_during_the_question_is_the_answer() {
 #[test]
 fn who_leaves_during_the_question_has_answered() {
     let mut job = Job::new();
-    job.say(1, Message::Overdue(call(5)));
+    job.say(1, Message::Overdue(call(5).into()));
     for rank in [0, 1, 2] {
         job.answer(rank, 5, true);
     }

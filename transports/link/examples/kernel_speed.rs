@@ -2,13 +2,13 @@
 //!
 //! `cargo run --release -p unisum-link --example kernel_speed [KiB] [sources]`, 256 KiB and 2
 //! sources by default. The first source is the destination, as in a reduction in place. Averages
-//! are over 2, where floats are multiplied, and over 3.
+//! are over 2, where floats are multiplied, and over 3. A watched sum looks for infinity and NaN.
 
 use std::hint::black_box;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
-use unisum_link::kernels::{Fold, Isa};
+use unisum_link::kernels::{Fold, Folded, Isa};
 use unisum_link::{Dtype, ReduceOp};
 
 fn main() {
@@ -21,22 +21,42 @@ fn main() {
         black_box(&mut target[0]).copy_from_slice(black_box(&source[0]));
     });
     println!("{sources} sources of {} KiB, GB/s; memcpy {copied:.1}", bytes >> 10);
-    println!("dtype  isa         sum    prod     min     max   avg/2   avg/3");
+    let columns = columns();
+    let names: String = columns.iter().map(|(name, _)| format!("{name:>8}")).collect();
+    println!("dtype  isa     {names}");
     for dtype in Dtype::ALL {
         for isa in Isa::available() {
             print!("{dtype:<6} {isa:<8}");
-            for op in ReduceOp::ALL.into_iter().filter(|&op| op != ReduceOp::Average) {
-                let fold = Fold { dtype, op, divide_by: None };
-                print!("{:8.1}", speed(fold, isa, &mut buffers[1..]));
-            }
-            for divisor in [2, 3] {
-                let divide_by = NonZeroU32::new(divisor);
-                let fold = Fold { dtype, op: ReduceOp::Average, divide_by };
-                print!("{:8.1}", speed(fold, isa, &mut buffers[1..]));
+            for (_, fold) in &columns {
+                let fold = Fold { dtype, ..*fold };
+                match fold.check_defined() {
+                    Ok(()) => print!("{:8.1}", speed(fold, isa, &mut buffers[1..])),
+                    Err(_) => print!("{:>8}", "–"),
+                }
             }
             println!();
         }
     }
+}
+
+/// What is measured of each type, and what it is called.
+fn columns() -> Vec<(&'static str, Fold)> {
+    let fold = |op| Fold::new(Dtype::F32, op);
+    let average = |by| Fold { divide_by: NonZeroU32::new(by), ..fold(ReduceOp::Average) };
+    let sum = fold(ReduceOp::Sum);
+    vec![
+        ("sum", sum),
+        ("watched", Fold { watch: true, ..sum }),
+        ("factor", Fold { factor: Some(0.1), ..sum }),
+        ("avg/2", average(2)),
+        ("avg/3", average(3)),
+        ("prod", fold(ReduceOp::Product)),
+        ("min", fold(ReduceOp::Min)),
+        ("max", fold(ReduceOp::Max)),
+        ("and", fold(ReduceOp::BitAnd)),
+        ("or", fold(ReduceOp::BitOr)),
+        ("xor", fold(ReduceOp::BitXor)),
+    ]
 }
 
 /// Buffers start at a cache line, as the large ones of programs do.
@@ -52,7 +72,9 @@ fn speed(fold: Fold, isa: Isa, buffers: &mut [Vec<Line>]) -> f64 {
     sources[0] = dst;
     gigabytes_per_second(bytes, || {
         // SAFETY: the buffers have `bytes` bytes each; `dst` is the first source exactly.
-        unsafe { fold.run_with(isa, dst, black_box(&sources), bytes / fold.dtype.bytes()) };
+        let outcome =
+            unsafe { fold.run_with(isa, dst, black_box(&sources), bytes / fold.dtype.bytes()) };
+        assert_ne!(outcome, Folded::Panicked);
     })
 }
 

@@ -34,11 +34,17 @@ pub enum Dtype {
     I64 = 11,
     /// Unsigned, 64 bits.
     U64 = 12,
+    /// 4 bits of exponent and 3 of mantissa, without infinities ([`f8e4m3`](crate::f8e4m3)).
+    F8E4M3 = 13,
+    /// 5 bits of exponent and 2 of mantissa ([`f8e5m2`](crate::f8e5m2)).
+    F8E5M2 = 14,
+    /// A byte that is true unless it is 0 ([`Bool`](crate::Bool)). Results are 0 or 1.
+    Bool = 15,
 }
 
 impl Dtype {
     /// Every dtype, in the order of the wire codes.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::F16,
         Self::Bf16,
         Self::F32,
@@ -51,15 +57,27 @@ impl Dtype {
         Self::U32,
         Self::I64,
         Self::U64,
+        Self::F8E4M3,
+        Self::F8E5M2,
+        Self::Bool,
     ];
 
     /// The size of one element in bytes.
     pub const fn bytes(self) -> usize {
         match self {
-            Self::I8 | Self::U8 => 1,
+            Self::I8 | Self::U8 | Self::F8E4M3 | Self::F8E5M2 | Self::Bool => 1,
             Self::F16 | Self::Bf16 | Self::I16 | Self::U16 => 2,
             Self::F32 | Self::I32 | Self::U32 => 4,
             Self::F64 | Self::I64 | Self::U64 => 8,
+        }
+    }
+
+    /// Whether the elements are floating-point numbers.
+    pub const fn is_float(self) -> bool {
+        match self {
+            Self::F8E4M3 | Self::F8E5M2 | Self::F16 | Self::Bf16 | Self::F32 | Self::F64 => true,
+            Self::I8 | Self::U8 | Self::I16 | Self::U16 | Self::I32 | Self::U32 => false,
+            Self::I64 | Self::U64 | Self::Bool => false,
         }
     }
 
@@ -78,6 +96,9 @@ impl Dtype {
             Self::U32 => &["u32", "uint32"],
             Self::I64 => &["i64", "int64", "long"],
             Self::U64 => &["u64", "uint64"],
+            Self::F8E4M3 => &["f8e4m3", "float8_e4m3fn", "fp8_e4m3", "e4m3"],
+            Self::F8E5M2 => &["f8e5m2", "float8_e5m2", "fp8_e5m2", "e5m2"],
+            Self::Bool => &["bool", "boolean"],
         }
     }
 }
@@ -106,6 +127,8 @@ impl TryFrom<u8> for Dtype {
 }
 
 /// A Rust type whose slices can be reduced. Sealed: the dtypes are those of [`Dtype`].
+///
+/// Any bytes are a value of it: peers write them.
 pub trait Element: Copy + Send + Sync + 'static + private::Sealed {
     /// The dtype that describes this type to peers.
     const DTYPE: Dtype;
@@ -123,6 +146,7 @@ macro_rules! elements {
 elements! {
     half::f16 => F16, half::bf16 => Bf16, f32 => F32, f64 => F64,
     i8 => I8, u8 => U8, i16 => I16, u16 => U16, i32 => I32, u32 => U32, i64 => I64, u64 => U64,
+    crate::f8e4m3 => F8E4M3, crate::f8e5m2 => F8E5M2, crate::Bool => Bool,
 }
 
 mod private {
@@ -194,17 +218,17 @@ mod tests {
     #[test]
     fn wire_codes_are_fixed() {
         let codes = Dtype::ALL.map(|dtype| dtype as u8);
-        assert_eq!(codes, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+        assert_eq!(codes, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
     }
 
     #[test]
     fn unknown_names_and_codes_are_errors_that_say_what_was_given() {
         assert_eq!(Dtype::try_from(0).unwrap_err().to_string(), "unknown dtype code 0");
-        assert_eq!(Dtype::try_from(13).unwrap_err().to_string(), "unknown dtype code 13");
+        assert_eq!(Dtype::try_from(16).unwrap_err().to_string(), "unknown dtype code 16");
         assert_eq!(
             "f8".parse::<Dtype>().unwrap_err().to_string(),
             "unknown dtype `f8`, expected one of \
-             f16, bf16, f32, f64, i8, u8, i16, u16, i32, u32, i64, u64"
+             f16, bf16, f32, f64, i8, u8, i16, u16, i32, u32, i64, u64, f8e4m3, f8e5m2, bool"
         );
     }
 
@@ -225,5 +249,8 @@ mod tests {
         check::<u32>();
         check::<i64>();
         check::<u64>();
+        check::<crate::f8e4m3>();
+        check::<crate::f8e5m2>();
+        check::<crate::Bool>();
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! offset  0  magic    u32   "usm1"
-//!         4  reserved u32   0
+//!         4  flags    u32   1 if the sender has marked the collective (see `Link::mark`), else 0
 //!         8  bytes    u64   length of the payload that follows
-//!        16  call     [24]  what the sender called (see `Call`)
+//!        16  call     [32]  what the sender called (see `Call`)
 //! ```
 //! All integers are little endian.
 
@@ -20,6 +20,8 @@ const MAGIC: u32 = u32::from_le_bytes(*b"usm1");
 /// What precedes a message's payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
+    /// Whether the sender has marked the collective.
+    pub marked: bool,
     /// Length of the payload.
     pub bytes: u64,
     /// The collective it belongs to.
@@ -32,7 +34,7 @@ pub enum HeaderError {
     /// The first bytes are not unisum's.
     #[error("a message began with {0:#010x}, not with unisum's magic number")]
     Magic(u32),
-    /// The spare word is used: a newer version of the protocol.
+    /// An unknown flag is set: a newer version of the protocol.
     #[error("a message header has unknown flags {0:#x}: do all ranks run the same version?")]
     Flags(u32),
     /// A code in the call is unknown.
@@ -46,7 +48,7 @@ impl Header {
         let mut encoded = [0; HEADER_BYTES];
         let mut to = &mut encoded[..];
         to.put_u32_le(MAGIC);
-        to.put_u32_le(0);
+        to.put_u32_le(u32::from(self.marked));
         to.put_u64_le(self.bytes);
         to.put_slice(&self.call.encode());
         encoded
@@ -63,14 +65,14 @@ impl Header {
             return Err(HeaderError::Magic(magic));
         }
         let flags = from.get_u32_le();
-        if flags != 0 {
+        if flags > 1 {
             return Err(HeaderError::Flags(flags));
         }
         let bytes = from.get_u64_le();
         let mut call = [0; Call::ENCODED];
         from.copy_to_slice(&mut call);
         let call = Call::decode(&call).ok_or(HeaderError::Call)?;
-        Ok(Self { bytes, call })
+        Ok(Self { marked: flags == 1, bytes, call })
     }
 }
 
@@ -83,10 +85,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_survive_the_wire(bytes: u64, number: u64, count: u64, algorithm: u32) {
+        fn headers_survive_the_wire(
+            marked: bool, bytes: u64, number: u64, count: u64, algorithm: u16,
+        ) {
             let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-            let call = Call { number, collective, dtype, op, count, algorithm };
-            let header = Header { bytes, call };
+            let (communicator, root, detail) = (2, 3, 4);
+            let call = Call {
+                communicator, number, collective, dtype, op, count, root, detail, algorithm,
+            };
+            let header = Header { marked, bytes, call };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
     }

@@ -71,8 +71,18 @@ fn check_header(bytes: &[u8]) {
 
 fn header_seeds() -> Vec<Vec<u8>> {
     let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-    let call = Call { number: 7, collective, dtype, op, count: 1 << 20, algorithm: 3 };
-    vec![Header { bytes: 4096, call }.encode().to_vec()]
+    let call = Call {
+        number: 7,
+        collective,
+        dtype,
+        op,
+        count: 1 << 20,
+        algorithm: 3,
+        root: 0,
+        detail: 0,
+        communicator: 0,
+    };
+    vec![Header { marked: false, bytes: 4096, call }.encode().to_vec()]
 }
 
 /// Whatever a stranger says, in whatever pieces (their length comes first), it is heard alike, is

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::{Call, LinkError, Patience, Rank, Region};
+use crate::{Call, LinkError, Patience, Rank, Region, Regions};
 
 /// The engine's name for a transfer it posted. Links hand it back and give it no meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -15,7 +15,7 @@ pub struct Ticket(pub u64);
 /// Where the bytes of a receive go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Landing {
-    /// Into the region, at the range the receive names: an arrival that stores.
+    /// Into the memory that the receive names: an arrival that stores.
     Place,
     /// Anywhere the link likes (a slot of its own, or right where the sender has them): an
     /// arrival that reduces. The engine reads them through [`Link::arrived`] and gives them back
@@ -38,25 +38,26 @@ pub trait Wake: Send + Sync + fmt::Debug {
 /// A link's error is final for the communicator: the engine calls [`Link::abort`] and nothing
 /// else after it.
 pub trait Link: Send + fmt::Debug {
-    /// Starts a collective on `region`. All transfers of the one before it are done.
-    fn begin(&mut self, call: Call, region: Region);
+    /// Starts a collective on `regions`. All transfers of the one before it are done.
+    fn begin(&mut self, call: Call, regions: Regions);
 
-    /// Sends `bytes` of the region to `to`. The range may be written again once the ticket is
-    /// done. `bytes` is not empty.
+    /// Sends `memory`, which is not empty, to `to`. It may be written again once the ticket is
+    /// done.
     ///
     /// # Errors
     /// If the peer can't be reached or is gone.
-    fn send(&mut self, to: Rank, bytes: Range<usize>, ticket: Ticket) -> Result<(), LinkError>;
+    fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError>;
 
-    /// Receives what `from` sends next, which has the length of `bytes` (not empty). With
-    /// [`Landing::Place`] nobody touches that range until the ticket is done.
+    /// Receives what `from` sends next, which is as long as `memory` (not empty). With
+    /// [`Landing::Place`] it goes there, and nobody touches that memory until the ticket is done;
+    /// with [`Landing::Slot`] only the length of `memory` counts.
     ///
     /// # Errors
     /// If the peer can't be reached or is gone.
     fn receive(
         &mut self,
         from: Rank,
-        bytes: Range<usize>,
+        memory: Region,
         landing: Landing,
         ticket: Ticket,
     ) -> Result<(), LinkError>;
@@ -74,6 +75,14 @@ pub trait Link: Send + fmt::Debug {
 
     /// Gives an arrival's slot back.
     fn release(&mut self, ticket: Ticket);
+
+    /// Marks the collective under way: what is sent from here on carries the mark, and a group's
+    /// next arrival does. A new collective begins unmarked.
+    fn mark(&mut self);
+
+    /// Whether the collective is marked: here, by the sender of something that was received, or,
+    /// once an arrival is complete, by a member of the group before it.
+    fn is_marked(&self) -> bool;
 
     /// How long a wait for this link's transfers pays before it parks.
     fn patience(&self) -> Patience {
@@ -109,13 +118,23 @@ pub trait Link: Send + fmt::Debug {
     fn group(&mut self) -> Option<&mut dyn Group>;
 }
 
-/// A step that all members of a [`Group`] take together: an arrival on the group's counter.
+/// One of a rank's two regions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// [`Regions::input`].
+    Input,
+    /// [`Regions::output`].
+    Output,
+}
+
+/// A step that all members of a [`Group`] take together, counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Arrival(pub u32);
+pub struct Arrival(pub u64);
 
 /// The ranks of one node that can read each other's memory.
 ///
-/// All members make the same sequence of arrivals. Between arrivals they read and write each
+/// All members make the same sequence of arrivals, and each makes the next one only after it saw
+/// [`Group::complete`] say that the last one was. Between arrivals they read and write each
 /// other's regions where every region is registered; what is private goes over the members'
 /// benches. A collective on a group is: [`Group::enter`] (after which all see all regions), the
 /// work, [`Group::arrive`].
@@ -126,14 +145,17 @@ pub trait Group {
     /// Largest deposit in bytes.
     fn slot_bytes(&self) -> usize;
 
-    /// Publishes this rank's call and region (as given to [`Link::begin`]) and arrives. With
-    /// `deposit`, copies the whole region (at most [`Group::slot_bytes`]) into this rank's slot
-    /// first: the members then read the slot and not the region, so that the region is free once
-    /// the arrival is complete.
+    /// Publishes this rank's call and regions (as given to [`Link::begin`]) and arrives. With
+    /// `deposit`, copies the whole input (at most [`Group::slot_bytes`]) into this rank's slot
+    /// first: the members then read the slot and not the input, so that it is free once the
+    /// arrival is complete.
     fn enter(&mut self, deposit: bool) -> Arrival;
 
     /// Arrives: everything this rank read and wrote before it is done.
     fn arrive(&mut self) -> Arrival;
+
+    /// Marks the collective, as [`Link::mark`] of its link does. Before an arrival.
+    fn mark(&mut self);
 
     /// Whether all members made this arrival. The first time that an [`Group::enter`] is complete,
     /// all members' calls are compared.
@@ -151,21 +173,35 @@ pub trait Group {
     /// Only if sleeping itself is impossible.
     fn park(&mut self, arrival: Arrival, until: Instant) -> Result<(), LinkError>;
 
-    /// Whether every member's region of the entered collective is registered, so that
-    /// [`Group::target`] may be used. The same answer on all members.
-    fn registered(&self) -> bool;
+    /// Whether every member's input, or output, of the entered collective is registered, so that
+    /// all can read it and [`Group::target`] may be used. The same answer on all members. An empty
+    /// region counts as registered, a deposit does not.
+    fn registered(&self, part: Part) -> bool;
 
-    /// The address of `bytes` of a member's region (or deposit, if `enter` deposited) where this
-    /// rank can read it; `None` if it is another rank's private memory.
+    /// Appends the address of `bytes` of each member's deposit, in the order of the members: what
+    /// the last `enter`, which is complete, deposited.
+    ///
+    /// # Panics
+    /// If it deposited nothing, or more than a deposit holds is asked for.
+    fn deposits(&self, bytes: &Range<usize>, addresses: &mut Vec<*const u8>);
+
+    /// The address of `bytes` of one of a member's regions (`Part::Input`: of its deposit, if
+    /// `enter` deposited) where this rank can read it; `None` if it is another rank's private
+    /// memory.
     ///
     /// # Errors
     /// If the member's region is not where it says.
-    fn source(&self, member: Rank, bytes: Range<usize>) -> Result<Option<*const u8>, LinkError>;
+    fn source(
+        &self,
+        member: Rank,
+        part: Part,
+        bytes: Range<usize>,
+    ) -> Result<Option<*const u8>, LinkError>;
 
-    /// The address of `bytes` of a member's registered region, to write to.
+    /// The address of `bytes` of a member's registered output, to write to.
     ///
     /// # Panics
-    /// If the member's region is not registered: [`Group::registered`] said so.
+    /// If the member's output is not registered: [`Group::registered`] said so.
     fn target(&self, member: Rank, bytes: Range<usize>) -> *mut u8;
 
     /// Bytes of each member's bench.

@@ -3,27 +3,37 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::Dtype;
 use crate::dtype::{UnknownCode, UnknownName};
 
 /// How the elements of the ranks become one.
 ///
 /// The discriminant is the wire code. Every result is the same in every bit on every machine:
 ///
-/// | | integers | floats |
-/// |---|---|---|
-/// | sum, product | wrap around (two's complement) | IEEE 754, rounded to nearest even |
-/// | average | sum, then division truncated toward zero | sum, then one division |
-/// | min, max | the usual order | IEEE 754-2019 `minimum`, `maximum`: NaN wins, −0 < +0 |
-/// | NaN result | – | the positive quiet NaN without payload |
+/// | | integers | floats | bool |
+/// |---|---|---|---|
+/// | sum | wraps around (two's complement) | IEEE 754, rounded to nearest even | or |
+/// | product | wraps around | IEEE 754, rounded to nearest even | and |
+/// | min, max | the usual order | IEEE 754-2019 `minimum`, `maximum`: NaN wins, −0 < +0 | and, or |
+/// | average | sum, then division truncated toward zero | sum, then one division | undefined |
+/// | bitand, bitor, bitxor | bit by bit | undefined | and, or, exclusive or |
 ///
-/// `f16` and `bf16` are summed, multiplied and divided in `f32` and rounded once at the end of a
-/// pass; what is too large becomes infinity. An integer sum that wrapped is averaged as it is.
+/// What is undefined is refused before anything is sent ([`Fold::check_defined`]).
 ///
-/// A NaN result is `7e00`, `7fc0`, `7fc00000` or `7ff8000000000000`, for `f16`, `bf16`, `f32` and
-/// `f64`: x86 keeps the payload of the first operand and compilers may swap operands, so that
-/// without this two ranks could differ. Infinities and subnormal numbers follow IEEE 754, provided
-/// that each thread has the default floating-point environment, as Rust requires: if a host
-/// flushes subnormals on some ranks only, their bits differ.
+/// Floats of 16 and 8 bits are summed, multiplied and divided in `f32` and rounded once at the end
+/// of a pass, to nearest even. What is then too large becomes infinity, or NaN in `f8e4m3`, which
+/// has no infinities: nothing saturates. The sum of an average, too, is divided before it is
+/// rounded, so that it may be out of the type's range where its average is not; between the passes
+/// of several ranks it is rounded undivided. An integer sum that wrapped is averaged as it is.
+///
+/// A NaN result is the positive quiet NaN without payload: `7f`, `7e`, `7e00`, `7fc0`, `7fc00000`
+/// or `7ff8000000000000`, for `f8e4m3`, `f8e5m2`, `f16`, `bf16`, `f32` and `f64`: x86 keeps the
+/// payload of the first operand and compilers may swap operands, so that without this two ranks
+/// could differ. Infinities and subnormal numbers follow IEEE 754, provided that each thread has
+/// the default floating-point environment, as Rust requires: if a host flushes subnormals on some
+/// ranks only, their bits differ.
+///
+/// [`Fold::check_defined`]: crate::kernels::Fold::check_defined
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 #[non_exhaustive]
@@ -38,11 +48,35 @@ pub enum ReduceOp {
     Max = 4,
     /// Adds the elements and divides by their count.
     Average = 5,
+    /// Keeps the bits that are set in all elements.
+    BitAnd = 6,
+    /// Keeps the bits that are set in any element.
+    BitOr = 7,
+    /// Keeps the bits that are set in an odd number of elements.
+    BitXor = 8,
 }
 
 impl ReduceOp {
     /// Every operation, in the order of the wire codes.
-    pub const ALL: [Self; 5] = [Self::Sum, Self::Product, Self::Min, Self::Max, Self::Average];
+    pub const ALL: [Self; 8] = [
+        Self::Sum,
+        Self::Product,
+        Self::Min,
+        Self::Max,
+        Self::Average,
+        Self::BitAnd,
+        Self::BitOr,
+        Self::BitXor,
+    ];
+
+    /// Whether elements of this type have such a reduction.
+    pub const fn is_defined_for(self, dtype: Dtype) -> bool {
+        match self {
+            Self::Sum | Self::Product | Self::Min | Self::Max => true,
+            Self::Average => !matches!(dtype, Dtype::Bool),
+            Self::BitAnd | Self::BitOr | Self::BitXor => !dtype.is_float(),
+        }
+    }
 
     /// What users may call it, the name it is printed with first.
     const fn names(self) -> &'static [&'static str] {
@@ -52,6 +86,9 @@ impl ReduceOp {
             Self::Min => &["min", "minimum"],
             Self::Max => &["max", "maximum"],
             Self::Average => &["avg", "average", "mean"],
+            Self::BitAnd => &["bitand", "band", "and"],
+            Self::BitOr => &["bitor", "bor", "or"],
+            Self::BitXor => &["bitxor", "bxor", "xor"],
         }
     }
 }
@@ -65,7 +102,7 @@ impl fmt::Display for ReduceOp {
 impl FromStr for ReduceOp {
     type Err = UnknownName;
 
-    /// Reads a name in any letter case: `sum`, `prod` or `product`, `avg` or `average`.
+    /// Reads a name in any letter case: `sum`, `prod` or `product`, `bitand` or `and`.
     fn from_str(name: &str) -> Result<Self, UnknownName> {
         UnknownName::find("operation", name, &Self::ALL, |op| op.names())
     }
@@ -76,6 +113,33 @@ impl TryFrom<u8> for ReduceOp {
 
     fn try_from(code: u8) -> Result<Self, UnknownCode> {
         UnknownCode::find("operation", code, &Self::ALL, |op| op as u8)
+    }
+}
+
+/// A reduction that does not exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Undefined {
+    /// The elements have no such operation.
+    #[error("{op} is not defined for {dtype}, {}", why(*.op))]
+    Operation {
+        /// The operation that was asked for.
+        op: ReduceOp,
+        /// The type of the elements.
+        dtype: Dtype,
+    },
+    /// A factor, but for elements that are not floats.
+    #[error("a sum with a factor is not defined for {0}, only for floats")]
+    FactorOfType(Dtype),
+    /// A factor, but for another operation than a sum.
+    #[error("a factor goes with a sum, not with {0}")]
+    FactorOf(ReduceOp),
+}
+
+const fn why(op: ReduceOp) -> &'static str {
+    match op {
+        ReduceOp::BitAnd | ReduceOp::BitOr | ReduceOp::BitXor => "only for integers and bool",
+        _ => "only for numbers",
     }
 }
 
@@ -91,15 +155,16 @@ mod tests {
                 assert_eq!(name.to_uppercase().parse(), Ok(op));
             }
         }
-        assert_eq!(ReduceOp::ALL.map(|op| op as u8), [1, 2, 3, 4, 5]);
+        assert_eq!(ReduceOp::ALL.map(|op| op as u8), [1, 2, 3, 4, 5, 6, 7, 8]);
     }
 
     #[test]
     fn unknown_names_and_codes_are_errors_that_say_what_was_given() {
         assert_eq!(ReduceOp::try_from(9).unwrap_err().to_string(), "unknown operation code 9");
         assert_eq!(
-            "xor".parse::<ReduceOp>().unwrap_err().to_string(),
-            "unknown operation `xor`, expected one of sum, prod, min, max, avg"
+            "nand".parse::<ReduceOp>().unwrap_err().to_string(),
+            "unknown operation `nand`, expected one of \
+             sum, prod, min, max, avg, bitand, bitor, bitxor"
         );
     }
 }

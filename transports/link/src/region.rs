@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 
-/// The buffer of one collective call on this rank: plain memory of the process, or part of the
-/// shared heap that the ranks of a node map.
+/// Memory of one collective call on this rank: plain memory of the process, or part of the shared
+/// heap that the ranks of a node map.
 ///
 /// A region is a promise made by whoever creates it: the memory stays valid and nobody else in
 /// this process touches it until the engine reports the collective's end.
@@ -45,6 +45,18 @@ impl Region {
         self.heap_offset
     }
 
+    /// The part `bytes` of the region.
+    ///
+    /// # Panics
+    /// If the range is not inside the region: plans are proven, so that would be our bug.
+    #[must_use]
+    pub fn part(&self, bytes: &Range<usize>) -> Self {
+        // Null has no part but the empty one, so the address is never null.
+        let base = NonNull::new(self.pointer(bytes)).unwrap_or(self.base);
+        let heap_offset = self.heap_offset.map(|offset| offset + bytes.start as u64);
+        Self { base, bytes: bytes.len(), heap_offset }
+    }
+
     /// The address of `bytes` within the region.
     ///
     /// # Panics
@@ -57,5 +69,24 @@ impl Region {
         );
         // SAFETY: the offset was just checked to lie inside the region (or one past its end).
         unsafe { self.base.as_ptr().add(bytes.start) }
+    }
+}
+
+/// The memory of one collective on this rank.
+///
+/// Peers may read both regions, and write the output, until the collective has ended here. A rank
+/// that has no input or no output has an empty region for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Regions {
+    /// What this rank puts in; read only, unless it is the output as well.
+    pub input: Region,
+    /// Where its result goes.
+    pub output: Region,
+}
+
+impl Regions {
+    /// The regions of a collective in place: one for both.
+    pub const fn in_place(region: Region) -> Self {
+        Self { input: region, output: region }
     }
 }

@@ -10,13 +10,14 @@ mod processes;
 
 use std::time::{Duration, Instant};
 
-use unisum_link::kernels::Fold;
+use unisum_link::kernels::{Fold, Folded};
 use unisum_link::{
-    Arrival, Backoff, Call, Collective, Dtype, Group, Link, Patience, Pause, ReduceOp, Region,
+    Arrival, Backoff, Call, Collective, Dtype, Group, Link, Part, Patience, Pause, ReduceOp,
+    Region, Regions,
 };
 use unisum_shm::ShmLink;
 
-const FOLD: Fold = Fold { dtype: Dtype::F32, op: ReduceOp::Sum, divide_by: None };
+const FOLD: Fold = Fold::new(Dtype::F32, ReduceOp::Sum);
 const BLOCK: usize = 8 << 10;
 const LARGE: usize = 1 << 20;
 
@@ -59,13 +60,20 @@ fn time(link: &mut ShmLink, number: u64, region: Region) -> Duration {
         op: ReduceOp::Sum,
         count: count as u64,
         algorithm: 0,
+        root: 0,
+        detail: 0,
+        communicator: 0,
     };
-    link.begin(call, region);
+    link.begin(call, Regions::in_place(region));
     let group = link.group().unwrap();
     if region.bytes() <= group.slot_bytes() {
         let entered = group.enter(true);
         complete(group, entered);
-        fold(group, 0, region.bytes(), region.base());
+        let mut deposits = Vec::new();
+        group.deposits(&(0..region.bytes()), &mut deposits);
+        // SAFETY: the group gave that many bytes; the region is as long.
+        let folded = unsafe { FOLD.run(region.base(), &deposits, region.bytes() / 4) };
+        assert_eq!(folded, Folded::Done);
     } else {
         one_pass(group, region.bytes());
     }
@@ -79,10 +87,11 @@ fn time(link: &mut ShmLink, number: u64, region: Region) -> Duration {
 /// Folds all members' bytes at `at` into `into`.
 fn fold(group: &mut dyn Group, at: usize, bytes: usize, into: *mut u8) {
     let members = group.members().to_vec();
-    let source = |member| group.source(member, at..at + bytes).unwrap().unwrap();
+    let source = |member| group.source(member, Part::Input, at..at + bytes).unwrap().unwrap();
     let sources: Vec<*const u8> = members.into_iter().map(source).collect();
     // SAFETY: the group and the caller gave that many bytes.
-    unsafe { FOLD.run(into, &sources, bytes / 4) };
+    let outcome = unsafe { FOLD.run(into, &sources, bytes / 4) };
+    assert_eq!(outcome, Folded::Done);
 }
 
 fn one_pass(group: &mut dyn Group, bytes: usize) {

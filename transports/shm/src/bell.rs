@@ -26,7 +26,7 @@ use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::random;
 
 use crate::ShmError;
-use crate::layout::GENERATION;
+use crate::layout::WAKES;
 use crate::mapping::Mapping;
 
 /// Weight of an event that obliges its receiver to act (a peer waits for it): more than any
@@ -50,7 +50,7 @@ pub(crate) struct Bell {
     socket: ParentOnly<UnixDatagram>,
     /// A wake that no park has answered yet.
     poked: AtomicBool,
-    /// Whether this rank's thread parks in the group, on the generation.
+    /// Whether this rank's thread parks in the group.
     grouped: AtomicBool,
 }
 
@@ -182,22 +182,20 @@ impl Bell {
         self.poked.load(Ordering::SeqCst) && self.poked.swap(false, Ordering::SeqCst)
     }
 
-    /// Sleeps while the group's generation word satisfies `asleep`, until a wake or `until`.
-    pub(crate) fn park_grouped(
-        &self,
-        asleep: impl Fn(u32) -> bool,
-        until: Instant,
-    ) -> io::Result<()> {
-        let generation = self.mapping.word(GENERATION);
+    /// Sleeps until `over`, a wake of the group after that was last asked, a wake of this rank,
+    /// or `until`.
+    pub(crate) fn park_grouped(&self, over: impl Fn() -> bool, until: Instant) -> io::Result<()> {
+        let wakes = self.mapping.word(WAKES);
         // SeqCst: `wake` stores `poked` and then loads this; here it is the other way round.
         self.grouped.store(true, Ordering::SeqCst);
         let outcome = loop {
-            // SeqCst: pairs with the addition of the last arrival, and with `wake`'s change.
-            let word = generation.load(Ordering::SeqCst);
-            if !asleep(word) || self.poked.load(Ordering::SeqCst) {
+            // SeqCst: pairs with the additions in `wake_group`. Before asking: what changes after
+            // that ends the sleep.
+            let seen = wakes.load(Ordering::SeqCst);
+            if over() || self.poked.load(Ordering::SeqCst) {
                 break Ok(());
             }
-            match wait(generation, word, until) {
+            match wait(wakes, seen, until) {
                 Ok(true) => {}
                 Ok(false) => break Ok(()),
                 Err(error) => break Err(error),
@@ -206,6 +204,14 @@ impl Bell {
         self.grouped.store(false, Ordering::SeqCst);
         self.take_poke();
         outcome
+    }
+
+    /// Wakes every member that sleeps in the group.
+    pub(crate) fn wake_group(&self) {
+        let wakes = self.mapping.word(WAKES);
+        // SeqCst: pairs with the load in `park_grouped`.
+        wakes.fetch_add(1, Ordering::SeqCst);
+        wake(wakes, u32::MAX >> 1);
     }
 
     /// The descriptor that `arm` is about.
@@ -238,12 +244,8 @@ impl Wake for Bell {
             self.rouse(self.seat, mode);
         }
         if self.grouped.load(Ordering::SeqCst) {
-            let generation = self.mapping.word(GENERATION);
-            // The low byte is there to be changed: a member that is just going to sleep finds
-            // another word. The others wake up for nothing, which is rare and harmless.
-            let poke = |word: u32| Some((word & !0xff) | (word.wrapping_add(1) & 0xff));
-            let _ = generation.fetch_update(Ordering::SeqCst, Ordering::Relaxed, poke);
-            wake(generation, u32::MAX >> 1);
+            // The others wake up for nothing, which is rare and harmless.
+            self.wake_group();
         }
     }
 }
@@ -268,7 +270,7 @@ fn wait(word: &AtomicU32, value: u32, until: Instant) -> io::Result<bool> {
 }
 
 /// Wakes up to `sleepers` threads of any process that sleep on `word`.
-pub(crate) fn wake(word: &AtomicU32, sleepers: u32) {
+fn wake(word: &AtomicU32, sleepers: u32) {
     let woken = futex::wake(word, futex::Flags::empty(), sleepers);
     debug_assert!(woken.is_ok(), "a mapped word can be woken: {woken:?}");
 }

@@ -6,8 +6,8 @@ use unisum_link::{Call, Collective, Dtype, ReduceOp};
 
 use crate::card::{Card, candidates};
 use crate::join::fuzzing::{check_leader, check_member, leader_seeds, member_seeds};
-use crate::layout::Layout;
-use crate::mailbox::{Place, call_words, decode_call};
+use crate::layout::{Layout, SLOT_BYTES};
+use crate::mailbox::Place;
 
 /// The targets of this crate.
 pub const TARGETS: &[Target] = &[
@@ -62,7 +62,7 @@ fn check_layout(bytes: &[u8]) {
     let Some(layout) = Layout::new(seats as usize, heap_bytes) else { return };
     assert!(layout.heap_bytes() <= heap_bytes && layout.dense_bytes() <= layout.bytes());
     let last = u64::from(seats) - 1;
-    assert!(layout.deposit(last, 1) < layout.mailbox(0, 0));
+    assert!(layout.slot(last, 1).deposit() + SLOT_BYTES as u64 <= layout.mailbox(0, 0));
     assert!(layout.mailbox(last, last) < layout.dense_bytes());
     let (staging, staging_bytes) = layout.staging(last, last);
     assert!(staging + staging_bytes <= layout.heap(0));
@@ -81,9 +81,9 @@ fn check_entry(bytes: &[u8]) {
         .chunks_exact(8)
         .map(|word| u64::from_le_bytes(word.try_into().expect("chunks of 8 bytes")));
     let mut next = || words.next();
-    let (Some(a), Some(b), Some(c)) = (next(), next(), next()) else { return };
-    if let Some(call) = decode_call(&[a, b, c]) {
-        assert_eq!(call_words(&call), [a, b, c]);
+    let (Some(a), Some(b), Some(c), Some(d)) = (next(), next(), next(), next()) else { return };
+    if let Some(call) = Call::from_words(&[a, b, c, d]) {
+        assert_eq!(call.words(), [a, b, c, d]);
     }
     let (Some(kind), Some(location)) = (next(), next()) else { return };
     if let Some(place) = Place::decode([kind, location]) {
@@ -93,12 +93,23 @@ fn check_entry(bytes: &[u8]) {
 
 fn entry_seeds() -> Vec<Vec<u8>> {
     let (collective, dtype, op) = (Collective::AllReduce, Dtype::F64, ReduceOp::Max);
-    let call = Call { number: 3, collective, dtype, op, count: 9, algorithm: 1 }.encode();
+    let call = Call {
+        number: 3,
+        collective,
+        dtype,
+        op,
+        count: 9,
+        algorithm: 1,
+        root: 0,
+        detail: 0,
+        communicator: 0,
+    }
+    .encode();
     let entry = |place: Place| {
         let place = place.encode().map(u64::to_le_bytes).concat();
         [&call[..], &place].concat()
     };
-    [Place::Heap(4096), Place::Process(1 << 40), Place::Staged, Place::Deposit].map(entry).to_vec()
+    [Place::Heap(4096), Place::Process(1 << 40), Place::Staged].map(entry).to_vec()
 }
 
 #[cfg(test)]

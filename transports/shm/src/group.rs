@@ -1,26 +1,101 @@
-//! The ranks of a host as a group: one counter and one futex for all of them.
+//! The ranks of a host as a group.
 //!
-//! An arrival adds to the counter; the last one starts the counter over, moves the generation on
-//! and wakes everybody with one system call, if anybody sleeps. Cards and deposits are double
-//! buffered by the parity of the enter: whoever enters for the k+2nd time has completed the k+1st
-//! enter, which everyone reached after reading what the k-th published. So a collective of
-//! deposits needs a single arrival.
+//! Each member has two slots, for arrivals of odd and of even numbers, which only it writes. An
+//! arrival is one line of the cache: the card (which arrival it is, the call, where the region is,
+//! or the data itself if it is small) is filled, its first word last. Whoever waits looks at the
+//! members' cards one after the other. So between two cores one line moves each way, and with it
+//! the data.
+//!
+//! A slot is free again after two arrivals: whoever makes the k+2nd has completed the k+1st, which
+//! everyone made after it was done with what the k-th published. So a collective of deposits needs
+//! a single arrival.
+//!
+//! Who sleeps counts itself first and looks at all cards then; who completes an arrival has filled
+//! its own card first and looks for sleepers then (Dekker, with a fence between the two on either
+//! side). So whoever fills the last card finds all sleepers, or they find the card. It can't miss
+//! them by going to sleep itself: of several who do, the last to count itself sees all cards.
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
-use unisum_link::{Arrival, Group, LinkError, Rank, Region};
+use unisum_link::{Arrival, Group, LinkError, Part, Rank, Region, Regions};
 
-use crate::bell::{Bell, wake};
+use crate::bell::Bell;
+use crate::heaps::{Heaps, PeerHeap};
 use crate::inbox::Peer;
-use crate::layout::{ARRIVED, BENCH_BYTES, GENERATION, SLEEPERS, SLOT_BYTES};
-use crate::mailbox::{CallWords, Place};
+use crate::layout::{
+    BENCH_BYTES, GroupCard, INLINE_BYTES, MARKED, SLEEPERS, SLOT_BYTES, Slot, WOKEN,
+};
+use crate::mailbox::CallWords;
 use crate::mapping::Mapping;
 
-/// The generation counts above the word's low byte, which a wake changes (see `bell`).
-const GENERATION_STEP: u32 = 1 << 8;
+/// The first word of a card: the number of the arrival above the kinds of its two places.
+const KINDS_BITS: u32 = 8;
+
+/// Where a member has its input or its output. The discriminant is the kind on its card; an arrival
+/// that publishes nothing has kinds 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// In its heap, at this offset.
+    Heap(u64),
+    /// In private memory, at this address.
+    Process(u64),
+    /// There is none.
+    Nowhere,
+    /// In its slot, at this offset of the mapping.
+    Deposit(u64),
+}
+
+const HEAP: u64 = 1;
+const PROCESS: u64 = 2;
+const NOWHERE: u64 = 3;
+/// Behind the card, and in the card itself.
+const DEPOSIT: u64 = 4;
+const INLINE_DEPOSIT: u64 = 5;
+
+impl Place {
+    /// Where a region lies: kind and location.
+    fn of(region: Region) -> (u64, u64) {
+        match region.heap_offset() {
+            _ if region.bytes() == 0 => (NOWHERE, 0),
+            Some(offset) => (HEAP, offset),
+            None => (PROCESS, region.base() as u64),
+        }
+    }
+
+    /// Reads what a member's card says; `None` if it means nothing.
+    const fn decode(kind: u64, location: u64, slot: Slot) -> Option<Self> {
+        match kind {
+            HEAP => Some(Self::Heap(location)),
+            PROCESS => Some(Self::Process(location)),
+            NOWHERE => Some(Self::Nowhere),
+            DEPOSIT => Some(Self::Deposit(slot.deposit())),
+            INLINE_DEPOSIT => Some(Self::Deposit(slot.inline_deposit())),
+            _ => None,
+        }
+    }
+}
+
+/// Where a member's regions are.
+#[derive(Clone, Copy, Debug)]
+struct Places {
+    input: Place,
+    output: Place,
+}
+
+impl Places {
+    const fn of(self, part: Part) -> Place {
+        match part {
+            Part::Input => self.input,
+            Part::Output => self.output,
+        }
+    }
+}
+
+/// Looks at a missing card in a row: a member on another core is often only a moment behind.
+const LOOKS: u32 = 16;
 
 /// This rank's membership.
 #[derive(Debug)]
@@ -30,15 +105,31 @@ pub(crate) struct Team {
     members: Vec<Rank>,
     /// In the order of `members`, this rank included.
     peers: Vec<Peer>,
+    /// Likewise.
+    heaps: Vec<PeerHeap>,
+    /// Likewise; for arrivals of even and of odd numbers.
+    slots: Vec<[Slot; 2]>,
     own: usize,
     call: CallWords,
-    region: Option<Region>,
-    arrivals: u32,
-    enters: u32,
-    /// The enter whose cards are still to be compared.
-    unread: Option<Arrival>,
-    /// Where each member's data is, once the cards are read.
-    places: Vec<Place>,
+    regions: Option<Regions>,
+    marked: bool,
+    /// The last arrival made.
+    arrival: Arrival,
+    /// How many of the members, the first ones, were seen to have made it.
+    seen: usize,
+    /// The last arrival that is complete.
+    complete: Arrival,
+    /// The last enter: where cards and deposits are.
+    entered: Arrival,
+    /// Whether it was one with a deposit.
+    deposited: bool,
+    /// How many collectives were entered, and whether the one under way was.
+    enters: u64,
+    is_inside: bool,
+    /// Where each member's regions are, once the cards are read.
+    places: Vec<Places>,
+    /// Whether all inputs, and all outputs, are in heaps.
+    registered: [bool; 2],
 }
 
 impl Team {
@@ -46,32 +137,44 @@ impl Team {
         mapping: Arc<Mapping>,
         bell: Arc<Bell>,
         peers: Vec<Peer>,
+        heaps: &Heaps,
         own: usize,
     ) -> Self {
         Self {
+            members: peers.iter().map(|peer| peer.rank).collect(),
+            heaps: peers.iter().map(|peer| heaps.of(peer.rank)).collect(),
+            slots: peers
+                .iter()
+                .map(|peer| [0, 1].map(|arrival| mapping.layout().slot(peer.seat, arrival)))
+                .collect(),
+            peers,
             mapping,
             bell,
-            members: peers.iter().map(|peer| peer.rank).collect(),
-            peers,
             own,
             call: CallWords::default(),
-            region: None,
-            arrivals: 0,
+            regions: None,
+            marked: false,
+            arrival: Arrival(0),
+            seen: 0,
+            complete: Arrival(0),
+            entered: Arrival(0),
+            deposited: false,
             enters: 0,
-            unread: None,
+            is_inside: false,
             places: Vec::new(),
+            registered: [false; 2],
         }
     }
 
     /// Starts a collective: what the next enter publishes.
-    pub(crate) fn begin(&mut self, call: CallWords, region: Region) {
-        self.call = call;
-        self.region = Some(region);
+    pub(crate) fn begin(&mut self, call: CallWords, regions: Regions) {
+        (self.call, self.regions) = (call, Some(regions));
+        (self.marked, self.is_inside) = (false, false);
     }
 
-    /// Forgets the region.
+    /// Forgets the regions.
     pub(crate) fn clear(&mut self) {
-        self.region = None;
+        self.regions = None;
         self.places.clear();
     }
 
@@ -89,47 +192,121 @@ impl Team {
         &self.peers
     }
 
-    fn region(&self) -> Region {
-        self.region.expect("the engine begins a collective before it enters it")
+    fn regions(&self) -> Regions {
+        self.regions.expect("the engine begins a collective before it enters it")
     }
 
-    /// The parity of the current enter.
-    fn parity(&self) -> u32 {
-        self.enters & 1
+    /// The word that holds the number of the last enter of this parity whose collective was
+    /// marked. A member that is one collective ahead may use the other word; two ahead none is.
+    fn mark_word(&self) -> &AtomicU64 {
+        self.mapping.wide(MARKED[(self.enters & 1) as usize])
     }
 
-    /// Copies the region to this rank's slot.
-    fn deposit(&self, region: Region) -> Place {
-        let bytes = region.bytes();
-        assert!(bytes <= SLOT_BYTES, "a deposit of {bytes} bytes in a slot of {SLOT_BYTES}");
-        let at = self.mapping.layout().deposit(self.peers[self.own].seat, self.parity());
-        let slot = self.mapping.pointer(at, bytes as u64);
-        // SAFETY: the region is readable, the slot as long (just checked) and this rank's own;
-        // its readers of two enters ago are done (see the head of this file).
-        unsafe { slot.copy_from_nonoverlapping(region.base(), bytes) };
-        Place::Deposit
+    pub(crate) fn is_marked(&self) -> bool {
+        // Relaxed: stored before an arrival that is complete.
+        self.is_inside && self.mark_word().load(Ordering::Relaxed) == self.enters
+    }
+
+    /// What the member at `index` publishes with an arrival, and where.
+    fn slot(&self, index: usize, arrival: Arrival) -> Slot {
+        self.slots[index][(arrival.0 & 1) as usize]
+    }
+
+    fn card(&self, index: usize, arrival: Arrival) -> &GroupCard {
+        self.mapping.card(self.slot(index, arrival))
+    }
+
+    /// Makes the next arrival: publishes what this rank's slot holds by now.
+    fn publish(&mut self, kinds: u64) -> Arrival {
+        self.arrival = next(self.arrival);
+        self.seen = 0;
+        let word = self.arrival.0 << KINDS_BITS | kinds;
+        // Release: pairs with the Acquire in `has_made`. What this rank did before is visible to
+        // who sees it.
+        self.card(self.own, self.arrival).arrival.store(word, Ordering::Release);
+        self.arrival
+    }
+
+    /// Whether the member at `index` has made an arrival.
+    fn has_made(&self, index: usize, arrival: Arrival) -> bool {
+        // Acquire: pairs with the Release in `publish`.
+        let word = self.card(index, arrival).arrival.load(Ordering::Acquire);
+        word >> KINDS_BITS >= arrival.0
+    }
+
+    /// Wakes who sleeps on a complete arrival.
+    fn wake_sleepers(&self, arrival: Arrival) {
+        // SeqCst: see the head of this file; this rank's card was filled before.
+        fence(Ordering::SeqCst);
+        // Relaxed: after the fence.
+        if self.mapping.word(SLEEPERS).load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        // Each member comes by here; one of them makes the system call. AcqRel: the wake that
+        // follows is for who has not seen all cards, and those this rank saw.
+        let before = self.mapping.wide(WOKEN).fetch_max(arrival.0, Ordering::AcqRel);
+        if before < arrival.0 {
+            self.bell.wake_group();
+        }
     }
 
     /// Reads all members' cards of the complete enter, and compares their calls with ours.
     fn read_cards(&mut self) -> Result<(), LinkError> {
         self.places.clear();
-        let bytes = self.region().bytes() as u64;
-        for peer in &self.peers {
-            let at = self.mapping.layout().card(peer.seat, self.parity());
-            // Relaxed: ordered by the generation, which was loaded with Acquire.
-            let word = |index: u64| self.mapping.wide(at + 8 * index).load(Ordering::Relaxed);
-            let call = [word(0), word(1), word(2)];
-            if call != self.call {
-                return Err(peer.mismatch(&self.call, &call));
+        for (index, peer) in self.peers.iter().enumerate() {
+            let card = self.card(index, self.entered);
+            // Relaxed, here and in `place`: ordered by the arrival, which was loaded with Acquire.
+            let differs = |(word, ours): (&AtomicU64, &u64)| word.load(Ordering::Relaxed) != *ours;
+            if card.call.iter().zip(&self.call).any(differs) {
+                let theirs = card.call.each_ref().map(|word| word.load(Ordering::Relaxed));
+                return Err(peer.mismatch(&self.call, &theirs));
             }
-            let place = Place::decode([word(3), word(4)]);
-            if let Some(Place::Heap(offset)) = place {
-                peer.mapped(&self.mapping, offset, bytes)?;
-            }
-            let unknown = || LinkError::protocol(peer.rank, "a region at an unknown place");
-            self.places.push(place.ok_or_else(unknown)?);
+            let places = self.read_places(index, card)?;
+            self.places.push(places);
         }
+        let is_mapped = |place| matches!(place, Place::Heap(_) | Place::Nowhere);
+        let all = |part| self.places.iter().all(|places: &Places| is_mapped(places.of(part)));
+        self.registered = [Part::Input, Part::Output].map(all);
         Ok(())
+    }
+
+    /// Where a member's regions are.
+    fn read_places(&self, index: usize, card: &GroupCard) -> Result<Places, LinkError> {
+        let (rank, slot) = (self.members[index], self.slot(index, self.entered));
+        let kinds = card.arrival.load(Ordering::Relaxed);
+        let place = |kind: u64, at: usize| {
+            let location = card.locations[at].load(Ordering::Relaxed);
+            let unknown = || LinkError::protocol(rank, "a region at an unknown place");
+            Place::decode(kind & 0xf, location, slot).ok_or_else(unknown)
+        };
+        let places = Places { input: place(kinds, 0)?, output: place(kinds >> 4, 1)? };
+        if let Place::Heap(offset) = places.output {
+            let bytes = self.regions().output.bytes() as u64;
+            self.heaps[index].mapped(rank, offset, bytes)?;
+        }
+        Ok(places)
+    }
+
+    /// Copies the input to this rank's slot; the kind of place.
+    fn deposit(&self, input: Region) -> u64 {
+        let bytes = input.bytes();
+        assert!(bytes <= SLOT_BYTES, "a deposit of {bytes} bytes in a slot of {SLOT_BYTES}");
+        let slot = self.slot(self.own, self.entered);
+        let (kind, at) = match bytes <= INLINE_BYTES {
+            true => (INLINE_DEPOSIT, slot.inline_deposit()),
+            false => (DEPOSIT, slot.deposit()),
+        };
+        let own = self.mapping.pointer(at, bytes as u64);
+        // SAFETY: the input is readable, the slot as long (just checked) and this rank's own; its
+        // readers of two arrivals ago are done (see the head of this file).
+        unsafe { own.copy_from_nonoverlapping(input.base(), bytes) };
+        kind
+    }
+
+    /// The address of `bytes` of the deposit at an offset.
+    fn deposited_at(&self, at: u64, bytes: &Range<usize>) -> *const u8 {
+        assert!(bytes.end <= SLOT_BYTES, "{bytes:?} lie outside of a deposit");
+        self.mapping.pointer(at + bytes.start as u64, bytes.len() as u64).cast_const()
     }
 
     fn index(&self, member: Rank) -> usize {
@@ -147,66 +324,61 @@ impl Group for Team {
     }
 
     fn enter(&mut self, deposit: bool) -> Arrival {
-        self.enters = self.enters.wrapping_add(1);
-        let region = self.region();
-        let place = match region.heap_offset() {
-            _ if deposit => self.deposit(region),
-            Some(offset) => Place::Heap(offset),
-            None => Place::Process(region.base() as u64),
-        };
-        let card = self.mapping.layout().card(self.peers[self.own].seat, self.parity());
-        let [kind, location] = place.encode();
-        let words = [self.call[0], self.call[1], self.call[2], kind, location];
-        for (index, word) in (0..).zip(words) {
-            // Relaxed: published by the arrival below.
-            self.mapping.wide(card + 8 * index).store(word, Ordering::Relaxed);
+        let Regions { input, output } = self.regions();
+        (self.entered, self.deposited, self.is_inside) = (next(self.arrival), deposit, true);
+        self.enters += 1;
+        if self.marked {
+            self.mark();
         }
-        let arrival = self.arrive();
-        self.unread = Some(arrival);
-        arrival
+        let card = self.card(self.own, self.entered);
+        // Relaxed, here and below: published with the arrival.
+        for (place, word) in card.call.iter().zip(self.call) {
+            place.store(word, Ordering::Relaxed);
+        }
+        if deposit {
+            let kind = self.deposit(input);
+            return self.publish(kind | NOWHERE << 4);
+        }
+        let places = [input, output].map(Place::of);
+        for (word, (_, location)) in card.locations.iter().zip(places) {
+            word.store(location, Ordering::Relaxed);
+        }
+        self.publish(places[0].0 | places[1].0 << 4)
     }
 
     fn arrive(&mut self) -> Arrival {
-        self.arrivals = self.arrivals.wrapping_add(1);
-        let mapping = &*self.mapping;
-        let control = mapping.layout().control(self.peers[self.own].seat);
-        // Relaxed: only names the late ones, and orders nothing.
-        mapping.word(control.arrivals()).store(self.arrivals, Ordering::Relaxed);
-        // AcqRel: releases what this rank did to the last arrival, which acquires what all did.
-        let before = mapping.word(ARRIVED).fetch_add(1, Ordering::AcqRel);
-        if before as usize + 1 == self.members.len() {
-            // Relaxed: nobody arrives again before seeing the new generation.
-            mapping.word(ARRIVED).store(0, Ordering::Relaxed);
-            let generation = mapping.word(GENERATION);
-            // SeqCst: releases everything to the Acquire in `complete`; and Dekker with `park`,
-            // which counts itself among the sleepers and then loads the generation.
-            generation.fetch_add(GENERATION_STEP, Ordering::SeqCst);
-            if mapping.word(SLEEPERS).load(Ordering::SeqCst) != 0 {
-                wake(generation, u32::MAX >> 1);
-            }
+        self.publish(0)
+    }
+
+    fn mark(&mut self) {
+        self.marked = true;
+        if self.is_inside {
+            // Relaxed: published by the next arrival.
+            self.mark_word().store(self.enters, Ordering::Relaxed);
         }
-        Arrival(self.arrivals)
     }
 
     fn complete(&mut self, arrival: Arrival) -> Result<bool, LinkError> {
-        // Acquire: pairs with the addition of the last arrival.
-        if !is_complete(self.mapping.word(GENERATION).load(Ordering::Acquire), arrival) {
-            return Ok(false);
+        if self.complete == arrival {
+            return Ok(true);
         }
-        if self.unread == Some(arrival) {
-            self.unread = None;
+        while self.seen < self.peers.len() {
+            if !(0..LOOKS).any(|_| self.has_made(self.seen, arrival)) {
+                return Ok(false);
+            }
+            self.seen += 1;
+        }
+        self.complete = arrival;
+        self.wake_sleepers(arrival);
+        if self.entered == arrival {
             self.read_cards()?;
         }
         Ok(true)
     }
 
     fn missing(&self, arrival: Arrival) -> Vec<Rank> {
-        let late = |peer: &&Peer| {
-            let control = self.mapping.layout().control(peer.seat);
-            let arrivals = self.mapping.word(control.arrivals()).load(Ordering::Relaxed);
-            arrivals.wrapping_sub(arrival.0) >= 1 << 31
-        };
-        self.peers.iter().filter(late).map(|peer| peer.rank).collect()
+        let late = (0..self.peers.len()).filter(|&index| !self.has_made(index, arrival));
+        late.map(|index| self.members[index]).collect()
     }
 
     fn park(&mut self, arrival: Arrival, until: Instant) -> Result<(), LinkError> {
@@ -214,48 +386,65 @@ impl Group for Team {
             return Ok(());
         }
         let sleepers = self.mapping.word(SLEEPERS);
-        // SeqCst: Dekker with `arrive`.
-        sleepers.fetch_add(1, Ordering::SeqCst);
-        let outcome = self.bell.park_grouped(|word| !is_complete(word, arrival), until);
+        // AcqRel: who counts itself later sees the cards that this rank saw.
+        sleepers.fetch_add(1, Ordering::AcqRel);
+        // SeqCst: see the head of this file; pairs with the fence in `wake_sleepers`.
+        fence(Ordering::SeqCst);
+        let all_made = || (0..self.peers.len()).all(|index| self.has_made(index, arrival));
+        let outcome = self.bell.park_grouped(all_made, until);
         // Relaxed: a sleeper too many costs one system call.
         sleepers.fetch_sub(1, Ordering::Relaxed);
         let own = self.members[self.own];
         outcome.map_err(|error| LinkError::os(own, "sleeping on a futex", error))
     }
 
-    fn registered(&self) -> bool {
-        self.places.iter().all(|place| matches!(place, Place::Heap(_)))
+    fn registered(&self, part: Part) -> bool {
+        self.registered[usize::from(part == Part::Output)]
     }
 
-    fn source(&self, member: Rank, bytes: Range<usize>) -> Result<Option<*const u8>, LinkError> {
+    fn deposits(&self, bytes: &Range<usize>, addresses: &mut Vec<*const u8>) {
+        addresses.extend(self.places.iter().map(|places| match places.input {
+            Place::Deposit(at) => self.deposited_at(at, bytes),
+            other => panic!("a deposit is asked for where a member's input is at {other:?}"),
+        }));
+    }
+
+    fn source(
+        &self,
+        member: Rank,
+        part: Part,
+        bytes: Range<usize>,
+    ) -> Result<Option<*const u8>, LinkError> {
         let index = self.index(member);
-        let (peer, len) = (&self.peers[index], bytes.len());
-        let start = bytes.start as u64;
-        match self.places[index] {
-            Place::Deposit => {
-                assert!(bytes.end <= SLOT_BYTES, "{bytes:?} lie outside of a deposit");
-                let at = self.mapping.layout().deposit(peer.seat, self.parity()) + start;
-                Ok(Some(self.mapping.pointer(at, len as u64).cast_const()))
+        let (start, len) = (bytes.start as u64, bytes.len() as u64);
+        match self.places[index].of(part) {
+            Place::Deposit(at) => Ok(Some(self.deposited_at(at, &bytes))),
+            _ if index == self.own => {
+                let own = self.regions();
+                let region = if part == Part::Input { own.input } else { own.output };
+                Ok(Some(region.pointer(&bytes).cast_const()))
             }
-            _ if index == self.own => Ok(Some(self.region().pointer(&bytes).cast_const())),
             Place::Heap(offset) => {
-                let at = peer.mapped(&self.mapping, offset + start, len as u64)?;
+                let at = self.heaps[index].mapped(member, offset + start, len)?;
                 Ok(Some(at.cast_const()))
             }
             Place::Process(_) => Ok(None),
-            Place::Staged => Err(LinkError::protocol(member, "a staged region in a group")),
+            Place::Nowhere => {
+                Err(LinkError::protocol(member, format!("no {part:?} region where one is read")))
+            }
         }
     }
 
     fn target(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
         let index = self.index(member);
-        let Place::Heap(offset) = self.places[index] else {
-            panic!("the region of rank {member} is not registered");
+        let Place::Heap(offset) = self.places[index].output else {
+            panic!("the output of rank {member} is not registered");
         };
-        let region = self.region().bytes();
-        assert!(bytes.end <= region, "{bytes:?} lie outside of a region of {region} bytes");
-        let at = self.mapping.layout().heap(self.peers[index].seat) + offset + bytes.start as u64;
-        self.mapping.pointer(at, bytes.len() as u64)
+        let output = self.regions().output.bytes();
+        assert!(bytes.end <= output, "{bytes:?} lie outside of an output of {output} bytes");
+        let start = offset + bytes.start as u64;
+        let mapped = self.heaps[index].mapped(member, start, bytes.len() as u64);
+        mapped.expect("checked when the cards were read")
     }
 
     fn bench_bytes(&self) -> usize {
@@ -270,21 +459,6 @@ impl Group for Team {
     }
 }
 
-/// Whether a generation word says that an arrival is complete. Both wrap, the word after 24 bits.
-const fn is_complete(word: u32, arrival: Arrival) -> bool {
-    (word & !0xff).wrapping_sub(arrival.0.wrapping_mul(GENERATION_STEP)) < 1 << 31
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn generations_wrap() {
-        for arrival in [0, 1, 0xff_fffe, 0xff_ffff, 0x100_0000, u32::MAX] {
-            let word = arrival.wrapping_mul(GENERATION_STEP) | 0x7f;
-            assert!(is_complete(word, Arrival(arrival)));
-            assert!(!is_complete(word, Arrival(arrival.wrapping_add(1))));
-        }
-    }
+const fn next(arrival: Arrival) -> Arrival {
+    Arrival(arrival.0 + 1)
 }

@@ -27,8 +27,9 @@ struct Inner {
 #[derive(Debug)]
 struct State {
     free: FreeList,
-    /// After an abort: the pages (in the heap) that peers may still write, now private ones.
-    aborted: Option<Range<u64>>,
+    /// After an abort: the pages (in the heap) that peers may still write, now private ones, one
+    /// range for each link that aborted.
+    aborted: Option<Vec<Range<u64>>>,
 }
 
 /// A page-aligned piece of a [`Heap`] that every rank of the host reaches, zeroed. Dropping it
@@ -99,9 +100,6 @@ impl Heap {
     /// ones, and its content is lost. Idempotent.
     pub(crate) fn abort(&self, region: Option<Region>) {
         let mut state = self.lock();
-        if state.aborted.is_some() {
-            return;
-        }
         let lost = region.and_then(|region| {
             let from = region.heap_offset()?;
             Some(from..from + region.bytes() as u64).filter(|lost| !lost.is_empty())
@@ -114,7 +112,7 @@ impl Heap {
             }
             pages
         });
-        state.aborted = Some(pages);
+        state.aborted.get_or_insert_default().push(pages);
     }
 
     /// A range of the heap in the mapping.
@@ -157,7 +155,7 @@ impl Drop for Block {
         let shared = state
             .aborted
             .as_ref()
-            .is_none_or(|pages| pages.end <= self.range.start || self.range.end <= pages.start);
+            .is_none_or(|all| all.iter().all(|pages| is_apart(pages, &self.range)));
         let freed = if shared {
             inner.mapping.punch(range)
         } else {
@@ -170,6 +168,10 @@ impl Drop for Block {
         }
         state.free.give(self.range.clone());
     }
+}
+
+fn is_apart(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.end <= b.start || b.end <= a.start
 }
 
 /// What blocks are rounded to: the largest page any Linux kernel uses.

@@ -1,15 +1,15 @@
 //! What this rank receives from one peer.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::sync::atomic::{Ordering, fence};
 
-use unisum_link::{Landing, LinkError, LinkErrorKind, Rank, Region, Ticket};
+use unisum_link::{Call, Landing, LinkError, LinkErrorKind, Rank, Region, Ticket};
 
 use crate::bell::{Bell, URGENT};
 use crate::ffi::read_process;
+use crate::heaps::PeerHeap;
 use crate::layout::STAGE_BYTES;
-use crate::mailbox::{CallWords, Mailbox, Message, Place, decode_call};
+use crate::mailbox::{CallWords, Mailbox, Message, Place};
 use crate::mapping::Mapping;
 
 /// The receiving end of a mailbox.
@@ -17,11 +17,14 @@ use crate::mapping::Mapping;
 pub(crate) struct Inbox {
     mailbox: Mailbox,
     peer: Peer,
+    heap: PeerHeap,
     /// Entries whose room was given back.
     consumed: u64,
     /// The entries after those that were read: still held or only waiting for an older one.
     taken: VecDeque<Taken>,
     queue: VecDeque<Incoming>,
+    /// Whether a message was marked since this was last cleared.
+    pub(crate) marked: bool,
     /// Buffers for slots, to be used again.
     spare: Vec<Vec<u64>>,
 }
@@ -37,8 +40,7 @@ struct Taken {
 struct Incoming {
     ticket: Ticket,
     call: CallWords,
-    region: Region,
-    bytes: Range<usize>,
+    memory: Region,
     landing: Landing,
     /// Where pieces gather for a slot.
     scratch: Vec<u64>,
@@ -106,37 +108,25 @@ impl Peer {
 
     /// The error for a call other than ours.
     pub(crate) fn mismatch(&self, ours: &CallWords, theirs: &CallWords) -> LinkError {
-        match (decode_call(ours), decode_call(theirs)) {
+        match (Call::from_words(ours), Call::from_words(theirs)) {
             (Some(ours), Some(theirs)) => {
                 LinkError { peer: self.rank, kind: LinkErrorKind::Mismatch { ours, theirs } }
             }
             _ => LinkError::protocol(self.rank, "an unknown call in the shared memory"),
         }
     }
-
-    /// The address of `bytes` bytes at `offset` of the peer's heap.
-    pub(crate) fn mapped(
-        &self,
-        mapping: &Mapping,
-        offset: u64,
-        bytes: u64,
-    ) -> Result<*mut u8, LinkError> {
-        let inside = offset.checked_add(bytes).is_some_and(|e| e <= mapping.layout().heap_bytes());
-        if !inside {
-            return Err(LinkError::protocol(self.rank, "a message outside of the sender's heap"));
-        }
-        Ok(mapping.pointer(mapping.layout().heap(self.seat) + offset, bytes))
-    }
 }
 
 impl Inbox {
-    pub(crate) fn new(mapping: &Mapping, own: u64, peer: Peer) -> Self {
+    pub(crate) fn new(mapping: &Mapping, own: u64, peer: Peer, heap: PeerHeap) -> Self {
         Self {
             mailbox: Mailbox::new(mapping.layout(), peer.seat, own),
             peer,
+            heap,
             consumed: 0,
             taken: VecDeque::new(),
             queue: VecDeque::new(),
+            marked: false,
             spare: Vec::new(),
         }
     }
@@ -145,13 +135,12 @@ impl Inbox {
     pub(crate) fn push(
         &mut self,
         call: CallWords,
-        region: Region,
-        bytes: Range<usize>,
+        memory: Region,
         landing: Landing,
         ticket: Ticket,
     ) {
         let scratch = Vec::new();
-        let incoming = Incoming { ticket, call, region, bytes, landing, scratch, arrived: 0 };
+        let incoming = Incoming { ticket, call, memory, landing, scratch, arrived: 0 };
         self.queue.push_back(incoming);
     }
 
@@ -217,14 +206,15 @@ impl Inbox {
         done: &mut impl FnMut(Ticket, Option<Arrived>),
     ) -> Result<(), LinkError> {
         let in_place = self.land(mapping, number, message)?;
+        self.marked |= message.marked;
         let awaited = message.place != Some(Place::Staged);
         self.taken.push_back(Taken { held: in_place.is_some(), awaited });
-        let whole = |first: &&Incoming| in_place.is_some() || first.arrived == first.bytes.len();
+        let whole = |first: &&Incoming| in_place.is_some() || first.arrived == first.memory.bytes();
         if self.queue.front().filter(whole).is_none() {
             return Ok(());
         }
         let first = self.queue.pop_front().expect("it was just looked at");
-        let bytes = first.bytes.len();
+        let bytes = first.memory.bytes();
         let slot = (first.landing == Landing::Slot).then(|| match in_place {
             Some(at) => Arrived { at, bytes, holds: Holds::Entry(number) },
             None => Arrived::in_scratch(first.scratch, bytes),
@@ -243,9 +233,11 @@ impl Inbox {
     ) -> Result<Option<*const u8>, LinkError> {
         let first = self.queue.front_mut().expect("an entry is read for a receive");
         first.check(&self.peer, message)?;
-        let bytes = first.bytes.len();
+        let bytes = first.memory.bytes();
         let (from, piece) = match message.place {
-            Some(Place::Heap(offset)) => (self.peer.mapped(mapping, offset, bytes as u64)?, bytes),
+            Some(Place::Heap(offset)) => {
+                (self.heap.mapped(self.peer.rank, offset, bytes as u64)?, bytes)
+            }
             Some(Place::Staged) => {
                 (self.mailbox.stage(mapping, number), STAGE_BYTES.min(bytes - first.arrived))
             }
@@ -256,7 +248,7 @@ impl Inbox {
                 first.arrived = bytes;
                 return Ok(None);
             }
-            Some(Place::Deposit) | None => {
+            None => {
                 return Err(LinkError::protocol(self.peer.rank, "a message at an unknown place"));
             }
         };
@@ -295,7 +287,7 @@ impl Incoming {
         if message.call != self.call {
             return Err(peer.mismatch(&self.call, &message.call));
         }
-        let bytes = self.bytes.len();
+        let bytes = self.memory.bytes();
         if message.bytes != bytes as u64 {
             let what = format!("{} bytes came where {bytes} were expected", message.bytes);
             return Err(LinkError::protocol(peer.rank, what));
@@ -305,12 +297,11 @@ impl Incoming {
 
     /// Where the next `piece` bytes go: their place in the region, or scratch for the slot.
     fn room(&mut self, spare: &mut Vec<Vec<u64>>, piece: usize) -> *mut u8 {
-        let start = self.bytes.start + self.arrived;
         if self.landing == Landing::Place {
-            return self.region.pointer(&(start..start + piece));
+            return self.memory.pointer(&(self.arrived..self.arrived + piece));
         }
         if self.scratch.is_empty() {
-            self.scratch = buffer(spare, self.bytes.len());
+            self.scratch = buffer(spare, self.memory.bytes());
         }
         self.scratch.as_mut_ptr().cast::<u8>().wrapping_add(self.arrived)
     }

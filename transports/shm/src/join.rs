@@ -31,6 +31,8 @@ use crate::bell::Bell;
 use crate::card::{Card, candidates};
 use crate::ffi::read_process;
 use crate::group::Team;
+use crate::heap::Heap;
+use crate::heaps::Heaps;
 use crate::inbox::Peer;
 use crate::layout::BENCH_BYTES;
 use crate::mapping::Mapping;
@@ -167,6 +169,26 @@ impl Candidate {
     /// # Panics
     /// If `members` names a rank that is no candidate, or lacks this one.
     pub fn connect(self, members: &[Rank], deadline: Instant) -> Result<ShmLink, ShmError> {
+        let own = Heap::new(Arc::clone(&self.mapping), self.seat(self.me));
+        let seats = members.iter().map(|&rank| (rank, self.seat(rank))).collect();
+        let heaps = Heaps::new(own, Arc::clone(&self.mapping), seats);
+        self.connect_beside(members, heaps, deadline)
+    }
+
+    /// The same for a link whose registered memory is that of another link, `heaps`, by the
+    /// numbers that the ranks have here.
+    ///
+    /// # Errors
+    /// As [`Candidate::connect`].
+    ///
+    /// # Panics
+    /// As [`Candidate::connect`], and if a member has none of the heaps.
+    pub fn connect_beside(
+        self,
+        members: &[Rank],
+        heaps: Heaps,
+        deadline: Instant,
+    ) -> Result<ShmLink, ShmError> {
         let peers = members.iter().map(|&rank| Peer { rank, seat: self.seat(rank), pid: 0 });
         let own = members.binary_search(&self.me).expect("this rank is a member");
         let (mapping, bell) = (Arc::clone(&self.mapping), Arc::clone(&self.bell));
@@ -176,7 +198,7 @@ impl Candidate {
         mapping
             .reserve(bench..bench + BENCH_BYTES as u64)
             .map_err(ShmError::os("allocating shared memory for private buffers"))?;
-        let mut team = Team::new(mapping, bell, peers.collect(), own);
+        let mut team = Team::new(mapping, bell, peers.collect(), &heaps, own);
         meet(&mut team, deadline)?;
         team.look_up_processes();
         let can_read = self.private_reads && team.peers().iter().all(|peer| self.can_read(peer));
@@ -189,7 +211,7 @@ impl Candidate {
             team.peers().iter().all(|peer| verdict(peer).load(Ordering::Relaxed) == 1);
         tracing::debug!(?members, reads_private, "shared memory connected");
         let (mapping, me) = (Arc::clone(&self.mapping), team.peers()[own]);
-        Ok(ShmLink::new(mapping, self.bell, team, me, self.probe, reads_private))
+        Ok(ShmLink::new(mapping, self.bell, team, me, heaps, self.probe, reads_private))
     }
 
     fn seat(&self, rank: Rank) -> u64 {

@@ -1,9 +1,9 @@
 //! Where everything lies in the memory that the ranks of a host share (pure arithmetic).
 //!
 //! ```text
-//! header      one page: magic, nonce, the group's counter, generation and sleepers
-//! control     per seat, 4 lines: doorbell | arrivals | who it is | name of its socket
-//! slots       per seat and parity: a card (one line) and a deposit
+//! header      one page: magic, nonce, who sleeps in the group
+//! control     per seat, 3 lines: doorbell | who it is | name of its socket
+//! slots       per seat and parity of an arrival: a card (one line) and a deposit
 //! mailboxes   per ordered pair of seats: a line for the reader, then a ring of entries
 //! staging     per ordered pair: one buffer per ring entry (pages appear with the first use)
 //! benches     per seat: what moves between private regions, page by page as it is used
@@ -12,29 +12,37 @@
 //! A *seat* is a rank's index among the candidates of the host. Everything that several
 //! processes write or poll has a cache line of its own.
 
+use std::sync::atomic::AtomicU64;
+
+use unisum_link::Call;
+
 /// Entries of a mailbox's ring.
 pub(crate) const RING: u64 = 16;
 /// Bytes of a staging buffer: the largest message that its sender needn't wait for.
 pub(crate) const STAGE_BYTES: usize = 8 << 10;
+/// Bytes of a deposit that fit its card.
+pub(crate) const INLINE_BYTES: usize = 24;
 /// Bytes of a deposit.
 pub(crate) const SLOT_BYTES: usize = 16 << 10;
 /// Bytes of a bench.
 pub(crate) const BENCH_BYTES: usize = 1 << 20;
 /// What the memory begins with: "unishm" and the version of this layout.
-pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"unishm\x00\x01");
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"unishm\x00\x02");
 
 /// Offsets in the header.
 pub(crate) const NONCE: u64 = 8;
-/// Members that made the current arrival.
-pub(crate) const ARRIVED: u64 = 64;
-/// How many arrivals are complete (see `group`).
-pub(crate) const GENERATION: u64 = 128;
-/// Members that sleep on the generation.
-pub(crate) const SLEEPERS: u64 = 192;
+/// Members that sleep in the group.
+pub(crate) const SLEEPERS: u64 = 64;
+/// What they sleep on: how often they were woken.
+pub(crate) const WAKES: u64 = 68;
+/// The newest arrival for which they were.
+pub(crate) const WOKEN: u64 = 72;
+/// The last enter of each parity whose collective was marked (see `group`).
+pub(crate) const MARKED: [u64; 2] = [128, 136];
 
 const LINE: u64 = 64;
 const PAGE: u64 = 4096;
-const CONTROL_BYTES: u64 = 4 * LINE;
+const CONTROL_BYTES: u64 = 3 * LINE;
 const SLOT_STRIDE: u64 = LINE + SLOT_BYTES as u64;
 const MAILBOX_BYTES: u64 = (1 + RING) * LINE;
 const STAGING_BYTES: u64 = RING * STAGE_BYTES as u64;
@@ -81,14 +89,9 @@ impl Layout {
         Control(PAGE + seat * CONTROL_BYTES)
     }
 
-    /// The card of a seat at a parity; the deposit follows it.
-    pub(crate) const fn card(&self, seat: u64, parity: u32) -> u64 {
-        self.slots() + (2 * seat + (parity & 1) as u64) * SLOT_STRIDE
-    }
-
-    /// The deposit of a seat at a parity.
-    pub(crate) const fn deposit(&self, seat: u64, parity: u32) -> u64 {
-        self.card(seat, parity) + LINE
+    /// What a seat publishes with an arrival: every other one has the same place.
+    pub(crate) const fn slot(&self, seat: u64, arrival: u64) -> Slot {
+        Slot(self.slots() + (2 * seat + (arrival & 1)) * SLOT_STRIDE)
     }
 
     /// The line of the mailbox that the reader writes.
@@ -149,23 +152,59 @@ impl Control {
     pub(crate) const fn wake_at(self) -> u64 { self.0 + 4 }
     /// Doorbell: awake, asleep or armed; the futex word.
     pub(crate) const fn mode(self) -> u64 { self.0 + 8 }
-    /// How many arrivals this seat made.
-    pub(crate) const fn arrivals(self) -> u64 { self.0 + LINE }
     /// Not 0 once the rank aborted or left: its private memory is no longer what it was.
-    pub(crate) const fn gone(self) -> u64 { self.0 + 2 * LINE }
+    pub(crate) const fn gone(self) -> u64 { self.0 + LINE }
     /// Whether this rank can read every member's private memory.
-    pub(crate) const fn verdict(self) -> u64 { self.0 + 2 * LINE + 4 }
+    pub(crate) const fn verdict(self) -> u64 { self.0 + LINE + 4 }
     /// Its process id, as it sees itself.
-    pub(crate) const fn pid(self) -> u64 { self.0 + 2 * LINE + 8 }
+    pub(crate) const fn pid(self) -> u64 { self.0 + LINE + 8 }
     /// Address of a private word that its peers try to read.
-    pub(crate) const fn probe_address(self) -> u64 { self.0 + 2 * LINE + 16 }
+    pub(crate) const fn probe_address(self) -> u64 { self.0 + LINE + 16 }
     /// What that word holds.
-    pub(crate) const fn probe_value(self) -> u64 { self.0 + 2 * LINE + 24 }
+    pub(crate) const fn probe_value(self) -> u64 { self.0 + LINE + 24 }
     /// What it wrote to prove that it mapped this very memory: two words.
-    pub(crate) const fn identity(self) -> u64 { self.0 + 2 * LINE + 32 }
+    pub(crate) const fn identity(self) -> u64 { self.0 + LINE + 32 }
     /// Name of its doorbell's socket: four words.
-    pub(crate) const fn socket(self) -> u64 { self.0 + 3 * LINE }
+    pub(crate) const fn socket(self) -> u64 { self.0 + 2 * LINE }
 }
+
+/// Offset of a slot: a [`GroupCard`], then room for a deposit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot(u64);
+
+impl Slot {
+    /// Where the card is.
+    pub(crate) const fn card(self) -> u64 {
+        self.0
+    }
+
+    /// Where a deposit is.
+    pub(crate) const fn deposit(self) -> u64 {
+        self.0 + LINE
+    }
+
+    /// Where a deposit of at most [`INLINE_BYTES`] is: in the card itself.
+    pub(crate) const fn inline_deposit(self) -> u64 {
+        self.0 + LINE - INLINE_BYTES as u64
+    }
+}
+
+/// What a member of a group publishes with an arrival: one line of the cache.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub(crate) struct GroupCard {
+    /// The number of the arrival and the kinds of places: written last and read first.
+    pub(crate) arrival: AtomicU64,
+    /// What the member called.
+    pub(crate) call: [AtomicU64; Call::ENCODED / 8],
+    /// Where its input and its output are; or a small deposit, which goes on in the word that
+    /// follows.
+    pub(crate) locations: [AtomicU64; 2],
+    _deposit: u64,
+}
+
+const _: () = assert!(size_of::<GroupCard>() as u64 == LINE);
+const _: () = assert!(std::mem::offset_of!(GroupCard, locations) + INLINE_BYTES == LINE as usize);
 
 #[cfg(test)]
 mod tests {
@@ -179,8 +218,9 @@ mod tests {
             parts.push((layout.heap(seat), layout.heap_bytes));
             parts.push((layout.bench(seat), BENCH_BYTES as u64));
             for parity in [6, 7] {
-                parts.push((layout.card(seat, parity), LINE));
-                parts.push((layout.deposit(seat, parity), SLOT_BYTES as u64));
+                let slot = layout.slot(seat, parity);
+                parts.push((slot.card(), LINE));
+                parts.push((slot.deposit(), SLOT_BYTES as u64));
             }
             for peer in 0..layout.seats {
                 parts.push((layout.mailbox(seat, peer), MAILBOX_BYTES));

@@ -27,6 +27,7 @@ mod free_list;
 pub mod fuzzing;
 mod group;
 mod heap;
+mod heaps;
 mod inbox;
 mod join;
 mod layout;
@@ -37,5 +38,6 @@ mod outbox;
 
 pub use error::ShmError;
 pub use heap::{Block, Heap};
+pub use heaps::Heaps;
 pub use join::{Candidate, Offer};
 pub use link::ShmLink;

@@ -1,19 +1,19 @@
 //! The link: a mailbox to and from each rank of the host, and the group of all.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
-use unisum_link::{Call, Group, Landing, Link, LinkError, Rank, Region, Ticket, Wake};
+use unisum_link::{Call, Group, Landing, Link, LinkError, Rank, Region, Regions, Ticket, Wake};
 
 use crate::bell::{Bell, URGENT};
 use crate::group::Team;
 use crate::heap::Heap;
+use crate::heaps::Heaps;
 use crate::inbox::{Arrived, Inbox, Peer};
-use crate::mailbox::{CallWords, call_words};
+use crate::mailbox::CallWords;
 use crate::mapping::Mapping;
 use crate::outbox::{Outbox, Sender};
 
@@ -22,7 +22,7 @@ use crate::outbox::{Outbox, Sender};
 pub struct ShmLink {
     mapping: Arc<Mapping>,
     bell: Arc<Bell>,
-    heap: Heap,
+    heaps: Heaps,
     team: Team,
     rank: Rank,
     seat: u64,
@@ -31,7 +31,9 @@ pub struct ShmLink {
     /// In the order of `peers`.
     pairs: Vec<Pair>,
     call: CallWords,
-    region: Option<Region>,
+    /// The output of the collective under way: peers may write it.
+    output: Option<Region>,
+    marked: bool,
     arrived: HashMap<Ticket, (usize, Arrived)>,
     /// Done before anybody asked.
     done: Vec<Ticket>,
@@ -57,26 +59,28 @@ impl ShmLink {
         bell: Arc<Bell>,
         team: Team,
         me: Peer,
+        heaps: Heaps,
         probe: Arc<AtomicU64>,
         reads_private: bool,
     ) -> Self {
         let others = team.peers().iter().filter(|peer| peer.rank != me.rank);
         let pair = |peer: &Peer| Pair {
-            inbox: Inbox::new(&mapping, me.seat, *peer),
+            inbox: Inbox::new(&mapping, me.seat, *peer, heaps.of(peer.rank)),
             outbox: Outbox::new(&mapping, me.seat, peer.seat),
         };
         Self {
-            heap: Heap::new(Arc::clone(&mapping), me.seat),
             peers: others.clone().map(|peer| peer.rank).collect(),
             pairs: others.map(pair).collect(),
             seen: bell.events(),
             mapping,
             bell,
+            heaps,
             team,
             rank: me.rank,
             seat: me.seat,
             call: CallWords::default(),
-            region: None,
+            output: None,
+            marked: false,
             arrived: HashMap::new(),
             done: Vec::new(),
             posted: true,
@@ -87,16 +91,17 @@ impl ShmLink {
 
     /// This rank's registered memory.
     pub fn heap(&self) -> Heap {
-        self.heap.clone()
+        self.heaps.own.clone()
+    }
+
+    /// The registered memory of all ranks of the link.
+    pub fn heaps(&self) -> Heaps {
+        self.heaps.clone()
     }
 
     fn pair(&self, peer: Rank) -> Result<usize, LinkError> {
         let stranger = |_| LinkError::protocol(peer, "this rank shares no memory with it");
         self.peers.binary_search(&peer).map_err(stranger)
-    }
-
-    fn region(&self) -> Region {
-        self.region.expect("the engine begins a collective before it posts transfers")
     }
 
     /// Sends what the pair's outbox has room for.
@@ -105,6 +110,7 @@ impl ShmLink {
             mapping: &self.mapping,
             bell: &self.bell,
             readable: self.reads_private,
+            marked: self.marked,
             done: &mut self.done,
         };
         let peer = self.peers[index];
@@ -134,15 +140,17 @@ impl ShmLink {
 }
 
 impl Link for ShmLink {
-    fn begin(&mut self, call: Call, region: Region) {
-        self.call = call_words(&call);
-        self.region = Some(region);
-        self.team.begin(self.call, region);
+    fn begin(&mut self, call: Call, regions: Regions) {
+        self.call = call.words();
+        self.output = Some(regions.output);
+        self.marked = false;
+        self.pairs.iter_mut().for_each(|pair| pair.inbox.marked = false);
+        self.team.begin(self.call, regions);
     }
 
-    fn send(&mut self, to: Rank, bytes: Range<usize>, ticket: Ticket) -> Result<(), LinkError> {
-        let (index, region) = (self.pair(to)?, self.region());
-        self.pairs[index].outbox.push(self.call, region, bytes, ticket);
+    fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
+        let index = self.pair(to)?;
+        self.pairs[index].outbox.push(self.call, memory, ticket);
         self.posted = true;
         self.push_out(index)
     }
@@ -150,12 +158,12 @@ impl Link for ShmLink {
     fn receive(
         &mut self,
         from: Rank,
-        bytes: Range<usize>,
+        memory: Region,
         landing: Landing,
         ticket: Ticket,
     ) -> Result<(), LinkError> {
-        let (index, region) = (self.pair(from)?, self.region());
-        self.pairs[index].inbox.push(self.call, region, bytes, landing, ticket);
+        let index = self.pair(from)?;
+        self.pairs[index].inbox.push(self.call, memory, landing, ticket);
         self.posted = true;
         Ok(())
     }
@@ -185,6 +193,15 @@ impl Link for ShmLink {
     fn release(&mut self, ticket: Ticket) {
         let (index, slot) = self.arrived.remove(&ticket).expect("only arrivals are released");
         self.pairs[index].inbox.release(&self.mapping, &self.bell, slot);
+    }
+
+    fn mark(&mut self) {
+        self.marked = true;
+        self.team.mark();
+    }
+
+    fn is_marked(&self) -> bool {
+        self.marked || self.team.is_marked() || self.pairs.iter().any(|pair| pair.inbox.marked)
     }
 
     fn park(&mut self, until: Instant, wanted: usize) -> Result<(), LinkError> {
@@ -230,7 +247,7 @@ impl Link for ShmLink {
         self.arrived.clear();
         self.done.clear();
         self.team.clear();
-        self.heap.abort(self.region.take());
+        self.heaps.own.abort(self.output.take());
     }
 
     fn group(&mut self) -> Option<&mut dyn Group> {

@@ -24,8 +24,6 @@ pub(crate) enum Place {
     Process(u64),
     /// In the staging buffer of the entry; longer messages are a row of such entries.
     Staged,
-    /// In the sender's deposit slot (only in a group).
-    Deposit,
 }
 
 impl Place {
@@ -35,7 +33,6 @@ impl Place {
             Self::Heap(offset) => [1, offset],
             Self::Process(address) => [2, address],
             Self::Staged => [3, 0],
-            Self::Deposit => [4, 0],
         }
     }
 
@@ -45,7 +42,6 @@ impl Place {
             [1, offset] => Some(Self::Heap(offset)),
             [2, address] => Some(Self::Process(address)),
             [3, 0] => Some(Self::Staged),
-            [4, 0] => Some(Self::Deposit),
             _ => None,
         }
     }
@@ -58,9 +54,14 @@ pub(crate) struct Message {
     pub(crate) call: CallWords,
     /// Length of the whole message.
     pub(crate) bytes: u64,
+    /// Whether the sender has marked the collective.
+    pub(crate) marked: bool,
     /// Where it is; `None` for words that mean nothing.
     pub(crate) place: Option<Place>,
 }
+
+/// Set in a message's length if the collective is marked.
+const MARK: u64 = 1 << 63;
 
 /// The mailbox of an ordered pair: offsets only, both ends use it.
 #[derive(Clone, Copy, Debug)]
@@ -76,17 +77,12 @@ impl Mailbox {
 
     /// Writer: fills entry `number` (counted from 0) and publishes it. The caller made sure that
     /// the entry is free.
-    pub(crate) fn publish(
-        &self,
-        mapping: &Mapping,
-        number: u64,
-        call: &CallWords,
-        bytes: u64,
-        place: Place,
-    ) {
+    pub(crate) fn publish(&self, mapping: &Mapping, number: u64, message: &Message) {
         let at = entry(self.start, number);
-        let [kind, location] = place.encode();
-        let words = [bytes, kind, location, call[0], call[1], call[2]];
+        let Message { call, bytes, marked, place } = message;
+        let [kind, location] = place.map_or([0; 2], Place::encode);
+        let bytes = bytes | if *marked { MARK } else { 0 };
+        let words = [bytes, kind, location, call[0], call[1], call[2], call[3]];
         for (index, word) in (1..).zip(words) {
             mapping.wide(at + 8 * index).store(word, Ordering::Relaxed);
         }
@@ -103,9 +99,10 @@ impl Mailbox {
         }
         let word = |index: u64| mapping.wide(at + 8 * index).load(Ordering::Relaxed);
         Some(Message {
-            bytes: word(1),
+            bytes: word(1) & !MARK,
+            marked: word(1) & MARK != 0,
             place: Place::decode([word(2), word(3)]),
-            call: [word(4), word(5), word(6)],
+            call: [word(4), word(5), word(6), word(7)],
         })
     }
 
@@ -135,20 +132,4 @@ impl Mailbox {
         mapping.word(self.start + 8).store(u32::from(stalled), Ordering::SeqCst);
         mapping.wide(self.start).load(Ordering::SeqCst)
     }
-}
-
-/// The words of a call.
-pub(crate) fn call_words(call: &Call) -> CallWords {
-    let bytes = call.encode();
-    let word = |at: usize| bytes[at..at + 8].try_into().map_or(0, u64::from_le_bytes);
-    [word(0), word(8), word(16)]
-}
-
-/// The call that the words mean, if they mean one.
-pub(crate) fn decode_call(words: &CallWords) -> Option<Call> {
-    let mut bytes = [0; Call::ENCODED];
-    for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
-        chunk.copy_from_slice(&word.to_le_bytes());
-    }
-    Call::decode(&bytes)
 }

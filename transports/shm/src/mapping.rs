@@ -21,12 +21,14 @@ use rustix::process::{Pid, getpid};
 use unisum_link::fork::ParentOnly;
 
 use crate::ShmError;
-use crate::layout::Layout;
+use crate::layout::{GroupCard, Layout, Slot};
 
 /// The mapping; unmapped when dropped by the process that made it.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     base: NonNull<u8>,
+    /// Of all of it.
+    bytes: u64,
     layout: Layout,
     memory: ParentOnly<OwnedFd>,
     owner: Pid,
@@ -70,10 +72,11 @@ impl Mapping {
         }
         .map_err(ShmError::os("mapping shared memory"))?;
         let base = NonNull::new(base.cast()).expect("the kernel maps nothing at address 0");
-        let mapping = Self { base, layout, memory: ParentOnly::new(memory), owner: getpid() };
+        let (bytes, memory, owner) = (layout.bytes(), ParentOnly::new(memory), getpid());
+        let mapping = Self { base, bytes, layout, memory, owner };
         // A child of fork must not keep the memory alive, and a core dump not fill the disk.
         for advice in [Advice::LinuxDontFork, Advice::LinuxDontDump] {
-            mapping.advise(0..layout.bytes(), advice).map_err(ShmError::os("advising"))?;
+            mapping.advise(0..bytes, advice).map_err(ShmError::os("advising"))?;
         }
         Ok(mapping)
     }
@@ -108,6 +111,14 @@ impl Mapping {
         unsafe { AtomicU64::from_ptr(word) }
     }
 
+    /// The card at the start of a slot.
+    pub(crate) fn card(&self, slot: Slot) -> &GroupCard {
+        let card = self.pointer(slot.card(), size_of::<GroupCard>() as u64).cast();
+        // SAFETY: inside the mapping (checked), aligned to lines as all slots are, valid while
+        // `self` is, and all that is accessed through the reference is atomics.
+        unsafe { &*card }
+    }
+
     /// The address of `bytes` bytes at `offset`.
     ///
     /// # Panics
@@ -115,7 +126,7 @@ impl Mapping {
     /// our bug.
     pub(crate) fn pointer(&self, offset: u64, bytes: u64) -> *mut u8 {
         let end = offset.checked_add(bytes);
-        assert!(end.is_some_and(|end| end <= self.layout.bytes()), "{offset} + {bytes}");
+        assert!(end.is_some_and(|end| end <= self.bytes), "{offset} + {bytes}");
         // SAFETY: just checked to be inside; the whole mapping fits the address space.
         unsafe { self.base.as_ptr().add(offset as usize) }
     }
@@ -123,7 +134,7 @@ impl Mapping {
     /// Where `address` lies in the mapping, if `bytes` bytes from there do.
     pub(crate) fn offset_of(&self, address: *const u8, bytes: usize) -> Option<u64> {
         let offset = (address as usize).checked_sub(self.base.as_ptr() as usize)? as u64;
-        (offset.checked_add(bytes as u64)? <= self.layout.bytes()).then_some(offset)
+        (offset.checked_add(bytes as u64)? <= self.bytes).then_some(offset)
     }
 
     /// Allocates the pages of a range now, so that memory that isn't there is an error here and

@@ -8,7 +8,7 @@ use unisum_link::{Region, Ticket};
 
 use crate::bell::{Bell, URGENT};
 use crate::layout::{RING, STAGE_BYTES};
-use crate::mailbox::{CallWords, Mailbox, Place};
+use crate::mailbox::{CallWords, Mailbox, Message, Place};
 use crate::mapping::Mapping;
 
 /// Registered messages up to this are staged all the same: a copy is cheaper than the wait for
@@ -34,8 +34,7 @@ pub(crate) struct Outbox {
 struct Outgoing {
     ticket: Ticket,
     call: CallWords,
-    region: Region,
-    bytes: Range<usize>,
+    memory: Region,
     /// Bytes staged so far.
     staged: usize,
 }
@@ -46,6 +45,8 @@ pub(crate) struct Sender<'a> {
     pub(crate) bell: &'a Bell,
     /// Whether peers can read this process's private memory.
     pub(crate) readable: bool,
+    /// Whether the collective is marked.
+    pub(crate) marked: bool,
     pub(crate) done: &'a mut Vec<Ticket>,
 }
 
@@ -65,14 +66,8 @@ impl Outbox {
     }
 
     /// Queues a message; `progress` sends it.
-    pub(crate) fn push(
-        &mut self,
-        call: CallWords,
-        region: Region,
-        bytes: Range<usize>,
-        ticket: Ticket,
-    ) {
-        self.queue.push_back(Outgoing { ticket, call, region, bytes, staged: 0 });
+    pub(crate) fn push(&mut self, call: CallWords, memory: Region, ticket: Ticket) {
+        self.queue.push_back(Outgoing { ticket, call, memory, staged: 0 });
     }
 
     /// Drops everything.
@@ -125,7 +120,7 @@ impl Outbox {
         let Some(first) = self.queue.front() else {
             return Ok(());
         };
-        let (call, ticket, total) = (first.call, first.ticket, first.bytes.len());
+        let (call, ticket, total) = (first.call, first.ticket, first.memory.bytes());
         let place = place(first, sender.readable);
         let mut weight = URGENT;
         if place == Place::Staged {
@@ -142,7 +137,9 @@ impl Outbox {
             self.lent.push_back((self.posted, ticket));
             self.queue.pop_front();
         }
-        self.mailbox.publish(sender.mapping, self.posted, &call, total as u64, place);
+        let (bytes, marked) = (total as u64, sender.marked);
+        let message = Message { call, bytes, marked, place: Some(place) };
+        self.mailbox.publish(sender.mapping, self.posted, &message);
         self.posted += 1;
         sender.bell.ring(self.seat, weight);
         Ok(())
@@ -151,14 +148,14 @@ impl Outbox {
     /// Copies the next piece of the first message; whether it is the last.
     fn stage(&mut self, mapping: &Mapping) -> bool {
         let first = self.queue.front_mut().expect("the caller looked");
-        let start = first.bytes.start + first.staged;
-        let piece = start..first.bytes.end.min(start + STAGE_BYTES);
+        let total = first.memory.bytes();
+        let piece = first.staged..total.min(first.staged + STAGE_BYTES);
         let into = self.mailbox.stage(mapping, self.posted);
         // SAFETY: the region is readable there (`pointer` checks the bounds), a staging buffer is
         // no smaller than a piece, and it is ours until the entry is published.
-        unsafe { into.copy_from_nonoverlapping(first.region.pointer(&piece), piece.len()) };
+        unsafe { into.copy_from_nonoverlapping(first.memory.pointer(&piece), piece.len()) };
         first.staged += piece.len();
-        piece.end == first.bytes.end
+        piece.end == total
     }
 
     fn reserve_staging(&mut self, mapping: &Mapping) -> io::Result<()> {
@@ -172,14 +169,10 @@ impl Outbox {
 
 /// How a message travels.
 fn place(message: &Outgoing, readable: bool) -> Place {
-    let bytes = message.bytes.len();
-    match message.region.heap_offset() {
-        Some(offset) if bytes > STAGE_REGISTERED_MAX => {
-            Place::Heap(offset + message.bytes.start as u64)
-        }
-        None if readable && bytes > STAGE_BYTES => {
-            Place::Process(message.region.pointer(&message.bytes) as u64)
-        }
+    let bytes = message.memory.bytes();
+    match message.memory.heap_offset() {
+        Some(offset) if bytes > STAGE_REGISTERED_MAX => Place::Heap(offset),
+        None if readable && bytes > STAGE_BYTES => Place::Process(message.memory.base() as u64),
         _ => Place::Staged,
     }
 }

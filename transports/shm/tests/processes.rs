@@ -8,7 +8,9 @@ mod processes;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use unisum_link::{Arrival, Call, Collective, Dtype, Landing, Link, ReduceOp, Region, Ticket};
+use unisum_link::{
+    Arrival, Call, Collective, Dtype, Landing, Link, Part, ReduceOp, Region, Regions, Ticket,
+};
 use unisum_shm::ShmLink;
 
 const WORLD: usize = 3;
@@ -57,11 +59,14 @@ fn rotate(link: &mut ShmLink, rank: usize, number: u64, region: Region) {
         op: ReduceOp::Sum,
         count: BYTES as u64,
         algorithm: 0,
+        root: 0,
+        detail: 0,
+        communicator: 0,
     };
-    link.begin(call, region);
+    link.begin(call, Regions::in_place(region));
     let before = (rank + WORLD - 1) % WORLD;
-    link.receive(before, BYTES..2 * BYTES, Landing::Place, Ticket(0)).unwrap();
-    link.send((rank + 1) % WORLD, 0..BYTES, Ticket(1)).unwrap();
+    link.receive(before, region.part(&(BYTES..2 * BYTES)), Landing::Place, Ticket(0)).unwrap();
+    link.send((rank + 1) % WORLD, region.part(&(0..BYTES)), Ticket(1)).unwrap();
     let (deadline, mut done) = (deadline(), Vec::new());
     while done.len() < 2 {
         link.park(deadline, 2 - done.len()).unwrap();
@@ -82,9 +87,9 @@ fn sources(link: &mut ShmLink, rank: usize, region: Region) {
     complete(link, arrival);
     for member in 0..WORLD {
         let group = link.group().unwrap();
-        assert_eq!(group.registered(), region.heap_offset().is_some());
-        let mapped = group.source(member, 0..BYTES).unwrap();
-        assert_eq!(mapped.is_some(), member == rank || group.registered());
+        assert_eq!(group.registered(Part::Input), region.heap_offset().is_some());
+        let mapped = group.source(member, Part::Input, 0..BYTES).unwrap();
+        assert_eq!(mapped.is_some(), member == rank || group.registered(Part::Input));
         check(mapped.unwrap_or_else(|| group.bench(member, 0..BYTES).cast_const()), member);
     }
     if region.heap_offset().is_some() {

@@ -108,8 +108,8 @@ impl Lane {
                 || self.readable && !self.receives.is_empty())
     }
 
-    pub(crate) fn post_send(&mut self, transfer: usize, call: Call, span: Span) {
-        let header = Header { bytes: span.bytes as u64, call }.encode();
+    pub(crate) fn post_send(&mut self, transfer: usize, marked: bool, call: Call, span: Span) {
+        let header = Header { marked, bytes: span.bytes as u64, call }.encode();
         self.sends.push_back(Message { transfer, header, span, through: 0 });
     }
 
@@ -157,6 +157,7 @@ impl Lane {
         peer: Rank,
         ours: Call,
         done: &mut Vec<usize>,
+        marked: &mut bool,
     ) -> Result<(), LinkError> {
         let Some(stream) = &self.stream else {
             return Ok(());
@@ -170,7 +171,7 @@ impl Lane {
                 Ok(received) => {
                     // A short receive found the buffer empty: the next event tells of more.
                     self.readable = message.through + received == message.total();
-                    advance(message, received, peer, ours)?;
+                    *marked |= advance(message, received, peer, ours)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -185,17 +186,18 @@ impl Lane {
     }
 }
 
-/// Counts received bytes and checks the header when it has become complete.
+/// Counts received bytes and checks the header when it has become complete; whether that is
+/// marked.
 fn advance(
     message: &mut Message,
     received: usize,
     peer: Rank,
     ours: Call,
-) -> Result<(), LinkError> {
+) -> Result<bool, LinkError> {
     let complete_before = message.through >= HEADER_BYTES;
     message.through += received;
     if complete_before || message.through < HEADER_BYTES {
-        return Ok(());
+        return Ok(false);
     }
     let header = Header::decode(&message.header)
         .map_err(|error| LinkError::protocol(peer, error.to_string()))?;
@@ -208,7 +210,7 @@ fn advance(
         let what = format!("a message of {theirs} bytes where the plan has {ours}");
         return Err(LinkError::protocol(peer, what));
     }
-    Ok(())
+    Ok(header.marked)
 }
 
 fn send(stream: &TcpStream, message: &mut Message) -> io::Result<usize> {

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::handshake::{Hello, Purpose, Secret};
-use unisum_link::{Call, Group, Landing, Link, LinkError, Patience, Rank, Region, Ticket, Wake};
+use unisum_link::{
+    Call, Group, Landing, Link, LinkError, Patience, Rank, Region, Regions, Ticket, Wake,
+};
 
 use crate::inbox::{Arrived, Dial, Inbox};
 use crate::lane::{Lane, Span};
@@ -63,7 +65,8 @@ pub struct TcpLink {
     free_transfers: Vec<usize>,
     arrived: HashMap<Ticket, Vec<u8>>,
     slots: Slots,
-    current: Option<(Call, Region)>,
+    current: Option<Call>,
+    marked: bool,
     finished: Vec<usize>,
 }
 
@@ -97,6 +100,7 @@ impl TcpLink {
             arrived: HashMap::new(),
             slots: Slots::default(),
             current: None,
+            marked: false,
             finished: Vec::new(),
             config,
         })
@@ -226,7 +230,7 @@ impl TcpLink {
         first..first + parts
     }
 
-    fn current(&self) -> (Call, Region) {
+    fn current(&self) -> Call {
         self.current.expect("the engine begins a collective before it posts transfers")
     }
 
@@ -254,7 +258,7 @@ impl TcpLink {
     }
 
     fn move_lanes(&mut self) -> Result<(), LinkError> {
-        let (call, _) = self.current();
+        let call = self.current();
         let mut finished = std::mem::take(&mut self.finished);
         let mut result = Ok(());
         for at in (0..self.busy.len()).rev() {
@@ -264,7 +268,7 @@ impl TcpLink {
             if result.is_ok() {
                 result = lane
                     .flush(peer, &mut finished)
-                    .and_then(|()| lane.drain(peer, call, &mut finished));
+                    .and_then(|()| lane.drain(peer, call, &mut finished, &mut self.marked));
             }
             if lane.is_idle() {
                 lane.listed = false;
@@ -277,17 +281,17 @@ impl TcpLink {
 }
 
 impl Link for TcpLink {
-    fn begin(&mut self, call: Call, region: Region) {
-        self.current = Some((call, region));
+    fn begin(&mut self, call: Call, _regions: Regions) {
+        (self.current, self.marked) = (Some(call), false);
     }
 
-    fn send(&mut self, to: Rank, bytes: Range<usize>, ticket: Ticket) -> Result<(), LinkError> {
+    fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
         self.open(to)?;
-        let (call, region) = self.current();
-        let span = Span { start: region.pointer(&bytes), bytes: bytes.len() };
+        let (call, marked) = (self.current(), self.marked);
+        let span = Span { start: memory.base(), bytes: memory.bytes() };
         let transfer = Transfer { ticket, parts_left: 0, slot: None };
         let mut lanes = self.post(to, span, transfer, |lane, index, span| {
-            lane.post_send(index, call, span);
+            lane.post_send(index, marked, call, span);
         });
         let mut finished = std::mem::take(&mut self.finished);
         let result = lanes.try_for_each(|lane| self.lanes[lane].flush(to, &mut finished));
@@ -298,19 +302,19 @@ impl Link for TcpLink {
     fn receive(
         &mut self,
         from: Rank,
-        bytes: Range<usize>,
+        memory: Region,
         landing: Landing,
         ticket: Ticket,
     ) -> Result<(), LinkError> {
         self.open(from)?;
         let (start, slot) = match landing {
-            Landing::Place => (self.current().1.pointer(&bytes), None),
+            Landing::Place => (memory.base(), None),
             Landing::Slot => {
-                let mut slot = self.slots.take(bytes.len());
+                let mut slot = self.slots.take(memory.bytes());
                 (slot.as_mut_ptr(), Some(slot))
             }
         };
-        let span = Span { start, bytes: bytes.len() };
+        let span = Span { start, bytes: memory.bytes() };
         let transfer = Transfer { ticket, parts_left: 0, slot };
         self.post(from, span, transfer, Lane::post_receive);
         Ok(())
@@ -338,6 +342,14 @@ impl Link for TcpLink {
         if let Some(slot) = self.arrived.remove(&ticket) {
             self.slots.give(slot);
         }
+    }
+
+    fn mark(&mut self) {
+        self.marked = true;
+    }
+
+    fn is_marked(&self) -> bool {
+        self.marked
     }
 
     fn patience(&self) -> Patience {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use unisum_link::conformance::{End, Mesh};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Heard, Hello, Listening, Secret, random};
-use unisum_link::{Call, Collective, Dtype, Landing, LinkError, ReduceOp, Region, Ticket};
+use unisum_link::{Call, Collective, Dtype, Landing, LinkError, ReduceOp, Region, Regions, Ticket};
 use unisum_tcp::{Inbox, TcpConfig, TcpLink};
 
 unisum_link::conformance_tests!(Mesh {
@@ -45,13 +45,14 @@ fn a_connected_peer_that_goes_is_noticed_at_once() {
     let mut ends = ends(2, 1, "127.0.0.1:0").into_iter().map(|end| end.link);
     let (mut here, mut there) = (ends.next().unwrap(), ends.next().unwrap());
     let mut memory = [[1_u8; 64]; 2];
-    for (link, memory) in [&mut here, &mut there].into_iter().zip(&mut memory) {
+    let [ours, theirs] = memory.each_mut().map(|memory| {
         // SAFETY: the array outlives both links' use of it, and nothing else touches it.
-        let region = unsafe { Region::new(NonNull::from(memory).cast(), 64, None) };
-        link.begin(call(), region);
-    }
-    here.receive(1, 0..64, Landing::Place, Ticket(1)).unwrap();
-    there.send(0, 0..64, Ticket(2)).unwrap();
+        unsafe { Region::new(NonNull::from(memory).cast(), 64, None) }
+    });
+    here.begin(call(), Regions::in_place(ours));
+    there.begin(call(), Regions::in_place(theirs));
+    here.receive(1, ours, Landing::Place, Ticket(1)).unwrap();
+    there.send(0, theirs, Ticket(2)).unwrap();
     let until = Instant::now() + Duration::from_secs(20);
     let (mut received, mut sent) = (Vec::new(), Vec::new());
     while received.is_empty() || sent.is_empty() {
@@ -59,7 +60,7 @@ fn a_connected_peer_that_goes_is_noticed_at_once() {
         there.progress(&mut sent).unwrap();
         assert!(Instant::now() < until);
     }
-    here.receive(1, 0..64, Landing::Place, Ticket(3)).unwrap();
+    here.receive(1, ours, Landing::Place, Ticket(3)).unwrap();
     drop(there);
     let error = loop {
         if let Err(error) = here.progress(&mut received) {
@@ -73,7 +74,17 @@ fn a_connected_peer_that_goes_is_noticed_at_once() {
 
 fn call() -> Call {
     let (collective, dtype, op) = (Collective::AllReduce, Dtype::U8, ReduceOp::Sum);
-    Call { number: 0, collective, dtype, op, count: 64, algorithm: 0 }
+    Call {
+        number: 0,
+        collective,
+        dtype,
+        op,
+        count: 64,
+        algorithm: 0,
+        root: 0,
+        detail: 0,
+        communicator: 0,
+    }
 }
 
 fn ends(world: usize, sockets_per_peer: u8, address: &str) -> Vec<End> {

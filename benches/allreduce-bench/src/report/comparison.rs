@@ -3,7 +3,8 @@
 
 use std::io;
 
-use super::{About, Report, Row, say, significant, verdict};
+use super::{About, Report, Row, say, significant, title, verdict};
+use crate::collective::Case;
 
 /// One line per size, a column per algorithm.
 #[derive(Debug, Default)]
@@ -14,10 +15,15 @@ pub(super) struct Comparison {
 
 impl Report for Comparison {
     fn begin(&mut self, about: &About) -> io::Result<()> {
-        self.algorithms.clone_from(&about.algorithms);
         self.checked = about.checked;
         say(&about.headline())?;
-        say("# median time in us; * is the automatic choice, regret its time over the best's")?;
+        say("# median time in us; * is the automatic choice, regret its time over the best's")
+    }
+
+    fn series(&mut self, series: &Case) -> io::Result<()> {
+        self.algorithms = series.kind.algorithms();
+        say("#")?;
+        say(&title(series))?;
         let heads = self.algorithms.iter().map(|name| (*name).to_string()).collect();
         let names = ["size", "type", "op"].map(String::from);
         // The line begins with a space, which becomes the mark of a line that is no data.
@@ -36,7 +42,7 @@ impl Report for Comparison {
         );
         let wrong: Option<u64> = rows.iter().map(|row| row.measured.wrong).sum();
         let wrong = wrong.map_or_else(|| "-".into(), |wrong| wrong.to_string());
-        let head = [best.bytes().to_string(), best.dtype.to_string(), best.op.to_string()];
+        let head = [best.bytes().to_string(), best.dtype.to_string(), best.op()];
         say(&self.line(head, self.times(rows), best.algorithm, &regret, &wrong))
     }
 

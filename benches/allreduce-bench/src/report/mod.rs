@@ -14,6 +14,7 @@ pub(crate) use progress::Progress;
 pub(crate) use records::Records;
 
 use crate::args::{Args, Format, Memory};
+use crate::collective::Case;
 use crate::measure::Measurement;
 
 /// A form of the report.
@@ -23,6 +24,12 @@ pub(crate) trait Report {
     /// # Errors
     /// If it cannot be written.
     fn begin(&mut self, about: &About) -> io::Result<()>;
+
+    /// Before the first size of a series.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    fn series(&mut self, series: &Case) -> io::Result<()>;
 
     /// One size: a row per algorithm.
     ///
@@ -53,7 +60,6 @@ pub(crate) struct About {
     pub(crate) transport: String,
     memory: Memory,
     checked: bool,
-    algorithms: Vec<&'static str>,
 }
 
 impl About {
@@ -63,7 +69,6 @@ impl About {
             transport: comm.transport().to_string(),
             memory: args.memory,
             checked: args.check,
-            algorithms: args.algorithms().into_iter().flatten().collect(),
         }
     }
 
@@ -81,6 +86,23 @@ impl About {
     }
 }
 
+/// The first line of a series.
+fn title(series: &Case) -> String {
+    let Case { kind, ranks, place, .. } = series;
+    let mut title = format!("# {kind}");
+    if let Some(root) = series.root() {
+        title += &format!(", root {root}");
+    }
+    if kind.moves_elements() {
+        title += &format!(", {} place", place.words());
+    }
+    match kind.count_unit(*ranks) {
+        1 => {}
+        unit => title += &format!("; counts are multiples of {unit}"),
+    }
+    title
+}
+
 /// One size, type, operation and algorithm.
 #[derive(Clone, Debug)]
 pub(crate) struct Row {
@@ -88,52 +110,59 @@ pub(crate) struct Row {
     pub(crate) algorithm: &'static str,
     /// Whether it is the algorithm that is taken if none is named.
     pub(crate) automatic: bool,
-    pub(crate) ranks: usize,
-    pub(crate) count: usize,
+    pub(crate) case: Case,
     pub(crate) dtype: Dtype,
-    pub(crate) op: ReduceOp,
+    /// If the collective reduces.
+    pub(crate) op: Option<ReduceOp>,
     pub(crate) memory: Memory,
     pub(crate) measured: Measurement,
 }
 
 impl Row {
     fn bytes(&self) -> usize {
-        self.count * self.dtype.bytes()
+        self.case.count * self.dtype.bytes()
+    }
+
+    fn op(&self) -> String {
+        self.op.map_or_else(|| "none".into(), |op| op.to_string())
     }
 
     fn quantile_us(&self, share: f64) -> f64 {
         self.measured.quantile_s(share) * 1e6
     }
 
-    /// Buffer size over the median time, in 10⁹ bytes per second.
-    fn algbw_gbps(&self) -> f64 {
-        self.bytes() as f64 / self.measured.quantile_s(0.5) * 1e-9
+    /// Size over the median time, in 10⁹ bytes per second; `None` where nothing is moved, as in
+    /// the other rates.
+    fn algbw_gbps(&self) -> Option<f64> {
+        let bytes = self.bytes() as f64;
+        (bytes > 0.0).then(|| bytes / self.measured.quantile_s(0.5) * 1e-9)
     }
 
-    /// What each rank must send and receive at least, over the median time: comparable across
-    /// numbers of ranks. Source: nccl-tests, doc/PERFORMANCE.md.
-    fn busbw_gbps(&self) -> f64 {
-        self.algbw_gbps() * 2.0 * (self.ranks - 1) as f64 / self.ranks as f64
+    /// What some rank must send or receive at least, over the median time.
+    fn busbw_gbps(&self) -> Option<f64> {
+        Some(self.algbw_gbps()? * self.case.kind.bus_factor(self.case.ranks))
     }
 
-    /// Processor time of all ranks, per 10⁹ bytes of buffer.
-    fn cpu_seconds_per_gb(&self) -> f64 {
-        let reduced = self.bytes() as f64 * self.measured.times_s.len() as f64;
-        self.measured.cpu_seconds / (reduced * 1e-9)
+    /// Processor time of all ranks, per 10⁹ bytes of the size.
+    fn cpu_seconds_per_gb(&self) -> Option<f64> {
+        let moved = self.bytes() as f64 * self.measured.times_s.len() as f64;
+        (moved > 0.0).then(|| self.measured.cpu_seconds / (moved * 1e-9))
     }
 
     /// All there is, by name; the machine-readable forms.
     fn fields(&self) -> Vec<(&'static str, Value)> {
         vec![
-            ("collective", json!("all_reduce")),
+            ("collective", json!(self.case.kind.to_string())),
+            ("root", json!(self.case.root())),
+            ("place", json!(self.case.place.name())),
             ("transport", json!(self.transport)),
             ("algorithm", json!(self.algorithm)),
             ("automatic", json!(self.automatic)),
-            ("ranks", json!(self.ranks)),
+            ("ranks", json!(self.case.ranks)),
             ("bytes", json!(self.bytes())),
-            ("count", json!(self.count)),
+            ("count", json!(self.case.count)),
             ("dtype", json!(self.dtype.to_string())),
-            ("op", json!(self.op.to_string())),
+            ("op", json!(self.op())),
             ("memory", json!(self.memory.name())),
             ("iterations", json!(self.measured.times_s.len())),
             ("min_us", json!(self.quantile_us(0.0))),
@@ -167,6 +196,11 @@ fn significant(value: f64) -> String {
     }
 }
 
+/// About three significant digits, or a dash.
+fn rate(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".into(), significant)
+}
+
 /// The last line of a table.
 fn verdict(wrong: u64, checked: bool) -> String {
     match (wrong, checked) {
@@ -179,6 +213,7 @@ fn verdict(wrong: u64, checked: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::collective::{Kind, Place};
 
     #[test]
     fn bandwidths_are_those_of_nccl_tests() {
@@ -188,19 +223,22 @@ mod tests {
             cpu_seconds: 0.5,
             voluntary_switches: 0,
         };
-        let row = Row {
+        let kind = Kind::ALL_REDUCE;
+        let mut row = Row {
             transport: "tcp".into(),
             algorithm: "ring",
             automatic: true,
-            ranks: 4,
-            count: 250_000,
+            case: Case { kind, root: 0, place: Place::In, ranks: 4, count: 250_000 },
             dtype: Dtype::F32,
-            op: ReduceOp::Sum,
+            op: Some(ReduceOp::Sum),
             memory: Memory::Private,
             measured,
         };
-        assert!((row.algbw_gbps() - 1.0).abs() < 1e-9);
-        assert!((row.busbw_gbps() - 1.5).abs() < 1e-9);
-        assert!((row.cpu_seconds_per_gb() - 500.0).abs() < 1e-6);
+        let is = |rate: Option<f64>, expected: f64| (rate.unwrap() - expected).abs() < 1e-6;
+        assert!(is(row.algbw_gbps(), 1.0));
+        assert!(is(row.busbw_gbps(), 1.5));
+        assert!(is(row.cpu_seconds_per_gb(), 500.0));
+        row.case.count = 0;
+        assert_eq!((row.busbw_gbps(), row.cpu_seconds_per_gb()), (None, None));
     }
 }

@@ -4,6 +4,8 @@ use std::io::{self, IsTerminal as _};
 
 use unisum::{Dtype, ReduceOp};
 
+use crate::collective::Case;
+
 /// The progress line; nothing unless standard error is a terminal.
 #[derive(Debug)]
 pub(crate) struct Progress {
@@ -19,11 +21,19 @@ impl Progress {
     }
 
     /// Says what comes next.
-    pub(crate) fn step(&mut self, bytes: usize, dtype: Dtype, op: ReduceOp, algorithm: &str) {
+    pub(crate) fn step(
+        &mut self,
+        case: &Case,
+        dtype: Dtype,
+        op: Option<ReduceOp>,
+        algorithm: &str,
+    ) {
         self.done += 1;
         if self.shown {
             let Self { done, steps, .. } = self;
-            eprint!("{ERASE}measuring {bytes} B of {dtype}, {op}, {algorithm} ({done} of {steps})");
+            let (kind, bytes) = (case.kind, case.count * dtype.bytes());
+            let op = op.map_or_else(String::new, |op| format!(", {op}"));
+            eprint!("{ERASE}{kind} of {bytes} B, {dtype}{op}, {algorithm} ({done} of {steps})");
         }
     }
 

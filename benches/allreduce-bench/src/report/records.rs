@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::{About, Report, Row, say, significant};
 use crate::args::Format;
+use crate::collective::Case;
 
 /// Writes records of named fields, which are the same in each record.
 #[derive(Debug)]
@@ -49,6 +50,10 @@ impl Records {
 
 impl Report for Records {
     fn begin(&mut self, _: &About) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn series(&mut self, _: &Case) -> io::Result<()> {
         Ok(())
     }
 

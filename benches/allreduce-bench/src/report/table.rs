@@ -2,7 +2,8 @@
 
 use std::io;
 
-use super::{About, Report, Row, say, significant, verdict};
+use super::{About, Report, Row, rate, say, significant, title, verdict};
+use crate::collective::Case;
 
 /// One line per size.
 #[derive(Debug, Default)]
@@ -13,7 +14,12 @@ pub(super) struct Table {
 impl Report for Table {
     fn begin(&mut self, about: &About) -> io::Result<()> {
         self.checked = about.checked;
-        say(&about.headline())?;
+        say(&about.headline())
+    }
+
+    fn series(&mut self, series: &Case) -> io::Result<()> {
+        say("#")?;
+        say(&title(series))?;
         say(&heading(HEADS))?;
         say(&heading(UNITS))
     }
@@ -69,18 +75,18 @@ fn cells(row: &Row) -> [String; COLUMNS] {
     let microseconds = |share| significant(row.quantile_us(share));
     [
         row.bytes().to_string(),
-        row.count.to_string(),
+        row.case.count.to_string(),
         row.dtype.to_string(),
-        row.op.to_string(),
+        row.op(),
         row.algorithm.to_string(),
         microseconds(0.5),
-        significant(row.algbw_gbps()),
-        significant(row.busbw_gbps()),
+        rate(row.algbw_gbps()),
+        rate(row.busbw_gbps()),
         row.measured.wrong.map_or_else(|| "-".into(), |wrong| wrong.to_string()),
         microseconds(0.0),
         microseconds(0.99),
         microseconds(1.0),
-        significant(row.cpu_seconds_per_gb()),
+        rate(row.cpu_seconds_per_gb()),
         significant(row.measured.voluntary_switches as f64 / iterations as f64),
         iterations.to_string(),
     ]

@@ -6,11 +6,11 @@ use super::Mesh;
 use super::memory::copy;
 use super::parking::idle;
 use super::port::{Kind, PATIENCE, Port, call, run_on};
-use crate::kernels::Fold;
-use crate::{Call, Dtype, LinkErrorKind, Rank, ReduceOp};
+use crate::kernels::{Fold, Folded};
+use crate::{Call, Dtype, LinkErrorKind, Part, Rank, ReduceOp};
 
 const WORLDS: [usize; 3] = [2, 3, 5];
-const FOLD: Fold = Fold { dtype: Dtype::U32, op: ReduceOp::Sum, divide_by: None };
+const FOLD: Fold = Fold::new(Dtype::U32, ReduceOp::Sum);
 
 fn run_groups(mesh: &Mesh, bytes: usize, kind: Kind, rank: impl Fn(&mut Port<'_>, usize) + Sync) {
     for world in WORLDS {
@@ -62,25 +62,34 @@ pub fn deposits_survive_fast_and_slow_members(mesh: &Mesh) {
             port.complete(entered).expect("all enter");
             port.memory.write(0, &vec![0xee; bytes]);
             dawdle(port.rank, round);
-            assert!(!port.group().registered(), "deposits are not to be written");
+            assert!(!port.group().registered(Part::Input), "a deposit is not the region");
+            let mut deposits = Vec::new();
+            port.group().deposits(&(0..bytes), &mut deposits);
+            let expected = reduced(world, round).to_ne_bytes().repeat(bytes / 4);
+            assert_eq!(fold(&deposits, bytes), expected, "{round}");
             let sum = fold_sources(port, world, 0, bytes);
-            assert_eq!(sum, reduced(world, round).to_ne_bytes().repeat(bytes / 4), "{round}");
+            assert_eq!(sum, expected, "{round}, one by one");
         }
     });
 }
 
-/// Folds `bytes` bytes at `at` of all members, in rank order.
+/// Folds `bytes` bytes at `at` of all members' regions or benches, in rank order.
 fn fold_sources(port: &mut Port<'_>, world: usize, at: usize, bytes: usize) -> Vec<u8> {
     let group = port.group();
     let source = |member| {
-        let mapped = group.source(member, at..at + bytes).expect("regions are where they say");
+        let mapped =
+            group.source(member, Part::Input, at..at + bytes).expect("regions are where they say");
         mapped.unwrap_or_else(|| group.bench(member, at..at + bytes).cast_const())
     };
-    let sources: Vec<*const u8> = (0..world).map(source).collect();
+    fold(&(0..world).map(source).collect::<Vec<_>>(), bytes)
+}
+
+fn fold(sources: &[*const u8], bytes: usize) -> Vec<u8> {
     let mut sum = vec![0u32; bytes / 4];
     let into = sum.as_mut_ptr().cast::<u8>();
     // SAFETY: the group said that each source has `bytes` readable bytes; `sum` has as many.
-    unsafe { FOLD.run(into, &sources, bytes / 4) };
+    let outcome = unsafe { FOLD.run(into, sources, bytes / 4) };
+    assert_eq!(outcome, Folded::Done);
     copy(into, bytes)
 }
 
@@ -99,7 +108,9 @@ pub fn groups_fold_registered_regions(mesh: &Mesh) {
             fill(port, round, bytes);
             let entered = port.group().enter(false);
             port.complete(entered).expect("all enter");
-            assert!(port.group().registered(), "all regions are");
+            for part in [Part::Input, Part::Output] {
+                assert!(port.group().registered(part), "all regions are");
+            }
             dawdle(port.rank, round);
             let mine = slice(port.rank, world, bytes);
             let sum = fold_sources(port, world, mine.start, mine.len());
@@ -126,10 +137,10 @@ pub fn groups_fold_private_regions_over_benches(mesh: &Mesh) {
             fill(port, round, bytes);
             let entered = port.group().enter(false);
             port.complete(entered).expect("all enter");
-            assert!(!port.group().registered(), "no region is");
+            assert!(!port.group().registered(Part::Output), "no region is");
             let own = port.rank;
             let other = (own + 1) % world;
-            assert_eq!(port.group().source(other, 0..4), Ok(None), "nobody maps it");
+            assert_eq!(port.group().source(other, Part::Input, 0..4), Ok(None), "nobody maps it");
             lay_out(port, 0..bytes);
             arrive(port);
             let mine = slice(own, world, bytes);

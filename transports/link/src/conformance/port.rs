@@ -11,7 +11,7 @@ use super::memory::{Memory, copy};
 use super::{End, Mesh};
 use crate::{
     Arrival, Backoff, Call, Collective, Dtype, Group, Landing, Link, LinkError, Patience, Pause,
-    Rank, ReduceOp, Ticket,
+    Rank, ReduceOp, Regions, Ticket,
 };
 
 /// How long any wait of the suite may take before it counts as a hang.
@@ -45,6 +45,9 @@ pub(super) fn call(number: u64, count: usize) -> Call {
         op: ReduceOp::Sum,
         count: count as u64,
         algorithm: 1,
+        root: 0,
+        detail: 0,
+        communicator: 0,
     }
 }
 
@@ -109,7 +112,7 @@ impl<'a> Port<'a> {
     }
 
     pub(super) fn begin(&mut self, call: Call) {
-        self.link.begin(call, self.memory.region());
+        self.link.begin(call, Regions::in_place(self.memory.region()));
     }
 
     pub(super) fn send(&mut self, to: Rank, bytes: Range<usize>) -> Ticket {
@@ -118,12 +121,13 @@ impl<'a> Port<'a> {
 
     pub(super) fn try_send(&mut self, to: Rank, bytes: Range<usize>) -> Result<Ticket, LinkError> {
         let ticket = self.ticket();
-        self.link.send(to, bytes, ticket).map(|()| ticket)
+        self.link.send(to, self.memory.region().part(&bytes), ticket).map(|()| ticket)
     }
 
     pub(super) fn receive(&mut self, from: Rank, bytes: Range<usize>, landing: Landing) -> Ticket {
         let ticket = self.ticket();
-        self.link.receive(from, bytes, landing, ticket).expect("a receive is accepted");
+        let memory = self.memory.region().part(&bytes);
+        self.link.receive(from, memory, landing, ticket).expect("a receive is accepted");
         ticket
     }
 

@@ -28,15 +28,25 @@ pub(super) fn f32_to_f16(value: f32) -> u16 {
     let bits = value.to_bits();
     let sign = (bits >> 16) & 0x8000;
     let magnitude = bits & 0x7fff_ffff;
-    // Half the last place that is dropped, less one if the last place that stays is even. A
-    // carry into the exponent is right, up to infinity.
-    let odd = (magnitude >> 13) & 1;
-    let normal = magnitude.wrapping_sub(REBIAS).wrapping_add(0x0fff + odd) >> 13;
-    // The last place of 0.5 is 2⁻²⁴, that of a subnormal `f16`: the addition rounds to it.
-    let tiny = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5_f32.to_bits());
-    let finite = if magnitude < (127 - 14) << 23 { tiny } else { normal };
-    let result = if magnitude >= (127 + 16) << 23 { 0x7c00 } else { finite };
+    let result = nearest::<15, 10>(magnitude).min(0x7c00);
     if magnitude > F32_INFINITY { 0x7e00 } else { (result | sign) as u16 }
+}
+
+/// The bits of the nearest float with the given bias and mantissa, ties to even, to the `f32` with
+/// the bits `magnitude`, which is not negative. As if exponents had no end: the caller sees to
+/// what is too large.
+#[inline(always)]
+pub(super) fn nearest<const BIAS: u32, const MANTISSA_BITS: u32>(magnitude: u32) -> u32 {
+    let dropped = 23 - MANTISSA_BITS;
+    // Half the last place that is dropped, less one if the last place that stays is even. A
+    // carry into the exponent is right.
+    let odd = (magnitude >> dropped) & 1;
+    let half = (1 << (dropped - 1)) - 1 + odd;
+    let normal = magnitude.wrapping_sub((127 - BIAS) << 23).wrapping_add(half) >> dropped;
+    // The last place of this is that of a subnormal result: the addition rounds to it.
+    let unit = f32::from_bits((127 + 24 - BIAS - MANTISSA_BITS) << 23);
+    let tiny = (f32::from_bits(magnitude) + unit).to_bits().wrapping_sub(unit.to_bits());
+    if magnitude < (128 - BIAS) << 23 { tiny } else { normal }
 }
 
 /// The value of the `bf16` with the given bits.

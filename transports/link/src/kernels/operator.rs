@@ -1,65 +1,71 @@
 //! The operations, each generic over the element type.
 
 use std::array::from_fn;
-use std::num::NonZeroU32;
 
-use super::isa::Level;
-use super::number::Number;
+use super::isa::{Level, Task};
+use super::number::{Arithmetic, Bits, Float, Number, Ordered};
 
 /// How lines of elements become accumulators, meet the next ones, and leave again.
-pub(super) trait Operator {
-    type Wide<L: Level, T: Number, const W: usize>: Copy;
+pub(super) trait Operator<T: Number> {
+    type Wide<L: Level, const W: usize>: Copy;
     /// Whether elements are widened.
     const WIDENS: bool = true;
     /// Whether elements are combined by addition.
     const ADDS: bool = false;
-    /// What the last step needs to know.
-    type Last<T: Number>: Copy;
+    /// What the first or the last step needs to know.
+    type Known: Copy;
 
-    fn last<T: Number>(divisor: NonZeroU32) -> Self::Last<T>;
+    fn known(task: &Task<'_>) -> Self::Known;
 
-    fn lift<L: Level, T: Number, const W: usize>(level: L, line: [T; W]) -> Self::Wide<L, T, W>;
-    fn combine<L: Level, T: Number, const W: usize>(
+    fn lift<L: Level, const W: usize>(
         level: L,
-        left: Self::Wide<L, T, W>,
-        right: Self::Wide<L, T, W>,
-    ) -> Self::Wide<L, T, W>;
-    fn lower<L: Level, T: Number, const W: usize>(
+        line: [T; W],
+        known: Self::Known,
+    ) -> Self::Wide<L, W>;
+    fn combine<L: Level, const W: usize>(
         level: L,
-        wide: Self::Wide<L, T, W>,
-        last: Self::Last<T>,
+        left: Self::Wide<L, W>,
+        right: Self::Wide<L, W>,
+    ) -> Self::Wide<L, W>;
+    fn lower<L: Level, const W: usize>(
+        level: L,
+        wide: Self::Wide<L, W>,
+        known: Self::Known,
     ) -> [T; W];
 }
 
-/// An operation on widened elements: whether it adds, how two are combined, what the last step
-/// needs to know, how it learns that, and what it does.
+/// An operation on widened elements: what the elements must have, whether it adds, how two are
+/// combined, what the first or last step needs to know, how it learns that, and what they do.
 macro_rules! arithmetic {
     (
-        $(#[$doc:meta])* $name:ident, $adds:expr, $combine:ident,
-        $last:ty, |$divisor:pat_param| $prepare:expr,
-        |$level:pat_param, $wide:ident, $known:pat_param| $apply:expr
+        $(#[$doc:meta])* $name:ident, $bound:ident, $adds:expr, $combine:ident,
+        $known:ty, |$task:pat_param| $learn:expr,
+        |$first_level:pat_param, $first:ident, $first_known:pat_param| $lift:expr,
+        |$last_level:pat_param, $last:ident, $last_known:pat_param| $lower:expr
     ) => {
         $(#[$doc])*
         pub(super) struct $name;
 
-        impl Operator for $name {
-            type Wide<L: Level, T: Number, const W: usize> = T::Wide<L, W>;
-            type Last<T: Number> = $last;
+        impl<T: $bound> Operator<T> for $name {
+            type Wide<L: Level, const W: usize> = T::Wide<L, W>;
+            type Known = $known;
             const ADDS: bool = $adds;
 
             #[inline(always)]
-            fn last<T: Number>($divisor: NonZeroU32) -> $last {
-                $prepare
+            fn known($task: &Task<'_>) -> $known {
+                $learn
             }
             #[inline(always)]
-            fn lift<L: Level, T: Number, const W: usize>(
+            fn lift<L: Level, const W: usize>(
                 level: L,
                 line: [T; W],
+                $first_known: $known,
             ) -> T::Wide<L, W> {
-                T::widen(level, line)
+                let ($first_level, $first) = (level, T::widen(level, line));
+                $lift
             }
             #[inline(always)]
-            fn combine<L: Level, T: Number, const W: usize>(
+            fn combine<L: Level, const W: usize>(
                 level: L,
                 left: T::Wide<L, W>,
                 right: T::Wide<L, W>,
@@ -67,13 +73,13 @@ macro_rules! arithmetic {
                 T::$combine::<L, W>(level, left, right)
             }
             #[inline(always)]
-            fn lower<L: Level, T: Number, const W: usize>(
+            fn lower<L: Level, const W: usize>(
                 level: L,
-                $wide: T::Wide<L, W>,
-                $known: $last,
+                $last: T::Wide<L, W>,
+                $last_known: $known,
             ) -> [T; W] {
-                let $level = level;
-                T::narrow(level, $apply)
+                let $last_level = level;
+                T::narrow(level, $lower)
             }
         }
     };
@@ -81,39 +87,49 @@ macro_rules! arithmetic {
 
 arithmetic!(
     /// Addition.
-    Sum, true, plus, (), |_| (), |_, wide, ()| wide
+    Sum, Arithmetic, true, plus,
+    (), |_| (), |_, wide, ()| wide, |_, wide, ()| wide
+);
+arithmetic!(
+    /// A multiplication by a factor, then addition.
+    Weighted, Float, true, plus,
+    T::Factor, |task| T::factor(task.factor),
+    |level, wide, factor| T::scaled::<L, W>(level, wide, factor), |_, wide, _| wide
 );
 arithmetic!(
     /// Addition, then a division.
-    Average, true, plus, T::Divisor,
-    |divisor| T::divisor(divisor), |level, wide, divisor| T::over::<L, W>(level, wide, divisor)
+    Average, Arithmetic, true, plus,
+    T::Divisor, |task| T::divisor(task.divisor),
+    |_, wide, _| wide, |level, wide, divisor| T::over::<L, W>(level, wide, divisor)
 );
 arithmetic!(
     /// Addition, then a division by a power of two, which is a multiplication.
-    Scaled, true, plus, T::Divisor,
-    |divisor| T::factor(divisor), |level, wide, factor| T::scaled::<L, W>(level, wide, factor)
+    Scaled, Float, true, plus,
+    T::Factor, |task| T::factor(1.0 / f64::from(task.divisor.get())),
+    |_, wide, _| wide, |level, wide, factor| T::scaled::<L, W>(level, wide, factor)
 );
 arithmetic!(
     /// Multiplication.
-    Product, false, times, (), |_| (), |_, wide, ()| wide
+    Product, Arithmetic, false, times,
+    (), |_| (), |_, wide, ()| wide, |_, wide, ()| wide
 );
 
 /// The greatest element if `MAX`, else the least.
 pub(super) struct Extreme<const MAX: bool>;
 
-impl<const MAX: bool> Operator for Extreme<MAX> {
-    type Wide<L: Level, T: Number, const W: usize> = [T::Key; W];
+impl<T: Ordered, const MAX: bool> Operator<T> for Extreme<MAX> {
+    type Wide<L: Level, const W: usize> = [T::Key; W];
     const WIDENS: bool = false;
-    type Last<T: Number> = ();
+    type Known = ();
 
     #[inline(always)]
-    fn last<T: Number>(_: NonZeroU32) {}
+    fn known(_: &Task<'_>) {}
     #[inline(always)]
-    fn lift<L: Level, T: Number, const W: usize>(_: L, line: [T; W]) -> [T::Key; W] {
+    fn lift<L: Level, const W: usize>(_: L, line: [T; W], (): ()) -> [T::Key; W] {
         line.map(T::key::<MAX>)
     }
     #[inline(always)]
-    fn combine<L: Level, T: Number, const W: usize>(
+    fn combine<L: Level, const W: usize>(
         _: L,
         left: [T::Key; W],
         right: [T::Key; W],
@@ -121,7 +137,49 @@ impl<const MAX: bool> Operator for Extreme<MAX> {
         from_fn(|lane| T::extreme::<MAX>(left[lane], right[lane]))
     }
     #[inline(always)]
-    fn lower<L: Level, T: Number, const W: usize>(_: L, wide: [T::Key; W], (): ()) -> [T; W] {
+    fn lower<L: Level, const W: usize>(_: L, wide: [T::Key; W], (): ()) -> [T; W] {
         wide.map(T::from_key::<MAX>)
     }
 }
+
+/// An operation on the bits of elements.
+macro_rules! bitwise {
+    ($(#[$doc:meta])* $name:ident, $combine:ident) => {
+        $(#[$doc])*
+        pub(super) struct $name;
+
+        impl<T: Bits> Operator<T> for $name {
+            type Wide<L: Level, const W: usize> = [T; W];
+            const WIDENS: bool = false;
+            type Known = ();
+
+            #[inline(always)]
+            fn known(_: &Task<'_>) {}
+            #[inline(always)]
+            fn lift<L: Level, const W: usize>(_: L, line: [T; W], (): ()) -> [T; W] {
+                line.map(T::bits)
+            }
+            #[inline(always)]
+            fn combine<L: Level, const W: usize>(_: L, left: [T; W], right: [T; W]) -> [T; W] {
+                from_fn(|lane| left[lane].$combine(right[lane]))
+            }
+            #[inline(always)]
+            fn lower<L: Level, const W: usize>(_: L, wide: [T; W], (): ()) -> [T; W] {
+                wide
+            }
+        }
+    };
+}
+
+bitwise!(
+    /// The bits that both have.
+    And, and
+);
+bitwise!(
+    /// The bits that any has.
+    Or, or
+);
+bitwise!(
+    /// The bits that one of two has.
+    Xor, xor
+);

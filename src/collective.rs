@@ -1,0 +1,501 @@
+//! What a program can ask for: a collective, how it reduces, and the buffers it works on.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::programs::Key;
+use unisum_link::kernels::Fold;
+use unisum_link::{Collective as Kind, CustomOp, Dtype, Element, Rank, ReduceOp};
+
+/// A collective operation with its arguments, the same on all ranks but where it says otherwise.
+///
+/// | constructor | each rank puts in | each rank gets |
+/// |---|---|---|
+/// | [`all_reduce`](Self::all_reduce) | `count` elements | their reduction |
+/// | [`reduce`](Self::reduce) | `count` elements | the root: their reduction |
+/// | [`broadcast`](Self::broadcast) | the root: `count` elements | the root's elements |
+/// | [`all_gather`](Self::all_gather) | a block | all blocks, in rank order |
+/// | [`reduce_scatter`](Self::reduce_scatter) | a block for each rank | its block, reduced |
+/// | [`all_to_all`](Self::all_to_all) | a block for each rank | a block from each rank |
+/// | [`gather`](Self::gather) | a block | the root: all blocks |
+/// | [`scatter`](Self::scatter) | the root: a block for each rank | its block |
+/// | [`barrier`](Self::barrier) | nothing | nothing, once all have come |
+///
+/// Blocks are of equal length, unless [`with_counts`](Self::with_counts) says how long each is.
+/// A collective is cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Collective {
+    kind: Kind,
+    reduction: Reduction,
+    root: Rank,
+    counts: Counts,
+}
+
+/// How long the blocks are, in elements.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+enum Counts {
+    /// All alike; the buffers say how long.
+    #[default]
+    Even,
+    /// By rank.
+    Blocks(Arc<[usize]>),
+    /// To each rank and from each rank.
+    Pairs(Arc<[usize]>, Arc<[usize]>),
+}
+
+impl Collective {
+    const fn new(kind: Kind) -> Self {
+        let reduction = Reduction::new(ReduceOp::Sum);
+        Self { kind, reduction, root: 0, counts: Counts::Even }
+    }
+
+    /// Reduces all ranks' elements and gives every rank the result.
+    pub fn all_reduce(how: impl Into<Reduction>) -> Self {
+        Self { reduction: how.into(), ..Self::new(Kind::AllReduce) }
+    }
+
+    /// Reduces all ranks' elements and gives `root` the result. The others' elements stay as they
+    /// are.
+    pub fn reduce(how: impl Into<Reduction>, root: Rank) -> Self {
+        Self { reduction: how.into(), root, ..Self::new(Kind::Reduce) }
+    }
+
+    /// Gives every rank the elements of `root`.
+    pub fn broadcast(root: Rank) -> Self {
+        Self { root, ..Self::new(Kind::Broadcast) }
+    }
+
+    /// Gives every rank the blocks of all ranks.
+    pub const fn all_gather() -> Self {
+        Self::new(Kind::AllGather)
+    }
+
+    /// Reduces all ranks' blocks and gives each rank its own.
+    pub fn reduce_scatter(how: impl Into<Reduction>) -> Self {
+        Self { reduction: how.into(), ..Self::new(Kind::ReduceScatter) }
+    }
+
+    /// Gives each rank the blocks that all ranks have for it.
+    pub const fn all_to_all() -> Self {
+        Self::new(Kind::AllToAll)
+    }
+
+    /// An all-to-all of blocks of these lengths, in elements: to each rank and from each rank.
+    /// What a rank sends to another is what that receives from it.
+    pub fn all_to_all_v(sends: &[usize], receives: &[usize]) -> Self {
+        let counts = Counts::Pairs(sends.into(), receives.into());
+        Self { counts, ..Self::new(Kind::AllToAll) }
+    }
+
+    /// Gives `root` the blocks of all ranks.
+    pub fn gather(root: Rank) -> Self {
+        Self { root, ..Self::new(Kind::Gather) }
+    }
+
+    /// Gives each rank its block of what `root` has.
+    pub fn scatter(root: Rank) -> Self {
+        Self { root, ..Self::new(Kind::Scatter) }
+    }
+
+    /// The same with blocks of these lengths, in elements, by rank; 0 is legal. For all-gather,
+    /// reduce-scatter, gather and scatter; an error comes from the call for any other.
+    #[must_use]
+    pub fn with_counts(self, counts: &[usize]) -> Self {
+        Self { counts: Counts::Blocks(counts.into()), ..self }
+    }
+
+    /// Nobody goes on before everybody has come. Its buffers are empty.
+    pub const fn barrier() -> Self {
+        Self::new(Kind::Barrier)
+    }
+
+    /// The names of the algorithms there are for it, as
+    /// [`set_algorithm`](crate::Communicator::set_algorithm) takes them.
+    pub fn algorithms(&self) -> Vec<&'static str> {
+        crate::algorithms_of(self.kind)
+    }
+
+    pub(crate) const fn root(&self) -> Rank {
+        self.root
+    }
+
+    pub(crate) const fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub(crate) const fn reduction(&self) -> &Reduction {
+        &self.reduction
+    }
+}
+
+/// How elements are reduced: an operation, a factor for the inputs, whether to look for infinities
+/// and NaNs.
+///
+/// A [`ReduceOp`] is one by itself. With a [`CustomOp`] the elements are folded by a function of
+/// the program; if that does not commute they are folded in rank order.
+#[derive(Clone, Copy, Debug)]
+pub struct Reduction {
+    fold: Fold,
+    /// The element type that a custom function is made for.
+    made_for: Option<Dtype>,
+}
+
+impl Reduction {
+    /// Plain `op`.
+    pub const fn new(op: ReduceOp) -> Self {
+        // The type is put in when the buffers are known.
+        Self { fold: Fold::new(Dtype::U8, op), made_for: None }
+    }
+
+    /// A sum of inputs that are multiplied by `factor` before they are added, in the same pass;
+    /// for floats. All ranks give the same factor.
+    pub const fn sum_scaled_by(factor: f64) -> Self {
+        let mut reduction = Self::new(ReduceOp::Sum);
+        reduction.fold.factor = Some(factor);
+        reduction
+    }
+
+    /// Has [`Outcome::nonfinite`] tell whether a result is infinite or NaN, the same on all ranks,
+    /// at no further pass over the data and no further message. For sums and products of floats;
+    /// of others nothing is told.
+    #[must_use]
+    pub const fn watched(mut self) -> Self {
+        self.fold.watch =
+            matches!(self.fold.op, ReduceOp::Sum | ReduceOp::Product | ReduceOp::Average);
+        self
+    }
+
+    /// The fold of elements of type `dtype`.
+    pub(crate) fn fold(&self, dtype: Dtype) -> Fold {
+        let watch = self.fold.watch && dtype.is_float();
+        Fold { dtype, watch, ..self.fold }
+    }
+
+    /// Whether the order of the operands is part of the result.
+    pub(crate) fn is_ordered(&self) -> bool {
+        self.fold.custom.is_some_and(|custom| !custom.is_commutative())
+    }
+
+    fn check(&self, dtype: Dtype) -> Result<(), String> {
+        if let Some(made_for) = self.made_for.filter(|&made_for| made_for != dtype) {
+            return Err(format!(
+                "a function that reduces {made_for} was given elements of {dtype}"
+            ));
+        }
+        self.fold(dtype).check_defined().map_err(|undefined| undefined.to_string())
+    }
+}
+
+impl From<ReduceOp> for Reduction {
+    fn from(op: ReduceOp) -> Self {
+        Self::new(op)
+    }
+}
+
+impl<T: Element> From<CustomOp<T>> for Reduction {
+    fn from(function: CustomOp<T>) -> Self {
+        let mut reduction = Self::new(ReduceOp::Sum);
+        reduction.fold.custom = Some(function.erased());
+        reduction.made_for = Some(T::DTYPE);
+        reduction
+    }
+}
+
+/// What a collective tells beside its result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Outcome {
+    /// Whether some element of the result, on whichever rank, is infinite or NaN. Only if that was
+    /// asked for ([`Reduction::watched`]), else `false`.
+    pub nonfinite: bool,
+}
+
+/// The buffers that a blocking collective borrows.
+///
+/// In place one buffer is both input and output: of all blocks, with the rank's own at its place,
+/// on the ranks that have or get all blocks, else of one block. A rank that puts nothing in or
+/// gets nothing may give an empty slice for it.
+#[derive(Debug)]
+pub enum Buffers<'a, T> {
+    /// One buffer for both.
+    InPlace(&'a mut [T]),
+    /// Input and output apart.
+    Apart(&'a [T], &'a mut [T]),
+}
+
+impl<T> Buffers<'_, T> {
+    pub(crate) const fn lengths(&self) -> Lengths {
+        match self {
+            Self::InPlace(data) => Lengths::InPlace(data.len()),
+            Self::Apart(input, output) => {
+                Lengths::Apart { input: input.len(), output: output.len() }
+            }
+        }
+    }
+}
+
+/// Buffers that an asynchronous collective owns until it has ended.
+pub trait Owned<T>: Send + 'static {
+    /// The buffers as slices.
+    fn lend(&mut self) -> Buffers<'_, T>;
+}
+
+/// One buffer for input and output: a `Vec<T>`, a [`Buffer<T>`](crate::Buffer), …
+#[derive(Clone, Debug)]
+pub struct InPlace<B>(pub B);
+
+/// Input and output apart.
+#[derive(Clone, Debug)]
+pub struct Apart<I, O>(pub I, pub O);
+
+impl<T: Element, B: AsMut<[T]> + Send + 'static> Owned<T> for InPlace<B> {
+    fn lend(&mut self) -> Buffers<'_, T> {
+        Buffers::InPlace(self.0.as_mut())
+    }
+}
+
+impl<T, I, O> Owned<T> for Apart<I, O>
+where
+    T: Element,
+    I: AsRef<[T]> + Send + 'static,
+    O: AsMut<[T]> + Send + 'static,
+{
+    fn lend(&mut self) -> Buffers<'_, T> {
+        Buffers::Apart(self.0.as_ref(), self.1.as_mut())
+    }
+}
+
+/// The lengths of the buffers, in elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lengths {
+    InPlace(usize),
+    Apart { input: usize, output: usize },
+}
+
+/// What the lengths of the buffers make of a collective.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Extents {
+    pub(crate) blocks: Blocks,
+    /// Which elements of the first buffer are put in, and of the last are got.
+    pub(crate) input: Range<usize>,
+    pub(crate) output: Range<usize>,
+}
+
+/// How long the blocks are: what all ranks agree on, a2a-v's rows and columns excepted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Blocks {
+    /// A block, or all elements where there are no blocks.
+    Even(usize),
+    Given(Arc<[usize]>),
+    Pairs(Arc<[usize]>, Arc<[usize]>),
+}
+
+impl Blocks {
+    /// What a call tells of them: elements, and a fingerprint of what else has to agree.
+    pub(crate) fn agreed(&self) -> (u64, u32) {
+        match self {
+            Self::Even(each) => (*each as u64, 0),
+            Self::Given(counts) => (counts.iter().sum::<usize>() as u64, fingerprint(counts)),
+            Self::Pairs(..) => (0, 1),
+        }
+    }
+}
+
+/// FNV-1a over the numbers; never 0.
+fn fingerprint(numbers: &[usize]) -> u32 {
+    let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
+    bytes
+        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+        .max(1)
+}
+
+/// How much of the elements a rank puts in, or gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    Nothing,
+    /// Its own block.
+    Block,
+    /// All elements; of an all-to-all, all blocks it has or gets.
+    Whole,
+}
+
+impl Collective {
+    /// Checks what all ranks give alike.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub(crate) fn check(&self, dtype: Dtype, world: usize) -> Result<(), String> {
+        let (kind, root) = (self.kind, self.root);
+        let refuse = |text: String| Err(format!("{kind} on {world} ranks: {text}"));
+        if kind.has_root() && root >= world {
+            return refuse(format!("there is no rank {root} to be the root"));
+        }
+        if let Err(text) = self.reduction.check(dtype)
+            && kind.reduces()
+        {
+            return refuse(text);
+        }
+        match &self.counts {
+            Counts::Blocks(_) if !self.has_blocks() || kind == Kind::AllToAll => {
+                refuse("it takes no counts by rank".into())
+            }
+            Counts::Blocks(counts) if counts.len() != world => {
+                refuse(format!("{} counts were given", counts.len()))
+            }
+            Counts::Pairs(sends, receives) if (sends.len(), receives.len()) != (world, world) => {
+                refuse(format!("{} and {} counts were given", sends.len(), receives.len()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A key for asking which algorithm is chosen for buffers of `count` elements.
+    pub(crate) fn typical_key(&self, world: usize, dtype: Dtype, count: usize) -> Key {
+        let blocks = match &self.counts {
+            Counts::Even if self.has_blocks() => Blocks::Even(count.div_ceil(world)),
+            Counts::Even => Blocks::Even(count),
+            Counts::Blocks(counts) => Blocks::Given(counts.clone()),
+            Counts::Pairs(sends, receives) => Blocks::Pairs(sends.clone(), receives.clone()),
+        };
+        let (kind, root, ordered) = (self.kind, self.root, self.reduction.is_ordered());
+        Key { kind, root, blocks, ordered, ..Key::all_reduce(count, dtype.bytes()) }
+    }
+
+    /// What the buffers' lengths make of a checked collective.
+    ///
+    /// # Errors
+    /// Says which buffer does not fit.
+    pub(crate) fn size(
+        &self,
+        dtype: Dtype,
+        (rank, world): (Rank, usize),
+        lengths: Lengths,
+    ) -> Result<Extents, String> {
+        let (puts, gets) = self.extents(rank);
+        let named = |text| format!("{} of {dtype} on {world} ranks: {text}", self.kind);
+        let blocks = self.blocks(world, lengths, puts, gets).map_err(named)?;
+        let own = blocks.own(rank);
+        let len = |extent, receives| match extent {
+            Extent::Nothing => 0,
+            Extent::Block => own.len(),
+            Extent::Whole => blocks.whole(self.has_blocks().then_some(world), receives),
+        };
+        let (input, output) = (len(puts, false), len(gets, true));
+        check_lengths(lengths, (puts, input), (gets, output)).map_err(named)?;
+        let (input, output) = match (lengths, puts, gets) {
+            (Lengths::InPlace(_), Extent::Block, Extent::Whole) => (own, 0..output),
+            (Lengths::InPlace(_), Extent::Whole, Extent::Block) => (0..input, own),
+            _ => (0..input, 0..output),
+        };
+        Ok(Extents { blocks, input, output })
+    }
+
+    const fn extents(&self, rank: Rank) -> (Extent, Extent) {
+        use Extent::{Block, Nothing, Whole};
+        let at_root = if rank == self.root { Whole } else { Nothing };
+        match self.kind {
+            Kind::Reduce => (Whole, at_root),
+            Kind::Broadcast => (at_root, Whole),
+            Kind::AllGather => (Block, Whole),
+            Kind::ReduceScatter => (Whole, Block),
+            Kind::Gather => (Block, at_root),
+            Kind::Scatter => (at_root, Block),
+            _ => (Whole, Whole),
+        }
+    }
+
+    const fn has_blocks(&self) -> bool {
+        !matches!(self.kind, Kind::AllReduce | Kind::Reduce | Kind::Broadcast)
+    }
+
+    fn blocks(
+        &self,
+        world: usize,
+        lengths: Lengths,
+        puts: Extent,
+        gets: Extent,
+    ) -> Result<Blocks, String> {
+        match &self.counts {
+            Counts::Even => self.even_blocks(world, lengths, puts, gets).map(Blocks::Even),
+            Counts::Blocks(counts) => Ok(Blocks::Given(counts.clone())),
+            Counts::Pairs(sends, receives) => Ok(Blocks::Pairs(sends.clone(), receives.clone())),
+        }
+    }
+
+    /// The length of a block, or of everything where there are no blocks.
+    fn even_blocks(
+        &self,
+        world: usize,
+        lengths: Lengths,
+        puts: Extent,
+        gets: Extent,
+    ) -> Result<usize, String> {
+        let (len, extent) = match lengths {
+            Lengths::InPlace(len) if puts == Extent::Whole => (len, puts),
+            Lengths::InPlace(len) if gets == Extent::Nothing => (len, puts),
+            Lengths::InPlace(len) => (len, gets),
+            Lengths::Apart { output, .. } if gets == Extent::Block => (output, gets),
+            Lengths::Apart { output, .. } if puts == Extent::Nothing => (output, gets),
+            Lengths::Apart { input, .. } => (input, puts),
+        };
+        if extent != Extent::Whole || !self.has_blocks() {
+            return Ok(len);
+        }
+        match len.is_multiple_of(world) {
+            true => Ok(len / world),
+            false => Err(format!("{len} elements can't be divided into {world} blocks")),
+        }
+    }
+}
+
+fn check_lengths(
+    lengths: Lengths,
+    (puts, input): (Extent, usize),
+    (gets, output): (Extent, usize),
+) -> Result<(), String> {
+    let expect = |what: &str, extent, expected: usize, len: usize| match extent {
+        Extent::Nothing => Ok(()),
+        _ if len == expected => Ok(()),
+        _ => Err(format!("the {what} has {len} elements where {expected} are needed")),
+    };
+    match lengths {
+        Lengths::InPlace(len) => {
+            let needed =
+                if puts == Extent::Whole || gets == Extent::Nothing { input } else { output };
+            expect("buffer", Extent::Whole, needed, len)
+        }
+        Lengths::Apart { input: given_input, output: given_output } => {
+            expect("input", puts, input, given_input)?;
+            expect("output", gets, output, given_output)
+        }
+    }
+}
+
+impl Blocks {
+    /// The elements of this rank's block among all.
+    fn own(&self, rank: Rank) -> Range<usize> {
+        match self {
+            Self::Even(each) => rank * each..(rank + 1) * each,
+            Self::Given(counts) => {
+                let start: usize = counts[..rank].iter().sum();
+                start..start + counts[rank]
+            }
+            Self::Pairs(..) => 0..0,
+        }
+    }
+
+    /// All elements: of `blocks` blocks, if there are blocks; what is received or sent of pairs.
+    fn whole(&self, blocks: Option<usize>, receives: bool) -> usize {
+        match self {
+            Self::Even(each) => each * blocks.unwrap_or(1),
+            Self::Given(counts) => counts.iter().sum(),
+            Self::Pairs(sends, received) => {
+                if receives {
+                    received.iter().sum()
+                } else {
+                    sends.iter().sum()
+                }
+            }
+        }
+    }
+}

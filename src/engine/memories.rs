@@ -1,0 +1,32 @@
+//! The memories of one collective on this rank, as the engine works on them.
+
+use unisum_link::{Region, Regions};
+
+use super::placement::{Memory, Place};
+
+/// Input and output, which the caller lent, and the engine's scratch memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Memories {
+    pub(crate) regions: Regions,
+    pub(crate) scratch: Region,
+}
+
+impl Memories {
+    /// `bytes` bytes at a place (counted in bytes).
+    ///
+    /// # Panics
+    /// If they lie outside: programs are built from proven plans, so that would be our bug.
+    pub(crate) fn region(&self, place: Place, bytes: usize) -> Region {
+        let memory = match place.memory {
+            Memory::Input => &self.regions.input,
+            Memory::Output => &self.regions.output,
+            Memory::Scratch => &self.scratch,
+        };
+        memory.part(&(place.start..place.start + bytes))
+    }
+
+    /// The address of a region of that length.
+    pub(crate) fn pointer(&self, place: Place, bytes: usize) -> *mut u8 {
+        self.region(place, bytes).base()
+    }
+}

@@ -1,0 +1,205 @@
+//! The group action of direct steps: every member takes what it receives straight from the memory
+//! of those who have it.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use unisum_algorithms::{Collective, OnArrival, PairCounts, Pattern, Rank, Space, Step};
+
+use super::folding::Extras;
+use super::placement::{Located, Memory, Place, Placement};
+use super::program::{Item, Source};
+
+/// What a rank takes, and what it lays out for others where its memory is private. Bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pull {
+    /// Whether each member leaves a copy of its whole input, so that one arrival is enough.
+    pub(crate) deposits: bool,
+    /// Whether the group is entered first: the members tell where their regions are.
+    pub(crate) enters: bool,
+    /// Whether it is the first action, so that everything is taken from inputs.
+    pub(crate) is_first: bool,
+    pub(crate) takes: Vec<Take>,
+    /// What others take of this rank, one for each lane.
+    pub(crate) lanes: Vec<(Place, usize)>,
+    /// The most lanes of any member, and the bytes of the longest.
+    pub(crate) lanes_max: usize,
+    pub(crate) longest: usize,
+    /// Divide what was folded by the number of ranks.
+    pub(crate) divides: bool,
+    /// Multiply the inputs by the factor as they are folded.
+    pub(crate) scales: bool,
+}
+
+impl Pull {
+    pub(super) const fn extras(&self) -> Extras {
+        Extras { divides: self.divides, scales: self.scales, watches: true }
+    }
+}
+
+/// One copy or one fold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Take {
+    /// One for a copy; all operands of a fold, in rank order.
+    pub(crate) sources: Vec<Origin>,
+    pub(crate) writes: Place,
+    pub(crate) bytes: usize,
+    pub(crate) folds: bool,
+    /// Whether it folds the whole input of every member.
+    pub(crate) everything: bool,
+}
+
+/// Where a member has an operand: in which of its regions, and in which lane of its bench if the
+/// region is private.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    pub(crate) member: Rank,
+    pub(crate) place: Place,
+    pub(crate) lane: usize,
+}
+
+/// Builds the pulls of one program: knows the plans of the other members.
+pub(super) struct Puller<'a> {
+    source: &'a Source<'a>,
+    plans: HashMap<Rank, Plan>,
+}
+
+/// What a member does.
+struct Plan {
+    items: Vec<Item>,
+    placement: Placement,
+}
+
+impl Plan {
+    /// The step that the group takes together in a round, and which item it is.
+    fn group_step(&self, round: usize) -> (usize, &Step) {
+        let step = self.items.iter().enumerate().find_map(|(index, item)| match item {
+            Item::Group(at, step) if *at == round => Some((index, step)),
+            _ => None,
+        });
+        step.expect("members agree on what they do together")
+    }
+}
+
+impl<'a> Puller<'a> {
+    pub(super) fn new(source: &'a Source<'a>) -> Self {
+        Self { source, plans: HashMap::new() }
+    }
+
+    /// Whether the group can take the step of a round together: all members can tell where the
+    /// others have what they send.
+    pub(super) fn can_run(&self, step: &Step, round: usize) -> bool {
+        let Source { shape, group, .. } = self.source;
+        let is_first = round == 0;
+        let all_want_all = matches!(
+            shape.collective,
+            Collective::AllReduce | Collective::Broadcast { .. } | Collective::AllGather
+        );
+        match step.pattern {
+            Pattern::Pairs | Pattern::Wall => false,
+            Pattern::OneShot => {
+                let bytes = shape.elements() * self.source.element_bytes;
+                is_first && group.is_some_and(|group| bytes <= group.slot_bytes)
+            }
+            Pattern::ReduceScatter => is_first,
+            Pattern::AllGather => true,
+            Pattern::Direct(_) => {
+                let known = !matches!(shape.space, Space::Pairs(PairCounts::Own { .. }));
+                let moved = self.source.scales && !self.source.group_is_world();
+                known && !moved && (is_first || all_want_all)
+            }
+        }
+    }
+
+    /// The pull of `step`, which this rank takes in a round, its transfers at `located`.
+    pub(super) fn pull(&mut self, round: usize, step: &Step, located: &[Located]) -> Pull {
+        let own = self.source.rank;
+        let size = self.source.element_bytes;
+        let (outgoing, incoming) = located.split_at(step.outgoing.len());
+        let only = self.source.algorithm.steps(self.source.shape, own).nth(1).is_none();
+        let deposits = only && self.all_deposit();
+        let mut pull = Pull { deposits, is_first: round == 0, ..Pull::default() };
+        for (arrival, located) in step.incoming.iter().zip(incoming) {
+            let Some(writes) = located.writes else { continue };
+            let folds = arrival.on_arrival == OnArrival::Reduce;
+            let mut sources: Vec<Origin> = arrival
+                .from
+                .iter()
+                .map(|&from| self.origin(round, from, &arrival.elements))
+                .collect();
+            if let (true, Some(reads)) = (folds, located.reads) {
+                let place = reads.in_bytes(size);
+                let at = sources.partition_point(|source| source.member < own);
+                sources.insert(at, Origin { member: own, place, lane: usize::MAX });
+            }
+            let bytes = arrival.elements.len() * size;
+            let everything = step.pattern == Pattern::OneShot && pull.deposits;
+            let writes = writes.in_bytes(size);
+            pull.takes.push(Take { sources, writes, bytes, folds, everything });
+        }
+        if !pull.deposits {
+            let places = lanes(step).map(|(first, elements)| {
+                let reads = outgoing[first].reads.expect("what is sent lies somewhere");
+                (reads.in_bytes(size), elements.len() * size)
+            });
+            pull.lanes = places.collect();
+            let members = self.source.group.map_or(&[][..], |group| group.members);
+            for &member in members {
+                let of_member: Vec<usize> =
+                    lanes(self.step(round, member)).map(|(_, elements)| elements.len()).collect();
+                pull.lanes_max = pull.lanes_max.max(of_member.len());
+                pull.longest = pull.longest.max(of_member.into_iter().max().unwrap_or(0) * size);
+            }
+        }
+        pull
+    }
+
+    /// Where `member` has `elements`, which it sends in a round.
+    fn origin(&mut self, round: usize, member: Rank, elements: &Range<usize>) -> Origin {
+        let size = self.source.element_bytes;
+        let plan = self.plan(member);
+        let (index, step) = plan.group_step(round);
+        let before: usize = plan.items[..index].iter().map(Item::transfers).sum();
+        let (lane, (first, _)) = lanes(step)
+            .enumerate()
+            .find(|(_, (_, sent))| *sent == elements)
+            .expect("both ends of a transfer name the same elements");
+        let place = plan.placement.located[before + first].reads;
+        let place = place.expect("what is sent lies somewhere").in_bytes(size);
+        debug_assert_ne!(place.memory, Memory::Scratch, "checked by `can_run`");
+        Origin { member, place, lane }
+    }
+
+    fn step(&mut self, round: usize, member: Rank) -> &Step {
+        self.plan(member).group_step(round).1
+    }
+
+    fn plan(&mut self, member: Rank) -> &Plan {
+        if !self.plans.contains_key(&member) {
+            let items = self.source.items(member, self);
+            let steps = items.iter().flat_map(Item::steps);
+            let placement = Placement::new(self.source.shape, member, steps, false);
+            self.plans.insert(member, Plan { items, placement });
+        }
+        &self.plans[&member]
+    }
+
+    /// Whether every rank's input fits a deposit.
+    fn all_deposit(&self) -> bool {
+        let Source { shape, group, element_bytes, .. } = self.source;
+        let fits = |rank| {
+            let elements: usize = shape.contributes(rank).iter().map(Range::len).sum();
+            group.is_some_and(|group| elements * element_bytes <= group.slot_bytes)
+        };
+        self.source.group_is_world() && (0..shape.world()).all(fits)
+    }
+}
+
+/// The different ranges that a step sends, each with the first transfer that sends it.
+fn lanes(step: &Step) -> impl Iterator<Item = (usize, &Range<usize>)> {
+    let sent = step.outgoing.iter().map(|out| &out.elements).enumerate();
+    let is_new = |at: usize, elements: &Range<usize>| {
+        !elements.is_empty() && step.outgoing[..at].iter().all(|out| out.elements != *elements)
+    };
+    sent.filter(move |(at, elements)| is_new(*at, elements))
+}

@@ -1,0 +1,204 @@
+//! Groups: communicators of some of a communicator's ranks, for hybrid parallelism.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use unisum_link::Rank;
+
+use crate::background::Background;
+use crate::collective::{Buffers, Collective};
+use crate::engine::program::Tuning;
+use crate::member::{Core, Member};
+use crate::runner::Runner;
+use crate::wiring::{self, Group, Parent};
+use crate::{Communicator, Error, ErrorKind};
+
+/// What a rank tells the others when a communicator is split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Wish {
+    color: Option<u32>,
+    key: i64,
+    next_communicator: u16,
+}
+
+impl Communicator {
+    /// Divides the ranks into groups: those that give the same `color` are in one, numbered by
+    /// `key` and, where keys are equal, by their rank here. `None` for a rank that gives no color.
+    ///
+    /// Collective: every rank calls it, and nothing else on this communicator meanwhile. Blocks.
+    /// A group has an order of calls of its own: collectives of different groups and of this
+    /// communicator run at once if different threads call them, in any order. Registered memory,
+    /// the control connection and the listening port are shared; sockets to the group's other
+    /// ranks are opened when first used. A group of one costs nothing. What ranks are called in
+    /// errors are the job's numbers.
+    ///
+    /// Cost: about ten small messages' times, and a few milliseconds where the group shares
+    /// memory.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`]; [`ErrorKind::Rendezvous`] if memory or descriptors run out.
+    pub fn split(&self, color: Option<u32>, key: i64) -> Result<Option<Self>, Error> {
+        let Some(member) = &self.member else {
+            return Ok(color.map(|_| Self::of_one(self.description().into())));
+        };
+        let core = &member.core;
+        let numbers = &core.job.next_communicator;
+        // Relaxed: splits of one communicator come one after another, and of several at once the
+        // later of two that draw a number finds out below.
+        let wish = Wish { color, key, next_communicator: numbers.load(Ordering::Relaxed) };
+        let blobs = self.exchange(wish.encode())?;
+        let wishes: Option<Vec<Wish>> = blobs.iter().map(|blob| Wish::decode(blob)).collect();
+        let refuse = |text: &str| Error::new(ErrorKind::Rendezvous, text).on(self.rank());
+        let wishes = wishes.ok_or_else(|| refuse("a rank told no wish that this version knows"))?;
+        let (group, next) = divide(&wishes, self.rank())
+            .ok_or_else(|| refuse("there have been 65,535 groups, and there can be no more"))?;
+        // Relaxed: as above.
+        numbers.fetch_max(next, Ordering::Relaxed);
+        let exchange = |blob| self.exchange(blob);
+        let parent = Parent {
+            job: &core.job,
+            membership: &core.runner.membership,
+            choice: &core.runner.choice,
+            rank: self.rank(),
+            exchange: &exchange,
+        };
+        let joined = parent.join(group.as_ref()).map_err(|error| error.on(self.rank()))?;
+        let Some(group) = group else { return Ok(None) };
+        let world = group.ranks.len();
+        let rank = group.ranks.iter().position(|&rank| rank == self.rank());
+        let name = format!("group {} of {world} ranks", group.communicator);
+        Ok(Some(match (joined, rank) {
+            (Some(joined), Some(rank)) => self.group(joined, (rank, world), name),
+            _ => Self::of_one(name),
+        }))
+    }
+
+    /// The group of these ranks, in this order: rank `ranks[i]` is number i in it. `None` on the
+    /// ranks that are not in it.
+    ///
+    /// Collective: every rank calls it with the same list; see [`Communicator::split`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`] if a rank is named twice or does not exist, and as
+    /// [`Communicator::split`].
+    pub fn subset(&self, ranks: &[Rank]) -> Result<Option<Self>, Error> {
+        let mut sorted = ranks.to_vec();
+        sorted.sort_unstable();
+        let twice = sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
+        let beyond = sorted.last().copied().filter(|&rank| rank >= self.world());
+        if let Some(rank) = twice.or(beyond) {
+            let world = self.world();
+            let text = format!("subset {ranks:?} of {world} ranks: rank {rank} can't be in it");
+            return Err(Error::new(ErrorKind::Configuration, text).on(self.rank()));
+        }
+        let place = ranks.iter().position(|&rank| rank == self.rank());
+        self.split(place.map(|_| 0), place.unwrap_or(0) as i64)
+    }
+
+    /// A communicator of the same ranks with an order of calls of its own; see
+    /// [`Communicator::split`].
+    ///
+    /// # Errors
+    /// As [`Communicator::split`].
+    pub fn duplicate(&self) -> Result<Self, Error> {
+        let same = self.split(Some(0), self.rank() as i64)?;
+        Ok(same.unwrap_or_else(|| unreachable!("every rank gave the color")))
+    }
+
+    fn of_one(description: String) -> Self {
+        Self::new(0, 1, None, "none".into(), description + "\n")
+    }
+
+    fn group(&self, joined: wiring::Member, (rank, world): (Rank, usize), name: String) -> Self {
+        let wiring::Member { membership, engine, choice, transport } = joined;
+        let job = self.member.as_ref().map(|member| member.core.job.clone());
+        let job = job.expect("groups of several ranks come of communicators of several");
+        let settings = &job.settings;
+        let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
+        let runner = Runner::new(rank, settings.timeout, membership, engine, choice, tuning);
+        let core = Core { runner, job, rank, world }.into();
+        let member = Member { core, background: Background::default() };
+        let description = format!("{name}, over {transport}\n");
+        Self::new(rank, world, Some(member), transport, description)
+    }
+
+    /// Gives every rank's blob to every rank, in rank order.
+    fn exchange(&self, blob: Vec<u8>) -> Result<Vec<Vec<u8>>, Error> {
+        let mut lengths = vec![0_u64; self.world()];
+        self.all_gather(&[blob.len() as u64], &mut lengths)?;
+        let counts: Vec<usize> = lengths.iter().map(|&length| length as usize).collect();
+        let mut all = vec![0_u8; counts.iter().sum()];
+        let collective = Collective::all_gather().with_counts(&counts);
+        self.run(&collective, Buffers::Apart(&blob, &mut all))?;
+        let mut rest = &all[..];
+        let next = |&count: &usize| {
+            let (blob, after) = rest.split_at(count);
+            rest = after;
+            blob.to_vec()
+        };
+        Ok(counts.iter().map(next).collect())
+    }
+}
+
+/// The group that a rank is in, and the lowest communicator number that none of the ranks had yet;
+/// `None` if the numbers are used up.
+fn divide(wishes: &[Wish], rank: Rank) -> Option<(Option<Group>, u16)> {
+    let mut colors: BTreeMap<u32, Vec<Rank>> = BTreeMap::new();
+    for (rank, wish) in wishes.iter().enumerate() {
+        if let Some(color) = wish.color {
+            colors.entry(color).or_default().push(rank);
+        }
+    }
+    let first = wishes.iter().map(|wish| wish.next_communicator).max()?;
+    let next = first.checked_add(u16::try_from(colors.len()).ok()?)?;
+    let group = (first..).zip(colors).find_map(|(communicator, (_, mut ranks))| {
+        ranks.sort_by_key(|&rank| wishes[rank].key); // stable: by rank where keys are equal
+        ranks.contains(&rank).then_some(Group { communicator, ranks })
+    });
+    Some((group, next))
+}
+
+impl Wish {
+    fn encode(self) -> Vec<u8> {
+        let color = self.color.map_or(u64::MAX, u64::from).to_le_bytes();
+        [&color[..], &self.key.to_le_bytes(), &self.next_communicator.to_le_bytes()].concat()
+    }
+
+    fn decode(blob: &[u8]) -> Option<Self> {
+        let (color, rest) = blob.split_first_chunk()?;
+        let (key, rest) = rest.split_first_chunk()?;
+        let color = u64::from_le_bytes(*color);
+        Some(Self {
+            color: if color == u64::MAX { None } else { Some(u32::try_from(color).ok()?) },
+            key: i64::from_le_bytes(*key),
+            next_communicator: u16::from_le_bytes(rest.try_into().ok()?),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_of_a_color_are_numbered_by_key_and_then_by_rank() {
+        let wish = |color, key| Wish { color, key, next_communicator: 3 };
+        let wishes = [wish(Some(7), 1), wish(None, 0), wish(Some(2), 0), wish(Some(7), -4)];
+        let of = |rank| divide(&wishes, rank).unwrap();
+        let (group, next) = of(0);
+        let group = group.unwrap();
+        assert_eq!((group.communicator, group.ranks, next), (4, vec![3, 0], 5));
+        assert!(of(1).0.is_none());
+        assert_eq!(of(2).0.unwrap().communicator, 3);
+        assert!(divide(&[Wish { next_communicator: u16::MAX, ..wish(Some(1), 0) }], 0).is_none());
+    }
+
+    #[test]
+    fn wishes_survive_the_wire() {
+        for color in [None, Some(0), Some(u32::MAX)] {
+            let wish = Wish { color, key: -5, next_communicator: 9 };
+            assert_eq!(Wish::decode(&wish.encode()), Some(wish));
+            assert_eq!(Wish::decode(&wish.encode()[1..]), None);
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! A communicator as the control plane sees it: whose calls they are, and who takes part.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use unisum_link::{Call, LinkError, Rank, Wake};
+
+use crate::control::{Concern, Control, Inbox, Report, Status, Verdict};
+
+/// This rank's membership in one communicator of the job. The job's control connection ends with
+/// the last of them.
+#[derive(Debug)]
+pub(crate) struct Membership {
+    control: Arc<Control>,
+    communicator: u16,
+    /// The job's number of each rank.
+    ranks: Arc<[Rank]>,
+    rank: Rank,
+    status: Arc<Status>,
+}
+
+impl Membership {
+    /// In the job's own communicator, whose ranks are the job's.
+    pub(crate) fn of_job(control: Arc<Control>, rank: Rank, world: usize) -> Self {
+        let status = control.status().clone();
+        Self { control, communicator: 0, ranks: (0..world).collect(), rank, status }
+    }
+
+    /// In a group of the job: its number, its session, and the job's numbers of its ranks, of
+    /// which this rank is number `rank`.
+    pub(crate) fn of_group(
+        control: Arc<Control>,
+        communicator: u16,
+        session: [u8; 16],
+        ranks: Arc<[Rank]>,
+        rank: Rank,
+    ) -> Self {
+        let status = control.enroll(communicator, session, (rank, ranks.len()));
+        Self { control, communicator, ranks, rank, status }
+    }
+
+    pub(crate) const fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
+    pub(crate) const fn communicator(&self) -> u16 {
+        self.communicator
+    }
+
+    /// The job's numbers of the ranks.
+    #[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "for connections"))]
+    pub(crate) const fn ranks(&self) -> &Arc<[Rank]> {
+        &self.ranks
+    }
+
+    /// The job's number of this rank.
+    pub(crate) fn job_rank(&self) -> Rank {
+        self.ranks[self.rank]
+    }
+
+    /// The job's numbers of these ranks.
+    pub(crate) fn job_ranks(&self, ranks: &[Rank]) -> Vec<Rank> {
+        ranks.iter().map(|&rank| self.ranks[rank]).collect()
+    }
+
+    /// A link's error with the job's number of the rank it blames.
+    pub(crate) fn in_job(&self, error: LinkError) -> LinkError {
+        LinkError { peer: self.ranks.get(error.peer).copied().unwrap_or(error.peer), ..error }
+    }
+
+    /// Where the engine says what this rank is doing.
+    pub(crate) fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// Has data connections of the communicator handed to `inbox`.
+    #[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "only TCP has data connections"))]
+    pub(crate) fn set_inbox(&self, inbox: Inbox) {
+        self.control.set_inbox(self.communicator, inbox);
+    }
+
+    pub(crate) fn add_waker(&self, waker: Arc<dyn Wake>) {
+        self.control.add_waker(self.communicator, waker);
+    }
+
+    /// See [`Control::verdict`].
+    pub(crate) fn verdict(&self) -> Option<Verdict> {
+        self.control.verdict()
+    }
+
+    /// See [`Control::await_verdict`].
+    pub(crate) fn await_verdict(&self, until: Instant) -> Option<Verdict> {
+        self.control.await_verdict(until)
+    }
+
+    /// See [`Control::accuse`]; the report names ranks by the job's numbers.
+    pub(crate) fn accuse(&self, report: Report) {
+        self.control.accuse(report);
+    }
+
+    /// See [`Control::overdue`].
+    pub(crate) fn overdue(&self, call: &Call) {
+        self.control.overdue(self.concern(call));
+    }
+
+    /// See [`Control::stalled`].
+    pub(crate) fn stalled(&self, call: &Call) {
+        self.control.stalled(self.concern(call));
+    }
+
+    fn concern(&self, call: &Call) -> Concern {
+        let ranks = if self.communicator == 0 { Vec::new() } else { self.ranks.to_vec() };
+        Concern { call: *call, ranks }
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.control.withdraw(self.communicator);
+    }
+}

@@ -1,0 +1,79 @@
+//! What joining a job leaves behind for the groups that are made of its ranks later.
+
+use std::net::SocketAddr;
+use std::sync::atomic::AtomicU16;
+
+use unisum_link::handshake::{Secret, job_hash};
+
+use super::card::Card;
+use super::node::Shared;
+use crate::memory::Arena;
+use crate::settings::Settings;
+use crate::{Error, ErrorKind};
+
+/// The job as all its communicators know it.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) settings: Settings,
+    pub(super) secret: Secret,
+    /// Fingerprint of its name.
+    #[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "for connections"))]
+    pub(super) name: [u8; 16],
+    /// By rank of the job.
+    pub(super) places: Vec<Place>,
+    pub(crate) arena: Arena,
+    /// The lowest number that no communicator of this rank had yet.
+    pub(crate) next_communicator: AtomicU16,
+    /// Where the registered memory of the ranks that share memory with this one lies.
+    #[cfg(feature = "shm")]
+    pub(super) heaps: Option<unisum_shm::Heaps>,
+}
+
+/// Where a rank of the job is.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    #[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "for connections"))]
+    pub(super) address: SocketAddr,
+    /// Which host it is on, as far as names go.
+    pub(super) host: String,
+}
+
+impl Job {
+    pub(super) fn new(
+        settings: &Settings,
+        secret: &Secret,
+        name: &str,
+        cards: &[Card],
+        shared: Option<&Shared>,
+    ) -> Result<Self, Error> {
+        #[cfg(feature = "shm")]
+        let heaps = shared.map(|shared| shared.heaps.clone());
+        #[cfg(feature = "shm")]
+        let arena = heaps.as_ref().map_or_else(Arena::default, |it| Arena::shared(it.own()));
+        #[cfg(not(feature = "shm"))]
+        let (arena, _) = (Arena::default(), shared);
+        let place = |(rank, card): (usize, &Card)| {
+            let told_none = || {
+                let text = format!("rank {rank} told no address");
+                Error::new(ErrorKind::Rendezvous, text).caused_by(vec![rank])
+            };
+            let address = card.address.ok_or_else(told_none)?;
+            Ok(Place { address, host: card.host.clone() })
+        };
+        Ok(Self {
+            settings: settings.clone(),
+            secret: secret.clone(),
+            name: job_hash(name),
+            places: cards.iter().enumerate().map(place).collect::<Result<_, _>>()?,
+            arena,
+            next_communicator: AtomicU16::new(1),
+            #[cfg(feature = "shm")]
+            heaps,
+        })
+    }
+
+    /// The hosts of some of its ranks.
+    pub(super) fn hosts(&self, ranks: &[usize]) -> Vec<&str> {
+        ranks.iter().map(|&rank| self.places[rank].host.as_str()).collect()
+    }
+}

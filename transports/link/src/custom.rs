@@ -1,0 +1,133 @@
+//! Reductions that users write.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::Element;
+
+/// A reduction of two slices of equal length, into the first: `acc[i] = acc[i] ∘ other[i]`.
+///
+/// The function has to be associative up to rounding, and may be called from any thread, several
+/// times at once, with pieces of any length: it must not depend on where a piece lies. It reduces
+/// host memory only. If it panics, the operation fails on all ranks.
+pub struct CustomOp<T> {
+    custom: Custom,
+    elements: PhantomData<fn(T)>,
+}
+
+impl<T: Element> CustomOp<T> {
+    /// A reduction with `a ∘ b = b ∘ a`: the ranks' elements are reduced in any order.
+    pub fn commutative(function: fn(&mut [T], &[T])) -> Self {
+        Self::new(function, true)
+    }
+
+    /// A reduction with an order: the elements are reduced in that of the ranks.
+    pub fn ordered(function: fn(&mut [T], &[T])) -> Self {
+        Self::new(function, false)
+    }
+
+    fn new(function: fn(&mut [T], &[T]), commutative: bool) -> Self {
+        // SAFETY: `call_typed::<T>` takes such a function for its context, and any thread may call
+        // a function.
+        let custom = unsafe { Custom::new(call_typed::<T>, function as *const (), commutative) };
+        Self { custom, elements: PhantomData }
+    }
+
+    /// The same for an engine, which knows the type of the elements from elsewhere.
+    pub const fn erased(self) -> Custom {
+        self.custom
+    }
+}
+
+impl<T> Clone for CustomOp<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for CustomOp<T> {}
+
+impl<T> fmt::Debug for CustomOp<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.custom.fmt(f)
+    }
+}
+
+/// # Safety
+/// As a [`Function`], for elements `T`; `context` is a `fn(&mut [T], &[T])`.
+unsafe fn call_typed<T: Element>(acc: *mut u8, other: *const u8, count: usize, context: *const ()) {
+    // SAFETY: the caller vouches for what the context is.
+    let function = unsafe { std::mem::transmute::<*const (), fn(&mut [T], &[T])>(context) };
+    // SAFETY: a function may write these elements, which are aligned and nobody else's.
+    let acc = unsafe { std::slice::from_raw_parts_mut(acc.cast(), count) };
+    // SAFETY: a function may read these elements, which are aligned and which nobody writes.
+    let other = unsafe { std::slice::from_raw_parts(other.cast(), count) };
+    function(acc, other);
+}
+
+/// Reduces `count` elements at `other` into those at `acc`, given a context.
+///
+/// Both are aligned for the element; `acc` may be written, and is nobody else's during the call;
+/// nobody writes to `other`. It may unwind.
+pub type Function = unsafe fn(acc: *mut u8, other: *const u8, count: usize, context: *const ());
+
+/// A reduction that a user wrote, for elements of a type known from elsewhere. [`CustomOp`] makes
+/// one safely.
+#[derive(Clone, Copy, Debug)]
+pub struct Custom {
+    function: Function,
+    context: *const (),
+    commutative: bool,
+}
+
+// SAFETY: `new`'s caller promised that any thread may call the function with the context.
+unsafe impl Send for Custom {}
+// SAFETY: as for `Send`: several threads at once.
+unsafe impl Sync for Custom {}
+
+impl Custom {
+    /// A reduction by `function`, which is given `context` as it is.
+    ///
+    /// # Safety
+    /// As long as a copy of this is used for elements of the type that it is meant for, `function`
+    /// may be called with `context`, on any thread and on several at once, as [`Function`] says,
+    /// and then accesses no elements but those it was given.
+    pub const unsafe fn new(function: Function, context: *const (), commutative: bool) -> Self {
+        Self { function, context, commutative }
+    }
+
+    /// Whether the order of the elements does not matter. If it does, it is that of the ranks.
+    pub const fn is_commutative(self) -> bool {
+        self.commutative
+    }
+
+    /// Calls the function.
+    ///
+    /// # Errors
+    /// If it panicked. What `acc` holds is then unspecified.
+    ///
+    /// # Safety
+    /// `acc` and `other` are as [`Function`] says, for elements of the type this is meant for.
+    pub(crate) unsafe fn call(
+        self,
+        acc: *mut u8,
+        other: *const u8,
+        count: usize,
+    ) -> Result<(), Panicked> {
+        let call = || {
+            // SAFETY: the caller vouches for the elements, `new`'s caller for the rest.
+            unsafe { (self.function)(acc, other, count, self.context) };
+        };
+        // Nothing but `acc` can be seen half done, and that is unspecified from here on.
+        catch_unwind(AssertUnwindSafe(call)).map_err(|payload| {
+            // Its destructor is the user's, too, and could panic again.
+            std::mem::forget(payload);
+            Panicked
+        })
+    }
+}
+
+/// The user's function panicked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Panicked;
