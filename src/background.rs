@@ -4,10 +4,14 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use crate::turns::{Number, Turns};
 
 type Job = Box<dyn FnOnce() + Send>;
+
+/// How long finishing waits for jobs under way.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// A queue of jobs and the thread that runs them in order.
 #[derive(Default)]
@@ -25,6 +29,8 @@ struct Shared {
 struct Queue {
     jobs: VecDeque<Job>,
     runs: bool,
+    /// Whether the thread is in a job.
+    busy: bool,
     closed: bool,
 }
 
@@ -49,7 +55,8 @@ impl Background {
             }
         }
         drop(queue);
-        self.shared.changed.notify_one();
+        // All: who finishes may wait as well.
+        self.shared.changed.notify_all();
     }
 
     fn start_thread(&self) -> std::io::Result<()> {
@@ -57,17 +64,22 @@ impl Background {
         thread::Builder::new().name("unisum-async".into()).spawn(move || shared.run()).map(drop)
     }
 
-    /// Runs `last` after all jobs queued so far, and ends the thread; does not wait for either
-    /// unless there is no thread.
+    /// Runs `last` after all jobs queued so far, and ends the thread: here if the jobs are done
+    /// within a moment, so that a process that ends now has run it, else on the thread.
     pub(crate) fn finish(&self, last: impl FnOnce() + Send + 'static) {
-        let mut queue = self.shared.lock();
+        let works = |queue: &mut Queue| queue.busy || !queue.jobs.is_empty();
+        let waited = self.shared.changed.wait_timeout_while(self.shared.lock(), MOMENT, works);
+        let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
         queue.closed = true;
-        if queue.runs {
+        let last: Option<Job> = if works(&mut queue) {
             queue.jobs.push_back(Box::new(last));
-            drop(queue);
-            self.shared.changed.notify_one();
+            None
         } else {
-            drop(queue);
+            Some(Box::new(last))
+        };
+        drop(queue);
+        self.shared.changed.notify_all();
+        if let Some(last) = last {
             last();
         }
     }
@@ -82,8 +94,11 @@ impl Shared {
 
     fn next(&self) -> Option<Job> {
         let mut queue = self.lock();
+        queue.busy = false;
+        self.changed.notify_all();
         loop {
             if let Some(job) = queue.jobs.pop_front() {
+                queue.busy = true;
                 return Some(job);
             }
             if queue.closed {

@@ -54,7 +54,7 @@ impl Builder {
         self.set("UNISUM_JOB", job)
     }
 
-    /// `auto`, `tcp` or `shm` (`UNISUM_TRANSPORT`).
+    /// `auto`, `tcp`, `shm` or `verbs` (`UNISUM_TRANSPORT`).
     pub fn transport(self, transport: &str) -> Self {
         self.set("UNISUM_TRANSPORT", transport)
     }

@@ -156,8 +156,8 @@ impl Reduction {
     }
 
     /// Has [`Outcome::nonfinite`] tell whether a result is infinite or NaN, the same on all ranks,
-    /// at no further pass over the data and no further message. For sums and products of floats;
-    /// of others nothing is told.
+    /// at no further pass over the data and no further message. For sums and products of floats in
+    /// an all-reduce; a reduce-scatter tells each rank of its own block. Of others nothing is told.
     #[must_use]
     pub const fn watched(mut self) -> Self {
         self.fold.watch =

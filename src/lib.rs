@@ -1,5 +1,5 @@
 //! Collective communication for training large models: every rank's gradients summed on every
-//! rank, over TCP and shared memory, by the algorithm that fits.
+//! rank, over TCP, RDMA and shared memory, by the algorithm that fits.
 //!
 //! ```no_run
 //! use unisum::{Communicator, ReduceOp};
@@ -17,8 +17,8 @@
 //! errors; the engine executes a rank's plan (crate `unisum-algorithms`) over links (crate
 //! `unisum-link` and one crate per transport). ARCHITECTURE.md has the picture.
 
-#[cfg(not(any(feature = "tcp", feature = "shm")))]
-compile_error!("unisum needs at least one of the features `tcp` and `shm`");
+#[cfg(not(any(feature = "tcp", feature = "shm", feature = "verbs")))]
+compile_error!("unisum needs at least one of the features `tcp`, `shm` and `verbs`");
 
 mod address;
 mod alone;
@@ -80,8 +80,21 @@ fn algorithms_of(kind: unisum_link::Collective) -> Vec<&'static str> {
 
 /// The transports that this build has, as `UNISUM_TRANSPORT` takes them.
 pub fn transports() -> Vec<&'static str> {
-    let known = [("tcp", cfg!(feature = "tcp")), ("shm", cfg!(feature = "shm"))];
+    let known = [
+        ("tcp", cfg!(feature = "tcp")),
+        ("shm", cfg!(feature = "shm")),
+        ("verbs", cfg!(feature = "verbs")),
+    ];
     known.into_iter().filter_map(|(name, built)| built.then_some(name)).collect()
+}
+
+/// The RDMA devices of this host, a line for each port: its state, firmware, GID and MTU, or why it
+/// can't be used. Opens the devices. Empty where there are none or this build has no `verbs`.
+pub fn rdma_devices() -> Vec<String> {
+    #[cfg(feature = "verbs")]
+    return unisum_verbs::describe_devices();
+    #[cfg(not(feature = "verbs"))]
+    Vec::new()
 }
 
 /// The instruction set that the reduction kernels use on this machine.

@@ -7,7 +7,14 @@ use std::ptr::NonNull;
 use unisum_link::Region;
 
 /// Memory that a buffer owns.
-pub(crate) enum Memory {
+pub(crate) struct Memory {
+    // First, so that RDMA devices let the memory go before it is freed.
+    #[cfg(feature = "verbs")]
+    _adopted: Option<unisum_verbs::Adopted>,
+    kind: Kind,
+}
+
+enum Kind {
     /// Of this process alone.
     Private { start: NonNull<u8>, layout: Layout },
     /// Part of the heap that the node's ranks map.
@@ -20,13 +27,25 @@ pub(crate) enum Memory {
 pub(crate) struct Arena {
     #[cfg(feature = "shm")]
     heap: Option<unisum_shm::Heap>,
+    #[cfg(feature = "verbs")]
+    registry: Option<std::sync::Arc<unisum_verbs::Registry>>,
 }
 
 impl Arena {
     /// An arena in the node's shared memory.
     #[cfg(feature = "shm")]
     pub(crate) const fn shared(heap: unisum_shm::Heap) -> Self {
-        Self { heap: Some(heap) }
+        Self {
+            heap: Some(heap),
+            #[cfg(feature = "verbs")]
+            registry: None,
+        }
+    }
+
+    /// From here on, what is allocated is registered with RDMA devices.
+    #[cfg(feature = "verbs")]
+    pub(crate) fn register_with(&mut self, registry: std::sync::Arc<unisum_verbs::Registry>) {
+        self.registry = Some(registry);
     }
 
     /// `bytes` zeroed bytes, aligned to pages.
@@ -34,16 +53,35 @@ impl Arena {
     /// # Errors
     /// The system's reason.
     pub(crate) fn allocate(&self, bytes: usize) -> Result<Memory, String> {
-        let bytes = bytes.max(1);
+        let kind = self.allocate_kind(bytes.max(1))?;
+        Ok(Memory {
+            #[cfg(feature = "verbs")]
+            _adopted: self.adopt(&kind, bytes.max(1)),
+            kind,
+        })
+    }
+
+    /// Registers memory, if there are devices to register it with.
+    #[cfg(feature = "verbs")]
+    fn adopt(&self, kind: &Kind, bytes: usize) -> Option<unisum_verbs::Adopted> {
+        let registry = self.registry.as_ref()?;
+        // SAFETY: whoever gets the registration drops it before the memory.
+        let adopted = unsafe { registry.adopt(kind.start(), bytes) };
+        adopted.inspect_err(|error| tracing::warn!("a buffer is not registered: {error}")).ok()
+    }
+
+    fn allocate_kind(&self, bytes: usize) -> Result<Kind, String> {
         #[cfg(feature = "shm")]
         if let Some(heap) = &self.heap {
-            return heap.allocate(bytes).map(Memory::Shared).map_err(|error| error.to_string());
+            return heap.allocate(bytes).map(Kind::Shared).map_err(|error| error.to_string());
         }
+        // Whole pages: nothing else shares what devices may be given.
+        let bytes = bytes.checked_next_multiple_of(4096).ok_or("out of memory")?;
         let layout = Layout::from_size_align(bytes, 4096).map_err(|error| error.to_string())?;
         // SAFETY: the layout's size is at least 1.
         let start = unsafe { alloc_zeroed(layout) };
         let start = NonNull::new(start).ok_or("out of memory")?;
-        Ok(Memory::Private { start, layout })
+        Ok(Kind::Private { start, layout })
     }
 
     /// The region of a slice.
@@ -87,6 +125,12 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     pub(crate) fn start(&self) -> NonNull<u8> {
+        self.kind.start()
+    }
+}
+
+impl Kind {
+    fn start(&self) -> NonNull<u8> {
         match self {
             Self::Private { start, .. } => *start,
             #[cfg(feature = "shm")]
@@ -95,7 +139,7 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+impl Drop for Kind {
     fn drop(&mut self) {
         match self {
             // SAFETY: allocated in `Arena::allocate` with this layout, and nobody refers to it

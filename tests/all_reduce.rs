@@ -39,6 +39,13 @@ fn every_algorithm_is_right_on_shared_memory() {
 }
 
 #[test]
+fn every_algorithm_is_right_on_rdma() {
+    if support::has_rdma() {
+        worlds("verbs", "every_algorithm", &[2, 3, 4, 8]);
+    }
+}
+
+#[test]
 fn several_sockets_per_peer_carry_the_same_sums() {
     World::new(3, "every_algorithm")
         .set("UNISUM_TRANSPORT", "tcp")
@@ -95,7 +102,7 @@ fn check_sum(communicator: &Communicator, data: &mut [f32], context: &str) {
 
 #[test]
 fn every_type_and_operation_is_right() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         worlds(transport, "every_type", &[1, 3, 4]);
     }
 }
@@ -152,7 +159,7 @@ fn type_checks<T: Element + PartialEq + std::fmt::Debug>(
 
 #[test]
 fn async_operations_complete_whatever_the_order_of_waiting() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         worlds(transport, "async_in_any_order", &[1, 2, 5]);
     }
 }
@@ -191,7 +198,7 @@ fn async_in_any_order() {
 
 #[test]
 fn nan_infinity_zero_and_overflow_give_the_same_bits_everywhere() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         for algorithm in Collective::all_reduce(ReduceOp::Sum).algorithms() {
             let all_told = World::new(4, "special_values")
                 .set("UNISUM_TRANSPORT", transport)

@@ -104,7 +104,7 @@ fn a_killed_rank_is_named_by_all_others_within_two_seconds_on_shared_memory() {
 
 #[test]
 fn a_killed_rank_is_named_by_every_algorithm() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         for (trial, algorithm) in
             Collective::all_reduce(ReduceOp::Sum).algorithms().into_iter().enumerate()
         {
@@ -240,7 +240,7 @@ fn differ() {
 
 #[test]
 fn differing_calls_are_an_error_on_every_rank_that_prints_both() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         for (how, ours, theirs) in [
             ("count", "(f32 x 100, sum", "(f32 x 99, sum"),
             ("large", "(f32 x 64, sum", "(f32 x 1048576, sum"),
@@ -318,7 +318,7 @@ fn settle(deadline: Instant) -> (usize, usize) {
 
 #[test]
 fn leaving_gives_descriptors_threads_and_memory_back() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         World::new(3, "leave_and_come_again").set("UNISUM_TRANSPORT", transport).succeed(LIMIT);
     }
 }
@@ -348,7 +348,7 @@ fn fork() {
 
 #[test]
 fn a_forked_child_is_refused_and_the_parent_goes_on() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         World::new(3, "fork").set("UNISUM_TRANSPORT", transport).succeed(LIMIT);
     }
 }
@@ -387,7 +387,7 @@ fn fork_sleeper() -> i32 {
 
 #[test]
 fn a_killed_rank_is_named_though_a_forked_child_of_it_lives() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         for victim in [0, 2] {
             let world = World::new(4, "fork_then_die")
                 .set("UNISUM_TRANSPORT", transport)
@@ -428,7 +428,7 @@ fn late() {
 
 #[test]
 fn waiting_for_a_late_rank_burns_no_processor_time() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         for count in [2, 50_000] {
             let world =
                 World::new(8, "late").set("UNISUM_TRANSPORT", transport).set("COUNT", count);

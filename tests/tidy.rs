@@ -42,7 +42,11 @@ fn dependencies_between_our_crates_follow_the_arrows() {
         ("unisum-link", &[][..]),
         ("unisum-tcp", &["unisum-link"]),
         ("unisum-shm", &["unisum-link"]),
-        ("unisum", &["unisum-algorithms", "unisum-link", "unisum-shm", "unisum-tcp"]),
+        ("unisum-verbs", &["unisum-link"]),
+        (
+            "unisum",
+            &["unisum-algorithms", "unisum-link", "unisum-shm", "unisum-tcp", "unisum-verbs"],
+        ),
         ("allreduce-bench", &["unisum"]),
         ("instructions", &["unisum-algorithms", "unisum-link", "unisum-shm", "unisum-tcp"]),
     ];
@@ -147,6 +151,15 @@ fn unsafe_code_stays_where_it_is_allowed() {
         "transports/shm/",
         "transports/tcp/src/lane.rs",
         "transports/tcp/src/sleep.rs",
+        "transports/verbs/src/area.rs",
+        "transports/verbs/src/completions.rs",
+        "transports/verbs/src/desk.rs",
+        "transports/verbs/src/domain.rs",
+        "transports/verbs/src/ffi.rs",
+        "transports/verbs/src/lane.rs",
+        "transports/verbs/src/memory.rs",
+        "transports/verbs/src/peer.rs",
+        "transports/verbs/src/queue_pair.rs",
         "benches/",
     ];
     let mut faults = Vec::new();

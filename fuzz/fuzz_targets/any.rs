@@ -29,6 +29,7 @@ fn chosen() -> Target {
     let all = [
         unisum_link::fuzzing::TARGETS,
         unisum_shm::fuzzing::TARGETS,
+        unisum_verbs::fuzzing::TARGETS,
         &unisum::fuzzing::targets(),
     ]
     .concat();

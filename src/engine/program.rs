@@ -193,7 +193,7 @@ impl Source<'_> {
     }
 
     /// Whether all inputs are operands of one fold and of nothing else.
-    fn folds_inputs(&self, items: &[Item]) -> bool {
+    pub(super) fn folds_inputs(&self, items: &[Item]) -> bool {
         let is_group = |item: &Item| matches!(item, Item::Group(..));
         self.group_is_world() && !items.is_empty() && items.iter().all(is_group)
     }

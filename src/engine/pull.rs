@@ -91,6 +91,10 @@ impl<'a> Puller<'a> {
     pub(super) fn can_run(&self, step: &Step, round: usize) -> bool {
         let Source { shape, group, .. } = self.source;
         let is_first = round == 0;
+        if self.source.scales && !self.source.group_is_world() {
+            // The factor is applied before the first step: the inputs are not what is folded.
+            return false;
+        }
         let all_want_all = matches!(
             shape.collective,
             Collective::AllReduce | Collective::Broadcast { .. } | Collective::AllGather
@@ -105,7 +109,7 @@ impl<'a> Puller<'a> {
             Pattern::AllGather => true,
             Pattern::Direct(_) => {
                 let known = !matches!(shape.space, Space::Pairs(PairCounts::Own { .. }));
-                let moved = self.source.scales && !self.source.group_is_world();
+                let moved = self.source.scales && !self.is_only_round();
                 known && !moved && (is_first || all_want_all)
             }
         }
@@ -116,8 +120,7 @@ impl<'a> Puller<'a> {
         let own = self.source.rank;
         let size = self.source.element_bytes;
         let (outgoing, incoming) = located.split_at(step.outgoing.len());
-        let only = self.source.algorithm.steps(self.source.shape, own).nth(1).is_none();
-        let deposits = only && self.all_deposit();
+        let deposits = self.is_only_round() && self.all_deposit();
         let mut pull = Pull { deposits, is_first: round == 0, ..Pull::default() };
         for (arrival, located) in step.incoming.iter().zip(incoming) {
             let Some(writes) = located.writes else { continue };
@@ -178,10 +181,15 @@ impl<'a> Puller<'a> {
         if !self.plans.contains_key(&member) {
             let items = self.source.items(member, self);
             let steps = items.iter().flat_map(Item::steps);
-            let placement = Placement::new(self.source.shape, member, steps, false);
+            let renames_all = self.source.scales && !self.source.folds_inputs(&items);
+            let placement = Placement::new(self.source.shape, member, steps, renames_all);
             self.plans.insert(member, Plan { items, placement });
         }
         &self.plans[&member]
+    }
+
+    fn is_only_round(&self) -> bool {
+        self.source.algorithm.steps(self.source.shape, self.source.rank).nth(1).is_none()
     }
 
     /// Whether every rank's input fits a deposit.

@@ -3,12 +3,14 @@
 mod bytes;
 mod environment;
 mod variables;
+mod verbs;
 
 use std::time::Duration;
 
 pub use bytes::{ByteSizeError, parse_bytes};
 pub(crate) use environment::Environment;
 use variables::VARIABLES;
+use verbs::VerbsSettings;
 
 use crate::address::PortRange;
 use crate::interface::InterfaceFilter;
@@ -38,18 +40,23 @@ pub(crate) struct Settings {
     pub(crate) shm_heap: Option<u64>,
     /// Whether ranks of one host may read each other's private memory (`process_vm_readv`).
     pub(crate) cross_memory: bool,
+    /// RDMA devices.
+    pub(crate) verbs: VerbsSettings,
 }
 
 /// Which transport carries the data.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub(crate) enum TransportChoice {
-    /// Shared memory between ranks of one host, TCP between hosts.
+    /// Shared memory between ranks of one host, RDMA between hosts, or TCP where not all ranks
+    /// have that.
     #[default]
     Auto,
     /// TCP between all ranks.
     Tcp,
     /// Shared memory only: an error if the ranks are not on one host.
     Shm,
+    /// RDMA between all ranks: an error if one can't.
+    Verbs,
 }
 
 /// A variable that does not hold what it must.
@@ -95,6 +102,7 @@ impl Settings {
             window: read.number("UNISUM_WINDOW", 1..=1024)?.unwrap_or(defaults.window),
             shm_heap: read.bytes("UNISUM_SHM_HEAP", 1..=1 << 46)?,
             cross_memory: read.switch("UNISUM_CMA")?.unwrap_or(defaults.cross_memory),
+            verbs: VerbsSettings::read(&read)?,
         })
     }
 }
@@ -113,6 +121,7 @@ impl Default for Settings {
             window: 4,
             shm_heap: None,
             cross_memory: true,
+            verbs: VerbsSettings::default(),
         }
     }
 }
@@ -125,7 +134,8 @@ impl std::str::FromStr for TransportChoice {
             "auto" => Ok(Self::Auto),
             "tcp" => Ok(Self::Tcp),
             "shm" => Ok(Self::Shm),
-            _ => Err("auto, tcp or shm"),
+            "verbs" => Ok(Self::Verbs),
+            _ => Err("auto, tcp, shm or verbs"),
         }
     }
 }
@@ -136,6 +146,7 @@ impl std::fmt::Display for TransportChoice {
             Self::Auto => "auto",
             Self::Tcp => "tcp",
             Self::Shm => "shm",
+            Self::Verbs => "verbs",
         })
     }
 }

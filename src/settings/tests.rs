@@ -42,6 +42,15 @@ fn every_setting_is_read() {
         ("UNISUM_WINDOW", "8"),
         ("UNISUM_SHM_HEAP", "2G"),
         ("UNISUM_CMA", "off"),
+        ("UNISUM_VERBS", "0"),
+        ("UNISUM_VERBS_DEVICE", "=mlx5_0:1"),
+        ("UNISUM_VERBS_GID_INDEX", "3"),
+        ("UNISUM_VERBS_PAIRS", "4"),
+        ("UNISUM_VERBS_MTU", "1K"),
+        ("UNISUM_VERBS_TIMEOUT", "20"),
+        ("UNISUM_VERBS_RETRIES", "6"),
+        ("UNISUM_VERBS_TRAFFIC_CLASS", "106"),
+        ("UNISUM_VERBS_SERVICE_LEVEL", "5"),
     ]);
     let expected = Settings {
         timeout: Duration::from_millis(1500),
@@ -55,6 +64,17 @@ fn every_setting_is_read() {
         window: 8,
         shm_heap: Some(2 << 30),
         cross_memory: false,
+        verbs: VerbsSettings {
+            allowed: false,
+            devices: Some("=mlx5_0:1".parse().unwrap()),
+            gid_index: Some(3),
+            pairs_per_peer: 4,
+            mtu: Some(1024),
+            timeout: 20,
+            retries: 6,
+            traffic_class: 106,
+            service_level: 5,
+        },
     };
     assert_eq!(settings, Ok(expected));
 }
@@ -68,7 +88,7 @@ fn malformed_values_are_errors_that_name_variable_value_and_what_is_accepted() {
         ("UNISUM_TIMEOUT", "5s", "seconds"),
         ("UNISUM_CONNECT_TIMEOUT", "-1", "seconds"),
         ("UNISUM_ALGORITHM", "ring tree", "name of an algorithm"),
-        ("UNISUM_TRANSPORT", "ib", "auto, tcp or shm"),
+        ("UNISUM_TRANSPORT", "ib", "auto, tcp, shm or verbs"),
         ("UNISUM_INTERFACE", "^", "a name is empty"),
         ("NCCL_SOCKET_IFNAME", "eth0,", "a name is empty"),
         ("GLOO_SOCKET_IFNAME", "a b", "interface filter"),
@@ -78,6 +98,8 @@ fn malformed_values_are_errors_that_name_variable_value_and_what_is_accepted() {
         ("UNISUM_WINDOW", "0", "1 to 1024"),
         ("UNISUM_SHM_HEAP", "lots", "bytes"),
         ("UNISUM_CMA", "2", "1 or 0"),
+        ("UNISUM_VERBS_PAIRS", "0", "1 to 16"),
+        ("UNISUM_VERBS_TIMEOUT", "0", "1 to 31"),
     ] {
         let error = read(&[(variable, value)]).unwrap_err().to_string();
         assert!(error.starts_with(&format!("{variable}=`{value}`: expected ")), "{error}");
@@ -90,6 +112,28 @@ fn interfaces_fall_back_to_what_nccl_and_gloo_were_told() {
     let all = [("UNISUM_INTERFACE", "a"), ("NCCL_SOCKET_IFNAME", "b"), ("GLOO_SOCKET_IFNAME", "c")];
     let filter = |pairs| read(pairs).unwrap().interface.unwrap().to_string();
     assert_eq!([filter(&all), filter(&all[1..]), filter(&all[2..])], ["a", "b", "=c"]);
+}
+
+#[cfg(feature = "verbs")]
+#[test]
+fn malformed_devices_are_errors() {
+    let error = read(&[("UNISUM_VERBS_DEVICE", "mlx5_0:0")]).unwrap_err().to_string();
+    assert!(error.contains("UNISUM_VERBS_DEVICE") && error.contains("1 to 255"), "{error}");
+}
+
+#[test]
+fn rdma_settings_fall_back_to_what_nccl_was_told() {
+    let of = |pairs| read(pairs).unwrap().verbs;
+    let nccl = [("NCCL_IB_HCA", "=mlx5_1"), ("NCCL_IB_GID_INDEX", "3"), ("NCCL_IB_DISABLE", "1")];
+    let expected = VerbsSettings {
+        allowed: false,
+        devices: Some("=mlx5_1".parse().unwrap()),
+        gid_index: Some(3),
+        ..VerbsSettings::default()
+    };
+    assert_eq!(of(&nccl), expected);
+    let own = [nccl[1], nccl[2], ("UNISUM_VERBS_GID_INDEX", "1"), ("UNISUM_VERBS", "1")];
+    assert_eq!((of(&own).gid_index, of(&own).allowed), (Some(1), true));
 }
 
 #[test]

@@ -45,7 +45,7 @@ pub(crate) const VARIABLES: &[Variable] = &[
     variable("UNISUM_TIMEOUT", "300", "seconds an operation may take, fractions allowed"),
     variable("UNISUM_CONNECT_TIMEOUT", "120", "seconds the ranks wait for each other at the start"),
     variable("UNISUM_ALGORITHM", "auto", "algorithm for every operation, or `auto`"),
-    variable("UNISUM_TRANSPORT", "auto", "`auto`, `tcp` or `shm`"),
+    variable("UNISUM_TRANSPORT", "auto", "`auto`, `tcp`, `shm` or `verbs`"),
     variable(
         "UNISUM_INTERFACE",
         "",
@@ -61,4 +61,21 @@ pub(crate) const VARIABLES: &[Variable] = &[
         "bytes of shared memory each rank offers for zero-copy buffers",
     ),
     variable("UNISUM_CMA", "1", "0 forbids reading another rank's private memory directly"),
+    variable("UNISUM_VERBS", "1", "0 leaves RDMA devices alone unless the transport is `verbs`"),
+    variable(
+        "UNISUM_VERBS_DEVICE",
+        "",
+        "RDMA devices and ports, as in `mlx5`, `=mlx5_0:1,mlx5_1:1`, `^mlx5_3`",
+    ),
+    variable("UNISUM_VERBS_GID_INDEX", "", "place of the port's address in its table of GIDs"),
+    variable("UNISUM_VERBS_PAIRS", "2", "queue pairs for each peer on each device, 1 to 16"),
+    variable("UNISUM_VERBS_MTU", "", "largest RDMA packet, 256 to 4096 bytes"),
+    variable(
+        "UNISUM_VERBS_TIMEOUT",
+        "18",
+        "a lost packet is repeated after 4.096 µs · 2^this, 1 to 31",
+    ),
+    variable("UNISUM_VERBS_RETRIES", "7", "repetitions before an RDMA connection fails, 0 to 7"),
+    variable("UNISUM_VERBS_TRAFFIC_CLASS", "0", "traffic class of RDMA packets (RoCE: DSCP · 4)"),
+    variable("UNISUM_VERBS_SERVICE_LEVEL", "0", "InfiniBand service level, 0 to 15"),
 ];

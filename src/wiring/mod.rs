@@ -12,6 +12,7 @@ mod group;
 mod job;
 mod node;
 mod tcp;
+mod verbs;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -72,11 +73,33 @@ pub(crate) fn join(
         heaps: None,
     };
     let Node { members, link, topology } = offer.join(&circle, settings)?;
-    let job = Job::new(settings, secret, &detected.job, &cards, link.as_ref())?;
+    #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA registers memory"))]
+    let mut job = Job::new(settings, secret, &detected.job, &cards, link.as_ref())?;
     let session = circle.session;
     let membership = Membership::of_job(control.clone(), rank, world);
     let mut links = Assembly::new(world);
-    links.add_all(link, &members, &job, &membership, (rank, session))?;
+    #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA has devices"))]
+    let mut devices = String::new();
+    let others: Vec<Rank> = (0..world).filter(|peer| !members.contains(peer)).collect();
+    let asking =
+        verbs::Asking { rank, others: &others, topology: &topology, settings, control: &control };
+    if members.len() < world
+        && let Some(rdma) = asking.link()?
+    {
+        #[cfg(feature = "verbs")]
+        {
+            job.arena.register_with(rdma.registry());
+            devices = format!("RDMA: {}\n", rdma.description());
+            if let Some(shared) = link {
+                links.add("shm", shared.link, &members);
+            }
+            links.add("verbs", Box::new(rdma), &others);
+        }
+        #[cfg(not(feature = "verbs"))]
+        match rdma {}
+    } else {
+        links.add_all(link, &members, &job, &membership, (rank, session))?;
+    }
     let transport = links.names.join("+");
     let mut engine = links.engine(rank, &topology);
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
@@ -85,7 +108,7 @@ pub(crate) fn join(
     let costs = costs::agree(&mut engine, membership.control(), site)?;
     let seconds = start.elapsed().as_secs_f64();
     let description =
-        describe(detected, &cards, &topology, &transport, seconds) + &costs.to_string();
+        describe(detected, &cards, &topology, &transport, seconds) + &devices + &costs.to_string();
     tracing::info!("rank {rank} of {world} joined over {transport} in {seconds:.3} s");
     let choice = costs.choice(topology, &mut engine, tuning, fixed);
     Ok(Joined { job: Arc::new(job), membership, engine, choice, tuning, transport, description })

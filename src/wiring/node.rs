@@ -60,7 +60,9 @@ impl Offer {
         #[cfg(feature = "shm")]
         {
             let shm = match transport {
-                TransportChoice::Tcp => Err("transport tcp was asked for".into()),
+                TransportChoice::Tcp | TransportChoice::Verbs => {
+                    Err(format!("transport {transport} was asked for"))
+                }
                 _ => unisum_shm::Offer::new(secret).map_err(|error| error.to_string()),
             };
             Self { shm }

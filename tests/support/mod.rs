@@ -38,6 +38,26 @@ pub fn setting(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"))
 }
 
+/// The transports that tests of all of them run on: those that need no device, or those that
+/// `UNISUM_TEST_TRANSPORTS` names.
+pub fn transports() -> Vec<&'static str> {
+    let named = std::env::var("UNISUM_TEST_TRANSPORTS").unwrap_or_else(|_| "tcp shm".into());
+    let known = ["tcp", "shm", "verbs"].into_iter();
+    known.filter(|known| named.split(' ').any(|name| name == *known)).collect()
+}
+
+/// Whether this machine has an RDMA device. Where `UNISUM_TEST_RDMA` is `required`, it must.
+pub fn has_rdma() -> bool {
+    let devices = std::fs::read_dir("/sys/class/infiniband");
+    let found = devices.is_ok_and(|mut devices| devices.next().is_some());
+    let required = std::env::var("UNISUM_TEST_RDMA").is_ok_and(|word| word == "required");
+    assert!(found || !required, "no RDMA device");
+    if !found {
+        println!("skipped: this machine has no RDMA device");
+    }
+    found
+}
+
 /// Describes a world to start.
 #[derive(Clone)]
 pub struct World {

@@ -64,7 +64,7 @@ pub(crate) struct Args {
     pub(crate) op: List<ReduceOp>,
 
     /// How the ranks reach each other [default: UNISUM_TRANSPORT, else auto]
-    #[arg(short = 't', long, value_parser = ["auto", "tcp", "shm"])]
+    #[arg(short = 't', long, value_parser = ["auto", "tcp", "shm", "verbs"])]
     pub(crate) transport: Option<String>,
 
     /// Ports that ranks may listen on, LOW-HIGH or one [default: UNISUM_PORT_RANGE, else any]
@@ -264,7 +264,14 @@ pub(crate) const MAX_ITERATIONS: usize = 20_000;
 
 static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
     let (version, isa) = (env!("CARGO_PKG_VERSION"), unisum::isa());
-    format!("{version}\nreduction kernels: {isa}")
+    let transports = unisum::transports().join(", ");
+    let mut text = format!("{version}\nreduction kernels: {isa}\ntransports: {transports}");
+    let devices = unisum::rdma_devices();
+    devices.iter().for_each(|device| text += &format!("\nRDMA device: {device}"));
+    if devices.is_empty() {
+        text += "\nRDMA device: none";
+    }
+    text
 });
 
 /// Reads names separated by commas.

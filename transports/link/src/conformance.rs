@@ -53,7 +53,8 @@ impl End {
 /// How to connect the ranks of a world over the transport under test.
 #[derive(Clone, Copy, Debug)]
 pub struct Mesh {
-    /// Connects `world` ranks; the index is the rank.
+    /// Connects `world` ranks; the index is the rank. None at all where the machine lacks what
+    /// the transport needs: then the case runs nothing.
     pub connect: fn(world: usize) -> Vec<End>,
     /// Whether a link notices by itself that the process at the other end is gone.
     pub sees_peer_death: bool,

@@ -1,7 +1,7 @@
 //! The loops of every kernel.
 //!
-//! They walk in chunks of `W` elements: one, which the compiler vectorises, or a line of floats that
-//! the level converts. A loop vectorises only if what it writes is nothing that it has yet
+//! They walk in chunks of `W` elements: one, which the compiler vectorises, or a line of floats
+//! that the level converts. A loop vectorises only if what it writes is nothing that it has yet
 //! to read. The compiler has this checked at run time, which fails where the destination is a
 //! source, unless both are visibly one pointer: hence the case distinctions here. With three
 //! sources or more it is plain: the loops that read sources write accumulators.

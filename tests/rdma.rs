@@ -1,0 +1,236 @@
+//! Worlds over RDMA devices: what their set-up refuses and says, how outages end, what is left.
+//!
+//! Where there is no device the tests say so and pass, unless UNISUM_TEST_RDMA is `required`, as
+//! in the virtual machine of tests/softroce. They change the state of network interfaces: run them
+//! one by one, and there only.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+mod support;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use support::{Ended, Running, World, has_rdma, reach, setting, tell};
+use unisum::{Communicator, ErrorKind, ReduceOp};
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[
+        ("join", join),
+        ("reduce_forever", reduce_forever),
+        ("reduce_for_a_while", reduce_for_a_while),
+        ("allocate_and_free", allocate_and_free),
+    ]);
+}
+
+const LIMIT: Duration = Duration::from_secs(100);
+
+fn world(ranks: usize, scenario: &'static str) -> World {
+    World::new(ranks, scenario).set("UNISUM_TRANSPORT", "verbs")
+}
+
+fn sh(line: &str) -> String {
+    let output = Command::new("sh").args(["-ec", line]).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{line}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+fn join() {
+    match Communicator::from_environment() {
+        Ok(communicator) => tell(communicator.transport()),
+        Err(error) => tell(format!("{:?} {error}", error.kind())),
+    }
+}
+
+/// Every rank of a world that is asked for RDMA ends with an error that says all of `words`.
+fn is_refused(world: &World, words: &[&str]) {
+    for told in world.succeed(LIMIT) {
+        let told = &told[0];
+        assert!(told.starts_with("Configuration"), "{told}");
+        assert!(words.iter().all(|word| told.contains(word)), "{words:?} in: {told}");
+    }
+}
+
+#[test]
+fn what_is_missing_is_named_by_all_ranks() {
+    if !has_rdma() {
+        return;
+    }
+    let wrong_gid = world(2, "join").set("UNISUM_VERBS_GID_INDEX", 77);
+    is_refused(&wrong_gid, &["rank 0: ", "rank 1: ", "has no GID 77; it has 0: ", "(RoCE v2)"]);
+    let no_device = world(3, "join").set("UNISUM_VERBS_DEVICE", "=mlx5_0");
+    is_refused(&no_device, &["the filter =mlx5_0 leaves none", "rxe0:1 RoCE in software, ACTIVE"]);
+}
+
+#[test]
+fn too_little_locked_memory_is_named_with_what_to_do() {
+    if !has_rdma() {
+        return;
+    }
+    // The superuser may lock any amount, unless it lacks the capability.
+    let limited = world(2, "join").through(|_| {
+        let words = "prlimit --memlock=65536 setpriv --bounding-set=-ipc_lock";
+        words.split(' ').map(str::to_owned).collect()
+    });
+    is_refused(&limited, &["Cannot allocate memory", "64 KiB", "RLIMIT_MEMLOCK", "ulimit -l"]);
+}
+
+#[test]
+fn a_port_that_is_down_is_named_by_all_ranks() {
+    if !has_rdma() {
+        return;
+    }
+    sh("ip link set net0 down");
+    let down = world(2, "join");
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        is_refused(&down, &["no port of the RDMA devices is active", "rxe0:1", "DOWN"]);
+    }));
+    sh("ip link set net0 up");
+    outcome.unwrap();
+}
+
+fn reduce_forever() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut data = communicator.allocate::<f32>(setting("COUNT").parse().unwrap()).unwrap();
+    for round in 0_u64.. {
+        if let Err(error) = communicator.all_reduce(&mut data, ReduceOp::Sum) {
+            tell(format!("{:?} {:?} {error}", error.kind(), error.culprits()));
+            let again = communicator.all_reduce(&mut data, ReduceOp::Sum).unwrap_err();
+            assert_eq!(again.kind(), ErrorKind::Aborted);
+            return;
+        }
+        if round == 0 {
+            reach("reducing");
+        }
+    }
+}
+
+/// Starts a world that reduces for ever, and waits until it does.
+fn reducing(world: &World, ranks: usize) -> Running {
+    let running = world.start();
+    running.wait_for("reducing", ranks, LIMIT);
+    running
+}
+
+#[test]
+fn a_killed_rank_is_named_by_all_others_soon() {
+    if !has_rdma() {
+        return;
+    }
+    for (trial, algorithm) in unisum::algorithms().into_iter().enumerate() {
+        let victim = trial % 4;
+        let world =
+            world(4, "reduce_forever").set("UNISUM_ALGORITHM", algorithm).set("COUNT", 300_000);
+        let running = reducing(&world, 4);
+        std::thread::sleep(Duration::from_millis(7 * trial as u64));
+        running.signal(victim, libc::SIGKILL);
+        let killed = Instant::now();
+        let ended = running.wait(LIMIT);
+        let took = killed.elapsed();
+        let others = ended.iter().enumerate().filter(|(rank, _)| *rank != victim);
+        for (rank, Ended { status, told, log }) in others {
+            assert_eq!(*status, 0, "rank {rank}, {algorithm}: {told:?} {log}");
+            let expected = format!("RankLost [{victim}] ");
+            assert!(told[0].starts_with(&expected), "rank {rank}, {algorithm}: {}", told[0]);
+        }
+        assert!(took < Duration::from_secs(5), "{algorithm}: ended {took:?} after the kill");
+    }
+}
+
+/// The device's packets are dropped from one moment on; the control connections go on.
+#[test]
+fn a_broken_path_ends_the_operation_with_queue_pair_and_status() {
+    if !has_rdma() {
+        return;
+    }
+    let world = world(2, "reduce_forever").set("COUNT", 300_000).set("UNISUM_VERBS_TIMEOUT", 14);
+    let running = reducing(&world, 2);
+    let start = Instant::now();
+    sh("ip link set net0 down");
+    let ended = catch_unwind(AssertUnwindSafe(|| running.wait(Duration::from_secs(60))));
+    sh("ip link set net0 up");
+    for (rank, Ended { status, told, log }) in ended.unwrap().iter().enumerate() {
+        assert_eq!(*status, 0, "rank {rank}: {told:?} {log}");
+        let names_it =
+            ["queue pair ", "rxe0:1", "status "].iter().all(|word| told[0].contains(word));
+        assert!(names_it && told[0].starts_with("RankLost"), "rank {rank}: {}", told[0]);
+    }
+    println!("the operation ended {:?} after the outage began", start.elapsed());
+}
+
+fn reduce_for_a_while() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut data = communicator.allocate::<i32>(200_000).unwrap();
+    let start = Instant::now();
+    let mut first = true;
+    // The ranks agree on when to stop.
+    loop {
+        data.fill(1);
+        let is_over = i32::from(start.elapsed() > Duration::from_secs(3));
+        data[0] = is_over;
+        communicator.all_reduce(&mut data, ReduceOp::Sum).unwrap();
+        assert!(data[1..].iter().all(|&sum| sum == 2));
+        if std::mem::take(&mut first) {
+            reach("reducing");
+        }
+        if data[0] > 0 {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_short_outage_is_survived() {
+    if !has_rdma() {
+        return;
+    }
+    // 7 repetitions of 0.27 s each.
+    let world = world(2, "reduce_for_a_while").set("UNISUM_VERBS_TIMEOUT", 16);
+    let running = reducing(&world, 2);
+    sh("ip link set net0 down; sleep 0.3; ip link set net0 up");
+    for (rank, Ended { status, told, log }) in running.wait(LIMIT).iter().enumerate() {
+        assert_eq!(*status, 0, "rank {rank}: {told:?} {log}");
+    }
+}
+
+fn allocate_and_free() {
+    let communicator = Communicator::from_environment().unwrap();
+    let registrations = || {
+        let shown = sh("rdma resource show mr");
+        let own = format!("pid {} ", std::process::id());
+        shown.lines().filter(|line| line.contains(&own)).count()
+    };
+    let mut before = None;
+    for round in 0..3 {
+        let mut buffer = communicator.allocate::<f32>(1 << 18).unwrap();
+        let mut borrowed = vec![1_f32; 1 << 19];
+        buffer.fill(1.0);
+        communicator.all_reduce(&mut buffer, ReduceOp::Sum).unwrap();
+        communicator.all_reduce(&mut borrowed, ReduceOp::Sum).unwrap();
+        assert!(buffer.iter().chain(&borrowed).all(|&sum| sum == 2.0), "round {round}");
+        drop(buffer);
+        // The borrowed memory's registration ends when the next collective begins.
+        communicator.all_reduce(&mut [0_u8; 1], ReduceOp::Sum).unwrap();
+        // The first round made what is kept for all.
+        let now = registrations();
+        assert_eq!(*before.get_or_insert(now), now, "round {round}");
+    }
+}
+
+#[test]
+fn freed_memory_is_not_registered_any_more() {
+    if has_rdma() {
+        world(2, "allocate_and_free").succeed(LIMIT);
+    }
+}
+
+#[test]
+fn several_devices_carry_the_same_sums() {
+    if has_rdma() && unisum::rdma_devices().len() > 1 {
+        let world = World::new(2, "reduce_for_a_while").set("UNISUM_TRANSPORT", "verbs");
+        world.succeed(LIMIT);
+    }
+}

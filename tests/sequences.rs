@@ -1,0 +1,70 @@
+//! Random sequences of collectives of all kinds, types and reductions against a sequential model.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+mod sequence;
+mod support;
+
+use support::World;
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[("sequence", sequence::run_sequence)]);
+}
+
+/// Ranks, bursts of calls, elements of a call.
+const WORLDS: [(usize, usize, usize); 8] = [
+    (1, 60, 5_000),
+    (2, 60, 300_000),
+    (3, 60, 100_000),
+    (4, 60, 50_000),
+    (5, 60, 20_000),
+    (7, 40, 20_000),
+    (8, 30, 10_000),
+    (16, 12, 5_000),
+];
+
+fn world(ranks: usize, transport: &str) -> World {
+    World::new(ranks, "sequence").set("UNISUM_TRANSPORT", transport)
+}
+
+#[test]
+#[ignore = "random seeds: run by hand until what it found is worked off"]
+fn sequences_are_right_on_tcp() {
+    let seed = sequence::seed();
+    for (ranks, bursts, most) in WORLDS {
+        sequence::check(&world(ranks, "tcp"), seed + ranks as u64, bursts, most);
+    }
+}
+
+#[test]
+#[ignore = "random seeds: run by hand until what it found is worked off"]
+fn sequences_are_right_on_shared_memory() {
+    let seed = sequence::seed();
+    for (ranks, bursts, most) in WORLDS {
+        sequence::check(&world(ranks, "shm"), seed + ranks as u64, bursts, most);
+    }
+}
+
+/// Small slices make long pipelines of small messages.
+#[test]
+#[ignore = "random seeds: run by hand until what it found is worked off"]
+fn sequences_are_right_in_small_slices() {
+    let seed = sequence::seed();
+    for (ranks, transport) in [(3, "tcp"), (4, "shm"), (6, "tcp"), (6, "shm")] {
+        let world = world(ranks, transport)
+            .set("UNISUM_SLICE_BYTES", "4K")
+            .set("UNISUM_WINDOW", 1 + seed % 5);
+        sequence::check(&world, seed, 30, 50_000);
+    }
+}
+
+/// Private memory then goes over the ranks' benches.
+#[test]
+#[ignore = "random seeds: run by hand until what it found is worked off"]
+fn sequences_are_right_where_ranks_may_not_read_each_other() {
+    let seed = sequence::seed();
+    for ranks in [2, 5] {
+        sequence::check(&world(ranks, "shm").set("UNISUM_CMA", 0), seed, 40, 200_000);
+    }
+}

@@ -1,0 +1,263 @@
+//! What all peers of a link share: the running call, the memory its transfers touch, and what is
+//! done.
+
+use std::collections::HashMap;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use unisum_link::{Call, Landing, LinkError, Rank, Region, Regions, Ticket};
+
+use crate::error::VerbsError;
+use crate::memory::{Keys, Pages, Pinned, Registry, Slots};
+
+/// The collective that runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Current {
+    pub(crate) call: Call,
+    pub(crate) encoded: [u8; Call::ENCODED],
+    pub(crate) regions: Regions,
+}
+
+/// A receive that was posted.
+#[derive(Debug)]
+pub(crate) struct Receive {
+    pub(crate) ticket: Ticket,
+    pub(crate) into: *mut u8,
+    pub(crate) bytes: usize,
+    pub(crate) landing: Landing,
+}
+
+/// A send that was posted.
+#[derive(Debug)]
+pub(crate) struct Send {
+    pub(crate) ticket: Ticket,
+    pub(crate) from: *const u8,
+    pub(crate) bytes: usize,
+}
+
+// SAFETY: addresses in the region of the running collective, whose promise covers them.
+unsafe impl std::marker::Send for Receive {}
+// SAFETY: as above.
+unsafe impl std::marker::Send for Send {}
+
+/// A large send under way.
+#[derive(Debug)]
+pub(crate) struct UnderWay {
+    pub(crate) ticket: Ticket,
+    pub(crate) parts_left: usize,
+    /// Where it is sent from, if not from its place.
+    pub(crate) slot: Option<Pages>,
+}
+
+/// What arrived for the engine to fold.
+#[derive(Debug)]
+enum Arrived {
+    Small(Vec<u8>),
+    Large(Pages),
+}
+
+/// A piece of borrowed memory that is registered for the running collective.
+#[derive(Debug)]
+struct Borrowed {
+    start: usize,
+    bytes: usize,
+    pinned: Pinned,
+}
+
+/// Shared state of a link.
+#[derive(Debug)]
+pub(crate) struct Desk {
+    pub(crate) rank: Rank,
+    pub(crate) current: Option<Current>,
+    /// Whether the collective is marked.
+    pub(crate) marked: bool,
+    pub(crate) done: Vec<Ticket>,
+    /// Posted transfers that are not done.
+    pub(crate) open: usize,
+    pub(crate) registry: Arc<Registry>,
+    slots: Slots,
+    /// Recycled memory for small arrivals.
+    vessels: Vec<Vec<u8>>,
+    arrived: HashMap<Ticket, Arrived>,
+    borrowed: Vec<Borrowed>,
+    sends: Vec<Option<UnderWay>>,
+    free_sends: Vec<usize>,
+}
+
+/// Borrowed memory from this size on is registered for a collective that needs to; smaller one
+/// passes slots. Registering costs a system call or two and some time per page, copying some time
+/// per byte.
+const REGISTER_FROM: usize = 1 << 20;
+
+impl Desk {
+    pub(crate) fn new(rank: Rank, registry: Arc<Registry>) -> Self {
+        Self {
+            rank,
+            current: None,
+            marked: false,
+            done: Vec::new(),
+            open: 0,
+            registry,
+            slots: Slots::default(),
+            vessels: Vec::new(),
+            arrived: HashMap::new(),
+            borrowed: Vec::new(),
+            sends: Vec::new(),
+            free_sends: Vec::new(),
+        }
+    }
+
+    pub(crate) fn begin(&mut self, call: Call, regions: Regions) {
+        self.borrowed.clear();
+        self.marked = false;
+        self.current = Some(Current { call, encoded: call.encode(), regions });
+    }
+
+    pub(crate) fn current(&self) -> &Current {
+        self.current.as_ref().expect("the engine begins a collective before it posts transfers")
+    }
+
+    /// A transfer is done.
+    pub(crate) fn finish(&mut self, ticket: Ticket) {
+        self.open -= 1;
+        self.done.push(ticket);
+    }
+
+    /// The keys of a piece of the region, if peers may write and devices read it where it is.
+    /// `None` means that it has to pass a slot.
+    ///
+    /// # Errors
+    /// If large borrowed memory can't be registered.
+    pub(crate) fn keys(
+        &mut self,
+        start: *const u8,
+        bytes: usize,
+    ) -> Result<Option<Keys>, LinkError> {
+        let start = start as usize;
+        let held = |borrowed: &&Borrowed| {
+            borrowed.start <= start && start + bytes <= borrowed.start + borrowed.bytes
+        };
+        if let Some(borrowed) = self.borrowed.iter().find(held) {
+            return Ok(Some(borrowed.pinned.keys));
+        }
+        if let Some(keys) = self.registry.find(start, bytes) {
+            return Ok(Some(keys));
+        }
+        let Regions { input, output } = self.current().regions;
+        let holds = |region: &Region| {
+            let base = region.base() as usize;
+            base <= start && start + bytes <= base + region.bytes()
+        };
+        // What lies in neither is the engine's scratch memory.
+        let region = [output, input].into_iter().find(holds);
+        let Some(region) = region.filter(|region| region.bytes() >= REGISTER_FROM) else {
+            return Ok(None);
+        };
+        let base = NonNull::new(region.base()).expect("regions are not at address 0");
+        // SAFETY: the region's promise holds until the collective ends, and the registration is
+        // dropped before the next begins; keys leave this rank for its transfers only.
+        let pinned = unsafe { Pinned::new(self.registry.domains(), base, region.bytes()) };
+        let pinned = pinned.map_err(|error| self.own_error(&error))?;
+        let keys = pinned.keys;
+        self.borrowed.push(Borrowed {
+            start: base.as_ptr() as usize,
+            bytes: region.bytes(),
+            pinned,
+        });
+        Ok(Some(keys))
+    }
+
+    /// A registered slot.
+    ///
+    /// # Errors
+    /// If there is no memory for another.
+    pub(crate) fn take_slot(&mut self, bytes: usize) -> Result<Pages, LinkError> {
+        let slot = self.slots.take(self.registry.domains(), bytes);
+        slot.map_err(|error| self.own_error(&error))
+    }
+
+    pub(crate) fn give_slot(&mut self, slot: Pages) {
+        self.slots.give(slot);
+    }
+
+    /// Memory for a small arrival that reduces.
+    pub(crate) fn take_vessel(&mut self, bytes: usize) -> Vec<u8> {
+        let mut vessel = self.vessels.pop().unwrap_or_default();
+        if vessel.len() < bytes {
+            vessel.resize(bytes, 0);
+        }
+        vessel
+    }
+
+    pub(crate) fn small_arrived(&mut self, ticket: Ticket, vessel: Vec<u8>) {
+        self.arrived.insert(ticket, Arrived::Small(vessel));
+        self.finish(ticket);
+    }
+
+    pub(crate) fn large_arrived(&mut self, ticket: Ticket, slot: Pages) {
+        self.arrived.insert(ticket, Arrived::Large(slot));
+        self.finish(ticket);
+    }
+
+    pub(crate) fn arrival(&self, ticket: Ticket) -> *const u8 {
+        match &self.arrived[&ticket] {
+            Arrived::Small(vessel) => vessel.as_ptr(),
+            Arrived::Large(slot) => slot.start(),
+        }
+    }
+
+    pub(crate) fn release(&mut self, ticket: Ticket) {
+        match self.arrived.remove(&ticket) {
+            Some(Arrived::Small(vessel)) => self.vessels.push(vessel),
+            Some(Arrived::Large(slot)) => self.slots.give(slot),
+            None => {}
+        }
+    }
+
+    /// Notes a large send under way, and numbers it.
+    pub(crate) fn depart(&mut self, send: UnderWay) -> usize {
+        let number = self.free_sends.pop().unwrap_or(self.sends.len());
+        if number == self.sends.len() {
+            self.sends.push(None);
+        }
+        self.sends[number] = Some(send);
+        number
+    }
+
+    /// Notes that a part of it has been read for the last time.
+    pub(crate) fn part_sent(&mut self, number: usize) {
+        let Some(send) = self.sends.get_mut(number).and_then(Option::as_mut) else { return };
+        send.parts_left -= 1;
+        if send.parts_left > 0 {
+            return;
+        }
+        if let Some(UnderWay { ticket, slot, .. }) = self.sends[number].take() {
+            self.free_sends.push(number);
+            slot.into_iter().for_each(|slot| self.slots.give(slot));
+            self.finish(ticket);
+        }
+    }
+
+    /// Whether a large send is under way.
+    pub(crate) fn is_sending(&self) -> bool {
+        self.free_sends.len() < self.sends.len()
+    }
+
+    /// Forgets all transfers. No connection may be left that could still touch their memory.
+    pub(crate) fn clear(&mut self) {
+        self.current = None;
+        self.open = 0;
+        self.done.clear();
+        self.arrived.clear();
+        self.borrowed.clear();
+        self.sends.clear();
+        self.free_sends.clear();
+    }
+
+    pub(crate) fn own_error(&self, error: &VerbsError) -> LinkError {
+        match error {
+            VerbsError::Os(what, error) => LinkError::os(self.rank, what.clone(), error),
+            error => LinkError::os(self.rank, "RDMA", error),
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! What can go wrong before a link exists.
+
+use std::io;
+
+use rustix::process::{Resource, getrlimit};
+
+/// Why there is no link over RDMA.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VerbsError {
+    /// The library can't be opened.
+    #[error("libibverbs was not found: {0}")]
+    Library(String),
+    /// There is no device to speak of, as on most hosts.
+    #[error("{0}")]
+    Absent(String),
+    /// No device fits, or none that works.
+    #[error("{0}")]
+    Device(String),
+    /// The system refused.
+    #[error("{0}: {1}")]
+    Os(String, #[source] io::Error),
+    /// What a rank told of its devices makes no sense.
+    #[error("rank {0} told {1}")]
+    Card(usize, String),
+    /// Packets do not get through.
+    #[error("{0}")]
+    Path(String),
+}
+
+impl VerbsError {
+    /// The last error of the system, while `what` was tried.
+    pub(crate) fn os(what: String) -> Self {
+        Self::Os(what, io::Error::last_os_error())
+    }
+}
+
+/// What to tell whoever could not register memory, behind what was tried: empty if it was not for
+/// the limit.
+pub(crate) fn locked_memory_hint(error: &io::Error) -> String {
+    let limited = error.raw_os_error() == Some(ENOMEM);
+    let limit = getrlimit(Resource::Memlock).current;
+    match limit.filter(|_| limited) {
+        Some(bytes) => format!(
+            " (this process may lock {} KiB of memory: raise RLIMIT_MEMLOCK, as by ulimit -l)",
+            bytes >> 10
+        ),
+        None => String::new(),
+    }
+}
+
+const ENOMEM: i32 = rustix::io::Errno::NOMEM.raw_os_error();

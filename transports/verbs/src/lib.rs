@@ -1,0 +1,32 @@
+//! The InfiniBand verbs transport: RDMA over InfiniBand and RoCE.
+//!
+//! libibverbs is opened at run time ([`Offer::new`] says if it is missing): nothing of it is
+//! needed to build or to start a program. Every rank has reliable connections to all of its peers,
+//! on up to four devices. Data is written by the sender's device into the receiver's memory:
+//! straight to where it belongs if that is registered, else to slots ([`Registry`]).
+
+mod area;
+mod card;
+mod completions;
+mod desk;
+mod device;
+mod domain;
+mod error;
+mod ffi;
+mod filter;
+pub mod fuzzing;
+mod lane;
+mod link;
+mod memory;
+mod offer;
+mod peer;
+mod queue_pair;
+mod sleep;
+mod wire;
+
+pub use device::{Gid, Port, ports};
+pub use error::VerbsError;
+pub use filter::{DeviceFilter, FilterError};
+pub use link::{Counts, VerbsLink};
+pub use memory::{Adopted, Registry};
+pub use offer::{Offer, VerbsConfig, describe_devices};

@@ -1,0 +1,222 @@
+//! Memory that the devices may use: what the communicator allocates, what is borrowed for one
+//! collective, and this link's own.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::domain::{Domain, Registration};
+use crate::error::VerbsError;
+use crate::wire::RAILS_MAX;
+
+/// The keys of a piece of memory, one of each kind for each device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Keys {
+    /// For this rank's devices to read.
+    pub(crate) local: [u32; RAILS_MAX],
+    /// For peers to write.
+    pub(crate) remote: [u32; RAILS_MAX],
+}
+
+/// Memory that is registered on all devices. Dropping it ends that.
+#[derive(Debug)]
+pub(crate) struct Pinned {
+    _registrations: Vec<Registration>,
+    pub(crate) keys: Keys,
+}
+
+impl Pinned {
+    /// # Errors
+    /// What the first device that refuses says.
+    ///
+    /// # Safety
+    /// As [`Domain::register`].
+    pub(crate) unsafe fn new(
+        domains: &[Arc<Domain>],
+        start: NonNull<u8>,
+        bytes: usize,
+    ) -> Result<Self, VerbsError> {
+        let mut registrations = Vec::with_capacity(domains.len());
+        let mut keys = Keys::default();
+        for (rail, domain) in domains.iter().enumerate() {
+            // SAFETY: the caller promised it.
+            let registration = unsafe { domain.register(start, bytes) }?;
+            (keys.local[rail], keys.remote[rail]) = (registration.local, registration.remote);
+            registrations.push(registration);
+        }
+        Ok(Self { _registrations: registrations, keys })
+    }
+}
+
+/// Pages of this link's own, zeroed and registered.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    // Before the memory, so that it is dropped before.
+    pinned: Pinned,
+    memory: Memory,
+}
+
+#[derive(Debug)]
+struct Memory {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: the memory is owned.
+unsafe impl Send for Memory {}
+
+impl Pages {
+    /// At least `bytes` bytes.
+    ///
+    /// # Errors
+    /// If there is no memory, or it can't be registered.
+    pub(crate) fn new(domains: &[Arc<Domain>], bytes: usize) -> Result<Self, VerbsError> {
+        let out_of_memory = || VerbsError::Device(format!("no memory for {bytes} bytes"));
+        let bytes = bytes.max(1).next_multiple_of(PAGE);
+        let layout = Layout::from_size_align(bytes, PAGE).map_err(|_| out_of_memory())?;
+        // SAFETY: the layout's size is at least a page.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(out_of_memory)?;
+        let memory = Memory { start, layout };
+        // SAFETY: the memory lives until the registration is dropped, and peers get its keys only
+        // for what is meant for them.
+        let pinned = unsafe { Pinned::new(domains, start, bytes) }?;
+        Ok(Self { pinned, memory })
+    }
+
+    pub(crate) const fn start(&self) -> *mut u8 {
+        self.memory.start.as_ptr()
+    }
+
+    pub(crate) const fn bytes(&self) -> usize {
+        self.memory.layout.size()
+    }
+
+    pub(crate) const fn keys(&self) -> Keys {
+        self.pinned.keys
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `Pages::new` with this layout, and not registered any more.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+/// Recycled registered pages, for messages that can't go straight to or from their place. As many
+/// exist as were in use at once.
+#[derive(Debug, Default)]
+pub(crate) struct Slots {
+    /// By the logarithm of their size.
+    free: Vec<Vec<Pages>>,
+}
+
+impl Slots {
+    /// A slot of at least `bytes` bytes with unspecified content.
+    ///
+    /// # Errors
+    /// If there is none free and no memory for another.
+    pub(crate) fn take(
+        &mut self,
+        domains: &[Arc<Domain>],
+        bytes: usize,
+    ) -> Result<Pages, VerbsError> {
+        let bytes = bytes.max(PAGE).next_power_of_two();
+        let class = bytes.trailing_zeros() as usize;
+        let free = self.free.get_mut(class).and_then(Vec::pop);
+        free.map_or_else(|| Pages::new(domains, bytes), Ok)
+    }
+
+    /// Gives a slot back.
+    pub(crate) fn give(&mut self, slot: Pages) {
+        let class = slot.bytes().trailing_zeros() as usize;
+        if self.free.len() <= class {
+            self.free.resize_with(class + 1, Vec::new);
+        }
+        self.free[class].push(slot);
+    }
+}
+
+/// The memory of a communicator that stays registered, from its allocation until it is freed.
+///
+/// Only memory whose owner says when it is freed can be here. The kernel keeps registered pages
+/// where they are: if addresses were freed and given out again, a registration of theirs would go
+/// on naming the old pages. So memory that a program only lends is registered anew for each
+/// collective, or passes slots.
+#[derive(Debug)]
+pub struct Registry {
+    domains: Vec<Arc<Domain>>,
+    entries: Mutex<Vec<Entry>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    start: usize,
+    bytes: usize,
+    pinned: Pinned,
+}
+
+/// A registration's hold on allocated memory: drop it before the memory is freed.
+#[derive(Debug)]
+pub struct Adopted {
+    registry: Arc<Registry>,
+    start: usize,
+}
+
+impl Registry {
+    pub(crate) fn new(domains: Vec<Arc<Domain>>) -> Arc<Self> {
+        Arc::new(Self { domains, entries: Mutex::default() })
+    }
+
+    pub(crate) fn domains(&self) -> &[Arc<Domain>] {
+        &self.domains
+    }
+
+    /// Registers memory until the returned value is dropped. From any thread.
+    ///
+    /// Cost: a system call for each device; the kernel pins every page.
+    ///
+    /// # Errors
+    /// If the system refuses; the memory can be used all the same, like any other.
+    ///
+    /// # Safety
+    /// The memory stays mapped, with the same pages, until the returned value is dropped.
+    pub unsafe fn adopt(
+        self: &Arc<Self>,
+        start: NonNull<u8>,
+        bytes: usize,
+    ) -> Result<Adopted, VerbsError> {
+        // SAFETY: the caller promised it; keys of it leave this rank only for transfers that the
+        // engine posts.
+        let pinned = unsafe { Pinned::new(&self.domains, start, bytes) }?;
+        let start = start.as_ptr() as usize;
+        self.lock().push(Entry { start, bytes, pinned });
+        Ok(Adopted { registry: self.clone(), start })
+    }
+
+    /// The keys of adopted memory that holds these bytes.
+    pub(crate) fn find(&self, start: usize, bytes: usize) -> Option<Keys> {
+        let holds =
+            |entry: &&Entry| entry.start <= start && start + bytes <= entry.start + entry.bytes;
+        self.lock().iter().find(holds).map(|entry| entry.pinned.keys)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
+        // No code that holds the lock can panic half-way through a change.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Adopted {
+    fn drop(&mut self) {
+        let mut entries = self.registry.lock();
+        if let Some(at) = entries.iter().position(|entry| entry.start == self.start) {
+            let entry = entries.swap_remove(at);
+            // The kernel may take a while to let the pages go.
+            drop(entries);
+            drop(entry);
+        }
+    }
+}
+
+const PAGE: usize = 4096;

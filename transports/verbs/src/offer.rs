@@ -1,0 +1,257 @@
+//! Setting up: from devices to a link whose every connection is proven.
+//!
+//! All ranks do the same: make an [`Offer`], exchange its card, [`Offer::connect`], tell each
+//! other how that went, [`VerbsLink::prove`], and tell each other again. Packets to a queue pair
+//! that isn't connected yet would be lost, and their repetition takes a while: hence the exchange
+//! between connecting and proving.
+
+use std::sync::Arc;
+
+use unisum_link::Rank;
+use unisum_link::handshake::random;
+
+use crate::area::{Area, Layout};
+use crate::card::{Card, MTU_CODES, NUMBER_LIMIT, PeerCard, RailCard};
+use crate::completions::Completions;
+use crate::desk::Desk;
+use crate::device::{self, Port};
+use crate::domain::Domain;
+use crate::error::VerbsError;
+use crate::filter::DeviceFilter;
+use crate::lane::{Lane, REFILL, WRITES};
+use crate::link::{Rail, VerbsLink};
+use crate::memory::{Pages, Registry};
+use crate::peer::Peer;
+use crate::queue_pair::{Path, QueuePair};
+use crate::wire::RAILS_MAX;
+
+/// What a rank may set about its devices.
+#[derive(Clone, Debug)]
+pub struct VerbsConfig {
+    /// Which devices may be used; `None` means all that are not software.
+    pub devices: Option<DeviceFilter>,
+    /// Whether devices made by software may be used although they are not named.
+    pub software: bool,
+    /// Place of the address to use in the port's table; `None` chooses.
+    pub gid_index: Option<u8>,
+    /// Queue pairs for each peer on each device, 1 to 16.
+    pub pairs_per_peer: usize,
+    /// Largest packet in bytes; `None` takes what the ports agree on.
+    pub mtu: Option<usize>,
+    /// A lost packet is repeated after 4.096 µs · 2^this, 1 to 31.
+    pub timeout: u8,
+    /// How often a packet is repeated before the connection counts as broken, 0 to 7.
+    pub retries: u8,
+    /// The traffic class of packets (for RoCE the IP header's, with DSCP in its upper six bits).
+    pub traffic_class: u8,
+    /// InfiniBand's service level, 0 to 15.
+    pub service_level: u8,
+}
+
+/// Open devices with a queue pair for every peer, not connected yet.
+#[derive(Debug)]
+pub struct Offer {
+    rank: Rank,
+    world: usize,
+    config: VerbsConfig,
+    layout: Layout,
+    rails: Vec<Rail>,
+    peers: Vec<(Rank, Vec<QueuePair>)>,
+    registry: Arc<Registry>,
+    areas: Pages,
+    psn: u32,
+}
+
+impl Offer {
+    /// Opens the devices and makes what `rank` needs for `peers`.
+    ///
+    /// # Errors
+    /// [`VerbsError`] in words that name what is missing: the library, a device, an active port,
+    /// an address, memory that may be locked.
+    pub fn new(
+        rank: Rank,
+        world: usize,
+        peers: &[Rank],
+        config: VerbsConfig,
+    ) -> Result<Self, VerbsError> {
+        let layout = Layout::new(world);
+        let mut domains = Vec::new();
+        for port in chosen_ports(&config)? {
+            let gid = port.gid(config.gid_index).map_err(|why| {
+                VerbsError::Device(format!("port {} of {} {why}", port.number, port.device))
+            })?;
+            domains.push(Domain::open(port, gid)?);
+        }
+        let lanes = peers.len() * config.pairs_per_peer;
+        let entries = lanes * (layout.announcements() + REFILL + WRITES);
+        let rails: Vec<Rail> = domains
+            .iter()
+            .map(|domain| Completions::new(domain, entries).map(Rail::new))
+            .collect::<Result<_, _>>()?;
+        let queue_pairs = |&peer: &Rank| {
+            let turns = (0..config.pairs_per_peer).flat_map(|_| &rails).map(|rail| {
+                let announcements = layout.announcements() + REFILL;
+                let mut pair = QueuePair::new(&rail.completions, WRITES, announcements)?;
+                pair.expect(announcements).map_err(|code| {
+                    let error = std::io::Error::from_raw_os_error(code.abs());
+                    VerbsError::Os(format!("filling {pair}"), error)
+                })?;
+                Ok(pair)
+            });
+            Ok((peer, turns.collect::<Result<Vec<_>, VerbsError>>()?))
+        };
+        let peers = peers.iter().map(queue_pairs).collect::<Result<Vec<_>, VerbsError>>()?;
+        let areas = Pages::new(&domains, 2 * peers.len() * layout.bytes())?;
+        let random: [u8; 4] =
+            random().map_err(|error| VerbsError::Os("choosing a packet number".into(), error))?;
+        let psn = u32::from_le_bytes(random) % NUMBER_LIMIT;
+        let registry = Registry::new(domains);
+        Ok(Self { rank, world, config, layout, rails, peers, registry, areas, psn })
+    }
+
+    /// What peers have to know.
+    pub fn card(&self) -> Vec<u8> {
+        let rail = |domain: &Arc<Domain>| RailCard {
+            gid: domain.gid.raw,
+            lid: domain.attributes.lid,
+            mtu: self.mtu(domain),
+            is_ethernet: domain.port.is_ethernet,
+        };
+        let peer = |(rank, pairs): &(Rank, Vec<QueuePair>)| PeerCard {
+            rank: *rank,
+            pairs: pairs.iter().map(QueuePair::number).collect(),
+        };
+        let card = Card {
+            psn: self.psn,
+            areas: self.areas.start() as u64,
+            areas_key: self.areas.keys().remote[0],
+            rails: self.registry.domains().iter().map(rail).collect(),
+            peers: self.peers.iter().map(peer).collect(),
+        };
+        card.encode()
+    }
+
+    /// Code of the largest packet that this rank's port and settings allow.
+    fn mtu(&self, domain: &Domain) -> u8 {
+        let port = (domain.attributes.active_mtu as u8).clamp(*MTU_CODES.start(), *MTU_CODES.end());
+        let allowed = self.config.mtu.map_or(*MTU_CODES.end(), |bytes| {
+            MTU_CODES.filter(|code| mtu_bytes(*code) <= bytes).max().unwrap_or(*MTU_CODES.start())
+        });
+        port.min(allowed)
+    }
+
+    /// Connects to all peers, of whom `cards` has the cards, by rank. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// If a card makes no sense or offers nothing to this rank, or a device refuses a path.
+    pub fn connect(mut self, cards: &[Vec<u8>]) -> Result<VerbsLink, VerbsError> {
+        let mut peers = Vec::new();
+        let mut mtu = *MTU_CODES.end();
+        for (index, (peer, pairs)) in std::mem::take(&mut self.peers).into_iter().enumerate() {
+            let wrong = |why: String| VerbsError::Card(peer, why);
+            let card = Card::decode(&cards[peer]).map_err(wrong)?;
+            let Some((their_area, numbers)) = card.offer_to(self.rank) else {
+                return Err(wrong(format!("of no queue pair for rank {}", self.rank)));
+            };
+            let rails = self.rails.len().min(card.rails.len());
+            let turns = self.config.pairs_per_peer.min(numbers.len() / card.rails.len());
+            let mut lanes = Vec::new();
+            for (place, pair) in pairs.into_iter().enumerate() {
+                let (turn, rail) = (place / self.rails.len(), place % self.rails.len());
+                if turn >= turns || rail >= rails {
+                    continue;
+                }
+                let path = self
+                    .path(&card, rail, numbers[turn * card.rails.len() + rail])
+                    .map_err(wrong)?;
+                mtu = mtu.min(path.mtu);
+                pair.connect(&path)?;
+                self.rails[rail].pairs.push((pair.number(), index, lanes.len()));
+                lanes.push(Lane::new(rail, pair));
+            }
+            peers.push(Peer::new(peer, lanes, self.area(index, &card, their_area)));
+        }
+        self.rails.iter_mut().for_each(|rail| rail.pairs.sort_unstable());
+        let description = self.describe(mtu);
+        let desk = Desk::new(self.rank, self.registry);
+        VerbsLink::new(self.world, peers, desk, self.rails, self.areas, description)
+            .map_err(|error| VerbsError::Os("making an event queue".into(), error))
+    }
+
+    fn path(&self, card: &Card, rail: usize, number: u32) -> Result<Path, String> {
+        let (own, theirs) = (&self.registry.domains()[rail], card.rails[rail]);
+        if own.port.is_ethernet != theirs.is_ethernet {
+            return Err(format!(
+                "of a device that {} can't reach: one is Ethernet",
+                own.port.device
+            ));
+        }
+        Ok(Path {
+            number,
+            gid: theirs.gid,
+            lid: theirs.lid,
+            mtu: theirs.mtu.min(self.mtu(own)),
+            own_psn: self.psn,
+            peer_psn: card.psn,
+            timeout: self.config.timeout,
+            retries: self.config.retries,
+            traffic_class: self.config.traffic_class,
+            service_level: self.config.service_level,
+        })
+    }
+
+    /// The area of the peer with this index: inbound areas come first, outbound ones behind them.
+    fn area(&self, index: usize, card: &Card, their_area: usize) -> Area {
+        let (bytes, peers) = (self.layout.bytes(), self.areas.bytes() / self.layout.bytes() / 2);
+        let own = |place: usize| self.areas.start().wrapping_add(place * bytes);
+        Area {
+            layout: self.layout,
+            inbound: own(index).cast_const(),
+            outbound: own(peers + index),
+            outbound_key: self.areas.keys().local[0],
+            remote: card.areas.wrapping_add((their_area * bytes) as u64),
+            remote_key: card.areas_key,
+        }
+    }
+
+    fn describe(&self, mtu: u8) -> String {
+        let ports: Vec<String> = self
+            .registry
+            .domains()
+            .iter()
+            .map(|domain| format!("{}, GID {}", domain.port, domain.gid))
+            .collect();
+        let pairs = self.config.pairs_per_peer;
+        format!("{}; MTU {}, {pairs} queue pairs a peer", ports.join("; "), mtu_bytes(mtu))
+    }
+}
+
+fn chosen_ports(config: &VerbsConfig) -> Result<Vec<Port>, VerbsError> {
+    let ports = device::ports();
+    let mut ports = device::choose(ports, config.devices.as_ref(), config.software)?;
+    ports.truncate(RAILS_MAX);
+    Ok(ports)
+}
+
+/// Bytes of the packets that a code stands for.
+const fn mtu_bytes(code: u8) -> usize {
+    128 << code
+}
+
+/// What this host offers, a line for each port: whether libibverbs is there, and each port's
+/// firmware, address and packet size. Opens the devices.
+pub fn describe_devices() -> Vec<String> {
+    let describe = |port: Port| {
+        let text = port.to_string();
+        let found =
+            port.gid(None).map_err(VerbsError::Device).and_then(|gid| Domain::open(port, gid));
+        match found {
+            Ok(domain) => {
+                let mtu = mtu_bytes(domain.attributes.active_mtu as u8 & 7);
+                format!("{text}, GID {}, MTU {mtu}", domain.gid)
+            }
+            Err(error) => format!("{text}: {error}"),
+        }
+    };
+    device::ports().into_iter().map(describe).collect()
+}

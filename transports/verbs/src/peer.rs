@@ -1,0 +1,487 @@
+//! Transfers to and from one peer.
+//!
+//! Messages of up to [`SMALL_BYTES`] are copied into a cell here, written to the same cell there,
+//! and copied out. Larger ones are announced by their receiver, with the address where they may be
+//! written, and are then written there from where they lie. Both ends know the length of every
+//! message and so which way it goes; within each way and direction messages keep their order.
+//!
+//! Neither way waits for the other, nor one direction for the other: cells and announcements have
+//! room of their own.
+
+use std::collections::VecDeque;
+use std::io;
+
+use unisum_link::{Call, Landing, LinkError, LinkErrorKind, Rank};
+
+use crate::area::{Area, CELL_BYTES};
+use crate::desk::{Desk, Receive, Send, UnderWay};
+use crate::lane::{Carries, Lane};
+use crate::memory::Pages;
+use crate::queue_pair::Write;
+use crate::wire::{CREDITS, Kind, READY_BYTES, Ready, Word, part, parts};
+
+/// Largest message that goes through a cell.
+pub(crate) const SMALL_BYTES: usize = CELL_BYTES - Call::ENCODED;
+/// The spare byte of an encoded call, which says whether the collective is marked.
+const MARK_AT: usize = Call::ENCODED - 1;
+
+/// A peer, its connections and what is posted. Counters wrap.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pub(crate) rank: Rank,
+    pub(crate) lanes: Vec<Lane>,
+    area: Area,
+    /// Whether the link looks after it at its next progress.
+    pub(crate) is_listed: bool,
+
+    /// Small messages that wait for a cell.
+    small_out: VecDeque<Send>,
+    /// Small messages sent, the part that the peer has taken, and the part that is read.
+    sent: u32,
+    taken_there: u32,
+    reported: u32,
+
+    /// Receives that wait for a small message.
+    small_in: VecDeque<Receive>,
+    /// Lengths, with the call, of messages that lie in their cells.
+    lengths: VecDeque<usize>,
+    /// Small messages taken, and what the peer knows of that.
+    taken: u32,
+    told: u32,
+
+    /// Large messages that wait for their announcement.
+    large_out: VecDeque<Send>,
+    /// Announcements of the peer that came, and that were used.
+    heard: u32,
+    used: u32,
+
+    /// Receives that wait to be announced.
+    large_in: VecDeque<Receive>,
+    /// Announcements written down here, and those of them that are on their way.
+    announced: u32,
+    told_ready: u32,
+    /// What was announced, by its place.
+    incoming: Vec<Option<Incoming>>,
+}
+
+/// A large message that the peer may write.
+#[derive(Debug)]
+struct Incoming {
+    receive: Receive,
+    parts_left: usize,
+    /// Where it is written, if not to its place.
+    slot: Option<Pages>,
+}
+
+impl Peer {
+    pub(crate) fn new(rank: Rank, lanes: Vec<Lane>, area: Area) -> Self {
+        Self {
+            rank,
+            lanes,
+            area,
+            is_listed: false,
+            small_out: VecDeque::new(),
+            sent: 0,
+            taken_there: 0,
+            reported: 0,
+            small_in: VecDeque::new(),
+            lengths: VecDeque::new(),
+            taken: 0,
+            told: 0,
+            large_out: VecDeque::new(),
+            heard: 0,
+            used: 0,
+            large_in: VecDeque::new(),
+            announced: 0,
+            told_ready: 0,
+            incoming: (0..area.layout.readies).map(|_| None).collect(),
+        }
+    }
+
+    pub(crate) fn send(&mut self, send: Send) {
+        match send.bytes <= SMALL_BYTES {
+            true => self.small_out.push_back(send),
+            false => self.large_out.push_back(send),
+        }
+    }
+
+    pub(crate) fn receive(&mut self, receive: Receive) {
+        match receive.bytes <= SMALL_BYTES {
+            true => self.small_in.push_back(receive),
+            false => self.large_in.push_back(receive),
+        }
+    }
+
+    /// Whether something came that the next collective may be about.
+    pub(crate) fn is_ahead(&self) -> bool {
+        !self.lengths.is_empty() || self.heard != self.used
+    }
+
+    /// Whether it has to be told as soon as own writes are reported, and not only when the peer
+    /// sends something.
+    pub(crate) fn waits_for_reports(&self) -> bool {
+        !self.small_out.is_empty() || self.lanes.iter().any(Lane::has_pending)
+    }
+
+    /// Does what messages and reports have made possible, and posts it. How many writes that were.
+    ///
+    /// # Errors
+    /// If the peer's calls differ or make no sense, memory can't be had, or a connection is broken.
+    pub(crate) fn advance(&mut self, desk: &mut Desk) -> Result<usize, LinkError> {
+        self.take_small(desk)?;
+        self.send_small(desk);
+        self.send_large(desk)?;
+        self.announce(desk)?;
+        self.check_ahead(desk)?;
+        self.flush()
+    }
+
+    /// Takes note of an announcing write of the peer, of `bytes` bytes, on a connection.
+    ///
+    /// # Errors
+    /// If it makes no sense.
+    pub(crate) fn hear(
+        &mut self,
+        lane: usize,
+        word: Word,
+        bytes: usize,
+        desk: &mut Desk,
+    ) -> Result<(), LinkError> {
+        self.lanes[lane].heard();
+        if lane == 0 {
+            self.credit(word.credit)?;
+        }
+        match word.kind {
+            Kind::Small if lane == 0 => {
+                self.lengths.push_back(bytes);
+                let is_sane = self.lengths.len() <= self.area.layout.cells;
+                self.require(is_sane, "more small messages than there are cells")
+            }
+            Kind::Ready { count } if lane == 0 => {
+                self.heard = self.heard.wrapping_add(u32::from(count));
+                let open = self.heard.wrapping_sub(self.used) as usize;
+                let is_sane = open <= self.area.layout.readies;
+                self.require(is_sane, "more announcements than there are places")
+            }
+            Kind::Data { place } => {
+                desk.marked |= word.marked;
+                self.part_arrived(usize::from(place), desk)
+            }
+            Kind::Credit => Ok(()),
+            Kind::Small | Kind::Ready { .. } => {
+                self.require(false, "a message on a connection that carries only data")
+            }
+        }
+    }
+
+    /// Takes note of a reported write on a connection.
+    pub(crate) fn reported(&mut self, lane: usize, desk: &mut Desk) -> Result<(), LinkError> {
+        let finished = self.lanes[lane].reported();
+        self.require(finished.is_some(), "a report of a write that was not posted")?;
+        let finished = finished.unwrap_or_default();
+        self.reported = self.reported.wrapping_add(finished.smalls);
+        finished.large.into_iter().for_each(|number| desk.part_sent(number));
+        Ok(())
+    }
+
+    fn credit(&mut self, credit: u32) -> Result<(), LinkError> {
+        let more = credit.wrapping_sub(self.taken_there) % CREDITS;
+        let is_sane = more <= self.sent.wrapping_sub(self.taken_there);
+        self.taken_there = self.taken_there.wrapping_add(if is_sane { more } else { 0 });
+        self.require(is_sane, "credit for messages that were not sent")
+    }
+
+    fn send_small(&mut self, desk: &mut Desk) {
+        let cells = self.area.layout.cells as u32;
+        while let Some(send) = self.small_out.front() {
+            let there = self.sent.wrapping_sub(self.taken_there);
+            let unread = self.sent.wrapping_sub(self.reported);
+            if there >= cells || unread >= cells {
+                return;
+            }
+            let at = self.area.layout.cell(self.sent as usize % self.area.layout.cells);
+            let mut encoded = desk.current().encoded;
+            encoded[MARK_AT] = u8::from(desk.marked);
+            // SAFETY: the write from this cell is reported, and the array is that long.
+            unsafe { self.area.copy_out(at, encoded.as_ptr(), encoded.len()) };
+            // SAFETY: as above; the region's promise covers what is sent until it is done.
+            unsafe { self.area.copy_out(at + encoded.len(), send.from, send.bytes) };
+            let (ticket, bytes) = (send.ticket, encoded.len() + send.bytes);
+            self.small_out.pop_front();
+            self.sent = self.sent.wrapping_add(1);
+            self.push_word(Kind::Small, at, bytes, Carries::Small);
+            desk.finish(ticket);
+        }
+    }
+
+    fn take_small(&mut self, desk: &mut Desk) -> Result<(), LinkError> {
+        while let (Some(receive), Some(&length)) = (self.small_in.front(), self.lengths.front()) {
+            let at = self.area.layout.cell(self.taken as usize % self.area.layout.cells);
+            let Receive { ticket, bytes, landing, into } = *receive;
+            let (call, marked) = self.small_call(length)?;
+            self.check_call(call.as_ref(), desk)?;
+            desk.marked |= marked;
+            if length != Call::ENCODED + bytes {
+                let what = format!("a message of {length} bytes with its call, and not of {bytes}");
+                return Err(LinkError::protocol(self.rank, what));
+            }
+            let mut vessel = match landing {
+                Landing::Place => None,
+                Landing::Slot => Some(desk.take_vessel(bytes)),
+            };
+            let into = vessel.as_mut().map_or(into, |vessel| vessel.as_mut_ptr());
+            // SAFETY: the message was announced, and its cell is given back below. The place is
+            // the region's, untouched by others until the receive is done; a vessel has the room.
+            unsafe { self.area.copy_in(at + Call::ENCODED, bytes, into) };
+            self.small_in.pop_front();
+            self.lengths.pop_front();
+            self.taken = self.taken.wrapping_add(1);
+            match vessel {
+                Some(vessel) => desk.small_arrived(ticket, vessel),
+                None => desk.finish(ticket),
+            }
+        }
+        Ok(())
+    }
+
+    /// The call of the oldest small message that was not taken, and whether it is marked.
+    fn small_call(&self, length: usize) -> Result<(Option<Call>, bool), LinkError> {
+        let is_sane = (Call::ENCODED..=CELL_BYTES).contains(&length);
+        self.require(is_sane, "a small message of no possible length")?;
+        let at = self.area.layout.cell(self.taken as usize % self.area.layout.cells);
+        let mut encoded = [0; Call::ENCODED];
+        // SAFETY: the message was announced and its cell not given back; the array has the room.
+        unsafe { self.area.copy_in(at, Call::ENCODED, encoded.as_mut_ptr()) };
+        let marked = std::mem::take(&mut encoded[MARK_AT]) == 1;
+        Ok((Call::decode(&encoded), marked))
+    }
+
+    fn send_large(&mut self, desk: &mut Desk) -> Result<(), LinkError> {
+        while self.heard != self.used
+            && let Some(send) = self.large_out.pop_front()
+        {
+            let ready = self.oldest_ready();
+            self.check_call(ready.as_ref().map(|ready| &ready.call), desk)?;
+            let Some(ready) = ready.filter(|ready| ready.bytes == send.bytes as u64) else {
+                let what = format!("an announcement that is not of {} bytes", send.bytes);
+                return Err(LinkError::protocol(self.rank, what));
+            };
+            self.depart(&send, &ready, desk)?;
+            self.used = self.used.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    /// The oldest announcement that was not used; `None` if it makes no sense.
+    fn oldest_ready(&self) -> Option<Ready> {
+        let place = self.used as usize % self.area.layout.readies;
+        let mut encoded = [0; READY_BYTES];
+        let into = encoded.as_mut_ptr();
+        // SAFETY: it was told of, and the peer writes no other there before it has been used; the
+        // array has the room.
+        unsafe { self.area.copy_in(self.area.layout.ready(place), READY_BYTES, into) };
+        Ready::decode(&encoded)
+    }
+
+    fn depart(&mut self, send: &Send, ready: &Ready, desk: &mut Desk) -> Result<(), LinkError> {
+        let place = (self.used as usize % self.area.layout.readies) as u8;
+        let (keys, slot) = match desk.keys(send.from, send.bytes)? {
+            Some(keys) => (keys, None),
+            None => {
+                let slot = desk.take_slot(send.bytes)?;
+                // SAFETY: the region's promise covers what is sent until it is done; the slot has
+                // the room and is nobody else's.
+                unsafe { slot.start().copy_from_nonoverlapping(send.from, send.bytes) };
+                (slot.keys(), Some(slot))
+            }
+        };
+        let from = slot.as_ref().map_or(send.from, |slot| slot.start().cast_const());
+        let parts_left = parts(send.bytes, self.lanes.len());
+        let number = desk.depart(UnderWay { ticket: send.ticket, parts_left, slot });
+        for index in 0..parts_left {
+            let part = part(send.bytes, parts_left, index);
+            // Single parts take turns.
+            let turn = if parts_left == 1 { self.used as usize } else { index };
+            let lane = turn % self.lanes.len();
+            let rail = self.lanes[lane].rail;
+            let (kind, marked) = (Kind::Data { place }, desk.marked);
+            let word = Word { kind, marked, credit: self.credit_on(lane) };
+            let write = Write {
+                from: from.wrapping_add(part.start) as u64,
+                bytes: part.len() as u32,
+                local: keys.local[rail],
+                to: ready.address.wrapping_add(part.start as u64),
+                remote: ready.keys[rail],
+                immediate: Some(word.encode()),
+                signalled: true,
+            };
+            self.lanes[lane].push(write, Carries::Large(number));
+        }
+        Ok(())
+    }
+
+    /// Writes down announcements of posted receives, as far as there are places.
+    fn announce(&mut self, desk: &mut Desk) -> Result<(), LinkError> {
+        let places = self.area.layout.readies;
+        while self.incoming[self.announced as usize % places].is_none()
+            && let Some(receive) = self.large_in.pop_front()
+        {
+            let place = self.announced as usize % places;
+            let keys = match receive.landing {
+                Landing::Place => desk.keys(receive.into, receive.bytes)?,
+                Landing::Slot => None,
+            };
+            let (keys, slot) = match keys {
+                Some(keys) => (keys, None),
+                None => {
+                    let slot = desk.take_slot(receive.bytes)?;
+                    (slot.keys(), Some(slot))
+                }
+            };
+            let into = slot.as_ref().map_or(receive.into, Pages::start);
+            let (bytes, call) = (receive.bytes as u64, desk.current().call);
+            let ready = Ready { address: into as u64, bytes, keys: keys.remote, call };
+            let encoded = ready.encode();
+            let at = self.area.layout.ready(place);
+            // SAFETY: what was announced in this place has arrived, so that its announcement was
+            // read; the array is that long.
+            unsafe { self.area.copy_out(at, encoded.as_ptr(), READY_BYTES) };
+            let parts_left = parts(receive.bytes, self.lanes.len());
+            self.incoming[place] = Some(Incoming { receive, parts_left, slot });
+            self.announced = self.announced.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    fn part_arrived(&mut self, place: usize, desk: &mut Desk) -> Result<(), LinkError> {
+        let entry = self.incoming.get_mut(place).filter(|entry| entry.is_some());
+        let Some(entry) = entry else {
+            return self.require(false, "data for a place where nothing is awaited");
+        };
+        let last = |incoming: &mut Incoming| {
+            incoming.parts_left -= 1;
+            incoming.parts_left == 0
+        };
+        let Some(Incoming { receive, slot, .. }) = entry.take_if(last) else { return Ok(()) };
+        match (receive.landing, slot) {
+            (Landing::Slot, Some(slot)) => desk.large_arrived(receive.ticket, slot),
+            (Landing::Place, Some(slot)) => {
+                // SAFETY: the slot holds the message, and the region's promise covers the place
+                // until the receive is done.
+                unsafe { receive.into.copy_from_nonoverlapping(slot.start(), receive.bytes) };
+                desk.give_slot(slot);
+                desk.finish(receive.ticket);
+            }
+            (_, None) => desk.finish(receive.ticket),
+        }
+        Ok(())
+    }
+
+    /// Looks at what came that nothing was posted for. If it is of the running collective's number
+    /// and not of its call, nothing ever will be.
+    fn check_ahead(&self, desk: &Desk) -> Result<(), LinkError> {
+        let Some(current) = &desk.current else { return Ok(()) };
+        let mut calls = Vec::new();
+        if let Some(&length) = self.lengths.front() {
+            calls.extend(self.small_call(length)?.0);
+        }
+        if self.heard != self.used {
+            calls.extend(self.oldest_ready().map(|ready| ready.call));
+        }
+        let ours = current.call;
+        let differs = |call: &Call| call.number == ours.number && *call != ours;
+        calls.iter().find(|call| differs(call)).map_or(Ok(()), |call| self.mismatch(ours, *call))
+    }
+
+    fn check_call(&self, theirs: Option<&Call>, desk: &Desk) -> Result<(), LinkError> {
+        let ours = desk.current().call;
+        match theirs {
+            Some(theirs) if *theirs == ours => Ok(()),
+            Some(theirs) => self.mismatch(ours, *theirs),
+            None => self.require(false, "a call that this version does not know"),
+        }
+    }
+
+    fn mismatch(&self, ours: Call, theirs: Call) -> Result<(), LinkError> {
+        Err(LinkError { peer: self.rank, kind: LinkErrorKind::Mismatch { ours, theirs } })
+    }
+
+    fn require(&self, is_sane: bool, what: &str) -> Result<(), LinkError> {
+        if is_sane { Ok(()) } else { Err(LinkError::protocol(self.rank, what)) }
+    }
+
+    /// What a word on this connection tells of small messages taken: only one connection carries
+    /// credit, so that it comes in order.
+    fn credit_on(&mut self, lane: usize) -> u32 {
+        if lane > 0 {
+            return 0;
+        }
+        self.told = self.taken;
+        self.taken % CREDITS
+    }
+
+    /// Puts a write to the same place of the peer's area on the first connection.
+    fn push_word(&mut self, kind: Kind, at: usize, bytes: usize, carries: Carries) {
+        let word = Word { kind, marked: false, credit: self.credit_on(0) };
+        let write = Write {
+            from: self.area.outbound.wrapping_add(at) as u64,
+            bytes: bytes as u32,
+            local: self.area.outbound_key,
+            to: self.area.remote + at as u64,
+            remote: self.area.remote_key,
+            immediate: Some(word.encode()),
+            signalled: false,
+        };
+        self.lanes[0].push(write, carries);
+    }
+
+    /// Sends an empty word on every connection: what proves that there is a way.
+    pub(crate) fn push_probes(&mut self) {
+        let word = Word { kind: Kind::Credit, marked: false, credit: 0 };
+        for lane in &mut self.lanes {
+            let write = Write {
+                from: self.area.outbound as u64,
+                bytes: 0,
+                local: self.area.outbound_key,
+                to: self.area.remote,
+                remote: self.area.remote_key,
+                immediate: Some(word.encode()),
+                signalled: false,
+            };
+            lane.push(write, Carries::Word);
+        }
+    }
+
+    fn push_announcements(&mut self) {
+        let places = self.area.layout.readies;
+        while self.told_ready != self.announced {
+            let first = self.told_ready as usize % places;
+            let open = self.announced.wrapping_sub(self.told_ready) as usize;
+            let count = open.min(places - first);
+            self.told_ready = self.told_ready.wrapping_add(count as u32);
+            let at = self.area.layout.ready(first);
+            let kind = Kind::Ready { count: count as u8 };
+            self.push_word(kind, at, count * READY_BYTES, Carries::Word);
+        }
+    }
+
+    /// Posts everything that the queues hold, after making good for what was heard.
+    pub(crate) fn flush(&mut self) -> Result<usize, LinkError> {
+        self.push_announcements();
+        let untold = self.taken.wrapping_sub(self.told) as usize;
+        if untold >= self.area.layout.cells / 2 {
+            self.push_word(Kind::Credit, 0, 0, Carries::Word);
+        }
+        let mut posted = 0;
+        for lane in &mut self.lanes {
+            // SAFETY: cells and announcements are changed only when their writes are reported or
+            // their contents were read; slots and the region's bytes when their sends are done.
+            let flushed = lane.refill().and_then(|()| unsafe { lane.flush() });
+            posted += flushed.map_err(|code| {
+                let error = io::Error::from_raw_os_error(code.abs());
+                LinkError::os(self.rank, format!("posting to {}", lane.pair), error)
+            })?;
+        }
+        Ok(posted)
+    }
+}
