@@ -54,6 +54,13 @@ impl Error {
         Self { kind, rank: None, culprits: Vec::new(), operation: None, detail }
     }
 
+    /// The error of whoever uses a communicator in a forked child.
+    pub(crate) fn forked() -> Self {
+        let text = "this process was forked after the communicator was made: only the parent \
+                    may use it; make a communicator of its own in the child";
+        Self::new(ErrorKind::Forked, text)
+    }
+
     pub(crate) fn on(self, rank: Rank) -> Self {
         Self { rank: Some(rank), ..self }
     }

@@ -38,9 +38,28 @@ impl Communicator {
     /// # Errors
     /// As [`Communicator::run`]; [`ErrorKind::Rendezvous`] if memory or descriptors run out.
     pub fn split(&self, color: Option<u32>, key: i64) -> Result<Option<Self>, Error> {
-        let Some(member) = &self.member else {
+        if self.member.is_none() {
             return Ok(color.map(|_| Self::of_one(self.description().into())));
-        };
+        }
+        let (joined, group) = self.regroup(color, key)?;
+        let Some(group) = group else { return Ok(None) };
+        let world = group.ranks.len();
+        let rank = group.ranks.iter().position(|&rank| rank == self.rank());
+        let name = format!("group {} of {world} ranks", group.communicator);
+        Ok(Some(match (joined, rank) {
+            (Some(joined), Some(rank)) => self.group(joined, (rank, world), name),
+            _ => Self::of_one(name),
+        }))
+    }
+
+    /// Agrees on groups and makes this rank a member of its own: what [`Communicator::split`]
+    /// does, up to the links. Nothing in a world of one.
+    pub(crate) fn regroup(
+        &self,
+        color: Option<u32>,
+        key: i64,
+    ) -> Result<(Option<wiring::Member>, Option<Group>), Error> {
+        let Some(member) = &self.member else { return Ok((None, None)) };
         let core = &member.core;
         let numbers = &core.job.next_communicator;
         // Relaxed: splits of one communicator come one after another, and of several at once the
@@ -63,14 +82,7 @@ impl Communicator {
             exchange: &exchange,
         };
         let joined = parent.join(group.as_ref()).map_err(|error| error.on(self.rank()))?;
-        let Some(group) = group else { return Ok(None) };
-        let world = group.ranks.len();
-        let rank = group.ranks.iter().position(|&rank| rank == self.rank());
-        let name = format!("group {} of {world} ranks", group.communicator);
-        Ok(Some(match (joined, rank) {
-            (Some(joined), Some(rank)) => self.group(joined, (rank, world), name),
-            _ => Self::of_one(name),
-        }))
+        Ok((joined, group))
     }
 
     /// The group of these ranks, in this order: rank `ranks[i]` is number i in it. `None` on the

@@ -93,6 +93,11 @@ impl Membership {
         self.control.await_verdict(until)
     }
 
+    /// Whether one of the ranks has left the job in order.
+    pub(crate) fn has_left(&self, rank: Rank) -> bool {
+        self.control.has_left_job(self.ranks[rank])
+    }
+
     /// See [`Control::accuse`]; the report names ranks by the job's numbers.
     pub(crate) fn accuse(&self, report: Report) {
         self.control.accuse(report);

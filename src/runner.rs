@@ -6,14 +6,15 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use unisum_link::kernels::Fold;
-use unisum_link::{Backoff, Call, LinkError, LinkErrorKind, Pause, Rank, ReduceOp, Regions, fork};
+use unisum_link::{Backoff, Call, LinkError, Pause, Rank, ReduceOp, Regions, fork};
 
 use crate::choice::Choice;
 use crate::collective::Outcome;
-use crate::control::{Report, Verdict, VerdictKind};
+use crate::control::Verdict;
 use crate::engine::program::Tuning;
 use crate::engine::{Advance, Engine};
 use crate::error::Operation;
+use crate::judgement::{GRACE, from_verdict};
 use crate::membership::Membership;
 use crate::programs::{Key, Programs};
 use crate::turns::{Number, Turns};
@@ -65,10 +66,8 @@ struct Wait {
 
 /// How long a rank waits before it asks whether all ranks are in the same call.
 const STALL: Duration = Duration::from_secs(3);
-/// How long a rank waits for the coordinator's verdict before it judges by itself.
-const GRACE: Duration = Duration::from_secs(3);
 /// Longest sleep between two looks at the deadline.
-const NAP: Duration = Duration::from_secs(1);
+pub(crate) const NAP: Duration = Duration::from_secs(1);
 
 impl Runner {
     pub(crate) fn new(
@@ -93,9 +92,7 @@ impl Runner {
     /// Refuses calls that can't succeed: in a forked child, or after an error.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.is_forked() {
-            let text = "this process was forked after the communicator was made: only the parent \
-                        may use it; make a communicator of its own in the child";
-            return Err(Error::new(ErrorKind::Forked, text).on(self.rank()));
+            return Err(Error::forked().on(self.rank()));
         }
         self.failed.get().map_or(Ok(()), |error| Err(error.repeated()))
     }
@@ -139,13 +136,7 @@ impl Runner {
         }
         state.engine.abort();
         let rank = self.rank();
-        let text = format!("rank {rank}: {text}");
-        self.membership.accuse(Report { against: rank, mismatch: true, text: text.clone() });
-        let error = match self.membership.await_verdict(Instant::now() + GRACE) {
-            Some(verdict) => from_verdict(&verdict),
-            None => Error::new(ErrorKind::Mismatch, text).caused_by(vec![rank]),
-        };
-        let error = error.on(self.rank());
+        let error = self.membership.contradict(rank, format!("rank {rank}: {text}")).on(rank);
         // Turns run one at a time: nobody else sets it.
         let _ = self.failed.set(error.clone());
         error
@@ -224,7 +215,7 @@ impl Runner {
         engine.abort();
         let error = match failure {
             Failure::Verdict(verdict) => from_verdict(&verdict),
-            Failure::Link(error) => self.judge_link(error),
+            Failure::Link(error) => self.membership.judge(error),
             Failure::Deadline => self.judge_deadline(&call, waiting_for),
         };
         let operation = Operation { call: call.to_string(), step, steps };
@@ -232,24 +223,6 @@ impl Runner {
         // The engine runs one collective at a time: nobody else sets it.
         let _ = self.failed.set(error.clone());
         error
-    }
-
-    fn judge_link(&self, error: LinkError) -> Error {
-        let error = self.membership.in_job(error);
-        let is_mismatch = matches!(error.kind, LinkErrorKind::Mismatch { .. });
-        let text = error.to_string();
-        self.membership.accuse(Report {
-            against: error.peer,
-            mismatch: is_mismatch,
-            text: text.clone(),
-        });
-        match self.membership.await_verdict(Instant::now() + GRACE) {
-            Some(verdict) => from_verdict(&verdict),
-            None => {
-                let kind = if is_mismatch { ErrorKind::Mismatch } else { ErrorKind::RankLost };
-                Error::new(kind, text).caused_by(vec![error.peer])
-            }
-        }
     }
 
     fn judge_deadline(&self, call: &Call, waiting_for: Vec<Rank>) -> Error {
@@ -261,13 +234,4 @@ impl Runner {
         let text = format!("no progress within {seconds} s; waiting for ranks {waiting_for:?}");
         Error::new(ErrorKind::Timeout, text).caused_by(waiting_for)
     }
-}
-
-fn from_verdict(verdict: &Verdict) -> Error {
-    let kind = match verdict.kind {
-        VerdictKind::Mismatch | VerdictKind::OtherCall => ErrorKind::Mismatch,
-        VerdictKind::Unresponsive | VerdictKind::NotEntered => ErrorKind::Timeout,
-        _ => ErrorKind::RankLost,
-    };
-    Error::new(kind, verdict.text.clone()).caused_by(verdict.culprits.clone())
 }

@@ -234,6 +234,11 @@ impl Control {
         self.shared.verdict().cloned()
     }
 
+    /// Whether a rank has left the job in order. One load.
+    pub(crate) fn has_left_job(&self, rank: Rank) -> bool {
+        self.shared.has_left(rank)
+    }
+
     /// Blocks until there is a verdict, or until `until`.
     pub(crate) fn await_verdict(&self, until: Instant) -> Option<Verdict> {
         self.shared.await_verdict(until).cloned()

@@ -4,6 +4,7 @@
 //! same code runs under a caller's thread, a progress thread, and a simulation of many ranks.
 
 mod folding;
+mod links;
 mod memories;
 mod placement;
 pub(crate) mod program;
@@ -20,18 +21,16 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::time::Timespec;
 use unisum_link::kernels::Fold;
 use unisum_link::{
     Arrival, Call, Collective, Group, Link, LinkError, Patience, Rank, Region, Regions,
 };
 
 use folding::{Extras, Folding};
+pub(crate) use links::Links;
 use memories::Memories;
 use placement::{Memory, Move};
 use program::{Action, Exchange, Program};
-pub(crate) use scoreboard::Links;
 use scoreboard::{Bench, Scoreboard};
 use together::{GroupBench, Next, Sources};
 
@@ -138,9 +137,14 @@ impl Engine {
         &self.links.route
     }
 
+    /// The links, for who has another use for them, and how long waiting in memory pays.
+    pub(crate) fn into_links(self) -> (Links, Patience) {
+        (self.links, self.patience)
+    }
+
     /// The link that reaches a peer, for use between collectives.
     pub(crate) fn link_to(&mut self, peer: Rank) -> &mut dyn Link {
-        self.links.all[self.links.route[peer]].as_mut()
+        self.links.to(peer)
     }
 
     pub(crate) fn group(&mut self) -> Option<&mut dyn Group> {
@@ -374,49 +378,12 @@ impl Engine {
             Some(Action::Transfers(segment)) => self.scoreboard.wanted(segment),
             _ => 1,
         };
-        match self.only_busy_link() {
-            Some(link) => self.links.all[link].park(until, wanted),
-            None => self.park_on_many(until),
-        }
+        self.links.park(self.scoreboard.in_flight(), until, wanted, self.rank)
     }
 
     /// The action that the running collective is in.
     fn action(&self, running: &Running) -> Option<&Action> {
         self.program.as_ref()?.actions.get(running.action)
-    }
-
-    /// The links that have transfers under way.
-    fn busy_links(&self) -> impl Iterator<Item = usize> {
-        let in_flight = self.scoreboard.in_flight();
-        (0..in_flight.len()).filter(|&link| in_flight[link] > 0)
-    }
-
-    fn only_busy_link(&self) -> Option<usize> {
-        let mut busy = self.busy_links();
-        busy.next().filter(|_| busy.next().is_none())
-    }
-
-    fn park_on_many(&mut self, until: Instant) -> Result<(), LinkError> {
-        let busy: Vec<usize> = self.busy_links().collect();
-        let armed = busy.iter().take_while(|&&link| self.links.all[link].arm()).count();
-        let slept = if armed == busy.len() { self.poll_all(&busy, until) } else { Ok(()) };
-        for &link in &busy[..armed] {
-            self.links.all[link].disarm();
-        }
-        slept.map_err(|error| LinkError::os(self.rank, "waiting for several links", error))
-    }
-
-    fn poll_all(&self, busy: &[usize], until: Instant) -> rustix::io::Result<()> {
-        let mut descriptors: Vec<PollFd<'_>> = busy
-            .iter()
-            .map(|&link| PollFd::from_borrowed_fd(self.links.all[link].wake_fd(), PollFlags::IN))
-            .collect();
-        let left = until.saturating_duration_since(Instant::now());
-        let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 3600, tv_nsec: 0 });
-        match poll(&mut descriptors, Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(error),
-        }
     }
 
     /// How far the running collective is: (steps done, steps in all).
@@ -452,9 +419,7 @@ impl Engine {
     /// Ends everything: afterwards no link touches any region.
     pub(crate) fn abort(&mut self) {
         self.running = None;
-        for link in &mut self.links.all {
-            link.abort();
-        }
+        self.links.abort();
     }
 }
 

@@ -2,35 +2,13 @@
 
 use std::collections::VecDeque;
 
-use unisum_link::{Landing, Link, LinkError, Rank, Ticket};
+use unisum_link::{Landing, LinkError, Rank, Ticket};
 
 use super::folding::{Extras, Folding};
+use super::links::Links;
 use super::memories::Memories;
 use super::placement::Memory;
 use super::segment::{Segment, Transfer, Work};
-
-/// The links and which of them reaches each rank.
-#[derive(Debug)]
-pub(crate) struct Links {
-    pub(crate) all: Vec<Box<dyn Link>>,
-    /// By rank; this rank's own entry is unused.
-    pub(crate) route: Vec<usize>,
-}
-
-impl Links {
-    fn to(&mut self, peer: Rank) -> &mut dyn Link {
-        self.all[self.route[peer]].as_mut()
-    }
-
-    /// Marks the collective on all links.
-    pub(crate) fn mark(&mut self) {
-        self.all.iter_mut().for_each(|link| link.mark());
-    }
-
-    pub(crate) fn is_marked(&self) -> bool {
-        self.all.iter().any(|link| link.is_marked())
-    }
-}
 
 /// The state of one segment's execution. Reused, so that a steady state allocates nothing.
 #[derive(Debug, Default)]

@@ -1,10 +1,10 @@
-//! The description of one collective call, as it travels with its messages.
+//! The description of one call, as it travels with its messages.
 
 use std::fmt;
 
 use crate::{Dtype, ReduceOp};
 
-/// The collective operations unisum knows.
+/// The collective operations unisum knows, and the messages between two ranks.
 ///
 /// The discriminant is the wire code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,10 +29,12 @@ pub enum Collective {
     Scatter = 8,
     /// Nobody goes on before everybody has come.
     Barrier = 9,
+    /// No collective: what two ranks send each other apart from all others.
+    Message = 10,
 }
 
 impl Collective {
-    /// Every collective, in the order of the wire codes.
+    /// Every collective, in the order of the wire codes; messages are none.
     pub const ALL: [Self; 9] = [
         Self::AllReduce,
         Self::Reduce,
@@ -44,6 +46,10 @@ impl Collective {
         Self::Scatter,
         Self::Barrier,
     ];
+
+    fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.into_iter().chain([Self::Message]).find(|known| *known as u8 == code)
+    }
 
     /// Whether one rank has a part of its own.
     pub const fn has_root(self) -> bool {
@@ -67,6 +73,7 @@ impl Collective {
             Self::Gather => "gather",
             Self::Scatter => "scatter",
             Self::Barrier => "barrier",
+            Self::Message => "message",
         }
     }
 }
@@ -147,7 +154,7 @@ impl Call {
             communicator: half(18)?,
             root: word(20)?,
             detail: word(24)?,
-            collective: Collective::ALL.into_iter().find(|known| *known as u8 == *collective)?,
+            collective: Collective::from_code(*collective)?,
             dtype: Dtype::try_from(*dtype).ok()?,
             op: ReduceOp::try_from(*op).ok()?,
         })

@@ -22,8 +22,8 @@ pub use groups::{
 pub use memory::Memory;
 pub use pairs::{
     calls_follow_each_other, every_size_arrives, every_type_and_operation_folds_from_its_slot,
-    many_peers_at_once, messages_arrive_in_order, saturated_directions_do_not_deadlock,
-    transfers_may_be_posted_ahead,
+    many_peers_at_once, messages_arrive_in_order, retracted_receives_leave_no_trace,
+    saturated_directions_do_not_deadlock, transfers_may_be_posted_ahead,
 };
 pub use parking::{
     armed_links_signal_their_descriptor, parks_end_by_data, parks_end_by_deadline,
@@ -72,6 +72,7 @@ macro_rules! conformance_tests {
             many_peers_at_once
             transfers_may_be_posted_ahead
             calls_follow_each_other
+            retracted_receives_leave_no_trace
             mismatched_calls_name_both
             parks_end_by_deadline
             parks_end_by_wake

@@ -36,7 +36,8 @@ pub trait Wake: Send + Sync + fmt::Debug {
 /// derive them from the same plan. Nothing blocks but [`Link::park`].
 ///
 /// A link's error is final for the communicator: the engine calls [`Link::abort`] and nothing
-/// else after it.
+/// else after it. Only that a peer is gone to which nothing is sent any more, and from which the
+/// last receive was taken back ([`Link::retract`]), changes nothing for the others.
 pub trait Link: Send + fmt::Debug {
     /// Starts a collective on `regions`. All transfers of the one before it are done.
     fn begin(&mut self, call: Call, regions: Regions);
@@ -61,6 +62,13 @@ pub trait Link: Send + fmt::Debug {
         landing: Landing,
         ticket: Ticket,
     ) -> Result<(), LinkError>;
+
+    /// Takes back the last receive posted from `from`, if nothing of it has come yet: its memory
+    /// is the caller's again, its ticket never gets done, and what comes belongs to the next
+    /// receive. Otherwise `false`, as on a link that can't do this: it stays posted.
+    fn retract(&mut self, _from: Rank, _ticket: Ticket) -> bool {
+        false
+    }
 
     /// Moves what can be moved now and appends the tickets that are done.
     ///

@@ -144,6 +144,16 @@ impl Inbox {
         self.queue.push_back(incoming);
     }
 
+    /// Drops the newest queued receive if it has this ticket and nothing of it has come.
+    pub(crate) fn retract(&mut self, ticket: Ticket) -> bool {
+        let is_it = |last: &Incoming| last.ticket == ticket && last.arrived == 0;
+        let untouched = self.queue.back().is_some_and(is_it);
+        if untouched {
+            self.queue.pop_back();
+        }
+        untouched
+    }
+
     /// Drops everything.
     pub(crate) fn clear(&mut self) {
         self.queue.clear();

@@ -168,6 +168,10 @@ impl Link for ShmLink {
         Ok(())
     }
 
+    fn retract(&mut self, from: Rank, ticket: Ticket) -> bool {
+        self.pair(from).is_ok_and(|index| self.pairs[index].inbox.retract(ticket))
+    }
+
     fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError> {
         self.seen = self.bell.events();
         self.posted = false;

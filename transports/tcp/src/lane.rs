@@ -118,6 +118,16 @@ impl Lane {
         self.receives.push_back(Message { transfer, header, span, through: 0 });
     }
 
+    /// The transfer of the newest posted receive, if nothing of that has come.
+    pub(crate) fn newest_untouched(&self) -> Option<usize> {
+        self.receives.back().filter(|message| message.through == 0).map(|message| message.transfer)
+    }
+
+    /// Drops the newest posted receive.
+    pub(crate) fn retract(&mut self) {
+        self.receives.pop_back();
+    }
+
     pub(crate) fn clear(&mut self) {
         self.sends.clear();
         self.receives.clear();

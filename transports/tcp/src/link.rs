@@ -320,6 +320,20 @@ impl Link for TcpLink {
         Ok(())
     }
 
+    fn retract(&mut self, from: Rank, ticket: Ticket) -> bool {
+        // A message that was split has parts that can't all be looked at; who retracts has a small
+        // one.
+        let first = from * self.sockets();
+        let Some(index) = self.lanes[first].newest_untouched() else { return false };
+        let is_it = |transfer: &mut Transfer| transfer.ticket == ticket && transfer.parts_left == 1;
+        if self.transfers[index].take_if(is_it).is_none() {
+            return false;
+        }
+        self.lanes[first].retract();
+        self.free_transfers.push(index);
+        true
+    }
+
     fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError> {
         let before = done.len();
         self.admit_arrived()?;

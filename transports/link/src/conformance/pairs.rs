@@ -239,3 +239,31 @@ pub fn calls_follow_each_other(mesh: &Mesh) {
         }
     });
 }
+
+/// What comes after a receive was taken back belongs to the next one; a receive of which something
+/// has come stays. A link that can't take receives back says so, and they stay as well.
+pub fn retracted_receives_leave_no_trace(mesh: &Mesh) {
+    run(mesh, 2, 300, |port| {
+        let peer = 1 - port.rank;
+        port.begin(call(0, 100));
+        for round in 0..100 {
+            port.memory.write(0, &pattern(round, 100));
+            let dropped = port.receive(peer, 100..200, Landing::Place);
+            // The peer sends only after this.
+            let kept = if port.link.retract(peer, dropped) {
+                assert!(!port.link.retract(peer, dropped), "it was taken back already");
+                port.receive(peer, 200..300, Landing::Place)
+            } else {
+                dropped
+            };
+            port.meet();
+            let sent = port.send(peer, 0..100);
+            port.wait(&[kept, sent]);
+            assert!(!port.link.retract(peer, kept), "it is done");
+            let into = if kept == dropped { 100 } else { 200 };
+            assert!(port.memory.read(into, 100) == pattern(round, 100), "round {round}");
+            assert!(kept == dropped || !port.is_done(dropped));
+            port.meet();
+        }
+    });
+}

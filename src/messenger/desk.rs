@@ -1,0 +1,317 @@
+//! How threads share the office: one of those that wait drives the links, the others sleep.
+//!
+//! The driver holds the lock, also while it is parked in a link. Three things make it let go:
+//!
+//! - Its own call is done, or nothing is under way on the links. It then gives up the role and
+//!   wakes all sleepers, of which one takes it.
+//! - A thread wants to post. It counts itself in `asked`, and if the lock is taken it wakes the
+//!   links, and then blocks on the lock. The driver looks at `asked` after each advance, that is
+//!   after the last time a link may have swallowed a wake, and before each park; a wake that comes
+//!   after that look ends the park. So no wish is overlooked. The driver then waits at the
+//!   `turnstile` until everybody whom it saw asking has been in, and for no later ones: nobody
+//!   starves.
+//! - It has finished calls whose threads sleep: it lets these out in the same way.
+//!
+//! A failure closes the office. All calls under way return it, later ones that it happened.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
+use std::time::Instant;
+
+use unisum_link::{Backoff, LinkError, Pause, Rank, Wake};
+
+use super::office::{CallNumber, Failure, Office, Posted};
+use crate::judgement::from_verdict;
+use crate::membership::Membership;
+use crate::runner::NAP;
+use crate::{Error, ErrorKind};
+
+/// The office behind its lock.
+pub(super) struct Desk {
+    /// Nothing in a world of one.
+    membership: Option<Membership>,
+    wakers: Vec<Arc<dyn Wake>>,
+    state: Mutex<State>,
+    /// How many threads have ever asked to come in.
+    asked: AtomicU64,
+    /// For threads that wait for their call or for the driver's role.
+    changed: Condvar,
+    /// For the driver, while it lets others in and out.
+    turnstile: Condvar,
+}
+
+/// What the lock guards.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) office: Office,
+    /// How many threads have ever come in.
+    entered: u64,
+    is_driven: bool,
+    at_turnstile: bool,
+    sleepers: usize,
+    failed: Option<Error>,
+}
+
+type Guard<'a> = MutexGuard<'a, State>;
+
+impl Desk {
+    pub(super) fn new(
+        membership: Option<Membership>,
+        wakers: Vec<Arc<dyn Wake>>,
+        office: Office,
+    ) -> Self {
+        let state = State {
+            office,
+            entered: 0,
+            is_driven: false,
+            at_turnstile: false,
+            sleepers: 0,
+            failed: None,
+        };
+        Self {
+            membership,
+            wakers,
+            state: Mutex::new(state),
+            asked: AtomicU64::new(0),
+            changed: Condvar::new(),
+            turnstile: Condvar::new(),
+        }
+    }
+
+    /// Runs a call of so many operations, which `post` starts, until all have ended. After an
+    /// error no link touches any memory of it.
+    pub(super) fn call(
+        &self,
+        operations: usize,
+        deadline: Instant,
+        post: impl FnOnce(&mut Office, CallNumber) -> Result<(), Failure>,
+    ) -> Result<(), Error> {
+        let mut state = self.enter()?;
+        if let Some(error) = &state.failed {
+            return Err(error.repeated());
+        }
+        let call = state.office.open(operations, deadline);
+        let posted = post(&mut state.office, call);
+        // What needs nobody else is done after one look.
+        if let Err(failure) = posted.and_then(|()| state.office.advance()) {
+            self.fail(&mut state, failure);
+        }
+        self.announce(&state);
+        self.wait(state, call)
+    }
+
+    fn enter(&self) -> Result<Guard<'_>, Error> {
+        // SeqCst: pairs with the load in `let_in`; see the head of this file.
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let mut state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(_)) => return Err(self.undefined()),
+            Err(TryLockError::WouldBlock) => {
+                self.wakers.iter().for_each(|waker| waker.wake());
+                self.state.lock().map_err(|_| self.undefined())?
+            }
+        };
+        state.entered += 1;
+        if state.at_turnstile {
+            self.turnstile.notify_one();
+        }
+        Ok(state)
+    }
+
+    fn wait(&self, mut state: Guard<'_>, call: CallNumber) -> Result<(), Error> {
+        loop {
+            if state.office.is_done(call) {
+                state.office.close(call);
+                return Ok(());
+            }
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
+            if state.is_driven || !state.office.has_transfers() {
+                state = self.sleep(state, call)?;
+                continue;
+            }
+            state.is_driven = true;
+            let failure;
+            (state, failure) = self.drive(state, call)?;
+            state.is_driven = false;
+            if let Some(failure) = failure {
+                self.fail(&mut state, failure);
+            }
+            self.wake_sleepers(&state);
+        }
+    }
+
+    /// Sleeps until something about the call, or about the driver, may have changed. Without a
+    /// driver this rank waits for a thread of its own, and looks after the time itself.
+    fn sleep<'a>(&self, mut state: Guard<'a>, call: CallNumber) -> Result<Guard<'a>, Error> {
+        state.sleepers += 1;
+        state.office.falls_asleep(call);
+        (state, _) = self.changed.wait_timeout(state, NAP).map_err(|_| self.undefined())?;
+        state.sleepers -= 1;
+        state.office.wakes_up(call);
+        if state.at_turnstile {
+            self.turnstile.notify_one();
+        }
+        let looks_itself = !state.is_driven && !state.office.is_done(call);
+        if looks_itself && let Err(failure) = self.check(&state) {
+            self.fail(&mut state, failure);
+        }
+        Ok(state)
+    }
+
+    /// Drives the links until the call is done, nothing is under way, or something failed.
+    fn drive<'a>(
+        &self,
+        mut state: Guard<'a>,
+        call: CallNumber,
+    ) -> Result<(Guard<'a>, Option<Failure>), Error> {
+        let mut backoff = Backoff::new();
+        loop {
+            match state.office.advance() {
+                Ok(true) => backoff.reset(),
+                Ok(false) => {}
+                Err(failure) => return Ok((state, Some(failure))),
+            }
+            state = self.let_in(state)?;
+            let is_over = state.failed.is_some() || state.office.is_done(call);
+            if is_over || !state.office.has_transfers() {
+                return Ok((state, None));
+            }
+            if backoff.pause(state.office.patience()) == Pause::Park {
+                if let Err(failure) = self.park(&mut state) {
+                    return Ok((state, Some(failure)));
+                }
+                backoff.reset();
+            }
+        }
+    }
+
+    /// Lets in who has asked by now, and out whose call is done.
+    fn let_in<'a>(&self, mut state: Guard<'a>) -> Result<Guard<'a>, Error> {
+        // SeqCst: pairs with the addition in `enter`.
+        let asked = self.asked.load(Ordering::SeqCst);
+        while state.entered < asked || state.office.finished_asleep > 0 {
+            self.announce(&state);
+            state.at_turnstile = true;
+            (state, _) = self.turnstile.wait_timeout(state, NAP).map_err(|_| self.undefined())?;
+            state.at_turnstile = false;
+        }
+        Ok(state)
+    }
+
+    fn park(&self, state: &mut State) -> Result<(), Failure> {
+        self.check(state)?;
+        // Asked before the last look at the links: what a rank sent before it left has come then.
+        let gone = self
+            .membership
+            .as_ref()
+            .and_then(|membership| state.office.awaited().find(|&rank| membership.has_left(rank)));
+        if let Some(rank) = gone {
+            let moved = state.office.advance()?;
+            let is_awaited = state.office.awaited().any(|awaited| awaited == rank);
+            return match is_awaited && !moved {
+                true => Err(Failure::Link(LinkError::closed(rank))),
+                false => Ok(()),
+            };
+        }
+        // SeqCst: as in `let_in`.
+        if self.asked.load(Ordering::SeqCst) > state.entered {
+            return Ok(());
+        }
+        let until = Instant::now() + NAP;
+        let deadline = state.office.next_deadline().map_or(until, |(deadline, _)| deadline);
+        state.office.park(until.min(deadline))
+    }
+
+    /// Whether waiting still makes sense.
+    fn check(&self, state: &State) -> Result<(), Failure> {
+        if self.membership.as_ref().is_some_and(|membership| membership.verdict().is_some()) {
+            return Err(Failure::Verdict);
+        }
+        match state.office.next_deadline() {
+            Some((deadline, call)) if deadline <= Instant::now() => Err(Failure::Deadline(call)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Wakes those whose calls are done.
+    fn announce(&self, state: &State) {
+        if state.office.finished_asleep > 0 || state.failed.is_some() {
+            self.wake_sleepers(state);
+        }
+    }
+
+    fn wake_sleepers(&self, state: &State) {
+        if state.sleepers > 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Closes the office, and finds out why.
+    fn fail(&self, state: &mut State, failure: Failure) {
+        if state.failed.is_some() {
+            return;
+        }
+        state.office.abort();
+        let error = match (failure, &self.membership) {
+            (Failure::Link(error), Some(membership)) => membership.judge(error),
+            (Failure::Link(error), None) => Error::new(ErrorKind::Aborted, error.to_string()),
+            (Failure::Mismatch(peer, ours, theirs), membership) => {
+                let (us, them) = (self.job_rank(), self.in_job(peer));
+                let text = format!(
+                    "rank {us} receives {} bytes of {} with tag {} from rank {them}, which sent \
+                     {} bytes of {}",
+                    ours.bytes, ours.dtype, ours.tag, theirs.bytes, theirs.dtype
+                );
+                match membership {
+                    Some(membership) => membership.contradict(them, text),
+                    None => Error::new(ErrorKind::Mismatch, text).caused_by(vec![them]),
+                }
+            }
+            (Failure::Deadline(call), _) => self.overdue(state.office.oldest(call)),
+            (Failure::Verdict, membership) => {
+                let verdict = membership.as_ref().and_then(Membership::verdict);
+                let verdict = verdict.as_ref().map(from_verdict);
+                verdict.unwrap_or_else(|| unreachable!("only a verdict fails like this"))
+            }
+        };
+        state.failed = Some(error.on(self.job_rank()));
+    }
+
+    fn overdue(&self, posted: Option<&Posted>) -> Error {
+        let Some(Posted { peer, receives, envelope, .. }) = posted else {
+            return Error::new(ErrorKind::Timeout, "a call without messages is overdue");
+        };
+        let (what, way) = if *receives { ("receive", "from") } else { ("send", "to") };
+        let peer = self.in_job(*peer);
+        let text = format!(
+            "the {what} of {} bytes of {} {way} rank {peer} with tag {} is overdue",
+            envelope.bytes, envelope.dtype, envelope.tag
+        );
+        Error::new(ErrorKind::Timeout, text).caused_by(vec![peer])
+    }
+
+    /// The job's number of this rank.
+    pub(super) fn job_rank(&self) -> Rank {
+        self.membership.as_ref().map_or(0, Membership::job_rank)
+    }
+
+    fn in_job(&self, rank: Rank) -> Rank {
+        self.membership.as_ref().map_or(0, |membership| membership.ranks()[rank])
+    }
+
+    /// The error after a panic in the office, a bug after which its state is not to be trusted.
+    /// Nobody drives the links then, so that memory lent to them is not written any more.
+    fn undefined(&self) -> Error {
+        let text = "a panic in an earlier call left the messenger undefined";
+        Error::new(ErrorKind::Aborted, text).on(self.job_rank())
+    }
+}
+
+impl fmt::Debug for Desk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Desk").field("membership", &self.membership).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,404 @@
+//! All messages of a rank: the peers' protocol over the links.
+
+use std::time::Instant;
+
+use slab::Slab;
+use unisum_link::{
+    Call, Collective, Dtype, Landing, LinkError, LinkErrorKind, Patience, Rank, ReduceOp, Region,
+    Regions, Ticket,
+};
+
+use super::header::{Envelope, HEADER_BYTES, Header};
+use super::memory;
+use super::peer::{Fault, Next, Operation, Output, Peer};
+use crate::engine::Links;
+
+/// Why the office closes.
+#[derive(Debug)]
+pub(super) enum Failure {
+    Link(LinkError),
+    /// The two ends of a message from this rank differ.
+    Mismatch(Rank, Envelope, Envelope),
+    /// What the oldest operation of a call waits for did not come in time.
+    Deadline(CallNumber),
+    /// Somebody else knows: the job has a verdict.
+    Verdict,
+}
+
+/// A call's place in the office.
+pub(super) type CallNumber = usize;
+
+/// A call under way: some operations that one thread waits for.
+#[derive(Debug)]
+struct Outstanding {
+    operations: usize,
+    deadline: Instant,
+    /// Whether its thread sleeps while another drives the links.
+    asleep: bool,
+}
+
+/// A send or a receive under way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Posted {
+    pub(super) call: CallNumber,
+    pub(super) peer: Rank,
+    pub(super) receives: bool,
+    pub(super) envelope: Envelope,
+    pub(super) memory: Region,
+}
+
+/// What a ticket stands for.
+#[derive(Debug)]
+enum Transit {
+    /// A header's bytes, and the operation that ends with it.
+    HeaderOut(#[expect(dead_code, reason = "the link reads it")] Vec<u8>, Option<Operation>),
+    PayloadOut(Operation),
+    HeaderIn(Rank),
+    PayloadIn(Rank),
+}
+
+/// A peer, and what is received from it at the moment.
+#[derive(Debug)]
+struct Correspondent {
+    peer: Peer,
+    /// Operations under way.
+    pending: usize,
+    /// The receive that is posted.
+    incoming: Option<Ticket>,
+    header: Vec<u8>,
+    buffer: Vec<u8>,
+}
+
+/// All messages of this rank. Whoever holds it drives the links.
+#[derive(Debug)]
+pub(super) struct Office {
+    rank: Rank,
+    links: Links,
+    patience: Patience,
+    correspondents: Vec<Correspondent>,
+    operations: Slab<Posted>,
+    calls: Slab<Outstanding>,
+    transits: Slab<Transit>,
+    /// Tickets under way on each link.
+    in_flight: Vec<usize>,
+    /// Peers with operations under way from which no receive was posted yet.
+    unheard: Vec<Rank>,
+    done: Vec<Ticket>,
+    /// Calls that are done and whose threads sleep.
+    pub(super) finished_asleep: usize,
+}
+
+impl Office {
+    /// `patience` is for waits in memory.
+    pub(super) fn new(
+        rank: Rank,
+        world: usize,
+        communicator: u16,
+        mut links: Links,
+        patience: Patience,
+    ) -> Self {
+        // Links want to know in which call they move bytes: all messages are in one.
+        let call = Call {
+            communicator,
+            number: 0,
+            collective: Collective::Message,
+            dtype: Dtype::U8,
+            op: ReduceOp::Sum,
+            count: 0,
+            root: 0,
+            detail: 0,
+            algorithm: 0,
+        };
+        let nothing = Regions::in_place(memory::of_bytes(&mut []));
+        links.all.iter_mut().for_each(|link| link.begin(call, nothing));
+        let correspondent = |_| Correspondent {
+            peer: Peer::default(),
+            pending: 0,
+            incoming: None,
+            header: vec![0; HEADER_BYTES],
+            buffer: Vec::new(),
+        };
+        Self {
+            rank,
+            in_flight: vec![0; links.all.len()],
+            links,
+            patience,
+            correspondents: (0..world).map(correspondent).collect(),
+            operations: Slab::new(),
+            calls: Slab::new(),
+            transits: Slab::new(),
+            unheard: Vec::new(),
+            done: Vec::new(),
+            finished_asleep: 0,
+        }
+    }
+
+    /// Begins a call of so many operations.
+    pub(super) fn open(&mut self, operations: usize, deadline: Instant) -> CallNumber {
+        self.calls.insert(Outstanding { operations, deadline, asleep: false })
+    }
+
+    /// Starts an operation of a call.
+    pub(super) fn post(&mut self, posted: Posted) -> Result<(), Failure> {
+        let Posted { peer, receives, envelope, .. } = posted;
+        let operation = self.operations.insert(posted);
+        let correspondent = &mut self.correspondents[peer];
+        correspondent.pending += 1;
+        if receives {
+            let received = correspondent.peer.receive(operation, envelope);
+            received.map_err(|fault| Failure::of(peer, fault))?;
+        } else {
+            correspondent.peer.send(operation, envelope);
+        }
+        self.work_off(peer)
+    }
+
+    /// Whether all operations of a call have ended.
+    pub(super) fn is_done(&self, call: CallNumber) -> bool {
+        self.calls[call].operations == 0
+    }
+
+    /// Forgets a call that is done.
+    pub(super) fn close(&mut self, call: CallNumber) {
+        self.calls.remove(call);
+    }
+
+    /// Says that the thread of a call goes to sleep.
+    pub(super) fn falls_asleep(&mut self, call: CallNumber) {
+        self.calls[call].asleep = true;
+    }
+
+    /// The thread of a call is awake again.
+    pub(super) fn wakes_up(&mut self, call: CallNumber) {
+        self.calls[call].asleep = false;
+        self.finished_asleep -= usize::from(self.is_done(call));
+    }
+
+    /// Whether the links can bring anything.
+    pub(super) fn has_transfers(&self) -> bool {
+        !self.unheard.is_empty() || self.in_flight.iter().any(|&tickets| tickets > 0)
+    }
+
+    /// The call whose time is up first, of those that are not done.
+    pub(super) fn next_deadline(&self) -> Option<(Instant, CallNumber)> {
+        let waiting = self.calls.iter().filter(|(_, call)| call.operations > 0);
+        waiting.map(|(number, call)| (call.deadline, number)).min()
+    }
+
+    /// The oldest operation of a call.
+    pub(super) fn oldest(&self, call: CallNumber) -> Option<&Posted> {
+        self.operations.iter().map(|(_, posted)| posted).find(|posted| posted.call == call)
+    }
+
+    /// The ranks that operations wait for.
+    pub(super) fn awaited(&self) -> impl Iterator<Item = Rank> {
+        let pending = |rank: &Rank| self.correspondents[*rank].pending > 0;
+        (0..self.correspondents.len()).filter(pending)
+    }
+
+    /// Moves what can be moved now; whether anything was.
+    pub(super) fn advance(&mut self) -> Result<bool, Failure> {
+        let mut moved = false;
+        for link in 0..self.links.all.len() {
+            if self.in_flight[link] == 0 {
+                continue;
+            }
+            let mut done = std::mem::take(&mut self.done);
+            let result = self.links.all[link].progress(&mut done);
+            moved |= !done.is_empty();
+            self.in_flight[link] -= done.len();
+            let ended = done.drain(..).try_for_each(|ticket| self.ticket_done(ticket));
+            self.done = done;
+            ended?;
+            match result {
+                // It has had all that it waited for, and is gone before this rank looked up.
+                Err(error) if self.may_leave(&error) => moved = true,
+                result => result.map_err(Failure::Link)?,
+            }
+        }
+        // Only now: a short send has often ended by itself, and then nothing needs to be heard.
+        while let Some(peer) = self.unheard.pop() {
+            moved |= self.listen(peer)?;
+        }
+        Ok(moved)
+    }
+
+    /// Whether a link only says that a rank is gone which nobody waits for any more.
+    fn may_leave(&self, error: &LinkError) -> bool {
+        let correspondent = &self.correspondents[error.peer];
+        let is_idle = correspondent.pending == 0 && correspondent.incoming.is_none();
+        is_idle && error.kind == LinkErrorKind::Closed
+    }
+
+    /// How long waiting pays before it parks.
+    pub(super) fn patience(&self) -> Patience {
+        let busy = self.in_flight.iter().zip(&self.links.all).filter(|(tickets, _)| **tickets > 0);
+        busy.fold(self.patience, |patience, (_, link)| patience.min(link.patience()))
+    }
+
+    /// Sleeps until something may have moved, until woken, or until `until`.
+    pub(super) fn park(&mut self, until: Instant) -> Result<(), Failure> {
+        self.links.park(&self.in_flight, until, 1, self.rank).map_err(Failure::Link)
+    }
+
+    /// Ends everything: afterwards no link touches any memory.
+    pub(super) fn abort(&mut self) {
+        self.links.abort();
+        self.in_flight.fill(0);
+        self.unheard.clear();
+        self.transits.clear();
+    }
+
+    fn ticket_done(&mut self, Ticket(number): Ticket) -> Result<(), Failure> {
+        match self.transits.remove(number as usize) {
+            Transit::HeaderOut(_, ends) => {
+                if let Some(operation) = ends {
+                    self.ended(operation);
+                }
+                Ok(())
+            }
+            Transit::PayloadOut(operation) => {
+                self.ended(operation);
+                Ok(())
+            }
+            Transit::HeaderIn(peer) => {
+                let correspondent = &mut self.correspondents[peer];
+                correspondent.incoming = None;
+                let header = Header::decode(&correspondent.header)
+                    .ok_or_else(|| Failure::Link(LinkError::protocol(peer, "no header came")))?;
+                let next = correspondent.peer.header(header);
+                match next.map_err(|fault| Failure::of(peer, fault))? {
+                    Next::Header => {}
+                    Next::Memory(operation) => {
+                        let memory = self.operations[operation].memory;
+                        self.receive(peer, memory, Transit::PayloadIn(peer))?;
+                    }
+                    Next::Buffer(bytes) => {
+                        correspondent.buffer = vec![0; bytes];
+                        let memory = memory::of_bytes(&mut correspondent.buffer);
+                        self.receive(peer, memory, Transit::PayloadIn(peer))?;
+                    }
+                }
+                self.work_off(peer)
+            }
+            Transit::PayloadIn(peer) => {
+                let correspondent = &mut self.correspondents[peer];
+                correspondent.incoming = None;
+                correspondent.peer.payload(std::mem::take(&mut correspondent.buffer));
+                self.work_off(peer)
+            }
+        }
+    }
+
+    /// Does what a peer's protocol asks for.
+    fn work_off(&mut self, peer: Rank) -> Result<(), Failure> {
+        let mut next = Next::Header;
+        while let Some(output) = self.correspondents[peer].peer.outputs.pop_front() {
+            match output {
+                Output::Done(operation) => self.ended(operation),
+                Output::Deliver(buffer, operation) => {
+                    memory::copy(&buffer, self.operations[operation].memory);
+                    self.ended(operation);
+                }
+                output if peer == self.rank => self.turn_round(output, &mut next)?,
+                Output::Header(header, ends) => {
+                    let mut bytes = header.encode();
+                    let memory = memory::of_bytes(&mut bytes);
+                    self.send(peer, memory, Transit::HeaderOut(bytes, ends))?;
+                }
+                Output::Payload(operation) => {
+                    let memory = self.operations[operation].memory;
+                    self.send(peer, memory, Transit::PayloadOut(operation))?;
+                }
+            }
+        }
+        self.hear(peer);
+        Ok(())
+    }
+
+    /// Gives what this rank sends to itself back to it. `next` is what its last header announced.
+    fn turn_round(&mut self, output: Output, next: &mut Next) -> Result<(), Failure> {
+        let peer = &mut self.correspondents[self.rank].peer;
+        match output {
+            Output::Header(header, ends) => {
+                *next = peer.header(header).map_err(|fault| Failure::of(self.rank, fault))?;
+                if let Some(operation) = ends {
+                    self.ended(operation);
+                }
+            }
+            Output::Payload(operation) => {
+                let mut bytes = memory::to_vec(self.operations[operation].memory);
+                if let Next::Memory(receive) = *next {
+                    memory::copy(&bytes, self.operations[receive].memory);
+                    bytes.clear();
+                }
+                peer.payload(bytes);
+                self.ended(operation);
+            }
+            Output::Deliver(..) | Output::Done(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Sees to it that headers of a peer are received while operations with it are under way, and
+    /// only then: a peer that nobody waits for may leave.
+    fn hear(&mut self, peer: Rank) {
+        let Correspondent { pending, incoming, .. } = self.correspondents[peer];
+        match incoming {
+            _ if peer == self.rank => {}
+            None if pending > 0 && self.unheard.last() != Some(&peer) => self.unheard.push(peer),
+            Some(ticket @ Ticket(number)) if pending == 0 => {
+                let is_header = matches!(self.transits[number as usize], Transit::HeaderIn(_));
+                if is_header && self.links.to(peer).retract(peer, ticket) {
+                    self.transits.remove(number as usize);
+                    self.in_flight[self.links.route[peer]] -= 1;
+                    self.correspondents[peer].incoming = None;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Posts the receive of a peer's next header, if one is wanted.
+    fn listen(&mut self, peer: Rank) -> Result<bool, Failure> {
+        let correspondent = &mut self.correspondents[peer];
+        if correspondent.pending == 0 || correspondent.incoming.is_some() {
+            return Ok(false);
+        }
+        let memory = memory::of_bytes(&mut correspondent.header);
+        self.receive(peer, memory, Transit::HeaderIn(peer))?;
+        Ok(true)
+    }
+
+    fn send(&mut self, to: Rank, memory: Region, transit: Transit) -> Result<(), Failure> {
+        let ticket = Ticket(self.transits.insert(transit) as u64);
+        self.in_flight[self.links.route[to]] += 1;
+        self.links.to(to).send(to, memory, ticket).map_err(Failure::Link)
+    }
+
+    fn receive(&mut self, from: Rank, memory: Region, transit: Transit) -> Result<(), Failure> {
+        let ticket = Ticket(self.transits.insert(transit) as u64);
+        self.in_flight[self.links.route[from]] += 1;
+        self.correspondents[from].incoming = Some(ticket);
+        let link = self.links.to(from);
+        link.receive(from, memory, Landing::Place, ticket).map_err(Failure::Link)
+    }
+
+    fn ended(&mut self, operation: Operation) {
+        let Posted { call, peer, .. } = self.operations.remove(operation);
+        self.correspondents[peer].pending -= 1;
+        let call = &mut self.calls[call];
+        call.operations -= 1;
+        self.finished_asleep += usize::from(call.operations == 0 && call.asleep);
+        self.hear(peer);
+    }
+}
+
+impl Failure {
+    fn of(peer: Rank, fault: Fault) -> Self {
+        match fault {
+            Fault::Mismatch { ours, theirs } => Self::Mismatch(peer, ours, theirs),
+            Fault::Protocol(what) => Self::Link(LinkError::protocol(peer, what)),
+        }
+    }
+}
