@@ -48,7 +48,6 @@ impl Membership {
     }
 
     /// The job's numbers of the ranks.
-    #[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "for connections"))]
     pub(crate) const fn ranks(&self) -> &Arc<[Rank]> {
         &self.ranks
     }

@@ -11,7 +11,7 @@ pub(crate) type DeviceFilter = String;
 
 /// Settings of the verbs transport.
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(not(feature = "verbs"), expect(dead_code, reason = "only the transport reads them"))]
+#[cfg_attr(not(feature = "verbs"), allow(dead_code, reason = "only the transport reads them"))]
 pub(crate) struct VerbsSettings {
     /// Whether RDMA devices may be used where the transport is chosen automatically.
     pub(crate) allowed: bool,

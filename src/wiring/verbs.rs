@@ -30,6 +30,7 @@ struct Refusal {
 pub(super) struct Asking<'a> {
     pub(super) rank: Rank,
     /// The ranks to reach.
+    #[cfg_attr(not(feature = "verbs"), expect(dead_code, reason = "nobody is reached"))]
     pub(super) others: &'a [Rank],
     pub(super) topology: &'a Topology,
     pub(super) settings: &'a Settings,
