@@ -29,7 +29,6 @@ fn world(ranks: usize, transport: &str) -> World {
 }
 
 #[test]
-#[ignore = "random seeds: run by hand until what it found is worked off"]
 fn sequences_are_right_on_tcp() {
     let seed = sequence::seed();
     for (ranks, bursts, most) in WORLDS {
@@ -38,7 +37,6 @@ fn sequences_are_right_on_tcp() {
 }
 
 #[test]
-#[ignore = "random seeds: run by hand until what it found is worked off"]
 fn sequences_are_right_on_shared_memory() {
     let seed = sequence::seed();
     for (ranks, bursts, most) in WORLDS {
@@ -48,7 +46,6 @@ fn sequences_are_right_on_shared_memory() {
 
 /// Small slices make long pipelines of small messages.
 #[test]
-#[ignore = "random seeds: run by hand until what it found is worked off"]
 fn sequences_are_right_in_small_slices() {
     let seed = sequence::seed();
     for (ranks, transport) in [(3, "tcp"), (4, "shm"), (6, "tcp"), (6, "shm")] {
@@ -61,7 +58,6 @@ fn sequences_are_right_in_small_slices() {
 
 /// Private memory then goes over the ranks' benches.
 #[test]
-#[ignore = "random seeds: run by hand until what it found is worked off"]
 fn sequences_are_right_where_ranks_may_not_read_each_other() {
     let seed = sequence::seed();
     for ranks in [2, 5] {

@@ -3,6 +3,7 @@
 //! A collective is started and then advanced until it is done. Advancing never blocks, so the
 //! same code runs under a caller's thread, a progress thread, and a simulation of many ranks.
 
+mod first;
 mod folding;
 mod links;
 mod memories;

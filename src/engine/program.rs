@@ -99,11 +99,12 @@ impl Program {
     pub(crate) fn build(source: &Source<'_>) -> Self {
         let mut puller = Puller::new(source);
         let items = source.items(source.rank, &puller);
-        let scales_folds = source.scales && source.folds_inputs(&items);
+        let scales_folds = source.scales && puller.first.takes_all;
         let renames_all = source.scales && !scales_folds;
         let steps = items.iter().flat_map(Item::steps);
         let placement = Placement::new(source.shape, source.rank, steps, renames_all);
-        let mut builder = Builder { source, actions: Vec::new(), scales: scales_folds };
+        let divides = source.average && puller.first.is_only;
+        let mut builder = Builder { source, actions: Vec::new(), scales: scales_folds, divides };
         builder.copy(&placement.first, renames_all);
         let mut located = &placement.located[..];
         for item in &items {
@@ -182,7 +183,7 @@ impl Source<'_> {
 
 impl Source<'_> {
     /// Whether the step is one that exactly the members of the group take together.
-    fn is_group_step(&self, step: &Step, rank: Rank) -> bool {
+    pub(super) fn is_group_step(&self, step: &Step, rank: Rank) -> bool {
         let Some(group) = self.group else { return false };
         step.is_marked() && step.members(rank, &self.shape.topology) == group.members
     }
@@ -190,12 +191,6 @@ impl Source<'_> {
     pub(super) fn group_is_world(&self) -> bool {
         let members = self.group.map_or(0, |group| group.members.len());
         members == self.shape.world()
-    }
-
-    /// Whether all inputs are operands of one fold and of nothing else.
-    pub(super) fn folds_inputs(&self, items: &[Item]) -> bool {
-        let is_group = |item: &Item| matches!(item, Item::Group(..));
-        self.group_is_world() && !items.is_empty() && items.iter().all(is_group)
     }
 
     fn overlay(&self) -> Overlay {
@@ -216,6 +211,8 @@ struct Builder<'a> {
     actions: Vec<Action>,
     /// Whether the first fold multiplies its operands by the factor.
     scales: bool,
+    /// Whether the first fold is the only one and divides its results.
+    divides: bool,
 }
 
 impl Builder<'_> {
@@ -225,16 +222,13 @@ impl Builder<'_> {
     }
 
     fn pull(&mut self, pull: Pull) {
-        // A fold over the group completes an average where the group is the world; elsewhere the
-        // division follows at the end, alike on all ranks.
-        let divides = self.source.average && self.source.group_is_world();
+        let divides = std::mem::take(&mut self.divides);
         let (enters, scales) = (self.enters(), std::mem::take(&mut self.scales));
         self.actions.push(Action::Pull(Pull { enters, divides, scales, ..pull }));
     }
 
     fn exchange(&mut self, step: &Step) {
         let folds = step.pattern == Pattern::ReduceScatter;
-        let divides = self.source.average && self.source.group_is_world();
         if let Some(Action::Exchange(exchange)) = self.actions.last_mut()
             && self.source.group_is_world()
             && !folds
@@ -243,12 +237,12 @@ impl Builder<'_> {
             // The slices that were just folded are handed on while they are in cache. All members
             // have to see this alike: where there are other nodes, a member may have nothing to
             // do with them, but others have.
-            (exchange.gathers, exchange.divides) = (true, divides);
+            exchange.gathers = true;
             return;
         }
         let (enters, scales) = (self.enters(), folds && std::mem::take(&mut self.scales));
         let (slices, gathers) = (self.slices(step, folds), !folds);
-        let divides = false;
+        let divides = folds && std::mem::take(&mut self.divides);
         self.actions.push(Action::Exchange(Exchange {
             slices,
             enters,

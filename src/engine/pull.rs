@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use unisum_algorithms::{Collective, OnArrival, PairCounts, Pattern, Rank, Space, Step};
 
+use super::first::FirstFold;
 use super::folding::Extras;
 use super::placement::{Located, Memory, Place, Placement};
 use super::program::{Item, Source};
@@ -61,6 +62,7 @@ pub(crate) struct Origin {
 /// Builds the pulls of one program: knows the plans of the other members.
 pub(super) struct Puller<'a> {
     source: &'a Source<'a>,
+    pub(super) first: FirstFold,
     plans: HashMap<Rank, Plan>,
 }
 
@@ -83,36 +85,15 @@ impl Plan {
 
 impl<'a> Puller<'a> {
     pub(super) fn new(source: &'a Source<'a>) -> Self {
-        Self { source, plans: HashMap::new() }
+        Self { source, first: FirstFold::of(source), plans: HashMap::new() }
     }
 
-    /// Whether the group can take the step of a round together: all members can tell where the
-    /// others have what they send.
+    /// Whether the group takes the step of a round together.
     pub(super) fn can_run(&self, step: &Step, round: usize) -> bool {
-        let Source { shape, group, .. } = self.source;
-        let is_first = round == 0;
-        if self.source.scales && !self.source.group_is_world() {
-            // The factor is applied before the first step: the inputs are not what is folded.
-            return false;
-        }
-        let all_want_all = matches!(
-            shape.collective,
-            Collective::AllReduce | Collective::Broadcast { .. } | Collective::AllGather
-        );
-        match step.pattern {
-            Pattern::Pairs | Pattern::Wall => false,
-            Pattern::OneShot => {
-                let bytes = shape.elements() * self.source.element_bytes;
-                is_first && group.is_some_and(|group| bytes <= group.slot_bytes)
-            }
-            Pattern::ReduceScatter => is_first,
-            Pattern::AllGather => true,
-            Pattern::Direct(_) => {
-                let known = !matches!(shape.space, Space::Pairs(PairCounts::Own { .. }));
-                let moved = self.source.scales && !self.is_only_round();
-                known && !moved && (is_first || all_want_all)
-            }
-        }
+        // Inputs that are multiplied first lie in scratch memory, where only their rank has them.
+        let is_moved = self.source.scales && !self.first.takes_all;
+        let reads_inputs = step.pattern != Pattern::AllGather;
+        is_possible(self.source, step, round) && !(is_moved && reads_inputs)
     }
 
     /// The pull of `step`, which this rank takes in a round, its transfers at `located`.
@@ -181,7 +162,7 @@ impl<'a> Puller<'a> {
         if !self.plans.contains_key(&member) {
             let items = self.source.items(member, self);
             let steps = items.iter().flat_map(Item::steps);
-            let renames_all = self.source.scales && !self.source.folds_inputs(&items);
+            let renames_all = self.source.scales && !self.first.takes_all;
             let placement = Placement::new(self.source.shape, member, steps, renames_all);
             self.plans.insert(member, Plan { items, placement });
         }
@@ -200,6 +181,30 @@ impl<'a> Puller<'a> {
             group.is_some_and(|group| elements * element_bytes <= group.slot_bytes)
         };
         self.source.group_is_world() && (0..shape.world()).all(fits)
+    }
+}
+
+/// Whether a group could take the step of a round together: all members can tell where the others
+/// have what they send.
+pub(super) fn is_possible(source: &Source<'_>, step: &Step, round: usize) -> bool {
+    let Source { shape, group, .. } = source;
+    let is_first = round == 0;
+    let all_want_all = matches!(
+        shape.collective,
+        Collective::AllReduce | Collective::Broadcast { .. } | Collective::AllGather
+    );
+    match step.pattern {
+        Pattern::Pairs | Pattern::Wall => false,
+        Pattern::OneShot => {
+            let bytes = shape.elements() * source.element_bytes;
+            is_first && group.is_some_and(|group| bytes <= group.slot_bytes)
+        }
+        Pattern::ReduceScatter => is_first,
+        Pattern::AllGather => true,
+        Pattern::Direct(_) => {
+            let known = !matches!(shape.space, Space::Pairs(PairCounts::Own { .. }));
+            known && (is_first || all_want_all)
+        }
     }
 }
 
