@@ -160,8 +160,9 @@ impl Reduction {
     /// an all-reduce; a reduce-scatter tells each rank of its own block. Of others nothing is told.
     #[must_use]
     pub const fn watched(mut self) -> Self {
-        self.fold.watch =
-            matches!(self.fold.op, ReduceOp::Sum | ReduceOp::Product | ReduceOp::Average);
+        // What a function of the program makes of an infinity need not be one.
+        self.fold.watch = self.fold.custom.is_none()
+            && matches!(self.fold.op, ReduceOp::Sum | ReduceOp::Product | ReduceOp::Average);
         self
     }
 

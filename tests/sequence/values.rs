@@ -28,7 +28,11 @@ impl How {
     /// Whether results are watched for infinities and NaNs if that is asked for.
     pub(crate) fn is_watchable(self) -> bool {
         let told = [ReduceOp::Sum, ReduceOp::Product, ReduceOp::Average];
-        !matches!(self, Self::Plain(op) if !told.contains(&op))
+        match self {
+            Self::Plain(op) => told.contains(&op),
+            Self::Scaled(_) => true,
+            Self::Commuting | Self::Ordered => false,
+        }
     }
 }
 
