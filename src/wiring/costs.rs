@@ -28,6 +28,8 @@ pub(super) struct Costs {
     pub(super) cores: f64,
     /// All-reduces of the group that is the whole world: one-shot and two-shot.
     group: Option<[Line; 2]>,
+    /// Whether any ranks take group steps; also on a rank that shares memory with nobody.
+    has_groups: bool,
 }
 
 /// Whose costs are measured.
@@ -54,6 +56,7 @@ pub(super) fn agree(
     let Site { rank, members, arena, .. } = site;
     let pairs =
         control.exchange(first_partners(rank, members, engine)).map_err(rendezvous_error)?;
+    let has_groups = pairs.iter().any(|told| told.last() == Some(&1));
     let mut measured = [None; 2];
     for (kind, partner) in partners(&pairs[0]).into_iter().enumerate() {
         let Some(partner) = partner else { continue };
@@ -64,7 +67,8 @@ pub(super) fn agree(
     }
     let group = measure_group(engine, site)?;
     let blobs = control.exchange(encode(rank, &measured, group)).map_err(rendezvous_error)?;
-    decode(&blobs[0]).ok_or_else(|| {
+    let costs = decode(&blobs[0]).map(|costs| Costs { has_groups, ..costs });
+    costs.ok_or_else(|| {
         let text = "rank 0 told no costs that this version understands";
         Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![0])
     })
@@ -135,8 +139,9 @@ fn measuring_failed(error: &LinkError) -> Error {
     Error::new(ErrorKind::Rendezvous, text).caused_by(vec![error.peer])
 }
 
-/// Rank 0 names its partners: one that shares its memory and one that does not (or itself).
-fn first_partners(rank: Rank, members: &[Rank], engine: &Engine) -> Vec<u8> {
+/// Rank 0 names its partners: one that shares its memory and one that does not (or itself). Every
+/// rank tells whether it has a group.
+fn first_partners(rank: Rank, members: &[Rank], engine: &mut Engine) -> Vec<u8> {
     let world = engine.route().len();
     let sharing = members.iter().copied().find(|&peer| peer != rank);
     let apart = (0..world).find(|peer| !members.contains(peer));
@@ -144,6 +149,7 @@ fn first_partners(rank: Rank, members: &[Rank], engine: &Engine) -> Vec<u8> {
     for partner in [sharing, apart] {
         bytes.put_u32_le(partner.unwrap_or(rank) as u32);
     }
+    bytes.put_u8(u8::from(engine.group().is_some()));
     bytes
 }
 
@@ -189,7 +195,7 @@ pub(super) fn decode(mut bytes: &[u8]) -> Option<Costs> {
     let (gamma_s_per_byte, cores) = (next()?, next()?);
     let mut line = || Some(Line { start_s: next()?, s_per_byte: next()? });
     let group = line().and_then(|one_shot| Some([one_shot, line()?]));
-    Some(Costs { inside, across, gamma_s_per_byte, cores, group })
+    Some(Costs { inside, across, gamma_s_per_byte, cores, group, has_groups: false })
 }
 
 /// The cores that this process may use.
@@ -229,7 +235,6 @@ impl Costs {
             .max()
             .unwrap_or(1);
         let ranks_per_core = largest_node as f64 / self.cores;
-        let shares = engine.group().is_some();
         let node =
             engine.group().filter(|group| group.members().len() == world).and_then(|group| {
                 let [one_shot, two_shot] = self.group?;
@@ -260,7 +265,7 @@ impl Costs {
             ranks_per_core,
             slice_elements: tuning.slice_bytes / 4,
             window: tuning.window,
-            group_steps: shares,
+            group_steps: self.has_groups,
             ..CostModel::default()
         };
         Choice::new(topology, model, node, fixed)
