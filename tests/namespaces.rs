@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
 
+mod sequence;
 mod support;
 
 use std::process::Command;
@@ -15,7 +16,11 @@ use unisum::{Collective, Communicator, ReduceOp};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("sums", sums), ("lose_a_host", lose_a_host)]);
+    support::run_if_rank(&[
+        ("sums", sums),
+        ("lose_a_host", lose_a_host),
+        ("sequence", sequence::run_sequence),
+    ]);
 }
 
 const LIMIT: Duration = Duration::from_secs(100);
@@ -107,6 +112,20 @@ fn ranks_placed_in_turn_on_the_hosts_are_grouped_by_host() {
     let told =
         world(5, "sums", "tcp://10.77.0.1:7001").through(|rank| inside(rank % 2)).succeed(LIMIT);
     assert!(told.iter().all(|told| told[0] == "shm+tcp"), "{told:?}");
+}
+
+/// Hierarchical plans of all collectives, uneven, and with ranks that take turns on the hosts.
+#[test]
+fn sequences_are_right_on_several_hosts() {
+    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(_hosts) = Hosts::new(3) else { return };
+    let seed = sequence::seed();
+    let uneven = |rank: usize| inside([0, 0, 1, 1, 1, 2][rank]);
+    let in_turn = |rank: usize| inside(rank % 2);
+    for (ranks, through) in [(6, uneven as fn(usize) -> Vec<String>), (5, in_turn), (8, in_turn)] {
+        let world = world(ranks, "sequence", "tcp://10.77.0.1:7001").through(through);
+        sequence::check(&world, seed + ranks as u64, 40, 30_000);
+    }
 }
 
 fn sums() {
