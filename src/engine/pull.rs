@@ -18,8 +18,8 @@ pub(crate) struct Pull {
     pub(crate) deposits: bool,
     /// Whether the group is entered first: the members tell where their regions are.
     pub(crate) enters: bool,
-    /// Whether it is the first action, so that everything is taken from inputs.
-    pub(crate) is_first: bool,
+    /// Whether all members take everything from inputs.
+    pub(crate) from_inputs: bool,
     pub(crate) takes: Vec<Take>,
     /// What others take of this rank, one for each lane.
     pub(crate) lanes: Vec<(Place, usize)>,
@@ -102,7 +102,7 @@ impl<'a> Puller<'a> {
         let size = self.source.element_bytes;
         let (outgoing, incoming) = located.split_at(step.outgoing.len());
         let deposits = self.is_only_round() && self.all_deposit();
-        let mut pull = Pull { deposits, is_first: round == 0, ..Pull::default() };
+        let mut pull = Pull { deposits, ..Pull::default() };
         for (arrival, located) in step.incoming.iter().zip(incoming) {
             let Some(writes) = located.writes else { continue };
             let folds = arrival.on_arrival == OnArrival::Reduce;
@@ -128,6 +128,9 @@ impl<'a> Puller<'a> {
             });
             pull.lanes = places.collect();
             let members = self.source.group.map_or(&[][..], |group| group.members);
+            // What a later step sends together may have been copied to the output by now.
+            let moves_none = |member: &Rank| self.plan(*member).placement.first.is_empty();
+            pull.from_inputs = round == 0 && members.iter().all(moves_none);
             for &member in members {
                 let of_member: Vec<usize> =
                     lanes(self.step(round, member)).map(|(_, elements)| elements.len()).collect();
@@ -215,4 +218,53 @@ fn lanes(step: &Step) -> impl Iterator<Item = (usize, &Range<usize>)> {
         !elements.is_empty() && step.outgoing[..at].iter().all(|out| out.elements != *elements)
     };
     sent.filter(move |(at, elements)| is_new(*at, elements))
+}
+
+#[cfg(test)]
+mod tests {
+    use unisum_algorithms::{Shape, Topology, algorithms};
+
+    use super::*;
+    use crate::engine::program::{Action, GroupShape, Program, Tuning};
+
+    /// Members decide alike how they take, by where all of them have what is taken.
+    #[test]
+    fn who_takes_from_inputs_only_finds_everything_there() {
+        let lengths = [[801; 6], [3, 0, 40, 1, 7, 0]];
+        for (algorithm, lengths) in algorithms(Collective::AllGather)
+            .iter()
+            .flat_map(|algorithm| lengths.iter().map(move |lengths| (algorithm, lengths)))
+        {
+            let topology = Topology::nodes(&[2, 3, 1]);
+            let shape = Shape::blocks(topology, Collective::AllGather, lengths);
+            let pulls = [2, 3, 4].map(|rank| {
+                pulls(&Source {
+                    algorithm: *algorithm,
+                    shape: &shape,
+                    rank,
+                    element_bytes: 4,
+                    average: false,
+                    scales: false,
+                    in_place: false,
+                    tuning: Tuning { slice_bytes: 256 << 10, window: 4 },
+                    group: Some(GroupShape { members: &[2, 3, 4], slot_bytes: 0 }),
+                })
+            });
+            for pull in pulls.iter().flatten().filter(|pull| pull.from_inputs) {
+                let sources = pull.takes.iter().flat_map(|take| &take.sources);
+                let name = algorithm.name();
+                assert!(sources.clone().all(|it| it.place.memory == Memory::Input), "{name}");
+            }
+            let alike = |pull: &Pull| (pull.from_inputs, pull.longest, pull.lanes_max);
+            let [first, others @ ..] =
+                pulls.map(|pulls| pulls.iter().map(alike).collect::<Vec<_>>());
+            assert!(others.iter().all(|other| *other == first), "{}", algorithm.name());
+        }
+    }
+
+    fn pulls(source: &Source<'_>) -> Vec<Pull> {
+        let actions = Program::build(source).actions.into_iter();
+        let pull = |action| if let Action::Pull(pull) = action { Some(pull) } else { None };
+        actions.filter_map(pull).collect()
+    }
 }

@@ -54,8 +54,8 @@ impl GroupBench<'_> {
 
     /// Whether all members read all that is sent where it lies.
     fn is_mapped(&self, pull: &Pull) -> bool {
-        // Only the first action of a program finds everything in the inputs.
-        let parts = if pull.is_first { &[Part::Input][..] } else { &[Part::Input, Part::Output] };
+        let parts =
+            if pull.from_inputs { &[Part::Input][..] } else { &[Part::Input, Part::Output] };
         parts.iter().all(|&part| self.group.registered(part))
     }
 
