@@ -48,6 +48,10 @@ fn sum(world: usize, at: usize) -> i64 {
     (0..world).map(|rank| input(rank, at)).sum()
 }
 
+fn average(world: usize, at: usize) -> i64 {
+    sum(world, at) / world as i64
+}
+
 fn cases(root: usize) -> Vec<Case> {
     let case = |collective, lengths, result| Case { collective, lengths, result };
     vec![
@@ -75,6 +79,21 @@ fn cases(root: usize) -> Vec<Case> {
             Collective::reduce_scatter(ReduceOp::Sum),
             |world, _, _, count| (world * count, count),
             |world, rank, _, count, at| sum(world, rank * count + at),
+        ),
+        case(
+            Collective::all_reduce(ReduceOp::Average),
+            |_, _, _, count| (count, count),
+            |world, _, _, _, at| average(world, at),
+        ),
+        case(
+            Collective::reduce(ReduceOp::Average, root),
+            |_, rank, root, count| (count, if rank == root { count } else { 0 }),
+            |world, _, _, _, at| average(world, at),
+        ),
+        case(
+            Collective::reduce_scatter(ReduceOp::Average),
+            |world, _, _, count| (world * count, count),
+            |world, rank, _, count, at| average(world, rank * count + at),
         ),
         case(
             Collective::all_to_all(),
