@@ -14,7 +14,7 @@ pub(crate) fn run<T: Element>(collective: &Collective, buffers: Buffers<'_, T>) 
             output
         }
     };
-    let fold = collective.reduction().fold(T::DTYPE);
+    let fold = collective.fold(T::DTYPE);
     let folds = fold.watch || fold.factor.is_some();
     if !collective.kind().reduces() || data.is_empty() || !folds {
         return Outcome::default();

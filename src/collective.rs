@@ -321,6 +321,13 @@ enum Extent {
 }
 
 impl Collective {
+    /// How elements of type `dtype` are folded.
+    pub(crate) fn fold(&self, dtype: Dtype) -> Fold {
+        let fold = self.reduction.fold(dtype);
+        // What passes through others to a root is folded where nobody tells the root of it.
+        Fold { watch: fold.watch && self.kind != Kind::Reduce, ..fold }
+    }
+
     /// Checks what all ranks give alike.
     ///
     /// # Errors
@@ -345,6 +352,14 @@ impl Collective {
             }
             Counts::Pairs(sends, receives) if (sends.len(), receives.len()) != (world, world) => {
                 refuse(format!("{} and {} counts were given", sends.len(), receives.len()))
+            }
+            Counts::Blocks(counts) if !fit_memory(counts, dtype) => {
+                refuse("the counts are more elements than memory can hold".into())
+            }
+            Counts::Pairs(sends, receives)
+                if !fit_memory(sends, dtype) || !fit_memory(receives, dtype) =>
+            {
+                refuse("the counts are more elements than memory can hold".into())
             }
             _ => Ok(()),
         }
@@ -375,6 +390,14 @@ impl Collective {
         let (puts, gets) = self.extents(rank);
         let named = |text| format!("{} of {dtype} on {world} ranks: {text}", self.kind);
         let blocks = self.blocks(world, lengths, puts, gets).map_err(named)?;
+        if let Blocks::Pairs(sends, receives) = &blocks
+            && sends[rank] != receives[rank]
+        {
+            let (sent, received) = (sends[rank], receives[rank]);
+            return Err(named(format!(
+                "it sends itself {sent} elements and receives {received} from itself"
+            )));
+        }
         let own = blocks.own(rank);
         let len = |extent, receives| match extent {
             Extent::Nothing => 0,
@@ -447,6 +470,13 @@ impl Collective {
             false => Err(format!("{len} elements can't be divided into {world} blocks")),
         }
     }
+}
+
+/// Whether a buffer could hold so many elements in all.
+fn fit_memory(counts: &[usize], dtype: Dtype) -> bool {
+    let total = counts.iter().try_fold(0_usize, |total, &count| total.checked_add(count));
+    let bytes = total.and_then(|total| total.checked_mul(dtype.bytes()));
+    bytes.is_some_and(|bytes| isize::try_from(bytes).is_ok())
 }
 
 fn check_lengths(

@@ -72,9 +72,7 @@ impl Core {
             Ok(extents) => extents,
             Err(text) => return Err(self.runner.refuse(turn, &text)),
         };
-        let mut fold = collective.reduction().fold(T::DTYPE);
-        // What passes through others to a root is folded where nobody tells the root of it.
-        fold.watch &= collective.kind() != Kind::Reduce;
+        let mut fold = collective.fold(T::DTYPE);
         let is_empty = extents.blocks == Blocks::Even(0);
         let mut spare = Spare::default();
         let regions = if is_empty {

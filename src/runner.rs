@@ -150,6 +150,10 @@ impl Runner {
         if let Some(factor) = fold.factor {
             detail ^= (factor.to_bits() ^ (factor.to_bits() >> 32)) as u32;
         }
+        if let Some(custom) = fold.custom {
+            // Which function it is can't be compared between processes; that it is one, can.
+            detail ^= if custom.is_commutative() { 0xf0f0_0f0f } else { 0x0f0f_f0f0 };
+        }
         let call = Call {
             communicator: self.membership.communicator(),
             number: *next_number,

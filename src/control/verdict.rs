@@ -111,10 +111,14 @@ pub(crate) struct Report {
 impl Report {
     /// What follows from the report when the accused neither died nor left.
     pub(super) fn verdict(&self, by: Rank) -> Verdict {
-        let text = format!("rank {by} reports: {}", self.text);
+        let text = match by == self.against {
+            true => self.text.clone(),
+            false => format!("rank {by} reports: {}", self.text),
+        };
         if self.mismatch {
             // Either of the two may be the one whose program is wrong.
-            let pair = vec![by.min(self.against), by.max(self.against)];
+            let mut pair = vec![by.min(self.against), by.max(self.against)];
+            pair.dedup();
             Verdict::new(VerdictKind::Mismatch, pair, text)
         } else {
             Verdict::new(VerdictKind::LinkFailed, vec![self.against], text)
