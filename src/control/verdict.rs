@@ -111,7 +111,7 @@ pub(crate) struct Report {
 impl Report {
     /// What follows from the report when the accused neither died nor left.
     pub(super) fn verdict(&self, by: Rank) -> Verdict {
-        let text = match by == self.against {
+        let text = match by == self.against && !self.text.is_empty() {
             true => self.text.clone(),
             false => format!("rank {by} reports: {}", self.text),
         };
