@@ -3,7 +3,8 @@
 use unisum_link::Element;
 use unisum_link::kernels::Folded;
 
-use crate::collective::{Buffers, Collective, Outcome};
+use crate::collective::{Buffers, Collective};
+use crate::reduction::Outcome;
 
 /// What the collective is in a world of one, where the buffers fit.
 pub(crate) fn run<T: Element>(collective: &Collective, buffers: Buffers<'_, T>) -> Outcome {

@@ -6,10 +6,11 @@ use unisum_link::{Dtype, Element, Rank};
 
 use crate::alone;
 use crate::buffer::Buffer;
-use crate::collective::{Buffers, Collective, InPlace, Outcome, Owned, Reduction};
+use crate::collective::{Buffers, Collective, InPlace, Owned};
 use crate::member::Member;
 use crate::memory::Arena;
 use crate::programs;
+use crate::reduction::{Outcome, Reduction};
 use crate::work::{Completion, Work};
 use crate::{Builder, Error, ErrorKind};
 

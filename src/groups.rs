@@ -36,7 +36,10 @@ impl Communicator {
     /// memory.
     ///
     /// # Errors
-    /// As [`Communicator::run`]; [`ErrorKind::Rendezvous`] if memory or descriptors run out.
+    /// As [`Communicator::run`]. If a rank's memory or descriptors run out, or ranks of a group
+    /// do not share the memory that was asked for, the call fails on all ranks, with
+    /// [`ErrorKind::Rendezvous`] or [`ErrorKind::Configuration`], and this communicator stays as it
+    /// was.
     pub fn split(&self, color: Option<u32>, key: i64) -> Result<Option<Self>, Error> {
         if self.member.is_none() {
             return Ok(color.map(|_| Self::of_one(self.description().into())));

@@ -8,8 +8,9 @@ use unisum_link::{Collective as Kind, Element, Rank, ReduceOp, Regions};
 
 use crate::Error;
 use crate::background::Background;
-use crate::collective::{Blocks, Buffers, Collective, Extents, Lengths, Outcome};
+use crate::collective::{Blocks, Buffers, Collective, Extents, Lengths};
 use crate::programs::Key;
+use crate::reduction::Outcome;
 use crate::runner::{Request, Runner};
 use crate::turns::Number;
 use crate::wiring::Job;

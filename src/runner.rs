@@ -9,7 +9,6 @@ use unisum_link::kernels::Fold;
 use unisum_link::{Backoff, Call, LinkError, Pause, Rank, ReduceOp, Regions, fork};
 
 use crate::choice::Choice;
-use crate::collective::Outcome;
 use crate::control::Verdict;
 use crate::engine::program::Tuning;
 use crate::engine::{Advance, Engine};
@@ -17,6 +16,7 @@ use crate::error::Operation;
 use crate::judgement::{GRACE, from_verdict};
 use crate::membership::Membership;
 use crate::programs::{Key, Programs};
+use crate::reduction::Outcome;
 use crate::turns::{Number, Turns};
 use crate::{Error, ErrorKind};
 

@@ -4,8 +4,9 @@
 
 mod support;
 
-use std::thread;
-use std::time::Duration;
+use std::fs::File;
+use std::time::{Duration, Instant};
+use std::{iter, thread};
 
 use support::{World, tell};
 use unisum::{Collective, Communicator, ErrorKind, InPlace, Mesh, ReduceOp};
@@ -17,6 +18,7 @@ fn rank_process() {
         ("crossed", crossed),
         ("hybrid", hybrid),
         ("late_in_group", late_in_group),
+        ("out_of_descriptors", out_of_descriptors),
         ("different_calls", different_calls),
         ("outlives", outlives),
     ]);
@@ -109,6 +111,38 @@ fn crossed() {
 #[test]
 fn hybrid_parallelism_gives_the_result_of_one_process() {
     on_both(6, "hybrid");
+}
+
+#[test]
+fn a_split_fails_on_all_ranks_if_one_runs_out_of_descriptors_and_can_be_tried_again() {
+    on_both(5, "out_of_descriptors");
+}
+
+fn out_of_descriptors() {
+    let all = Communicator::from_environment().unwrap();
+    // Ranks 0 and 1 are a group, 2 and 3 another, 4 is in none.
+    let color = [Some(0), Some(0), Some(1), Some(1), None][all.rank()];
+    // From here on the sockets to the others, by which ranks agree, are open.
+    drop(all.split(color, 0).unwrap());
+    assert_eq!(sum(&all, 1), 5);
+    let mut taken = Vec::new();
+    if all.rank() == 1 {
+        // Few for the process, enough for the sockets that it has to wait for; and all in use.
+        let few = libc::rlimit { rlim_cur: 64, rlim_max: 64 };
+        // SAFETY: the struct outlives the call, which only lowers this process's limit.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &few) }, 0);
+        taken.extend(iter::from_fn(|| File::open("/dev/null").ok()));
+    }
+    let start = Instant::now();
+    let error = all.split(color, 0).unwrap_err();
+    assert!(start.elapsed() < LIMIT / 4, "after {:?}: {error}", start.elapsed());
+    assert!(error.to_string().contains("Too many open files"), "{error}");
+    assert!(matches!(error.kind(), ErrorKind::Rendezvous | ErrorKind::Configuration), "{error}");
+    // And all can go on, and do it again when there are descriptors.
+    assert_eq!(sum(&all, 1), 5);
+    drop(taken);
+    let group = all.split(color, 0).unwrap();
+    assert_eq!(group.map(|group| sum(&group, 1)), color.map(|_| 2));
 }
 
 const BATCH: usize = 6;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use unisum_link::fuzzing::Target;
-use unisum_link::{Call, Collective, Dtype, Rank, ReduceOp};
+use unisum_link::{Call, Dtype, Rank};
 
 use super::coordinator::{Audience, Coordinator};
 use super::file;
@@ -192,18 +192,7 @@ fn file_seeds() -> Vec<Vec<u8>> {
 }
 
 fn call(number: u64) -> Call {
-    let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-    Call {
-        number,
-        collective,
-        dtype,
-        op,
-        count: 1000,
-        algorithm: 0,
-        root: 0,
-        detail: 0,
-        communicator: 0,
-    }
+    Call::all_reduce(number, Dtype::F32, 1000)
 }
 
 fn snapshot(number: u64, step: u32) -> Snapshot {

@@ -9,8 +9,8 @@ use std::sync::mpsc;
 use std::thread;
 
 use bytes::BytesMut;
+use unisum_link::Dtype;
 use unisum_link::handshake::{Heard, Listening as Handshake};
-use unisum_link::{Collective, Dtype, ReduceOp};
 
 use super::message::Message;
 use unisum_link::Call;
@@ -23,18 +23,7 @@ mod alone;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) fn call(number: u64) -> Call {
-    let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-    Call {
-        number,
-        collective,
-        dtype,
-        op,
-        count: 1000,
-        algorithm: 0,
-        root: 0,
-        detail: 0,
-        communicator: 0,
-    }
+    Call::all_reduce(number, Dtype::F32, 1000)
 }
 
 /// A directory that is removed when dropped.

@@ -340,3 +340,112 @@ fn append(moves: &mut Vec<Move>, next: Move) {
     }
     moves.push(next);
 }
+
+#[cfg(test)]
+mod tests {
+    use unisum_algorithms::{
+        Collective, Incoming, OnArrival, Outgoing, Pattern, Topology, algorithms,
+    };
+
+    use super::*;
+
+    const COUNT: usize = 12;
+
+    fn place(shape: &Shape, rank: Rank, steps: &[Step]) -> Placement {
+        Placement::new(shape, rank, steps.iter(), false)
+    }
+
+    fn exchange(send: Range<usize>, receive: Range<usize>) -> Step {
+        let (from, on_arrival) = (vec![1], OnArrival::Reduce);
+        Step {
+            pattern: Pattern::Pairs,
+            outgoing: vec![Outgoing { to: 1, elements: send }],
+            incoming: vec![Incoming { from, elements: receive, on_arrival }],
+        }
+    }
+
+    #[test]
+    fn reads_come_from_the_input_until_the_output_has_been_written() {
+        let shape = Shape::flat(2, COUNT);
+        let steps = [exchange(0..6, 6..12), exchange(6..12, 0..6)];
+        let placement = place(&shape, 0, &steps);
+        let input = |start| Some(Place::new(Memory::Input, start));
+        let output = |start| Some(Place::new(Memory::Output, start));
+        let expected = [
+            Located { reads: input(0), writes: None },
+            Located { reads: input(6), writes: output(6) },
+            Located { reads: output(6), writes: None },
+            Located { reads: input(0), writes: output(0) },
+        ];
+        assert_eq!(placement.located, expected);
+        assert_eq!((placement.scratch, placement.first, placement.last), (0, vec![], vec![]));
+    }
+
+    #[test]
+    fn what_is_sent_in_one_message_is_brought_together_first() {
+        let shape = Shape::flat(2, COUNT);
+        let steps = [exchange(0..1, 0..4), exchange(0..12, 0..12)];
+        let placement = place(&shape, 0, &steps);
+        let [from, to] = [Memory::Input, Memory::Output].map(|memory| Place::new(memory, 0));
+        assert_eq!(placement.first, [Move { from, to, count: COUNT }]);
+        assert!(placement.located.iter().all(|it| it.reads == Some(to) || it.reads.is_none()));
+    }
+
+    #[test]
+    fn what_nobody_wants_here_passes_through_scratch_memory() {
+        let shape = Shape::whole(Topology::flat(2), Collective::Reduce { root: 1 }, COUNT);
+        let placement = place(&shape, 0, &[exchange(0..2, 4..8), exchange(4..8, 4..4)]);
+        let scratch = Some(Place::new(Memory::Scratch, 0));
+        let reads: Vec<_> = placement.located.iter().map(|it| it.reads).collect();
+        let input = |start| Some(Place::new(Memory::Input, start));
+        assert_eq!(reads, [input(0), input(4), scratch, None]);
+        assert_eq!((placement.scratch, placement.first, placement.last), (4, vec![], vec![]));
+    }
+
+    /// Of every plan there is: no transfer writes the input, what a rank wants ends in its output,
+    /// and nothing leaves the memories' bounds.
+    #[test]
+    fn no_plan_writes_its_input_or_leaves_its_memories() {
+        let topology = Topology::nodes(&[2, 3, 1]);
+        let roots = [0, 4].into_iter().flat_map(|root| {
+            [Collective::Reduce { root }, Collective::Broadcast { root }]
+                .map(|collective| Shape::whole(topology.clone(), collective, COUNT))
+        });
+        let blocks = [Collective::AllGather, Collective::ReduceScatter]
+            .map(|collective| Shape::blocks(topology.clone(), collective, &[5, 0, 3, 1, 2, 1]));
+        let all = [Shape::all_reduce(topology.clone(), COUNT)];
+        for shape in roots.chain(blocks).chain(all) {
+            for algorithm in algorithms(shape.collective) {
+                for rank in 0..shape.world() {
+                    check(&shape, rank, *algorithm);
+                }
+            }
+        }
+    }
+
+    fn check(shape: &Shape, rank: Rank, algorithm: &dyn unisum_algorithms::Algorithm) {
+        let steps: Vec<Step> = algorithm.steps(shape, rank).collect();
+        let placement = place(shape, rank, &steps);
+        let total = |ranges: Vec<Range<usize>>| ranges.iter().map(Range::len).sum::<usize>();
+        let (input, output) = (total(shape.contributes(rank)), total(shape.wants(rank)));
+        let fits = |place: Place, count: usize| {
+            let len = match place.memory {
+                Memory::Input => input,
+                Memory::Output => output,
+                Memory::Scratch => placement.scratch,
+            };
+            assert!(place.start + count <= len, "{} of rank {rank}: {place:?}", algorithm.name());
+        };
+        let counts = steps.iter().flat_map(accesses).map(|access| access.range.len());
+        for (located, count) in placement.located.iter().zip(counts) {
+            located.reads.into_iter().chain(located.writes).for_each(|place| fits(place, count));
+            assert!(located.writes.is_none_or(|place| place.memory != Memory::Input));
+        }
+        for step in placement.first.iter().chain(&placement.last) {
+            fits(step.from, step.count);
+            fits(step.to, step.count);
+            assert!(step.to.memory != Memory::Input);
+        }
+        assert!(placement.last.iter().all(|step| step.to.memory == Memory::Output));
+    }
+}

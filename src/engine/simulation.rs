@@ -12,8 +12,7 @@ use std::time::Instant;
 use unisum_algorithms::{self as plans, Algorithm, Shape, Topology, algorithms, all};
 use unisum_link::kernels::Fold;
 use unisum_link::{
-    Call, Collective, Dtype, Group, Landing, Link, LinkError, Rank, ReduceOp, Region, Regions,
-    Ticket, Wake,
+    Call, Dtype, Group, Landing, Link, LinkError, Rank, ReduceOp, Region, Regions, Ticket, Wake,
 };
 
 use super::program::{Program, Source, Tuning};
@@ -277,17 +276,7 @@ impl World {
 
     /// Starts a sum by `algorithm`, with one buffer a rank for input and output if `in_place`.
     fn start(&mut self, algorithm: &dyn Algorithm, shape: &Shape, in_place: bool, tuning: Tuning) {
-        let call = Call {
-            number: 0,
-            collective: Collective::AllReduce,
-            dtype: Dtype::I32,
-            op: ReduceOp::Sum,
-            count: shape.elements() as u64,
-            algorithm: 0,
-            root: 0,
-            detail: 0,
-            communicator: 0,
-        };
+        let call = Call::all_reduce(0, Dtype::I32, shape.elements() as u64);
         let buffers = |rank: Rank| Buffers::new(shape, rank, in_place);
         let buffers: Vec<Buffers> = (0..self.engines.len()).map(buffers).collect();
         self.inputs = buffers.iter().map(|it| it.input.clone()).collect();

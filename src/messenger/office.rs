@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use slab::Slab;
 use unisum_link::{
-    Call, Collective, Dtype, Landing, LinkError, LinkErrorKind, Patience, Rank, ReduceOp, Region,
-    Regions, Ticket,
+    Call, Collective, Dtype, Landing, LinkError, LinkErrorKind, Patience, Rank, Region, Regions,
+    Ticket,
 };
 
 use super::header::{Envelope, HEADER_BYTES, Header};
@@ -98,17 +98,8 @@ impl Office {
         patience: Patience,
     ) -> Self {
         // Links want to know in which call they move bytes: all messages are in one.
-        let call = Call {
-            communicator,
-            number: 0,
-            collective: Collective::Message,
-            dtype: Dtype::U8,
-            op: ReduceOp::Sum,
-            count: 0,
-            root: 0,
-            detail: 0,
-            algorithm: 0,
-        };
+        let collective = Collective::Message;
+        let call = Call { communicator, collective, ..Call::all_reduce(0, Dtype::U8, 0) };
         let nothing = Regions::in_place(memory::of_bytes(&mut []));
         links.all.iter_mut().for_each(|link| link.begin(call, nothing));
         let correspondent = |_| Correspondent {

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use unisum_algorithms::LinkCost;
 use unisum_link::kernels::Fold;
 use unisum_link::{
-    Backoff, Call, Collective, Dtype, Landing, Link, LinkError, LinkErrorKind, Pause, Rank,
-    ReduceOp, Region, Regions, Ticket,
+    Backoff, Call, Dtype, Landing, Link, LinkError, LinkErrorKind, Pause, Rank, Region, Regions,
+    Ticket,
 };
 
 use crate::engine::program::Program;
@@ -110,18 +110,7 @@ struct Pair<'a> {
 impl Pair<'_> {
     /// Seconds that a message of each size takes one way.
     fn run(&mut self, region: Region) -> Result<[f64; 3], LinkError> {
-        let (collective, dtype, op) = (Collective::AllReduce, Dtype::U8, ReduceOp::Sum);
-        let call = Call {
-            number: u64::MAX,
-            collective,
-            dtype,
-            op,
-            count: 0,
-            algorithm: 0,
-            root: 0,
-            detail: 0,
-            communicator: 0,
-        };
+        let call = Call::all_reduce(u64::MAX, Dtype::U8, 0);
         self.link.begin(call, Regions::in_place(region));
         let mut seconds = [0.0; 3];
         for (seconds, bytes) in seconds.iter_mut().zip([SMALL, CACHED, LARGE]) {

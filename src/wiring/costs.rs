@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut};
 use unisum_algorithms::{Algorithm, CostModel, LinkCost, Topology, all};
 use unisum_link::kernels::{Fold, Folded};
-use unisum_link::{Call, Collective, Dtype, LinkError, Rank, ReduceOp, Regions};
+use unisum_link::{Call, Dtype, LinkError, Rank, ReduceOp, Regions};
 
 use super::{calibrate, rendezvous_error};
 use crate::choice::{Choice, Line, NodeCost};
@@ -109,15 +109,8 @@ fn measure_collectives(
         let count = bytes / size_of::<f32>();
         let key = Key::all_reduce(count, size_of::<f32>());
         let call = Call {
-            number: u64::MAX,
-            collective: Collective::AllReduce,
-            dtype: Dtype::F32,
-            op: ReduceOp::Sum,
-            count: count as u64,
-            root: 0,
-            detail: 0,
-            communicator: 0,
             algorithm: algorithm as u16,
+            ..Call::all_reduce(u64::MAX, Dtype::F32, count as u64)
         };
         let program = programs.build_by(algorithm, &key, site.topology, engine);
         // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the

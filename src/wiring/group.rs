@@ -49,7 +49,7 @@ impl Parent<'_> {
     /// `None` in a group of one, too.
     ///
     /// # Errors
-    /// If a rank is lost meanwhile, or memory or descriptors run out.
+    /// If a rank is lost meanwhile; on all ranks if one can't be a member.
     pub(crate) fn join(&self, group: Option<&Group>) -> Result<Option<Member>, Error> {
         let group = group.filter(|group| group.ranks.len() > 1);
         let offer = group.map(|_| Offer::new(self.job.settings.transport, &self.job.secret));
@@ -59,29 +59,33 @@ impl Parent<'_> {
         let card = offer.as_ref().map_or_else(Vec::new, Offer::card);
         let blobs = (self.exchange)([&drawn[..], &card].concat())?;
         let member = match (group, offer) {
-            (Some(group), Some(offer)) => Some(self.connect(group, offer, &blobs)?),
-            _ => {
-                (self.exchange)(Vec::new())?;
-                None
-            }
+            (Some(group), Some(offer)) => self.connect(group, offer, &blobs).map(Some),
+            _ => (self.exchange)(Vec::new()).map(|_| None),
+        };
+        let why = match &member {
+            Ok(_) => String::new(),
+            Err(error) if is_of_this_rank(error) => error.to_string(),
+            Err(_) => return member,
         };
         // Nobody opens a connection before all are ready to take it.
-        (self.exchange)(Vec::new())?;
-        Ok(member)
+        let reasons = (self.exchange)(why.into_bytes())?;
+        let member = member?;
+        let Some(rank) = reasons.iter().position(|reason| !reason.is_empty()) else {
+            return Ok(member);
+        };
+        let culprits = self.membership.job_ranks(&[rank]);
+        let text = String::from_utf8_lossy(&reasons[rank]);
+        let text = format!("rank {} can't be in a group: {text}", culprits[0]);
+        Err(Error::new(ErrorKind::Rendezvous, text).caused_by(culprits))
     }
 
+    /// Calls `exchange` once, whether or not it fails.
     fn connect(&self, group: &Group, offer: Offer, blobs: &[Vec<u8>]) -> Result<Member, Error> {
-        let parents = |ranks: &[Rank]| -> Vec<Rank> { self.membership.job_ranks(ranks) };
         let rank = group.ranks.iter().position(|&rank| rank == self.rank);
         let rank = rank.expect("a rank joins only groups that it is in");
-        let ranks: Arc<[Rank]> = parents(&group.ranks).into();
-        let of_group = group.ranks.iter().map(|&rank| &blobs[rank]);
-        let cards: Vec<(&[u8; 16], &[u8])> =
-            of_group.filter_map(|blob| blob.split_first_chunk()).collect();
-        if cards.len() < ranks.len() {
-            let text = "a rank of the group told nothing that this version understands";
-            return Err(Error::new(ErrorKind::Rendezvous, text));
-        }
+        let ranks: Arc<[Rank]> = self.membership.job_ranks(&group.ranks).into();
+        let told = |&rank: &Rank| blobs[rank].split_first_chunk().unwrap_or((&[0; 16], &[]));
+        let cards: Vec<(&[u8; 16], &[u8])> = group.ranks.iter().map(told).collect();
         let session = *cards[0].0;
         let control = self.membership.control().clone();
         let membership =
@@ -99,7 +103,15 @@ impl Parent<'_> {
             #[cfg(feature = "shm")]
             heaps: self.job.heaps.as_ref().map(|heaps| (heaps, &ranks[..])),
         };
-        let Node { members, link, topology } = offer.join(&circle, &self.job.settings)?;
+        let joined = offer.join(&circle, &self.job.settings);
+        let Node { members, link, topology } =
+            joined.map_err(|error| match is_of_this_rank(&error) {
+                true => {
+                    let culprits = error.culprits().iter().map(|&rank| ranks[rank]).collect();
+                    error.caused_by(culprits)
+                }
+                false => error,
+            })?;
         let mut links = Assembly::new(ranks.len());
         links.add_all(link, &members, self.job, &membership, (rank, session))?;
         let transport = links.names.join("+");
@@ -108,4 +120,10 @@ impl Parent<'_> {
         let choice = self.choice.for_group(topology, members.len() == ranks.len());
         Ok(Member { membership, engine, choice, transport })
     }
+}
+
+/// Whether an error is this rank's alone, or its group's, and not the end of an exchange, which
+/// all ranks hear of.
+const fn is_of_this_rank(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Configuration | ErrorKind::Rendezvous | ErrorKind::Memory)
 }

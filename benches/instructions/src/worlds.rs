@@ -12,7 +12,7 @@ use unisum_algorithms::{Algorithm, Shape, Topology};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Heard, Hello, Listening, Secret, random};
 use unisum_link::kernels::Fold;
-use unisum_link::{Call, Collective, Dtype, Link, Rank, ReduceOp, Region, Regions};
+use unisum_link::{Call, Dtype, Link, Rank, Region, Regions};
 use unisum_shm::{Block, Offer, ShmLink};
 use unisum_tcp::{Inbox, TcpConfig, TcpLink};
 
@@ -110,17 +110,7 @@ impl World {
     /// # Panics
     /// If a link fails, or nothing moves for a minute.
     pub(crate) fn all_reduce(&mut self, programs: &[Arc<Program>]) {
-        let call = Call {
-            number: self.next_number,
-            collective: Collective::AllReduce,
-            dtype: Dtype::F32,
-            op: ReduceOp::Sum,
-            count: self.count as u64,
-            algorithm: 0,
-            root: 0,
-            detail: 0,
-            communicator: 0,
-        };
+        let call = Call::all_reduce(self.next_number, Dtype::F32, self.count as u64);
         self.next_number += 1;
         for (rank, engine) in self.engines.iter_mut().enumerate() {
             let regions = Regions::in_place(self.regions[rank]);

@@ -114,6 +114,14 @@ impl Call {
     /// Bytes of an encoded call.
     pub const ENCODED: usize = 32;
 
+    /// Algorithm 0's sum of `count` elements on all ranks of the job, with nothing else to agree
+    /// on.
+    pub const fn all_reduce(number: u64, dtype: Dtype, count: u64) -> Self {
+        let (collective, op) = (Collective::AllReduce, ReduceOp::Sum);
+        let (communicator, root, detail, algorithm) = (0, 0, 0, 0);
+        Self { communicator, number, collective, dtype, op, count, root, detail, algorithm }
+    }
+
     /// The call as words, for who tells it word by word.
     pub const fn words(&self) -> [u64; Self::ENCODED / 8] {
         let codes = self.collective as u64 | (self.dtype as u64) << 8 | (self.op as u64) << 16;

@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use crate::frame::{HEADER_BYTES, Header};
 use crate::handshake::{HandshakeError, Heard, Hello, Listening, Purpose, Refusal, Secret};
 use crate::handshake::{dial, mac};
-use crate::{Call, Collective, Dtype, ReduceOp};
+use crate::{Call, Dtype, ReduceOp};
 
 /// One parser under test.
 #[derive(Clone, Copy, Debug)]
@@ -70,18 +70,7 @@ fn check_header(bytes: &[u8]) {
 }
 
 fn header_seeds() -> Vec<Vec<u8>> {
-    let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-    let call = Call {
-        number: 7,
-        collective,
-        dtype,
-        op,
-        count: 1 << 20,
-        algorithm: 3,
-        root: 0,
-        detail: 0,
-        communicator: 0,
-    };
+    let call = Call { algorithm: 3, ..Call::all_reduce(7, Dtype::F32, 1 << 20) };
     vec![Header { marked: false, bytes: 4096, call }.encode().to_vec()]
 }
 

@@ -12,8 +12,7 @@ use std::time::{Duration, Instant};
 
 use unisum_link::kernels::{Fold, Folded};
 use unisum_link::{
-    Arrival, Backoff, Call, Collective, Dtype, Group, Link, Part, Patience, Pause, ReduceOp,
-    Region, Regions,
+    Arrival, Backoff, Call, Dtype, Group, Link, Part, Patience, Pause, ReduceOp, Region, Regions,
 };
 use unisum_shm::ShmLink;
 
@@ -53,17 +52,7 @@ fn time(link: &mut ShmLink, number: u64, region: Region) -> Duration {
     let ready = group.arrive();
     complete(group, ready);
     let start = Instant::now();
-    let call = Call {
-        number,
-        collective: Collective::AllReduce,
-        dtype: Dtype::F32,
-        op: ReduceOp::Sum,
-        count: count as u64,
-        algorithm: 0,
-        root: 0,
-        detail: 0,
-        communicator: 0,
-    };
+    let call = Call::all_reduce(number, Dtype::F32, count as u64);
     link.begin(call, Regions::in_place(region));
     let group = link.group().unwrap();
     if region.bytes() <= group.slot_bytes() {

@@ -2,7 +2,7 @@
 //! memory, and both ends of joining.
 
 use unisum_link::fuzzing::Target;
-use unisum_link::{Call, Collective, Dtype, ReduceOp};
+use unisum_link::{Call, Dtype, ReduceOp};
 
 use crate::card::{Card, candidates};
 use crate::join::fuzzing::{check_leader, check_member, leader_seeds, member_seeds};
@@ -92,19 +92,8 @@ fn check_entry(bytes: &[u8]) {
 }
 
 fn entry_seeds() -> Vec<Vec<u8>> {
-    let (collective, dtype, op) = (Collective::AllReduce, Dtype::F64, ReduceOp::Max);
-    let call = Call {
-        number: 3,
-        collective,
-        dtype,
-        op,
-        count: 9,
-        algorithm: 1,
-        root: 0,
-        detail: 0,
-        communicator: 0,
-    }
-    .encode();
+    let call =
+        Call { op: ReduceOp::Max, algorithm: 1, ..Call::all_reduce(3, Dtype::F64, 9) }.encode();
     let entry = |place: Place| {
         let place = place.encode().map(u64::to_le_bytes).concat();
         [&call[..], &place].concat()

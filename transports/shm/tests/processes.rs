@@ -8,9 +8,7 @@ mod processes;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use unisum_link::{
-    Arrival, Call, Collective, Dtype, Landing, Link, Part, ReduceOp, Region, Regions, Ticket,
-};
+use unisum_link::{Arrival, Call, Dtype, Landing, Link, Part, Region, Regions, Ticket};
 use unisum_shm::ShmLink;
 
 const WORLD: usize = 3;
@@ -52,17 +50,7 @@ fn rank_of_a_world() {
 /// Each rank sends to the next and receives from the one before.
 fn rotate(link: &mut ShmLink, rank: usize, number: u64, region: Region) {
     fill(region, 0, rank);
-    let call = Call {
-        number,
-        collective: Collective::AllReduce,
-        dtype: Dtype::U8,
-        op: ReduceOp::Sum,
-        count: BYTES as u64,
-        algorithm: 0,
-        root: 0,
-        detail: 0,
-        communicator: 0,
-    };
+    let call = Call::all_reduce(number, Dtype::U8, BYTES as u64);
     link.begin(call, Regions::in_place(region));
     let before = (rank + WORLD - 1) % WORLD;
     link.receive(before, region.part(&(BYTES..2 * BYTES)), Landing::Place, Ticket(0)).unwrap();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use unisum_link::conformance::{End, Mesh};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Heard, Hello, Listening, Secret, random};
-use unisum_link::{Call, Collective, Dtype, Landing, LinkError, ReduceOp, Region, Regions, Ticket};
+use unisum_link::{Call, Dtype, Landing, LinkError, Region, Regions, Ticket};
 use unisum_tcp::{Inbox, TcpConfig, TcpLink};
 
 unisum_link::conformance_tests!(Mesh {
@@ -73,18 +73,7 @@ fn a_connected_peer_that_goes_is_noticed_at_once() {
 }
 
 fn call() -> Call {
-    let (collective, dtype, op) = (Collective::AllReduce, Dtype::U8, ReduceOp::Sum);
-    Call {
-        number: 0,
-        collective,
-        dtype,
-        op,
-        count: 64,
-        algorithm: 0,
-        root: 0,
-        detail: 0,
-        communicator: 0,
-    }
+    Call::all_reduce(0, Dtype::U8, 64)
 }
 
 fn ends(world: usize, sockets_per_peer: u8, address: &str) -> Vec<End> {

@@ -9,25 +9,13 @@ use std::process::Command;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use unisum_link::{
-    Call, Collective, Dtype, Landing, Link as _, Rank, ReduceOp, Region, Regions, Ticket,
-};
+use unisum_link::{Call, Dtype, Landing, Link as _, Rank, Region, Regions, Ticket};
 use unisum_verbs::{Counts, VerbsConfig, VerbsLink};
 
 const LARGE: usize = 1 << 20;
 
 fn call(number: u64, count: u64) -> Call {
-    Call {
-        communicator: 0,
-        number,
-        collective: Collective::AllReduce,
-        dtype: Dtype::U8,
-        op: ReduceOp::Sum,
-        count,
-        root: 0,
-        detail: 0,
-        algorithm: 0,
-    }
+    Call::all_reduce(number, Dtype::U8, count)
 }
 
 /// Each rank sends `bytes` to the other, in place or to be reduced: what that cost rank 0.

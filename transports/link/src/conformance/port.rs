@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use super::memory::{Memory, copy};
 use super::{End, Mesh};
 use crate::{
-    Arrival, Backoff, Call, Collective, Dtype, Group, Landing, Link, LinkError, Patience, Pause,
-    Rank, ReduceOp, Regions, Ticket,
+    Arrival, Backoff, Call, Dtype, Group, Landing, Link, LinkError, Patience, Pause, Rank, Regions,
+    Ticket,
 };
 
 /// How long any wait of the suite may take before it counts as a hang.
@@ -38,17 +38,7 @@ pub(super) struct Port<'a> {
 
 /// A call with the given number and count.
 pub(super) fn call(number: u64, count: usize) -> Call {
-    Call {
-        number,
-        collective: Collective::AllReduce,
-        dtype: Dtype::U8,
-        op: ReduceOp::Sum,
-        count: count as u64,
-        algorithm: 1,
-        root: 0,
-        detail: 0,
-        communicator: 0,
-    }
+    Call { algorithm: 1, ..Call::all_reduce(number, Dtype::U8, count as u64) }
 }
 
 /// Runs `rank` on every end of a fresh mesh, once with private and once with registered memory of
