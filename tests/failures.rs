@@ -7,8 +7,8 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use support::{Ended, World, reach, setting, tell};
-use unisum::{Collective, Communicator, Error, ErrorKind, ReduceOp};
+use support::{Ended, World, open_files_and_threads, reach, setting, tell, tell_error};
+use unisum::{Collective, Communicator, ErrorKind, ReduceOp};
 
 #[test]
 fn rank_process() {
@@ -21,16 +21,11 @@ fn rank_process() {
         ("fork", fork),
         ("fork_then_die", fork_then_die),
         ("late", late),
-        ("few_descriptors", few_descriptors),
         ("cut", cut),
     ]);
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
-
-fn tell_error(error: &Error) {
-    tell(format!("{:?} {:?} {error}", error.kind(), error.culprits()));
-}
 
 fn reduce_forever() {
     let communicator = Communicator::from_environment().unwrap();
@@ -275,11 +270,6 @@ fn differing_calls_that_never_meet_are_found_long_before_the_deadline() {
     assert!(start.elapsed() < Duration::from_secs(20), "took {:?}", start.elapsed());
 }
 
-fn open_files_and_threads() -> (usize, usize) {
-    let count = |path| std::fs::read_dir(path).unwrap().count();
-    (count("/proc/self/fd"), count("/proc/self/task"))
-}
-
 /// Joins, reduces and leaves many times; in the end as many descriptors and threads are there as
 /// after the first time.
 fn leave_and_come_again() {
@@ -438,45 +428,6 @@ fn waiting_for_a_late_rank_burns_no_processor_time() {
             }
         }
     }
-}
-
-/// Leaves so few descriptors that connections fail.
-fn few_descriptors() {
-    let (open, _) = open_files_and_threads();
-    let limit = open as u64 + setting("SPARE").parse::<u64>().unwrap();
-    let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
-    // SAFETY: `limit` is valid.
-    let result = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
-    assert_eq!(result, 0);
-    let communicator = match Communicator::from_environment() {
-        Ok(communicator) => communicator,
-        Err(error) => return tell_error(&error),
-    };
-    let result = communicator.all_reduce(&mut [1_f32; 100], ReduceOp::Sum);
-    match result {
-        Ok(()) => tell("fine"),
-        Err(error) => tell_error(&error),
-    }
-}
-
-#[test]
-fn exhausted_descriptors_are_an_error_and_not_a_hang() {
-    let mut failures = 0;
-    for spare in 0..14 {
-        let world = World::new(4, "few_descriptors")
-            .set("UNISUM_TRANSPORT", "tcp")
-            .set("UNISUM_ALGORITHM", "one-shot")
-            .set("UNISUM_CONNECT_TIMEOUT", 3)
-            .set("UNISUM_TIMEOUT", 3)
-            .set("SPARE", spare);
-        let ended: Vec<Ended> = world.run(Duration::from_secs(30));
-        for ended in &ended {
-            assert_eq!(ended.status, 0, "{spare} spare descriptors: {ended:#?}");
-            assert_eq!(ended.told.len(), 1, "{ended:#?}");
-        }
-        failures += usize::from(ended.iter().any(|ended| ended.told[0] != "fine"));
-    }
-    assert!(failures > 0, "the limit never showed: the test tests nothing");
 }
 
 /// Cuts one of this rank's data connections, from within.

@@ -7,8 +7,8 @@ mod support;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::{World, reach, setting, tell};
-use unisum::{Communicator, Error, ErrorKind, Message, Messenger};
+use support::{World, reach, setting, tell_error};
+use unisum::{Communicator, ErrorKind, Message, Messenger};
 
 #[test]
 fn rank_process() {
@@ -280,10 +280,6 @@ fn flood() {
         messenger.receive(&mut data, 0, 0).unwrap();
         assert!(data.iter().all(|&element| element == number), "message {number}");
     }
-}
-
-fn tell_error(error: &Error) {
-    tell(format!("{:?} {:?} {error}", error.kind(), error.culprits()));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Who comes in: accepts connections, hears their proofs, and turns strangers away at little cost.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
@@ -19,6 +20,8 @@ const GUESTS_SPARE: usize = 128;
 const ACCEPTS_PER_TURN: usize = 64;
 /// How long to leave new connections alone when the process can't have more descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long descriptors may be missing before those who knock are turned away.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Refusals logged per [`LOG_PERIOD`].
 const LOG_LINES: u32 = 10;
 const LOG_PERIOD: Duration = Duration::from_secs(10);
@@ -33,6 +36,10 @@ pub(super) struct Door {
     /// Whether somebody may be waiting to be accepted.
     is_knocking: bool,
     paused_until: Option<Instant>,
+    /// A descriptor to give up when there is no other: with it those who wait can be turned away
+    /// with a word, instead of waiting until their deadlines.
+    reserve: Option<File>,
+    exhausted_since: Option<Instant>,
     log: RefusalLog,
 }
 
@@ -77,6 +84,8 @@ impl Door {
             next_token: first_token,
             is_knocking: false,
             paused_until: None,
+            reserve: reserve(),
+            exhausted_since: None,
             log: RefusalLog::default(),
         })
     }
@@ -102,6 +111,7 @@ impl Door {
             }
             match self.listener.accept() {
                 Ok((stream, address)) => {
+                    self.exhausted_since = None;
                     self.admit_guest(ParentOnly::new(stream), address, registry, now);
                 }
                 Err(error) => self.accept_failed(&error, now),
@@ -110,16 +120,41 @@ impl Door {
     }
 
     /// Most errors concern one connection that is gone already. Those of a process or system that
-    /// is out of descriptors or memory last: trying again at once would be spinning.
+    /// is out of descriptors or memory last: trying again at once would be spinning, and leaving
+    /// those who knock without an answer would be a hang.
     fn accept_failed(&mut self, error: &io::Error, now: Instant) {
         match error.kind() {
             ErrorKind::WouldBlock => self.is_knocking = false,
             ErrorKind::Interrupted | ErrorKind::ConnectionAborted => {}
             _ => {
+                let since = *self.exhausted_since.get_or_insert(now);
+                if now - since >= PATIENCE && self.turn_away(now) {
+                    return;
+                }
                 self.paused_until = Some(now + PAUSE);
                 self.log.line(now, &"new connections", &error.to_string());
             }
         }
+    }
+
+    /// Accepts a connection in the reserve's place, only to say why it can't stay. `false` if that
+    /// was not possible.
+    fn turn_away(&mut self, now: Instant) -> bool {
+        if self.reserve.take().is_none() {
+            self.reserve = reserve();
+            return false;
+        }
+        let Ok((mut stream, address)) = self.listener.accept() else {
+            self.reserve = reserve();
+            return false;
+        };
+        // Best effort: a dialer that does not get the words sees the connection closed.
+        let _ = stream.set_nonblocking(true);
+        let _ = stream.write(&Refusal::Exhausted.encode());
+        drop(stream);
+        self.reserve = reserve();
+        self.log.line(now, &address, &Refusal::Exhausted.to_string());
+        true
     }
 
     fn admit_guest(
@@ -206,6 +241,10 @@ impl Door {
         let _ = stream.shutdown(std::net::Shutdown::Both);
         self.log.line(now, &address, reason);
     }
+}
+
+fn reserve() -> Option<File> {
+    File::open("/dev/null").ok()
 }
 
 fn guest(

@@ -12,6 +12,7 @@ use unisum_link::{
 
 use crate::engine::program::Program;
 use crate::engine::{Advance, Engine};
+use crate::membership::Membership;
 use crate::memory::Arena;
 
 const SMALL: usize = 8;
@@ -19,17 +20,38 @@ const CACHED: usize = LinkCost::CACHED_BYTES / 4;
 const LARGE: usize = 1 << 20;
 const ROUNDS: usize = 12;
 
+/// How long a measurement waits for the others.
+#[derive(Clone, Copy)]
+pub(crate) struct Limit<'a> {
+    pub(crate) until: Instant,
+    /// Its links wake the measurement when the job ends.
+    pub(crate) membership: &'a Membership,
+}
+
+impl Limit<'_> {
+    fn check(self, peer: Rank) -> Result<(), LinkError> {
+        let text = if self.membership.verdict().is_some() {
+            "the job ended meanwhile"
+        } else if Instant::now() >= self.until {
+            "no answer while measuring"
+        } else {
+            return Ok(());
+        };
+        Err(LinkError { peer, kind: LinkErrorKind::Unreachable(text.into()) })
+    }
+}
+
 /// Exchanges messages with `peer`, which calls this at the same time, and gives what this rank
 /// measured: the fastest of several round trips, halved.
 ///
 /// # Errors
-/// If the link fails or the peer does not answer until `until`.
+/// If the link fails, the job ends, or the peer does not answer within the limit.
 pub(crate) fn measure(
     link: &mut dyn Link,
     peer: Rank,
     first: bool,
     arena: &Arena,
-    until: Instant,
+    limit: Limit<'_>,
 ) -> Result<LinkCost, LinkError> {
     let memory = arena
         .allocate(LARGE)
@@ -37,7 +59,7 @@ pub(crate) fn measure(
     // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the
     // link drops its posts before `memory` is freed.
     let region = unsafe { arena.region_at(memory.start(), LARGE) };
-    let mut pair = Pair { link, peer, first, until };
+    let mut pair = Pair { link, peer, first, limit };
     let times = pair.run(region);
     if times.is_err() {
         pair.link.abort();
@@ -56,13 +78,13 @@ pub(crate) fn measure(
 /// disturb.
 ///
 /// # Errors
-/// If a member fails or does not come until `until`.
+/// If a member fails, the job ends, or a member does not come within the limit.
 pub(crate) fn collective_s(
     engine: &mut Engine,
     call: Call,
     regions: Regions,
     program: &Arc<Program>,
-    until: Instant,
+    limit: Limit<'_>,
 ) -> Result<f64, LinkError> {
     let mut times = Vec::with_capacity(ROUNDS);
     for round in 0..ROUNDS {
@@ -70,24 +92,22 @@ pub(crate) fn collective_s(
         let start = Instant::now();
         let fold = Fold::new(call.dtype, call.op);
         engine.start(call, fold, regions, program);
-        finish(engine, until)?;
+        finish(engine, limit)?;
         times.push(start.elapsed().as_secs_f64());
     }
     times.sort_by(f64::total_cmp);
     Ok(times[ROUNDS / 4])
 }
 
-fn finish(engine: &mut Engine, until: Instant) -> Result<(), LinkError> {
+fn finish(engine: &mut Engine, limit: Limit<'_>) -> Result<(), LinkError> {
     let mut backoff = Backoff::new();
     loop {
         match engine.advance()? {
             Advance::Done => return Ok(()),
             Advance::Moved => backoff.reset(),
             Advance::Waiting if backoff.pause(engine.patience()) == Pause::Park => {
-                if Instant::now() >= until {
-                    return Err(no_answer(engine.waiting_for().first().copied().unwrap_or(0)));
-                }
-                engine.park(until)?;
+                limit.check(engine.waiting_for().first().copied().unwrap_or(0))?;
+                engine.park(limit.until)?;
                 backoff.reset();
             }
             Advance::Waiting => {}
@@ -95,16 +115,11 @@ fn finish(engine: &mut Engine, until: Instant) -> Result<(), LinkError> {
     }
 }
 
-fn no_answer(peer: Rank) -> LinkError {
-    let kind = LinkErrorKind::Unreachable("no answer while measuring".into());
-    LinkError { peer, kind }
-}
-
 struct Pair<'a> {
     link: &'a mut dyn Link,
     peer: Rank,
     first: bool,
-    until: Instant,
+    limit: Limit<'a>,
 }
 
 impl Pair<'_> {
@@ -147,10 +162,8 @@ impl Pair<'_> {
                 return Ok(());
             }
             if backoff.pause(self.link.patience()) == Pause::Park {
-                if Instant::now() >= self.until {
-                    return Err(no_answer(self.peer));
-                }
-                self.link.park(self.until, 1)?;
+                self.limit.check(self.peer)?;
+                self.link.park(self.limit.until, 1)?;
             }
         }
     }

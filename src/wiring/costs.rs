@@ -8,11 +8,12 @@ use unisum_algorithms::{Algorithm, CostModel, LinkCost, Topology, all};
 use unisum_link::kernels::{Fold, Folded};
 use unisum_link::{Call, Dtype, LinkError, Rank, ReduceOp, Regions};
 
-use super::{calibrate, rendezvous_error};
+use super::calibrate::{self, Limit};
+use super::rendezvous_error;
 use crate::choice::{Choice, Line, NodeCost};
-use crate::control::Control;
 use crate::engine::Engine;
 use crate::engine::program::Tuning;
+use crate::membership::Membership;
 use crate::memory::Arena;
 use crate::programs::{Key, Programs};
 use crate::{Error, ErrorKind};
@@ -41,19 +42,14 @@ pub(super) struct Site<'a> {
     pub(super) arena: &'a Arena,
     pub(super) topology: &'a Topology,
     pub(super) tuning: Tuning,
+    pub(super) limit: Limit<'a>,
 }
-
-/// A pair that measures may be slow to start on a crowded host.
-const MEASURE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Measures: rank 0 with the first rank it shares memory with and with the first it does not, and
 /// all ranks together where they share memory. Then rank 0's figures become everybody's.
-pub(super) fn agree(
-    engine: &mut Engine,
-    control: &Control,
-    site: Site<'_>,
-) -> Result<Costs, Error> {
-    let Site { rank, members, arena, .. } = site;
+pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Costs, Error> {
+    let Site { rank, members, .. } = site;
+    let control = site.limit.membership.control();
     let pairs =
         control.exchange(first_partners(rank, members, engine)).map_err(rendezvous_error)?;
     let has_groups = pairs.iter().any(|told| told.last() == Some(&1));
@@ -62,7 +58,7 @@ pub(super) fn agree(
         let Some(partner) = partner else { continue };
         let peer = if rank == 0 { partner } else { 0 };
         if rank == 0 || rank == partner {
-            measured[kind] = Some(measure(engine, peer, rank == 0, arena)?);
+            measured[kind] = Some(measure(engine, peer, site)?);
         }
     }
     let group = measure_group(engine, site)?;
@@ -74,10 +70,10 @@ pub(super) fn agree(
     })
 }
 
-fn measure(engine: &mut Engine, peer: Rank, first: bool, arena: &Arena) -> Result<LinkCost, Error> {
-    let until = Instant::now() + MEASURE_TIMEOUT;
-    calibrate::measure(engine.link_to(peer), peer, first, arena, until)
-        .map_err(|error| measuring_failed(&error))
+fn measure(engine: &mut Engine, peer: Rank, site: Site<'_>) -> Result<LinkCost, Error> {
+    let Site { rank, arena, limit, .. } = site;
+    calibrate::measure(engine.link_to(peer), peer, rank == 0, arena, limit)
+        .map_err(|error| measuring_failed(error, limit.membership))
 }
 
 /// Where all ranks share memory: what its one-shot and its two-shot take, each at two sizes.
@@ -117,19 +113,21 @@ fn measure_collectives(
         // links drop the region before `memory` is freed.
         let region = unsafe { site.arena.region_at(memory.start(), bytes) };
         let regions = Regions::in_place(region);
-        let until = Instant::now() + MEASURE_TIMEOUT;
-        let seconds = calibrate::collective_s(engine, call, regions, &program, until);
+        let seconds = calibrate::collective_s(engine, call, regions, &program, site.limit);
         if seconds.is_err() {
             engine.abort();
         }
-        *point = (bytes, seconds.map_err(|error| measuring_failed(&error))?);
+        let failed = |error| measuring_failed(error, site.limit.membership);
+        *point = (bytes, seconds.map_err(failed)?);
     }
     Ok(Line::through(points[0], points[1]))
 }
 
-fn measuring_failed(error: &LinkError) -> Error {
-    let text = format!("measuring the {error}");
-    Error::new(ErrorKind::Rendezvous, text).caused_by(vec![error.peer])
+/// Ends the job on all ranks: the others wait for this one.
+fn measuring_failed(error: LinkError, membership: &Membership) -> Error {
+    let judged = membership.judge(error);
+    let text = format!("measuring the links: {judged}");
+    Error::new(ErrorKind::Rendezvous, text).caused_by(judged.culprits().to_vec())
 }
 
 /// Rank 0 names its partners: one that shares its memory and one that does not (or itself). Every

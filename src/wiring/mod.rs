@@ -29,6 +29,7 @@ use crate::launcher::Detected;
 use crate::membership::Membership;
 use crate::settings::Settings;
 use crate::{Error, ErrorKind};
+use calibrate::Limit;
 use card::Card;
 use costs::Site;
 pub(crate) use group::{Group, Member, Parent};
@@ -104,8 +105,10 @@ pub(crate) fn join(
     let mut engine = links.engine(rank, &topology);
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
     let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
-    let site = Site { rank, members: &members, arena: &job.arena, topology: &topology, tuning };
-    let costs = costs::agree(&mut engine, membership.control(), site)?;
+    let limit = Limit { until: Instant::now() + settings.connect_timeout, membership: &membership };
+    let site =
+        Site { rank, members: &members, arena: &job.arena, topology: &topology, tuning, limit };
+    let costs = costs::agree(&mut engine, site)?;
     let seconds = start.elapsed().as_secs_f64();
     let description =
         describe(detected, &cards, &topology, &transport, seconds) + &devices + &costs.to_string();

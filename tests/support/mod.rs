@@ -33,6 +33,16 @@ pub fn tell(line: impl std::fmt::Display) {
     println!("\n{TOLD}{line}");
 }
 
+pub fn tell_error(error: &unisum::Error) {
+    tell(format!("{:?} {:?} {error}", error.kind(), error.culprits()));
+}
+
+/// What this process holds.
+pub fn open_files_and_threads() -> (usize, usize) {
+    let count = |path| std::fs::read_dir(path).unwrap().count();
+    (count("/proc/self/fd"), count("/proc/self/task"))
+}
+
 /// A setting of the test, from the environment.
 pub fn setting(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"))
@@ -194,22 +204,7 @@ impl Running {
 
     /// Waits until so many ranks have marked the point `name` by [`reach`].
     pub fn wait_for(&self, name: &str, ranks: usize, limit: Duration) {
-        let deadline = Instant::now() + limit;
-        let prefix = format!("{name}.");
-        loop {
-            let reached = std::fs::read_dir(&self.directory)
-                .unwrap()
-                .filter(|entry| {
-                    let entry = entry.as_ref().unwrap();
-                    entry.file_name().to_string_lossy().starts_with(&prefix)
-                })
-                .count();
-            if reached >= ranks {
-                return;
-            }
-            assert!(Instant::now() < deadline, "only {reached} of {ranks} ranks reached {name}");
-            thread::sleep(Duration::from_millis(2));
-        }
+        wait_for_marks(&self.directory, name, ranks, limit);
     }
 
     /// Waits until all have ended; panics with what they said if that takes longer than `limit`.
@@ -260,6 +255,21 @@ impl Running {
     }
 }
 
+fn wait_for_marks(directory: &std::path::Path, name: &str, ranks: usize, limit: Duration) {
+    let deadline = Instant::now() + limit;
+    let prefix = format!("{name}.");
+    loop {
+        let marks = std::fs::read_dir(directory).unwrap();
+        let names = marks.map(|mark| mark.unwrap().file_name());
+        let reached = names.filter(|name| name.to_string_lossy().starts_with(&prefix)).count();
+        if reached >= ranks {
+            return;
+        }
+        assert!(Instant::now() < deadline, "only {reached} of {ranks} ranks reached {name}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         self.kill_all();
@@ -267,8 +277,14 @@ impl Drop for Running {
     }
 }
 
-/// Marks that this rank reached the point `name`, for [`Running::wait_for`].
+/// Waits, in a rank, until so many ranks have marked the point `name` by [`reach`].
+pub fn await_others(name: &str, ranks: usize, limit: Duration) {
+    wait_for_marks(std::path::Path::new(&setting(MARKS)), name, ranks, limit);
+}
+
+/// Marks that this rank reached the point `name`, for [`Running::wait_for`] and [`await_others`].
 pub fn reach(name: &str) {
     let mark = format!("{name}.{}", setting("UNISUM_RANK"));
-    std::fs::write(std::path::Path::new(&setting(MARKS)).join(mark), "").unwrap();
+    // A directory, since making one takes no descriptor.
+    std::fs::create_dir(std::path::Path::new(&setting(MARKS)).join(mark)).unwrap();
 }

@@ -204,6 +204,9 @@ pub enum Refusal {
     /// Nobody new is admitted: the job is over, or was never to have that many connections.
     #[error("too many connections")]
     Crowded,
+    /// The listener's process, or its system, has no file descriptor left.
+    #[error("no file descriptor left there: raise the limit on open files (ulimit -n)")]
+    Exhausted,
 }
 
 impl Refusal {
