@@ -144,6 +144,14 @@ pub enum Buffers<'a, T> {
 }
 
 impl<T> Buffers<'_, T> {
+    /// The same buffers, for a while.
+    pub(crate) const fn reborrow(&mut self) -> Buffers<'_, T> {
+        match self {
+            Self::InPlace(data) => Buffers::InPlace(data),
+            Self::Apart(input, output) => Buffers::Apart(input, output),
+        }
+    }
+
     pub(crate) const fn lengths(&self) -> Lengths {
         match self {
             Self::InPlace(data) => Lengths::InPlace(data.len()),
@@ -222,7 +230,7 @@ impl Blocks {
 }
 
 /// FNV-1a over the numbers; never 0.
-fn fingerprint(numbers: &[usize]) -> u32 {
+pub(crate) fn fingerprint(numbers: &[usize]) -> u32 {
     let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
     bytes
         .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
@@ -231,7 +239,7 @@ fn fingerprint(numbers: &[usize]) -> u32 {
 
 /// How much of the elements a rank puts in, or gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Extent {
+pub(crate) enum Extent {
     Nothing,
     /// Its own block.
     Block,
@@ -317,7 +325,7 @@ impl Collective {
                 "it sends itself {sent} elements and receives {received} from itself"
             )));
         }
-        let own = blocks.own(rank);
+        let own = blocks.range(rank);
         let len = |extent, receives| match extent {
             Extent::Nothing => 0,
             Extent::Block => own.len(),
@@ -333,7 +341,7 @@ impl Collective {
         Ok(Extents { blocks, input, output })
     }
 
-    const fn extents(&self, rank: Rank) -> (Extent, Extent) {
+    pub(crate) const fn extents(&self, rank: Rank) -> (Extent, Extent) {
         use Extent::{Block, Nothing, Whole};
         let at_root = if rank == self.root { Whole } else { Nothing };
         match self.kind {
@@ -347,7 +355,7 @@ impl Collective {
         }
     }
 
-    const fn has_blocks(&self) -> bool {
+    pub(crate) const fn has_blocks(&self) -> bool {
         !matches!(self.kind, Kind::AllReduce | Kind::Reduce | Kind::Broadcast)
     }
 
@@ -422,8 +430,8 @@ fn check_lengths(
 }
 
 impl Blocks {
-    /// The elements of this rank's block among all.
-    fn own(&self, rank: Rank) -> Range<usize> {
+    /// The elements of a rank's block among all.
+    pub(crate) fn range(&self, rank: Rank) -> Range<usize> {
         match self {
             Self::Even(each) => rank * each..(rank + 1) * each,
             Self::Given(counts) => {

@@ -102,6 +102,76 @@ impl Communicator {
         unsafe { member.core.execute(turn, collective, buffers) }
     }
 
+    /// Runs one collective on each of several tensors, as so many calls of
+    /// [`Communicator::run`] would, but in few launches: small tensors travel together, large ones
+    /// from where they lie. Calls of other threads come before or after the whole batch.
+    ///
+    /// Collective: every rank gives as many tensors, in the same order. Counts by rank hold for
+    /// each tensor. The outcome is that of all tensors together.
+    ///
+    /// Cost: a launch for each tensor of more than 64 KiB (with all blocks), one for every 512 KiB
+    /// of the others, and copying these.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn run_batch<T: Element>(
+        &self,
+        collective: &Collective,
+        tensors: &mut [Buffers<'_, T>],
+    ) -> Result<Outcome, Error> {
+        self.check(collective, T::DTYPE)?;
+        let Some(member) = &self.member else { return self.batch_alone(collective, tensors) };
+        member.core.runner.check()?;
+        let turn = member.core.runner.turns.draw();
+        // SAFETY: as in `run`.
+        unsafe { member.core.execute_batch(turn, collective, tensors) }
+    }
+
+    /// Starts a batch ([`Communicator::run_batch`]) on tensors that it owns until it has ended, and
+    /// returns at once, as [`Communicator::start`] does.
+    ///
+    /// # Errors
+    /// The work's result carries what [`Communicator::run_batch`] would return.
+    pub fn start_batch<T: Element, B: Owned<T>>(
+        &self,
+        collective: Collective,
+        mut tensors: Vec<B>,
+    ) -> Work<(Vec<B>, Outcome)> {
+        let (completion, work) = Completion::pair();
+        if let Err(error) = self.check(&collective, T::DTYPE) {
+            completion.end(Err(error));
+            return work;
+        }
+        let Some(member) = &self.member else {
+            let mut lent: Vec<_> = tensors.iter_mut().map(Owned::lend).collect();
+            let result = self.batch_alone(&collective, &mut lent);
+            drop(lent);
+            completion.end(result.map(|outcome| (tensors, outcome)));
+            return work;
+        };
+        let core = member.core.clone();
+        member.background.submit(&member.core.runner.turns, move |turn| {
+            let mut lent: Vec<_> = tensors.iter_mut().map(Owned::lend).collect();
+            // SAFETY: as in `submit`.
+            let result = unsafe { core.execute_batch(turn, &collective, &mut lent) };
+            drop(lent);
+            completion.end(result.map(|outcome| (tensors, outcome)));
+        });
+        work
+    }
+
+    fn batch_alone<T: Element>(
+        &self,
+        collective: &Collective,
+        tensors: &mut [Buffers<'_, T>],
+    ) -> Result<Outcome, Error> {
+        let mut outcome = Outcome::default();
+        for buffers in tensors {
+            outcome.nonfinite |= self.alone(collective, buffers.reborrow())?.nonfinite;
+        }
+        Ok(outcome)
+    }
+
     /// Starts a collective on buffers that it owns until it has ended ([`InPlace`], `Apart`), and
     /// returns at once. The work gives them back with the result.
     ///
@@ -125,8 +195,7 @@ impl Communicator {
         mut buffers: B,
         give_back: fn(B, Outcome) -> R,
     ) -> Work<R> {
-        let completion = Completion::new();
-        let work = completion.work();
+        let (completion, work) = Completion::pair();
         if let Err(error) = self.check(&collective, T::DTYPE) {
             completion.end(Err(error));
             return work;

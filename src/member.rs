@@ -8,10 +8,11 @@ use unisum_link::{Collective as Kind, Element, Rank, ReduceOp, Regions};
 
 use crate::Error;
 use crate::background::Background;
-use crate::collective::{Blocks, Buffers, Collective, Extents, Lengths};
+use crate::batch::{self, Pack};
+use crate::collective::{Blocks, Buffers, Collective, Extents};
 use crate::programs::Key;
 use crate::reduction::Outcome;
-use crate::runner::{Request, Runner};
+use crate::runner::{Request, Runner, State};
 use crate::turns::Number;
 use crate::wiring::Job;
 
@@ -46,55 +47,118 @@ impl Core {
         collective: &Collective,
         buffers: Buffers<'_, T>,
     ) -> Result<Outcome, Error> {
-        match buffers {
-            // What goes out may not be overwritten by what comes in.
-            Buffers::InPlace(data) if collective.kind() == Kind::AllToAll => {
-                let input = data.to_vec();
-                // SAFETY: the caller promised it of the data, and the copy is owned.
-                unsafe {
-                    self.execute_apart_or_in_place(turn, collective, Buffers::Apart(&input, data))
-                }
-            }
+        let mut state = self.runner.turns.wait(turn);
+        let lengths = buffers.lengths();
+        match collective.size(T::DTYPE, (self.rank, self.world), lengths) {
             // SAFETY: the caller promised it.
-            buffers => unsafe { self.execute_apart_or_in_place(turn, collective, buffers) },
+            Ok(extents) => unsafe { self.launch(&mut state, collective, buffers, extents) },
+            Err(text) => Err(self.runner.refuse(&mut state, &text)),
         }
+    }
+
+    /// Runs a checked collective on each of several buffers, with none of other calls in between.
+    ///
+    /// # Safety
+    /// As [`Core::execute`].
+    pub(crate) unsafe fn execute_batch<T: Element>(
+        &self,
+        turn: Number,
+        collective: &Collective,
+        batch: &mut [Buffers<'_, T>],
+    ) -> Result<Outcome, Error> {
+        let mut state = self.runner.turns.wait(turn);
+        let place = (self.rank, self.world);
+        let size = |(index, buffers): (usize, &Buffers<'_, T>)| {
+            collective
+                .size(T::DTYPE, place, buffers.lengths())
+                .map_err(|text| format!("tensor {index} of a batch: {text}"))
+        };
+        let extents: Vec<Extents> = match batch.iter().enumerate().map(size).collect() {
+            Ok(extents) => extents,
+            Err(text) => return Err(self.runner.refuse(&mut state, &text)),
+        };
+        let blocks = if collective.has_blocks() { self.world } else { 1 };
+        let mut outcome = Outcome::default();
+        for launch in batch::launches(&extents, blocks, T::DTYPE) {
+            let told = if let [index] = launch[..] {
+                let (buffers, extents) = (batch[index].reborrow(), extents[index].clone());
+                // SAFETY: the caller promised it.
+                unsafe { self.launch(&mut state, collective, buffers, extents) }?
+            } else {
+                let tensors = launch.iter().map(|&index| &extents[index]).collect();
+                let pack = Pack::new(tensors, collective, place);
+                self.launch_pack(&mut state, collective, &pack, (&mut *batch, &launch))?
+            };
+            outcome.nonfinite |= told.nonfinite;
+        }
+        Ok(outcome)
     }
 
     /// # Safety
     /// As [`Core::execute`].
-    unsafe fn execute_apart_or_in_place<T: Element>(
+    unsafe fn launch<T: Element>(
         &self,
-        turn: Number,
+        state: &mut State,
         collective: &Collective,
         buffers: Buffers<'_, T>,
+        extents: Extents,
     ) -> Result<Outcome, Error> {
-        let lengths = buffers.lengths();
-        let extents = match collective.size(T::DTYPE, (self.rank, self.world), lengths) {
-            Ok(extents) => extents,
-            Err(text) => return Err(self.runner.refuse(turn, &text)),
+        let copy;
+        let buffers = match buffers {
+            // What goes out may not be overwritten by what comes in.
+            Buffers::InPlace(data) if collective.kind() == Kind::AllToAll => {
+                copy = data.to_vec();
+                Buffers::Apart(&copy, data)
+            }
+            buffers => buffers,
         };
-        let mut fold = collective.fold(T::DTYPE);
-        let is_empty = extents.blocks == Blocks::Even(0);
+        let in_place = matches!(buffers, Buffers::InPlace(_));
+        if extents.blocks == Blocks::Even(0) {
+            return self.launch_nothing::<T>(state, collective);
+        }
+        // SAFETY: the caller promised it, and the copy is owned.
+        let regions = unsafe { self.regions(buffers, &extents) };
+        let request = request::<T>(collective, extents.blocks, in_place, regions);
+        self.runner.run(state, &request)
+    }
+
+    /// A collective without elements: its message carries one element that nobody reads.
+    fn launch_nothing<T: Element>(
+        &self,
+        state: &mut State,
+        collective: &Collective,
+    ) -> Result<Outcome, Error> {
         let mut spare = Spare::default();
-        let regions = if is_empty {
-            fold.custom = None;
-            // SAFETY: this function owns it.
-            Regions::in_place(unsafe { self.job.arena.region(&mut spare.0) })
-        } else {
-            // SAFETY: the caller promised it.
-            unsafe { self.regions(buffers, &extents) }
+        // SAFETY: this function owns it.
+        let regions = Regions::in_place(unsafe { self.job.arena.region(&mut spare.0) });
+        let mut request = request::<T>(collective, Blocks::Even(0), true, regions);
+        (request.fold.custom, request.key.ordered) = (None, false);
+        self.runner.run(state, &request)
+    }
+
+    /// Runs a collective on the tensors `which` of a batch, copied into one.
+    fn launch_pack<T: Element>(
+        &self,
+        state: &mut State,
+        collective: &Collective,
+        pack: &Pack<'_>,
+        (batch, which): (&mut [Buffers<'_, T>], &[usize]),
+    ) -> Result<Outcome, Error> {
+        let regions = match pack.regions::<T>(&mut state.scratch, &self.job.arena) {
+            Ok(regions) => regions,
+            Err(text) => return Err(self.runner.refuse(state, &text)),
         };
-        let key = Key {
-            kind: collective.kind(),
-            root: collective.root(),
-            blocks: extents.blocks,
-            element_bytes: T::DTYPE.bytes(),
-            average: fold.op == ReduceOp::Average && collective.kind().reduces(),
-            scales: fold.factor.is_some(),
-            ordered: fold.custom.is_some() && collective.reduction().is_ordered(),
-            in_place: is_empty || matches!(lengths, Lengths::InPlace(_)),
-        };
-        self.runner.run(turn, &Request { key, fold, regions })
+        let blocks = pack.blocks();
+        if blocks == Blocks::Even(0) {
+            return self.launch_nothing::<T>(state, collective);
+        }
+        pack.fill(batch, which, regions.input);
+        let in_place = collective.kind() != Kind::AllToAll;
+        let request = request::<T>(collective, blocks, in_place, pack.used::<T>(regions));
+        let detail = pack.fingerprint();
+        let outcome = self.runner.run(state, &Request { detail, ..request })?;
+        pack.empty(regions.output, batch, which);
+        Ok(outcome)
     }
 
     /// # Safety
@@ -117,6 +181,26 @@ impl Core {
         };
         Regions { input: input.part(&puts), output: output.part(&gets) }
     }
+}
+
+fn request<T: Element>(
+    collective: &Collective,
+    blocks: Blocks,
+    in_place: bool,
+    regions: Regions,
+) -> Request {
+    let fold = collective.fold(T::DTYPE);
+    let key = Key {
+        kind: collective.kind(),
+        root: collective.root(),
+        blocks,
+        element_bytes: T::DTYPE.bytes(),
+        average: fold.op == ReduceOp::Average && collective.kind().reduces(),
+        scales: fold.factor.is_some(),
+        ordered: fold.custom.is_some() && collective.reduction().is_ordered(),
+        in_place,
+    };
+    Request { key, fold, regions, detail: 0 }
 }
 
 impl fmt::Debug for Member {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use unisum_link::kernels::Fold;
 use unisum_link::{Backoff, Call, LinkError, Pause, Rank, ReduceOp, Regions, fork};
 
+use crate::batch::Scratch;
 use crate::choice::Choice;
 use crate::control::Verdict;
 use crate::engine::program::Tuning;
@@ -17,7 +18,7 @@ use crate::judgement::{GRACE, from_verdict};
 use crate::membership::Membership;
 use crate::programs::{Key, Programs};
 use crate::reduction::Outcome;
-use crate::turns::{Number, Turns};
+use crate::turns::Turns;
 use crate::{Error, ErrorKind};
 
 /// What a caller asks for.
@@ -26,6 +27,8 @@ pub(crate) struct Request {
     pub(crate) key: Key,
     pub(crate) fold: Fold,
     pub(crate) regions: Regions,
+    /// A fingerprint of what else has to be the same on all ranks, or 0.
+    pub(crate) detail: u32,
 }
 
 /// One communicator's collectives, executed one at a time in the order of their turns.
@@ -45,6 +48,7 @@ pub(crate) struct State {
     engine: Engine,
     next_number: u64,
     programs: Programs,
+    pub(crate) scratch: Scratch,
     /// Whether a collective began that did not return.
     inside: bool,
 }
@@ -69,6 +73,12 @@ const STALL: Duration = Duration::from_secs(3);
 /// Longest sleep between two looks at the deadline.
 pub(crate) const NAP: Duration = Duration::from_secs(1);
 
+impl State {
+    fn new(engine: Engine, programs: Programs) -> Self {
+        Self { engine, next_number: 0, programs, scratch: Scratch::default(), inside: false }
+    }
+}
+
 impl Runner {
     pub(crate) fn new(
         rank: Rank,
@@ -83,7 +93,7 @@ impl Runner {
             timeout,
             membership,
             choice,
-            turns: Turns::new(State { engine, next_number: 0, programs, inside: false }),
+            turns: Turns::new(State::new(engine, programs)),
             failed: OnceLock::new(),
             fork_generation: fork::generation(),
         }
@@ -107,16 +117,15 @@ impl Runner {
         fork::current() != self.fork_generation
     }
 
-    /// Runs a collective when its turn comes, on the calling thread.
-    pub(crate) fn run(&self, turn: Number, request: &Request) -> Result<Outcome, Error> {
-        let mut state = self.turns.wait(turn);
+    /// Runs a collective, in its turn, on the calling thread.
+    pub(crate) fn run(&self, state: &mut State, request: &Request) -> Result<Outcome, Error> {
         self.check()?;
         if std::mem::replace(&mut state.inside, true) {
             // A panic inside the engine is a bug after which the state is not to be trusted.
             let text = "a panic in an earlier collective left it undefined";
             return Err(Error::new(ErrorKind::Aborted, text).on(self.rank()));
         }
-        let call = self.begin(&mut state, request);
+        let call = self.begin(state, request);
         let result = self.drive(&mut state.engine, &call);
         self.membership.status().end();
         let result = match result {
@@ -127,10 +136,9 @@ impl Runner {
         result
     }
 
-    /// Tells all ranks that this one was called with buffers that do not fit, when the call's turn
-    /// has come; the error for the caller.
-    pub(crate) fn refuse(&self, turn: Number, text: &str) -> Error {
-        let mut state = self.turns.wait(turn);
+    /// Tells all ranks that this one was called with buffers that do not fit, in the call's turn;
+    /// the error for the caller.
+    pub(crate) fn refuse(&self, state: &mut State, text: &str) -> Error {
         if let Err(error) = self.check() {
             return error;
         }
@@ -143,10 +151,11 @@ impl Runner {
     }
 
     fn begin(&self, state: &mut State, request: &Request) -> Call {
-        let Request { key, fold, regions } = request;
+        let Request { key, fold, regions, detail } = request;
         let State { engine, programs, next_number, .. } = state;
         let compiled = programs.program(key, &self.choice, engine);
-        let (count, mut detail) = key.blocks.agreed();
+        let (count, agreed) = key.blocks.agreed();
+        let mut detail = agreed ^ detail;
         if let Some(factor) = fold.factor {
             detail ^= (factor.to_bits() ^ (factor.to_bits() >> 32)) as u32;
         }

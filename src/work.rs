@@ -29,13 +29,11 @@ struct State<B> {
 }
 
 impl<B> Completion<B> {
-    pub(crate) fn new() -> Arc<Self> {
+    /// Both ends.
+    pub(crate) fn pair() -> (Arc<Self>, Work<B>) {
         let state = Mutex::new(State { result: None, waker: None });
-        Arc::new(Self { state, ended: Condvar::new() })
-    }
-
-    pub(crate) fn work(self: &Arc<Self>) -> Work<B> {
-        Work { shared: self.clone() }
+        let shared = Arc::new(Self { state, ended: Condvar::new() });
+        (shared.clone(), Work { shared })
     }
 
     pub(crate) fn end(&self, result: Result<B, Error>) {

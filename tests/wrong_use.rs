@@ -17,7 +17,7 @@ fn rank_process() {
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// What rank 1 does otherwise than the others, and what every rank's error begins with and says.
-const DIFFERENCES: [(&str, &str, &[&str]); 10] = [
+const DIFFERENCES: [(&str, &str, &[&str]); 12] = [
     ("kind", "Mismatch", &["all_gather", "all_reduce"]),
     ("root", "Mismatch", &["broadcast"]),
     ("counts", "Mismatch", &["all_gather"]),
@@ -27,6 +27,8 @@ const DIFFERENCES: [(&str, &str, &[&str]); 10] = [
     ("indivisible", "Mismatch [1]", &["rank 1", "can't be divided into 3 blocks"]),
     ("own block", "Mismatch [1]", &["rank 1", "sends itself 1 elements and receives 2"]),
     ("pair", "", &["rank 0", "rank 1", " 4 bytes", " 20"]),
+    ("batch", "Mismatch", &["all_reduce"]),
+    ("tensor", "Mismatch [1]", &["rank 1", "tensor 1 of a batch: ", "where 9 are needed"]),
     ("panic", "", &["rank 1", "function panicked"]),
 ];
 
@@ -84,6 +86,18 @@ fn call(comm: &Communicator, how: &str, is_odd: bool) -> Result<(), Error> {
             let to_all = Collective::all_to_all_v(&[1; 3], &receives);
             let gets = receives.iter().sum();
             comm.run(&to_all, Buffers::Apart(&input, &mut output[..gets])).map(drop)
+        }
+        "batch" => {
+            // As many elements in all.
+            let (first, second) = data.split_at_mut(pick(is_odd, 100, 200));
+            let mut batch = [Buffers::InPlace(first), Buffers::InPlace(second)];
+            comm.run_batch(&Collective::all_reduce(ReduceOp::Sum), &mut batch).map(drop)
+        }
+        "tensor" => {
+            let (first, second) = data.split_at_mut(9);
+            let second = &mut second[..pick(is_odd, 8, 9)];
+            let mut batch = [Buffers::Apart(&input, first), Buffers::Apart(&input, second)];
+            comm.run_batch(&Collective::all_gather(), &mut batch).map(drop)
         }
         "panic" => {
             // Every rank folds a part.

@@ -3,18 +3,18 @@
 //!
 //! The seed decides what all ranks do alike: bursts of calls, each with an algorithm. The seed and
 //! the rank decide what each rank does its own way: in place or apart, in private or in registered
-//! memory, at odd addresses, blocking or asynchronous, in which order it waits.
+//! memory, at odd addresses, blocking or asynchronous, in which order it waits. Some calls are
+//! batches of several tensors.
 
 mod random;
 mod step;
 mod values;
 
+use std::ops::Range;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use half::{bf16, f16};
-use unisum::{
-    Apart, Bool, Buffer, Buffers, Communicator, Dtype, InPlace, Outcome, Work, f8e4m3, f8e5m2,
-};
+use unisum::{Bool, Buffer, Buffers, Communicator, Dtype, Outcome, Owned, Work, f8e4m3, f8e5m2};
 
 use crate::support::{Ended, World, setting, tell};
 use random::{Random, mix};
@@ -64,15 +64,16 @@ pub(crate) fn run_sequence() {
         comm.set_algorithm(algorithm).unwrap();
         let steps = 1 + common.below(6);
         let most = number(MOST) as usize;
-        let steps: Vec<Step> =
-            (0..steps).map(|_| Step::random(&mut common, comm.world(), most)).collect();
+        let steps: Vec<Vec<Step>> = (0..steps)
+            .map(|_| Step::random(&mut common, comm.world(), most).maybe_batch(&mut common))
+            .collect();
         let context = format!("burst {burst}, {algorithm:?}");
         let results = run_burst(&comm, &steps, &mut own, &context);
         if common.one_in(3) {
             let again = run_burst(&comm, &steps, &mut own, &context);
             assert!(results == again, "{context}: the same calls gave other bits: {steps:?}");
         }
-        let shared = steps.iter().zip(&results).filter(|(step, _)| step.is_shared());
+        let shared = steps.iter().zip(&results).filter(|(step, _)| step[0].is_shared());
         let shared = shared.fold(0, |hash, (_, result)| mix(hash ^ result));
         tell(format!("{context}: {shared:016x}"));
     }
@@ -82,7 +83,12 @@ pub(crate) fn run_sequence() {
 /// Waits for a call and gives a fingerprint of its result.
 type Ending = Box<dyn FnOnce() -> u64>;
 
-fn run_burst(comm: &Communicator, steps: &[Step], own: &mut Random, context: &str) -> Vec<u64> {
+fn run_burst(
+    comm: &Communicator,
+    steps: &[Vec<Step>],
+    own: &mut Random,
+    context: &str,
+) -> Vec<u64> {
     let mut endings: Vec<(usize, Ending)> = Vec::new();
     for (index, step) in steps.iter().enumerate() {
         let context = format!("{context}, rank {}, call {index}: {step:?}", comm.rank());
@@ -101,80 +107,68 @@ fn run_burst(comm: &Communicator, steps: &[Step], own: &mut Random, context: &st
     results
 }
 
-fn begin(comm: &Communicator, step: &Step, own: &mut Random, context: String) -> Ending {
-    if step.kind == Kind::Barrier {
+fn begin(comm: &Communicator, steps: &[Step], own: &mut Random, context: String) -> Ending {
+    if steps[0].kind == Kind::Barrier {
         comm.barrier().unwrap_or_else(|error| panic!("{context}: {error}"));
         return Box::new(|| 0);
     }
-    match step.dtype {
-        Dtype::F16 => begin_as::<f16>(comm, step, own, context),
-        Dtype::Bf16 => begin_as::<bf16>(comm, step, own, context),
-        Dtype::F32 => begin_as::<f32>(comm, step, own, context),
-        Dtype::F64 => begin_as::<f64>(comm, step, own, context),
-        Dtype::I8 => begin_as::<i8>(comm, step, own, context),
-        Dtype::U8 => begin_as::<u8>(comm, step, own, context),
-        Dtype::I16 => begin_as::<i16>(comm, step, own, context),
-        Dtype::U16 => begin_as::<u16>(comm, step, own, context),
-        Dtype::I32 => begin_as::<i32>(comm, step, own, context),
-        Dtype::U32 => begin_as::<u32>(comm, step, own, context),
-        Dtype::I64 => begin_as::<i64>(comm, step, own, context),
-        Dtype::U64 => begin_as::<u64>(comm, step, own, context),
-        Dtype::F8E4M3 => begin_as::<f8e4m3>(comm, step, own, context),
-        Dtype::F8E5M2 => begin_as::<f8e5m2>(comm, step, own, context),
-        Dtype::Bool => begin_as::<Bool>(comm, step, own, context),
+    match steps[0].dtype {
+        Dtype::F16 => begin_as::<f16>(comm, steps, own, context),
+        Dtype::Bf16 => begin_as::<bf16>(comm, steps, own, context),
+        Dtype::F32 => begin_as::<f32>(comm, steps, own, context),
+        Dtype::F64 => begin_as::<f64>(comm, steps, own, context),
+        Dtype::I8 => begin_as::<i8>(comm, steps, own, context),
+        Dtype::U8 => begin_as::<u8>(comm, steps, own, context),
+        Dtype::I16 => begin_as::<i16>(comm, steps, own, context),
+        Dtype::U16 => begin_as::<u16>(comm, steps, own, context),
+        Dtype::I32 => begin_as::<i32>(comm, steps, own, context),
+        Dtype::U32 => begin_as::<u32>(comm, steps, own, context),
+        Dtype::I64 => begin_as::<i64>(comm, steps, own, context),
+        Dtype::U64 => begin_as::<u64>(comm, steps, own, context),
+        Dtype::F8E4M3 => begin_as::<f8e4m3>(comm, steps, own, context),
+        Dtype::F8E5M2 => begin_as::<f8e5m2>(comm, steps, own, context),
+        Dtype::Bool => begin_as::<Bool>(comm, steps, own, context),
         other => panic!("a type without a row: {other}"),
     }
 }
 
+/// Several steps are a batch.
 fn begin_as<T: Value>(
     comm: &Communicator,
-    step: &Step,
+    steps: &[Step],
     own: &mut Random,
     context: String,
 ) -> Ending {
     let rank = comm.rank();
-    let collective = step.collective::<T>(rank);
-    let call = Call { step: step.clone(), rank, context };
-    let is_async = own.one_in(2);
-    let in_place = step.in_place(rank).filter(|_| own.one_in(2));
-    if let Some((puts, gets, len)) = in_place {
-        let mut buffer = InPlace(Memory::new(comm, len, own));
-        let data = buffer.0.as_mut();
-        data.iter_mut().enumerate().for_each(|(at, it)| *it = filler(at));
-        puts.clone().for_each(|at| data[at] = step.input(rank, at - puts.start));
-        let check = move |InPlace(memory): InPlace<Memory<T>>, outcome| {
-            call.check_rest(memory.as_ref(), &puts, &gets);
-            memory.check_margins(&call.context);
-            call.check(&memory.as_ref()[gets], outcome)
-        };
-        if is_async {
-            return wait(comm.start(collective, buffer), check);
-        }
-        let outcome = comm.run(&collective, Buffers::InPlace(buffer.0.as_mut()));
-        let result = check(buffer, outcome.unwrap());
-        return Box::new(move || result);
-    }
-    let (puts, gets) = step.extents(rank);
-    let mut buffers = Apart(Memory::new(comm, puts, own), Memory::new(comm, gets, own));
-    let data = buffers.0.as_mut().iter_mut().enumerate();
-    data.for_each(|(at, it)| *it = step.input(rank, at));
-    buffers.1.as_mut().iter_mut().for_each(|it| *it = filler(1));
-    let check = move |Apart(input, output): Apart<Memory<T>, Memory<T>>, outcome| {
-        input.check_margins(&call.context);
-        output.check_margins(&call.context);
-        let given = |at| call.step.input::<T>(rank, at).bits();
-        let stays = |(at, it): (usize, &T)| it.bits() == given(at);
-        let same = input.as_ref().iter().enumerate().all(stays);
-        assert!(same, "the input changed: {}", call.context);
-        call.check(output.as_ref(), outcome)
+    let collective = steps[0].collective::<T>(rank);
+    let calls: Vec<Call> = steps
+        .iter()
+        .map(|step| Call { step: step.clone(), rank, context: context.clone() })
+        .collect();
+    let mut tensors: Vec<Tensor<T>> =
+        calls.iter().map(|call| Tensor::new(comm, call, own)).collect();
+    let check = move |tensors: Vec<Tensor<T>>, outcome: Outcome| {
+        let expected = calls.iter().any(Call::expects_nonfinite::<T>);
+        assert_eq!(outcome.nonfinite, expected, "nonfinite: {context}");
+        let hashes = tensors.iter().zip(&calls).map(|(tensor, call)| tensor.check(call));
+        hashes.fold(0, |hash, each| mix(hash ^ each))
     };
-    if is_async {
-        return wait(comm.start(collective, buffers), check);
+    match (own.one_in(2), tensors.len()) {
+        (true, 1) => wait(comm.start(collective, tensors.remove(0)), move |tensor, outcome| {
+            check(vec![tensor], outcome)
+        }),
+        (true, _) => wait(comm.start_batch(collective, tensors), check),
+        (false, count) => {
+            let mut lent: Vec<Buffers<'_, T>> = tensors.iter_mut().map(Owned::lend).collect();
+            let outcome = match count {
+                1 => comm.run(&collective, lent.remove(0)),
+                _ => comm.run_batch(&collective, &mut lent),
+            };
+            drop(lent);
+            let result = check(tensors, outcome.unwrap());
+            Box::new(move || result)
+        }
     }
-    let (input, output) = (buffers.0.as_ref(), buffers.1.as_mut());
-    let outcome = comm.run(&collective, Buffers::Apart(input, output));
-    let result = check(buffers, outcome.unwrap());
-    Box::new(move || result)
 }
 
 fn wait<B: 'static>(
@@ -185,6 +179,62 @@ fn wait<B: 'static>(
         let (buffers, outcome) = work.wait().unwrap();
         check(buffers, outcome)
     })
+}
+
+/// A call's buffers.
+enum Tensor<T> {
+    InPlace { data: Memory<T>, puts: Range<usize>, gets: Range<usize> },
+    Apart { input: Memory<T>, output: Memory<T> },
+}
+
+impl<T: Value> Tensor<T> {
+    /// In place or apart, filled for the call.
+    fn new(comm: &Communicator, call: &Call, own: &mut Random) -> Self {
+        let Call { step, rank, .. } = call;
+        let in_place = step.in_place(*rank).filter(|_| own.one_in(2));
+        if let Some((puts, gets, len)) = in_place {
+            let mut data = Memory::new(comm, len, own);
+            let elements = data.as_mut();
+            elements.iter_mut().enumerate().for_each(|(at, it)| *it = filler(at));
+            puts.clone().for_each(|at| elements[at] = step.input(*rank, at - puts.start));
+            return Self::InPlace { data, puts, gets };
+        }
+        let (puts, gets) = step.extents(*rank);
+        let (mut input, mut output) = (Memory::new(comm, puts, own), Memory::new(comm, gets, own));
+        let elements = input.as_mut().iter_mut().enumerate();
+        elements.for_each(|(at, it)| *it = step.input(*rank, at));
+        output.as_mut().iter_mut().for_each(|it| *it = filler(1));
+        Self::Apart { input, output }
+    }
+
+    /// Checks what the call left; a fingerprint of its result.
+    fn check(&self, call: &Call) -> u64 {
+        match self {
+            Self::InPlace { data, puts, gets } => {
+                call.check_rest(data.as_ref(), puts, gets);
+                data.check_margins(&call.context);
+                call.check(&data.as_ref()[gets.clone()])
+            }
+            Self::Apart { input, output } => {
+                input.check_margins(&call.context);
+                output.check_margins(&call.context);
+                let given = |at| call.step.input::<T>(call.rank, at).bits();
+                let stays = |(at, it): (usize, &T)| it.bits() == given(at);
+                let same = input.as_ref().iter().enumerate().all(stays);
+                assert!(same, "the input changed: {}", call.context);
+                call.check(output.as_ref())
+            }
+        }
+    }
+}
+
+impl<T: Value> Owned<T> for Tensor<T> {
+    fn lend(&mut self) -> Buffers<'_, T> {
+        match self {
+            Self::InPlace { data, .. } => Buffers::InPlace(data.as_mut()),
+            Self::Apart { input, output } => Buffers::Apart(Memory::as_ref(input), output.as_mut()),
+        }
+    }
 }
 
 /// What memory holds that nobody put anything into.
@@ -201,7 +251,7 @@ struct Call {
 
 impl Call {
     /// Checks the result; its fingerprint.
-    fn check<T: Value>(&self, result: &[T], outcome: Outcome) -> u64 {
+    fn check<T: Value>(&self, result: &[T]) -> u64 {
         let Self { step, rank, context, .. } = self;
         let mut hash = 0;
         for (at, element) in result.iter().enumerate() {
@@ -213,27 +263,20 @@ impl Call {
             assert!(same, "element {at} is {element:?}, not {expected:?}: {context}");
             hash = mix(hash ^ element.bits());
         }
-        self.check_outcome::<T>(outcome);
         hash
     }
 
     /// Told where it was asked for: of what all ranks get, or of this rank's block.
-    fn check_outcome<T: Value>(&self, outcome: Outcome) {
-        let Self { step, rank, context, .. } = self;
+    fn expects_nonfinite<T: Value>(&self) -> bool {
+        let Self { step, rank, .. } = self;
         let is_told_of = matches!(step.kind, Kind::AllReduce | Kind::ReduceScatter);
         let is_told = step.is_watched && is_told_of && step.how.is_watchable();
         let (_, gets) = step.extents(*rank);
-        let expected = is_told && (0..gets).any(|at| !step.expected::<T>(*rank, at).is_finite());
-        assert_eq!(outcome.nonfinite, expected, "nonfinite: {context}");
+        is_told && (0..gets).any(|at| !step.expected::<T>(*rank, at).is_finite())
     }
 
     /// What is neither put in nor got in place stays as it is.
-    fn check_rest<T: Value>(
-        &self,
-        data: &[T],
-        puts: &std::ops::Range<usize>,
-        gets: &std::ops::Range<usize>,
-    ) {
+    fn check_rest<T: Value>(&self, data: &[T], puts: &Range<usize>, gets: &Range<usize>) {
         let Self { step, rank, context, .. } = self;
         for (at, element) in data.iter().enumerate() {
             let expected = match (puts.contains(&at), gets.contains(&at)) {

@@ -65,6 +65,22 @@ impl Step {
         Self { kind, dtype, how, is_watched, root, world, lengths, poisoner, seed: random.next() }
     }
 
+    /// This step alone, or as the first of a batch: others differ in what is put in and, where
+    /// blocks are even, in length.
+    pub(crate) fn maybe_batch(self, random: &mut Random) -> Vec<Self> {
+        let more = if random.one_in(3) { 1 + random.below(6) } else { 0 };
+        let mut batch = vec![self];
+        for _ in 0..more {
+            let mut step = batch[0].clone();
+            if let Lengths::Even(each) = &mut step.lengths {
+                *each = random.block(*each);
+            }
+            step.seed = random.next();
+            batch.push(step);
+        }
+        batch
+    }
+
     /// The call, for `rank`.
     pub(crate) fn collective<T: Value>(&self, rank: Rank) -> Collective {
         let plain = self.how.reduction::<T>();

@@ -1,0 +1,207 @@
+//! Batches: one collective on many tensors, in few launches.
+//!
+//! A launch costs a latency, a copy costs a pass over the cache. So small tensors are copied into
+//! *packs*, on which the collective runs once, and back; large ones are launched by themselves,
+//! where they lie. What is packed with what follows from the lengths that all ranks agree on.
+
+use std::ops::Range;
+
+use unisum_link::{Collective as Kind, Dtype, Element, Rank, Region, Regions};
+
+use crate::collective::{Blocks, Buffers, Collective, Extent, Extents, fingerprint};
+use crate::memory::{Arena, Memory};
+
+/// The largest tensor that is packed: all its blocks, in bytes.
+const TENSOR_BYTES_MAX: usize = 64 << 10;
+/// A pack stays in the second cache.
+const PACK_BYTES_MAX: usize = 512 << 10;
+
+/// Memory that packs are made in, kept from batch to batch.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch(Option<(Memory, usize)>);
+
+impl Scratch {
+    /// A region of `bytes` bytes.
+    ///
+    /// # Errors
+    /// If there is no memory.
+    fn region(&mut self, arena: &Arena, bytes: usize) -> Result<Region, String> {
+        if self.0.as_ref().is_none_or(|(_, size)| *size < bytes) {
+            let size = bytes.max(2 * PACK_BYTES_MAX);
+            self.0 = Some((arena.allocate(size)?, size));
+        }
+        let Some((memory, _)) = &self.0 else { unreachable!("it was just put there") };
+        // SAFETY: the memory is at least so large, and only the batch whose turn it is uses it.
+        Ok(unsafe { arena.region_at(memory.start(), bytes) })
+    }
+}
+
+/// Which tensors, by their indices, are launched together: every index once, the large ones alone.
+/// A tensor has `blocks` blocks.
+pub(crate) fn launches(tensors: &[Extents], blocks: usize, dtype: Dtype) -> Vec<Vec<usize>> {
+    let mut launches = Vec::new();
+    let (mut pack, mut packed) = (Vec::new(), 0);
+    for (index, tensor) in tensors.iter().enumerate() {
+        let bytes = match &tensor.blocks {
+            Blocks::Even(each) => each * blocks * dtype.bytes(),
+            Blocks::Given(counts) => counts.iter().sum::<usize>() * dtype.bytes(),
+            // No rank knows what the others have.
+            Blocks::Pairs(..) => usize::MAX,
+        };
+        if bytes > TENSOR_BYTES_MAX {
+            launches.push(vec![index]);
+            continue;
+        }
+        if packed + bytes > PACK_BYTES_MAX {
+            launches.push(std::mem::take(&mut pack));
+            packed = 0;
+        }
+        packed += bytes;
+        pack.push(index);
+    }
+    launches.push(pack);
+    launches.retain(|launch| !launch.is_empty());
+    launches
+}
+
+/// Several tensors as one: block by block, in each block tensor by tensor.
+pub(crate) struct Pack<'a> {
+    tensors: Vec<&'a Extents>,
+    kind: Kind,
+    /// How much of the pack this rank puts in, and gets.
+    extents: (Extent, Extent),
+    /// How many blocks there are, and which is this rank's.
+    blocks: usize,
+    own: usize,
+}
+
+impl<'a> Pack<'a> {
+    pub(crate) fn new(
+        tensors: Vec<&'a Extents>,
+        collective: &Collective,
+        (rank, world): (Rank, usize),
+    ) -> Self {
+        let (blocks, own) = if collective.has_blocks() { (world, rank) } else { (1, 0) };
+        let (kind, extents) = (collective.kind(), collective.extents(rank));
+        Self { tensors, kind, extents, blocks, own }
+    }
+
+    /// The blocks of all tensors together.
+    pub(crate) fn blocks(&self) -> Blocks {
+        match &self.tensors[0].blocks {
+            Blocks::Even(_) => Blocks::Even(self.block_len(0)),
+            _ => Blocks::Given((0..self.blocks).map(|block| self.block_len(block)).collect()),
+        }
+    }
+
+    /// A fingerprint of the tensors' lengths: all ranks have to make the same pack.
+    pub(crate) fn fingerprint(&self) -> u32 {
+        let lens: Vec<usize> =
+            self.tensors.iter().map(|it| it.blocks.agreed().0 as usize).collect();
+        fingerprint(&lens)
+    }
+
+    fn block_len(&self, block: usize) -> usize {
+        self.tensors.iter().map(|tensor| tensor.blocks.range(block).len()).sum()
+    }
+
+    /// The blocks that have their place in the pack: all, or only this rank's.
+    fn placed(&self) -> Range<usize> {
+        match self.extents {
+            (Extent::Whole, _) | (_, Extent::Whole) => 0..self.blocks,
+            _ => self.own..self.own + 1,
+        }
+    }
+
+    /// Memory for what is put in and what is got, apart only where they can't be one.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub(crate) fn regions<T: Element>(
+        &self,
+        scratch: &mut Scratch,
+        arena: &Arena,
+    ) -> Result<Regions, String> {
+        let len: usize = self.placed().map(|block| self.block_len(block)).sum();
+        let bytes = len * size_of::<T>();
+        if self.kind == Kind::AllToAll {
+            let both = scratch.region(arena, 2 * bytes)?;
+            let (input, output) = (both.part(&(0..bytes)), both.part(&(bytes..2 * bytes)));
+            return Ok(Regions { input, output });
+        }
+        Ok(Regions::in_place(scratch.region(arena, bytes)?))
+    }
+
+    /// The parts of the regions that the collective puts in and gets.
+    pub(crate) fn used<T: Element>(&self, regions: Regions) -> Regions {
+        let elements = |extent| match extent {
+            Extent::Nothing => 0..0,
+            Extent::Whole => 0..(0..self.blocks).map(|block| self.block_len(block)).sum(),
+            Extent::Block => {
+                let before = self.placed().take_while(|&block| block != self.own);
+                let start: usize = before.map(|block| self.block_len(block)).sum();
+                start..start + self.block_len(self.own)
+            }
+        };
+        let (puts, gets) = (elements(self.extents.0), elements(self.extents.1));
+        let bytes = |range: Range<usize>| range.start * size_of::<T>()..range.end * size_of::<T>();
+        let (input, output) = (bytes(puts), bytes(gets));
+        Regions { input: regions.input.part(&input), output: regions.output.part(&output) }
+    }
+
+    /// Copies what the tensors put in, from the buffers `which` of a batch.
+    pub(crate) fn fill<T: Element>(&self, batch: &[Buffers<'_, T>], which: &[usize], to: Region) {
+        self.for_each_run(self.extents.0, |tensor, run, at| {
+            let data: &[T] = match &batch[which[tensor]] {
+                Buffers::InPlace(data) => data,
+                Buffers::Apart(input, _) => input,
+            };
+            let start = self.tensors[tensor].input.start;
+            let from = &data[start + run.start..start + run.end];
+            let to = to.pointer(&(at * size_of::<T>()..(at + run.len()) * size_of::<T>()));
+            // SAFETY: the region holds the range, is aligned to pages, and is this batch's alone;
+            // the buffers lie elsewhere.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.cast(), run.len()) };
+        });
+    }
+
+    /// Copies what the tensors get, to the buffers `which` of a batch.
+    pub(crate) fn empty<T: Element>(
+        &self,
+        from: Region,
+        batch: &mut [Buffers<'_, T>],
+        which: &[usize],
+    ) {
+        self.for_each_run(self.extents.1, |tensor, run, at| {
+            let data: &mut [T] = match &mut batch[which[tensor]] {
+                Buffers::InPlace(data) => data,
+                Buffers::Apart(_, output) => output,
+            };
+            let start = self.tensors[tensor].output.start;
+            let to = &mut data[start + run.start..start + run.end];
+            let from = from.pointer(&(at * size_of::<T>()..(at + run.len()) * size_of::<T>()));
+            // SAFETY: as in `fill`; the collective has written elements of this type there.
+            unsafe {
+                std::ptr::copy_nonoverlapping(from.cast_const().cast(), to.as_mut_ptr(), run.len());
+            }
+        });
+    }
+
+    /// Calls `copy` with each tensor's runs of elements, counted in what is put in or got of it,
+    /// and with the place in the pack where they lie.
+    fn for_each_run(&self, extent: Extent, mut copy: impl FnMut(usize, Range<usize>, usize)) {
+        let mut at = 0;
+        for block in self.placed() {
+            for (index, tensor) in self.tensors.iter().enumerate() {
+                let range = tensor.blocks.range(block);
+                let len = range.len();
+                match extent {
+                    Extent::Whole => copy(index, range, at),
+                    Extent::Block if block == self.own => copy(index, 0..len, at),
+                    Extent::Block | Extent::Nothing => {}
+                }
+                at += len;
+            }
+        }
+    }
+}
