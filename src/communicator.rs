@@ -336,6 +336,21 @@ impl Communicator {
         self.run::<u8>(&Collective::barrier(), Buffers::InPlace(&mut [])).map(drop)
     }
 
+    /// Why every later call will fail, if one did.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        self.member.as_ref().and_then(|member| member.core.runner.check().err())
+    }
+
+    /// Ends the job on all ranks; the error for the caller, after [`Communicator::failure`] if
+    /// there is one.
+    pub(crate) fn give_up(&self, text: &str) -> Error {
+        let Some(member) = &self.member else {
+            return Error::new(ErrorKind::Aborted, text).on(self.rank);
+        };
+        let runner = &member.core.runner;
+        runner.refuse(&mut runner.turns.wait(runner.turns.draw()), text)
+    }
+
     /// Refuses what can't be run, whatever the buffers.
     fn check(&self, collective: &Collective, dtype: Dtype) -> Result<(), Error> {
         let refuse = |text| Error::new(ErrorKind::Configuration, text).on(self.rank);

@@ -40,6 +40,9 @@ pub enum ErrorKind {
     Timeout,
     /// Ranks called different collectives, or the same with different arguments.
     Mismatch,
+    /// A training step can't be used, on no rank: a gradient was missing, or marked twice, on a
+    /// rank that the text names. The next step can be begun.
+    StepFailed,
     /// Memory could not be had.
     Memory,
     /// An earlier error aborted the communicator; the text repeats it.

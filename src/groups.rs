@@ -138,7 +138,7 @@ impl Communicator {
     }
 
     /// Gives every rank's blob to every rank, in rank order.
-    fn exchange(&self, blob: Vec<u8>) -> Result<Vec<Vec<u8>>, Error> {
+    pub(crate) fn exchange(&self, blob: Vec<u8>) -> Result<Vec<Vec<u8>>, Error> {
         let mut lengths = vec![0_u64; self.world()];
         self.all_gather(&[blob.len() as u64], &mut lengths)?;
         let counts: Vec<usize> = lengths.iter().map(|&length| length as usize).collect();

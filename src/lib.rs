@@ -24,6 +24,7 @@ mod address;
 mod alone;
 mod background;
 mod batch;
+pub mod buckets;
 mod buffer;
 mod builder;
 mod choice;

@@ -1,0 +1,185 @@
+//! What is done with a bucket once all its gradients are ready.
+
+use std::fmt;
+use std::ops::Range;
+
+use half::{bf16, f16};
+use unisum_link::{Dtype, Element, ReduceOp};
+
+use super::parameter::Parameter;
+use super::plan::Plan;
+use crate::{Buffers, Collective, Communicator, Error, Reduction};
+
+/// How buckets are reduced. It runs on the layer's own thread, for one bucket after the other, in
+/// the same order on all ranks, and calls the same collectives on all ranks.
+///
+/// ```
+/// use unisum::buckets::{AllReduce, Bucket, Hook};
+///
+/// /// Clips each bucket's elements after they were averaged.
+/// #[derive(Debug)]
+/// struct Clip<H>(H, f32);
+///
+/// impl<H: Hook> Hook for Clip<H> {
+///     fn name(&self) -> String {
+///         format!("clip {} after {}", self.1, self.0.name())
+///     }
+///
+///     fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), unisum::Error> {
+///         self.0.reduce(bucket)?;
+///         let most = self.1;
+///         bucket.elements::<f32>().iter_mut().for_each(|it| *it = it.clamp(-most, most));
+///         Ok(())
+///     }
+/// }
+/// ```
+pub trait Hook: Send + fmt::Debug {
+    /// What it does, with its settings: has to be the same on all ranks.
+    fn name(&self) -> String;
+
+    /// Leaves in the bucket the average over the participants, the same bits on all ranks.
+    ///
+    /// # Errors
+    /// Ends the job on all ranks: a rank that left a collective out can't go on.
+    fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error>;
+
+    /// What it keeps from step to step, for a checkpoint.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Takes up what [`Hook::save`] gave.
+    ///
+    /// # Errors
+    /// Says why it can't.
+    fn restore(&mut self, saved: &[u8]) -> Result<(), String> {
+        match saved {
+            [] => Ok(()),
+            _ => Err(format!("`{}` keeps no state, but some was saved", self.name())),
+        }
+    }
+}
+
+/// A bucket in the hands of a [`Hook`], which has it alone.
+pub struct Bucket<'a> {
+    plan: &'a Plan,
+    index: usize,
+    communicator: &'a Communicator,
+    participants: usize,
+    step: u64,
+    nonfinite: bool,
+}
+
+impl<'a> Bucket<'a> {
+    /// # Safety
+    /// Nobody else touches the bucket's memory while this lives.
+    pub(super) unsafe fn new(
+        plan: &'a Plan,
+        index: usize,
+        communicator: &'a Communicator,
+        participants: usize,
+        step: u64,
+    ) -> Self {
+        Self { plan, index, communicator, participants, step, nonfinite: false }
+    }
+
+    /// Its number.
+    pub const fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The number of the step, from 0.
+    pub const fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The type of its elements.
+    pub fn dtype(&self) -> Dtype {
+        self.plan.dtype(self.index)
+    }
+
+    /// The communicator of the layer, which nobody else uses meanwhile.
+    pub const fn communicator(&self) -> &'a Communicator {
+        self.communicator
+    }
+
+    /// How many ranks have gradients in this step; the others' are zeros.
+    pub const fn participants(&self) -> usize {
+        self.participants
+    }
+
+    /// The averaging over the participants, with infinities and NaNs told.
+    pub fn average(&self) -> Reduction {
+        if self.participants == self.communicator.world() {
+            return Reduction::new(ReduceOp::Average).watched();
+        }
+        Reduction::sum_scaled_by(1.0 / self.participants as f64).watched()
+    }
+
+    /// Its parameters, and which elements are theirs. Elements between them are zero.
+    pub fn parameters(&self) -> impl Iterator<Item = (&'a Parameter, Range<usize>)> + use<'a> {
+        let plan = self.plan;
+        let members = &plan.layout.plans()[self.index].parameters;
+        members.iter().map(move |&parameter| {
+            (&plan.parameters[parameter], plan.layout.home(parameter).elements.clone())
+        })
+    }
+
+    /// Its elements.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    pub fn elements<T: Element>(&mut self) -> &mut [T] {
+        // SAFETY: `new`'s caller has the bucket alone, and lends it out once at a time here.
+        unsafe { self.plan.bucket_mut(self.index) }
+    }
+
+    /// Runs a collective in place on all elements, and remembers if it tells of infinities or NaNs.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    pub fn run(&mut self, collective: &Collective) -> Result<(), Error> {
+        match self.dtype() {
+            Dtype::F16 => self.run_as::<f16>(collective),
+            Dtype::Bf16 => self.run_as::<bf16>(collective),
+            Dtype::F64 => self.run_as::<f64>(collective),
+            _ => self.run_as::<f32>(collective),
+        }
+    }
+
+    fn run_as<T: Element>(&mut self, collective: &Collective) -> Result<(), Error> {
+        let communicator = self.communicator;
+        let outcome = communicator.run(collective, Buffers::InPlace(self.elements::<T>()))?;
+        self.nonfinite |= outcome.nonfinite;
+        Ok(())
+    }
+
+    /// Has the step report that a gradient is infinite or NaN, on all ranks.
+    pub const fn found_nonfinite(&mut self) {
+        self.nonfinite = true;
+    }
+
+    pub(super) const fn is_nonfinite(&self) -> bool {
+        self.nonfinite
+    }
+}
+
+impl fmt::Debug for Bucket<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.plan.describe_bucket(self.index))
+    }
+}
+
+/// Averages buckets as they are: in their memory, in their type.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AllReduce;
+
+impl Hook for AllReduce {
+    fn name(&self) -> String {
+        "all-reduce".into()
+    }
+
+    fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error> {
+        bucket.run(&Collective::all_reduce(bucket.average()))
+    }
+}

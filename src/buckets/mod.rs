@@ -1,0 +1,279 @@
+//! Gradient buckets: the layer that a training framework calls during the backward pass.
+//!
+//! Gradients become ready one by one, last layer first. The layer keeps them back to back in
+//! *buckets* of registered memory and averages each bucket over all ranks as soon as all its
+//! gradients are ready, while the backward pass goes on: few and large reductions, early. The
+//! method is that of PyTorch's DDP (Li et al., "PyTorch Distributed", VLDB 2020).
+//!
+//! ```
+//! use unisum::buckets::{Buckets, Parameter};
+//! use unisum::{Communicator, Dtype};
+//!
+//! fn train(communicator: &Communicator) -> Result<(), unisum::Error> {
+//!     let weight = Parameter::new("weight", &[128, 64], Dtype::F32);
+//!     let bias = Parameter::new("bias", &[64], Dtype::F32);
+//!     let mut buckets = Buckets::builder(communicator).build(&[weight, bias])?;
+//!     for _ in 0..3 {
+//!         let step = buckets.begin()?;
+//!         // The backward pass, on any threads: each gradient is written where it is reduced.
+//!         for parameter in [1, 0] {
+//!             let mut gradient = step.view::<f32>(parameter)?;
+//!             gradient.iter_mut().for_each(|element| *element += 1.0);
+//!             gradient.ready();
+//!         }
+//!         let report = step.wait()?;
+//!         assert!(!report.nonfinite);
+//!         // The optimiser reads the averages.
+//!         assert_eq!(buckets.gradient::<f32>(1)[0], 1.0);
+//!     }
+//!     Ok(())
+//! }
+//! # train(&Communicator::builder().rank(0).world(1).connect().unwrap()).unwrap();
+//! ```
+//!
+//! # Rules
+//! - All ranks have the same parameters in the same order; it is checked, and the first difference
+//!   named. Buckets are launched in the same order on all ranks, whatever the order of readiness.
+//! - After the first step buckets are laid out anew, once, in the order in which rank 0's gradients
+//!   became ready.
+//! - A step ends alike on all ranks: all commit to it, or all get the same error. What one rank did
+//!   wrong fails the step; a lost rank ends the job.
+//! - Nothing is copied: views lie in the memory that is reduced.
+
+mod builder;
+mod flight;
+mod hook;
+mod layout;
+mod parameter;
+mod plan;
+mod report;
+mod step;
+mod worker;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
+
+use unisum_link::Element;
+
+pub use builder::Builder;
+pub use hook::{AllReduce, Bucket, Hook};
+pub use layout::Layout;
+pub use parameter::Parameter;
+pub use report::{BucketReport, StepReport};
+pub use step::{BucketWork, Step, StepWork, View};
+
+use crate::{Buffers, Collective, Communicator, Error};
+use flight::{Cycle, Flight, Purpose};
+use layout::Limits;
+use plan::Plan;
+use worker::Core;
+
+/// The gradients of a model in buckets, on one rank. See the [module](self).
+pub struct Buckets {
+    core: Arc<Core>,
+    plan: Arc<Plan>,
+    limits: Limits,
+    /// The last step.
+    last: Option<Arc<Flight>>,
+    /// What accumulates since the last reduction.
+    cycle: Option<Arc<Cycle>>,
+    /// Parameters that this rank never uses, once that is known.
+    never_used: Option<Vec<usize>>,
+    /// Dropped before the thread is joined.
+    flights: Option<Sender<Arc<Flight>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Buckets {
+    /// Settings, with their defaults, of a layer for the ranks of a communicator.
+    pub fn builder(communicator: &Communicator) -> Builder<'_> {
+        Builder::new(communicator)
+    }
+
+    fn new(
+        core: Arc<Core>,
+        plan: Arc<Plan>,
+        limits: Limits,
+        (flights, thread): (Sender<Arc<Flight>>, JoinHandle<()>),
+    ) -> Self {
+        let (flights, thread) = (Some(flights), Some(thread));
+        Self { core, plan, limits, last: None, cycle: None, never_used: None, flights, thread }
+    }
+
+    /// The parameters, as they were given.
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.plan.parameters
+    }
+
+    /// Where the gradients lie.
+    pub fn layout(&self) -> &Layout {
+        &self.plan.layout
+    }
+
+    /// Begins a step whose gradients, with those that were accumulated before, are averaged over
+    /// all ranks. Blocks only to lay buckets out anew, in the second step.
+    ///
+    /// Collective: every rank begins its steps in the same order, reducing and not; one that has
+    /// no more data calls [`Buckets::join`].
+    ///
+    /// # Errors
+    /// If the job ended, or there is no memory for the new layout.
+    pub fn begin(&mut self) -> Result<Step<'_>, Error> {
+        self.take_off(Purpose::Reduce)
+    }
+
+    /// Begins a step whose gradients stay on this rank and add to those of the next steps, until
+    /// one is begun by [`Buckets::begin`]: gradient accumulation, `no_sync` elsewhere. Its
+    /// [`Step::wait`] does not block.
+    ///
+    /// # Errors
+    /// As [`Buckets::begin`].
+    pub fn begin_accumulating(&mut self) -> Result<Step<'_>, Error> {
+        self.take_off(Purpose::Accumulate)
+    }
+
+    /// Takes part in the steps of the ranks that have data still, with nothing of its own, until
+    /// all have called this. After each step, whose averages all ranks get, `update` is called: the
+    /// optimiser's step, so that the models stay the same.
+    ///
+    /// Collective: every rank calls it when it has no more data. Blocks until all have.
+    ///
+    /// # Errors
+    /// As [`Step::wait`], and what `update` returns. Without
+    /// [`Builder::uneven_inputs`] [`ErrorKind::Configuration`](crate::ErrorKind::Configuration).
+    pub fn join(
+        &mut self,
+        mut update: impl FnMut(&mut Self, &StepReport) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        if !self.core.settings.uneven_inputs {
+            let text = "joining takes buckets that were built with `uneven_inputs`";
+            let error = Error::new(crate::ErrorKind::Configuration, text);
+            return Err(error.on(self.core.communicator.rank()));
+        }
+        loop {
+            let report = self.take_off(Purpose::Shadow)?.wait()?;
+            if report.participants == 0 {
+                return Ok(());
+            }
+            update(self, &report)?;
+        }
+    }
+
+    fn take_off(&mut self, purpose: Purpose) -> Result<Step<'_>, Error> {
+        self.settle();
+        if let Some(error) = self.core.communicator.failure() {
+            return Err(error);
+        }
+        if self.cycle.is_none() {
+            self.relayout()?;
+        }
+        let parameters = self.plan.parameters.len();
+        let cycle = self.cycle.take().unwrap_or_else(|| Cycle::new(parameters));
+        let flight = Arc::new(Flight::new(self.plan.clone(), cycle.clone(), purpose));
+        if purpose == Purpose::Accumulate {
+            self.cycle = Some(cycle);
+        } else {
+            flight.close_those(self.never_used.iter().flatten().copied());
+            let flights = self.flights.as_ref().expect("there until the drop");
+            flights.send(flight.clone()).expect("the thread takes steps until the drop");
+        }
+        self.last = Some(flight.clone());
+        let settings = &self.core.settings;
+        let needs_all =
+            purpose == Purpose::Reduce && !settings.unused_parameters && !settings.static_graph;
+        Ok(Step::new(flight, self.core.communicator.rank(), needs_all))
+    }
+
+    /// Waits until the last step, which may have been dropped, has ended.
+    fn settle(&self) {
+        if let Some(last) = &self.last {
+            // Who waited for it was told.
+            let _ = last.await_end();
+        }
+    }
+
+    /// After the first step: what never will be used, and the order in which rank 0's gradients
+    /// became ready.
+    fn relayout(&mut self) -> Result<(), Error> {
+        let Some(last) = self.last.as_ref().filter(|_| self.core.steps() == 1) else {
+            return Ok(());
+        };
+        if self.core.settings.static_graph {
+            let used = last.used().into_iter().enumerate();
+            let unused = used.filter_map(|(parameter, used)| (!used).then_some(parameter));
+            self.never_used = Some(unused.collect());
+        }
+        if !self.core.settings.relayout || self.plan.layout.version() != 0 {
+            return Ok(());
+        }
+        let observed = last.observed_order();
+        let mut order: Vec<u32> = observed.iter().map(|&parameter| parameter as u32).collect();
+        let communicator = &self.core.communicator;
+        communicator.run(&Collective::broadcast(0), Buffers::InPlace(&mut order))?;
+        let order: Vec<usize> = order.iter().map(|&parameter| parameter as usize).collect();
+        let layout = Layout::new(1, &self.plan.parameters, &order, self.limits);
+        self.last = None;
+        self.plan = Plan::new(self.plan.parameters.clone(), layout, communicator)?.into();
+        Ok(())
+    }
+
+    /// A parameter's gradient: after a step the average over the ranks that took part, after an
+    /// accumulating step what this rank has. Blocks if a step was dropped and has not ended.
+    ///
+    /// # Panics
+    /// If there is no such parameter, or its gradient has another type.
+    pub fn gradient<T: Element>(&self, parameter: usize) -> &[T] {
+        self.settle();
+        // SAFETY: the last step has ended, and a new one needs `&mut self`.
+        unsafe { self.plan.elements(parameter) }
+    }
+
+    /// As [`Buckets::gradient`], to be changed in place: clipped, unscaled.
+    ///
+    /// # Panics
+    /// As [`Buckets::gradient`].
+    pub fn gradient_mut<T: Element>(&mut self, parameter: usize) -> &mut [T] {
+        self.settle();
+        // SAFETY: the last step has ended, and `&mut self` keeps everybody else away.
+        unsafe { self.plan.elements_mut(parameter) }
+    }
+
+    /// What the hook keeps from step to step, for a checkpoint.
+    pub fn save_hook(&self) -> Vec<u8> {
+        self.settle();
+        self.core.hook().save()
+    }
+
+    /// Gives the hook what [`Buckets::save_hook`] gave.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`](crate::ErrorKind::Configuration) if the hook does not take it.
+    pub fn restore_hook(&mut self, saved: &[u8]) -> Result<(), Error> {
+        self.settle();
+        let restored = self.core.hook().restore(saved);
+        restored.map_err(|text| {
+            let error = Error::new(crate::ErrorKind::Configuration, text);
+            error.on(self.core.communicator.rank())
+        })
+    }
+}
+
+impl Drop for Buckets {
+    fn drop(&mut self) {
+        drop(self.flights.take());
+        if let Some(thread) = self.thread.take() {
+            // A step that was dropped ends first: the others take part in it.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Buckets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("Buckets");
+        debug.field("parameters", &self.plan.parameters.len());
+        debug.field("buckets", &self.plan.layout.buckets().len()).finish_non_exhaustive()
+    }
+}

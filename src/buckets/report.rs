@@ -1,0 +1,76 @@
+//! What a step tells: how it ended, and how much of its communication the computation hid.
+
+use std::time::{Duration, Instant};
+
+use super::flight::{Flight, Outcome, Times};
+
+/// A step that all ranks committed to.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct StepReport {
+    /// Whether some averaged gradient is infinite or NaN: the same on all ranks.
+    pub nonfinite: bool,
+    /// How many ranks had gradients; the average is over these.
+    pub participants: usize,
+    /// Parameters, by their places in the list, that no rank put anything in: their gradients are
+    /// zero, and an optimiser may want to leave them alone.
+    pub unused: Vec<usize>,
+    /// By bucket, in launching order; times count from the beginning of the step.
+    pub buckets: Vec<BucketReport>,
+    /// When the step began.
+    pub begun: Option<Instant>,
+    /// When the program had put in all it would, and waited.
+    pub computed: Duration,
+    /// When the last bucket was reduced.
+    pub reduced: Duration,
+}
+
+/// What became of a bucket in a step.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct BucketReport {
+    /// Its size, with what pads.
+    pub bytes: usize,
+    /// When its last gradient was ready.
+    pub ready: Duration,
+    /// When its reduction began.
+    pub started: Duration,
+    /// When it had ended.
+    pub finished: Duration,
+}
+
+impl StepReport {
+    /// What the program waited for communication after it had computed: what was not hidden.
+    pub const fn exposed(&self) -> Duration {
+        self.reduced.saturating_sub(self.computed)
+    }
+
+    /// How long buckets were being reduced in all.
+    pub fn communicated(&self) -> Duration {
+        self.buckets.iter().map(|bucket| bucket.finished.saturating_sub(bucket.started)).sum()
+    }
+
+    pub(super) fn of(flight: &Flight, outcome: Outcome, computed: Instant) -> Self {
+        let since = |then: Option<Instant>| {
+            then.map_or(Duration::ZERO, |then| then.saturating_duration_since(flight.begun))
+        };
+        let bucket = |(times, plan): (&Times, &super::layout::BucketPlan)| BucketReport {
+            bytes: plan.len * plan.dtype.bytes(),
+            ready: since(times.ready),
+            started: since(times.started),
+            finished: since(times.finished),
+        };
+        let times = flight.times();
+        let buckets: Vec<_> = times.iter().zip(flight.plan.layout.plans()).map(bucket).collect();
+        let unused = outcome.used.iter().enumerate().filter(|(_, used)| !**used);
+        Self {
+            nonfinite: outcome.nonfinite,
+            participants: outcome.participants,
+            unused: unused.map(|(parameter, _)| parameter).collect(),
+            reduced: buckets.iter().map(|bucket| bucket.finished).max().unwrap_or_default(),
+            buckets,
+            begun: Some(flight.begun),
+            computed: since(Some(computed)),
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! A training step as the program sees it: views of gradients, marks, and the wait.
+
+use std::fmt;
+use std::future::Future;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use unisum_link::Element;
+
+use super::flight::Flight;
+use super::report::StepReport;
+use crate::{Error, ErrorKind, Rank};
+
+/// A step under way ([`Buckets::begin`](super::Buckets::begin)): gradients are put in and marked
+/// ready, by any threads in any order; buckets are reduced meanwhile.
+///
+/// Who drops it without waiting makes the step fail on all ranks.
+pub struct Step<'b> {
+    flight: Arc<Flight>,
+    rank: Rank,
+    /// Whether a parameter without a gradient is an error.
+    needs_all: bool,
+    /// The buckets can't be used for anything else.
+    buckets: PhantomData<&'b mut ()>,
+}
+
+impl<'b> Step<'b> {
+    pub(super) fn new(flight: Arc<Flight>, rank: Rank, needs_all: bool) -> Self {
+        Self { flight, rank, needs_all, buckets: PhantomData }
+    }
+
+    /// The gradient of a parameter, in the memory that is reduced: zero if it is the first view
+    /// since the last reduction, else what earlier views left. Not blocking. Threads may view
+    /// different parameters at once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`] if there is no such parameter, its gradient has another type,
+    /// it was marked ready, or it is viewed. The step then fails on all ranks.
+    pub fn view<T: Element>(&self, parameter: usize) -> Result<View<'_, T>, Error> {
+        let view = self.view_as_is(parameter)?;
+        if !self.flight.fill(parameter) {
+            // SAFETY: the view has the gradient alone.
+            unsafe { self.flight.plan.zero(parameter) };
+        }
+        Ok(view)
+    }
+
+    /// As [`Step::view`], for who writes all elements without reading them: nothing is zeroed.
+    ///
+    /// # Errors
+    /// As [`Step::view`].
+    pub fn view_to_overwrite<T: Element>(&self, parameter: usize) -> Result<View<'_, T>, Error> {
+        let view = self.view_as_is(parameter)?;
+        self.flight.fill(parameter);
+        Ok(view)
+    }
+
+    fn view_as_is<T: Element>(&self, parameter: usize) -> Result<View<'_, T>, Error> {
+        let parameters = &self.flight.plan.parameters;
+        let Some(known) = parameters.get(parameter) else {
+            let text = format!("there is no parameter {parameter} among {}", parameters.len());
+            return Err(self.refuse(text));
+        };
+        if known.dtype() != T::DTYPE {
+            return Err(self.refuse(format!("{known} was viewed as {}", T::DTYPE)));
+        }
+        self.flight.take(parameter).map_err(|text| self.refuse(text))?;
+        // SAFETY: it was just taken, and is given back when the view ends.
+        let gradient = unsafe { self.flight.plan.elements_mut(parameter) };
+        Ok(View { gradient, held: Held { parameter, flight: &self.flight } })
+    }
+
+    /// Copies a gradient that lies elsewhere, adds it if the parameter has one already, and marks
+    /// it ready.
+    ///
+    /// # Errors
+    /// As [`Step::view`], and if the lengths differ.
+    pub fn put<T>(&self, parameter: usize, gradient: &[T]) -> Result<(), Error>
+    where
+        T: Element + std::ops::Add<Output = T>,
+    {
+        let mut view = self.view_as_is::<T>(parameter)?;
+        if view.len() != gradient.len() {
+            let (what, given) = (&self.flight.plan.parameters[parameter], gradient.len());
+            return Err(self.refuse(format!("{what} was given {given} elements")));
+        }
+        if self.flight.fill(parameter) {
+            view.iter_mut().zip(gradient).for_each(|(sum, &term)| *sum = *sum + term);
+        } else {
+            view.copy_from_slice(gradient);
+        }
+        view.ready();
+        Ok(())
+    }
+
+    /// Marks a gradient ready, as what earlier views of this step, or of those it accumulates,
+    /// left. Not blocking.
+    ///
+    /// # Errors
+    /// As [`Step::view`].
+    pub fn ready(&self, parameter: usize) -> Result<(), Error> {
+        if parameter >= self.flight.plan.parameters.len() {
+            return Err(self.refuse(format!("there is no parameter {parameter}")));
+        }
+        self.flight.take(parameter).map_err(|text| self.refuse(text))?;
+        if !self.flight.fill(parameter) {
+            // SAFETY: it was just taken.
+            unsafe { self.flight.plan.zero(parameter) };
+        }
+        self.flight.mark(parameter);
+        Ok(())
+    }
+
+    /// The error for the caller; the step fails with it.
+    fn refuse(&self, text: String) -> Error {
+        self.flight.fail(text.clone());
+        Error::new(ErrorKind::Configuration, text).on(self.rank)
+    }
+
+    /// How many buckets there are in this step.
+    pub fn buckets(&self) -> usize {
+        self.flight.plan.layout.plans().len()
+    }
+
+    /// The reduction of a bucket, to be waited for before the whole step is. Whether all ranks
+    /// commit to the step is known only at its end.
+    ///
+    /// # Panics
+    /// If there is no such bucket.
+    pub fn bucket(&self, bucket: usize) -> BucketWork {
+        assert!(bucket < self.buckets(), "there is no bucket {bucket}");
+        BucketWork { flight: self.flight.clone(), bucket }
+    }
+
+    /// Ends the program's part: what was not marked ready is from here on. The work is to be
+    /// waited for.
+    pub fn finish(self) -> StepWork<'b> {
+        let computed = Instant::now();
+        self.close("");
+        StepWork { flight: self.flight.clone(), computed, buckets: PhantomData }
+    }
+
+    /// [`Step::finish`], and waits: blocks until all buckets are reduced and all ranks agree.
+    ///
+    /// # Errors
+    /// [`ErrorKind::StepFailed`], on all ranks alike, if a rank has no gradient for a parameter
+    /// (unless [`Builder::unused_parameters`](super::Builder::unused_parameters) allows it), marked
+    /// one twice, or dropped its step: the averages are not to be used, the next step can be begun.
+    /// As [`Communicator::run`](crate::Communicator::run) if the job ended.
+    pub fn wait(self) -> Result<StepReport, Error> {
+        self.finish().wait()
+    }
+
+    fn close(&self, why: &str) {
+        if !why.is_empty() {
+            self.flight.fail(why.to_owned());
+        }
+        let empty = self.flight.close();
+        if let Some(&first) = empty.first()
+            && self.needs_all
+        {
+            let others = match empty.len() - 1 {
+                0 => String::new(),
+                others => format!(", nor had {others} others"),
+            };
+            let what = self.flight.plan.describe(first);
+            self.flight.fail(format!("{what} had no gradient when the step ended{others}"));
+        }
+    }
+}
+
+impl Drop for Step<'_> {
+    fn drop(&mut self) {
+        // After `finish` nothing is left to close.
+        if !self.flight.is_closed() {
+            self.close("the step was dropped before it was waited for");
+        }
+    }
+}
+
+impl fmt::Debug for Step<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Step").field("purpose", &self.flight.purpose).finish_non_exhaustive()
+    }
+}
+
+/// A gradient in the program's hands: a slice in the bucket's memory.
+pub struct View<'s, T> {
+    gradient: &'s mut [T],
+    held: Held<'s>,
+}
+
+/// Gives the gradient back.
+struct Held<'s> {
+    parameter: usize,
+    flight: &'s Flight,
+}
+
+impl<T> View<'_, T> {
+    /// The gradient is final. It is reduced once the bucket's others are.
+    pub fn ready(self) {
+        let Held { parameter, flight } = self.held;
+        std::mem::forget(self.held);
+        flight.mark(parameter);
+    }
+}
+
+impl<T> Deref for View<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.gradient
+    }
+}
+
+impl<T> DerefMut for View<'_, T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        self.gradient
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.flight.release(self.parameter);
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for View<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("View").field("parameter", &self.held.parameter).finish_non_exhaustive()
+    }
+}
+
+/// A step that the program has put in all it will. A [`Future`], and [`StepWork::wait`] blocks.
+#[must_use = "whether all ranks commit to the step is told by its work"]
+pub struct StepWork<'b> {
+    flight: Arc<Flight>,
+    computed: Instant,
+    buckets: PhantomData<&'b mut ()>,
+}
+
+impl StepWork<'_> {
+    /// See [`Step::wait`].
+    ///
+    /// # Errors
+    /// As [`Step::wait`].
+    pub fn wait(self) -> Result<StepReport, Error> {
+        let outcome = self.flight.await_end()?;
+        Ok(StepReport::of(&self.flight, outcome, self.computed))
+    }
+}
+
+impl Future for StepWork<'_> {
+    type Output = Result<StepReport, Error>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let end = self.flight.poll_end(context.waker());
+        end.map_or(Poll::Pending, |end| {
+            Poll::Ready(end.map(|outcome| StepReport::of(&self.flight, outcome, self.computed)))
+        })
+    }
+}
+
+impl fmt::Debug for StepWork<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StepWork").finish_non_exhaustive()
+    }
+}
+
+/// The reduction of one bucket. A [`Future`], and [`BucketWork::wait`] blocks.
+#[must_use = "it does nothing but wait"]
+pub struct BucketWork {
+    flight: Arc<Flight>,
+    bucket: usize,
+}
+
+impl BucketWork {
+    /// Blocks until the bucket is reduced.
+    ///
+    /// # Errors
+    /// Why it never will be.
+    pub fn wait(self) -> Result<(), Error> {
+        self.flight.await_reduced(self.bucket)
+    }
+}
+
+impl Future for BucketWork {
+    type Output = Result<(), Error>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let reduced = self.flight.poll_reduced(self.bucket, context.waker());
+        reduced.map_or(Poll::Pending, Poll::Ready)
+    }
+}
+
+impl fmt::Debug for BucketWork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BucketWork").field("bucket", &self.bucket).finish_non_exhaustive()
+    }
+}
