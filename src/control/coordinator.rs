@@ -1,7 +1,7 @@
 //! The coordinator's decisions (sans-IO): what ranks say and what happens to their connections
 //! goes in, messages come out, and time is an argument.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::mem;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,11 @@ pub(super) struct Coordinator {
     round: Round,
     accusations: Vec<Accusation>,
     query: Query,
+    /// What ranks did last in the communicators that they are no longer in.
+    parted: HashMap<u16, BTreeMap<Rank, Snapshot>>,
+    /// The newest call that somebody has waited in for a while, and who: by communicator and, as
+    /// groups without common ranks may have one number, the lowest rank.
+    waiting: HashMap<(u16, Rank), (Rank, Concern)>,
     verdict: Option<Verdict>,
     outputs: VecDeque<Output>,
 }
@@ -57,8 +62,8 @@ enum Presence {
     Connected,
     /// It has joined.
     Joined,
-    /// It left in order, doing this last.
-    Left(Snapshot),
+    /// It left in order.
+    Left,
     /// Its connection ended, and there is a verdict.
     Dead,
 }
@@ -110,6 +115,8 @@ impl Coordinator {
             round: Round { number: 0, blobs: vec![None; world], until: None },
             accusations: Vec::new(),
             query: Query { number: 0, answers: vec![None; world], open: None },
+            parted: HashMap::new(),
+            waiting: HashMap::new(),
             verdict: None,
             outputs: VecDeque::new(),
         }
@@ -141,7 +148,7 @@ impl Coordinator {
                 self.presence[rank] = Presence::Dead;
                 self.conclude(Verdict::died(rank, how));
             }
-            Presence::Absent | Presence::Left(_) | Presence::Dead => {}
+            Presence::Absent | Presence::Left | Presence::Dead => {}
         }
     }
 
@@ -157,12 +164,13 @@ impl Coordinator {
             (_, Presence::Connected | Presence::Absent) => {
                 self.violated(from, "it spoke before it joined");
             }
-            (_, Presence::Left(_) | Presence::Dead) => {}
+            (_, Presence::Left | Presence::Dead) => {}
             (Message::Blob { round, blob }, _) => self.take_blob(from, round, blob, now),
             (Message::Accuse(report), _) => self.accused(from, report, now),
             (Message::Overdue(concern), _) => self.ask(from, concern, false, now),
             (Message::Stalled(concern), _) => self.ask(from, concern, true, now),
             (Message::Status { query, snapshot }, _) => self.answered(from, query, snapshot),
+            (Message::Parted { communicator, last }, _) => self.parted(from, communicator, last),
             (Message::Bye(last), _) => self.left(from, last),
             (message, _) => self.violated(from, format_args!("it sent {message:?}")),
         }
@@ -219,7 +227,7 @@ impl Coordinator {
         }
         self.round.blobs[from] = Some(blob);
         self.round.until.get_or_insert(now + self.connect_timeout);
-        if let Some(gone) = self.find(|presence| matches!(presence, Presence::Left(_))) {
+        if let Some(gone) = self.find(|presence| matches!(presence, Presence::Left)) {
             return self.conclude(Verdict::left(gone));
         }
         if self.round.blobs.iter().all(Option::is_some) {
@@ -267,24 +275,57 @@ impl Coordinator {
             None => self.violated(by, format_args!("it accused rank {against}")),
             Some(_) if self.verdict.is_some() => {}
             Some(_) if report.mismatch => self.conclude(report.verdict(by)),
-            Some(Presence::Left(_)) => self.conclude(Verdict::left(against)),
+            Some(Presence::Left) => self.conclude(Verdict::left(against)),
             Some(_) => self.accusations.push(Accusation { by, report, until: now + GRACE }),
         }
     }
 
     fn left(&mut self, rank: Rank, last: Snapshot) {
-        self.presence[rank] = Presence::Left(last);
-        self.tell_all(vec![Message::Left { rank }]);
+        self.presence[rank] = Presence::Left;
+        self.tell_all(vec![Message::Left { rank, last }]);
         let accused = self.accusations.iter().any(|accusation| accusation.report.against == rank);
         let awaited = self.round.until.is_some() && self.round.blobs[rank].is_none();
         if accused || awaited {
             self.conclude(Verdict::left(rank));
         }
+        self.parted(rank, 0, last);
         self.decide_if_all_answered();
+    }
+
+    /// A rank is no longer in a communicator, where it did this last.
+    fn parted(&mut self, rank: Rank, communicator: u16, last: Snapshot) {
+        self.parted.entry(communicator).or_default().insert(rank, last);
+        self.look_who_is_gone(communicator);
+    }
+
+    /// Ends the job if somebody waits for a rank that has parted. What is known to be waited for
+    /// may have ended meanwhile: then whoever parts has taken part in it.
+    fn look_who_is_gone(&mut self, communicator: u16) {
+        let Some(parted) = self.parted.get(&communicator) else { return };
+        let gone = |(by, concern): &(Rank, Concern)| {
+            let is_concerned = |rank: &Rank| match concern.ranks.is_empty() {
+                true => communicator == 0,
+                false => concern.ranks.contains(rank),
+            };
+            let last = parted.iter().filter(|(rank, _)| is_concerned(rank));
+            // A rank that has parted itself waits for nobody.
+            let waits = concern.call.communicator == communicator && !parted.contains_key(by);
+            let last = last.map(|(&rank, &last)| (rank, last));
+            inquest::gone(&concern.call, *by, last).filter(|_| waits)
+        };
+        if let Some(verdict) = self.waiting.values().find_map(gone) {
+            self.conclude(verdict);
+        }
     }
 
     /// Starts to find out why a call takes so long, unless that is under way.
     fn ask(&mut self, by: Rank, concern: Concern, patient: bool, now: Instant) {
+        let communicator = concern.call.communicator;
+        if patient {
+            let lowest = concern.ranks.iter().min().copied().unwrap_or(0);
+            self.waiting.insert((communicator, lowest), (by, concern.clone()));
+            self.look_who_is_gone(communicator);
+        }
         if let Some(open) = &mut self.query.open {
             let same = open.concern.call.communicator == concern.call.communicator;
             if same && open.patient && !patient {
@@ -301,7 +342,6 @@ impl Coordinator {
             return;
         }
         let number = self.query.number.wrapping_add(1);
-        let communicator = concern.call.communicator;
         let open = Some(Overdue { concern, by, until: now + ANSWER_TIMEOUT, patient });
         self.query = Query { number, answers: vec![None; self.presence.len()], open };
         self.tell_all(vec![Message::StatusRequest { query: number, communicator }]);
@@ -316,8 +356,7 @@ impl Coordinator {
 
     fn decide_if_all_answered(&mut self) {
         let mut ranks = self.presence.iter().zip(&self.query.answers);
-        if ranks.all(|(presence, answer)| answer.is_some() || matches!(presence, Presence::Left(_)))
-        {
+        if ranks.all(|(presence, answer)| answer.is_some() || matches!(presence, Presence::Left)) {
             self.decide();
         }
     }
@@ -326,14 +365,15 @@ impl Coordinator {
         let Some(Overdue { concern, by, patient, .. }) = self.query.open.take() else {
             return;
         };
-        let account = |(presence, answer): (&Presence, &Option<Snapshot>)| match (presence, answer)
-        {
-            (Presence::Left(last), _) => Account::Left(*last),
-            (_, Some(snapshot)) => Account::Here(*snapshot),
-            (_, None) => Account::Silent,
+        let parted = self.parted.get(&concern.call.communicator);
+        let last = |rank| parted.and_then(|parted| parted.get(&rank)).copied();
+        let account = |rank| match (self.presence[rank], last(rank), self.query.answers[rank]) {
+            (_, Some(last), _) => Account::Left(last),
+            (Presence::Left, None, _) => Account::Left(Snapshot::default()),
+            (_, None, Some(snapshot)) => Account::Here(snapshot),
+            (_, None, None) => Account::Silent,
         };
-        let mut accounts: Vec<_> =
-            self.presence.iter().zip(&self.query.answers).map(account).collect();
+        let mut accounts: Vec<_> = (0..self.presence.len()).map(account).collect();
         let Concern { call, ranks } = concern;
         if !ranks.is_empty() {
             let apart = accounts.iter_mut().enumerate().filter(|(rank, _)| !ranks.contains(rank));

@@ -60,7 +60,8 @@ fn message_seeds() -> Vec<Vec<u8>> {
         Message::StatusRequest { query: 3, communicator: 0 },
         Message::Status { query: 3, snapshot: snapshot(1, 5) },
         Message::Verdict(Verdict { kind, culprits: vec![1, 2], text }),
-        Message::Left { rank: 1 },
+        Message::Left { rank: 1, last: snapshot(1, 5) },
+        Message::Parted { communicator: 3, last: snapshot(1, 5) },
         Message::Bye(Snapshot::default()),
     ];
     let mut seeds: Vec<_> = all.iter().map(|message| encode(&[message])).collect();
@@ -109,6 +110,9 @@ fn said(what: u8, number: u8) -> Message {
         12 | 13 => {
             let (query, step) = (u32::from(number >> 6), u32::from(number & 7));
             Message::Status { query, snapshot: snapshot(u64::from(number >> 3 & 7), step) }
+        }
+        14 if number > 127 => {
+            Message::Parted { communicator: 0, last: snapshot(u64::from(number & 7), 0) }
         }
         14 => Message::Bye(snapshot(u64::from(number), 0)),
         _ => Message::StatusRequest { query: u32::from(number), communicator: 0 },

@@ -66,8 +66,25 @@ pub(super) fn contradiction(call: &Call, by: Rank, accounts: &[Account]) -> Opti
 
 /// Whether a rank that did `last` before it left took no part in `call`, or not to its end.
 fn misses(last: &Snapshot, call: &Call) -> bool {
-    // What it did last was in the job's own communicator; of a group it is no longer a member.
-    call.communicator != 0 || last.position() <= call.number.saturating_mul(2).saturating_add(1)
+    last.position() <= call.number.saturating_mul(2).saturating_add(1)
+}
+
+/// Finds the ranks that are gone for good without having taken part in `call`, in which rank `by`
+/// waits: no need to wait for the deadline.
+pub(super) fn gone(
+    call: &Call,
+    by: Rank,
+    parted: impl Iterator<Item = (Rank, Snapshot)>,
+) -> Option<Verdict> {
+    let gone: Vec<_> = parted.filter(|(_, last)| misses(last, call)).collect();
+    let culprits: Vec<Rank> = gone.iter().map(|(rank, _)| *rank).collect();
+    let who = (!culprits.is_empty()).then(|| name(&culprits))?;
+    let mut text = format!("rank {by} waits in {call}: {who} left the communicator without it");
+    for (rank, last) in gone.iter().take(LINES_MAX) {
+        write!(text, "\n  rank {rank}: left; at that time {last}")
+            .expect("writing to a string cannot fail");
+    }
+    Some(Verdict::new(VerdictKind::Left, culprits, text))
 }
 
 fn which(accounts: &[Account], is: impl Fn(&Account) -> bool) -> Option<Vec<Rank>> {

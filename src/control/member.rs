@@ -5,9 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use unisum_link::Call;
 
+use super::inquest;
 use super::message::{Concern, Message};
 use super::shared::{Command, Shared};
+use super::status::Snapshot;
 use super::verdict::{Report, Verdict, VerdictKind};
 
 /// How long the coordinator may take to a verdict: its own second for the ranks' answers, and one
@@ -21,11 +24,16 @@ pub(super) struct Member {
     blobs: Vec<Bytes>,
     /// When the coordinator must have come to a verdict that this rank asked for.
     verdict_by: Option<Instant>,
+    /// What the coordinator did last, once it has left.
+    coordinator_last: Option<Snapshot>,
+    /// The newest call of the job's own communicator that this rank has waited in for a while.
+    waiting: Option<Call>,
 }
 
 impl Member {
     pub(super) const fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, round: 0, blobs: Vec::new(), verdict_by: None }
+        let (verdict_by, coordinator_last, waiting) = (None, None, None);
+        Self { shared, round: 0, blobs: Vec::new(), verdict_by, coordinator_last, waiting }
     }
 
     /// Does what the coordinator says; returns the answer to send.
@@ -49,7 +57,13 @@ impl Member {
                 return Ok(Some(Message::Status { query, snapshot }));
             }
             Message::Verdict(verdict) => self.conclude(verdict),
-            Message::Left { rank } if rank < self.shared.world() => self.shared.set_left(rank),
+            Message::Left { rank, last } if rank < self.shared.world() => {
+                self.shared.set_left(rank);
+                if rank == 0 {
+                    self.coordinator_last = Some(last);
+                    self.look_whether_coordinator_is_missed();
+                }
+            }
             other => return Err(format!("it sent {other:?}")),
         }
         Ok(None)
@@ -66,11 +80,29 @@ impl Member {
             }
             Command::Accuse(report) => self.accuse(report, now),
             Command::Overdue(concern) => self.overdue(concern, now),
-            // Without a coordinator nobody can be asked; the deadline will tell.
             Command::Stalled(concern) => {
+                if concern.call.communicator == 0 {
+                    self.waiting = Some(concern.call);
+                }
+                // Without a coordinator nobody can be asked but about itself.
+                self.look_whether_coordinator_is_missed();
                 (!self.is_coordinator_gone()).then_some(Message::Stalled(concern))
             }
+            Command::Part(communicator, last) => {
+                let told = Message::Parted { communicator, last };
+                (!self.is_coordinator_gone()).then_some(told)
+            }
             Command::Leave => Some(Message::Bye(self.shared.snapshot(0))),
+        }
+    }
+
+    /// Ends the job if the coordinator has left without the call that this rank waits in.
+    fn look_whether_coordinator_is_missed(&mut self) {
+        let (Some(call), Some(last)) = (&self.waiting, self.coordinator_last) else { return };
+        let (by, parted) = (self.shared.rank, std::iter::once((0, last)));
+        let is_inside = self.shared.snapshot(0).position() == 2 * call.number + 1;
+        if let Some(verdict) = inquest::gone(call, by, parted).filter(|_| is_inside) {
+            self.conclude(verdict);
         }
     }
 
@@ -184,7 +216,10 @@ mod tests {
     fn without_a_coordinator_a_rank_concludes_on_its_own() {
         let gone = || {
             let mut member = member();
-            assert_eq!(member.heard(Message::Left { rank: 0 }), Ok(None));
+            assert_eq!(
+                member.heard(Message::Left { rank: 0, last: Snapshot::default() }),
+                Ok(None)
+            );
             member.lost("its connection ended");
             assert!(member.shared.verdict().is_none());
             member
@@ -216,6 +251,6 @@ mod tests {
     #[test]
     fn what_only_ranks_say_is_refused() {
         assert!(member().heard(Message::Joined).is_err());
-        assert!(member().heard(Message::Left { rank: 3 }).is_err());
+        assert!(member().heard(Message::Left { rank: 3, last: Snapshot::default() }).is_err());
     }
 }

@@ -46,8 +46,10 @@ pub(super) enum Message {
     Status { query: u32, snapshot: Snapshot },
     /// Coordinator: the communicator is over.
     Verdict(Verdict),
-    /// Coordinator: a rank has left in order, doing this last.
-    Left { rank: Rank },
+    /// Coordinator: a rank has left in order, doing this last in the job's own communicator.
+    Left { rank: Rank, last: Snapshot },
+    /// Rank: it is no longer in this communicator, where it did this last.
+    Parted { communicator: u16, last: Snapshot },
     /// Rank: I leave in order.
     Bye(Snapshot),
 }
@@ -121,7 +123,14 @@ impl Message {
                 put_snapshot(to, snapshot);
             }
             Self::Verdict(verdict) => put_verdict(to, verdict),
-            Self::Left { rank } => put_rank(to, *rank),
+            Self::Left { rank, last } => {
+                put_rank(to, *rank);
+                put_snapshot(to, last);
+            }
+            Self::Parted { communicator, last } => {
+                to.put_u16_le(*communicator);
+                put_snapshot(to, last);
+            }
             Self::Bye(snapshot) => put_snapshot(to, snapshot),
         }
     }
@@ -140,6 +149,7 @@ impl Message {
             Self::Left { .. } => 10,
             Self::Bye(_) => 11,
             Self::Stalled(_) => 12,
+            Self::Parted { .. } => 13,
         }
     }
 
@@ -180,9 +190,10 @@ impl Message {
             7 => parse_request(body),
             8 => parse_status(body),
             9 => parse_verdict(body).map(Self::Verdict),
-            10 => rank(body).map(|rank| Self::Left { rank }),
+            10 => parse_left(body),
             11 => parse_snapshot(body).map(Self::Bye),
             12 => parse_concern(body).map(Self::Stalled),
+            13 => parse_parted(body),
             kind => return Err(MessageError::Kind(kind)),
         })
     }
@@ -283,6 +294,15 @@ fn parse_request(body: &mut Bytes) -> Option<Message> {
     Some(Message::StatusRequest { query, communicator: u16::from_le_bytes(take(body)?) })
 }
 
+fn parse_left(body: &mut Bytes) -> Option<Message> {
+    Some(Message::Left { rank: rank(body)?, last: parse_snapshot(body)? })
+}
+
+fn parse_parted(body: &mut Bytes) -> Option<Message> {
+    let communicator = u16::from_le_bytes(take(body)?);
+    Some(Message::Parted { communicator, last: parse_snapshot(body)? })
+}
+
 fn parse_status(body: &mut Bytes) -> Option<Message> {
     Some(Message::Status { query: word(body)?, snapshot: parse_snapshot(body)? })
 }
@@ -361,7 +381,9 @@ mod tests {
                 let kind = VerdictKind::from_code(code).unwrap();
                 Message::Verdict(Verdict { kind, culprits, text })
             }),
-            ranks().prop_map(|rank| Message::Left { rank }),
+            (ranks(), snapshots()).prop_map(|(rank, last)| Message::Left { rank, last }),
+            (any::<u16>(), snapshots())
+                .prop_map(|(communicator, last)| Message::Parted { communicator, last }),
             snapshots().prop_map(Message::Bye),
         ]
     }

@@ -226,7 +226,11 @@ impl Control {
 
     /// This rank is no longer in a communicator.
     pub(crate) fn withdraw(&self, communicator: u16) {
-        self.shared.withdraw(communicator);
+        let last = self.shared.withdraw(communicator);
+        // What this rank did in the job's own communicator goes with the goodbye.
+        if communicator != 0 {
+            self.command(Command::Part(communicator, last));
+        }
     }
 
     /// Why the communicator has ended, if it has. One load until then.

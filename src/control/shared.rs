@@ -23,6 +23,8 @@ pub(super) enum Command {
     Accuse(Report),
     Overdue(Concern),
     Stalled(Concern),
+    /// This rank is no longer in a communicator, where it did this last.
+    Part(u16, Snapshot),
     Leave,
 }
 
@@ -114,11 +116,13 @@ impl Shared {
         status
     }
 
-    /// The rank is no longer in a communicator.
-    pub(super) fn withdraw(&self, communicator: u16) {
+    /// The rank is no longer in a communicator; what it did there last.
+    pub(super) fn withdraw(&self, communicator: u16) -> Snapshot {
+        let last = self.snapshot(communicator);
         lock(&self.statuses).retain(|(known, _)| *known != communicator);
         lock(&self.wakers).retain(|(known, _)| *known != communicator);
         lock(&self.arrivals).channels.retain(|channel| channel.communicator != communicator);
+        last
     }
 
     /// What this rank does in a communicator; nothing if it is not in it.
