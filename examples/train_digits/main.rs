@@ -1,8 +1,8 @@
 //! Trains a small network on handwritten digits with several processes:
 //! `cargo run --release --example train_digits -- -n 8`.
 //!
-//! Data parallelism: every rank holds the whole network and works on its share of each batch; an
-//! all-reduce averages the gradients, and all ranks take the same step. Afterwards the weights
+//! Data parallelism: every rank holds the whole network and works on its share of each batch;
+//! gradient buckets average the gradients, and all ranks take the same step. Afterwards the weights
 //! must be bitwise equal on all ranks, and close to those of one process that trained alone on
 //! the same batches (not equal: floats were added in another order).
 //!
@@ -11,13 +11,13 @@
 mod digits;
 mod network;
 
-use std::convert::Infallible;
 use std::error::Error;
 use std::process::{Command, ExitCode};
 
 use digits::{Digits, Image};
-use network::{Network, Optimizer};
-use unisum::{Communicator, ReduceOp};
+use network::{Layers, Network, Optimizer};
+use unisum::buckets::{Buckets, Parameter};
+use unisum::{Communicator, Dtype, ReduceOp};
 
 const EPOCHS: usize = 20;
 const BATCH: usize = 64;
@@ -58,16 +58,17 @@ fn join() -> Result<(), Box<dyn Error>> {
     let digits = Digits::load()?;
     let (rank, world) = (communicator.rank(), communicator.world());
 
-    // Zero-copy memory: the other ranks of this host read the gradients where they are.
-    let mut gradients = communicator.allocate::<f32>(Network::PARAMETERS)?;
-    let average = |gradients: &mut [f32]| communicator.all_reduce(gradients, ReduceOp::Average);
+    let parameter =
+        |(name, shape): (&'static str, &[usize])| Parameter::new(name, shape, Dtype::F32);
+    let parameters = Network::PARAMETERS.map(parameter);
+    let mut buckets = Buckets::builder(&communicator).build(&parameters)?;
     let report = |epoch: usize, network: &Network| {
         if rank == 0 {
             let (loss, accuracy) = network.evaluate(&digits.held_out);
             println!("Epoch {epoch}, loss {loss:.4}, accuracy {:.1}%", accuracy * 100.0);
         }
     };
-    let network = train(&digits, (rank, world), &mut gradients, average, report)?;
+    let network = train(&digits, (rank, world), &mut buckets, report)?;
     same_on_all_ranks(&communicator, &network)?;
     if rank == 0 {
         println!("Weights are bitwise equal on all {world} ranks");
@@ -76,14 +77,49 @@ fn join() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The training loop of one rank; `average` averages the gradients over all ranks.
-fn train<E>(
+/// Averages gradients over the ranks.
+trait Average {
+    /// Has `add` add this rank's gradients to zeros; gives the averages.
+    fn average(
+        &mut self,
+        add: impl FnOnce(&mut Layers<&mut [f32]>),
+    ) -> Result<Layers<&[f32]>, unisum::Error>;
+}
+
+impl Average for Buckets {
+    fn average(
+        &mut self,
+        add: impl FnOnce(&mut Layers<&mut [f32]>),
+    ) -> Result<Layers<&[f32]>, unisum::Error> {
+        let step = self.begin()?;
+        let view = |parameter| step.view::<f32>(parameter);
+        let mut views = [view(0)?, view(1)?, view(2)?, view(3)?];
+        add(&mut views.each_mut().map(|view| &mut view[..]));
+        views.into_iter().rev().for_each(unisum::buckets::View::ready);
+        step.wait()?;
+        Ok([0, 1, 2, 3].map(|parameter| self.gradient(parameter)))
+    }
+}
+
+/// One process has nothing to average.
+impl Average for Layers<Vec<f32>> {
+    fn average(
+        &mut self,
+        add: impl FnOnce(&mut Layers<&mut [f32]>),
+    ) -> Result<Layers<&[f32]>, unisum::Error> {
+        *self = Network::zeros();
+        add(&mut self.each_mut().map(|sums| &mut sums[..]));
+        Ok(self.each_ref().map(|sums| &sums[..]))
+    }
+}
+
+/// The training loop of one rank.
+fn train(
     digits: &Digits,
     (rank, world): (usize, usize),
-    gradients: &mut [f32],
-    average: impl Fn(&mut [f32]) -> Result<(), E>,
+    gradients: &mut impl Average,
     report: impl Fn(usize, &Network),
-) -> Result<Network, E> {
+) -> Result<Network, unisum::Error> {
     let mut network = Network::new();
     let mut optimizer = Optimizer::new();
     for epoch in 1..=EPOCHS {
@@ -91,12 +127,12 @@ fn train<E>(
             // Shares may differ by an image, so each rank weighs its images by the whole batch:
             // the average over the ranks is then the average over the batch.
             let weight = world as f32 / batch.len() as f32;
-            gradients.fill(0.0);
-            for image in share(batch, rank, world) {
-                network.add_gradients(image, weight, gradients);
-            }
-            average(gradients)?;
-            optimizer.step(&mut network, gradients);
+            let averages = gradients.average(|sums| {
+                for image in share(batch, rank, world) {
+                    network.add_gradients(image, weight, sums);
+                }
+            })?;
+            optimizer.step(&mut network, &averages);
         }
         report(epoch, &network);
     }
@@ -120,9 +156,7 @@ fn same_on_all_ranks(communicator: &Communicator, network: &Network) -> Result<(
 
 /// Fails if a process that trains alone on the same batches ends far away.
 fn near_those_of_one_process(digits: &Digits, network: &Network) -> Result<(), Box<dyn Error>> {
-    let mut gradients = vec![0.0; Network::PARAMETERS];
-    let nothing_to_average = |_: &mut [f32]| Ok::<(), Infallible>(());
-    let alone = train(digits, (0, 1), &mut gradients, nothing_to_average, |_, _| {})?;
+    let alone = train(digits, (0, 1), &mut Network::zeros(), |_, _| {})?;
     let difference = network.largest_difference(&alone);
     println!("Largest difference to the weights of one process: {difference:.1e}");
     if difference <= TOLERANCE {
