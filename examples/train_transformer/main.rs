@@ -1,0 +1,130 @@
+//! Trains a small transformer on the text of a novel with several processes:
+//! `cargo run --release --example train_transformer`.
+//!
+//! Data parallelism: every rank holds the whole model and works on its share of each batch; the
+//! gradients are summed over the ranks while backward makes them, and all ranks take the same
+//! step. Afterwards the weights must be bitwise equal on all ranks.
+//!
+//! Under a launcher: `mpirun -n 8 train_transformer --join`.
+
+mod checkpoint;
+mod events;
+mod exchange;
+mod gradients;
+mod model;
+mod optimizer;
+mod random;
+#[cfg(test)]
+mod tests;
+mod text;
+mod training;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use clap::Parser;
+use unisum::Communicator;
+
+use model::Precision;
+use text::Text;
+use training::{Plan, Training};
+
+/// Trains a small transformer on the text of a novel, with several processes.
+#[derive(Clone, Debug, Parser)]
+#[command(max_term_width = 100)]
+struct Options {
+    /// Start this many ranks on this machine
+    #[arg(short = 'n', long, value_name = "N", default_value = "8")]
+    ranks: usize,
+
+    /// Be a rank of the world of the launcher that this runs under (mpirun, srun, torchrun, ...)
+    #[arg(long)]
+    join: bool,
+
+    /// How often to go through the text
+    #[arg(long, value_name = "N", default_value = "8")]
+    epochs: usize,
+
+    /// What matrix products are computed from; weights and sums are f32 in any case
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: Precision,
+
+    /// Weights and order of the text follow from it
+    #[arg(long, value_name = "N", default_value = "1")]
+    seed: u64,
+
+    /// Write a checkpoint to this folder after each epoch and at the end, and start from the one
+    /// that is there
+    #[arg(long, value_name = "FOLDER")]
+    checkpoint: Option<PathBuf>,
+
+    /// End after this many steps, as if interrupted
+    #[arg(long, value_name = "STEPS")]
+    stop_after: Option<usize>,
+
+    /// Write events for TensorBoard to this folder
+    #[arg(long, value_name = "FOLDER")]
+    events: Option<PathBuf>,
+
+    /// Fail if the loss on the held-out text is above this in the end
+    #[arg(long, value_name = "NATS")]
+    at_most: Option<f64>,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let outcome = if options.join { join(&options) } else { launch(options.ranks) };
+    outcome.map_or_else(
+        |error| {
+            eprintln!("train_transformer: {error}");
+            ExitCode::FAILURE
+        },
+        |()| ExitCode::SUCCESS,
+    )
+}
+
+/// Starts this program once per rank, with the same arguments.
+fn launch(ranks: usize) -> Result<(), Box<dyn Error>> {
+    let program = std::env::current_exe()?;
+    let mut ranks = unisum::local::spawn(ranks, |_rank| {
+        let mut command = Command::new(&program);
+        command.args(std::env::args_os().skip(1)).arg("--join");
+        command
+    })?;
+    Ok(ranks.wait()?)
+}
+
+/// What each rank does.
+fn join(options: &Options) -> Result<(), Box<dyn Error>> {
+    let communicator = connect()?;
+    let text = Text::load()?;
+    let first = communicator.rank() == 0;
+    if first {
+        let unigram = text.unigram_loss();
+        println!("Knowing only how often each character occurs, loss {unigram:.4}");
+    }
+    let plan = Plan::new(text.vocabulary);
+    let mut training = Training::new(options, plan, &text, &communicator)?;
+    let loss = training.run()?.mean_loss();
+    let hash = training.hash_on_all_ranks()?;
+    if first {
+        println!("Weights are bitwise equal on all {} ranks: {hash:016x}", communicator.world());
+    }
+    match options.at_most {
+        Some(limit) if loss > limit => Err(format!("loss {loss:.4} is above {limit}").into()),
+        _ => Ok(()),
+    }
+}
+
+/// Joins the world. Sums take the same way in every run, unless the environment names another: the
+/// automatic choice follows from measurements, and floats that are added in another order give
+/// other bits.
+fn connect() -> Result<Communicator, unisum::Error> {
+    let builder = Communicator::builder();
+    match std::env::var_os("UNISUM_ALGORITHM") {
+        Some(_) => builder,
+        None => builder.algorithm("two-shot"),
+    }
+    .connect()
+}
