@@ -23,6 +23,7 @@ compile_error!("unisum needs at least one of the features `tcp`, `shm` and `verb
 mod address;
 mod alone;
 mod background;
+mod buckets;
 mod buffer;
 mod builder;
 mod choice;
