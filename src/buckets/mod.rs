@@ -2,3 +2,6 @@
 
 #[cfg_attr(not(test), expect(dead_code, reason = "the buckets that encode are not there yet"))]
 mod codec;
+mod scaler;
+
+pub use scaler::LossScaler;
