@@ -7,7 +7,7 @@
 pub(crate) mod feedback;
 mod kept;
 
-pub(crate) use kept::Kept;
+pub(crate) use kept::{Kept, UnreadableState, take, take_u64};
 use unisum_link::kernels::Encoding;
 
 /// A way to write `f32` in fewer bytes, and to read them.
