@@ -4,13 +4,18 @@ use unisum_link::fuzzing::Target;
 
 use crate::address::{PortRange, Rendezvous};
 use crate::settings::{Environment, Settings, parse_bytes};
-use crate::{control, interface, launcher, wiring};
+use crate::{buckets, control, interface, launcher, wiring};
 
 /// The targets of this crate.
 pub fn targets() -> Vec<Target> {
-    let modules =
-        [control::fuzzing::TARGETS, interface::fuzzing::TARGETS, launcher::fuzzing::TARGETS];
-    [&modules.concat(), wiring::fuzzing::TARGETS, TARGETS].concat()
+    let modules = [
+        buckets::fuzzing::TARGETS,
+        control::fuzzing::TARGETS,
+        interface::fuzzing::TARGETS,
+        launcher::fuzzing::TARGETS,
+        wiring::fuzzing::TARGETS,
+    ];
+    [&modules.concat(), TARGETS].concat()
 }
 
 const TARGETS: &[Target] = &[

@@ -53,6 +53,7 @@ mod turns;
 mod wiring;
 mod work;
 
+pub use buckets::LossScaler;
 pub use buffer::Buffer;
 pub use builder::Builder;
 pub use collective::{Apart, Buffers, Collective, InPlace, Owned};

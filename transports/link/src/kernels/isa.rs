@@ -56,6 +56,20 @@ impl Isa {
         }
     }
 
+    /// Does `work` with code that is compiled for this instruction set.
+    #[inline]
+    pub fn run<W: Work>(self, work: W) -> W::Output {
+        match self.0 {
+            AnyLevel::Baseline(level) => level.run(work),
+            #[cfg(target_arch = "x86_64")]
+            AnyLevel::Avx2(level) => level.run(work),
+            #[cfg(target_arch = "x86_64")]
+            AnyLevel::Avx512(level) if W::GAINS_BY_AVX512 => level.run(work),
+            #[cfg(target_arch = "x86_64")]
+            AnyLevel::Avx512(level) => level.avx2().run(work),
+        }
+    }
+
     /// Runs the kernel for elements `T`, operation `O` and blocks of `N` elements.
     ///
     /// # Safety
@@ -100,6 +114,21 @@ impl Isa {
     }
 }
 
+/// Plain loops that are compiled for every instruction set, and vectorised by the compiler.
+///
+/// The compiler neither fuses nor reorders operations on floats, so the bits are the same on all.
+pub trait Work {
+    /// What it gives.
+    type Output;
+
+    /// Whether it was measured to gain by vectors of 512 bits.
+    const GAINS_BY_AVX512: bool = false;
+
+    /// Does it. To be `#[inline(always)]`, with all that it calls: what is not inlined is compiled
+    /// for the baseline.
+    fn run(self) -> Self::Output;
+}
+
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
@@ -141,6 +170,9 @@ pub(super) const LINE: usize = 32;
 pub(super) trait Level: Copy {
     /// A line of `f32`, in an order of the level's own.
     type Wide: Copy;
+
+    /// Does `work` with the features switched on.
+    fn run<W: Work>(self, work: W) -> W::Output;
 
     /// Folds as [`Fold::run`](super::Fold::run) says.
     ///
@@ -205,6 +237,11 @@ pub(super) struct Baseline;
 
 impl Level for Baseline {
     type Wide = [f32; LINE];
+
+    #[inline]
+    fn run<W: Work>(self, work: W) -> W::Output {
+        work.run()
+    }
 
     unsafe fn fold<T: Number, O: Operator<T>, V: Watch<T>, const N: usize>(
         self,

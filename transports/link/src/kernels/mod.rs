@@ -4,9 +4,11 @@
 //! operation (`operator`) and the instruction set (`isa`). Each instruction set compiles them again
 //! with its features switched on, and the compiler vectorises them; only floats of 16 and 8 bits
 //! are converted by hand (`x86`). No step may be fused or reordered, so all of them give the same
-//! bits. Users' functions are called piece by piece (`pieces`).
+//! bits. Users' functions are called piece by piece (`pieces`). Conversions between `f32` and what
+//! travels of it are loops of the same kind (`encoding`).
 
 mod buffers;
+mod encoding;
 mod float16;
 pub(crate) mod float8;
 mod floats;
@@ -24,7 +26,8 @@ use std::num::NonZeroU32;
 
 use half::{bf16, f16};
 
-pub use isa::{Isa, isa};
+pub use encoding::Encoding;
+pub use isa::{Isa, Work, isa};
 
 use self::isa::{Kernel, Task};
 use self::number::{Arithmetic, Bits, Float, Ordered};

@@ -8,7 +8,7 @@ mod avx512;
 mod float8;
 
 use super::float16::F32_NAN;
-use super::isa::{LINE, Level, Task};
+use super::isa::{LINE, Level, Task, Work};
 use super::loops;
 use super::number::{Float, Number};
 use super::operator::Operator;
@@ -29,6 +29,16 @@ macro_rules! level {
 
         impl Level for $name {
             type Wide = $operations::Wide;
+
+            #[inline]
+            fn run<W: Work>(self, work: W) -> W::Output {
+                $(#[target_feature(enable = $feature)])+
+                fn entry<W: Work>(work: W) -> W::Output {
+                    work.run()
+                }
+                // SAFETY: `self` proves the features.
+                unsafe { entry(work) }
+            }
 
             unsafe fn fold<T: Number, O: Operator<T>, V: Watch<T>, const N: usize>(
         self,

@@ -1,0 +1,56 @@
+//! What must hold of saved state, whatever a checkpoint holds in its place.
+
+use unisum_link::fuzzing::Target;
+
+use super::LossScaler;
+use super::codec::Kept;
+use super::power::State;
+
+pub(crate) const TARGETS: &[Target] = &[
+    Target { name: "kept_values", check: check_kept, seeds: kept_seeds },
+    Target { name: "power_state", check: check_power, seeds: power_seeds },
+    Target { name: "loss_scaler", check: check_scaler, seeds: scaler_seeds },
+];
+
+/// Values that are accepted are written as bytes that say the same.
+fn check_kept(bytes: &[u8]) {
+    let Ok(kept) = Kept::from_bytes(bytes) else { return };
+    let written = kept.to_bytes();
+    assert_eq!(written.len(), bytes.len());
+    assert_eq!(Kept::from_bytes(&written).map(|kept| kept.to_bytes()), Ok(written));
+    // Whatever ranges it has, others can be looked for.
+    kept.copy_to("w", 2, &mut [0.0; 4]);
+}
+
+fn kept_seeds() -> Vec<Vec<u8>> {
+    let mut kept = Kept::default();
+    kept.put("w", 3, &[1.0, f32::NAN]);
+    kept.put("layer.0.bias", 0, &[0.5]);
+    vec![kept.to_bytes(), Kept::default().to_bytes()]
+}
+
+/// A state that is accepted is written as bytes that say the same.
+fn check_power(bytes: &[u8]) {
+    let Ok(state) = State::from_bytes(bytes) else { return };
+    let written = state.to_bytes();
+    assert_eq!(State::from_bytes(&written).map(|state| state.to_bytes()), Ok(written));
+}
+
+fn power_seeds() -> Vec<Vec<u8>> {
+    vec![State::default().to_bytes()]
+}
+
+/// A scaler that is restored scales by a number within its limits, and one that refuses stays as
+/// it was.
+fn check_scaler(bytes: &[u8]) {
+    let mut scaler = LossScaler::new();
+    if scaler.restore(bytes).is_err() {
+        assert_eq!(scaler, LossScaler::new());
+    }
+    assert!((1.0..=2_f32.powi(32)).contains(&scaler.scale()));
+    assert!(scaler.update(false));
+}
+
+fn scaler_seeds() -> Vec<Vec<u8>> {
+    vec![LossScaler::new().save().to_vec()]
+}
