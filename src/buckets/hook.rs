@@ -43,6 +43,18 @@ pub trait Hook: Send + fmt::Debug {
     /// Ends the job on all ranks: a rank that left a collective out can't go on.
     fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error>;
 
+    /// The step has ended, on all ranks alike. It is `applied` if all committed to it and no gradient
+    /// was infinite or NaN; else the hook goes on as if it had not been.
+    fn settle(&mut self, applied: bool) {
+        let _ = applied;
+    }
+
+    /// From the next step on gradients come with a loss scale that is `factor` times that of the
+    /// last: what the hook kept of them has to be multiplied.
+    fn rescale(&mut self, factor: f32) {
+        let _ = factor;
+    }
+
     /// What it keeps from step to step, for a checkpoint.
     fn save(&self) -> Vec<u8> {
         Vec::new()
@@ -57,6 +69,32 @@ pub trait Hook: Send + fmt::Debug {
             [] => Ok(()),
             _ => Err(format!("`{}` keeps no state, but some was saved", self.name())),
         }
+    }
+}
+
+impl<H: Hook + ?Sized> Hook for Box<H> {
+    fn name(&self) -> String {
+        (**self).name()
+    }
+
+    fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error> {
+        (**self).reduce(bucket)
+    }
+
+    fn settle(&mut self, applied: bool) {
+        (**self).settle(applied);
+    }
+
+    fn rescale(&mut self, factor: f32) {
+        (**self).rescale(factor);
+    }
+
+    fn save(&self) -> Vec<u8> {
+        (**self).save()
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> Result<(), String> {
+        (**self).restore(saved)
     }
 }
 
@@ -106,6 +144,26 @@ impl<'a> Bucket<'a> {
     /// How many ranks have gradients in this step; the others' are zeros.
     pub const fn participants(&self) -> usize {
         self.participants
+    }
+
+    /// Of which layout it is a bucket ([`Layout::version`](super::Layout::version)).
+    pub const fn layout_version(&self) -> u32 {
+        self.plan.layout.version()
+    }
+
+    /// How many elements it has, with those that pad.
+    pub fn len(&self) -> usize {
+        self.plan.layout.plans()[self.index].len
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What sums are multiplied by to be averages over the participants.
+    pub fn factor(&self) -> f32 {
+        1.0 / self.participants as f32
     }
 
     /// The averaging over the participants, with infinities and NaNs told.

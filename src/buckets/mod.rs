@@ -41,16 +41,16 @@
 //! - Nothing is copied: views lie in the memory that is reduced.
 
 mod builder;
-#[cfg_attr(not(test), expect(dead_code, reason = "the buckets that encode are not there yet"))]
 mod codec;
+mod compressed;
 mod flight;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod hook;
 mod layout;
+mod low_rank;
 mod parameter;
 mod plan;
-#[cfg_attr(not(test), expect(dead_code, reason = "the hook that calls it is not there yet"))]
 mod power;
 mod report;
 mod scaler;
@@ -65,12 +65,15 @@ use std::thread::JoinHandle;
 use unisum_link::Element;
 
 pub use builder::Builder;
+pub use compressed::Compressed;
 pub use hook::{AllReduce, Bucket, Hook};
 pub use layout::Layout;
+pub use low_rank::LowRank;
 pub use parameter::Parameter;
 pub use report::{BucketReport, StepReport};
 pub use scaler::LossScaler;
 pub use step::{BucketWork, Step, StepWork, View};
+pub use unisum_link::kernels::Encoding;
 
 use crate::{Buffers, Collective, Communicator, Error};
 use flight::{Cycle, Flight, Purpose};
@@ -248,7 +251,14 @@ impl Buckets {
         unsafe { self.plan.elements_mut(parameter) }
     }
 
-    /// What the hook keeps from step to step, for a checkpoint.
+    /// From the next step on gradients come with a loss scale that is `factor` times that of the
+    /// last ([`LossScaler`]): what the hook keeps of them is multiplied. All ranks call it alike.
+    pub fn rescale_hook(&mut self, factor: f32) {
+        self.settle();
+        self.core.hook().rescale(factor);
+    }
+
+    /// What the hook keeps from step to step, for a checkpoint: this rank's own.
     pub fn save_hook(&self) -> Vec<u8> {
         self.settle();
         self.core.hook().save()

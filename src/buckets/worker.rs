@@ -69,7 +69,9 @@ impl Core {
             flight.finished(bucket);
         }
         self.steps.fetch_add(1, Ordering::Relaxed);
-        self.vote(flight, nonfinite, participants)
+        let outcome = self.vote(flight, nonfinite, participants);
+        self.hook().settle(outcome.as_ref().is_ok_and(|outcome| !outcome.nonfinite));
+        outcome
     }
 
     fn count_participants(&self, flight: &Flight) -> Result<usize, Error> {

@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use super::{Codec, Kept};
+use unisum_link::kernels::Encoding;
+
+use super::Kept;
 
 /// Elements of a parameter, and where they lie in a bucket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,16 +60,16 @@ impl ErrorFeedback {
     /// step that was begun and not settled is forgotten.
     ///
     /// # Panics
-    /// If `gradients` or `to` are not as long as the bucket and its encoding, or if the codec's
-    /// granule does not divide 1024.
-    pub(crate) fn encode(&mut self, codec: &dyn Codec, gradients: &[f32], to: &mut [u8]) -> bool {
+    /// If `gradients` or `to` are not as long as the bucket and its encoding, or if the
+    /// encoding's blocks do not divide 1024.
+    pub(crate) fn encode(&mut self, codec: Encoding, gradients: &[f32], to: &mut [u8]) -> bool {
         assert_eq!(gradients.len(), self.residual.len(), "gradients of another bucket");
-        assert_eq!(to.len(), codec.encoded_bytes(gradients.len()), "bytes of the encoding");
-        assert!(PIECE.is_multiple_of(codec.granule()), "granules of {} values", codec.granule());
+        assert_eq!(to.len(), codec.bytes(gradients.len()), "bytes of the encoding");
+        assert!(PIECE.is_multiple_of(codec.block()), "blocks of {} values", codec.block());
         let mut found = false;
         let mut sums = [0.0; PIECE];
         let before = gradients.chunks(PIECE).zip(self.residual.chunks(PIECE));
-        let after = self.next.chunks_mut(PIECE).zip(to.chunks_mut(codec.encoded_bytes(PIECE)));
+        let after = self.next.chunks_mut(PIECE).zip(to.chunks_mut(codec.bytes(PIECE)));
         for ((gradients, residual), (next, to)) in before.zip(after) {
             let sums = &mut sums[..gradients.len()];
             for ((sum, gradient), residual) in sums.iter_mut().zip(gradients).zip(residual) {
@@ -119,8 +121,6 @@ impl ErrorFeedback {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use unisum_link::kernels::Encoding;
-
     fn piece(parameter: &str, start: usize, at: usize, count: usize) -> Piece {
         Piece { parameter: parameter.into(), start, at, count }
     }
@@ -138,8 +138,8 @@ mod tests {
     }
 
     /// Encodes, decodes and settles.
-    fn step(feedback: &mut ErrorFeedback, codec: &dyn Codec, gradients: &[f32]) -> Vec<f32> {
-        let mut bytes = vec![0; codec.encoded_bytes(gradients.len())];
+    fn step(feedback: &mut ErrorFeedback, codec: Encoding, gradients: &[f32]) -> Vec<f32> {
+        let mut bytes = vec![0; codec.bytes(gradients.len())];
         let found = feedback.encode(codec, gradients, &mut bytes);
         let mut decoded = vec![0.0; gradients.len()];
         assert_eq!(codec.decode(&bytes, &mut decoded), found);
@@ -157,7 +157,7 @@ mod tests {
             let mut feedback = bucket(gradients.len());
             let mut arrived = vec![0.0_f64; gradients.len()];
             for _ in 0..20 {
-                let decoded = step(&mut feedback, &encoding, &gradients);
+                let decoded = step(&mut feedback, encoding, &gradients);
                 arrived.iter_mut().zip(decoded).for_each(|(sum, x)| *sum += f64::from(x));
             }
             for ((arrived, residual), gradient) in
@@ -174,7 +174,7 @@ mod tests {
     fn a_value_too_small_to_be_encoded_arrives_after_some_steps() {
         let mut feedback = bucket(2);
         let arrived: f32 =
-            (0..200).map(|_| step(&mut feedback, &Encoding::Int8, &[1.0, 0.001])[1]).sum();
+            (0..200).map(|_| step(&mut feedback, Encoding::Int8, &[1.0, 0.001])[1]).sum();
         assert!((arrived - 0.2).abs() < 0.01, "{arrived} of 0.2");
     }
 
@@ -182,18 +182,18 @@ mod tests {
     fn a_step_that_does_not_count_leaves_the_residual_as_it_was() {
         let mut feedback = bucket(1500);
         let gradients: Vec<f32> = (0..1500).map(|i| 1.0 / (i + 1) as f32).collect();
-        step(&mut feedback, &Encoding::Int8, &gradients);
+        step(&mut feedback, Encoding::Int8, &gradients);
         let before = residual(&feedback);
         assert!(before.iter().any(|&value| value != 0.0));
         let mut bytes = vec![0; Encoding::Int8.bytes(1500)];
         // Another rank found something.
-        assert!(!feedback.encode(&Encoding::Int8, &gradients, &mut bytes));
+        assert!(!feedback.encode(Encoding::Int8, &gradients, &mut bytes));
         feedback.settle(false);
         assert_eq!(residual(&feedback), before);
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut gradients = gradients.clone();
             gradients[1400] = bad;
-            assert!(feedback.encode(&Encoding::Int8, &gradients, &mut bytes));
+            assert!(feedback.encode(Encoding::Int8, &gradients, &mut bytes));
             feedback.settle(true);
             assert_eq!(residual(&feedback), before);
         }
@@ -225,7 +225,7 @@ mod tests {
     #[test]
     fn residuals_follow_the_loss_scale() {
         let mut feedback = bucket(3);
-        step(&mut feedback, &Encoding::Int8, &[1.0, 0.3, 0.1]);
+        step(&mut feedback, Encoding::Int8, &[1.0, 0.3, 0.1]);
         let before = residual(&feedback);
         feedback.rescale(0.5);
         assert_eq!(residual(&feedback), before.iter().map(|x| x * 0.5).collect::<Vec<_>>());

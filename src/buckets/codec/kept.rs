@@ -25,10 +25,16 @@ struct Stretch {
 pub(crate) struct UnreadableState(pub(crate) &'static str);
 
 impl Kept {
-    /// Keeps `values` for the elements of `parameter` from `start` on.
+    /// Keeps `values` for the elements of `parameter` from `start` on, in place of older ones.
     pub(crate) fn put(&mut self, parameter: &str, start: usize, values: &[f32]) {
         let stretch = Stretch { start, values: values.to_vec() };
-        self.0.entry(parameter.into()).or_default().push(stretch);
+        let stretches = self.0.entry(parameter.into()).or_default();
+        let elements = stretch.elements();
+        let is_covered = |old: &Stretch| {
+            elements.start <= old.elements().start && old.elements().end <= elements.end
+        };
+        stretches.retain(|old| !is_covered(old));
+        stretches.push(stretch);
     }
 
     /// Writes what is kept for the elements of `parameter` from `start` on to `to`. Other elements

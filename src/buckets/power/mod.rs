@@ -307,11 +307,6 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// What a rank that joins needs: everything but the errors, which are this rank's own.
-    pub(crate) fn shared(self) -> Self {
-        Self { errors: Kept::default(), ..self }
-    }
-
     /// The bytes of a checkpoint: the step, and both sorts of values with their lengths before.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = self.step.to_le_bytes().to_vec();

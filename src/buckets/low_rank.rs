@@ -1,0 +1,152 @@
+//! Buckets whose matrices travel as products of narrow ones.
+
+use unisum_link::Dtype;
+
+use super::hook::{AllReduce, Bucket, Hook};
+use super::power::{PowerSgd, Settings, State, Tensor};
+use crate::{Buffer, Buffers, Collective, Communicator, Error};
+
+/// Averages buckets of `f32` by PowerSGD: of an n × m matrix r·(n + m) values travel. What a rank's
+/// gradient has beyond that is due in its next step. Vectors, and matrices that would gain little,
+/// travel as they are, as do buckets of other types.
+///
+/// Source: Vogels, Karimireddy and Jaggi, "PowerSGD", NeurIPS 2019, arXiv:1905.13727. Cost: two
+/// all-reduces a bucket, and about 4·r multiplications for each element. Memory: 8 bytes for each
+/// element that is compressed.
+#[derive(Debug)]
+pub struct LowRank {
+    settings: Settings,
+    /// The layout that the rooms belong to.
+    version: Option<u32>,
+    /// By bucket.
+    rooms: Vec<Option<Room>>,
+    /// What is due, of buckets that have no room yet.
+    state: State,
+}
+
+#[derive(Debug)]
+struct Room {
+    power: PowerSgd,
+    first: Buffer<f32>,
+    second: Buffer<f32>,
+}
+
+impl LowRank {
+    /// By matrices of `rank` columns. The first 1,000 steps compress nothing, since gradients
+    /// change fast in them; see [`LowRank::starting_at`].
+    pub fn new(rank: usize) -> Self {
+        let settings = Settings { rank, ..Settings::default() };
+        Self { settings, version: None, rooms: Vec::new(), state: State::default() }
+    }
+
+    /// Compresses from this step on, counted from 0.
+    #[must_use]
+    pub const fn starting_at(mut self, step: u64) -> Self {
+        self.settings.start_step = step;
+        self
+    }
+
+    /// Compresses the tensors of which then at least so many times less travels; 2 if nothing is
+    /// said.
+    #[must_use]
+    pub const fn at_least(mut self, times: f64) -> Self {
+        self.settings.min_compression = times;
+        self
+    }
+
+    fn room(&mut self, bucket: &Bucket<'_>) -> Result<&mut Room, Error> {
+        if self.version != Some(bucket.layout_version()) {
+            self.state = self.state();
+            self.rooms.clear();
+            self.version = Some(bucket.layout_version());
+        }
+        let index = bucket.index();
+        if self.rooms.len() <= index {
+            self.rooms.resize_with(index + 1, || None);
+        }
+        if self.rooms[index].is_none() {
+            let tensors = bucket.parameters().map(|(parameter, elements)| Tensor {
+                parameter: parameter.name().into(),
+                shape: parameter.shape().to_vec(),
+                at: elements.start,
+            });
+            let tensors: Vec<Tensor> = tensors.collect();
+            let mut power = PowerSgd::new(self.settings, bucket.len(), &tensors);
+            power.recall(&self.state);
+            let communicator = bucket.communicator();
+            let (first, second) = (communicator.allocate(0)?, communicator.allocate(0)?);
+            self.rooms[index] = Some(Room { power, first, second });
+        }
+        Ok(self.rooms[index].as_mut().unwrap_or_else(|| unreachable!("just made")))
+    }
+
+    fn state(&self) -> State {
+        let mut state = self.state.clone();
+        self.rooms.iter().flatten().for_each(|room| room.power.keep(&mut state));
+        state
+    }
+}
+
+impl Room {
+    /// Memory for what travels in this step: there is more in those that compress nothing.
+    fn fit(&mut self, communicator: &Communicator) -> Result<(), Error> {
+        for (buffer, count) in [
+            (&mut self.first, self.power.first_count()),
+            (&mut self.second, self.power.second_count()),
+        ] {
+            if buffer.len() != count {
+                *buffer = communicator.allocate(count)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn average(&mut self, bucket: &mut Bucket<'_>) -> Result<bool, Error> {
+        let communicator = bucket.communicator();
+        self.fit(communicator)?;
+        let average = Collective::all_reduce(bucket.average());
+        let Self { power, first, second } = self;
+        power.project(bucket.elements(), first);
+        communicator.run(&average, Buffers::InPlace(first))?;
+        power.refine(first, second);
+        if !second.is_empty() {
+            communicator.run(&average, Buffers::InPlace(second))?;
+        }
+        Ok(power.finish(first, second, bucket.elements()))
+    }
+}
+
+impl Hook for LowRank {
+    fn name(&self) -> String {
+        format!("PowerSGD {:?}", self.settings)
+    }
+
+    fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error> {
+        if bucket.dtype() != Dtype::F32 {
+            return AllReduce.reduce(bucket);
+        }
+        let nonfinite = self.room(bucket)?.average(bucket)?;
+        if nonfinite {
+            bucket.found_nonfinite();
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, applied: bool) {
+        self.rooms.iter_mut().flatten().for_each(|room| room.power.settle(applied));
+    }
+
+    fn rescale(&mut self, factor: f32) {
+        self.rooms.iter_mut().flatten().for_each(|room| room.power.rescale(factor));
+    }
+
+    fn save(&self) -> Vec<u8> {
+        self.state().to_bytes()
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> Result<(), String> {
+        self.state = State::from_bytes(saved).map_err(|error| error.to_string())?;
+        self.rooms.clear();
+        Ok(())
+    }
+}
