@@ -11,6 +11,7 @@ use super::hook::{AllReduce, Hook};
 use super::layout::{Layout, Limits};
 use super::parameter::{self, Parameter};
 use super::plan::Plan;
+use super::shard::ReduceScatter;
 use super::worker::{Core, Settings};
 use crate::{Communicator, Error, ErrorKind};
 
@@ -96,6 +97,17 @@ impl<'c> Builder<'c> {
     #[must_use]
     pub fn hook(mut self, hook: impl Hook + 'static) -> Self {
         self.hook = Box::new(hook);
+        self
+    }
+
+    /// Each rank gets the averages of its share of each bucket only ([`Buckets::shard`]), as in
+    /// ZeRO-2 and FSDP; the rest of the gradients is unspecified after a step. Takes the place of a
+    /// hook, and keeps the layout, so that what a rank keeps for its shards stays where it is.
+    #[must_use]
+    pub fn sharded(mut self) -> Self {
+        self.limits.pieces = self.communicator.world();
+        self.hook = Box::new(ReduceScatter);
+        self.settings.relayout = false;
         self
     }
 

@@ -43,8 +43,8 @@ pub trait Hook: Send + fmt::Debug {
     /// Ends the job on all ranks: a rank that left a collective out can't go on.
     fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error>;
 
-    /// The step has ended, on all ranks alike. It is `applied` if all committed to it and no gradient
-    /// was infinite or NaN; else the hook goes on as if it had not been.
+    /// The step has ended, on all ranks alike. It is `applied` if all committed to it and no
+    /// gradient was infinite or NaN; else the hook goes on as if it had not been.
     fn settle(&mut self, applied: bool) {
         let _ = applied;
     }

@@ -54,7 +54,9 @@ mod plan;
 mod power;
 mod report;
 mod scaler;
+mod shard;
 mod step;
+mod trace;
 mod worker;
 
 use std::fmt;
@@ -72,14 +74,16 @@ pub use low_rank::LowRank;
 pub use parameter::Parameter;
 pub use report::{BucketReport, StepReport};
 pub use scaler::LossScaler;
+pub use shard::{Gathering, ShardPiece, Weights};
 pub use step::{BucketWork, Step, StepWork, View};
+pub use trace::Trace;
 pub use unisum_link::kernels::Encoding;
 
 use crate::{Buffers, Collective, Communicator, Error};
 use flight::{Cycle, Flight, Purpose};
 use layout::Limits;
 use plan::Plan;
-use worker::Core;
+use worker::{Core, Order};
 
 /// The gradients of a model in buckets, on one rank. See the [module](self).
 pub struct Buckets {
@@ -93,7 +97,7 @@ pub struct Buckets {
     /// Parameters that this rank never uses, once that is known.
     never_used: Option<Vec<usize>>,
     /// Dropped before the thread is joined.
-    flights: Option<Sender<Arc<Flight>>>,
+    orders: Option<Sender<Order>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -107,10 +111,10 @@ impl Buckets {
         core: Arc<Core>,
         plan: Arc<Plan>,
         limits: Limits,
-        (flights, thread): (Sender<Arc<Flight>>, JoinHandle<()>),
+        (orders, thread): (Sender<Order>, JoinHandle<()>),
     ) -> Self {
-        let (flights, thread) = (Some(flights), Some(thread));
-        Self { core, plan, limits, last: None, cycle: None, never_used: None, flights, thread }
+        let (orders, thread) = (Some(orders), Some(thread));
+        Self { core, plan, limits, last: None, cycle: None, never_used: None, orders, thread }
     }
 
     /// The parameters, as they were given.
@@ -187,14 +191,18 @@ impl Buckets {
             self.cycle = Some(cycle);
         } else {
             flight.close_those(self.never_used.iter().flatten().copied());
-            let flights = self.flights.as_ref().expect("there until the drop");
-            flights.send(flight.clone()).expect("the thread takes steps until the drop");
+            self.order(Order::Step(flight.clone()));
         }
         self.last = Some(flight.clone());
         let settings = &self.core.settings;
         let needs_all =
             purpose == Purpose::Reduce && !settings.unused_parameters && !settings.static_graph;
         Ok(Step::new(flight, self.core.communicator.rank(), needs_all))
+    }
+
+    fn order(&self, order: Order) {
+        let orders = self.orders.as_ref().expect("there until the drop");
+        orders.send(order).expect("the thread takes orders until the drop");
     }
 
     /// Waits until the last step, which may have been dropped, has ended.
@@ -280,7 +288,7 @@ impl Buckets {
 
 impl Drop for Buckets {
     fn drop(&mut self) {
-        drop(self.flights.take());
+        drop(self.orders.take());
         if let Some(thread) = self.thread.take() {
             // A step that was dropped ends first: the others take part in it.
             let _ = thread.join();

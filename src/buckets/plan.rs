@@ -119,6 +119,15 @@ impl Plan {
     /// All elements of a bucket whose type is `T`, with those that pad.
     ///
     /// # Safety
+    /// Nobody writes the bucket while the slice lives.
+    pub(super) unsafe fn bucket<T: Element>(&self, bucket: usize) -> &[T] {
+        // SAFETY: it is only read here, and the caller keeps writers away.
+        unsafe { self.bucket_mut(bucket) }
+    }
+
+    /// All elements of a bucket whose type is `T`, with those that pad.
+    ///
+    /// # Safety
     /// Nobody else touches the bucket while the slice lives.
     #[expect(clippy::mut_from_ref, reason = "the caller is the only one who has it")]
     pub(super) unsafe fn bucket_mut<T: Element>(&self, bucket: usize) -> &mut [T] {

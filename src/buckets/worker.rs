@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::flight::{Flight, Outcome, Purpose};
 use super::hook::{Bucket, Hook};
+use super::plan::Plan;
+use super::shard::Gather;
 use crate::{Collective, Communicator, Error, ErrorKind, ReduceOp};
 
 /// What the program's threads and the layer's share.
@@ -30,6 +32,12 @@ pub(super) struct Settings {
     pub(super) relayout: bool,
 }
 
+/// What the layer's thread is to do.
+pub(super) enum Order {
+    Step(Arc<Flight>),
+    Gather(Arc<Gather>),
+}
+
 /// The first byte of a vote.
 const FAILED: u8 = 1;
 const NONFINITE: u8 = 2;
@@ -49,11 +57,28 @@ impl Core {
         self.steps.load(Ordering::Relaxed)
     }
 
-    /// Runs the steps that come, until nobody can send any more.
-    pub(super) fn work(&self, flights: &Receiver<Arc<Flight>>) {
-        for flight in flights {
-            flight.end(self.run(&flight));
+    /// Does what it is told, until nobody can tell it any more.
+    pub(super) fn work(&self, orders: &Receiver<Order>) {
+        for order in orders {
+            match order {
+                Order::Step(flight) => flight.end(self.run(&flight)),
+                Order::Gather(gather) => gather.run(self),
+            }
         }
+    }
+
+    /// A bucket of `plan` for this thread.
+    ///
+    /// # Safety
+    /// Nobody else touches the bucket while it is lent.
+    pub(super) unsafe fn lend<'a>(
+        &'a self,
+        plan: &'a Plan,
+        bucket: usize,
+        participants: usize,
+    ) -> Bucket<'a> {
+        // SAFETY: the caller promised it.
+        unsafe { Bucket::new(plan, bucket, &self.communicator, participants, self.steps()) }
     }
 
     fn run(&self, flight: &Flight) -> Result<Outcome, Error> {
@@ -86,8 +111,7 @@ impl Core {
     fn reduce(&self, flight: &Flight, bucket: usize, participants: usize) -> Result<bool, Error> {
         let plan = &flight.plan;
         // SAFETY: all its gradients are ready, so the bucket is this thread's until the step ends.
-        let mut lent =
-            unsafe { Bucket::new(plan, bucket, &self.communicator, participants, self.steps()) };
+        let mut lent = unsafe { self.lend(plan, bucket, participants) };
         let reduced = catch_unwind(AssertUnwindSafe(|| self.hook().reduce(&mut lent)));
         let refuse = |text: String| {
             self.communicator.give_up(&format!("{}: {text}", plan.describe_bucket(bucket)))
