@@ -4,7 +4,7 @@
 //! The seed decides what all ranks do alike: bursts of calls, each with an algorithm. The seed and
 //! the rank decide what each rank does its own way: in place or apart, in private or in registered
 //! memory, at odd addresses, blocking or asynchronous, in which order it waits. Some calls are
-//! batches of several tensors.
+//! batches of several tensors, and some bursts run in random groups.
 
 mod random;
 mod step;
@@ -48,7 +48,7 @@ pub(crate) fn check(world: &World, seed: u64, bursts: usize, most: usize) {
     let told: Vec<_> = ended.into_iter().map(|ended| ended.told).collect();
     assert_eq!(told[0].len(), bursts, "every burst is told of");
     for (rank, told_by_rank) in told.iter().enumerate() {
-        assert_eq!(*told_by_rank, told[0], "seed {seed}: bits of rank {rank} and rank 0");
+        assert_eq!(*told_by_rank, told[0], "seed {seed}: ranks {rank} and 0 did other things");
     }
 }
 
@@ -61,23 +61,39 @@ pub(crate) fn run_sequence() {
     let algorithms = unisum::algorithms();
     for burst in 0..number(BURSTS) {
         let algorithm = (!common.one_in(3)).then(|| common.pick(&algorithms));
-        comm.set_algorithm(algorithm).unwrap();
-        let steps = 1 + common.below(6);
-        let most = number(MOST) as usize;
-        let steps: Vec<Vec<Step>> = (0..steps)
-            .map(|_| Step::random(&mut common, comm.world(), most).maybe_batch(&mut common))
-            .collect();
         let context = format!("burst {burst}, {algorithm:?}");
-        let results = run_burst(&comm, &steps, &mut own, &context);
+        let group = common.one_in(4).then(|| random_group(&comm, &mut common));
+        let used = group.as_ref().unwrap_or(&comm);
+        used.set_algorithm(algorithm).unwrap();
+        // Groups differ in size, and so in how much they draw.
+        let mut drawn = Random(common.next() ^ (used.world() as u64) << 32);
+        let most = number(MOST) as usize;
+        let steps: Vec<Vec<Step>> = (0..1 + drawn.below(6))
+            .map(|_| Step::random(&mut drawn, used.world(), most).maybe_batch(&mut drawn))
+            .collect();
+        let results = run_burst(used, &steps, &mut own, &context);
         if common.one_in(3) {
-            let again = run_burst(&comm, &steps, &mut own, &context);
+            let again = run_burst(used, &steps, &mut own, &context);
             assert!(results == again, "{context}: the same calls gave other bits: {steps:?}");
         }
         let shared = steps.iter().zip(&results).filter(|(step, _)| step[0].is_shared());
         let shared = shared.fold(0, |hash, (_, result)| mix(hash ^ result));
-        tell(format!("{context}: {shared:016x}"));
+        let mut all = vec![0_u64; used.world()];
+        used.all_gather(&[shared], &mut all).unwrap();
+        assert!(all.iter().all(|&it| it == shared), "{context}: ranks have other bits: {steps:?}");
+        tell(context);
     }
     comm.barrier().unwrap();
+}
+
+/// The group that this rank is in when the seed deals the ranks out, in an order of its own.
+fn random_group(comm: &Communicator, common: &mut Random) -> Communicator {
+    let groups = 1 + common.below(3);
+    let dealt: Vec<(u32, i64)> = (0..comm.world())
+        .map(|_| (common.below(groups) as u32, common.below(1000) as i64))
+        .collect();
+    let (color, key) = dealt[comm.rank()];
+    comm.split(Some(color), key).unwrap().unwrap()
 }
 
 /// Waits for a call and gives a fingerprint of its result.
