@@ -49,12 +49,14 @@ fn step_rightly(buckets: &mut Buckets) -> Result<(), Error> {
 }
 
 /// What rank 1 does wrong, and what all ranks' errors say.
-const WRONGS: [(&str, &str); 6] = [
+const WRONGS: [(&str, &str); 8] = [
     ("missing", "on rank 1 `layer2` (f32 [100, 2]) of bucket 2 had no gradient"),
     ("twice", "on rank 1 `layer4` (f32 [100, 4]) of bucket 1 was marked ready before"),
     ("viewed", "on rank 1 `layer4` (f32 [100, 4]) of bucket 1 is viewed already"),
     ("type", "on rank 1 `layer4` (f32 [100, 4]) was viewed as f64"),
     ("length", "on rank 1 `layer4` (f32 [100, 4]) was given 3 elements"),
+    ("row", "on rank 1 `layer4` (f32 [100, 4]) was given a row 100"),
+    ("rows", "on rank 1 `layer4` (f32 [100, 4]) was given 7 elements in 2 rows"),
     ("dropped", "on rank 1 the step was dropped before it was waited for"),
 ];
 
@@ -96,6 +98,8 @@ fn wrong_step() {
                 drop(view);
             }
             "type" if parameter == 5 => again(step.view::<f64>(4).map(drop)),
+            "row" if parameter == 5 => again(step.put_rows(4, &[0, 100], &[1_f32; 8])),
+            "rows" if parameter == 5 => again(step.put_rows(4, &[0, 99], &[1_f32; 7])),
             "length" if parameter == 5 => again(step.put(4, &[1_f32; 3])),
             _ => {}
         }
@@ -263,9 +267,10 @@ fn futures() {
     for _ in 0..20 {
         let step = buckets.begin().unwrap();
         let first = step.bucket(0);
-        for parameter in (0..6).rev() {
+        for parameter in (1..6).rev() {
             step.put(parameter, &vec![1_f32; 100 * parameter]).unwrap();
         }
+        step.put_rows::<f32>(0, &[3, 7, 3], &[]).unwrap();
         block_on(first).unwrap();
         let report = block_on(step.finish()).unwrap();
         assert!(report.buckets.iter().all(|bucket| bucket.ready <= bucket.started));

@@ -248,8 +248,15 @@ fn put_as<T: Value>(
     if comes_first {
         ready();
     }
-    if own.one_in(3) {
-        let gradient: Vec<T> = (0..run.parameters[parameter].count()).map(value).collect();
+    let count = run.parameters[parameter].count();
+    if own.one_in(4) {
+        // Each row is an element; some are split into two terms.
+        let rows: Vec<usize> = (0..count).chain(0..count.min(10)).collect();
+        let term = |at: usize| if at < 10 { value(at) + T::of(1.0) } else { value(at) };
+        let terms = (0..count).map(term).chain((0..count.min(10)).map(|_| T::of(-1.0)));
+        step.put_rows(parameter, &rows, &terms.collect::<Vec<T>>()).unwrap();
+    } else if own.one_in(3) {
+        let gradient: Vec<T> = (0..count).map(value).collect();
         step.put(parameter, &gradient).unwrap();
     } else {
         let mut view = step.view::<T>(parameter).unwrap();

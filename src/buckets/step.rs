@@ -97,6 +97,36 @@ impl<'b> Step<'b> {
         Ok(())
     }
 
+    /// Adds some rows of a gradient and marks it ready: that of an embedding, of which a batch uses
+    /// few rows. It is reduced as a whole, its other rows with what was there, or zeros. `values`
+    /// holds the rows one after the other; a row may come several times.
+    ///
+    /// # Errors
+    /// As [`Step::view`], and if a row or the values do not fit the parameter's shape.
+    pub fn put_rows<T>(&self, parameter: usize, rows: &[usize], values: &[T]) -> Result<(), Error>
+    where
+        T: Element + std::ops::Add<Output = T>,
+    {
+        let mut view = self.view::<T>(parameter)?;
+        let known = &self.flight.plan.parameters[parameter];
+        let width: usize = known.shape().iter().skip(1).product();
+        let height = known.shape().first().copied().unwrap_or(1);
+        if let Some(row) = rows.iter().find(|&&row| row >= height) {
+            return Err(self.refuse(format!("{known} was given a row {row}")));
+        }
+        if rows.len() * width != values.len() {
+            let (rows, given) = (rows.len(), values.len());
+            return Err(self.refuse(format!("{known} was given {given} elements in {rows} rows")));
+        }
+        for (at, &row) in rows.iter().enumerate() {
+            let sums = view[row * width..(row + 1) * width].iter_mut();
+            let terms = &values[at * width..(at + 1) * width];
+            sums.zip(terms).for_each(|(sum, &term)| *sum = *sum + term);
+        }
+        view.ready();
+        Ok(())
+    }
+
     /// Marks a gradient ready, as what earlier views of this step, or of those it accumulates,
     /// left. Not blocking.
     ///
