@@ -137,6 +137,12 @@ impl Choice {
             .expect("some algorithm folds any shape in rank order")
     }
 
+    /// What the model says an all-reduce of so many bytes takes.
+    pub(crate) fn all_reduce_seconds(&self, bytes: usize) -> f64 {
+        let index = self.for_class(Collective::AllReduce, class(bytes));
+        self.seconds(Collective::AllReduce, index, bytes)
+    }
+
     fn for_class(&self, collective: Collective, class: usize) -> usize {
         *self.chosen[kind(collective)][class].get_or_init(|| {
             let indices = 0..algorithms(collective).len();

@@ -336,6 +336,11 @@ impl Communicator {
         self.run::<u8>(&Collective::barrier(), Buffers::InPlace(&mut [])).map(drop)
     }
 
+    /// What the cost model says an all-reduce of so many bytes takes.
+    pub(crate) fn all_reduce_seconds(&self, bytes: usize) -> f64 {
+        self.member.as_ref().map_or(0.0, |it| it.core.runner.choice.all_reduce_seconds(bytes))
+    }
+
     /// Why every later call will fail, if one did.
     pub(crate) fn failure(&self) -> Option<Error> {
         self.member.as_ref().and_then(|member| member.core.runner.check().err())

@@ -167,6 +167,7 @@ fn random_steps() {
         builder = builder.relayout(false);
     }
     let mut buckets = builder.build(&run.parameters).unwrap();
+    let mut reports = Vec::new();
     for step in 0..run.steps[rank] {
         for part in 0..run.parts(step) {
             let micro = buckets.begin_accumulating().unwrap();
@@ -177,6 +178,7 @@ fn random_steps() {
         put_all(&run, &last, (rank, step, run.parts(step)), &mut own);
         let report = last.wait().unwrap();
         check_step(&run, &buckets, step);
+        reports.push(report.clone());
         let participants = run.steps.iter().filter(|&&steps| step < steps).count();
         assert_eq!(report.participants, participants);
         let is_unused = |parameter: &usize| {
@@ -201,6 +203,7 @@ fn random_steps() {
     let layout: &Layout = buckets.layout();
     tell(format!("{} {:?}", layout.version(), layout.buckets().collect::<Vec<_>>()));
     resume(&communicator, &run, &layout.to_bytes());
+    tell(format!("{:?}", buckets.advise(&reports).unwrap()));
 }
 
 /// Who resumes with the saved layout has the same buckets.

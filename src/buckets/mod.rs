@@ -57,6 +57,7 @@ mod scaler;
 mod shard;
 mod step;
 mod trace;
+mod tuner;
 mod worker;
 
 use std::fmt;
@@ -77,6 +78,7 @@ pub use scaler::LossScaler;
 pub use shard::{Gathering, ShardPiece, Weights};
 pub use step::{BucketWork, Step, StepWork, View};
 pub use trace::Trace;
+pub use tuner::Advice;
 pub use unisum_link::kernels::Encoding;
 
 use crate::{Buffers, Collective, Communicator, Error};
