@@ -6,6 +6,7 @@ use unisum_link::{Dtype, Rank};
 use super::codec::Kept;
 use super::codec::feedback::{ErrorFeedback, Piece};
 use super::hook::{AllReduce, Bucket, Hook};
+use super::rooms::Rooms;
 use crate::{Buffer, Buffers, Collective, Error};
 
 /// Averages buckets of `f32` that travel encoded ([`Encoding`]). Sums are made in `f32`: each rank
@@ -23,10 +24,7 @@ use crate::{Buffer, Buffers, Collective, Error};
 pub struct Compressed {
     encoding: Encoding,
     has_feedback: bool,
-    /// The layout that the rooms belong to.
-    version: Option<u32>,
-    /// By bucket.
-    rooms: Vec<Option<Room>>,
+    rooms: Rooms<Room>,
     /// What was lost, of buckets that have no room yet.
     kept: Kept,
 }
@@ -59,8 +57,7 @@ struct Share {
 impl Compressed {
     /// By an encoding, with error feedback.
     pub fn new(encoding: Encoding) -> Self {
-        let (version, rooms, kept) = (None, Vec::new(), Kept::default());
-        Self { encoding, has_feedback: true, version, rooms, kept }
+        Self { encoding, has_feedback: true, rooms: Rooms::new(), kept: Kept::default() }
     }
 
     /// Forgets what rounding lost. Error feedback (Seide et al., Interspeech 2014; Karimireddy et
@@ -70,23 +67,16 @@ impl Compressed {
         Self { has_feedback: false, ..self }
     }
 
-    /// The bucket's room, made if it is the first time in this layout.
     fn room(&mut self, bucket: &Bucket<'_>) -> Result<&mut Room, Error> {
-        if self.version != Some(bucket.layout_version()) {
+        if self.rooms.are_stale(bucket) {
             self.kept = self.kept();
-            self.rooms.clear();
-            self.version = Some(bucket.layout_version());
+            self.rooms.move_to(bucket);
         }
-        let index = bucket.index();
-        if self.rooms.len() <= index {
-            self.rooms.resize_with(index + 1, || None);
-        }
-        if self.rooms[index].is_none() {
+        self.rooms.of(bucket, || {
             let mut room = Room::new(self.encoding, self.has_feedback, bucket)?;
             room.feedback.iter_mut().flatten().for_each(|lost| lost.recall(&self.kept));
-            self.rooms[index] = Some(room);
-        }
-        Ok(self.rooms[index].as_mut().unwrap_or_else(|| unreachable!("just made")))
+            Ok(room)
+        })
     }
 
     fn kept(&self) -> Kept {
@@ -96,11 +86,11 @@ impl Compressed {
     }
 
     fn feedback(&self) -> impl Iterator<Item = &ErrorFeedback> {
-        self.rooms.iter().flatten().flat_map(|room| room.feedback.iter().flatten())
+        self.rooms.iter().flat_map(|room| room.feedback.iter().flatten())
     }
 
     fn feedback_mut(&mut self) -> impl Iterator<Item = &mut ErrorFeedback> {
-        self.rooms.iter_mut().flatten().flat_map(|room| room.feedback.iter_mut().flatten())
+        self.rooms.iter_mut().flat_map(|room| room.feedback.iter_mut().flatten())
     }
 }
 
@@ -159,21 +149,24 @@ impl Room {
         let bytes_of = |rank| Share::of(rank, encoding, count, world).bytes;
         let bytes: Vec<usize> = (0..world).map(bytes_of).collect();
         let feedback = has_feedback.then(|| {
-            let of_average = Piece {
-                parameter: format!("average of {} elements, bucket {}", count, bucket.index())
-                    .into(),
-                start: share.start,
-                at: 0,
-                count: share.count,
-            };
             let pieces = bucket.parameters().map(|(parameter, elements)| Piece {
                 parameter: parameter.name().into(),
                 start: 0,
                 at: elements.start,
                 count: elements.len(),
             });
+            let averages = bucket.parameters().filter_map(|(parameter, elements)| {
+                let start = elements.start.max(share.start);
+                let end = elements.end.min(share.start + share.count);
+                (start < end).then(|| Piece {
+                    parameter: format!("average of {}", parameter.name()).into(),
+                    start: start - elements.start,
+                    at: start - share.start,
+                    count: end - start,
+                })
+            });
             let own = ErrorFeedback::new(count, pieces.collect());
-            [own, ErrorFeedback::new(share.count, vec![of_average])]
+            [own, ErrorFeedback::new(share.count, averages.collect())]
         });
         Ok(Self {
             wire: communicator.allocate(encoding.bytes(count))?,

@@ -4,6 +4,7 @@ use unisum_link::Dtype;
 
 use super::hook::{AllReduce, Bucket, Hook};
 use super::power::{PowerSgd, Settings, State, Tensor};
+use super::rooms::Rooms;
 use crate::{Buffer, Buffers, Collective, Communicator, Error};
 
 /// Averages buckets of `f32` by PowerSGD: of an n × m matrix r·(n + m) values travel. What a rank's
@@ -16,10 +17,7 @@ use crate::{Buffer, Buffers, Collective, Communicator, Error};
 #[derive(Debug)]
 pub struct LowRank {
     settings: Settings,
-    /// The layout that the rooms belong to.
-    version: Option<u32>,
-    /// By bucket.
-    rooms: Vec<Option<Room>>,
+    rooms: Rooms<Room>,
     /// What is due, of buckets that have no room yet.
     state: State,
 }
@@ -36,7 +34,7 @@ impl LowRank {
     /// change fast in them; see [`LowRank::starting_at`].
     pub fn new(rank: usize) -> Self {
         let settings = Settings { rank, ..Settings::default() };
-        Self { settings, version: None, rooms: Vec::new(), state: State::default() }
+        Self { settings, rooms: Rooms::new(), state: State::default() }
     }
 
     /// Compresses from this step on, counted from 0.
@@ -55,16 +53,11 @@ impl LowRank {
     }
 
     fn room(&mut self, bucket: &Bucket<'_>) -> Result<&mut Room, Error> {
-        if self.version != Some(bucket.layout_version()) {
+        if self.rooms.are_stale(bucket) {
             self.state = self.state();
-            self.rooms.clear();
-            self.version = Some(bucket.layout_version());
+            self.rooms.move_to(bucket);
         }
-        let index = bucket.index();
-        if self.rooms.len() <= index {
-            self.rooms.resize_with(index + 1, || None);
-        }
-        if self.rooms[index].is_none() {
+        self.rooms.of(bucket, || {
             let tensors = bucket.parameters().map(|(parameter, elements)| Tensor {
                 parameter: parameter.name().into(),
                 shape: parameter.shape().to_vec(),
@@ -75,14 +68,13 @@ impl LowRank {
             power.recall(&self.state);
             let communicator = bucket.communicator();
             let (first, second) = (communicator.allocate(0)?, communicator.allocate(0)?);
-            self.rooms[index] = Some(Room { power, first, second });
-        }
-        Ok(self.rooms[index].as_mut().unwrap_or_else(|| unreachable!("just made")))
+            Ok(Room { power, first, second })
+        })
     }
 
     fn state(&self) -> State {
         let mut state = self.state.clone();
-        self.rooms.iter().flatten().for_each(|room| room.power.keep(&mut state));
+        self.rooms.iter().for_each(|room| room.power.keep(&mut state));
         state
     }
 }
@@ -133,11 +125,11 @@ impl Hook for LowRank {
     }
 
     fn settle(&mut self, applied: bool) {
-        self.rooms.iter_mut().flatten().for_each(|room| room.power.settle(applied));
+        self.rooms.iter_mut().for_each(|room| room.power.settle(applied));
     }
 
     fn rescale(&mut self, factor: f32) {
-        self.rooms.iter_mut().flatten().for_each(|room| room.power.rescale(factor));
+        self.rooms.iter_mut().for_each(|room| room.power.rescale(factor));
     }
 
     fn save(&self) -> Vec<u8> {

@@ -53,6 +53,7 @@ mod parameter;
 mod plan;
 mod power;
 mod report;
+mod rooms;
 mod scaler;
 mod shard;
 mod step;
