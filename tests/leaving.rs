@@ -37,7 +37,7 @@ fn who_leaves_too_early_is_named_long_before_the_deadline() {
                 }
             }
             let took = start.elapsed();
-            assert!(took < Duration::from_secs(10), "{transport}, {leaver} leaves: {took:?}");
+            assert!(took < Duration::from_secs(20), "{transport}, {leaver} leaves: {took:?}");
         }
     }
 }
