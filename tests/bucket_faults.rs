@@ -25,6 +25,7 @@ fn rank_process() {
         ("die", die),
         ("static_graph", static_graph),
         ("futures", futures),
+        ("fork", fork),
     ]);
 }
 
@@ -276,6 +277,32 @@ fn futures() {
         assert!(report.buckets.iter().all(|bucket| bucket.ready <= bucket.started));
         assert!(report.buckets.iter().all(|bucket| bucket.started <= bucket.finished));
         assert!(report.exposed() <= report.reduced);
+    }
+}
+
+#[test]
+fn a_forked_child_is_refused_and_the_parent_goes_on() {
+    World::new(2, "fork").succeed(LIMIT);
+}
+
+fn fork() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut buckets = Buckets::builder(&communicator).build(&parameters()).unwrap();
+    step_rightly(&mut buckets).unwrap();
+    // SAFETY: the child calls only what the library promises to refuse, and leaves by `_exit`.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let is_refused = buckets.begin().is_err_and(|error| error.kind() == ErrorKind::Forked);
+        drop((buckets, communicator));
+        // SAFETY: ends the child without running the parent's exit handlers.
+        unsafe { libc::_exit(i32::from(!is_refused)) };
+    }
+    let mut status = 0;
+    // SAFETY: waits for the child just made; `status` is valid.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert_eq!(status, 0, "the child was refused and left quietly");
+    for _ in 0..5 {
+        step_rightly(&mut buckets).unwrap();
     }
 }
 

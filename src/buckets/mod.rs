@@ -66,7 +66,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
-use unisum_link::Element;
+use unisum_link::{Element, fork};
 
 pub use builder::Builder;
 pub use compressed::Compressed;
@@ -102,6 +102,7 @@ pub struct Buckets {
     /// Dropped before the thread is joined.
     orders: Option<Sender<Order>>,
     thread: Option<JoinHandle<()>>,
+    fork_generation: u32,
 }
 
 impl Buckets {
@@ -117,7 +118,9 @@ impl Buckets {
         (orders, thread): (Sender<Order>, JoinHandle<()>),
     ) -> Self {
         let (orders, thread) = (Some(orders), Some(thread));
-        Self { core, plan, limits, last: None, cycle: None, never_used: None, orders, thread }
+        let (last, cycle, never_used) = (None, None, None);
+        let fork_generation = fork::generation();
+        Self { core, plan, limits, last, cycle, never_used, orders, thread, fork_generation }
     }
 
     /// The parameters, as they were given.
@@ -179,7 +182,15 @@ impl Buckets {
         }
     }
 
+    /// Whether this process is a child of the one that made the layer: it has no thread.
+    fn is_forked(&self) -> bool {
+        fork::current() != self.fork_generation
+    }
+
     fn take_off(&mut self, purpose: Purpose) -> Result<Step<'_>, Error> {
+        if self.is_forked() {
+            return Err(Error::forked().on(self.core.communicator.rank()));
+        }
         self.settle();
         if let Some(error) = self.core.communicator.failure() {
             return Err(error);
@@ -291,6 +302,11 @@ impl Buckets {
 
 impl Drop for Buckets {
     fn drop(&mut self) {
+        if self.is_forked() {
+            // The thread is the parent's, and may have held any lock when the child was made.
+            std::mem::forget((self.orders.take(), self.thread.take(), self.core.clone()));
+            return;
+        }
         drop(self.orders.take());
         if let Some(thread) = self.thread.take() {
             // A step that was dropped ends first: the others take part in it.
