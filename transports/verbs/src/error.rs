@@ -23,9 +23,9 @@ pub enum VerbsError {
     /// What a rank told of its devices makes no sense.
     #[error("rank {0} told {1}")]
     Card(usize, String),
-    /// Packets do not get through.
-    #[error("{0}")]
-    Path(String),
+    /// The device refuses the way to a rank.
+    #[error("no way to rank {0} {1}")]
+    Path(usize, String),
 }
 
 impl VerbsError {

@@ -328,6 +328,7 @@ pub(crate) const SEND_SOLICITED: c_uint = 1 << 2;
 pub(crate) const SEND_INLINE: c_uint = 1 << 3;
 
 pub(crate) const WC_SUCCESS: c_uint = 0;
+pub(crate) const WC_FLUSHED: c_uint = 5;
 pub(crate) const WC_RECV_RDMA_WITH_IMM: c_uint = 129;
 
 pub(crate) const EVENT_QP_FATAL: c_uint = 1;

@@ -145,7 +145,8 @@ impl VerbsLink {
                 return Ok(());
             }
             if Instant::now() >= until {
-                let silent = self.peers.iter().find(|peer| !peer.lanes.iter().all(Lane::has_heard));
+                let is_proven = |lane: &Lane| lane.has_heard() && !lane.is_busy();
+                let silent = self.peers.iter().find(|peer| !peer.lanes.iter().all(is_proven));
                 let peer = silent.map_or(self.desk.rank, |peer| peer.rank);
                 let kind = LinkErrorKind::Unreachable("no packets came through in time".into());
                 return Err(LinkError { peer, kind });
@@ -164,9 +165,11 @@ impl VerbsLink {
         }
     }
 
-    /// Takes all completions. `true` if there were any.
+    /// Takes all completions. `true` if there were any. A connection that breaks flushes what it
+    /// holds: of several failures the one that is no such consequence is told.
     fn look(&mut self) -> Result<bool, LinkError> {
         let mut found_any = false;
+        let mut flushed = None;
         for rail in 0..self.rails.len() {
             loop {
                 let mut found = [ffi::Completion::default(); BATCH];
@@ -175,7 +178,12 @@ impl VerbsLink {
                     LinkError::os(self.desk.rank, what, format!("code {code}"))
                 })?;
                 for completion in &found[..count] {
-                    self.take(rail, completion)?;
+                    let taken = self.take(rail, completion);
+                    if completion.status == ffi::WC_FLUSHED {
+                        flushed = flushed.or_else(|| taken.err());
+                    } else {
+                        taken?;
+                    }
                 }
                 found_any |= count > 0;
                 if count < BATCH {
@@ -183,7 +191,7 @@ impl VerbsLink {
                 }
             }
         }
-        Ok(found_any)
+        flushed.map_or(Ok(found_any), Err)
     }
 
     fn device_name(&self, rail: usize) -> &str {
@@ -238,12 +246,14 @@ impl VerbsLink {
             let device = rail.device();
             while let Some(event) = device.next_event() {
                 let name = &device.port.device;
+                // A port's number is an `int` in a union with pointers.
+                let port = event.element as u32;
                 match event.event_type {
                     ffi::EVENT_PORT_ERR => {
-                        tracing::warn!("port {} of {name} is down", event.element)
+                        tracing::warn!("port {port} of {name} is down")
                     }
                     ffi::EVENT_PORT_ACTIVE => {
-                        tracing::warn!("port {} of {name} is up", event.element)
+                        tracing::warn!("port {port} of {name} is up")
                     }
                     ffi::EVENT_DEVICE_FATAL
                     | ffi::EVENT_QP_FATAL

@@ -5,6 +5,7 @@
 //! that isn't connected yet would be lost, and their repetition takes a while: hence the exchange
 //! between connecting and proving.
 
+use std::net::Ipv6Addr;
 use std::sync::Arc;
 
 use unisum_link::Rank;
@@ -165,7 +166,10 @@ impl Offer {
                     .path(&card, rail, numbers[turn * card.rails.len() + rail])
                     .map_err(wrong)?;
                 mtu = mtu.min(path.mtu);
-                pair.connect(&path)?;
+                pair.connect(&path).map_err(|error| {
+                    let address = Ipv6Addr::from(path.gid).to_canonical();
+                    VerbsError::Path(peer, format!("at {address}: {error}"))
+                })?;
                 self.rails[rail].pairs.push((pair.number(), index, lanes.len()));
                 lanes.push(Lane::new(rail, pair));
             }
