@@ -30,6 +30,13 @@ fn every_collective_is_right_on_shared_memory() {
     }
 }
 
+#[test]
+fn every_collective_is_right_on_rdma() {
+    if support::has_rdma() {
+        World::new(3, "every_collective").set("UNISUM_TRANSPORT", "verbs").succeed(LIMIT);
+    }
+}
+
 /// A collective and what it means: which elements of the input, seen as blocks, a rank gets.
 struct Case {
     collective: Collective,

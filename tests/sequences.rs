@@ -44,6 +44,16 @@ fn sequences_are_right_on_shared_memory() {
     }
 }
 
+#[test]
+fn sequences_are_right_on_rdma() {
+    let seed = sequence::seed();
+    for (ranks, bursts, most) in [(2, 20, 100_000), (4, 20, 20_000)] {
+        if support::has_rdma() {
+            sequence::check(&world(ranks, "verbs"), seed + ranks as u64, bursts, most);
+        }
+    }
+}
+
 /// Small slices make long pipelines of small messages.
 #[test]
 fn sequences_are_right_in_small_slices() {
