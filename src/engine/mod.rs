@@ -361,9 +361,12 @@ impl Engine {
             return self.patience;
         }
         let in_flight = self.scoreboard.in_flight().iter().zip(&self.links.all);
-        in_flight
+        let links = in_flight
             .filter(|(in_flight, _)| **in_flight > 0)
-            .fold(self.patience, |patience, (_, link)| patience.min(link.patience()))
+            .map(|(_, link)| link.patience())
+            .reduce(Patience::min);
+        let crowded = Some(self.patience).filter(|patience| *patience == Patience::CROWDED);
+        links.into_iter().chain(crowded).reduce(Patience::min).unwrap_or(self.patience)
     }
 
     /// Sleeps until something may have moved, until woken, or until `until`.
