@@ -104,11 +104,13 @@ fn slowest(accounts: &[Account]) -> (VerdictKind, Vec<Rank>, String) {
         present.into_iter().filter(|(_, doing)| doing.position() == earliest).collect();
     let ranks = || last.iter().map(|(rank, _)| *rank).collect();
     if earliest % 2 == 0 {
-        let what = format!("has not entered collective #{}", earliest / 2);
+        let has = if last.len() == 1 { "has" } else { "have" };
+        let what = format!("{has} not entered collective #{}", earliest / 2);
         return (VerdictKind::NotEntered, ranks(), what);
     }
     if let Some(others) = in_another_call(&last) {
-        let what = "is in another call than the others".to_owned();
+        let is = if others.len() == 1 { "is" } else { "are" };
+        let what = format!("{is} in another call than the others");
         return (VerdictKind::OtherCall, others, what);
     }
     let least = last
