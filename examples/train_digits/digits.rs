@@ -30,10 +30,10 @@ impl Digits {
         Ok(Self { training, held_out })
     }
 
-    /// The training images in an order that depends on the epoch only: the same on all ranks.
-    pub(crate) fn shuffled(&self, epoch: usize) -> Vec<&Image> {
+    /// The training images in an order that depends on seed and epoch only: the same on all ranks.
+    pub(crate) fn shuffled(&self, mut seed: u64, epoch: usize) -> Vec<&Image> {
         let mut images: Vec<&Image> = self.training.iter().collect();
-        let mut random = epoch as u64;
+        let mut random = next_random(&mut seed) ^ epoch as u64;
         for last in (1..images.len()).rev() {
             images.swap(last, (next_random(&mut random) % (last as u64 + 1)) as usize);
         }

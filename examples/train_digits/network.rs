@@ -25,9 +25,9 @@ impl Network {
         ("class.bias", &[CLASSES]),
     ];
 
-    /// The network all ranks start from: small random weights.
-    pub(crate) fn new() -> Self {
-        let mut random = 1;
+    /// The network all ranks start from: small random weights that follow from the seed.
+    pub(crate) fn new(seed: u64) -> Self {
+        let mut random = seed;
         let mut uniform = || (next_random(&mut random) >> 40) as f32 / (1 << 23) as f32 - 1.0;
         let parameters =
             Self::zeros().map(|zeros| zeros.iter().map(|_| uniform() * 0.15).collect());
