@@ -1,8 +1,9 @@
 //! Checkpoints: all that a training needs to go on as if it had never stopped.
 //!
 //! A checkpoint is a folder `step-00000400` with `model.safetensors` (weights, the optimiser's
-//! running means, and which training it is; rank 0 writes it, as all ranks have the same) and a
-//! file `rank-3` with what only that rank knows, the state of its exchange of gradients. It gets
+//! running means, where gradients lie in their buckets, the loss scale, and which training it is;
+//! rank 0 writes it, as all ranks have the same) and a file `rank-3` with what only that rank
+//! knows: what compression has lost of its gradients so far. It gets
 //! its name when all of it is on the disk, so one that is there is whole.
 
 use std::error::Error;
@@ -19,16 +20,23 @@ use crate::model::Parameter;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// What is the same on all ranks: for each parameter its values and the optimiser's running means.
+/// What is the same on all ranks.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct State {
-    /// How many steps were taken.
+    /// How many steps there were.
     pub(crate) step: usize,
+    /// How many of them the optimiser took.
+    pub(crate) taken: usize,
     /// What must be the same in the training that goes on: it decides over the next bits.
     pub(crate) training: Map<String, Value>,
+    /// For each parameter its values, and the optimiser's running means.
     pub(crate) weights: Vec<Vec<f32>>,
     pub(crate) means: Vec<Vec<f32>>,
     pub(crate) squares: Vec<Vec<f32>>,
+    /// The layout of the gradient buckets.
+    pub(crate) layout: Vec<u8>,
+    /// The loss scaler's state.
+    pub(crate) scaler: Vec<u8>,
 }
 
 /// A folder of checkpoints that all ranks reach.
@@ -122,14 +130,19 @@ impl State {
         for (kind, values) in kinds {
             for (parameter, values) in parameters.iter().zip(values) {
                 let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-                tensors.push((format!("{kind}/{}", parameter.name), &parameter.shape, bytes));
+                let name = format!("{kind}/{}", parameter.name);
+                tensors.push((name, Dtype::F32, parameter.shape.clone(), bytes));
             }
         }
-        let views = tensors.iter().map(|(name, shape, bytes)| {
-            Ok((name, TensorView::new(Dtype::F32, shape.to_vec(), bytes)?))
+        for (name, bytes) in [("layout", &self.layout), ("scaler", &self.scaler)] {
+            tensors.push((name.into(), Dtype::U8, vec![bytes.len()], bytes.clone()));
+        }
+        let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+            Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?))
         });
         let mut training = self.training.clone();
         training.insert("step".into(), self.step.into());
+        training.insert("taken".into(), self.taken.into());
         let training = (TRAINING.into(), Value::Object(training).to_string());
         Ok(serialize(views.collect::<Result<Vec<_>>>()?, Some([training].into()))?)
     }
@@ -139,7 +152,11 @@ impl State {
         let training = header.metadata().as_ref().and_then(|all| all.get(TRAINING));
         let training = training.ok_or("it does not say which training it is of")?;
         let mut training: Map<String, Value> = serde_json::from_str(training)?;
-        let step = training.remove("step").and_then(|step| step.as_u64());
+        let mut count = |of: &str| {
+            let count = training.remove(of).and_then(|count| count.as_u64());
+            count.map(|count| count as usize).ok_or_else(|| format!("it does not say its `{of}`"))
+        };
+        let (step, taken) = (count("step")?, count("taken")?);
         let tensors = SafeTensors::deserialize(bytes)?;
         let read = |kind: &str| {
             let values = |parameter: &Parameter| {
@@ -154,11 +171,14 @@ impl State {
             parameters.iter().map(values).collect::<Result<Vec<Vec<f32>>>>()
         };
         Ok(Self {
-            step: step.ok_or("it does not say of which step it is")? as usize,
-            training,
+            step,
+            taken,
             weights: read("weights")?,
             means: read("means")?,
             squares: read("squares")?,
+            layout: tensors.tensor("layout")?.data().to_vec(),
+            scaler: tensors.tensor("scaler")?.data().to_vec(),
+            training,
         })
     }
 }
@@ -207,7 +227,8 @@ mod tests {
         let values = |first: f32| vec![vec![first, f32::MIN_POSITIVE, -0.0, 1e38], vec![first]];
         let training = Map::from_iter([("seed".into(), 7.into())]);
         let (weights, means, squares) = (values(0.1), values(0.2), values(0.3));
-        State { step, training, weights, means, squares }
+        let (layout, scaler) = (vec![1, 2, 3], Vec::new());
+        State { step, taken: step - 1, training, weights, means, squares, layout, scaler }
     }
 
     fn alone() -> Communicator {
@@ -218,7 +239,7 @@ mod tests {
     fn what_is_read_is_what_was_written_last() {
         let (folder, communicator) = (tempfile::tempdir().unwrap(), alone());
         let folder = folder.path().join("checkpoints");
-        let (checkpoints, training) = (Checkpoints::new(&folder, &communicator), state(0).training);
+        let (checkpoints, training) = (Checkpoints::new(&folder, &communicator), state(1).training);
         assert_eq!(checkpoints.read(&training, &parameters()).unwrap(), None);
         for step in [9, 10, 10, 100_000_000] {
             checkpoints.write(&state(step), &parameters(), &[step as u8; 3]).unwrap();

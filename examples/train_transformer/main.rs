@@ -1,9 +1,10 @@
 //! Trains a small transformer on the text of a novel with several processes:
 //! `cargo run --release --example train_transformer`.
 //!
-//! Data parallelism: every rank holds the whole model and works on its share of each batch; the
-//! gradients are summed over the ranks while backward makes them, and all ranks take the same
-//! step. Afterwards the weights must be bitwise equal on all ranks.
+//! Data parallelism: every rank holds the whole model and works on its share of each batch;
+//! gradient buckets average the gradients over the ranks while backward goes on, in fewer bytes if
+//! asked to, and all ranks take the same step. Afterwards the weights must be bitwise equal on all
+//! ranks.
 //!
 //! Under a launcher: `mpirun -n 8 train_transformer --join`.
 
@@ -14,10 +15,13 @@ mod gradients;
 mod model;
 mod optimizer;
 mod random;
+mod scaling;
 #[cfg(test)]
 mod tests;
 mod text;
 mod training;
+#[path = "../wire/mod.rs"]
+mod wire;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -29,6 +33,7 @@ use unisum::Communicator;
 use model::Precision;
 use text::Text;
 use training::{Plan, Training};
+use wire::Wire;
 
 /// Trains a small transformer on the text of a novel, with several processes.
 #[derive(Clone, Debug, Parser)]
@@ -46,9 +51,17 @@ struct Options {
     #[arg(long, value_name = "N", default_value = "8")]
     epochs: usize,
 
-    /// What matrix products are computed from; weights and sums are f32 in any case
+    /// What matrix products are computed from; weights and sums are f32 in any case, and with 16
+    /// bits the loss is scaled
     #[arg(long, value_enum, default_value = "f32")]
     precision: Precision,
+
+    /// The loss's first factor, if products are computed from 16 bits
+    #[arg(long, value_name = "FACTOR", default_value = "65536")]
+    loss_scale: f32,
+
+    #[arg(long, default_value = "f32", help = wire::HELP)]
+    wire: Wire,
 
     /// Weights and order of the text follow from it
     #[arg(long, value_name = "N", default_value = "1")]

@@ -18,6 +18,8 @@ pub(crate) struct Optimizer {
     pub(crate) means: Vec<Vec<f32>>,
     /// Running means of their squares.
     pub(crate) squares: Vec<Vec<f32>>,
+    /// Steps that were taken.
+    pub(crate) steps: usize,
     /// Which parameters decay: matrices.
     decays: Vec<bool>,
 }
@@ -27,11 +29,11 @@ impl Optimizer {
     pub(crate) fn new(parameters: &[Parameter]) -> Self {
         let zeros = || parameters.iter().map(|parameter| vec![0.0; parameter.count()]).collect();
         let decays = parameters.iter().map(Parameter::is_matrix).collect();
-        Self { means: zeros(), squares: zeros(), decays }
+        Self { means: zeros(), squares: zeros(), steps: 0, decays }
     }
 
-    /// Moves the weights against `gradient`, which gives that of each parameter. `step` counts
-    /// from 1; `rate` is the length of a typical move.
+    /// Moves the weights against `gradient`, which gives that of each parameter, `scale` times too
+    /// large. `rate` is the length of a typical move.
     ///
     /// # Errors
     /// If the gradient is not finite; nothing was changed.
@@ -39,19 +41,20 @@ impl Optimizer {
         &mut self,
         weights: &mut Weights,
         gradient: impl Fn(usize) -> &'a [f32],
-        (step, rate): (usize, f32),
+        (rate, scale): (f32, f32),
     ) -> Result<(), String> {
         let squares = (0..self.means.len()).map(|number| {
             let gradient = gradient(number);
             f64::from(dot(gradient, gradient))
         });
-        let length = squares.sum::<f64>().sqrt();
+        let length = squares.sum::<f64>().sqrt() / f64::from(scale);
         if !length.is_finite() {
-            return Err(format!("the gradient of step {step} is not finite"));
+            return Err("the gradient is not finite".into());
         }
-        let clip = (LONGEST / length).min(1.0) as f32;
+        self.steps += 1;
+        let clip = ((LONGEST / length).min(1.0) / f64::from(scale)) as f32;
         // The running means start from 0: what they lack is known.
-        let known = |decay: f32| (1.0 - f64::from(decay).powi(step as i32)) as f32;
+        let known = |decay: f32| (1.0 - f64::from(decay).powi(self.steps as i32)) as f32;
         let (mean_known, square_known) = (known(MEAN_DECAY), known(SQUARE_DECAY));
         weights.change(|number, values| {
             let decay = if self.decays[number] { 1.0 - rate * WEIGHT_DECAY } else { 1.0 };
@@ -75,14 +78,14 @@ mod tests {
     use super::*;
     use crate::model::Precision;
 
-    fn one_weight(gradients: &[f32]) -> Result<f32, String> {
+    fn one_weight(gradients: &[f32], scale: f32) -> Result<f32, String> {
         let start = crate::model::Start::Constant(1.0);
         let parameter = Parameter { name: "weight".into(), shape: vec![1], start };
         let mut weights = Weights::new(std::slice::from_ref(&parameter), Precision::F32, 0);
         let mut optimizer = Optimizer::new(&[parameter]);
-        for (step, gradient) in gradients.iter().enumerate() {
-            let gradient = [*gradient];
-            optimizer.step(&mut weights, |_| &gradient, (step + 1, 0.1))?;
+        for gradient in gradients {
+            let gradient = [*gradient * scale];
+            optimizer.step(&mut weights, |_| &gradient, (0.1, scale))?;
         }
         Ok(weights.exact(0)[0])
     }
@@ -90,19 +93,27 @@ mod tests {
     #[test]
     fn steps_are_as_long_as_the_rate_whatever_the_gradient_is() {
         for gradient in [1e-3, 0.5, 100.0] {
-            assert!((one_weight(&[gradient; 3]).unwrap() - 0.7).abs() < 1e-4);
+            assert!((one_weight(&[gradient; 3], 1.0).unwrap() - 0.7).abs() < 1e-4);
         }
     }
 
     #[test]
     fn a_gradient_that_is_too_long_counts_as_one_of_the_longest() {
-        let clipped = one_weight(&[0.5, 50.0]).unwrap();
-        assert_eq!(clipped, one_weight(&[0.5, 1.0]).unwrap());
-        assert_ne!(clipped, one_weight(&[0.5, 0.5]).unwrap());
+        let clipped = one_weight(&[0.5, 50.0], 1.0).unwrap();
+        assert_eq!(clipped, one_weight(&[0.5, 1.0], 1.0).unwrap());
+        assert_ne!(clipped, one_weight(&[0.5, 0.5], 1.0).unwrap());
+    }
+
+    #[test]
+    fn a_scale_that_is_a_power_of_two_changes_no_bit() {
+        let gradients = [0.5, 50.0, -0.3];
+        assert_eq!(one_weight(&gradients, 65536.0), one_weight(&gradients, 1.0));
     }
 
     #[test]
     fn a_gradient_that_is_not_finite_is_refused() {
-        assert!(one_weight(&[f32::NAN]).is_err() && one_weight(&[f32::INFINITY]).is_err());
+        for gradient in [f32::NAN, f32::INFINITY] {
+            assert!(one_weight(&[gradient], 1.0).is_err());
+        }
     }
 }

@@ -12,6 +12,7 @@ use crate::events::Events;
 use crate::exchange::{Cost, Exchange};
 use crate::model::{Judgement, Model, Pass, Size, Weights};
 use crate::optimizer::Optimizer;
+use crate::scaling::Scaling;
 use crate::text::{Order, Text};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -26,8 +27,11 @@ pub(crate) struct Training<'a> {
     model: Model,
     weights: Weights,
     optimizer: Optimizer,
-    exchange: Exchange<'a>,
+    scaling: Scaling,
+    exchange: Exchange,
     step: usize,
+    /// Of the steps since the last report.
+    cost: Cost,
     events: Option<Events>,
 }
 
@@ -41,13 +45,16 @@ pub(crate) struct Plan {
     pub(crate) warm_up: usize,
     /// The highest rate.
     pub(crate) rate: f32,
+    /// Of gradient buckets.
+    pub(crate) bucket_bytes: usize,
 }
 
 impl Plan {
     /// What `cargo run` trains.
     pub(crate) const fn new(vocabulary: usize) -> Self {
         let size = Size { vocabulary, context: 128, width: 64, heads: 4, blocks: 4 };
-        Self { size, batch: 16, warm_up: 50, rate: 4e-3 }
+        // The gradient of a block is 200 KB.
+        Self { size, batch: 16, warm_up: 50, rate: 4e-3, bucket_bytes: 256 << 10 }
     }
 }
 
@@ -66,7 +73,16 @@ impl<'a> Training<'a> {
         let model = Model::new(plan.size);
         let weights = Weights::new(&model.parameters, options.precision, options.seed);
         let optimizer = Optimizer::new(&model.parameters);
-        let exchange = Exchange::new(communicator, &model.parameters)?;
+        let scaling = Scaling::new(options.precision, options.loss_scale)?;
+        let saved = match checkpoints(options, communicator) {
+            Some(folder) => {
+                folder.read(&identity(options, plan, text, communicator), &model.parameters)?
+            }
+            None => None,
+        };
+        let layout = saved.as_ref().map(|(state, _)| &state.layout[..]);
+        let how = (options.wire, plan.bucket_bytes);
+        let exchange = Exchange::new(communicator, &model.parameters, how, layout)?;
         let events = options.events.as_deref().filter(|_| communicator.rank() == 0);
         let events = events.map(Events::new).transpose()?;
         let mut training = Self {
@@ -77,11 +93,15 @@ impl<'a> Training<'a> {
             model,
             weights,
             optimizer,
+            scaling,
             exchange,
             step: 0,
+            cost: Cost::default(),
             events,
         };
-        training.resume()?;
+        if let Some((state, own)) = saved {
+            training.resume(state, &own)?;
+        }
         Ok(training)
     }
 
@@ -130,17 +150,25 @@ impl<'a> Training<'a> {
 
     fn take_step(&mut self, batch: (&[u8], &[u8]), steps: usize, pass: &mut Pass) -> Result<()> {
         let start = Instant::now();
-        // The sum over the ranks is then the mean over the tokens of the batch, however it was
+        let (loss_scale, rate) = (self.scaling.scale(), self.rate(steps));
+        // The average over the ranks is then the mean over the tokens of the batch, however it was
         // shared out.
-        let scale = 1.0 / (self.plan.batch * self.plan.size.context) as f32;
-        self.exchange.begin();
-        let judgement = self.model.learn(&self.weights, batch, scale, pass, &mut self.exchange);
-        let cost = self.exchange.finish()?;
-        let rate = self.rate(steps);
+        let tokens = self.plan.batch * self.plan.size.context;
+        let scale = loss_scale * self.communicator.world() as f32 / tokens as f32;
+        let Self { model, weights, exchange, .. } = self;
+        let (judgement, report) =
+            exchange.step(|gradients| model.learn(weights, batch, scale, pass, gradients))?;
         self.step += 1;
-        let gradient = |parameter| self.exchange.gradient(parameter);
-        self.optimizer.step(&mut self.weights, gradient, (self.step, rate))?;
-        self.record(judgement, cost, start.elapsed().as_secs_f64())
+        let update = self.scaling.update(report.nonfinite);
+        let update = update.map_err(|why| format!("step {}: {why}", self.step))?;
+        if update.applies {
+            let gradient = |parameter| self.exchange.gradient(parameter);
+            self.optimizer.step(&mut self.weights, gradient, (rate, loss_scale))?;
+        }
+        if update.factor != 1.0 {
+            self.exchange.rescale(update.factor);
+        }
+        self.record(judgement, Cost::of(&report), start.elapsed().as_secs_f64())
     }
 
     /// Rises to its highest within the first steps, then falls to zero at the last.
@@ -174,8 +202,18 @@ impl<'a> Training<'a> {
 
     fn report(&mut self, epoch: usize, judgement: Judgement) -> Result<()> {
         let (loss, accuracy) = (judgement.mean_loss(), judgement.accuracy());
+        let cost = std::mem::take(&mut self.cost);
         if self.communicator.rank() == 0 {
-            println!("Epoch {epoch}, loss {loss:.4}, accuracy {:.1}%", accuracy * 100.0);
+            let scale = self.scaling.report().map_or_else(String::new, |scale| {
+                format!(", loss times {scale}, {} steps skipped", self.step - self.optimizer.steps)
+            });
+            println!(
+                "Epoch {epoch}, loss {loss:.4}, accuracy {:.1}%, {:.2} ms of a step in exposed \
+                 communication, {:.3} GB/s{scale}",
+                accuracy * 100.0,
+                cost.exposed_s_per_step() * 1e3,
+                cost.gigabytes_per_s(),
+            );
         }
         if let Some(events) = &mut self.events {
             let scalars = [("held_out/loss", loss), ("held_out/accuracy", accuracy)];
@@ -185,62 +223,76 @@ impl<'a> Training<'a> {
     }
 
     fn record(&mut self, judgement: Judgement, cost: Cost, step_s: f64) -> Result<()> {
+        self.cost += cost;
         if let Some(events) = &mut self.events {
             let scalars = [
                 ("rank_0/loss", judgement.mean_loss()),
                 ("rank_0/accuracy", judgement.accuracy()),
                 ("rank_0/step_s", step_s),
-                ("rank_0/exposed_communication_s", cost.exposed.as_secs_f64()),
+                ("rank_0/exposed_communication_s", cost.exposed_s_per_step()),
                 ("rank_0/communication_gigabytes_per_s", cost.gigabytes_per_s()),
+                ("loss_scale", self.scaling.scale().into()),
+                ("skipped_steps", (self.step - self.optimizer.steps) as f64),
             ];
             events.scalars(self.step, &scalars)?;
         }
         Ok(())
     }
 
-    /// What decides over the bits of the next step, besides the state.
-    fn identity(&self) -> Map<String, serde_json::Value> {
-        let identity = [
-            ("seed", json!(self.options.seed)),
-            ("epochs", json!(self.options.epochs)),
-            ("precision", json!(format!("{:?}", self.options.precision))),
-            ("world", json!(self.communicator.world())),
-            ("batch", json!(self.plan.batch)),
-            ("text", json!(self.text.checksum())),
-        ];
-        identity.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
-    }
-
-    fn checkpoints(&self) -> Option<Checkpoints<'a>> {
-        let folder = self.options.checkpoint.as_deref();
-        folder.map(|folder| Checkpoints::new(folder, self.communicator))
-    }
-
     fn write_checkpoint(&self) -> Result<()> {
-        let Some(checkpoints) = self.checkpoints() else { return Ok(()) };
+        let Self { options, plan, communicator, text, .. } = *self;
+        let Some(checkpoints) = checkpoints(options, communicator) else { return Ok(()) };
         let parameters = &self.model.parameters;
         let state = State {
             step: self.step,
-            training: self.identity(),
+            taken: self.optimizer.steps,
+            training: identity(options, plan, text, communicator),
             weights: (0..parameters.len()).map(|it| self.weights.exact(it).to_vec()).collect(),
             means: self.optimizer.means.clone(),
             squares: self.optimizer.squares.clone(),
+            layout: self.exchange.layout(),
+            scaler: self.scaling.save(),
         };
         checkpoints.write(&state, parameters, &self.exchange.state())
     }
 
-    fn resume(&mut self) -> Result<()> {
-        let Some(checkpoints) = self.checkpoints() else { return Ok(()) };
-        let read = checkpoints.read(&self.identity(), &self.model.parameters)?;
-        let Some((state, own)) = read else { return Ok(()) };
+    /// Goes on from what a checkpoint has; the exchange has its layout already.
+    fn resume(&mut self, state: State, own: &[u8]) -> Result<()> {
         self.step = state.step;
         self.weights = Weights::from_values(state.weights, self.options.precision);
         self.optimizer.means = state.means;
         self.optimizer.squares = state.squares;
-        self.exchange.restore(&own)?;
+        self.optimizer.steps = state.taken;
+        self.scaling.restore(&state.scaler)?;
+        self.exchange.restore(own)?;
         if self.communicator.rank() == 0 {
             println!("Resumed after step {}", self.step);
         }
         Ok(())
     }
+}
+
+fn checkpoints<'a>(options: &Options, communicator: &'a Communicator) -> Option<Checkpoints<'a>> {
+    let folder = options.checkpoint.as_deref();
+    folder.map(|folder| Checkpoints::new(folder, communicator))
+}
+
+/// What decides over the bits of the next step, besides the state.
+fn identity(
+    options: &Options,
+    plan: Plan,
+    text: &Text,
+    communicator: &Communicator,
+) -> Map<String, serde_json::Value> {
+    let identity = [
+        ("seed", json!(options.seed)),
+        ("epochs", json!(options.epochs)),
+        ("precision", json!(format!("{:?}", options.precision))),
+        ("wire", json!(options.wire.to_string())),
+        ("bucket_bytes", json!(plan.bucket_bytes)),
+        ("world", json!(communicator.world())),
+        ("batch", json!(plan.batch)),
+        ("text", json!(text.checksum())),
+    ];
+    identity.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }

@@ -1,7 +1,8 @@
 //! The parameters of a model: what they are, and their values.
 
 use clap::ValueEnum;
-use half::bf16;
+use half::slice::HalfFloatSliceExt as _;
+use half::{bf16, f16};
 
 use crate::random::{Random, mix};
 
@@ -46,6 +47,8 @@ pub(crate) enum Precision {
     F32,
     /// 8 bits of precision, the range of f32.
     Bf16,
+    /// 11 bits of precision, infinite from 65520 on.
+    F16,
 }
 
 impl Precision {
@@ -55,6 +58,14 @@ impl Precision {
             Self::F32 => {}
             Self::Bf16 => {
                 values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32())
+            }
+            Self::F16 => {
+                let mut narrow = [f16::ZERO; 64];
+                for values in values.chunks_mut(narrow.len()) {
+                    let narrow = &mut narrow[..values.len()];
+                    narrow.convert_from_f32_slice(values);
+                    narrow.convert_to_f32_slice(values);
+                }
             }
         }
     }
