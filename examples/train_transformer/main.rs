@@ -80,6 +80,11 @@ struct Options {
     #[arg(long, value_name = "FOLDER")]
     events: Option<PathBuf>,
 
+    /// Write a trace of rank 0's steps to this file, for Perfetto or Chrome: what was computed,
+    /// which bucket travelled when, and what was waited for
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+
     /// Fail if the loss on the held-out text is above this in the end
     #[arg(long, value_name = "NATS")]
     at_most: Option<f64>,

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use clap::Parser as _;
-use serde_json::Map;
+use serde_json::{Map, Value};
 use tempfile::tempdir;
 use unisum::{Communicator, LossScaler};
 
@@ -82,10 +82,28 @@ fn a_training_that_was_interrupted_ends_with_the_same_bits() {
 fn a_training_that_was_interrupted_after_its_first_step_ends_with_the_same_weights() {
     let [at_once, in_parts] = [&[40][..], &[1, 40]].map(|stops| state(stops, "--wire=int8"));
     assert!(at_once.weights == in_parts.weights);
-    let head: Vec<u32> =
-        at_once.layout.as_chunks().0.iter().map(|it| u32::from_le_bytes(*it)).collect();
-    let (version, buckets) = (head[0], head[1]);
+    let (version, buckets) = buckets(&at_once.layout);
     assert!(version == 1 && buckets > 4, "version {version}, {buckets} buckets");
+}
+
+/// A layout's version, and how many buckets it has.
+fn buckets(layout: &[u8]) -> (u32, usize) {
+    let word = |at: usize| u32::from_le_bytes(layout[at..at + 4].try_into().unwrap());
+    (word(0), word(4) as usize)
+}
+
+#[test]
+fn a_trace_has_every_step_and_every_bucket() {
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("trace.json");
+    let layout = state(&[3], &format!("--trace={}", path.display())).layout;
+    let trace: Vec<Value> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let count = |start: &str| {
+        let is_named = |event: &&Value| event["name"].as_str().unwrap().starts_with(start);
+        trace.iter().filter(is_named).count()
+    };
+    // A bucket is ready, and it travels.
+    assert_eq!((count("step "), count("bucket ")), (3, 3 * 2 * buckets(&layout).1));
 }
 
 #[test]

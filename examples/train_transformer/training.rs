@@ -1,9 +1,12 @@
 //! What each rank does: steps on its share of each batch, and a report after each epoch.
 
 use std::error::Error;
+use std::fs::File;
+use std::io::BufWriter;
 use std::time::Instant;
 
 use serde_json::{Map, json};
+use unisum::buckets::{StepReport, Trace};
 use unisum::{Communicator, ReduceOp};
 
 use crate::Options;
@@ -33,6 +36,7 @@ pub(crate) struct Training<'a> {
     /// Of the steps since the last report.
     cost: Cost,
     events: Option<Events>,
+    trace: Option<Trace<BufWriter<File>>>,
 }
 
 /// How large model, batches and steps are.
@@ -83,8 +87,12 @@ impl<'a> Training<'a> {
         let layout = saved.as_ref().map(|(state, _)| &state.layout[..]);
         let how = (options.wire, plan.bucket_bytes);
         let exchange = Exchange::new(communicator, &model.parameters, how, layout)?;
-        let events = options.events.as_deref().filter(|_| communicator.rank() == 0);
+        let first = communicator.rank() == 0;
+        let events = options.events.as_deref().filter(|_| first);
         let events = events.map(Events::new).transpose()?;
+        let trace = options.trace.as_deref().filter(|_| first);
+        let trace = trace.map(|path| Trace::new(BufWriter::new(File::create(path)?), 0));
+        let trace = trace.transpose()?;
         let mut training = Self {
             options,
             plan,
@@ -98,6 +106,7 @@ impl<'a> Training<'a> {
             step: 0,
             cost: Cost::default(),
             events,
+            trace,
         };
         if let Some((state, own)) = saved {
             training.resume(state, &own)?;
@@ -126,6 +135,9 @@ impl<'a> Training<'a> {
             held_out = Some(judgement);
             self.report(epoch + 1, judgement)?;
             self.write_checkpoint()?;
+        }
+        if let Some(trace) = self.trace.take() {
+            trace.finish()?;
         }
         held_out.map_or_else(|| self.judge_held_out(), Ok)
     }
@@ -168,7 +180,7 @@ impl<'a> Training<'a> {
         if update.factor != 1.0 {
             self.exchange.rescale(update.factor);
         }
-        self.record(judgement, Cost::of(&report), start.elapsed().as_secs_f64())
+        self.record(judgement, &report, start.elapsed().as_secs_f64())
     }
 
     /// Rises to its highest within the first steps, then falls to zero at the last.
@@ -222,8 +234,12 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
-    fn record(&mut self, judgement: Judgement, cost: Cost, step_s: f64) -> Result<()> {
+    fn record(&mut self, judgement: Judgement, report: &StepReport, step_s: f64) -> Result<()> {
+        let cost = Cost::of(report);
         self.cost += cost;
+        if let Some(trace) = &mut self.trace {
+            trace.step(report)?;
+        }
         if let Some(events) = &mut self.events {
             let scalars = [
                 ("rank_0/loss", judgement.mean_loss()),
