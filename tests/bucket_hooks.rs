@@ -118,6 +118,9 @@ fn hooked() {
     assert!(step(&mut buckets, poisoner.then_some(f32::NAN)).nonfinite);
     let mut resumed = build(Some(saved.1));
     resumed.restore_hook(&saved.0).unwrap();
+    // What was restored is rescaled as what is in use is.
+    buckets.rescale_hook(4.0);
+    resumed.rescale_hook(4.0);
     for _ in 0..3 {
         assert!(!step(&mut buckets, None).nonfinite);
         if name != "rank 2" {

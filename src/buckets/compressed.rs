@@ -117,6 +117,7 @@ impl Hook for Compressed {
     }
 
     fn rescale(&mut self, factor: f32) {
+        self.kept.scale(factor);
         self.feedback_mut().for_each(|lost| lost.rescale(factor));
     }
 

@@ -70,6 +70,7 @@ struct Progress {
     /// What went wrong on this rank first.
     fault: Option<String>,
     end: Option<Result<Outcome, Error>>,
+    ended: Option<Instant>,
     wakers: Vec<Waker>,
 }
 
@@ -240,6 +241,7 @@ impl Flight {
     pub(super) fn end(&self, end: Result<Outcome, Error>) {
         let mut progress = self.lock();
         progress.end = Some(end);
+        progress.ended = Some(Instant::now());
         self.wake(progress);
     }
 
@@ -284,6 +286,10 @@ impl Flight {
 
     pub(super) fn times(&self) -> Vec<Times> {
         self.lock().times.clone()
+    }
+
+    pub(super) fn ended(&self) -> Option<Instant> {
+        self.lock().ended
     }
 
     fn wait_while(&self, goes_on: impl Fn(&Progress) -> bool) -> MutexGuard<'_, Progress> {

@@ -129,6 +129,7 @@ impl Hook for LowRank {
     }
 
     fn rescale(&mut self, factor: f32) {
+        self.state.rescale(factor);
         self.rooms.iter_mut().for_each(|room| room.power.rescale(factor));
     }
 

@@ -23,6 +23,8 @@ pub struct StepReport {
     pub computed: Duration,
     /// When the last bucket was reduced.
     pub reduced: Duration,
+    /// When all ranks had agreed on how the step ended.
+    pub ended: Duration,
 }
 
 /// What became of a bucket in a step.
@@ -42,7 +44,7 @@ pub struct BucketReport {
 impl StepReport {
     /// What the program waited for communication after it had computed: what was not hidden.
     pub const fn exposed(&self) -> Duration {
-        self.reduced.saturating_sub(self.computed)
+        self.ended.saturating_sub(self.computed)
     }
 
     /// How long buckets were being reduced in all.
@@ -71,6 +73,7 @@ impl StepReport {
             buckets,
             begun: Some(flight.begun),
             computed: since(Some(computed)),
+            ended: since(flight.ended()),
         }
     }
 }

@@ -101,6 +101,7 @@ mod tests {
             begun: Some(trace.begun + ms(10)),
             computed: ms(4),
             reduced: ms(5),
+            ended: ms(5),
             buckets: vec![bucket; 2],
             ..StepReport::default()
         };

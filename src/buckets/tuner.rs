@@ -212,6 +212,7 @@ mod tests {
         let report = StepReport {
             computed: time(ready),
             reduced: time(free),
+            ended: time(free),
             buckets,
             ..StepReport::default()
         };

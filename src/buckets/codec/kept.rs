@@ -37,6 +37,12 @@ impl Kept {
         stretches.push(stretch);
     }
 
+    /// Multiplies all that is kept.
+    pub(crate) fn scale(&mut self, factor: f32) {
+        let values = self.0.values_mut().flatten().flat_map(|stretch| &mut stretch.values);
+        values.for_each(|value| *value *= factor);
+    }
+
     /// Writes what is kept for the elements of `parameter` from `start` on to `to`. Other elements
     /// of `to` stay as they are.
     pub(crate) fn copy_to(&self, parameter: &str, start: usize, to: &mut [f32]) {

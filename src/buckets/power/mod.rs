@@ -307,6 +307,11 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Multiplies what ranks owe: gradients come with another loss scale from now on.
+    pub(crate) fn rescale(&mut self, factor: f32) {
+        self.errors.scale(factor);
+    }
+
     /// The bytes of a checkpoint: the step, and both sorts of values with their lengths before.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = self.step.to_le_bytes().to_vec();
