@@ -38,7 +38,8 @@ impl<'c> Builder<'c> {
     }
 
     /// How large buckets get, in bytes; 25 MiB if nothing is said. A larger parameter has a bucket
-    /// of its own.
+    /// of its own. Towards the end of the model each holds at most a quarter of what is left, so
+    /// that little remains to be reduced when the last gradient is ready.
     #[must_use]
     pub const fn bucket_bytes(mut self, bytes: usize) -> Self {
         self.limits.bytes = bytes;

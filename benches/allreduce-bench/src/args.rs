@@ -12,6 +12,7 @@ use clap::{ArgAction, Parser, ValueEnum};
 use unisum::{Dtype, ReduceOp};
 
 use crate::collective::{Kind, Place};
+use crate::replay;
 
 /// Measures unisum's collectives between processes, and checks every result.
 ///
@@ -126,6 +127,9 @@ pub(crate) struct Args {
           value_delimiter = ',', conflicts_with = "late_ms",
           value_parser = ranks_parser())]
     pub(crate) startup: Vec<usize>,
+
+    #[command(flatten)]
+    pub(crate) replay: replay::Options,
 
     /// Log more on standard error (-vv: debug); UNISUM_LOG chooses in detail
     #[arg(short = 'v', long, action = ArgAction::Count)]
@@ -275,7 +279,7 @@ static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
 });
 
 /// Reads names separated by commas.
-fn list<T>(text: &str, all: &[T]) -> Result<List<T>, String>
+pub(crate) fn list<T>(text: &str, all: &[T]) -> Result<List<T>, String>
 where
     T: Copy + FromStr<Err: Display>,
 {
@@ -303,7 +307,7 @@ fn ranks_parser() -> impl TypedValueParser<Value = usize> {
     RangedU64ValueParser::<usize>::new().range(1..=4096)
 }
 
-fn bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     match unisum::parse_bytes(text) {
         Ok(0) => Err("an empty buffer has no speed".into()),
         Ok(bytes) => Ok(bytes),
@@ -358,6 +362,13 @@ mod tests {
     }
 
     #[test]
+    fn all_wires_may_be_replayed_at_once() {
+        let replay = parse("--model gpt2-xl --wire all --backward-ms 2.5").unwrap().replay;
+        assert_eq!(replay.wire.0.len(), 6);
+        assert_eq!(replay.backward_ms, Some(Duration::from_micros(2500)));
+    }
+
+    #[test]
     fn useless_arguments_are_refused_with_the_reason() {
         let refusals = [
             ("-b 2M -e 1M", "larger than the largest"),
@@ -375,6 +386,12 @@ mod tests {
             ("-b 0", "no speed"),
             ("--timeout 0", "above 0"),
             ("-i 5 --seconds-per-size 2", "cannot be used with"),
+            ("--model vgg16", "bert-large"),
+            ("--model resnet50 -b 1M", "cannot be used with"),
+            ("--model resnet50 --wire f32,int4", "expected one of f32, bf16, "),
+            ("--model resnet50 --scale 0.5", "by 1 or more"),
+            ("--model resnet50 --backward-ms 5 --backward-ratio 2", "cannot be used with"),
+            ("--wire bf16", "--model <NAME>"),
         ];
         for (line, reason) in refusals {
             let error = parse(line).unwrap_err();

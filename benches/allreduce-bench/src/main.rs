@@ -11,9 +11,9 @@ mod collective;
 mod late;
 mod launch;
 mod measure;
-#[cfg_attr(not(test), expect(dead_code, reason = "the replay of models is not there yet"))]
 mod models;
 mod operation;
+mod replay;
 mod report;
 mod series;
 mod startup;
@@ -63,6 +63,8 @@ fn join(args: &Args) -> Result<ExitCode> {
     }
     if !args.startup.is_empty() {
         startup::run(args, &world, connect_ms)
+    } else if let Some(model) = args.replay.model {
+        replay::run(args, &world, model)
     } else if args.late_ms.is_some() {
         late::run(args, &world)
     } else {

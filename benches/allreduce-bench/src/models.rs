@@ -68,6 +68,17 @@ impl Parameter {
     pub(crate) fn count(&self) -> usize {
         self.shape.iter().product()
     }
+
+    /// As it would be with about one in `scale` elements: outer dimensions shrink first.
+    pub(crate) fn shrunk(mut self, scale: f64) -> Self {
+        let mut left = scale;
+        for size in &mut self.shape {
+            let fewer = (*size as f64 / left).round().max(1.0);
+            left *= fewer / *size as f64;
+            *size = fewer as usize;
+        }
+        self
+    }
 }
 
 /// Collects parameters.
@@ -217,6 +228,22 @@ mod tests {
             assert_eq!(names.len(), parameters.len(), "{}", model.name());
             assert!(parameters.iter().all(|parameter| parameter.count() > 0));
         }
+    }
+
+    #[test]
+    fn shrinking_keeps_ranks_and_proportions() {
+        let shrunk = |shape: &[usize], scale| {
+            Parameter { name: "weight".into(), shape: shape.to_vec() }.shrunk(scale).shape
+        };
+        assert_eq!(shrunk(&[64, 3, 7, 7], 1.0), [64, 3, 7, 7]);
+        assert_eq!(shrunk(&[32000, 4096], 100.0), [320, 4096]);
+        assert_eq!(shrunk(&[1, 1024], 4.0), [1, 256]);
+        assert_eq!(shrunk(&[64], 1e9), [1]);
+        let of = |scale| -> usize {
+            Model::Llama7b.parameters().into_iter().map(|it| it.shrunk(scale).count()).sum()
+        };
+        let ratio = of(1.0) as f64 / of(1000.0) as f64;
+        assert!((ratio / 1000.0 - 1.0).abs() < 0.03, "{ratio}");
     }
 
     #[test]

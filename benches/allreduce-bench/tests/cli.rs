@@ -240,6 +240,49 @@ fn starting_worlds_is_timed() {
 }
 
 #[test]
+fn models_are_replayed_in_every_way_and_all_averages_are_right() {
+    for (ranks, transport) in [(1, "auto"), (3, "tcp"), (3, "shm")] {
+        let model = "--model resnet50 --scale 500 --steps 2 --backward-ms 8 --bucket-bytes 32K";
+        let line = format!("-n {ranks} -t {transport} {model} --end-bucket-bytes 8K --wire all");
+        let objects = objects(&line);
+        let of = |key: &str| objects.iter().map(|it| it[key].clone()).collect::<Vec<_>>();
+        let buckets = ["f32", "bf16", "f16", "f8e4m3", "f8e5m2", "int8"];
+        let ways = [["buckets"; 6].as_slice(), &["at_end", "each_tensor"]].concat();
+        assert_eq!(of("way"), ways);
+        assert_eq!(of("wire"), [&buckets[..], &["f32"; 2]].concat());
+        for object in &objects {
+            let ms = |key: &str| object[key].as_f64().unwrap();
+            assert_eq!((&object["wrong"], ms("backward_ms")), (&0.into(), 8.0));
+            assert!(ms("step_min_ms") >= 8.0 && ms("hideable_ms") <= 8.0, "{object}");
+            let parts_ms = ms("exposed_ms") + ms("hidden_ms");
+            assert!((parts_ms - ms("communication_ms")).abs() < 1e-6, "{object}");
+        }
+        let launches: Vec<_> = of("launches").iter().map(|it| it.as_u64().unwrap()).collect();
+        assert!(launches[0] > 5, "{launches:?}");
+        assert_eq!(launches[6..], [1, 161]);
+    }
+}
+
+#[test]
+fn the_backward_pass_is_a_multiple_of_the_communication() {
+    let output = run("-n 2 --model bert-large --scale 5000 --backward-ratio 3 --steps 1");
+    let report = text(&output.stdout);
+    assert!(report.contains("391 parameters") && report.contains("Wrong elements: 0 OK"));
+    let row = &objects("-n 2 --model bert-large --scale 5000 --backward-ratio 3 --steps 1")[0];
+    let ratio = row["backward_ms"].as_f64().unwrap() / row["communication_ms"].as_f64().unwrap();
+    assert!((ratio - 3.0).abs() < 1e-3, "{ratio}");
+}
+
+#[test]
+fn a_model_that_no_memory_holds_is_refused_with_what_it_takes() {
+    let output = run("-n 32 --model llama-7b --wire int8");
+    assert_eq!(output.status.code(), Some(1));
+    let error = text(&output.stderr);
+    assert!(error.contains("138.3 GiB on each rank") && error.contains("--scale"), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+}
+
+#[test]
 fn the_version_names_the_kernels() {
     let output = run("--version");
     let version = text(&output.stdout);

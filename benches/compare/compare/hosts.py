@@ -1,5 +1,5 @@
-"""Four hosts on one machine: network namespaces, joined by veth pairs and a bridge, each link
-limited to 1 Gbit/s both ways by a token bucket."""
+"""Hosts on one machine, four unless it says otherwise: network namespaces, joined by veth pairs and
+a bridge, each link limited to 1 Gbit/s both ways by a token bucket."""
 
 import os
 import secrets
@@ -29,7 +29,8 @@ def sh(*words):
 class Hosts:
     """The namespaces; gone when the block is left."""
 
-    def __init__(self):
+    def __init__(self, count=HOSTS):
+        self.count = count
         self.prefix = f"compare-{os.getpid()}"
         self.made = []
 
@@ -54,13 +55,13 @@ class Hosts:
 
     def set_up(self):
         switch = "switch"
-        for host in [switch, *range(HOSTS)]:
+        for host in [switch, *range(self.count)]:
             sh("ip", "netns", "add", self.name(host))
             self.made.append(host)
             sh("ip", "-n", self.name(host), "link", "set", "lo", "up")
         sh("ip", "-n", self.name(switch), "link", "add", "br0", "type", "bridge")
         sh("ip", "-n", self.name(switch), "link", "set", "br0", "up")
-        for host in range(HOSTS):
+        for host in range(self.count):
             name, port = self.name(host), f"port{host}"
             sh("ip", "-n", name, "link", "add", "eth0", "type", "veth",
                "peer", "name", port, "netns", self.name(switch))
@@ -87,15 +88,19 @@ def port(number):
 
 def unisum_on(hosts, bench, ranks, at, job):
     """One process per rank; those of one host find each other by themselves."""
-    local = ranks // HOSTS
+    return world(hosts, ranks, at, [bench, *(str(word) for word in unisum_words(job))])
+
+
+def world(hosts, ranks, at, words):
+    """A program of unisum's as so many ranks, as many on each host."""
+    local = ranks // hosts.count
     common = {
         "UNISUM_WORLD": str(ranks),
         "UNISUM_RENDEZVOUS": f"tcp://{hosts.address(0)}:{at}",
         "UNISUM_TOKEN": secrets.token_hex(16),
         "UNISUM_INTERFACE": "",
     }
-    words = [str(word) for word in unisum_words(job)]
-    commands = [[*hosts.inside(rank // local), "env", f"UNISUM_RANK={rank}", bench, *words]
+    commands = [[*hosts.inside(rank // local), "env", f"UNISUM_RANK={rank}", *words]
                 for rank in range(ranks)]
     return Launch(commands, common)
 

@@ -180,12 +180,12 @@ impl Row {
 }
 
 /// Writes a line; a closed pipe is an error, not a panic.
-fn say(line: &str) -> io::Result<()> {
+pub(crate) fn say(line: &str) -> io::Result<()> {
     writeln!(io::stdout(), "{}", line.trim_end())
 }
 
 /// About three significant digits.
-fn significant(value: f64) -> String {
+pub(crate) fn significant(value: f64) -> String {
     match value.abs() {
         none if none < 5e-5 => format!("{value:.0}"),
         tiny if tiny < 0.1 => format!("{value:.4}"),
@@ -202,7 +202,7 @@ fn rate(value: Option<f64>) -> String {
 }
 
 /// The last line of a table.
-fn verdict(wrong: u64, checked: bool) -> String {
+pub(crate) fn verdict(wrong: u64, checked: bool) -> String {
     match (wrong, checked) {
         (_, false) => "# Results were not checked".into(),
         (0, _) => "# Wrong elements: 0 OK".into(),
