@@ -24,12 +24,14 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// A hook, the largest error of an average relative to the largest gradient (four roundings: this
 /// step's and the last's, of the gradient and of the average), and of the mean of many steps.
-const HOOKS: [(&str, f32, f32); 7] = [
+const HOOKS: [(&str, f32, f32); 9] = [
     ("bf16", 8e-3, 1e-3),
     ("f16", 1e-3, 1.3e-4),
     ("f8e4m3", 0.25, 0.03),
     ("f8e5m2", 0.5, 0.06),
     ("int8", 0.016, 2e-3),
+    ("int8 in slices", 0.016, 2e-3),
+    ("bf16 in slices", 8e-3, 1e-3),
     ("int8 without feedback", 8e-3, 8e-3),
     // Random matrices are as far from rank 2 as can be: much is due at any time.
     ("rank 2", 40.0, 1.0),
@@ -43,6 +45,9 @@ fn hook(name: &str) -> Box<dyn Hook> {
         "f8e5m2" => Encoding::F8E5M2,
         _ => Encoding::Int8,
     };
+    if let Some(name) = name.strip_suffix(" in slices") {
+        return Box::new(Compressed::new(encoding(name)).in_slices_of(3000));
+    }
     match name.strip_suffix(" without feedback") {
         Some(name) => Box::new(Compressed::new(encoding(name)).without_feedback()),
         None if name == "rank 2" => Box::new(LowRank::new(2).starting_at(2).at_least(1.5)),

@@ -1,13 +1,17 @@
 //! Buckets that travel in fewer bytes: encoded, but summed in `f32`.
 
+use std::collections::VecDeque;
+use std::ops::Range;
+
 use unisum_link::kernels::Encoding;
 use unisum_link::{Dtype, Rank};
 
 use super::codec::Kept;
 use super::codec::feedback::{ErrorFeedback, Piece};
 use super::hook::{AllReduce, Bucket, Hook};
+use super::parameter::Parameter;
 use super::rooms::Rooms;
-use crate::{Buffer, Buffers, Collective, Error};
+use crate::{Apart, Buffer, Buffers, Collective, Error, InPlace};
 
 /// Averages buckets of `f32` that travel encoded ([`Encoding`]). Sums are made in `f32`: each rank
 /// gets its share of all ranks' encoded gradients (an all-to-all), adds them in rank order, and
@@ -24,18 +28,25 @@ use crate::{Buffer, Buffers, Collective, Error};
 pub struct Compressed {
     encoding: Encoding,
     has_feedback: bool,
+    slice_bytes: usize,
     rooms: Rooms<Room>,
     /// What was lost, of buckets that have no room yet.
     kept: Kept,
 }
 
-/// What a bucket's exchange needs.
+/// The slices of a bucket: while one travels, another is encoded, summed or decoded.
 #[derive(Debug)]
-struct Room {
-    /// The whole bucket, encoded: first this rank's, then the average.
-    wire: Buffer<u8>,
-    /// This rank's share as the others sent it.
-    shares: Buffer<u8>,
+struct Room(Vec<Slice>);
+
+/// What the exchange of a slice needs.
+#[derive(Debug)]
+struct Slice {
+    /// Of the bucket.
+    elements: Range<usize>,
+    /// The whole slice, encoded: first this rank's, then the average. Lent to collectives.
+    wire: Option<Buffer<u8>>,
+    /// This rank's share as the others sent it. Lent to collectives.
+    shares: Option<Buffer<u8>>,
     sum: Vec<f32>,
     feedback: Option<[ErrorFeedback; 2]>,
     all_to_all: Collective,
@@ -43,10 +54,10 @@ struct Room {
     share: Share,
 }
 
-/// What a rank sums of a bucket.
+/// What a rank sums of a slice.
 #[derive(Clone, Copy, Debug)]
 struct Share {
-    /// Elements.
+    /// Elements of the slice.
     start: usize,
     count: usize,
     /// Encoded.
@@ -54,10 +65,15 @@ struct Share {
     bytes: usize,
 }
 
+/// Long enough to hide the latency of an exchange, short enough that little is left over at the ends
+/// of a bucket.
+const SLICE_BYTES: usize = 4 << 20;
+
 impl Compressed {
     /// By an encoding, with error feedback.
     pub fn new(encoding: Encoding) -> Self {
-        Self { encoding, has_feedback: true, rooms: Rooms::new(), kept: Kept::default() }
+        let (rooms, kept) = (Rooms::new(), Kept::default());
+        Self { encoding, has_feedback: true, slice_bytes: SLICE_BYTES, rooms, kept }
     }
 
     /// Forgets what rounding lost. Error feedback (Seide et al., Interspeech 2014; Karimireddy et
@@ -67,14 +83,22 @@ impl Compressed {
         Self { has_feedback: false, ..self }
     }
 
+    /// Works on so many bytes of gradients at a time, 4 MiB if nothing is said: while one slice
+    /// travels, others are encoded and summed.
+    #[must_use]
+    pub const fn in_slices_of(mut self, bytes: usize) -> Self {
+        self.slice_bytes = bytes;
+        self
+    }
+
     fn room(&mut self, bucket: &Bucket<'_>) -> Result<&mut Room, Error> {
         if self.rooms.are_stale(bucket) {
             self.kept = self.kept();
             self.rooms.move_to(bucket);
         }
         self.rooms.of(bucket, || {
-            let mut room = Room::new(self.encoding, self.has_feedback, bucket)?;
-            room.feedback.iter_mut().flatten().for_each(|lost| lost.recall(&self.kept));
+            let mut room = Room::new(self.encoding, self.has_feedback, self.slice_bytes, bucket)?;
+            room.feedback_mut().for_each(|lost| lost.recall(&self.kept));
             Ok(room)
         })
     }
@@ -86,18 +110,20 @@ impl Compressed {
     }
 
     fn feedback(&self) -> impl Iterator<Item = &ErrorFeedback> {
-        self.rooms.iter().flat_map(|room| room.feedback.iter().flatten())
+        let slices = self.rooms.iter().flat_map(|room| &room.0);
+        slices.flat_map(|slice| slice.feedback.iter().flatten())
     }
 
     fn feedback_mut(&mut self) -> impl Iterator<Item = &mut ErrorFeedback> {
-        self.rooms.iter_mut().flat_map(|room| room.feedback.iter_mut().flatten())
+        self.rooms.iter_mut().flat_map(Room::feedback_mut)
     }
 }
 
 impl Hook for Compressed {
     fn name(&self) -> String {
         let with = if self.has_feedback { "with" } else { "without" };
-        format!("{:?} on the wire {with} error feedback", self.encoding)
+        let (encoding, slice) = (self.encoding, self.slice_bytes);
+        format!("{encoding:?} on the wire {with} error feedback, in slices of {slice} bytes")
     }
 
     fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error> {
@@ -143,35 +169,97 @@ impl Share {
 }
 
 impl Room {
-    fn new(encoding: Encoding, has_feedback: bool, bucket: &Bucket<'_>) -> Result<Self, Error> {
+    fn new(
+        encoding: Encoding,
+        has_feedback: bool,
+        slice_bytes: usize,
+        bucket: &Bucket<'_>,
+    ) -> Result<Self, Error> {
+        let elements = (slice_bytes / size_of::<f32>()).max(1);
+        let starts = (0..bucket.len()).step_by(elements);
+        let slice = |start: usize| {
+            let elements = start..(start + elements).min(bucket.len());
+            Slice::new(encoding, has_feedback, bucket, elements)
+        };
+        Ok(Self(starts.map(slice).collect::<Result<_, _>>()?))
+    }
+
+    fn feedback_mut(&mut self) -> impl Iterator<Item = &mut ErrorFeedback> {
+        self.0.iter_mut().flat_map(|slice| slice.feedback.iter_mut().flatten())
+    }
+
+    /// Whether the average, or what led to it, is infinite or NaN somewhere: the same on all ranks.
+    fn average(&mut self, encoding: Encoding, bucket: &mut Bucket<'_>) -> Result<bool, Error> {
+        let (communicator, factor) = (bucket.communicator(), bucket.factor());
+        let (gradients, slices) = (bucket.elements::<f32>(), &mut self.0);
+        if let [slice] = &mut slices[..] {
+            slice.encode(encoding, gradients);
+            let (wire, shares) = (lent(&mut slice.wire), lent(&mut slice.shares));
+            communicator.run(&slice.all_to_all, Buffers::Apart(wire, shares))?;
+            slice.sum(encoding, factor);
+            let wire = lent(&mut slice.wire);
+            communicator.run(&slice.all_gather, Buffers::InPlace(wire))?;
+            return Ok(slice.decode(encoding, gradients));
+        }
+        let (mut sending, mut gathering) = (VecDeque::new(), VecDeque::new());
+        let mut found = false;
+        // Three stages, each a slice behind the one before.
+        for stage in 0..slices.len() + 2 {
+            if let Some(slice) = slices.get_mut(stage) {
+                slice.encode(encoding, gradients);
+                let buffers = Apart(slice.wire.take(), slice.shares.take());
+                let Apart(Some(wire), Some(shares)) = buffers else { unreachable!("lent once") };
+                let all_to_all = slice.all_to_all.clone();
+                sending.push_back(communicator.start::<u8, _>(all_to_all, Apart(wire, shares)));
+            }
+            if let Some(slice) = stage.checked_sub(1).and_then(|stage| slices.get_mut(stage)) {
+                let work = sending.pop_front().unwrap_or_else(|| unreachable!("was started"));
+                let (Apart(wire, shares), _) = work.wait()?;
+                (slice.wire, slice.shares) = (Some(wire), Some(shares));
+                slice.sum(encoding, factor);
+                let wire = slice.wire.take().unwrap_or_else(|| unreachable!("just put there"));
+                let all_gather = slice.all_gather.clone();
+                gathering.push_back(communicator.start::<u8, _>(all_gather, InPlace(wire)));
+            }
+            if let Some(slice) = stage.checked_sub(2).and_then(|stage| slices.get_mut(stage)) {
+                let work = gathering.pop_front().unwrap_or_else(|| unreachable!("was started"));
+                let (InPlace(wire), _) = work.wait()?;
+                slice.wire = Some(wire);
+                found |= slice.decode(encoding, gradients);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// A buffer that no collective has.
+fn lent(buffer: &mut Option<Buffer<u8>>) -> &mut Buffer<u8> {
+    // After an error, which ends the communicator, nothing is reduced any more.
+    buffer.as_mut().unwrap_or_else(|| unreachable!("collectives give back what they were lent"))
+}
+
+impl Slice {
+    fn new(
+        encoding: Encoding,
+        has_feedback: bool,
+        bucket: &Bucket<'_>,
+        elements: Range<usize>,
+    ) -> Result<Self, Error> {
         let communicator = bucket.communicator();
-        let (rank, world, count) = (communicator.rank(), communicator.world(), bucket.len());
+        let (rank, world) = (communicator.rank(), communicator.world());
+        let count = elements.len();
         let share = Share::of(rank, encoding, count, world);
         let bytes_of = |rank| Share::of(rank, encoding, count, world).bytes;
         let bytes: Vec<usize> = (0..world).map(bytes_of).collect();
         let feedback = has_feedback.then(|| {
-            let pieces = bucket.parameters().map(|(parameter, elements)| Piece {
-                parameter: parameter.name().into(),
-                start: 0,
-                at: elements.start,
-                count: elements.len(),
-            });
-            let averages = bucket.parameters().filter_map(|(parameter, elements)| {
-                let start = elements.start.max(share.start);
-                let end = elements.end.min(share.start + share.count);
-                (start < end).then(|| Piece {
-                    parameter: format!("average of {}", parameter.name()).into(),
-                    start: start - elements.start,
-                    at: start - share.start,
-                    count: end - start,
-                })
-            });
-            let own = ErrorFeedback::new(count, pieces.collect());
-            [own, ErrorFeedback::new(share.count, averages.collect())]
+            let summed = elements.start + share.start..elements.start + share.start + share.count;
+            let own = ErrorFeedback::new(count, pieces(bucket, &elements, ""));
+            [own, ErrorFeedback::new(share.count, pieces(bucket, &summed, "average of "))]
         });
         Ok(Self {
-            wire: communicator.allocate(encoding.bytes(count))?,
-            shares: communicator.allocate(world * share.bytes)?,
+            elements,
+            wire: Some(communicator.allocate(encoding.bytes(count))?),
+            shares: Some(communicator.allocate(world * share.bytes)?),
             sum: vec![0.0; share.count],
             feedback,
             all_to_all: Collective::all_to_all_v(&bytes, &vec![share.bytes; world]),
@@ -180,32 +268,47 @@ impl Room {
         })
     }
 
-    /// Whether the average, or what led to it, is infinite or NaN somewhere: the same on all ranks.
-    fn average(&mut self, encoding: Encoding, bucket: &mut Bucket<'_>) -> Result<bool, Error> {
-        let (communicator, factor) = (bucket.communicator(), bucket.factor());
-        let gradients = bucket.elements::<f32>();
-        let encode = |lost: Option<&mut ErrorFeedback>, from: &[f32], to: &mut [u8]| match lost {
-            Some(lost) => lost.encode(encoding, from, to),
+    fn encode(&mut self, encoding: Encoding, gradients: &[f32]) {
+        let (from, to) = (&gradients[self.elements.clone()], lent(&mut self.wire));
+        match &mut self.feedback {
+            Some([lost, _]) => lost.encode(encoding, from, to),
             None => encoding.encode(from, to),
         };
-        let [own, of_average] = match &mut self.feedback {
-            Some([own, of_average]) => [Some(own), Some(of_average)],
-            None => [None, None],
-        };
-        encode(own, gradients, &mut self.wire);
-        communicator.run(&self.all_to_all, Buffers::Apart(&self.wire, &mut self.shares))?;
+    }
+
+    /// Averages this rank's share, and encodes it at its place.
+    fn sum(&mut self, encoding: Encoding, factor: f32) {
         let Share { byte, bytes, .. } = self.share;
         // A rank may have no share at all.
-        let shares = self.shares.chunks_exact(bytes.max(1));
-        for (rank, share) in shares.enumerate() {
+        for (rank, share) in lent(&mut self.shares).chunks_exact(bytes.max(1)).enumerate() {
             match rank {
                 0 => encoding.decode(share, &mut self.sum),
                 _ => encoding.add(share, &mut self.sum),
             };
         }
         self.sum.iter_mut().for_each(|sum| *sum *= factor);
-        encode(of_average, &self.sum, &mut self.wire[byte..byte + bytes]);
-        communicator.run(&self.all_gather, Buffers::InPlace(&mut self.wire))?;
-        Ok(encoding.decode(&self.wire, gradients))
+        let to = &mut lent(&mut self.wire)[byte..byte + bytes];
+        match &mut self.feedback {
+            Some([_, lost]) => lost.encode(encoding, &self.sum, to),
+            None => encoding.encode(&self.sum, to),
+        };
     }
+
+    fn decode(&mut self, encoding: Encoding, gradients: &mut [f32]) -> bool {
+        encoding.decode(lent(&mut self.wire), &mut gradients[self.elements.clone()])
+    }
+}
+
+/// The parts of parameters that lie in `range` of a bucket.
+fn pieces(bucket: &Bucket<'_>, range: &Range<usize>, prefix: &str) -> Vec<Piece> {
+    let piece = |(parameter, elements): (&Parameter, Range<usize>)| {
+        let both = elements.start.max(range.start)..elements.end.min(range.end);
+        (both.start < both.end).then(|| Piece {
+            parameter: format!("{prefix}{}", parameter.name()).into(),
+            start: both.start - elements.start,
+            at: both.start - range.start,
+            count: both.len(),
+        })
+    };
+    bucket.parameters().filter_map(piece).collect()
 }
