@@ -11,7 +11,7 @@ use super::codec::feedback::{ErrorFeedback, Piece};
 use super::hook::{AllReduce, Bucket, Hook};
 use super::parameter::Parameter;
 use super::rooms::Rooms;
-use crate::{Apart, Buffer, Buffers, Collective, Error, InPlace};
+use crate::{Apart, Buffer, Buffers, Collective, Communicator, Error, InPlace};
 
 /// Averages buckets of `f32` that travel encoded ([`Encoding`]). Sums are made in `f32`: each rank
 /// gets its share of all ranks' encoded gradients (an all-to-all), adds them in rank order, and
@@ -29,6 +29,9 @@ pub struct Compressed {
     encoding: Encoding,
     has_feedback: bool,
     slice_bytes: usize,
+    /// For all-gathers, so that they travel beside the all-to-alls of other slices; made with the
+    /// first bucket of several slices.
+    gathers: Option<Communicator>,
     rooms: Rooms<Room>,
     /// What was lost, of buckets that have no room yet.
     kept: Kept,
@@ -73,7 +76,8 @@ impl Compressed {
     /// By an encoding, with error feedback.
     pub fn new(encoding: Encoding) -> Self {
         let (rooms, kept) = (Rooms::new(), Kept::default());
-        Self { encoding, has_feedback: true, slice_bytes: SLICE_BYTES, rooms, kept }
+        let slice_bytes = SLICE_BYTES;
+        Self { encoding, has_feedback: true, slice_bytes, gathers: None, rooms, kept }
     }
 
     /// Forgets what rounding lost. Error feedback (Seide et al., Interspeech 2014; Karimireddy et
@@ -131,7 +135,13 @@ impl Hook for Compressed {
             return AllReduce.reduce(bucket);
         }
         let encoding = self.encoding;
-        let nonfinite = self.room(bucket)?.average(encoding, bucket)?;
+        if self.gathers.is_none() && self.room(bucket)?.0.len() > 1 {
+            self.gathers = Some(bucket.communicator().duplicate()?);
+        }
+        let gathers = self.gathers.take();
+        let averaged = self.room(bucket)?.average(encoding, bucket, gathers.as_ref());
+        self.gathers = gathers;
+        let nonfinite = averaged?;
         if nonfinite {
             bucket.found_nonfinite();
         }
@@ -189,9 +199,15 @@ impl Room {
     }
 
     /// Whether the average, or what led to it, is infinite or NaN somewhere: the same on all ranks.
-    fn average(&mut self, encoding: Encoding, bucket: &mut Bucket<'_>) -> Result<bool, Error> {
+    fn average(
+        &mut self,
+        encoding: Encoding,
+        bucket: &mut Bucket<'_>,
+        gathers: Option<&Communicator>,
+    ) -> Result<bool, Error> {
         let (communicator, factor) = (bucket.communicator(), bucket.factor());
         let (gradients, slices) = (bucket.elements::<f32>(), &mut self.0);
+        let gathers = gathers.unwrap_or(communicator);
         if let [slice] = &mut slices[..] {
             slice.encode(encoding, gradients);
             let (wire, shares) = (lent(&mut slice.wire), lent(&mut slice.shares));
@@ -219,7 +235,7 @@ impl Room {
                 slice.sum(encoding, factor);
                 let wire = slice.wire.take().unwrap_or_else(|| unreachable!("just put there"));
                 let all_gather = slice.all_gather.clone();
-                gathering.push_back(communicator.start::<u8, _>(all_gather, InPlace(wire)));
+                gathering.push_back(gathers.start::<u8, _>(all_gather, InPlace(wire)));
             }
             if let Some(slice) = stage.checked_sub(2).and_then(|stage| slices.get_mut(stage)) {
                 let work = gathering.pop_front().unwrap_or_else(|| unreachable!("was started"));
