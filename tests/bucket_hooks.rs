@@ -8,16 +8,20 @@
 mod random;
 mod support;
 
+use std::ops::Range;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use random::mix;
 use support::{World, setting, tell};
-use unisum::buckets::{Buckets, Compressed, Encoding, Hook, LowRank, Parameter, StepReport};
-use unisum::{Communicator, Dtype};
+use unisum::buckets::{
+    AllReduce, Bucket, Buckets, Compressed, Encoding, Hook, LowRank, Parameter, StepReport,
+};
+use unisum::{Communicator, Dtype, Error};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("hooked", hooked)]);
+    support::run_if_rank(&[("hooked", hooked), ("look", look)]);
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -65,6 +69,62 @@ fn averages_are_near_and_the_same_on_all_ranks() {
             let told = world.succeed(LIMIT);
             assert!(told.iter().all(|it| *it == told[0]), "{name}, {ranks} ranks: {told:#?}");
         }
+    }
+}
+
+/// Where the hook found each parameter's gradient.
+static SEEN: Mutex<Vec<(String, usize)>> = Mutex::new(Vec::new());
+
+#[derive(Debug)]
+struct Look;
+
+impl Hook for Look {
+    fn name(&self) -> String {
+        "look".into()
+    }
+
+    fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error> {
+        let parameters: Vec<_> = bucket.parameters().collect();
+        if bucket.dtype() == Dtype::F32 {
+            let base = &*bucket.elements::<f32>();
+            let place = |(parameter, elements): (&Parameter, Range<usize>)| {
+                (parameter.name().to_owned(), base[elements].as_ptr().addr())
+            };
+            SEEN.lock().unwrap().extend(parameters.into_iter().map(place));
+        }
+        AllReduce.reduce(bucket)
+    }
+}
+
+/// No copies: what the program writes, what the collective reduces and what the optimiser reads
+/// is the same memory.
+#[test]
+fn gradients_stay_where_they_are() {
+    World::new(2, "look").succeed(LIMIT);
+}
+
+fn look() {
+    let communicator = Communicator::from_environment().unwrap();
+    let builder = Buckets::builder(&communicator).hook(Look).bucket_bytes(5000);
+    let mut buckets = builder.build(&parameters()).unwrap();
+    for _ in 0..3 {
+        SEEN.lock().unwrap().clear();
+        let step = buckets.begin().unwrap();
+        let mut viewed = Vec::new();
+        for (parameter, known) in parameters().iter().enumerate().take(4) {
+            let view = step.view::<f32>(parameter).unwrap();
+            viewed.push((known.name().to_owned(), view.as_ptr().addr()));
+            view.ready();
+        }
+        step.put(4, &[1_f64; 50]).unwrap();
+        step.wait().unwrap();
+        for (parameter, (_, place)) in viewed.iter().enumerate() {
+            assert_eq!(buckets.gradient::<f32>(parameter).as_ptr().addr(), *place);
+        }
+        let mut seen = SEEN.lock().unwrap();
+        seen.sort();
+        viewed.sort();
+        assert_eq!(*seen, viewed);
     }
 }
 
