@@ -68,8 +68,8 @@ struct Share {
     bytes: usize,
 }
 
-/// Long enough to hide the latency of an exchange, short enough that little is left over at the ends
-/// of a bucket.
+/// Long enough to hide the latency of an exchange, short enough that little is left over at the
+/// ends of a bucket.
 const SLICE_BYTES: usize = 4 << 20;
 
 impl Compressed {
