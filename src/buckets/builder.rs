@@ -179,7 +179,7 @@ impl<'c> Builder<'c> {
 }
 
 /// The error of all ranks if one gave a reason.
-fn refuse_any(communicator: &Communicator, reasons: &[Vec<u8>]) -> Result<(), Error> {
+pub(super) fn refuse_any(communicator: &Communicator, reasons: &[Vec<u8>]) -> Result<(), Error> {
     let Some(culprit) = reasons.iter().position(|reason| !reason.is_empty()) else {
         return Ok(());
     };

@@ -169,16 +169,23 @@ impl Flight {
         }
     }
 
-    /// The program has put in all it will: what is not ready is, with what it holds or zeros.
-    /// Gives the parameters that hold nothing of this cycle.
-    pub(super) fn close(&self) -> Vec<usize> {
+    /// The parameters that hold nothing of this cycle, once the program has put in all it will.
+    pub(super) fn empty(&self) -> Vec<usize> {
+        // Relaxed: the step's owner asks, after all who put anything in.
+        let is_ready = |parameter: usize| self.marks[parameter].load(Ordering::Relaxed) == READY;
+        let is_empty = |parameter: &usize| !is_ready(*parameter) && !self.is_filled(*parameter);
+        (0..self.marks.len()).filter(is_empty).collect()
+    }
+
+    /// The program has put in all it will: what is not ready is, with what it holds or zeros. From
+    /// here on the step may end at any time: a fault has to be told before.
+    pub(super) fn close(&self) {
         // Relaxed: only the step's owner asks.
         self.is_closed.store(true, Ordering::Relaxed);
-        if self.purpose == Purpose::Accumulate {
-            self.end(Ok(Outcome::default()));
-            return Vec::new();
+        match self.purpose {
+            Purpose::Accumulate => self.end(Ok(Outcome::default())),
+            Purpose::Reduce | Purpose::Shadow => self.close_those(0..self.marks.len()),
         }
-        self.close_those(0..self.marks.len())
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -186,8 +193,7 @@ impl Flight {
     }
 
     /// Makes parameters ready that nobody views.
-    pub(super) fn close_those(&self, parameters: impl IntoIterator<Item = usize>) -> Vec<usize> {
-        let mut empty = Vec::new();
+    pub(super) fn close_those(&self, parameters: impl IntoIterator<Item = usize>) {
         for parameter in parameters {
             if self.marks[parameter].swap(READY, Ordering::Acquire) == READY {
                 continue;
@@ -196,11 +202,9 @@ impl Flight {
                 // SAFETY: it was not ready, so the layer's thread does not touch it, and nobody
                 // has a view: views borrow the step, which is over.
                 unsafe { self.plan.zero(parameter) };
-                empty.push(parameter);
             }
             self.is_ready(parameter);
         }
-        empty
     }
 
     /// The parameters in the order in which they became ready.

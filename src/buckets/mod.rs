@@ -248,7 +248,11 @@ impl Buckets {
         let order: Vec<usize> = order.iter().map(|&parameter| parameter as usize).collect();
         let layout = Layout::new(1, &self.plan.parameters, &order, self.limits);
         self.last = None;
-        self.plan = Plan::new(self.plan.parameters.clone(), layout, communicator)?.into();
+        let plan = Plan::new(self.plan.parameters.clone(), layout, communicator);
+        // A rank without memory for it must not leave the others waiting.
+        let why = plan.as_ref().map_or_else(ToString::to_string, |_| String::new());
+        builder::refuse_any(communicator, &communicator.exchange(why.into_bytes())?)?;
+        self.plan = plan?.into();
         Ok(())
     }
 

@@ -189,17 +189,18 @@ impl<'b> Step<'b> {
         if !why.is_empty() {
             self.flight.fail(why.to_owned());
         }
-        let empty = self.flight.close();
-        if let Some(&first) = empty.first()
-            && self.needs_all
+        // Before it is closed: then the vote may come at any moment.
+        if self.needs_all
+            && let [first, others @ ..] = &self.flight.empty()[..]
         {
-            let others = match empty.len() - 1 {
+            let others = match others.len() {
                 0 => String::new(),
                 others => format!(", nor had {others} others"),
             };
-            let what = self.flight.plan.describe(first);
+            let what = self.flight.plan.describe(*first);
             self.flight.fail(format!("{what} had no gradient when the step ended{others}"));
         }
+        self.flight.close();
     }
 }
 

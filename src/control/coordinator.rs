@@ -18,6 +18,9 @@ const GRACE: Duration = Duration::from_millis(300);
 /// How long ranks may take to say what they are doing.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Communicators of which it is remembered who is no longer in them.
+const PARTED_MAX: usize = 1024;
+
 /// Whom an output is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Audience {
@@ -45,7 +48,7 @@ pub(super) struct Coordinator {
     accusations: Vec<Accusation>,
     query: Query,
     /// What ranks did last in the communicators that they are no longer in.
-    parted: HashMap<u16, BTreeMap<Rank, Snapshot>>,
+    parted: BTreeMap<u16, BTreeMap<Rank, Snapshot>>,
     /// The newest call that somebody has waited in for a while, and who: by communicator and, as
     /// groups without common ranks may have one number, the lowest rank.
     waiting: HashMap<(u16, Rank), (Rank, Concern)>,
@@ -115,7 +118,7 @@ impl Coordinator {
             round: Round { number: 0, blobs: vec![None; world], until: None },
             accusations: Vec::new(),
             query: Query { number: 0, answers: vec![None; world], open: None },
-            parted: HashMap::new(),
+            parted: BTreeMap::new(),
             waiting: HashMap::new(),
             verdict: None,
             outputs: VecDeque::new(),
@@ -295,6 +298,11 @@ impl Coordinator {
     /// A rank is no longer in a communicator, where it did this last.
     fn parted(&mut self, rank: Rank, communicator: u16, last: Snapshot) {
         self.parted.entry(communicator).or_default().insert(rank, last);
+        if self.parted.len() > PARTED_MAX {
+            // The oldest group; the job's own communicator is number 0 and stays.
+            let oldest = self.parted.keys().copied().find(|&number| number != 0);
+            oldest.and_then(|oldest| self.parted.remove(&oldest));
+        }
         self.look_who_is_gone(communicator);
     }
 
