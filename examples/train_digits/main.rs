@@ -13,11 +13,13 @@
 
 mod digits;
 mod network;
+#[path = "../ranks/mod.rs"]
+mod ranks;
 #[path = "../wire/mod.rs"]
 mod wire;
 
 use std::error::Error;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use clap::Parser;
 use digits::{Digits, Image};
@@ -53,25 +55,8 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let outcome = if options.join { join(&options) } else { launch(options.ranks) };
-    outcome.map_or_else(
-        |error| {
-            eprintln!("train_digits: {error}");
-            ExitCode::FAILURE
-        },
-        |()| ExitCode::SUCCESS,
-    )
-}
-
-/// Starts this program once per rank, with the same arguments.
-fn launch(ranks: usize) -> Result<(), Box<dyn Error>> {
-    let program = std::env::current_exe()?;
-    let mut ranks = unisum::local::spawn(ranks, |_rank| {
-        let mut command = Command::new(&program);
-        command.args(std::env::args_os().skip(1)).arg("--join");
-        command
-    })?;
-    Ok(ranks.wait()?)
+    let outcome = if options.join { join(&options) } else { ranks::launch(options.ranks) };
+    ranks::report("train_digits", outcome)
 }
 
 /// What each rank does.

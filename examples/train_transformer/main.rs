@@ -15,6 +15,8 @@ mod gradients;
 mod model;
 mod optimizer;
 mod random;
+#[path = "../ranks/mod.rs"]
+mod ranks;
 mod scaling;
 #[cfg(test)]
 mod tests;
@@ -25,7 +27,7 @@ mod wire;
 
 use std::error::Error;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use clap::Parser;
 use unisum::Communicator;
@@ -92,25 +94,8 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let outcome = if options.join { join(&options) } else { launch(options.ranks) };
-    outcome.map_or_else(
-        |error| {
-            eprintln!("train_transformer: {error}");
-            ExitCode::FAILURE
-        },
-        |()| ExitCode::SUCCESS,
-    )
-}
-
-/// Starts this program once per rank, with the same arguments.
-fn launch(ranks: usize) -> Result<(), Box<dyn Error>> {
-    let program = std::env::current_exe()?;
-    let mut ranks = unisum::local::spawn(ranks, |_rank| {
-        let mut command = Command::new(&program);
-        command.args(std::env::args_os().skip(1)).arg("--join");
-        command
-    })?;
-    Ok(ranks.wait()?)
+    let outcome = if options.join { join(&options) } else { ranks::launch(options.ranks) };
+    ranks::report("train_transformer", outcome)
 }
 
 /// What each rank does.
