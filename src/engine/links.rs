@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
-use unisum_link::{Link, LinkError, Rank};
+use unisum_link::{Group, Link, LinkError, Rank};
 
 /// The links and which of them reaches each rank.
 #[derive(Debug)]
@@ -12,11 +12,22 @@ pub(crate) struct Links {
     pub(crate) all: Vec<Box<dyn Link>>,
     /// By rank; this rank's own entry is unused.
     pub(crate) route: Vec<usize>,
+    /// Which of them has the group that takes the group actions.
+    pub(crate) group: Option<usize>,
 }
 
 impl Links {
     pub(crate) fn to(&mut self, peer: Rank) -> &mut dyn Link {
         self.all[self.route[peer]].as_mut()
+    }
+
+    pub(crate) fn group(&mut self) -> Option<&mut dyn Group> {
+        self.all[self.group?].group()
+    }
+
+    /// The group that a program with group actions means.
+    pub(crate) fn the_group(&mut self) -> &mut dyn Group {
+        self.group().expect("programs have group actions only where a group is")
     }
 
     /// Marks the collective on all links.

@@ -16,6 +16,7 @@ mod segment;
 mod simulation;
 mod taking;
 mod together;
+mod weave;
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -24,7 +25,7 @@ use std::time::Instant;
 
 use unisum_link::kernels::Fold;
 use unisum_link::{
-    Arrival, Call, Collective, Group, Link, LinkError, Patience, Rank, Region, Regions,
+    Arrival, Call, Collective, Group, Link, LinkError, Part, Patience, Rank, Region, Regions,
 };
 
 use folding::{Extras, Folding};
@@ -51,8 +52,6 @@ pub(crate) enum Advance {
 pub(crate) struct Engine {
     rank: Rank,
     links: Links,
-    /// The link whose group takes the group actions.
-    group_link: Option<usize>,
     scoreboard: Scoreboard,
     sources: Sources,
     /// Memory for what passes through this rank; grows to what the programs need.
@@ -74,6 +73,8 @@ struct Running {
     folding: Folding,
     /// Whether all ranks are to know what one finds.
     spreads_marks: bool,
+    /// Whether all regions turned out to be registered, and the program has a way for that.
+    is_mapped: bool,
     action: usize,
     state: State,
 }
@@ -115,11 +116,10 @@ impl Running {
 
 impl Engine {
     /// With `crowded`, more ranks run on this host than it has cores.
-    pub(crate) fn new(rank: Rank, links: Links, group_link: Option<usize>, crowded: bool) -> Self {
+    pub(crate) fn new(rank: Rank, links: Links, crowded: bool) -> Self {
         Self {
             rank,
             links,
-            group_link,
             scoreboard: Scoreboard::default(),
             sources: Sources::default(),
             scratch: Vec::new(),
@@ -149,7 +149,7 @@ impl Engine {
     }
 
     pub(crate) fn group(&mut self) -> Option<&mut dyn Group> {
-        self.links.all[self.group_link?].group()
+        self.links.group()
     }
 
     /// Begins a collective. The regions are the engine's until [`Advance::Done`] or an abort.
@@ -165,12 +165,13 @@ impl Engine {
         }
         let memories = Memories { regions, scratch: self.scratch(program.scratch) };
         let spreads_marks = fold.watch && call.collective == Collective::AllReduce;
-        let (folding, action, state) = (Folding::new(fold), 0, State::Start);
+        let (folding, is_mapped, action) = (Folding::new(fold), false, 0);
         self.found_nonfinite = false;
         if !self.program.as_ref().is_some_and(|last| Arc::ptr_eq(last, program)) {
             self.program = Some(program.clone());
         }
-        self.running = Some(Running { memories, folding, spreads_marks, action, state });
+        let state = State::Start;
+        self.running = Some(Running { memories, folding, spreads_marks, is_mapped, action, state });
     }
 
     /// At least `bytes` bytes of scratch memory, which nothing else uses.
@@ -216,7 +217,11 @@ impl Engine {
         running: &mut Running,
     ) -> Result<Advance, LinkError> {
         let mut moved = false;
-        while let Some(action) = program.actions.get(running.action) {
+        while let Some(action) = program.actions(running.is_mapped).get(running.action) {
+            if program.mapped.is_some() && self.becomes_mapped(running)? {
+                moved = true;
+                continue;
+            }
             match self.advance_action(action, running)? {
                 Advance::Done => {
                     (running.action, running.state) = (running.action + 1, State::Start);
@@ -231,6 +236,18 @@ impl Engine {
         Ok(Advance::Done)
     }
 
+    /// Goes over to the program for registered regions when all have entered, if all have such.
+    fn becomes_mapped(&mut self, running: &mut Running) -> Result<bool, LinkError> {
+        let State::Entering(arrival) = running.state else { return Ok(false) };
+        let group = self.links.the_group();
+        let is_mapped = group.complete(arrival)?
+            && [Part::Input, Part::Output].into_iter().all(|part| group.registered(part));
+        if is_mapped {
+            (running.is_mapped, running.action, running.state) = (true, 0, State::Start);
+        }
+        Ok(is_mapped)
+    }
+
     fn advance_action(
         &mut self,
         action: &Action,
@@ -241,12 +258,10 @@ impl Engine {
             State::InSegment => self.advance_segment(action, running),
             State::Entering(arrival)
             | State::BetweenPieces(arrival, _)
-            | State::Leaving(arrival) => {
-                match group_of(&mut self.links, self.group_link).complete(arrival)? {
-                    true => self.all_arrived(action, running),
-                    false => Ok(Advance::Waiting),
-                }
-            }
+            | State::Leaving(arrival) => match self.links.the_group().complete(arrival)? {
+                true => self.all_arrived(action, running),
+                false => Ok(Advance::Waiting),
+            },
         }
     }
 
@@ -261,7 +276,7 @@ impl Engine {
                 running.state = State::InSegment;
             }
             Action::Pull(pull) => {
-                let group = group_of(&mut self.links, self.group_link);
+                let group = self.links.the_group();
                 let arrival = if pull.enters { group.enter(pull.deposits) } else { group.arrive() };
                 running.state = State::Entering(arrival);
             }
@@ -277,6 +292,10 @@ impl Engine {
             Action::Divide { bytes } => {
                 divide(running, bytes);
                 return Ok(Advance::Done);
+            }
+            Action::Arrive => {
+                let arrival = self.bench(running, Extras::default()).arrive();
+                running.state = State::Leaving(arrival);
             }
         }
         Ok(Advance::Moved)
@@ -323,6 +342,7 @@ impl Engine {
         let mut bench = Bench {
             rank: self.rank,
             segment,
+            sources: &mut self.sources,
             links: &mut self.links,
             memories: running.memories,
             folding: &mut running.folding,
@@ -339,7 +359,7 @@ impl Engine {
     fn bench<'a>(&'a mut self, running: &'a mut Running, extras: Extras) -> GroupBench<'a> {
         GroupBench {
             rank: self.rank,
-            group: group_of(&mut self.links, self.group_link),
+            group: self.links.the_group(),
             memories: running.memories,
             folding: &mut running.folding,
             extras,
@@ -387,7 +407,7 @@ impl Engine {
 
     /// The action that the running collective is in.
     fn action(&self, running: &Running) -> Option<&Action> {
-        self.program.as_ref()?.actions.get(running.action)
+        self.program.as_ref()?.actions(running.is_mapped).get(running.action)
     }
 
     /// How far the running collective is: (steps done, steps in all).
@@ -397,9 +417,10 @@ impl Engine {
             Action::Transfers(segment) => segment.steps(),
             _ => 1,
         };
-        let before: usize = program.actions[..running.action].iter().map(steps).sum();
+        let actions = program.actions(running.is_mapped);
+        let before: usize = actions[..running.action].iter().map(steps).sum();
         let inside = if running.state == State::InSegment { self.scoreboard.retired() } else { 0 };
-        (before + inside, program.actions.iter().map(steps).sum())
+        (before + inside, actions.iter().map(steps).sum())
     }
 
     /// The ranks without which the running collective can't go on.
@@ -425,12 +446,6 @@ impl Engine {
         self.running = None;
         self.links.abort();
     }
-}
-
-/// The group that a program with group actions means.
-fn group_of(links: &mut Links, link: Option<usize>) -> &mut dyn Group {
-    let link = link.expect("programs have group actions only where a group is");
-    links.all[link].group().expect("the group's link has a group")
 }
 
 fn divide(running: &mut Running, bytes: &Range<usize>) {

@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 
-use unisum_algorithms::{Algorithm, Pattern, Rank, Shape, Step, slice};
+use unisum_algorithms::{Algorithm, Collective, Pattern, Rank, Shape, Step, slice};
 
 use super::folding::Extras;
 use super::placement::{Move, Overlay, Placement};
 use super::pull::{Pull, Puller};
 use super::segment::Segment;
+use super::weave::Weaving;
 
 /// One action. Each ends before the next begins; the work inside a segment is pipelined.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub(crate) enum Action {
     Copy { moves: Vec<Move>, scales: bool },
     /// Divide the output by the number of ranks (the end of an average).
     Divide { bytes: Range<usize> },
+    /// Wait until all members of the group are done.
+    Arrive,
 }
 
 /// What the members of a group do with the slices of their regions, each with its own.
@@ -56,6 +59,9 @@ impl Exchange {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Program {
     pub(crate) actions: Vec<Action>,
+    /// What is executed instead, from after the enter on, if all members' regions turn out to be
+    /// registered.
+    pub(crate) mapped: Option<Vec<Action>>,
     /// Bytes of scratch memory that it needs.
     pub(crate) scratch: usize,
 }
@@ -121,10 +127,20 @@ impl Program {
                 Item::Group(round, step) => builder.pull(puller.pull(*round, step, of_item)),
             }
         }
+        let mapped = builder.weave(placement.last.is_empty());
         builder.copy(&placement.last, false);
         builder.divide();
         let scratch = placement.scratch * source.element_bytes;
-        Self { actions: builder.actions, scratch }
+        Self { actions: builder.actions, mapped, scratch }
+    }
+
+    /// What is executed: before the group was entered, or after, when it is known whether all
+    /// regions are registered.
+    pub(crate) fn actions(&self, is_mapped: bool) -> &[Action] {
+        match &self.mapped {
+            Some(mapped) if is_mapped => mapped,
+            _ => &self.actions,
+        }
     }
 }
 
@@ -287,6 +303,17 @@ impl Builder<'_> {
         if !moves.is_empty() {
             self.actions.push(Action::Copy { moves, scales });
         }
+    }
+
+    /// The last three parts of a hierarchical all-reduce as one. With `is_end` nothing is copied
+    /// after them.
+    fn weave(&self, is_end: bool) -> Option<Vec<Action>> {
+        let place = self.source.group?.members.binary_search(&self.source.rank).ok()?;
+        let begin = self.actions.iter().position(|it| matches!(it, Action::Exchange(_)))?;
+        let weaving = Weaving::of(&self.actions[begin..], place)?;
+        let is_whole = self.source.shape.collective == Collective::AllReduce;
+        let weaves = is_end && is_whole;
+        weaves.then(|| weaving.actions(self.source.average, self.source.overlay()))
     }
 
     /// Ends an average that no fold has ended.

@@ -9,6 +9,7 @@ use super::links::Links;
 use super::memories::Memories;
 use super::placement::Memory;
 use super::segment::{Segment, Transfer, Work};
+use super::together::{GroupBench, Sources};
 
 /// The state of one segment's execution. Reused, so that a steady state allocates nothing.
 #[derive(Debug, Default)]
@@ -39,10 +40,32 @@ pub(crate) struct Bench<'a> {
     pub(crate) rank: Rank,
     pub(crate) segment: &'a Segment,
     pub(crate) links: &'a mut Links,
+    pub(crate) sources: &'a mut Sources,
     pub(crate) memories: Memories,
     pub(crate) folding: &'a mut Folding,
     /// Whether a mark is passed on to other ranks.
     pub(crate) spreads_marks: bool,
+}
+
+impl Bench<'_> {
+    /// Tells peers of an infinity or a NaN with what is sent from now on.
+    fn pass_mark_on(&mut self) {
+        if self.folding.nonfinite && self.spreads_marks {
+            self.links.mark();
+        }
+    }
+
+    fn together(&mut self, extras: Extras) -> GroupBench<'_> {
+        GroupBench {
+            rank: self.rank,
+            group: self.links.the_group(),
+            memories: self.memories,
+            folding: self.folding,
+            extras,
+            spreads_marks: self.spreads_marks,
+            sources: self.sources,
+        }
+    }
 }
 
 const OUT: usize = 0;
@@ -113,6 +136,8 @@ impl Scoreboard {
             match &transfer.work {
                 Work::Send { to: peer } | Work::Store { from: peer } => ranks.push(*peer),
                 Work::Reduce { from } => ranks.extend(from),
+                // They wait for other transfers and for nobody.
+                Work::Fold { .. } | Work::Push { .. } => {}
             }
         }
         ranks
@@ -161,6 +186,11 @@ impl Scoreboard {
     }
 
     fn open(&mut self, index: usize, bench: &mut Bench<'_>) -> Result<(), LinkError> {
+        // What is local may have run already: an earlier transfer of its step cleared its hazards.
+        let is_local = bench.segment.transfers[index].is_local();
+        if is_local && self.waits[index] == 0 && self.missing[index] > 0 {
+            return self.run_local(index, bench);
+        }
         for_each_end(&bench.segment.transfers[index].work, |peer, direction| {
             self.unposted[peer][direction].push_back(index);
             self.post_ready(peer, direction, bench)
@@ -231,7 +261,28 @@ impl Scoreboard {
                 self.transfer_done(index, bench)
             }
             Work::Reduce { .. } => Ok(()),
+            Work::Fold { .. } | Work::Push { .. } => self.run_local(index, bench),
         }
+    }
+
+    /// Does what needs no message.
+    fn run_local(&mut self, index: usize, bench: &mut Bench<'_>) -> Result<(), LinkError> {
+        let transfer = &bench.segment.transfers[index];
+        let place = transfer.writes.expect("local work has its place");
+        let piece = place.start..place.start + transfer.bytes;
+        match transfer.work {
+            Work::Fold { scales } => {
+                bench.together(Extras { scales, ..Extras::default() }).fold_piece(&piece)?;
+            }
+            Work::Push { divides } => {
+                let watches = divides;
+                bench.together(Extras { divides, watches, ..Extras::default() }).push_piece(&piece);
+            }
+            _ => unreachable!("only what is local runs here"),
+        }
+        bench.pass_mark_on();
+        self.missing[index] = 0;
+        self.transfer_done(index, bench)
     }
 
     /// Folds this rank's value and all arrivals once, in rank order.
@@ -257,9 +308,7 @@ impl Scoreboard {
         // transfer touches them (hazards are clear); each arrival is a landed receive of the same
         // length, readable until released below.
         unsafe { bench.folding.run(into, &self.sources, bytes, extras) };
-        if bench.folding.nonfinite && bench.spreads_marks {
-            bench.links.mark();
-        }
+        bench.pass_mark_on();
         for (source, &peer) in from.iter().enumerate() {
             bench.links.to(peer).release(ticket(index, source));
         }
@@ -281,6 +330,7 @@ fn for_each_end(
         Work::Send { to } => act(*to, OUT),
         Work::Store { from } => act(*from, IN),
         Work::Reduce { from } => from.iter().try_for_each(|&peer| act(peer, IN)),
+        Work::Fold { .. } | Work::Push { .. } => Ok(()),
     }
 }
 
@@ -292,7 +342,7 @@ fn post(
 ) -> Result<(), LinkError> {
     let place = match &transfer.work {
         Work::Send { .. } => transfer.reads,
-        Work::Store { .. } | Work::Reduce { .. } => transfer.writes,
+        _ => transfer.writes,
     };
     let place = place.expect("every transfer has its place");
     let memory = bench.memories.region(place, transfer.bytes);
@@ -305,5 +355,6 @@ fn post(
             let source = source.expect("a reduce is queued only for its sources");
             link.receive(peer, memory, Landing::Slot, ticket(index, source))
         }
+        Work::Fold { .. } | Work::Push { .. } => unreachable!("local work has no peer"),
     }
 }

@@ -9,9 +9,23 @@ use super::placement::{Located, Overlay, Place};
 /// What a transfer does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
-    Send { to: Rank },
-    Store { from: Rank },
-    Reduce { from: Vec<Rank> },
+    Send {
+        to: Rank,
+    },
+    Store {
+        from: Rank,
+    },
+    Reduce {
+        from: Vec<Rank>,
+    },
+    /// Fold what all members of the group have put in, times the factor if it `scales`.
+    Fold {
+        scales: bool,
+    },
+    /// Store at all members of the group, divided by the number of ranks if it `divides`.
+    Push {
+        divides: bool,
+    },
 }
 
 /// One transfer of a segment: its length, and the bytes it touches in this rank's memories.
@@ -28,6 +42,13 @@ pub(crate) struct Transfer {
     pub(crate) waits_for: u32,
     /// Later transfers that wait for this one.
     pub(crate) followers: Vec<usize>,
+}
+
+impl Transfer {
+    /// Whether it needs no message.
+    pub(crate) const fn is_local(&self) -> bool {
+        matches!(self.work, Work::Fold { .. } | Work::Push { .. })
+    }
 }
 
 /// A run of pairwise steps in program order, executed through an in-order window.
@@ -79,7 +100,8 @@ impl Segment {
         self.step_starts.len() - 1
     }
 
-    fn add(&mut self, mut transfer: Transfer, overlay: Overlay) {
+    /// Adds a transfer to the last step, which `step_starts` does not end yet.
+    pub(super) fn add(&mut self, mut transfer: Transfer, overlay: Overlay) {
         let index = self.transfers.len();
         let oldest_open = (transfer.step + 1).saturating_sub(self.window);
         for earlier in &mut self.transfers[self.step_starts[oldest_open]..] {

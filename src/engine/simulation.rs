@@ -267,8 +267,9 @@ impl World {
         // Two links, so that what arrives over different links is reordered as well.
         let engine = |rank| {
             let all: Vec<Box<dyn Link>> = vec![Box::new(link(rank)), Box::new(link(rank))];
-            let links = Links { all, route: (0..world).map(|peer| (peer + rank) % 2).collect() };
-            Engine::new(rank, links, None, false)
+            let route = (0..world).map(|peer| (peer + rank) % 2).collect();
+            let links = Links { all, route, group: None };
+            Engine::new(rank, links, false)
         };
         let engines = (0..world).map(engine).collect();
         Self { network, engines, inputs: Vec::new(), outputs: Vec::new() }

@@ -71,20 +71,41 @@ impl GroupBench<'_> {
             let first = usize::from(exchange.folds);
             return self.piece(exchange, first);
         }
-        let own = &exchange.slices[self.place()];
-        for start in own.clone().step_by(MAPPED_BLOCK) {
-            let bytes = start..own.end.min(start + MAPPED_BLOCK);
+        for bytes in blocks(&exchange.slices[self.place()]) {
             if exchange.folds {
-                self.fold_into(&bytes, |group, member| {
-                    let mapped = group.source(member, Part::Input, bytes.clone())?;
-                    Ok(mapped.expect("registered regions are mapped"))
-                })?;
+                self.fold_mapped(&bytes)?;
             }
             if exchange.gathers {
                 self.push(&bytes);
             }
         }
         Ok(if exchange.gathers { Next::Last(self.arrive()) } else { Next::Done })
+    }
+
+    /// Folds a piece of this rank's slice of all members' registered inputs.
+    pub(crate) fn fold_piece(&mut self, piece: &Range<usize>) -> Result<(), LinkError> {
+        blocks(piece).try_for_each(|bytes| self.fold_mapped(&bytes))
+    }
+
+    /// Stores a piece of this rank's output at all members, divided first if the extras say so.
+    pub(crate) fn push_piece(&mut self, piece: &Range<usize>) {
+        for bytes in blocks(piece) {
+            if self.extras.divides {
+                let own = self.output(&bytes);
+                let own_only = [own.cast_const()];
+                // SAFETY: the output is valid for `bytes`, which only this rank touches until the
+                // next arrival; folding one source in place is allowed.
+                unsafe { self.folding.run(own, &own_only, bytes.len(), self.extras) };
+            }
+            self.push(&bytes);
+        }
+    }
+
+    fn fold_mapped(&mut self, bytes: &Range<usize>) -> Result<(), LinkError> {
+        self.fold_into(bytes, |group, member| {
+            let mapped = group.source(member, Part::Input, bytes.clone())?;
+            Ok(mapped.expect("registered regions are mapped"))
+        })
     }
 
     /// The work between two arrivals of an exchange of private regions.
@@ -238,4 +259,10 @@ impl GroupBench<'_> {
     pub(super) fn bench(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
         self.group.bench(member, bytes)
     }
+}
+
+/// A range of mapped memory in blocks that stay in cache.
+fn blocks(range: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+    let Range { start, end } = *range;
+    (start..end).step_by(MAPPED_BLOCK).map(move |start| start..end.min(start + MAPPED_BLOCK))
 }

@@ -115,7 +115,7 @@ impl Messenger {
                 (desk, job.settings.timeout, job.arena.clone())
             }
             _ => {
-                let links = Links { all: Vec::new(), route: vec![0; world] };
+                let links = Links { all: Vec::new(), route: vec![0; world], group: None };
                 let office = Office::new(rank, world, 0, links, Patience::MEMORY);
                 (Desk::new(None, Vec::new(), office), ALONE, Arena::default())
             }

@@ -121,19 +121,18 @@ pub(crate) fn join(
 struct Assembly {
     names: Vec<&'static str>,
     links: Links,
-    group_link: Option<usize>,
 }
 
 impl Assembly {
     fn new(world: usize) -> Self {
-        let links = Links { all: Vec::new(), route: vec![0; world] };
-        Self { names: Vec::new(), links, group_link: None }
+        let links = Links { all: Vec::new(), route: vec![0; world], group: None };
+        Self { names: Vec::new(), links }
     }
 
     fn add(&mut self, name: &'static str, mut link: Box<dyn Link>, ranks: &[Rank]) {
         let index = self.links.all.len();
         if link.group().is_some() {
-            self.group_link = Some(index);
+            self.links.group = Some(index);
         }
         ranks.iter().for_each(|&rank| self.links.route[rank] = index);
         self.names.push(name);
@@ -162,7 +161,7 @@ impl Assembly {
 
     fn engine(self, rank: Rank, topology: &Topology) -> Engine {
         let on_this_host = topology.members(topology.node_of(rank)).len();
-        Engine::new(rank, self.links, self.group_link, on_this_host > costs::cores())
+        Engine::new(rank, self.links, on_this_host > costs::cores())
     }
 }
 

@@ -46,6 +46,8 @@ pub(super) struct Clock {
     /// When the sub-steps were done that have left the window.
     retired: f64,
     window: VecDeque<Done>,
+    /// What group steps do while transfers to other nodes travel.
+    beside: f64,
     /// Processor time so far.
     pub(super) work: f64,
 }
@@ -99,7 +101,7 @@ impl<'a> Simulation<'a> {
     /// The end of the last rank, after all rounds.
     pub(super) fn finish(mut self) -> f64 {
         self.drain();
-        let last = self.ranks.iter().map(Clock::end).fold(0.0, f64::max);
+        let last = self.ranks.iter().map(|it| it.end().max(it.beside)).fold(0.0, f64::max);
         if self.model.ranks_per_core <= 1.0 {
             return last;
         }
@@ -211,8 +213,24 @@ impl<'a> Simulation<'a> {
             // A group step folds straight from the members' buffers: one pass does both.
             let together = self.model.is_group_step(step, rank, self.topology);
             let busy = if together { transfer.max(reduce) } else { transfer + reduce };
-            self.ranks[rank].restart(start + busy, work + reduce);
+            // Between nodes a piece is folded before it goes and stored when it has come, while
+            // others travel: only one of them takes time of its own.
+            let pieces =
+                if together && self.topology.node_count() > 1 { self.pieces(step) } else { 1 };
+            let alone = busy / pieces as f64;
+            self.ranks[rank].beside += busy - alone;
+            self.ranks[rank].restart(start + alone, work + reduce);
         }
+    }
+
+    /// How many slices a rank's own part of a group step has.
+    fn pieces(&self, step: &Step) -> usize {
+        let own = match step.pattern {
+            Pattern::ReduceScatter => step.incoming.first().map(|it| &it.elements),
+            Pattern::AllGather => step.outgoing.first().map(|it| &it.elements),
+            _ => None,
+        };
+        own.map_or(1, |own| own.len().div_ceil(self.model.slice_elements.max(1)).max(1))
     }
 
     /// How long a rank folds what it gets in a step, in seconds.
