@@ -1,4 +1,5 @@
-//! Which algorithm a call takes: by the measured links and the cost model, or as the user fixed.
+//! Which algorithm a call takes: by the measured links and the cost model, by what was found when the
+//! first call of its size tried some, or as the user fixed.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -9,6 +10,7 @@ use unisum_algorithms::{
 };
 
 use crate::programs::Key;
+use crate::trial::Candidates;
 use crate::{Error, ErrorKind};
 
 /// The choice of one communicator, the same on all its ranks: it follows from the topology and
@@ -23,6 +25,8 @@ pub(crate) struct Choice {
     fixed: AtomicUsize,
     /// By kind and size class; filled when first asked for.
     chosen: [[OnceLock<usize>; CLASSES]; KINDS],
+    /// Likewise, what was found by trying it; filled by the first call.
+    settled: [[OnceLock<usize>; CLASSES]; KINDS],
 }
 
 /// What collectives of group steps cost in a node's shared memory, as measured there.
@@ -60,6 +64,20 @@ impl Line {
 
 /// The number that stands for no fixed algorithm.
 pub(crate) const AUTO: usize = usize::MAX;
+/// What is tried out: algorithms that the model takes for up to so many times slower than the best,
+/// and at most so many.
+const NEAR: f64 = 3.0;
+const CANDIDATES_MAX: usize = 4;
+/// Short calls are timed several in a row, as they come later: for about so long, and at most so
+/// many.
+const BLOCK_S: f64 = 100e-6;
+const CALLS_MAX: usize = 64;
+/// Bytes from which shared memory is tried.
+const TRIED_FROM: usize = 1024;
+/// How long trying may take by the model, and how often each is timed.
+const TRIAL_S: f64 = 0.05;
+const ROUNDS_MIN: usize = 3;
+const ROUNDS_MAX: usize = 9;
 /// Size classes are powers of two of bytes.
 const CLASSES: usize = 48;
 /// Kinds of collectives that have algorithms of their own.
@@ -82,8 +100,8 @@ impl Choice {
         fixed: Option<usize>,
     ) -> Self {
         let fixed = AtomicUsize::new(fixed.unwrap_or(AUTO));
-        let chosen = [const { [const { OnceLock::new() }; CLASSES] }; KINDS];
-        Self { topology, model, node, fixed, chosen }
+        let none = || [const { [const { OnceLock::new() }; CLASSES] }; KINDS];
+        Self { topology, model, node, fixed, chosen: none(), settled: none() }
     }
 
     /// The choice of a group of these ranks: by the same figures, with `shares_memory` if all of
@@ -122,11 +140,7 @@ impl Choice {
         if let Some(fixed) = fixed.filter(fits) {
             return fixed;
         }
-        let class = match shape.space {
-            // Each rank knows lengths of its own: the choice must not hang on them.
-            Space::Pairs(PairCounts::Own { .. }) => typical_class(shape.world()),
-            _ => class(shape.elements().saturating_mul(key.element_bytes)),
-        };
+        let class = class_of(shape, key);
         let chosen = self.for_class(shape.collective, class);
         if fits(&chosen) {
             return chosen;
@@ -137,6 +151,44 @@ impl Choice {
             .expect("some algorithm folds any shape in rank order")
     }
 
+    /// The algorithms to try out before the first call of this kind and size, the modelled best
+    /// first; `None` if it is settled, or fixed, or nothing that trying could change. All ranks get
+    /// the same answer.
+    pub(crate) fn open(&self, shape: &Shape, key: &Key) -> Option<Candidates> {
+        // Each rank knows lengths of its own: it can't tell what the others' calls take.
+        let is_known = !matches!(shape.space, Space::Pairs(PairCounts::Own { .. }));
+        let (collective, class) = (shape.collective, class_of(shape, key));
+        let is_open = self.settled[kind(collective)][class].get().is_none();
+        // One arrival and few bytes: nothing is faster than that.
+        let is_plain = self.node.is_some() && typical_bytes(class) < TRIED_FROM;
+        if self.fixed() != AUTO || !is_known || !is_open || is_plain || key.is_empty() {
+            return None;
+        }
+        let list = algorithms(collective);
+        let timed = |index| (self.seconds(collective, index, typical_bytes(class)), index);
+        let mut timed: Vec<(f64, usize)> =
+            (0..list.len()).filter(|&index| list[index].supports(shape)).map(timed).collect();
+        timed.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        // In shared memory there are two at most, and what starts at the same time as processes is
+        // measured badly.
+        let near = if self.node.is_some() { f64::MAX } else { NEAR };
+        let worth = near * timed.first()?.0;
+        timed.retain(|(seconds, _)| *seconds <= worth);
+        timed.truncate(CANDIDATES_MAX);
+        let round_s: f64 = timed.iter().map(|(seconds, _)| seconds).sum();
+        let calls = ((BLOCK_S / timed[0].0) as usize).clamp(1, CALLS_MAX);
+        let rounds = ((TRIAL_S / (round_s * calls as f64)) as usize).min(ROUNDS_MAX);
+        let algorithms = timed.into_iter().map(|(_, index)| index).collect::<Vec<_>>();
+        let is_worth_it = rounds >= ROUNDS_MIN && algorithms.len() > 1;
+        is_worth_it.then_some(Candidates { algorithms, rounds, calls })
+    }
+
+    /// Fixes what all later calls of this kind and size take.
+    pub(crate) fn settle(&self, shape: &Shape, key: &Key, algorithm: usize) {
+        // One call at a time tries, and only what is open.
+        let _ = self.settled[kind(shape.collective)][class_of(shape, key)].set(algorithm);
+    }
+
     /// What the model says an all-reduce of so many bytes takes.
     pub(crate) fn all_reduce_seconds(&self, bytes: usize) -> f64 {
         let index = self.for_class(Collective::AllReduce, class(bytes));
@@ -144,6 +196,11 @@ impl Choice {
     }
 
     fn for_class(&self, collective: Collective, class: usize) -> usize {
+        let settled = self.settled[kind(collective)][class].get();
+        settled.copied().unwrap_or_else(|| self.modelled(collective, class))
+    }
+
+    fn modelled(&self, collective: Collective, class: usize) -> usize {
         *self.chosen[kind(collective)][class].get_or_init(|| {
             let indices = 0..algorithms(collective).len();
             indices.min_by(|a, b| self.by_time(collective, class, *a, *b)).unwrap_or(0)
@@ -223,6 +280,15 @@ impl NodeCost {
     }
 }
 
+/// The class of a call's size.
+fn class_of(shape: &Shape, key: &Key) -> usize {
+    match shape.space {
+        // Each rank knows lengths of its own: the choice must not hang on them.
+        Space::Pairs(PairCounts::Own { .. }) => typical_class(shape.world()),
+        _ => class(shape.elements().saturating_mul(key.element_bytes)),
+    }
+}
+
 /// The class of a size: sizes up to 2^class, above 2^(class-1).
 const fn class(bytes: usize) -> usize {
     let class = usize::BITS - bytes.saturating_sub(1).leading_zeros();
@@ -240,7 +306,7 @@ const fn typical_bytes(class: usize) -> usize {
 
 impl fmt::Display for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "algorithms of an all-reduce (chosen by modelled time, float32):")?;
+        writeln!(f, "algorithms of an all-reduce (by modelled time until tried, float32):")?;
         let collective = Collective::AllReduce;
         let mut from = 0;
         for class in 3..=30 {
@@ -271,6 +337,29 @@ mod tests {
     fn unknown_algorithms_are_refused_with_the_known_ones() {
         let error = index_of("rign").unwrap_err();
         assert!(error.to_string().contains("\"rign\"") && error.to_string().contains("ring"));
+    }
+
+    #[test]
+    fn what_was_tried_out_is_settled_for_its_size_and_open_for_others() {
+        let choice = Choice::new(Topology::flat(8), CostModel::default(), None, None);
+        let (shape, key) = (Shape::flat(8, 1000), Key::all_reduce(1000, 4));
+        let candidates = choice.open(&shape, &key).unwrap();
+        assert_eq!(candidates.algorithms[0], choice.algorithm(&shape, &key), "the modelled best");
+        let other = candidates.algorithms[1];
+        choice.settle(&shape, &key, other);
+        assert_eq!(choice.open(&shape, &key), None);
+        let (same, longer) = (Shape::flat(8, 1024), Shape::flat(8, 1025));
+        assert_eq!(choice.algorithm(&same, &Key::all_reduce(1024, 4)), other);
+        assert!(choice.open(&longer, &Key::all_reduce(1025, 4)).is_some());
+        choice.fix(Some(0));
+        assert_eq!(choice.open(&longer, &Key::all_reduce(1025, 4)), None);
+    }
+
+    #[test]
+    fn nothing_is_tried_that_takes_long() {
+        let choice = Choice::new(Topology::flat(8), CostModel::default(), None, None);
+        let count = 64 << 20;
+        assert_eq!(choice.open(&Shape::flat(8, count), &Key::all_reduce(count, 4)), None);
     }
 
     #[test]

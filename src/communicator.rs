@@ -397,8 +397,10 @@ impl Communicator {
         Ok(unsafe { Buffer::new(memory, count) })
     }
 
-    /// The algorithm that the next such collective takes on buffers of `count` elements (the
-    /// longer of input and output): the same on all ranks.
+    /// The algorithm that such a collective takes on buffers of `count` elements (the longer of
+    /// input and output): the same on all ranks. Before the first call of a size (up to the next
+    /// power of two of bytes) it is what the cost model takes; that call tries those that come into
+    /// question on its own buffers, some milliseconds long, and settles it.
     pub fn choice<T: Element>(&self, collective: &Collective, count: usize) -> &'static str {
         self.member.as_ref().map_or("none", |member| {
             let choice = &member.core.runner.choice;
@@ -409,8 +411,8 @@ impl Communicator {
         })
     }
 
-    /// Fixes the algorithm of all later calls, or, with `None`, has it chosen for each call by
-    /// the measured links and the cost model. All ranks call it alike, between collectives.
+    /// Fixes the algorithm of all later calls, or, with `None`, has it chosen for each call, see
+    /// [`Communicator::choice`]. All ranks call it alike, between collectives.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`] if no algorithm has that name.

@@ -49,6 +49,7 @@ mod programs;
 mod reduction;
 mod runner;
 mod settings;
+mod trial;
 mod turns;
 mod wiring;
 mod work;

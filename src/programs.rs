@@ -28,6 +28,11 @@ pub(crate) struct Key {
 }
 
 impl Key {
+    /// Whether it moves no elements.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.blocks == Blocks::Even(0)
+    }
+
     /// A plain all-reduce in place.
     pub(crate) const fn all_reduce(count: usize, element_bytes: usize) -> Self {
         Self {
@@ -69,25 +74,37 @@ impl Programs {
         Self { rank, tuning, fixed, last: None, known: HashMap::new() }
     }
 
-    /// The program of a call, built if it is new, by the algorithm that `choice` takes for it.
-    pub(crate) fn program(&mut self, key: &Key, choice: &Choice, engine: &mut Engine) -> &Compiled {
+    /// The program of a call, built if it is new, by the algorithm that `choice` takes for it after
+    /// `first` was done.
+    pub(crate) fn program<E>(
+        &mut self,
+        key: &Key,
+        choice: &Choice,
+        engine: &mut Engine,
+        first: impl FnOnce(&Self, &mut Engine) -> Result<(), E>,
+    ) -> Result<&Compiled, E> {
         let fixed = choice.fixed();
         if self.fixed != fixed || self.known.len() > CAPACITY {
             (self.fixed, self.last) = (fixed, None);
             self.known.clear();
         }
         if self.last.as_ref().is_none_or(|(last, _)| last != key) {
-            let compiled = self.known.get(key).cloned().unwrap_or_else(|| {
+            if !self.known.contains_key(key) {
+                first(self, engine)?;
                 let shape = shape(key, self.rank, choice.topology());
                 let algorithm = choice.algorithm(&shape, key);
                 let program = build(key, self.rank, self.tuning, algorithm, &shape, engine).into();
-                Compiled { algorithm, program }
-            });
-            self.known.insert(key.clone(), compiled.clone());
-            self.last = Some((key.clone(), compiled));
+                self.known.insert(key.clone(), Compiled { algorithm, program });
+            }
+            self.last = Some((key.clone(), self.known[key].clone()));
         }
         let (_, compiled) = self.last.as_ref().expect("it was just put there");
-        compiled
+        Ok(compiled)
+    }
+
+    /// The plan's view of a call of this rank.
+    pub(crate) fn shape(&self, key: &Key, topology: &Topology) -> Shape {
+        shape(key, self.rank, topology)
     }
 
     /// The program of a call by a given algorithm, which is not kept.

@@ -55,7 +55,7 @@ pub(crate) struct State {
 
 /// Why the engine stopped before the end.
 #[derive(Debug)]
-enum Failure {
+pub(crate) enum Failure {
     Link(LinkError),
     Verdict(Verdict),
     Deadline,
@@ -125,8 +125,10 @@ impl Runner {
             let text = "a panic in an earlier collective left it undefined";
             return Err(Error::new(ErrorKind::Aborted, text).on(self.rank()));
         }
-        let call = self.begin(state, request);
-        let result = self.drive(&mut state.engine, &call);
+        let mut call = self.number(state, request);
+        let result = self
+            .begin(state, request, &mut call)
+            .and_then(|()| self.drive(&mut state.engine, &call));
         self.membership.status().end();
         let result = match result {
             Ok(()) => Ok(Outcome { nonfinite: state.engine.found_nonfinite() }),
@@ -150,10 +152,9 @@ impl Runner {
         error
     }
 
-    fn begin(&self, state: &mut State, request: &Request) -> Call {
-        let Request { key, fold, regions, detail } = request;
-        let State { engine, programs, next_number, .. } = state;
-        let compiled = programs.program(key, &self.choice, engine);
+    /// What the next call says of itself, but for its algorithm.
+    fn number(&self, state: &mut State, request: &Request) -> Call {
+        let Request { key, fold, detail, .. } = request;
         let (count, agreed) = key.blocks.agreed();
         let mut detail = agreed ^ detail;
         if let Some(factor) = fold.factor {
@@ -165,25 +166,41 @@ impl Runner {
         }
         let call = Call {
             communicator: self.membership.communicator(),
-            number: *next_number,
+            number: state.next_number,
             collective: key.kind,
             dtype: fold.dtype,
             op: fold.op,
             count,
             root: key.root as u32,
             detail,
-            algorithm: compiled.algorithm as u16,
+            algorithm: 0,
         };
-        *next_number += 1;
-        self.membership.status().begin(&call);
-        let world = self.choice.topology().world() as u32; // ranks are numbered in 32 bits
-        let divides = fold.op == ReduceOp::Average;
-        let divide_by = NonZeroU32::new(world).filter(|_| divides);
-        engine.start(call, Fold { divide_by, ..*fold }, *regions, &compiled.program);
+        state.next_number += 1;
         call
     }
 
-    fn drive(&self, engine: &mut Engine, call: &Call) -> Result<(), Failure> {
+    fn begin(&self, state: &mut State, request: &Request, call: &mut Call) -> Result<(), Failure> {
+        let State { engine, programs, .. } = state;
+        let compiled =
+            programs.program(&request.key, &self.choice, engine, |programs, engine| {
+                self.membership.status().begin(call);
+                self.try_out(engine, programs, request, *call)
+            })?;
+        call.algorithm = compiled.algorithm as u16;
+        self.membership.status().begin(call);
+        engine.start(*call, self.fold(request), request.regions, &compiled.program);
+        Ok(())
+    }
+
+    /// How the operands of a request are folded.
+    pub(crate) fn fold(&self, Request { fold, .. }: &Request) -> Fold {
+        let world = self.choice.topology().world() as u32; // ranks are numbered in 32 bits
+        let divides = fold.op == ReduceOp::Average;
+        let divide_by = NonZeroU32::new(world).filter(|_| divides);
+        Fold { divide_by, ..*fold }
+    }
+
+    pub(crate) fn drive(&self, engine: &mut Engine, call: &Call) -> Result<(), Failure> {
         let mut backoff = Backoff::new();
         let mut wait = Wait::default();
         loop {

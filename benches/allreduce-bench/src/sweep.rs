@@ -115,11 +115,13 @@ impl<'a> Sweep<'a> {
     }
 
     /// The algorithm that is taken if the command line names none: by the environment
-    /// (`UNISUM_ALGORITHM`), else by the library's choice.
-    fn automatic<T: Value>(&self, operation: &Operation<'_, T>) -> Result<&'static str> {
+    /// (`UNISUM_ALGORITHM`), else by the library's choice, which the first call of a size settles.
+    fn automatic<T: Value>(&self, operation: &mut Operation<'_, T>) -> Result<&'static str> {
         if self.args.algorithm != "auto" {
             self.world.comm.set_algorithm(None)?;
         }
+        operation.settle();
+        operation.run(&self.world.comm)?;
         Ok(self.choice(operation))
     }
 

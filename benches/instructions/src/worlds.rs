@@ -71,9 +71,9 @@ impl World {
             let (buffer, region) = end.buffer(memory, bytes)?;
             buffers.push(buffer);
             regions.push(region);
-            let links = Links { all: vec![end.into_link()], route: vec![0; world] };
-            let group_link = (transport == Transport::Shm).then_some(0);
-            engines.push(Engine::new(rank, links, group_link, false));
+            let group = (transport == Transport::Shm).then_some(0);
+            let links = Links { all: vec![end.into_link()], route: vec![0; world], group };
+            engines.push(Engine::new(rank, links, false));
         }
         let count = bytes / Dtype::F32.bytes();
         Ok(Self { engines, regions, _buffers: buffers, count, next_number: 0 })
