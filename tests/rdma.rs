@@ -22,6 +22,8 @@ fn rank_process() {
         ("reduce_forever", reduce_forever),
         ("reduce_for_a_while", reduce_for_a_while),
         ("allocate_and_free", allocate_and_free),
+        ("lend_much", lend_much),
+        ("register_own", register_own),
     ]);
 }
 
@@ -76,6 +78,68 @@ fn too_little_locked_memory_is_named_with_what_to_do() {
         words.split(' ').map(str::to_owned).collect()
     });
     is_refused(&limited, &["Cannot allocate memory", "64 KiB", "RLIMIT_MEMLOCK", "ulimit -l"]);
+}
+
+fn lend_much() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut data = vec![1_f32; 4 << 20];
+    communicator.all_reduce(&mut data, ReduceOp::Sum).unwrap();
+    assert!(data.iter().all(|&sum| sum == 2.0));
+    // What is registered for a collective is so until the next begins.
+    tell(registered(size_of_val(&data[..])));
+}
+
+/// How many registrations of this length the process has.
+fn registered(bytes: usize) -> usize {
+    let (own, length) = (format!("pid {} ", std::process::id()), format!("mrlen {bytes} "));
+    let shown = sh("rdma resource show mr");
+    shown.lines().filter(|line| line.contains(&own) && line.contains(&length)).count()
+}
+
+fn register_own() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut data = vec![1_i32; 100_000];
+    let bytes = size_of_val(&data[..]);
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        communicator.with_registered(&mut data, |data| {
+            for round in 0..3 {
+                assert_eq!(registered(bytes), 1, "round {round}");
+                communicator.all_reduce(data, ReduceOp::Sum).unwrap();
+                communicator.all_reduce(&mut data[..1000], ReduceOp::Max).unwrap();
+            }
+            assert!(data.iter().all(|&sum| sum == 8));
+            panic!("registrations end even so");
+        })
+    }));
+    assert!(outcome.is_err());
+    assert_eq!(registered(bytes), 0);
+}
+
+#[test]
+fn memory_from_elsewhere_is_registered_for_as_long_as_its_owner_says() {
+    if has_rdma() {
+        world(2, "register_own").succeed(LIMIT);
+    }
+}
+
+/// 16 MiB are registered whatever was measured, where they may be.
+#[test]
+fn borrowed_memory_beyond_the_limit_is_copied() {
+    if !has_rdma() {
+        return;
+    }
+    let limited = |limit: bool| {
+        let world = world(2, "lend_much");
+        match limit {
+            true => world.through(|_| {
+                let words = "prlimit --memlock=8388608 setpriv --bounding-set=-ipc_lock";
+                words.split(' ').map(str::to_owned).collect()
+            }),
+            false => world,
+        }
+    };
+    assert_eq!(limited(false).succeed(LIMIT), [["1"], ["1"]]);
+    assert_eq!(limited(true).succeed(LIMIT), [["0"], ["0"]]);
 }
 
 #[test]
