@@ -397,7 +397,7 @@ impl Communicator {
         Ok(unsafe { Buffer::new(memory, count) })
     }
 
-    /// Runs `with` on `data`, which RDMA devices have registered meanwhile: collectives of it, or of
+    /// Runs `with` on `data`, which RDMA devices have registered meanwhile: collectives of it or of
     /// parts of it, neither copy it nor register it for themselves. Not collective.
     ///
     /// For memory that comes from elsewhere and is used often, as a framework's pool. What

@@ -41,7 +41,8 @@ fn main() -> ExitCode {
 impl Request {
     fn from_arguments(arguments: impl Iterator<Item = String>) -> Result<Self, String> {
         let (mut latency_us, mut gbit, mut line_gbit) = (1.7, 195.0, None);
-        let (mut inside_us, mut inside_gbyte, mut reduce_gbyte) = (0.5, 10.0, 20.0);
+        // As measured on two cores of a Zen 4 (docs/performance.md).
+        let (mut inside_us, mut inside_gbyte, mut reduce_gbyte) = (0.5, 25.0, 50.0);
         let mut hosts = vec![2, 8, 16, 64];
         let mut ranks = vec![1, 8];
         let mut bytes = vec![8, 1 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20, 1 << 30];

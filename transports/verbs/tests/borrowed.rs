@@ -46,7 +46,7 @@ fn exchange(links: &mut [VerbsLink], number: u64, regions: [Regions; 2], pieces:
 
 /// The same with memory of its own for each rank.
 fn exchange_borrowed(links: &mut [VerbsLink], number: u64, bytes: usize, pieces: usize) {
-    let mut inputs = [1, 2].map(|value| vec![value + number as u8; bytes]);
+    let mut inputs = [1, 2].map(|value| vec![value + number as u8 % 100; bytes]);
     let mut outputs = [vec![0_u8; bytes], vec![0_u8; bytes]];
     let regions = |rank: usize, inputs: &mut [Vec<u8>; 2], outputs: &mut [Vec<u8>; 2]| Regions {
         input: region(&mut inputs[rank]),
