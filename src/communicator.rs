@@ -397,6 +397,30 @@ impl Communicator {
         Ok(unsafe { Buffer::new(memory, count) })
     }
 
+    /// Runs `with` on `data`, which RDMA devices have registered meanwhile: collectives of it or of
+    /// parts of it, neither copy it nor register it for themselves. Not collective.
+    ///
+    /// For memory that comes from elsewhere and is used often, as a framework's pool. What
+    /// [`Communicator::allocate`] gives is registered anyway, and reached by ranks of the same host
+    /// too. Without RDMA this only runs `with`; if the system refuses to register the memory, a
+    /// warning says so, and it is used like any other.
+    ///
+    /// Cost: at both ends a system call for each device, and some time for each page.
+    pub fn with_registered<T: Element, R>(
+        &self,
+        data: &mut [T],
+        with: impl FnOnce(&mut [T]) -> R,
+    ) -> R {
+        #[cfg(feature = "verbs")]
+        let _registered = self.member.as_ref().map(|member| {
+            let start = std::ptr::NonNull::from(&mut *data).cast();
+            // SAFETY: `data` is borrowed for longer than this call, which ends the registration,
+            // also when `with` panics.
+            unsafe { member.core.job.arena.adopt(start, size_of_val(data)) }
+        });
+        with(data)
+    }
+
     /// The algorithm that such a collective takes on buffers of `count` elements (the longer of
     /// input and output): the same on all ranks. Before the first call of a size (up to the next
     /// power of two of bytes) it is what the cost model takes; that call tries those that come into

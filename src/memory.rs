@@ -56,17 +56,25 @@ impl Arena {
         let kind = self.allocate_kind(bytes.max(1))?;
         Ok(Memory {
             #[cfg(feature = "verbs")]
-            _adopted: self.adopt(&kind, bytes.max(1)),
+            // SAFETY: the registration is dropped before the memory.
+            _adopted: unsafe { self.adopt(kind.start(), bytes.max(1)) },
             kind,
         })
     }
 
     /// Registers memory, if there are devices to register it with.
+    ///
+    /// # Safety
+    /// The memory stays mapped, with the same pages, until the returned value is dropped.
     #[cfg(feature = "verbs")]
-    fn adopt(&self, kind: &Kind, bytes: usize) -> Option<unisum_verbs::Adopted> {
-        let registry = self.registry.as_ref()?;
-        // SAFETY: whoever gets the registration drops it before the memory.
-        let adopted = unsafe { registry.adopt(kind.start(), bytes) };
+    pub(crate) unsafe fn adopt(
+        &self,
+        start: NonNull<u8>,
+        bytes: usize,
+    ) -> Option<unisum_verbs::Adopted> {
+        let registry = self.registry.as_ref().filter(|_| bytes > 0)?;
+        // SAFETY: the caller promised it.
+        let adopted = unsafe { registry.adopt(start, bytes) };
         adopted.inspect_err(|error| tracing::warn!("a buffer is not registered: {error}")).ok()
     }
 

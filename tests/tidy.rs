@@ -163,6 +163,7 @@ fn unsafe_code_stays_where_it_is_allowed() {
         "transports/verbs/src/lane.rs",
         "transports/verbs/src/memory.rs",
         "transports/verbs/src/peer.rs",
+        "transports/verbs/src/profile.rs",
         "transports/verbs/src/queue_pair.rs",
         "benches/",
     ];

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use unisum_link::{Call, Landing, LinkError, Rank, Region, Regions, Ticket};
 
 use crate::error::VerbsError;
-use crate::memory::{Keys, Pages, Pinned, Registry, Slots};
+use crate::memory::{Keys, Pages, Pinned, Registry};
+use crate::slots::Slots;
 
 /// The collective that runs.
 #[derive(Clone, Copy, Debug)]
@@ -80,14 +81,15 @@ pub(crate) struct Desk {
     vessels: Vec<Vec<u8>>,
     arrived: HashMap<Ticket, Arrived>,
     borrowed: Vec<Borrowed>,
+    /// How often memory was borrowed and registered.
+    pub(crate) registrations: u64,
+    /// Where regions start that the system refused to register in the running collective.
+    refused: Vec<usize>,
+    /// Whether it ever did.
+    has_warned: bool,
     sends: Vec<Option<UnderWay>>,
     free_sends: Vec<usize>,
 }
-
-/// Borrowed memory from this size on is registered for a collective that needs to; smaller one
-/// passes slots. Registering costs a system call or two and some time per page, copying some time
-/// per byte.
-const REGISTER_FROM: usize = 1 << 20;
 
 impl Desk {
     pub(crate) fn new(rank: Rank, registry: Arc<Registry>) -> Self {
@@ -102,6 +104,9 @@ impl Desk {
             vessels: Vec::new(),
             arrived: HashMap::new(),
             borrowed: Vec::new(),
+            registrations: 0,
+            refused: Vec::new(),
+            has_warned: false,
             sends: Vec::new(),
             free_sends: Vec::new(),
         }
@@ -109,6 +114,8 @@ impl Desk {
 
     pub(crate) fn begin(&mut self, call: Call, regions: Regions) {
         self.borrowed.clear();
+        self.refused.clear();
+        self.slots.begin();
         self.marked = false;
         self.current = Some(Current { call, encoded: call.encode(), regions });
     }
@@ -125,23 +132,16 @@ impl Desk {
 
     /// The keys of a piece of the region, if peers may write and devices read it where it is.
     /// `None` means that it has to pass a slot.
-    ///
-    /// # Errors
-    /// If large borrowed memory can't be registered.
-    pub(crate) fn keys(
-        &mut self,
-        start: *const u8,
-        bytes: usize,
-    ) -> Result<Option<Keys>, LinkError> {
+    pub(crate) fn keys(&mut self, start: *const u8, bytes: usize) -> Option<Keys> {
         let start = start as usize;
         let held = |borrowed: &&Borrowed| {
             borrowed.start <= start && start + bytes <= borrowed.start + borrowed.bytes
         };
         if let Some(borrowed) = self.borrowed.iter().find(held) {
-            return Ok(Some(borrowed.pinned.keys));
+            return Some(borrowed.pinned.keys);
         }
         if let Some(keys) = self.registry.find(start, bytes) {
-            return Ok(Some(keys));
+            return Some(keys);
         }
         let Regions { input, output } = self.current().regions;
         let holds = |region: &Region| {
@@ -149,22 +149,42 @@ impl Desk {
             base <= start && start + bytes <= base + region.bytes()
         };
         // What lies in neither is the engine's scratch memory.
-        let region = [output, input].into_iter().find(holds);
-        let Some(region) = region.filter(|region| region.bytes() >= REGISTER_FROM) else {
-            return Ok(None);
-        };
+        let region = [output, input].into_iter().find(holds)?;
+        let is_refused = self.refused.contains(&(region.base() as usize));
+        if region.bytes() < self.registry.register_from() || is_refused {
+            return None;
+        }
+        self.borrow(&region)
+    }
+
+    /// Registers a region for the running collective. `None` if the system refuses, as it does for
+    /// too much memory and for memory that can't be written.
+    fn borrow(&mut self, region: &Region) -> Option<Keys> {
         let base = NonNull::new(region.base()).expect("regions are not at address 0");
+        let domains = self.registry.domains();
         // SAFETY: the region's promise holds until the collective ends, and the registration is
         // dropped before the next begins; keys leave this rank for its transfers only.
-        let pinned = unsafe { Pinned::new(self.registry.domains(), base, region.bytes()) };
-        let pinned = pinned.map_err(|error| self.own_error(&error))?;
-        let keys = pinned.keys;
-        self.borrowed.push(Borrowed {
-            start: base.as_ptr() as usize,
-            bytes: region.bytes(),
-            pinned,
+        let register = || unsafe { Pinned::new(domains, base, region.bytes()) };
+        // Slots that nobody uses count against the same limit, and some are needed.
+        let pinned = register().or_else(|error| match self.slots.give_back() {
+            0 => Err(error),
+            _ => register(),
         });
-        Ok(Some(keys))
+        match pinned.and_then(|pinned| self.slots.reserve(domains).map(|()| pinned)) {
+            Ok(pinned) => {
+                let (keys, start) = (pinned.keys, base.as_ptr() as usize);
+                self.borrowed.push(Borrowed { start, bytes: region.bytes(), pinned });
+                self.registrations += 1;
+                Some(keys)
+            }
+            Err(error) => {
+                self.refused.push(base.as_ptr() as usize);
+                if !std::mem::replace(&mut self.has_warned, true) {
+                    tracing::warn!("borrowed memory is copied, as it can't be used: {error}");
+                }
+                None
+            }
+        }
     }
 
     /// A registered slot.

@@ -20,8 +20,10 @@ mod link;
 mod memory;
 mod offer;
 mod peer;
+mod profile;
 mod queue_pair;
 mod sleep;
+mod slots;
 mod wire;
 
 pub use device::{Gid, Port, ports};

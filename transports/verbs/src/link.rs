@@ -41,6 +41,8 @@ pub struct Counts {
     pub announcements: u64,
     /// Times it slept.
     pub sleeps: u64,
+    /// Times it registered borrowed memory.
+    pub registrations: u64,
 }
 
 /// This rank's end of its connections over RDMA. See [`unisum_link::Link`].
@@ -100,6 +102,7 @@ impl VerbsLink {
         peers.iter().enumerate().for_each(|(index, peer)| places[peer.rank] = Some(index));
         let (listed, failure, is_proven) = (Vec::new(), None, false);
         let counts = Counts::default();
+        let description = format!("{description}; {}", desk.registry.profile());
         let _areas = areas;
         Ok(Self {
             peers,
@@ -121,14 +124,14 @@ impl VerbsLink {
         self.desk.registry.clone()
     }
 
-    /// The devices in use, for people.
+    /// The devices in use and what is done with borrowed memory, for people.
     pub fn description(&self) -> &str {
         &self.description
     }
 
     /// What it has done so far.
     pub const fn counts(&self) -> Counts {
-        self.counts
+        Counts { registrations: self.desk.registrations, ..self.counts }
     }
 
     /// Sends an empty word over every connection and waits until each has brought one.
@@ -452,7 +455,7 @@ impl Link for VerbsLink {
 
 impl Drop for VerbsLink {
     fn drop(&mut self) {
-        tracing::debug!("RDMA: {:?}", self.counts);
+        tracing::debug!("RDMA: {:?}", self.counts());
         if self.rails.iter().all(|rail| rail.device().is_ours()) {
             self.abort();
         }

@@ -1,12 +1,14 @@
 //! Memory that the devices may use: what the communicator allocates, what is borrowed for one
-//! collective, and this link's own.
+//! collective, and a link's own.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::domain::{Domain, Registration};
 use crate::error::VerbsError;
+use crate::profile::Profile;
 use crate::wire::RAILS_MAX;
 
 /// The keys of a piece of memory, one of each kind for each device.
@@ -103,49 +105,17 @@ impl Drop for Memory {
     }
 }
 
-/// Recycled registered pages, for messages that can't go straight to or from their place. As many
-/// exist as were in use at once.
-#[derive(Debug, Default)]
-pub(crate) struct Slots {
-    /// By the logarithm of their size.
-    free: Vec<Vec<Pages>>,
-}
-
-impl Slots {
-    /// A slot of at least `bytes` bytes with unspecified content.
-    ///
-    /// # Errors
-    /// If there is none free and no memory for another.
-    pub(crate) fn take(
-        &mut self,
-        domains: &[Arc<Domain>],
-        bytes: usize,
-    ) -> Result<Pages, VerbsError> {
-        let bytes = bytes.max(PAGE).next_power_of_two();
-        let class = bytes.trailing_zeros() as usize;
-        let free = self.free.get_mut(class).and_then(Vec::pop);
-        free.map_or_else(|| Pages::new(domains, bytes), Ok)
-    }
-
-    /// Gives a slot back.
-    pub(crate) fn give(&mut self, slot: Pages) {
-        let class = slot.bytes().trailing_zeros() as usize;
-        if self.free.len() <= class {
-            self.free.resize_with(class + 1, Vec::new);
-        }
-        self.free[class].push(slot);
-    }
-}
-
 /// The memory of a communicator that stays registered, from its allocation until it is freed.
 ///
 /// Only memory whose owner says when it is freed can be here. The kernel keeps registered pages
 /// where they are: if addresses were freed and given out again, a registration of theirs would go
 /// on naming the old pages. So memory that a program only lends is registered anew for each
-/// collective, or passes slots.
+/// collective, or passes slots: as it was measured when the devices were opened.
 #[derive(Debug)]
 pub struct Registry {
     domains: Vec<Arc<Domain>>,
+    profile: Profile,
+    register_from: AtomicUsize,
     entries: Mutex<Vec<Entry>>,
 }
 
@@ -165,7 +135,27 @@ pub struct Adopted {
 
 impl Registry {
     pub(crate) fn new(domains: Vec<Arc<Domain>>) -> Arc<Self> {
-        Arc::new(Self { domains, entries: Mutex::default() })
+        let profile = Profile::measure(&domains);
+        let register_from = AtomicUsize::new(profile.register_from);
+        Arc::new(Self { domains, profile, register_from, entries: Mutex::default() })
+    }
+
+    pub(crate) const fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Borrowed memory from this size on is registered for a collective.
+    pub(crate) fn register_from(&self) -> usize {
+        // Relaxed: see `set_register_from`.
+        self.register_from.load(Ordering::Relaxed)
+    }
+
+    /// Has borrowed memory registered from `bytes` on, whatever was measured. For tests and
+    /// measurements.
+    pub fn set_register_from(&self, bytes: usize) {
+        // Relaxed: any value is right at any time; who sets it between collectives of the same
+        // thread finds it in the next.
+        self.register_from.store(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn domains(&self) -> &[Arc<Domain>] {
@@ -219,4 +209,4 @@ impl Drop for Adopted {
     }
 }
 
-const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;

@@ -285,7 +285,7 @@ impl Peer {
 
     fn depart(&mut self, send: &Send, ready: &Ready, desk: &mut Desk) -> Result<(), LinkError> {
         let place = (self.used as usize % self.area.layout.readies) as u8;
-        let (keys, slot) = match desk.keys(send.from, send.bytes)? {
+        let (keys, slot) = match desk.keys(send.from, send.bytes) {
             Some(keys) => (keys, None),
             None => {
                 let slot = desk.take_slot(send.bytes)?;
@@ -328,7 +328,7 @@ impl Peer {
         {
             let place = self.announced as usize % places;
             let keys = match receive.landing {
-                Landing::Place => desk.keys(receive.into, receive.bytes)?,
+                Landing::Place => desk.keys(receive.into, receive.bytes),
                 Landing::Slot => None,
             };
             let (keys, slot) = match keys {

@@ -75,6 +75,7 @@ fn since(before: Counts, now: Counts) -> Counts {
         reports: now.reports - before.reports,
         announcements: now.announcements - before.announcements,
         sleeps: now.sleeps - before.sleeps,
+        registrations: now.registrations - before.registrations,
     }
 }
 
@@ -86,16 +87,18 @@ fn transfers_cost_no_more_requests_than_they_need() {
         if links.is_empty() {
             return;
         }
+        links.iter().for_each(|link| link.registry().set_register_from(LARGE));
         for (number, landing) in [Landing::Place, Landing::Slot].into_iter().enumerate() {
             let number = 2 * number as u64;
             // One write, one report, one announcement.
             let small = exchange(&mut links, 8, landing, number);
-            let one = Counts { writes: 1, reports: 1, announcements: 1, sleeps: 0 };
+            let one = Counts { writes: 1, reports: 1, announcements: 1, ..Counts::default() };
             assert_eq!(small, one, "{pairs} pairs, {landing:?}");
             // One announcement of the place, and a write for each connection.
             let large = exchange(&mut links, LARGE, landing, number + 1);
             let each = 1 + pairs as u64;
-            let expected = Counts { writes: each, reports: each, announcements: each, sleeps: 0 };
+            let (writes, reports, announcements) = (each, each, each);
+            let expected = Counts { writes, reports, announcements, sleeps: 0, registrations: 1 };
             assert_eq!(large, expected, "{pairs} pairs, {landing:?}");
         }
     }
