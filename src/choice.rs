@@ -1,5 +1,5 @@
-//! Which algorithm a call takes: by the measured links and the cost model, by what was found when the
-//! first call of its size tried some, or as the user fixed.
+//! Which algorithm a call takes: by the measured links and the cost model, by what was found when
+//! the first call of its size tried some, or as the user fixed.
 
 use std::fmt;
 use std::sync::OnceLock;
