@@ -125,7 +125,7 @@ impl Runner {
             let text = "a panic in an earlier collective left it undefined";
             return Err(Error::new(ErrorKind::Aborted, text).on(self.rank()));
         }
-        let mut call = self.number(state, request);
+        let mut call = self.next_call(state, request);
         let result = self
             .begin(state, request, &mut call)
             .and_then(|()| self.drive(&mut state.engine, &call));
@@ -153,7 +153,7 @@ impl Runner {
     }
 
     /// What the next call says of itself, but for its algorithm.
-    fn number(&self, state: &mut State, request: &Request) -> Call {
+    fn next_call(&self, state: &State, request: &Request) -> Call {
         let Request { key, fold, detail, .. } = request;
         let (count, agreed) = key.blocks.agreed();
         let mut detail = agreed ^ detail;
@@ -164,7 +164,7 @@ impl Runner {
             // Which function it is can't be compared between processes; that it is one, can.
             detail ^= if custom.is_commutative() { 0xf0f0_0f0f } else { 0x0f0f_f0f0 };
         }
-        let call = Call {
+        Call {
             communicator: self.membership.communicator(),
             number: state.next_number,
             collective: key.kind,
@@ -174,19 +174,18 @@ impl Runner {
             root: key.root as u32,
             detail,
             algorithm: 0,
-        };
-        state.next_number += 1;
-        call
+        }
     }
 
     fn begin(&self, state: &mut State, request: &Request, call: &mut Call) -> Result<(), Failure> {
-        let State { engine, programs, .. } = state;
+        let State { engine, programs, next_number, .. } = state;
         let compiled =
             programs.program(&request.key, &self.choice, engine, |programs, engine| {
                 self.membership.status().begin(call);
-                self.try_out(engine, programs, request, *call)
+                self.try_out(engine, programs, request, *call, next_number)
             })?;
-        call.algorithm = compiled.algorithm as u16;
+        (call.number, call.algorithm) = (*next_number, compiled.algorithm as u16);
+        *next_number += 1;
         self.membership.status().begin(call);
         engine.start(*call, self.fold(request), request.regions, &compiled.program);
         Ok(())

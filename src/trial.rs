@@ -53,14 +53,17 @@ impl Kept {
 
 impl Runner {
     /// Settles which algorithm calls of the kind and size of `request` take, if that is open. All
-    /// ranks do so in the same call. Its memory is afterwards as it was.
+    /// ranks do so in the same call. Its memory is afterwards as it was. Each run takes a number of
+    /// its own, from `next_number` on, as links tell collectives apart by them.
     pub(crate) fn try_out(
         &self,
         engine: &mut Engine,
         programs: &Programs,
         request: &Request,
         call: Call,
+        next_number: &mut u64,
     ) -> Result<(), Failure> {
+        let mut number = || std::mem::replace(next_number, *next_number + 1);
         let Request { key, regions, .. } = request;
         let fold = self.fold(request);
         // A user's function is for the user's data, and may count how often it is called.
@@ -80,9 +83,10 @@ impl Runner {
         let mut seconds = Vec::with_capacity(compiled.len() * candidates.rounds);
         for round in 0..=candidates.rounds {
             for Compiled { algorithm, program } in &compiled {
-                let call = Call { algorithm: *algorithm as u16, ..call };
+                let algorithm = *algorithm as u16;
                 let start = Instant::now();
                 for _ in 0..candidates.calls {
+                    let call = Call { algorithm, number: number(), ..call };
                     engine.start(call, fold, *regions, program);
                     self.drive(engine, &call)?;
                 }
@@ -94,6 +98,7 @@ impl Runner {
                 }
             }
         }
+        let call = Call { number: number(), ..call };
         self.take_slowest(engine, programs, call, &mut seconds)?;
         let times = |index: usize| seconds.iter().skip(index).step_by(compiled.len()).copied();
         let medians: Vec<f32> = (0..compiled.len()).map(|index| median(times(index))).collect();

@@ -61,7 +61,9 @@ pub(crate) struct Engine {
     /// What the collective under way executes, or the last one did; not there while an advance
     /// works on it.
     program: Option<Arc<Program>>,
-    running: Option<Running>,
+    running: Option<Box<Running>>,
+    /// Where the next one goes: a pointer is moved about, and nothing is allocated.
+    idle: Option<Box<Running>>,
     /// Whether the collective that ended last had a result that is infinite or NaN.
     found_nonfinite: bool,
 }
@@ -126,6 +128,7 @@ impl Engine {
             patience: if crowded { Patience::CROWDED } else { Patience::MEMORY },
             program: None,
             running: None,
+            idle: None,
             found_nonfinite: false,
         }
     }
@@ -171,7 +174,14 @@ impl Engine {
             self.program = Some(program.clone());
         }
         let state = State::Start;
-        self.running = Some(Running { memories, folding, spreads_marks, is_mapped, action, state });
+        let running = Running { memories, folding, spreads_marks, is_mapped, action, state };
+        self.running = Some(match self.idle.take() {
+            Some(mut place) => {
+                *place = running;
+                place
+            }
+            None => Box::new(running),
+        });
     }
 
     /// At least `bytes` bytes of scratch memory, which nothing else uses.
@@ -205,6 +215,7 @@ impl Engine {
         if matches!(result, Ok(Advance::Done)) {
             let is_marked = running.spreads_marks && self.links.is_marked();
             self.found_nonfinite = running.folding.nonfinite || is_marked;
+            self.idle = Some(running);
         } else {
             self.running = Some(running);
         }
@@ -376,8 +387,8 @@ impl Engine {
 
     /// How long waiting for what is under way pays before it parks.
     pub(crate) fn patience(&self) -> Patience {
-        let in_segment = |running: &Running| running.state == State::InSegment;
-        if !self.running.as_ref().is_some_and(in_segment) {
+        let state = self.running.as_ref().map(|running| running.state);
+        if state != Some(State::InSegment) {
             return self.patience;
         }
         let in_flight = self.scoreboard.in_flight().iter().zip(&self.links.all);

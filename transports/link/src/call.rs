@@ -90,7 +90,8 @@ impl fmt::Display for Collective {
 pub struct Call {
     /// The communicator: 0 is the whole job's.
     pub communicator: u16,
-    /// The how-manieth collective of the communicator this is, counted from 0.
+    /// The how-manieth collective of the communicator this is, counted from 0, with those that only
+    /// try out algorithms.
     pub number: u64,
     /// Which collective.
     pub collective: Collective,

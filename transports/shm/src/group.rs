@@ -94,6 +94,14 @@ impl Places {
     }
 }
 
+impl GroupCard {
+    /// Whether its member has made an arrival.
+    fn has_made(&self, arrival: Arrival) -> bool {
+        // Acquire: pairs with the Release in `publish`.
+        self.arrival.load(Ordering::Acquire) >> KINDS_BITS >= arrival.0
+    }
+}
+
 /// Looks at a missing card in a row: a member on another core is often only a moment behind.
 const LOOKS: u32 = 16;
 
@@ -229,9 +237,7 @@ impl Team {
 
     /// Whether the member at `index` has made an arrival.
     fn has_made(&self, index: usize, arrival: Arrival) -> bool {
-        // Acquire: pairs with the Release in `publish`.
-        let word = self.card(index, arrival).arrival.load(Ordering::Acquire);
-        word >> KINDS_BITS >= arrival.0
+        self.card(index, arrival).has_made(arrival)
     }
 
     /// Wakes who sleeps on a complete arrival.
@@ -363,7 +369,8 @@ impl Group for Team {
             return Ok(true);
         }
         while self.seen < self.peers.len() {
-            if !(0..LOOKS).any(|_| self.has_made(self.seen, arrival)) {
+            let card = self.card(self.seen, arrival);
+            if !(0..LOOKS).any(|_| card.has_made(arrival)) {
                 return Ok(false);
             }
             self.seen += 1;

@@ -112,6 +112,7 @@ impl Mapping {
     }
 
     /// The card at the start of a slot.
+    #[inline]
     pub(crate) fn card(&self, slot: Slot) -> &GroupCard {
         let card = self.pointer(slot.card(), size_of::<GroupCard>() as u64).cast();
         // SAFETY: inside the mapping (checked), aligned to lines as all slots are, valid while
@@ -124,6 +125,7 @@ impl Mapping {
     /// # Panics
     /// If they are not inside the mapping: what peers write is checked before, so that would be
     /// our bug.
+    #[inline]
     pub(crate) fn pointer(&self, offset: u64, bytes: u64) -> *mut u8 {
         let end = offset.checked_add(bytes);
         assert!(end.is_some_and(|end| end <= self.bytes), "{offset} + {bytes}");
