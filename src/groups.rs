@@ -7,6 +7,7 @@ use unisum_link::Rank;
 
 use crate::background::Background;
 use crate::collective::{Buffers, Collective};
+use crate::control::Share;
 use crate::engine::program::Tuning;
 use crate::member::{Core, Member};
 use crate::runner::Runner;
@@ -29,11 +30,14 @@ impl Communicator {
     /// A group has an order of calls of its own: collectives of different groups and of this
     /// communicator run at once if different threads call them, in any order. Registered memory,
     /// the control connection and the listening port are shared; sockets to the group's other
-    /// ranks are opened when first used. A group of one costs nothing. What ranks are called in
-    /// errors are the job's numbers.
+    /// ranks are opened when first used. A group of one costs nothing. Where the job uses RDMA, so
+    /// does the group, over the same devices: it has queue pairs of its own and half a MiB of
+    /// locked memory for each of its ranks on another host. If a rank can't have these, the group
+    /// uses TCP between hosts, and its rank 0 logs why. What ranks are called in errors are the
+    /// job's numbers.
     ///
-    /// Cost: about ten small messages' times, and a few milliseconds where the group shares
-    /// memory.
+    /// Cost: about ten small messages' times, twenty with RDMA, and a few milliseconds where the
+    /// group shares memory or connects queue pairs.
     ///
     /// # Errors
     /// As [`Communicator::run`]. If a rank's memory or descriptors run out, or ranks of a group
@@ -76,7 +80,7 @@ impl Communicator {
             .ok_or_else(|| refuse("there have been 65,535 groups, and there can be no more"))?;
         // Relaxed: as above.
         numbers.fetch_max(next, Ordering::Relaxed);
-        let exchange = |blob| self.exchange(blob);
+        let exchange = |share: Share| self.exchange(share);
         let parent = Parent {
             job: &core.job,
             membership: &core.runner.membership,
@@ -137,14 +141,29 @@ impl Communicator {
         Self::new(rank, world, Some(member), transport, description)
     }
 
-    /// Gives every rank's blob to every rank, in rank order.
-    pub(crate) fn exchange(&self, blob: Vec<u8>) -> Result<Vec<Vec<u8>>, Error> {
+    /// Gives every rank's blobs to the ranks that they are for: what each rank has for this one, in
+    /// rank order. All ranks have the same for all, or none has.
+    pub(crate) fn exchange(&self, share: impl Into<Share>) -> Result<Vec<Vec<u8>>, Error> {
         let mut lengths = vec![0_u64; self.world()];
-        self.all_gather(&[blob.len() as u64], &mut lengths)?;
-        let counts: Vec<usize> = lengths.iter().map(|&length| length as usize).collect();
+        let to_counts = |lengths: &[u64]| -> Vec<usize> {
+            lengths.iter().map(|&length| length as usize).collect()
+        };
+        let (own, collective, counts) = match share.into() {
+            Share::Same(blob) => {
+                self.all_gather(&[blob.len() as u64], &mut lengths)?;
+                let counts = to_counts(&lengths);
+                (blob, Collective::all_gather().with_counts(&counts), counts)
+            }
+            Share::Each(blobs) => {
+                let sends: Vec<u64> = blobs.iter().map(|blob| blob.len() as u64).collect();
+                self.all_to_all(&sends, &mut lengths)?;
+                let counts = to_counts(&lengths);
+                let collective = Collective::all_to_all_v(&to_counts(&sends), &counts);
+                (blobs.concat(), collective, counts)
+            }
+        };
         let mut all = vec![0_u8; counts.iter().sum()];
-        let collective = Collective::all_gather().with_counts(&counts);
-        self.run(&collective, Buffers::Apart(&blob, &mut all))?;
+        self.run(&collective, Buffers::Apart(&own, &mut all))?;
         let mut rest = &all[..];
         let next = |&count: &usize| {
             let (blob, after) = rest.split_at(count);

@@ -48,6 +48,12 @@ impl Arena {
         self.registry = Some(registry);
     }
 
+    /// Where RDMA devices know it, if there are any.
+    #[cfg(feature = "verbs")]
+    pub(crate) const fn registry(&self) -> Option<&std::sync::Arc<unisum_verbs::Registry>> {
+        self.registry.as_ref()
+    }
+
     /// `bytes` zeroed bytes, aligned to pages.
     ///
     /// # Errors

@@ -27,7 +27,7 @@ fn rank_process() {
 const LIMIT: Duration = Duration::from_secs(60);
 
 fn on_both(ranks: usize, scenario: &'static str) {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         World::new(ranks, scenario).set("UNISUM_TRANSPORT", transport).succeed(LIMIT);
     }
 }
@@ -202,7 +202,7 @@ fn hybrid() {
 
 #[test]
 fn a_rank_that_never_calls_in_its_group_is_named_by_its_number_in_the_job() {
-    for transport in ["tcp", "shm"] {
+    for transport in support::transports() {
         let ended = World::new(4, "late_in_group")
             .set("UNISUM_TRANSPORT", transport)
             .set("UNISUM_TIMEOUT", "2")

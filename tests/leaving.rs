@@ -20,7 +20,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// In the job's own communicator or in a group, at once or once the others have waited for long.
 #[test]
 fn who_leaves_too_early_is_named_long_before_the_deadline() {
-    for transport in ["shm", "tcp"] {
+    for transport in support::transports() {
         for (leaver, group, after) in
             [(1, 0, 0), (0, 0, 0), (2, 0, 5), (0, 0, 5), (1, 1, 0), (2, 1, 5)]
         {
@@ -58,7 +58,7 @@ fn leave_early() {
 /// waited for long before the others left.
 #[test]
 fn who_leaves_after_its_last_call_is_not_missed() {
-    for transport in ["shm", "tcp"] {
+    for transport in support::transports() {
         World::new(3, "leave_after").set("UNISUM_TRANSPORT", transport).succeed(LIMIT);
     }
 }

@@ -2,7 +2,6 @@
 //! goes in, messages come out, and time is an argument.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::mem;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -10,6 +9,7 @@ use unisum_link::Rank;
 
 use super::inquest::{self, Account};
 use super::message::{Concern, Message};
+use super::round::Round;
 use super::status::Snapshot;
 use super::verdict::{Report, Verdict, VerdictKind, name};
 
@@ -26,8 +26,14 @@ const PARTED_MAX: usize = 1024;
 pub(super) enum Audience {
     /// Every rank that is connected, rank 0 among them.
     All,
-    /// One rank.
+    /// One rank, which may be rank 0.
     One(Rank),
+}
+
+impl Audience {
+    pub(super) fn includes(self, rank: Rank) -> bool {
+        self == Self::All || self == Self::One(rank)
+    }
 }
 
 /// Messages to send, in this order.
@@ -71,15 +77,6 @@ enum Presence {
     Dead,
 }
 
-/// The exchange that goes on, or comes next.
-#[derive(Debug)]
-struct Round {
-    number: u32,
-    blobs: Vec<Option<Bytes>>,
-    /// When it is over; none before the first blob.
-    until: Option<Instant>,
-}
-
 /// A failed link that waits for a better explanation.
 #[derive(Debug)]
 struct Accusation {
@@ -115,7 +112,7 @@ impl Coordinator {
             session,
             connect_timeout,
             presence,
-            round: Round { number: 0, blobs: vec![None; world], until: None },
+            round: Round::new(world),
             accusations: Vec::new(),
             query: Query { number: 0, answers: vec![None; world], open: None },
             parted: BTreeMap::new(),
@@ -168,7 +165,9 @@ impl Coordinator {
                 self.violated(from, "it spoke before it joined");
             }
             (_, Presence::Left | Presence::Dead) => {}
-            (Message::Blob { round, blob }, _) => self.take_blob(from, round, blob, now),
+            (Message::Blob { round, to, blob }, _) => {
+                self.take_blob(from, round, (to, blob), now);
+            }
             (Message::Accuse(report), _) => self.accused(from, report, now),
             (Message::Overdue(concern), _) => self.ask(from, concern, false, now),
             (Message::Stalled(concern), _) => self.ask(from, concern, true, now),
@@ -221,34 +220,30 @@ impl Coordinator {
         self.tell_all(vec![Message::Verdict(verdict)]);
     }
 
-    fn take_blob(&mut self, from: Rank, round: u32, blob: Bytes, now: Instant) {
+    fn take_blob(
+        &mut self,
+        from: Rank,
+        round: u32,
+        (to, blob): (Option<Rank>, Bytes),
+        now: Instant,
+    ) {
         if self.verdict.is_some() {
             return;
         }
-        if round != self.round.number || self.round.blobs[from].is_some() {
-            return self.violated(from, format_args!("it took part in exchange {round} twice"));
+        if !self.round.take(from, round, to, blob) {
+            let what = "it took part twice, out of order, or with too much";
+            return self.violated(from, format_args!("in exchange {round} {what}"));
         }
-        self.round.blobs[from] = Some(blob);
         self.round.until.get_or_insert(now + self.connect_timeout);
         if let Some(gone) = self.find(|presence| matches!(presence, Presence::Left)) {
             return self.conclude(Verdict::left(gone));
         }
-        if self.round.blobs.iter().all(Option::is_some) {
-            self.gathered();
+        if self.round.is_whole() {
+            for (to, messages) in self.round.end() {
+                let audience = to.map_or(Audience::All, Audience::One);
+                self.outputs.push_back(Output { audience, messages });
+            }
         }
-    }
-
-    fn gathered(&mut self) {
-        let Round { number: round, blobs, until } = &mut self.round;
-        let blobs = blobs.iter_mut().map(mem::take).enumerate();
-        let message = |(rank, blob): (Rank, Option<Bytes>)| {
-            let blob = blob.expect("all blobs are there");
-            Message::Gathered { round: *round, rank, blob }
-        };
-        let messages = blobs.map(message).collect();
-        *until = None;
-        *round = round.wrapping_add(1);
-        self.tell_all(messages);
     }
 
     fn nobody_came(&self) -> Verdict {
@@ -256,7 +251,7 @@ impl Coordinator {
         let missing = |joined: bool| -> Vec<Rank> {
             let ranks = 0..self.presence.len();
             let is_joined = |rank: &Rank| self.presence[*rank] == Presence::Joined;
-            let lacks = |rank: &Rank| self.round.blobs[*rank].is_none();
+            let lacks = |rank: &Rank| !self.round.has(*rank);
             ranks.filter(|rank| lacks(rank) && is_joined(rank) == joined).collect()
         };
         let absent = missing(false);
@@ -287,7 +282,7 @@ impl Coordinator {
         self.presence[rank] = Presence::Left;
         self.tell_all(vec![Message::Left { rank, last }]);
         let accused = self.accusations.iter().any(|accusation| accusation.report.against == rank);
-        let awaited = self.round.until.is_some() && self.round.blobs[rank].is_none();
+        let awaited = self.round.until.is_some() && !self.round.has(rank);
         if accused || awaited {
             self.conclude(Verdict::left(rank));
         }

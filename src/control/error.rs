@@ -61,8 +61,8 @@ pub(crate) enum ControlError {
     /// A world larger than the protocol allows.
     #[error("a world of {0} ranks; the largest has {max}", max = super::WORLD_MAX)]
     World(usize),
-    /// The blob is too large.
-    #[error("a blob of {0} bytes; the largest has {BLOB_BYTES_MAX}")]
+    /// The blob is too large, or the blobs for all ranks together are.
+    #[error("{0} bytes in an exchange; the largest blob has {BLOB_BYTES_MAX}")]
     Blob(usize),
     /// The communicator is over.
     #[error("{0}")]

@@ -52,7 +52,8 @@ fn message_seeds() -> Vec<Vec<u8>> {
     let all = [
         Message::Welcome { session: [7; 16] },
         Message::Joined,
-        Message::Blob { round: 1, blob: blob.clone() },
+        Message::Blob { round: 1, to: None, blob: blob.clone() },
+        Message::Blob { round: 1, to: Some(2), blob: blob.clone() },
         Message::Gathered { round: 1, rank: 2, blob },
         Message::Accuse(Report { against: 1, mismatch: true, text: text.clone() }),
         Message::Overdue(call(1).into()),
@@ -103,7 +104,10 @@ fn said(what: u8, number: u8) -> Message {
     let against = usize::from(number) % (WORLD + 1);
     match what {
         6 | 7 => Message::Joined,
-        8 | 9 => Message::Blob { round: u32::from(number % 4), blob: Bytes::from_static(b"blob") },
+        8 | 9 => {
+            let to = (number > 127).then_some(usize::from(number >> 2 & 7));
+            Message::Blob { round: u32::from(number % 4), to, blob: Bytes::from_static(b"blob") }
+        }
         10 => Message::Accuse(Report { against, mismatch: number > 127, text: String::new() }),
         11 if number > 127 => Message::Stalled(call(u64::from(number & 7)).into()),
         11 => Message::Overdue(call(u64::from(number)).into()),
@@ -124,17 +128,25 @@ fn said(what: u8, number: u8) -> Message {
 struct Told {
     verdict: bool,
     rounds: u32,
+    /// Ranks that have been told of the exchange that all are told of one by one.
+    ranks: Rank,
 }
 
 impl Told {
     fn hear(&mut self, coordinator: &mut Coordinator) {
         while let Some(output) = coordinator.poll() {
-            if let Audience::One(rank) = output.audience {
-                assert!(rank > 0 && matches!(output.messages[0], Message::Welcome { .. }));
-                continue;
+            match (&output.messages[..], output.audience) {
+                ([Message::Welcome { .. }, ..], Audience::One(rank)) => {
+                    assert!(rank > 0);
+                    continue;
+                }
+                ([Message::Gathered { .. }, ..], audience) => {
+                    self.gathered(&output.messages, audience);
+                    continue;
+                }
+                (_, audience) => assert_eq!((audience, self.ranks), (Audience::All, 0)),
             }
             match &output.messages[..] {
-                [Message::Gathered { .. }, ..] => self.gathered(&output.messages),
                 [Message::Verdict(verdict)] => {
                     assert!(!self.verdict, "a second verdict: {verdict:?}");
                     assert!(!verdict.culprits.is_empty() && !verdict.text.is_empty());
@@ -149,7 +161,7 @@ impl Told {
         }
     }
 
-    fn gathered(&mut self, messages: &[Message]) {
+    fn gathered(&mut self, messages: &[Message], audience: Audience) {
         assert!(!self.verdict && messages.len() == WORLD);
         for (expected, message) in messages.iter().enumerate() {
             let Message::Gathered { round, rank, .. } = message else {
@@ -157,7 +169,14 @@ impl Told {
             };
             assert_eq!((*round, *rank), (self.rounds, expected));
         }
-        self.rounds += 1;
+        match audience {
+            Audience::All => assert_eq!(self.ranks, 0),
+            Audience::One(rank) => {
+                assert_eq!(rank, self.ranks);
+                self.ranks = (rank + 1) % WORLD;
+            }
+        }
+        self.rounds += u32::from(self.ranks == 0);
     }
 }
 
@@ -168,6 +187,9 @@ fn coordinator_seeds() -> Vec<Vec<u8>> {
     let world = 0..WORLD as u8;
     let joined = [everybody(0, 1..world.end, 0), everybody(6, 1..world.end, 0)].concat();
     let exchange = [&joined[..], &everybody(8, world.clone(), 0), &everybody(8, world.clone(), 1)];
+    // One rank has a blob for each, the others the same for all.
+    let blobs = (0..world.end).flat_map(|to| [8, 2, 0x80 | to << 2]).collect::<Vec<_>>();
+    let each = [&joined[..], &everybody(8, 0..2, 0), &blobs, &everybody(8, 3..world.end, 0)];
     let query = [&joined[..], &[11, 1, 5], &everybody(12, world.clone(), 0b0110_1010)];
     let grace = [&joined[..], &[10, 1, 2, 5, 0, 0]];
     let farewell = [&joined[..], &[14, 2, 9, 1, 2, 0, 8, 1, 0]];
@@ -177,7 +199,7 @@ fn coordinator_seeds() -> Vec<Vec<u8>> {
     [exchange, query, stalled, moot]
         .map(|seed| seed.concat())
         .into_iter()
-        .chain([grace.concat(), farewell.concat()])
+        .chain([each.concat(), grace.concat(), farewell.concat()])
         .collect()
 }
 

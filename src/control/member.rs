@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::Call;
+use unisum_link::{Call, Rank};
 
 use super::inquest;
 use super::message::{Concern, Message};
@@ -69,14 +69,20 @@ impl Member {
         Ok(None)
     }
 
-    /// Does what this rank's threads ask; returns the message to send.
-    pub(super) fn command(&mut self, command: Command, now: Instant) -> Option<Message> {
-        match command {
-            Command::Exchange(blob) => {
+    /// Does what this rank's threads ask; returns the messages to send.
+    pub(super) fn command(&mut self, command: Command, now: Instant) -> Vec<Message> {
+        let message = match command {
+            Command::Exchange(share) => {
                 if self.is_coordinator_gone() {
                     self.conclude(Verdict::left(0));
                 }
-                Some(Message::Blob { round: self.round, blob })
+                let round = self.round;
+                let blob = |(to, blob): (Option<Rank>, Vec<u8>)| Message::Blob {
+                    round,
+                    to,
+                    blob: blob.into(),
+                };
+                return share.blobs().map(blob).collect();
             }
             Command::Accuse(report) => self.accuse(report, now),
             Command::Overdue(concern) => self.overdue(concern, now),
@@ -93,7 +99,8 @@ impl Member {
                 (!self.is_coordinator_gone()).then_some(told)
             }
             Command::Leave => Some(Message::Bye(self.shared.snapshot(0))),
-        }
+        };
+        message.into_iter().collect()
     }
 
     /// Ends the job if the coordinator has left without the call that this rank waits in.
@@ -205,7 +212,7 @@ mod tests {
     fn a_coordinator_that_is_silent_is_unresponsive() {
         let (mut member, now) = (member(), Instant::now());
         let asked = member.command(Command::Overdue(call(1).into()), now);
-        assert_eq!(asked, Some(Message::Overdue(call(1).into())));
+        assert_eq!(asked, [Message::Overdue(call(1).into())]);
         member.tick(now + VERDICT_TIMEOUT / 2);
         assert!(member.shared.verdict().is_none());
         member.tick(now + VERDICT_TIMEOUT);
@@ -226,14 +233,14 @@ mod tests {
         };
         let now = Instant::now();
         let mut member = gone();
-        assert_eq!(member.command(Command::Overdue(call(1).into()), now), None);
+        assert_eq!(member.command(Command::Overdue(call(1).into()), now), []);
         expect(&member, VerdictKind::Left, 0);
         let mut member = gone();
-        assert_eq!(member.command(Command::Accuse(report()), now), None);
+        assert_eq!(member.command(Command::Accuse(report()), now), []);
         expect(&member, VerdictKind::LinkFailed, 2);
         let mut member = gone();
         member.shared.set_left(2);
-        assert_eq!(member.command(Command::Accuse(report()), now), None);
+        assert_eq!(member.command(Command::Accuse(report()), now), []);
         expect(&member, VerdictKind::Left, 2);
     }
 

@@ -14,6 +14,8 @@ use super::verdict::{Report, Verdict, VerdictKind};
 
 /// Largest blob of an exchange in bytes.
 pub(super) const BLOB_BYTES_MAX: usize = 64 << 10;
+/// Most bytes of the blobs that a rank has for each rank, one for each rank on average.
+const EACH_BYTES_MAX: usize = 1 << 10;
 /// Largest frame in bytes, without its length.
 pub(super) const FRAME_BYTES_MAX: usize = BLOB_BYTES_MAX + 1024;
 /// Most culprits that a verdict names on the wire.
@@ -30,9 +32,10 @@ pub(super) enum Message {
     Welcome { session: [u8; 16] },
     /// Rank, first: the welcome has come. From here on the end of the connection is a death.
     Joined,
-    /// Rank: its blob of an exchange.
-    Blob { round: u32, blob: Bytes },
-    /// Coordinator: a rank's blob. All ranks' blobs of a round come together, in rank order.
+    /// Rank: its blob of an exchange, for all ranks, or one of its blobs for each, in rank order.
+    Blob { round: u32, to: Option<Rank>, blob: Bytes },
+    /// Coordinator: a rank's blob for this one. All blobs of a round come together, in the order of
+    /// the ranks that they are from.
     Gathered { round: u32, rank: Rank, blob: Bytes },
     /// Rank: another rank misbehaves.
     Accuse(Report),
@@ -94,8 +97,9 @@ impl Message {
         match self {
             Self::Welcome { session } => to.put_slice(session),
             Self::Joined => {}
-            Self::Blob { round, blob } => {
+            Self::Blob { round, to: receiver, blob } => {
                 to.put_u32_le(*round);
+                to.put_u32_le(receiver.map_or(TO_ALL, |rank| rank as u32));
                 to.put_slice(blob);
             }
             Self::Gathered { round, rank, blob } => {
@@ -199,6 +203,15 @@ impl Message {
     }
 }
 
+/// Most bytes of all blobs that one rank may give in an exchange of a world: what bounds the memory
+/// that the coordinator needs for it.
+pub(super) fn blobs_bytes_max(world: usize) -> usize {
+    (world * EACH_BYTES_MAX).max(BLOB_BYTES_MAX)
+}
+
+/// Stands for all ranks where a rank is named.
+const TO_ALL: u32 = u32::MAX;
+
 fn put_rank(to: &mut BytesMut, rank: Rank) {
     to.put_u32_le(u32::try_from(rank).expect("ranks are below WORLD_MAX"));
 }
@@ -268,7 +281,9 @@ fn blob(body: &mut Bytes) -> Option<Bytes> {
 }
 
 fn parse_blob(body: &mut Bytes) -> Option<Message> {
-    Some(Message::Blob { round: word(body)?, blob: blob(body)? })
+    let (round, to) = (word(body)?, word(body)?);
+    let to = (to != TO_ALL).then_some(to as Rank);
+    Some(Message::Blob { round, to, blob: blob(body)? })
 }
 
 fn parse_gathered(body: &mut Bytes) -> Option<Message> {
@@ -362,7 +377,8 @@ mod tests {
         prop_oneof![
             any::<[u8; 16]>().prop_map(|session| Message::Welcome { session }),
             Just(Message::Joined),
-            (any::<u32>(), blobs()).prop_map(|(round, blob)| Message::Blob { round, blob }),
+            (any::<u32>(), prop::option::of(0..1_usize << 16), blobs())
+                .prop_map(|(round, to, blob)| Message::Blob { round, to, blob }),
             (any::<u32>(), ranks(), blobs()).prop_map(|(round, rank, blob)| Message::Gathered {
                 round,
                 rank,

@@ -18,6 +18,8 @@ mod inquest;
 mod listen;
 mod member;
 mod message;
+mod round;
+mod share;
 mod shared;
 mod status;
 mod thread;
@@ -41,7 +43,6 @@ use unisum_link::{Rank, Wake};
 use self::coordinator::Coordinator;
 use self::dial::Reached;
 use self::listen::Listening;
-use self::message::BLOB_BYTES_MAX;
 use self::shared::{Command, Shared};
 use self::thread::{ControlThread, Identity};
 use crate::address::{PortRange, Rendezvous};
@@ -49,6 +50,7 @@ use crate::interface::InterfaceFilter;
 
 pub(crate) use self::error::ControlError;
 pub(crate) use self::message::Concern;
+pub(crate) use self::share::Share;
 pub(crate) use self::shared::Inbox;
 pub(crate) use self::status::Status;
 pub(crate) use self::verdict::{Report, Verdict, VerdictKind};
@@ -163,18 +165,19 @@ impl Control {
         self.address
     }
 
-    /// Gives every rank's blob (64 KiB at most) to every rank, in rank order. All ranks call it,
-    /// equally often. Blocks until all have, `connect_timeout` at most. Cost: two messages' time,
-    /// and the coordinator sends world² blobs.
+    /// Gives every rank's blobs to the ranks that they are for: what each rank has for this one,
+    /// in rank order. All ranks call it, equally often. Blobs have 64 KiB at most, and if there is
+    /// one for each rank, all of them together 64 KiB, or 1 KiB for each rank if that is more.
+    /// Blocks until all have called, `connect_timeout` at most. Cost: two messages' time, and the
+    /// coordinator sends world² blobs.
     ///
     /// # Errors
-    /// If the communicator ends; the verdict names ranks that never came.
-    pub(crate) fn exchange(&self, blob: Vec<u8>) -> Result<Vec<Vec<u8>>, ControlError> {
-        if blob.len() > BLOB_BYTES_MAX {
-            return Err(ControlError::Blob(blob.len()));
-        }
+    /// If a blob is too large, or the communicator ends; the verdict names ranks that never came.
+    pub(crate) fn exchange(&self, share: impl Into<Share>) -> Result<Vec<Vec<u8>>, ControlError> {
+        let share = share.into();
+        share.check(self.shared.world()).map_err(ControlError::Blob)?;
         if self.waker.is_none() {
-            return Ok(vec![blob]);
+            return Ok(share.into_own());
         }
         let _one = self.exchanging.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(verdict) = self.verdict() {
@@ -184,7 +187,7 @@ impl Control {
         if self.has_left.load(Ordering::Acquire) {
             return Err(ControlError::HasLeft);
         }
-        self.command(Command::Exchange(blob.into()));
+        self.command(Command::Exchange(share));
         let until = Instant::now() + self.connect_timeout + EXCHANGE_SPARE;
         if let Some(blobs) = self.shared.await_gathered(until) {
             return Ok(blobs.into_iter().map(Vec::from).collect());

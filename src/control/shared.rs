@@ -10,6 +10,7 @@ use unisum_link::fork::ParentOnly;
 use unisum_link::{Rank, Wake};
 
 use super::message::Concern;
+use super::share::Share;
 use super::status::{Snapshot, Status};
 use super::verdict::{Report, Verdict};
 
@@ -19,7 +20,7 @@ pub(crate) type Inbox = Arc<dyn Fn(Rank, u8, ParentOnly<TcpStream>) + Send + Syn
 /// What the rank's threads ask of the control thread.
 #[derive(Debug)]
 pub(super) enum Command {
-    Exchange(Bytes),
+    Exchange(Share),
     Accuse(Report),
     Overdue(Concern),
     Stalled(Concern),

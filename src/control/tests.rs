@@ -18,6 +18,7 @@ use unisum_link::Call;
 use super::*;
 
 mod alone;
+mod exchanges;
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -137,33 +138,6 @@ fn await_close(mut stream: &TcpStream) {
     if let Err(error) = stream.read_to_end(&mut rest) {
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     }
-}
-
-#[test]
-fn blobs_reach_every_rank() {
-    for world in [1, 2, 5, 16] {
-        let controls = match world {
-            1 => vec![Control::start(config(0, 1, at(0))).unwrap()],
-            _ => start(world, &[]).0,
-        };
-        for round in 0..3 {
-            exchange(&controls, round);
-        }
-        assert!(controls.iter().all(|control| control.session() == controls[0].session()));
-        assert!(controls.iter().all(|control| control.verdict().is_none()));
-    }
-}
-
-#[test]
-fn the_largest_blob_passes_and_a_larger_one_is_refused() {
-    let (controls, _) = start(2, &[]);
-    thread::scope(|scope| {
-        for control in &controls {
-            scope.spawn(|| control.exchange(vec![7; BLOB_BYTES_MAX]).unwrap());
-        }
-    });
-    let error = controls[0].exchange(vec![7; BLOB_BYTES_MAX + 1]).unwrap_err();
-    assert!(matches!(error, ControlError::Blob(_)));
 }
 
 #[test]

@@ -15,7 +15,7 @@ use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Hello, Purpose, Refusal, Secret};
 
 use super::connection::{Connection, Received};
-use super::coordinator::{Audience, Coordinator, Output};
+use super::coordinator::{Coordinator, Output};
 use super::door::{Admitted, Door};
 use super::file::Published;
 use super::member::Member;
@@ -254,11 +254,13 @@ impl ControlThread {
             return;
         }
         let is_goodbye = matches!(command, Command::Leave);
-        if let Some(message) = self.member.command(command, now) {
-            match &mut self.coordinator {
-                Some(coordinator) => coordinator.heard(0, message, now),
-                None => self.send(COORDINATOR, encode(&[message])),
+        let messages = self.member.command(command, now);
+        match &mut self.coordinator {
+            Some(coordinator) => {
+                messages.into_iter().for_each(|message| coordinator.heard(0, message, now));
             }
+            None if messages.is_empty() => {}
+            None => self.send(COORDINATOR, encode(&messages)),
         }
         self.deliver(now);
         if is_goodbye {
@@ -296,11 +298,11 @@ impl ControlThread {
         {
             let encoded = encode(&messages);
             for (rank, connection) in self.connections.values_mut() {
-                if audience == Audience::All || audience == Audience::One(*rank) {
+                if audience.includes(*rank) {
                     connection.queue(encoded.clone());
                 }
             }
-            if audience != Audience::All {
+            if !audience.includes(0) {
                 continue;
             }
             for message in messages {

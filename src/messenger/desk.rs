@@ -29,10 +29,11 @@ use crate::{Error, ErrorKind};
 
 /// The office behind its lock.
 pub(super) struct Desk {
+    // The links before the membership: they say goodbye before the job is left.
+    state: Mutex<State>,
     /// Nothing in a world of one.
     membership: Option<Membership>,
     wakers: Vec<Arc<dyn Wake>>,
-    state: Mutex<State>,
     /// How many threads have ever asked to come in.
     asked: AtomicU64,
     /// For threads that wait for their call or for the driver's role.
@@ -70,9 +71,9 @@ impl Desk {
             failed: None,
         };
         Self {
+            state: Mutex::new(state),
             membership,
             wakers,
-            state: Mutex::new(state),
             asked: AtomicU64::new(0),
             changed: Condvar::new(),
             turnstile: Condvar::new(),

@@ -66,6 +66,7 @@ pub struct Messenger {
     timeout: Duration,
     arena: Arena,
     fork_generation: u32,
+    transport: String,
     /// There until it is dropped.
     desk: Option<Desk>,
 }
@@ -104,8 +105,10 @@ impl Messenger {
     pub fn new(communicator: &Communicator) -> Result<Self, Error> {
         let (rank, world) = (communicator.rank(), communicator.world());
         let (joined, _) = communicator.regroup(Some(0), rank as i64)?;
+        let mut transport = "none".to_owned();
         let (desk, timeout, arena) = match (joined, &communicator.member) {
             (Some(joined), Some(member)) => {
+                transport = joined.transport;
                 let (links, patience) = joined.engine.into_links();
                 let wakers = links.all.iter().map(|link| link.waker()).collect();
                 let number = joined.membership.communicator();
@@ -121,7 +124,7 @@ impl Messenger {
             }
         };
         let fork_generation = fork::generation();
-        Ok(Self { rank, world, timeout, arena, fork_generation, desk: Some(desk) })
+        Ok(Self { rank, world, timeout, arena, fork_generation, transport, desk: Some(desk) })
     }
 
     /// This process's number among the ranks, from 0.
@@ -132,6 +135,11 @@ impl Messenger {
     /// How many ranks there are.
     pub const fn world(&self) -> usize {
         self.world
+    }
+
+    /// What carries the messages, as [`Communicator::transport`] says it.
+    pub fn transport(&self) -> &str {
+        &self.transport
     }
 
     /// Sends `data` to rank `to`. Blocks until it may be overwritten: see [`Messenger`].

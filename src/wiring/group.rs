@@ -1,18 +1,20 @@
 //! Groups: communicators of some of a communicator's ranks.
 //!
 //! A group has links of its own, so that what its ranks call and in which order concerns nobody
-//! else: sockets are opened when first used, mailboxes and counters lie in memory of its own. What
-//! is the process's is shared with the job's communicator: the control connection, the listening
-//! port, registered memory.
+//! else: sockets are opened when first used, mailboxes and counters lie in memory of its own, queue
+//! pairs are its own. What is the process's is shared with the job's communicator: the control
+//! connection, the listening port, RDMA devices, registered memory.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use unisum_link::Rank;
 use unisum_link::handshake::random;
 
 use super::node::{Circle, Node, Offer};
-use super::{Assembly, Exchange, Job};
+use super::{Assembly, Exchange, Job, others, verbs};
 use crate::choice::Choice;
+use crate::control::Share;
 use crate::engine::Engine;
 use crate::membership::Membership;
 use crate::{Error, ErrorKind};
@@ -57,18 +59,20 @@ impl Parent<'_> {
             Error::new(ErrorKind::Rendezvous, format!("drawing a session: {error}"))
         })?;
         let card = offer.as_ref().map_or_else(Vec::new, Offer::card);
-        let blobs = (self.exchange)([&drawn[..], &card].concat())?;
+        let blobs = (self.exchange)([&drawn[..], &card].concat().into())?;
+        let rounds = Rounds::new(self);
         let member = match (group, offer) {
-            (Some(group), Some(offer)) => self.connect(group, offer, &blobs).map(Some),
-            _ => (self.exchange)(Vec::new()).map(|_| None),
+            (Some(group), Some(offer)) => self.connect(group, offer, &blobs, &rounds).map(Some),
+            _ => Ok(None),
         };
+        rounds.finish()?;
         let why = match &member {
             Ok(_) => String::new(),
-            Err(error) if is_of_this_rank(error) => error.to_string(),
-            Err(_) => return member,
+            Err(_) if rounds.failed.get() => return member,
+            Err(error) => error.to_string(),
         };
         // Nobody opens a connection before all are ready to take it.
-        let reasons = (self.exchange)(why.into_bytes())?;
+        let reasons = (self.exchange)(why.into_bytes().into())?;
         let member = member?;
         let Some(rank) = reasons.iter().position(|reason| !reason.is_empty()) else {
             return Ok(member);
@@ -79,8 +83,13 @@ impl Parent<'_> {
         Err(Error::new(ErrorKind::Rendezvous, text).caused_by(culprits))
     }
 
-    /// Calls `exchange` once, whether or not it fails.
-    fn connect(&self, group: &Group, offer: Offer, blobs: &[Vec<u8>]) -> Result<Member, Error> {
+    fn connect(
+        &self,
+        group: &Group,
+        offer: Offer,
+        blobs: &[Vec<u8>],
+        rounds: &Rounds<'_>,
+    ) -> Result<Member, Error> {
         let rank = group.ranks.iter().position(|&rank| rank == self.rank);
         let rank = rank.expect("a rank joins only groups that it is in");
         let ranks: Arc<[Rank]> = self.membership.job_ranks(&group.ranks).into();
@@ -90,10 +99,7 @@ impl Parent<'_> {
         let control = self.membership.control().clone();
         let membership =
             Membership::of_group(control, group.communicator, session, ranks.clone(), rank);
-        let exchange = |blob| {
-            let blobs = (self.exchange)(blob)?;
-            Ok(group.ranks.iter().map(|&rank| blobs[rank].clone()).collect())
-        };
+        let exchange = |share| rounds.take_part(share, &group.ranks);
         let circle = Circle {
             rank,
             hosts: &self.job.hosts(&ranks),
@@ -105,15 +111,28 @@ impl Parent<'_> {
         };
         let joined = offer.join(&circle, &self.job.settings);
         let Node { members, link, topology } =
-            joined.map_err(|error| match is_of_this_rank(&error) {
-                true => {
+            joined.map_err(|error| match rounds.failed.get() {
+                false => {
                     let culprits = error.culprits().iter().map(|&rank| ranks[rank]).collect();
                     error.caused_by(culprits)
                 }
-                false => error,
+                true => error,
             })?;
+        let others = others(&members, ranks.len());
+        let asking = verbs::Asking {
+            rank,
+            others: &others,
+            topology: &topology,
+            settings: &self.job.settings,
+            membership: &membership,
+            exchange: &exchange,
+            #[cfg(feature = "verbs")]
+            registry: self.job.arena.registry(),
+        };
+        let has_rdma = self.job.uses_rdma() && !others.is_empty();
+        let rdma = if has_rdma { asking.link()? } else { None };
         let mut links = Assembly::new(ranks.len());
-        links.add_all(link, &members, self.job, &membership, (rank, session))?;
+        links.add_all((link, rdma), &members, self.job, &membership, (rank, session))?;
         let transport = links.names.join("+");
         let engine = links.engine(rank, &topology);
         engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
@@ -122,8 +141,64 @@ impl Parent<'_> {
     }
 }
 
-/// Whether an error is this rank's alone, or its group's, and not the end of an exchange, which
-/// all ranks hear of.
-const fn is_of_this_rank(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Configuration | ErrorKind::Rendezvous | ErrorKind::Memory)
+/// The exchanges in which links are made. All ranks of the parent take part in all of them: also
+/// those that are in no group, need none, or have given up.
+struct Rounds<'a> {
+    exchange: &'a Exchange<'a>,
+    world: usize,
+    /// By whether ranks have something for each.
+    kinds: Vec<bool>,
+    /// How many have been.
+    done: Cell<usize>,
+    /// Whether one failed: then all ranks hear of it.
+    failed: Cell<bool>,
+}
+
+impl<'a> Rounds<'a> {
+    fn new(parent: &Parent<'a>) -> Self {
+        let rdma: &[bool] = if parent.job.uses_rdma() { &verbs::EXCHANGES } else { &[] };
+        Self {
+            exchange: parent.exchange,
+            world: parent.membership.ranks().len(),
+            // The first is about shared memory.
+            kinds: [&[false], rdma].concat(),
+            done: Cell::new(0),
+            failed: Cell::new(false),
+        }
+    }
+
+    /// The next exchange, as the ranks of a group see it.
+    fn take_part(&self, share: Share, ranks: &[Rank]) -> Result<Vec<Vec<u8>>, Error> {
+        let share = match share {
+            Share::Same(blob) => Share::Same(blob),
+            Share::Each(blobs) => {
+                let mut for_all = vec![Vec::new(); self.world];
+                ranks.iter().zip(blobs).for_each(|(&rank, blob)| for_all[rank] = blob);
+                Share::Each(for_all)
+            }
+        };
+        let mut blobs = self.next(share)?;
+        Ok(ranks.iter().map(|&rank| std::mem::take(&mut blobs[rank])).collect())
+    }
+
+    fn next(&self, share: Share) -> Result<Vec<Vec<u8>>, Error> {
+        let has_each = self.kinds[self.done.get()];
+        assert_eq!(matches!(share, Share::Each(_)), has_each, "all ranks do the same");
+        self.done.set(self.done.get() + 1);
+        (self.exchange)(share).inspect_err(|_| self.failed.set(true))
+    }
+
+    /// Goes through what is left of them.
+    ///
+    /// # Errors
+    /// If one fails.
+    fn finish(&self) -> Result<(), Error> {
+        while !self.failed.get()
+            && let Some(&has_each) = self.kinds.get(self.done.get())
+        {
+            let nothing = vec![Vec::new(); self.world];
+            self.next(if has_each { Share::Each(nothing) } else { Share::Same(Vec::new()) })?;
+        }
+        Ok(())
+    }
 }

@@ -72,6 +72,14 @@ impl Job {
         })
     }
 
+    /// Whether the job's own communicator uses RDMA: the same on all ranks.
+    pub(super) const fn uses_rdma(&self) -> bool {
+        #[cfg(feature = "verbs")]
+        return self.arena.registry().is_some();
+        #[cfg(not(feature = "verbs"))]
+        false
+    }
+
     /// The hosts of some of its ranks.
     pub(super) fn hosts(&self, ranks: &[usize]) -> Vec<&str> {
         ranks.iter().map(|&rank| self.places[rank].host.as_str()).collect()

@@ -22,7 +22,7 @@ use unisum_link::handshake::Secret;
 use unisum_link::{Link, Rank};
 
 use crate::choice::{self, Choice};
-use crate::control::{Control, ControlError};
+use crate::control::{Control, ControlError, Share};
 use crate::engine::program::Tuning;
 use crate::engine::{Engine, Links};
 use crate::launcher::Detected;
@@ -48,9 +48,9 @@ pub(crate) struct Joined {
     pub(crate) description: String,
 }
 
-/// Gives every rank's blob to every rank of a communicator, in rank order. All ranks call it,
-/// equally often.
-pub(crate) type Exchange<'a> = dyn Fn(Vec<u8>) -> Result<Vec<Vec<u8>>, Error> + 'a;
+/// Gives every rank of a communicator what all ranks have for it, in rank order. All ranks call it,
+/// equally often, and all with the same for everybody or all with something for each.
+pub(crate) type Exchange<'a> = dyn Fn(Share) -> Result<Vec<Vec<u8>>, Error> + 'a;
 
 /// Joins the job. Blocks until every rank has come.
 pub(crate) fn join(
@@ -64,43 +64,41 @@ pub(crate) fn join(
     let offer = Offer::new(settings.transport, secret);
     let cards = exchange_cards(&control, rank, settings, &offer)?;
     let hosts: Vec<&str> = cards.iter().map(|card| card.host.as_str()).collect();
+    let exchange = |share: Share| control.exchange(share).map_err(rendezvous_error);
     let circle = Circle {
         rank,
         hosts: &hosts,
         cards: cards.iter().map(|card| card.shm.clone()).collect(),
         session: control.session(),
-        exchange: &|blob| control.exchange(blob).map_err(rendezvous_error),
+        exchange: &exchange,
         #[cfg(feature = "shm")]
         heaps: None,
     };
     let Node { members, link, topology } = offer.join(&circle, settings)?;
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA registers memory"))]
     let mut job = Job::new(settings, secret, &detected.job, &cards, link.as_ref())?;
-    let session = circle.session;
     let membership = Membership::of_job(control.clone(), rank, world);
     let mut links = Assembly::new(world);
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA has devices"))]
     let mut devices = String::new();
-    let others: Vec<Rank> = (0..world).filter(|peer| !members.contains(peer)).collect();
-    let asking =
-        verbs::Asking { rank, others: &others, topology: &topology, settings, control: &control };
-    if members.len() < world
-        && let Some(rdma) = asking.link()?
-    {
+    let others = others(&members, world);
+    let asking = verbs::Asking {
+        rank,
+        others: &others,
+        topology: &topology,
+        settings,
+        membership: &membership,
+        exchange: &exchange,
         #[cfg(feature = "verbs")]
-        {
-            job.arena.register_with(rdma.registry());
-            devices = format!("RDMA: {}\n", rdma.description());
-            if let Some(shared) = link {
-                links.add("shm", shared.link, &members);
-            }
-            links.add("verbs", Box::new(rdma), &others);
-        }
-        #[cfg(not(feature = "verbs"))]
-        match rdma {}
-    } else {
-        links.add_all(link, &members, &job, &membership, (rank, session))?;
+        registry: None,
+    };
+    let rdma = if others.is_empty() { None } else { asking.link()? };
+    #[cfg(feature = "verbs")]
+    if let Some(rdma) = &rdma {
+        job.arena.register_with(rdma.registry());
+        devices = format!("RDMA: {}\n", rdma.description());
     }
+    links.add_all((link, rdma), &members, &job, &membership, (rank, control.session()))?;
     let transport = links.names.join("+");
     let mut engine = links.engine(rank, &topology);
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
@@ -115,6 +113,11 @@ pub(crate) fn join(
     tracing::info!("rank {rank} of {world} joined over {transport} in {seconds:.3} s");
     let choice = costs.choice(topology, &mut engine, tuning, fixed);
     Ok(Joined { job: Arc::new(job), membership, engine, choice, tuning, transport, description })
+}
+
+/// The ranks that share no memory with this one.
+fn others(members: &[Rank], world: usize) -> Vec<Rank> {
+    (0..world).filter(|peer| !members.contains(peer)).collect()
 }
 
 /// The links of a communicator, while they are put together.
@@ -139,10 +142,11 @@ impl Assembly {
         self.links.all.push(link);
     }
 
-    /// Adds the node's link, and one to the ranks that share no memory with this one.
+    /// Adds the node's link, and one to the ranks that share no memory with this one: over RDMA if
+    /// there is that, else over TCP.
     fn add_all(
         &mut self,
-        shared: Option<node::Shared>,
+        (shared, rdma): (Option<node::Shared>, Option<verbs::VerbsLink>),
         members: &[Rank],
         job: &Job,
         membership: &Membership,
@@ -151,10 +155,14 @@ impl Assembly {
         if let Some(shared) = shared {
             self.add("shm", shared.link, members);
         }
-        let world = self.links.route.len();
-        let others: Vec<Rank> = (0..world).filter(|peer| !members.contains(peer)).collect();
-        if !others.is_empty() {
-            self.add("tcp", tcp::connect(job, membership, (rank, session))?, &others);
+        let others = others(members, self.links.route.len());
+        match rdma {
+            #[cfg(feature = "verbs")]
+            Some(rdma) => self.add("verbs", Box::new(rdma), &others),
+            #[cfg(not(feature = "verbs"))]
+            Some(rdma) => match rdma {},
+            None if others.is_empty() => {}
+            None => self.add("tcp", tcp::connect(job, membership, (rank, session))?, &others),
         }
         Ok(())
     }

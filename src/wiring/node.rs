@@ -38,6 +38,7 @@ pub(super) struct Circle<'a> {
     #[cfg_attr(not(feature = "shm"), expect(dead_code, reason = "nobody offers"))]
     pub(super) cards: Vec<Vec<u8>>,
     /// The communicator's own, so that two never mix.
+    #[cfg_attr(not(feature = "shm"), expect(dead_code, reason = "nobody offers"))]
     pub(super) session: [u8; 16],
     pub(super) exchange: &'a Exchange<'a>,
     /// Of a group: the job's numbers of its ranks, and where these have registered memory.
@@ -90,7 +91,7 @@ impl Offer {
             Ok((leader, _)) => format!("+{leader}"),
             Err(why) => format!("-{why}"),
         };
-        let reports = (circle.exchange)(report.into_bytes())?;
+        let reports = (circle.exchange)(report.into_bytes().into())?;
         let reports: Vec<_> =
             reports.iter().map(|report| String::from_utf8_lossy(report)).collect();
         let leaders: Vec<Option<Rank>> =

@@ -1,16 +1,20 @@
-//! The verbs link to the ranks that share no memory with this one, if all ranks can have it.
+//! The verbs link to the ranks of a communicator that share no memory with this one, if all ranks
+//! can have it.
 //!
 //! Every rank takes part in every exchange, whatever it has and whatever its build knows, until
 //! all have heard that one can't: so all ranks decide alike.
 
+#[cfg(feature = "verbs")]
+use std::sync::Arc;
 #[cfg(feature = "verbs")]
 use std::time::{Duration, Instant};
 
 use unisum_algorithms::Topology;
 use unisum_link::Rank;
 
-use super::rendezvous_error;
-use crate::control::Control;
+use super::Exchange;
+use crate::control::Share;
+use crate::membership::Membership;
 use crate::settings::{Settings, TransportChoice};
 use crate::{Error, ErrorKind};
 
@@ -34,8 +38,16 @@ pub(super) struct Asking<'a> {
     pub(super) others: &'a [Rank],
     pub(super) topology: &'a Topology,
     pub(super) settings: &'a Settings,
-    pub(super) control: &'a Control,
+    pub(super) membership: &'a Membership,
+    /// Three of them are needed at most: see [`EXCHANGES`].
+    pub(super) exchange: &'a Exchange<'a>,
+    /// Of a group: the devices that the job has opened.
+    #[cfg(feature = "verbs")]
+    pub(super) registry: Option<&'a Arc<unisum_verbs::Registry>>,
 }
+
+/// The exchanges that agreeing on a link takes, by whether ranks have something for each.
+pub(super) const EXCHANGES: [bool; 3] = [true, false, false];
 
 #[cfg(feature = "verbs")]
 pub(super) type VerbsLink = unisum_verbs::VerbsLink;
@@ -59,13 +71,25 @@ impl Asking<'_> {
     }
 
     /// Tells all ranks what this one has come to, and gives what each says; or who can't go on.
+    #[cfg(feature = "verbs")]
     fn agree(self, own: Result<Vec<u8>, Refusal>) -> Result<Result<Vec<Vec<u8>>, Refusals>, Error> {
-        let report = match own {
-            Ok(card) => [b"+", &card[..]].concat(),
-            Err(Refusal { is_expected: true, why }) => format!("0{why}").into_bytes(),
-            Err(Refusal { why, .. }) => format!("-{why}").into_bytes(),
+        self.settle(Share::Same(report(own.as_deref())))
+    }
+
+    /// Tells each rank what this one has for it.
+    fn agree_each(
+        self,
+        own: Result<Vec<Vec<u8>>, Refusal>,
+    ) -> Result<Result<Vec<Vec<u8>>, Refusals>, Error> {
+        let reports = match &own {
+            Ok(cards) => cards.iter().map(|card| report(Ok(card))).collect(),
+            Err(refusal) => vec![report(Err(refusal)); self.topology.world()],
         };
-        let reports = self.control.exchange(report).map_err(rendezvous_error)?;
+        self.settle(Share::Each(reports))
+    }
+
+    fn settle(self, share: Share) -> Result<Result<Vec<Vec<u8>>, Refusals>, Error> {
+        let reports = (self.exchange)(share)?;
         let mut refusals = Vec::new();
         let mut cards = Vec::new();
         for (rank, report) in reports.iter().enumerate() {
@@ -75,30 +99,35 @@ impl Asking<'_> {
                     let why = String::from_utf8_lossy(why).into_owned();
                     refusals.push((rank, Refusal { is_expected: *kind == b'0', why }));
                 }
-                None => refusals.push((rank, Refusal::from_text("nothing"))),
+                None => refusals.push((rank, Refusal::from_text("it has given up"))),
             }
         }
         Ok(if refusals.is_empty() { Ok(cards) } else { Err(refusals) })
     }
 
     fn do_without(self, refusals: &Refusals) -> Result<(), Error> {
+        let in_job = self.membership.ranks();
         let reasons: Vec<String> = refusals
             .iter()
-            .map(|(rank, refusal)| format!("rank {rank}: {}", refusal.why))
+            .map(|(rank, refusal)| format!("rank {}: {}", in_job[*rank], refusal.why))
             .collect();
         let reasons = reasons.join("; ");
         if self.settings.transport == TransportChoice::Verbs {
             let text =
                 format!("transport verbs was asked for, but not all ranks have it ({reasons})");
-            let culprits = refusals.iter().map(|(rank, _)| *rank).collect();
+            let culprits = refusals.iter().map(|(rank, _)| in_job[*rank]).collect();
             return Err(Error::new(ErrorKind::Configuration, text)
-                .on(self.rank)
+                .on(self.membership.job_rank())
                 .caused_by(culprits));
         }
         if refusals.iter().all(|(_, refusal)| refusal.is_expected) {
             tracing::debug!("no RDMA: {reasons}");
         } else if self.rank == 0 {
-            tracing::warn!("TCP is used between hosts, as RDMA can't be: {reasons}");
+            let whose = match self.membership.communicator() {
+                0 => String::new(),
+                number => format!(" in group {number}"),
+            };
+            tracing::warn!("TCP is used between hosts{whose}, as RDMA can't be: {reasons}");
         }
         Ok(())
     }
@@ -106,20 +135,26 @@ impl Asking<'_> {
     #[cfg(feature = "verbs")]
     fn attempt(self) -> Result<Result<VerbsLink, Refusals>, Error> {
         let offer = self.offer();
-        let card = offer.as_ref().map(unisum_verbs::Offer::card).map_err(Refusal::copy);
-        let (cards, offer) = match (self.agree(card)?, offer) {
+        let cards = offer.as_ref().map(unisum_verbs::Offer::cards).map_err(Refusal::copy);
+        let (cards, offer) = match (self.agree_each(cards)?, offer) {
             (Ok(cards), Ok(offer)) => (cards, offer),
             (Err(refusals), _) => return Ok(Err(refusals)),
             (Ok(_), Err(refusal)) => return Ok(Err(vec![(self.rank, refusal)])),
         };
-        let link = offer.connect(&cards).map_err(Refusal::from_text);
+        let link = offer.connect(&cards).map_err(|error| Refusal::from_text(self.in_job(error)));
         let mut link = match (self.agree(Refusal::of(&link))?, link) {
             (Ok(_), Ok(link)) => link,
             (Err(refusals), _) => return Ok(Err(refusals)),
             (Ok(_), Err(refusal)) => return Ok(Err(vec![(self.rank, refusal)])),
         };
-        let until = Instant::now() + PROOF_TIMEOUT.min(self.settings.connect_timeout);
-        let proven = link.prove(until).map_err(Refusal::from_text);
+        // The others wait for this one no longer than that: of a group, in a collective.
+        let Settings { connect_timeout, timeout, .. } = self.settings;
+        let patience = if self.registry.is_some() { *timeout / 2 } else { *connect_timeout };
+        let until = Instant::now() + PROOF_TIMEOUT.min(patience);
+        let is_pointless = || self.membership.verdict().is_some();
+        let proven = link
+            .prove(until, &is_pointless)
+            .map_err(|error| Refusal::from_text(self.membership.in_job(error)));
         Ok(self.agree(Refusal::of(&proven))?.map(|_| link))
     }
 
@@ -127,8 +162,20 @@ impl Asking<'_> {
     #[cfg(not(feature = "verbs"))]
     fn attempt(self) -> Result<Result<VerbsLink, Refusals>, Error> {
         let refusal = || Refusal::from_text("this build has no verbs transport");
-        let refusals = self.agree(Err(refusal()))?.err();
+        let refusals = self.agree_each(Err(refusal()))?.err();
         Ok(Err(refusals.unwrap_or_else(|| vec![(self.rank, refusal())])))
+    }
+
+    /// An error with the job's number of the rank it blames.
+    #[cfg(feature = "verbs")]
+    fn in_job(self, error: unisum_verbs::VerbsError) -> unisum_verbs::VerbsError {
+        use unisum_verbs::VerbsError;
+        let ranks = self.membership.ranks();
+        match error {
+            VerbsError::Card(rank, why) => VerbsError::Card(ranks[rank], why),
+            VerbsError::Path(rank, why) => VerbsError::Path(ranks[rank], why),
+            error => error,
+        }
     }
 
     #[cfg(feature = "verbs")]
@@ -151,8 +198,12 @@ impl Asking<'_> {
             traffic_class: verbs.traffic_class as u8,
             service_level: verbs.service_level as u8,
         };
-        let world = self.topology.world();
-        unisum_verbs::Offer::new(self.rank, world, self.others, config).map_err(|error| {
+        let (rank, world) = (self.rank, self.topology.world());
+        let offer = match self.registry {
+            None => unisum_verbs::Offer::new(rank, world, self.others, config),
+            Some(devices) => unisum_verbs::Offer::beside(devices, rank, world, self.others, config),
+        };
+        offer.map_err(|error| {
             let is_expected = matches!(error, unisum_verbs::VerbsError::Absent(_));
             Refusal { is_expected, why: error.to_string() }
         })
@@ -160,6 +211,15 @@ impl Asking<'_> {
 }
 
 type Refusals = Vec<(Rank, Refusal)>;
+
+/// What a rank tells of what it has come to.
+fn report(own: Result<&[u8], &Refusal>) -> Vec<u8> {
+    match own {
+        Ok(card) => [b"+", card].concat(),
+        Err(Refusal { is_expected: true, why }) => format!("0{why}").into_bytes(),
+        Err(Refusal { why, .. }) => format!("-{why}").into_bytes(),
+    }
+}
 
 impl Refusal {
     fn from_text(why: impl ToString) -> Self {

@@ -74,7 +74,7 @@ impl Job {
 }
 
 fn blob(round: u32) -> Message {
-    Message::Blob { round, blob: Bytes::from_static(b"blob") }
+    Message::Blob { round, to: None, blob: Bytes::from_static(b"blob") }
 }
 
 #[test]
@@ -206,6 +206,37 @@ fn an_exchange_is_told_to_all_in_rank_order() {
 }
 
 #[test]
+fn blobs_for_each_rank_are_told_to_it_alone() {
+    let mut job = Job::new();
+    for to in 0..WORLD {
+        job.say(1, Message::Blob { round: 0, to: Some(to), blob: Bytes::from(vec![to as u8]) });
+    }
+    for rank in [2, 0, 3] {
+        job.say(rank, blob(0));
+    }
+    for (rank, output) in job.outputs().iter().enumerate() {
+        assert_eq!(output.audience, Audience::One(rank));
+        let told = output.messages.iter().map(|message| match message {
+            Message::Gathered { round: 0, blob, .. } => &blob[..],
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [b"blob", &[rank as u8][..], b"blob", b"blob"]);
+    }
+    job.expect_nothing();
+}
+
+#[test]
+fn a_rank_with_blobs_for_some_only_is_named() {
+    let mut job = Job::new();
+    for rank in 0..3 {
+        job.say(rank, blob(0));
+    }
+    job.say(3, Message::Blob { round: 0, to: Some(0), blob: Bytes::new() });
+    job.wait(CONNECT_TIMEOUT);
+    job.expect(VerdictKind::NotEntered, &[3]);
+}
+
+#[test]
 fn ranks_that_never_came_are_named() {
     let mut job = Job::empty();
     job.coordinator.connected(1);
@@ -253,6 +284,7 @@ fn nonsense_ends_the_job_with_its_author_named() {
         Message::Verdict(Verdict::died(1, "")),
         Message::Joined,
         blob(1),
+        Message::Blob { round: 0, to: Some(1), blob: Bytes::new() },
         Message::Accuse(Report { against: WORLD, mismatch: false, text: String::new() }),
     ];
     for message in nonsense {

@@ -65,13 +65,18 @@ fn connect() -> Result<Vec<VerbsLink>, Box<dyn Error>> {
     };
     let offers = [0, 1].map(|rank| Offer::new(rank, 2, &[1 - rank], config.clone()));
     let offers = offers.into_iter().collect::<Result<Vec<_>, _>>()?;
-    let cards: Vec<Vec<u8>> = offers.iter().map(Offer::card).collect();
-    let links = offers.into_iter().map(|offer| offer.connect(&cards));
+    let cards: Vec<_> = offers.iter().map(Offer::cards).collect();
+    let links = offers.into_iter().enumerate().map(|(rank, offer)| {
+        let for_rank: Vec<Vec<u8>> = cards.iter().map(|cards| cards[rank].clone()).collect();
+        offer.connect(&for_rank)
+    });
     let mut links = links.collect::<Result<Vec<_>, _>>()?;
     let until = Instant::now() + Duration::from_secs(20);
     thread::scope(|scope| {
-        let proofs: Vec<_> =
-            links.iter_mut().map(|link| scope.spawn(move || link.prove(until))).collect();
+        let proofs: Vec<_> = links
+            .iter_mut()
+            .map(|link| scope.spawn(move || link.prove(until, &|| false)))
+            .collect();
         proofs.into_iter().try_for_each(|proof| proof.join().expect("proving does not panic"))
     })?;
     Ok(links)

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use unisum_link::{Call, Landing, LinkError, Rank, Region, Regions, Ticket};
+use unisum_link::{Call, Collective, Landing, LinkError, Rank, Region, Regions, Ticket};
 
 use crate::error::VerbsError;
 use crate::memory::{Keys, Pages, Pinned, Registry};
@@ -46,8 +46,36 @@ unsafe impl std::marker::Send for Send {}
 pub(crate) struct UnderWay {
     pub(crate) ticket: Ticket,
     pub(crate) parts_left: usize,
-    /// Where it is sent from, if not from its place.
-    pub(crate) slot: Option<Pages>,
+    pub(crate) hold: Hold,
+}
+
+/// The memory that devices use for a large transfer.
+#[derive(Debug)]
+pub(crate) enum Hold {
+    /// The transfer's place, which is registered for longer.
+    Place(Keys),
+    /// The transfer's place, registered for it alone.
+    Lent(Pinned),
+    /// Memory of the link's.
+    Slot(Pages),
+}
+
+impl Hold {
+    pub(crate) const fn keys(&self) -> Keys {
+        match self {
+            Self::Place(keys) => *keys,
+            Self::Lent(pinned) => pinned.keys,
+            Self::Slot(slot) => slot.keys(),
+        }
+    }
+
+    /// The slot, if it is one.
+    pub(crate) const fn slot(&self) -> Option<&Pages> {
+        match self {
+            Self::Slot(slot) => Some(slot),
+            Self::Place(_) | Self::Lent(_) => None,
+        }
+    }
 }
 
 /// What arrived for the engine to fold.
@@ -130,9 +158,41 @@ impl Desk {
         self.done.push(ticket);
     }
 
+    /// The memory for a large transfer from or to `start`: a slot if it can't be its place. It is
+    /// given back, or dropped, before the transfer is reported as done.
+    ///
+    /// # Errors
+    /// If memory can't be had or not be registered.
+    pub(crate) fn hold(&mut self, start: *const u8, bytes: usize) -> Result<Hold, LinkError> {
+        if let Some(keys) = self.keys(start, bytes) {
+            return Ok(Hold::Place(keys));
+        }
+        // Messages are no collective: their memory is lent for each by itself.
+        let is_message = self.current().call.collective == Collective::Message;
+        if is_message && bytes >= self.registry.register_from() {
+            let start = NonNull::new(start.cast_mut()).expect("messages are not at address 0");
+            // SAFETY: the memory is lent until the transfer is done, and the registration is
+            // dropped before that; its keys leave this rank for this transfer only.
+            let pinned = unsafe { Pinned::new(self.registry.domains(), start, bytes) };
+            // What can't be registered, such as memory that is only readable, is copied.
+            if let Ok(pinned) = pinned {
+                self.registrations += 1;
+                return Ok(Hold::Lent(pinned));
+            }
+        }
+        self.take_slot(bytes).map(Hold::Slot)
+    }
+
+    /// The memory of a transfer is not used any more.
+    pub(crate) fn let_go(&mut self, hold: Hold) {
+        if let Hold::Slot(slot) = hold {
+            self.slots.give(slot);
+        }
+    }
+
     /// The keys of a piece of the region, if peers may write and devices read it where it is.
     /// `None` means that it has to pass a slot.
-    pub(crate) fn keys(&mut self, start: *const u8, bytes: usize) -> Option<Keys> {
+    fn keys(&mut self, start: *const u8, bytes: usize) -> Option<Keys> {
         let start = start as usize;
         let held = |borrowed: &&Borrowed| {
             borrowed.start <= start && start + bytes <= borrowed.start + borrowed.bytes
@@ -196,10 +256,6 @@ impl Desk {
         slot.map_err(|error| self.own_error(&error))
     }
 
-    pub(crate) fn give_slot(&mut self, slot: Pages) {
-        self.slots.give(slot);
-    }
-
     /// Memory for a small arrival that reduces.
     pub(crate) fn take_vessel(&mut self, bytes: usize) -> Vec<u8> {
         let mut vessel = self.vessels.pop().unwrap_or_default();
@@ -251,9 +307,9 @@ impl Desk {
         if send.parts_left > 0 {
             return;
         }
-        if let Some(UnderWay { ticket, slot, .. }) = self.sends[number].take() {
+        if let Some(UnderWay { ticket, hold, .. }) = self.sends[number].take() {
             self.free_sends.push(number);
-            slot.into_iter().for_each(|slot| self.slots.give(slot));
+            self.let_go(hold);
             self.finish(ticket);
         }
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::OFlags;
 use unisum_link::fork::{self, ParentOnly};
@@ -27,6 +27,8 @@ pub(crate) struct Domain {
     pub(crate) gid: Gid,
     pub(crate) attributes: ffi::PortAttributes,
     pub(crate) limits: ffi::DeviceAttributes,
+    /// What it reported that no connection over it survives.
+    failure: OnceLock<String>,
 }
 
 /// The library's objects for a device. Dropping it closes the device.
@@ -61,6 +63,7 @@ impl Domain {
             opened,
             gid,
             port,
+            failure: OnceLock::new(),
         };
         make_nonblocking(*domain.events)
             .map_err(|error| VerbsError::Os("preparing for its events".into(), error))?;
@@ -116,8 +119,36 @@ impl Domain {
         Ok(Registration { local: head.lkey, remote: head.rkey, mr, domain: self.clone() })
     }
 
+    /// Takes note of what the device says of itself. Each event comes to one of the links over the
+    /// device; all find a failure in [`Domain::failure`].
+    pub(crate) fn take_events(&self) {
+        let name = &self.port.device;
+        while let Some(event) = self.next_event() {
+            // A port's number is an `int` in a union with pointers.
+            let port = event.element as u32;
+            match event.event_type {
+                ffi::EVENT_PORT_ERR => tracing::warn!("port {port} of {name} is down"),
+                ffi::EVENT_PORT_ACTIVE => tracing::warn!("port {port} of {name} is up"),
+                ffi::EVENT_DEVICE_FATAL
+                | ffi::EVENT_QP_FATAL
+                | ffi::EVENT_QP_REQ_ERR
+                | ffi::EVENT_QP_ACCESS_ERR => {
+                    let text = format!("{name} reported event {}", event.event_type);
+                    // The first counts.
+                    let _ = self.failure.set(text);
+                }
+                other => tracing::debug!("{name} reported event {other}"),
+            }
+        }
+    }
+
+    /// What the device reported that no connection over it survives.
+    pub(crate) fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
     /// The next event of the device or its port, if there is one.
-    pub(crate) fn next_event(&self) -> Option<ffi::AsyncEvent> {
+    fn next_event(&self) -> Option<ffi::AsyncEvent> {
         let mut event = MaybeUninit::<ffi::AsyncEvent>::uninit();
         let (context, library) = (self.context(), self.library());
         // SAFETY: the context is open and its descriptor does not block; the library fills the

@@ -38,8 +38,13 @@ impl VerbsError {
 /// What to tell whoever could not register memory, behind what was tried: empty if it was not for
 /// the limit.
 pub(crate) fn locked_memory_hint(error: &io::Error) -> String {
-    let limited = error.raw_os_error() == Some(ENOMEM);
     let limit = getrlimit(Resource::Memlock).current;
+    let limited = match error.raw_os_error() {
+        Some(ENOMEM) => true,
+        // Who may lock nothing at all is told that it is not permitted.
+        Some(EPERM) => limit == Some(0),
+        _ => false,
+    };
     match limit.filter(|_| limited) {
         Some(bytes) => format!(
             " (this process may lock {} KiB of memory: raise RLIMIT_MEMLOCK, as by ulimit -l)",
@@ -50,3 +55,4 @@ pub(crate) fn locked_memory_hint(error: &io::Error) -> String {
 }
 
 const ENOMEM: i32 = rustix::io::Errno::NOMEM.raw_os_error();
+const EPERM: i32 = rustix::io::Errno::PERM.raw_os_error();

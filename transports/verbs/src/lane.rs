@@ -111,6 +111,20 @@ impl Lane {
         Some(finished)
     }
 
+    /// Forgets what was pushed, as the peer has it all. The large messages of which a part was
+    /// under way, once for each part. Nothing more may be posted or be reported.
+    pub(crate) fn drain(&mut self) -> Vec<usize> {
+        let posted = self.under_way.drain(..).filter_map(|finished| finished.large);
+        let mut large: Vec<usize> = posted.collect();
+        let pending = self.pending.drain(..).filter_map(|(_, carries)| match carries {
+            Carries::Large(number) => Some(number),
+            Carries::Small | Carries::Word => None,
+        });
+        large.extend(pending);
+        self.room = WRITES;
+        large
+    }
+
     /// Whether the peer announced something since.
     pub(crate) const fn has_heard(&self) -> bool {
         self.heard > 0

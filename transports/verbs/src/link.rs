@@ -18,7 +18,7 @@ use crate::lane::Lane;
 use crate::memory::{Pages, Registry};
 use crate::peer::Peer;
 use crate::sleep::{News, Sleeper};
-use crate::wire::Word;
+use crate::wire::{Kind, Word};
 
 /// A device with what this rank has on it.
 #[derive(Debug)]
@@ -57,8 +57,10 @@ pub struct VerbsLink {
     /// Peers to look after.
     listed: Vec<usize>,
     sleeper: Sleeper,
-    /// What a device said of itself, for the next progress.
+    /// Why nothing can go on, for the next progress.
     failure: Option<LinkError>,
+    /// Peers that left or broke.
+    gone: Vec<usize>,
     /// Whether all connections are proven. Until then every report is waited for.
     is_proven: bool,
     counts: Counts,
@@ -72,6 +74,8 @@ const BATCH: usize = 16;
 /// several system calls and an interrupt, 10 to 20 us: looking for as long costs twice the best at
 /// most (Karlin et al., Competitive randomized algorithms for nonuniform problems, 1994).
 const YIELDS: u32 = 64;
+/// How often a proof asks whether there is still a point in it.
+const PROOF_NAP: Duration = Duration::from_millis(100);
 /// How long a link that is left waits for its last messages to be read by its devices.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -100,7 +104,7 @@ impl VerbsLink {
         }
         let mut places = vec![None; world];
         peers.iter().enumerate().for_each(|(index, peer)| places[peer.rank] = Some(index));
-        let (listed, failure, is_proven) = (Vec::new(), None, false);
+        let (listed, gone, failure, is_proven) = (Vec::new(), Vec::new(), None, false);
         let counts = Counts::default();
         let description = format!("{description}; {}", desk.registry.profile());
         let _areas = areas;
@@ -112,6 +116,7 @@ impl VerbsLink {
             listed,
             sleeper,
             failure,
+            gone,
             is_proven,
             counts,
             description,
@@ -137,8 +142,13 @@ impl VerbsLink {
     /// Sends an empty word over every connection and waits until each has brought one.
     ///
     /// # Errors
-    /// The first connection that fails, or one that was silent until `until`.
-    pub fn prove(&mut self, until: Instant) -> Result<(), LinkError> {
+    /// The first connection that fails, or one that was silent until `until`, or until
+    /// `is_pointless`, which is asked now and then.
+    pub fn prove(
+        &mut self,
+        until: Instant,
+        is_pointless: &dyn Fn() -> bool,
+    ) -> Result<(), LinkError> {
         let expected: u64 = self.peers.iter().map(|peer| peer.lanes.len() as u64).sum();
         for peer in &mut self.peers {
             peer.push_probes();
@@ -147,19 +157,21 @@ impl VerbsLink {
         loop {
             self.look()?;
             self.advance_listed()?;
-            let is_busy = self.peers.iter().flat_map(|peer| &peer.lanes).any(Lane::is_busy);
+            self.look_who_is_missed()?;
+            let is_busy = self.peers.iter().any(Peer::is_busy);
             if !is_busy && self.counts.announcements >= expected {
                 self.is_proven = true;
                 return Ok(());
             }
-            if Instant::now() >= until {
+            let now = Instant::now();
+            if now >= until || is_pointless() {
                 let is_proven = |lane: &Lane| lane.has_heard() && !lane.is_busy();
                 let silent = self.peers.iter().find(|peer| !peer.lanes.iter().all(is_proven));
                 let peer = silent.map_or(self.desk.rank, |peer| peer.rank);
                 let kind = LinkErrorKind::Unreachable("no packets came through in time".into());
                 return Err(LinkError { peer, kind });
             }
-            self.park(until, 1)?;
+            self.park(until.min(now + PROOF_NAP), 1)?;
         }
     }
 
@@ -173,11 +185,9 @@ impl VerbsLink {
         }
     }
 
-    /// Takes all completions. `true` if there were any. A connection that breaks flushes what it
-    /// holds: of several failures the one that is no such consequence is told.
+    /// Takes all completions. `true` if there were any.
     fn look(&mut self) -> Result<bool, LinkError> {
         let mut found_any = false;
-        let mut flushed = None;
         for rail in 0..self.rails.len() {
             loop {
                 let mut found = [ffi::Completion::default(); BATCH];
@@ -185,21 +195,25 @@ impl VerbsLink {
                     let what = format!("polling the completions of {}", self.device_name(rail));
                     LinkError::os(self.desk.rank, what, format!("code {code}"))
                 })?;
-                for completion in &found[..count] {
-                    let taken = self.take(rail, completion);
-                    if completion.status == ffi::WC_FLUSHED {
-                        flushed = flushed.or_else(|| taken.err());
-                    } else {
-                        taken?;
-                    }
-                }
+                found[..count].iter().try_for_each(|completion| self.take(rail, completion))?;
                 found_any |= count > 0;
                 if count < BATCH {
                     break;
                 }
             }
         }
-        flushed.map_or(Ok(found_any), Err)
+        Ok(found_any)
+    }
+
+    /// Gives the error of a peer that is gone and is missed, if there is one. A connection that
+    /// breaks flushes what it holds: of several failures the one is told that is no such
+    /// consequence.
+    fn look_who_is_missed(&self) -> Result<(), LinkError> {
+        let missed = |&index: &usize| Some((self.peers[index].is_missed()?, index));
+        // A cause is more than a consequence.
+        let missed = self.gone.iter().filter_map(missed).max_by_key(|(is_cause, _)| *is_cause);
+        let error = missed.and_then(|(_, index)| self.peers[index].why_gone());
+        error.map_or(Ok(()), Err)
     }
 
     fn device_name(&self, rail: usize) -> &str {
@@ -215,17 +229,31 @@ impl VerbsLink {
         let (_, peer, lane) = pairs[at];
         if completion.status != ffi::WC_SUCCESS {
             let status = self.rails[rail].completions.describe(completion.status);
-            let peer = &self.peers[peer];
-            return Err(LinkError::os(peer.rank, peer.lanes[lane].pair.to_string(), status));
+            let (place, peer) = (peer, &mut self.peers[peer]);
+            let error = LinkError::os(peer.rank, peer.lanes[lane].pair.to_string(), status);
+            let is_consequence = completion.status == ffi::WC_FLUSHED;
+            peer.broke(error, is_consequence);
+            self.note_gone(place);
+            return Ok(());
         }
         self.list(peer);
         if completion.opcode == ffi::WC_RECV_RDMA_WITH_IMM {
             self.counts.announcements += 1;
             let word = Word::decode(u32::from_be(completion.imm_data));
-            self.peers[peer].hear(lane, word, completion.byte_len as usize, &mut self.desk)
+            self.peers[peer].hear(lane, word, completion.byte_len as usize, &mut self.desk)?;
+            if word.kind == Kind::Goodbye {
+                self.note_gone(peer);
+            }
+            Ok(())
         } else {
             self.counts.reports += 1;
             self.peers[peer].reported(lane, &mut self.desk)
+        }
+    }
+
+    fn note_gone(&mut self, peer: usize) {
+        if !self.gone.contains(&peer) {
+            self.gone.push(peer);
         }
     }
 
@@ -245,36 +273,7 @@ impl VerbsLink {
         if self.look()? {
             self.advance_listed()?;
         }
-        Ok(())
-    }
-
-    /// Takes note of what a device says of itself.
-    fn take_events(&mut self) {
-        for rail in &self.rails {
-            let device = rail.device();
-            while let Some(event) = device.next_event() {
-                let name = &device.port.device;
-                // A port's number is an `int` in a union with pointers.
-                let port = event.element as u32;
-                match event.event_type {
-                    ffi::EVENT_PORT_ERR => {
-                        tracing::warn!("port {port} of {name} is down")
-                    }
-                    ffi::EVENT_PORT_ACTIVE => {
-                        tracing::warn!("port {port} of {name} is up")
-                    }
-                    ffi::EVENT_DEVICE_FATAL
-                    | ffi::EVENT_QP_FATAL
-                    | ffi::EVENT_QP_REQ_ERR
-                    | ffi::EVENT_QP_ACCESS_ERR => {
-                        let what = format!("{name} reported event {}", event.event_type);
-                        let error = LinkError::os(self.desk.rank, what, "a broken connection");
-                        self.failure.get_or_insert(error);
-                    }
-                    other => tracing::debug!("{name} reported event {other}"),
-                }
-            }
-        }
+        self.look_who_is_missed()
     }
 
     /// What has to wake this rank: peers' messages, and reports only if they are waited for.
@@ -310,17 +309,36 @@ impl VerbsLink {
             }
         }
         if news.events {
-            self.take_events();
+            self.rails.iter().for_each(|rail| rail.device().take_events());
         }
     }
 
-    /// Waits for the devices to have read what was sent last: it was reported as done when it was
-    /// copied. Peers that have all they wait for may be gone already, and then nothing is awaited.
+    /// What ends everything: a failure of this link, or of a device.
+    fn failure(&self) -> Option<LinkError> {
+        let of_device = |rail: &Rail| {
+            let what = rail.device().failure()?;
+            Some(LinkError::os(self.desk.rank, what.to_owned(), "a broken connection"))
+        };
+        self.failure.clone().or_else(|| self.rails.iter().find_map(of_device))
+    }
+
+    /// Waits for the devices to have read what was sent last, as it was reported as done when it
+    /// was copied; then says goodbye. Peers that have said so themselves are not waited for.
     fn say_last_words(&mut self) {
         let until = Instant::now() + LAST_WORDS;
-        let is_busy = |peers: &[Peer]| peers.iter().flat_map(|peer| &peer.lanes).any(Lane::is_busy);
+        self.settle(until);
+        if self.desk.open == 0 {
+            self.peers.iter_mut().for_each(Peer::push_goodbye);
+            (0..self.peers.len()).for_each(|peer| self.list(peer));
+            self.settle(until);
+        }
+    }
+
+    /// Waits until all writes are done, unless transfers are open.
+    fn settle(&mut self, until: Instant) {
+        let is_busy = |peers: &[Peer]| peers.iter().any(Peer::is_busy);
         while self.desk.open == 0 && is_busy(&self.peers) && Instant::now() < until {
-            if self.look().is_err() || self.advance_listed().is_err() {
+            if self.advance_listed().is_err() || self.look().is_err() {
                 return;
             }
             std::thread::yield_now();
@@ -341,8 +359,8 @@ impl Link for VerbsLink {
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
         let from = memory.base().cast_const();
         let peer = self.place(to);
+        self.peers[peer].send(Send { ticket, from, bytes: memory.bytes() })?;
         self.desk.open += 1;
-        self.peers[peer].send(Send { ticket, from, bytes: memory.bytes() });
         self.list(peer);
         Ok(())
     }
@@ -362,14 +380,23 @@ impl Link for VerbsLink {
         Ok(())
     }
 
+    fn retract(&mut self, from: Rank, ticket: Ticket) -> bool {
+        let peer = self.place(from);
+        let retracted = self.peers[peer].retract(ticket);
+        self.desk.open -= usize::from(retracted);
+        retracted
+    }
+
     fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError> {
-        if let Some(failure) = &self.failure {
-            return Err(failure.clone());
+        if let Some(failure) = self.failure() {
+            return Err(failure);
         }
         let result = self.move_on();
         done.append(&mut self.desk.done);
-        if let Err(error) = &result {
-            self.failure = Some(error.clone());
+        match &result {
+            // It ends only what it concerns, and that may be taken back.
+            Err(LinkError { kind: LinkErrorKind::Closed, .. }) | Ok(()) => {}
+            Err(error) => self.failure = Some(error.clone()),
         }
         result
     }
@@ -409,7 +436,7 @@ impl Link for VerbsLink {
     }
 
     fn arm(&mut self) -> bool {
-        if !self.listed.is_empty() || !self.desk.done.is_empty() || self.failure.is_some() {
+        if !self.listed.is_empty() || !self.desk.done.is_empty() || self.failure().is_some() {
             return false;
         }
         // What came before the queues were asked tells nobody: look once more.
@@ -438,12 +465,13 @@ impl Link for VerbsLink {
     }
 
     fn abort(&mut self) {
-        if self.failure.is_none() {
+        if self.failure().is_none() {
             self.say_last_words();
         }
         // Without their queue pairs the devices touch no memory for this link any more.
         self.peers.iter_mut().for_each(|peer| peer.lanes.clear());
         self.peers.clear();
+        self.gone.clear();
         self.listed.clear();
         self.desk.clear();
     }

@@ -1,6 +1,6 @@
 //! Setting up: from devices to a link whose every connection is proven.
 //!
-//! All ranks do the same: make an [`Offer`], exchange its card, [`Offer::connect`], tell each
+//! All ranks do the same: make an [`Offer`], give each peer its card, [`Offer::connect`], tell each
 //! other how that went, [`VerbsLink::prove`], and tell each other again. Packets to a queue pair
 //! that isn't connected yet would be lost, and their repetition takes a while: hence the exchange
 //! between connecting and proving.
@@ -12,7 +12,7 @@ use unisum_link::Rank;
 use unisum_link::handshake::random;
 
 use crate::area::{Area, Layout};
-use crate::card::{Card, MTU_CODES, NUMBER_LIMIT, PeerCard, RailCard};
+use crate::card::{Card, MTU_CODES, NUMBER_LIMIT, RailCard};
 use crate::completions::Completions;
 use crate::desk::Desk;
 use crate::device::{self, Port};
@@ -75,7 +75,6 @@ impl Offer {
         peers: &[Rank],
         config: VerbsConfig,
     ) -> Result<Self, VerbsError> {
-        let layout = Layout::new(world);
         let mut domains = Vec::new();
         for port in chosen_ports(&config)? {
             let gid = port.gid(config.gid_index).map_err(|why| {
@@ -83,6 +82,23 @@ impl Offer {
             })?;
             domains.push(Domain::open(port, gid)?);
         }
+        Self::beside(&Registry::new(domains), rank, world, peers, config)
+    }
+
+    /// The same for one more link over devices that are open: queue pairs and memory to receive in
+    /// are its own, what is registered in `registry` is registered for it as well. Whatever
+    /// `config` says about the choice of devices does not count.
+    ///
+    /// # Errors
+    /// As [`Offer::new`].
+    pub fn beside(
+        registry: &Arc<Registry>,
+        rank: Rank,
+        world: usize,
+        peers: &[Rank],
+        config: VerbsConfig,
+    ) -> Result<Self, VerbsError> {
+        let (layout, domains) = (Layout::new(world), registry.domains());
         let lanes = peers.len() * config.pairs_per_peer;
         let entries = lanes * (layout.announcements() + REFILL + WRITES);
         let rails: Vec<Rail> = domains
@@ -102,34 +118,35 @@ impl Offer {
             Ok((peer, turns.collect::<Result<Vec<_>, VerbsError>>()?))
         };
         let peers = peers.iter().map(queue_pairs).collect::<Result<Vec<_>, VerbsError>>()?;
-        let areas = Pages::new(&domains, 2 * peers.len() * layout.bytes())?;
+        let areas = Pages::new(domains, 2 * peers.len() * layout.bytes())?;
         let random: [u8; 4] =
             random().map_err(|error| VerbsError::Os("choosing a packet number".into(), error))?;
         let psn = u32::from_le_bytes(random) % NUMBER_LIMIT;
-        let registry = Registry::new(domains);
+        let registry = registry.clone();
         Ok(Self { rank, world, config, layout, rails, peers, registry, areas, psn })
     }
 
-    /// What peers have to know.
-    pub fn card(&self) -> Vec<u8> {
+    /// What each peer has to know, by rank; nothing for who is none.
+    pub fn cards(&self) -> Vec<Vec<u8>> {
         let rail = |domain: &Arc<Domain>| RailCard {
             gid: domain.gid.raw,
             lid: domain.attributes.lid,
             mtu: self.mtu(domain),
             is_ethernet: domain.port.is_ethernet,
         };
-        let peer = |(rank, pairs): &(Rank, Vec<QueuePair>)| PeerCard {
-            rank: *rank,
-            pairs: pairs.iter().map(QueuePair::number).collect(),
-        };
-        let card = Card {
-            psn: self.psn,
-            areas: self.areas.start() as u64,
-            areas_key: self.areas.keys().remote[0],
-            rails: self.registry.domains().iter().map(rail).collect(),
-            peers: self.peers.iter().map(peer).collect(),
-        };
-        card.encode()
+        let rails: Vec<RailCard> = self.registry.domains().iter().map(rail).collect();
+        let mut cards = vec![Vec::new(); self.world];
+        for (index, (rank, pairs)) in self.peers.iter().enumerate() {
+            let card = Card {
+                psn: self.psn,
+                area: self.inbound(index) as u64,
+                area_key: self.areas.keys().remote[0],
+                rails: rails.clone(),
+                pairs: pairs.iter().map(QueuePair::number).collect(),
+            };
+            cards[*rank] = card.encode();
+        }
+        cards
     }
 
     /// Code of the largest packet that this rank's port and settings allow.
@@ -141,7 +158,8 @@ impl Offer {
         port.min(allowed)
     }
 
-    /// Connects to all peers, of whom `cards` has the cards, by rank. Nothing is sent yet.
+    /// Connects to all peers, of whom `cards` has the cards for this rank, by rank. Nothing is sent
+    /// yet.
     ///
     /// # Errors
     /// If a card makes no sense or offers nothing to this rank, or a device refuses a path.
@@ -151,11 +169,8 @@ impl Offer {
         for (index, (peer, pairs)) in std::mem::take(&mut self.peers).into_iter().enumerate() {
             let wrong = |why: String| VerbsError::Card(peer, why);
             let card = Card::decode(&cards[peer]).map_err(wrong)?;
-            let Some((their_area, numbers)) = card.offer_to(self.rank) else {
-                return Err(wrong(format!("of no queue pair for rank {}", self.rank)));
-            };
             let rails = self.rails.len().min(card.rails.len());
-            let turns = self.config.pairs_per_peer.min(numbers.len() / card.rails.len());
+            let turns = self.config.pairs_per_peer.min(card.pairs.len() / card.rails.len());
             let mut lanes = Vec::new();
             for (place, pair) in pairs.into_iter().enumerate() {
                 let (turn, rail) = (place / self.rails.len(), place % self.rails.len());
@@ -163,7 +178,7 @@ impl Offer {
                     continue;
                 }
                 let path = self
-                    .path(&card, rail, numbers[turn * card.rails.len() + rail])
+                    .path(&card, rail, card.pairs[turn * card.rails.len() + rail])
                     .map_err(wrong)?;
                 mtu = mtu.min(path.mtu);
                 pair.connect(&path).map_err(|error| {
@@ -173,7 +188,7 @@ impl Offer {
                 self.rails[rail].pairs.push((pair.number(), index, lanes.len()));
                 lanes.push(Lane::new(rail, pair));
             }
-            peers.push(Peer::new(peer, lanes, self.area(index, &card, their_area)));
+            peers.push(Peer::new(peer, lanes, self.area(index, &card)));
         }
         self.rails.iter_mut().for_each(|rail| rail.pairs.sort_unstable());
         let description = self.describe(mtu);
@@ -205,17 +220,21 @@ impl Offer {
     }
 
     /// The area of the peer with this index: inbound areas come first, outbound ones behind them.
-    fn area(&self, index: usize, card: &Card, their_area: usize) -> Area {
-        let (bytes, peers) = (self.layout.bytes(), self.areas.bytes() / self.layout.bytes() / 2);
-        let own = |place: usize| self.areas.start().wrapping_add(place * bytes);
+    fn area(&self, index: usize, card: &Card) -> Area {
+        let peers = self.areas.bytes() / self.layout.bytes() / 2;
         Area {
             layout: self.layout,
-            inbound: own(index).cast_const(),
-            outbound: own(peers + index),
+            inbound: self.inbound(index).cast_const(),
+            outbound: self.inbound(peers + index),
             outbound_key: self.areas.keys().local[0],
-            remote: card.areas.wrapping_add((their_area * bytes) as u64),
-            remote_key: card.areas_key,
+            remote: card.area,
+            remote_key: card.area_key,
         }
+    }
+
+    /// Where the peer with this index writes.
+    fn inbound(&self, index: usize) -> *mut u8 {
+        self.areas.start().wrapping_add(index * self.layout.bytes())
     }
 
     fn describe(&self, mtu: u8) -> String {

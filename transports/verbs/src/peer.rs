@@ -8,17 +8,20 @@
 //! Neither way waits for the other, nor one direction for the other: cells and announcements have
 //! room of their own.
 
+mod checks;
+mod ending;
+
 use std::collections::VecDeque;
 use std::io;
 
-use unisum_link::{Call, Landing, LinkError, LinkErrorKind, Rank};
+use unisum_link::{Call, Landing, LinkError, Rank, Ticket};
 
 use crate::area::{Area, CELL_BYTES};
-use crate::desk::{Desk, Receive, Send, UnderWay};
+use crate::desk::{Desk, Hold, Receive, Send, UnderWay};
 use crate::lane::{Carries, Lane};
-use crate::memory::Pages;
 use crate::queue_pair::Write;
 use crate::wire::{CREDITS, Kind, READY_BYTES, Ready, Word, part, parts};
+use ending::Ending;
 
 /// Largest message that goes through a cell.
 pub(crate) const SMALL_BYTES: usize = CELL_BYTES - Call::ENCODED;
@@ -33,6 +36,7 @@ pub(crate) struct Peer {
     area: Area,
     /// Whether the link looks after it at its next progress.
     pub(crate) is_listed: bool,
+    ending: Ending,
 
     /// Small messages that wait for a cell.
     small_out: VecDeque<Send>,
@@ -69,8 +73,7 @@ pub(crate) struct Peer {
 struct Incoming {
     receive: Receive,
     parts_left: usize,
-    /// Where it is written, if not to its place.
-    slot: Option<Pages>,
+    hold: Hold,
 }
 
 impl Peer {
@@ -80,6 +83,7 @@ impl Peer {
             lanes,
             area,
             is_listed: false,
+            ending: Ending::default(),
             small_out: VecDeque::new(),
             sent: 0,
             taken_there: 0,
@@ -98,11 +102,19 @@ impl Peer {
         }
     }
 
-    pub(crate) fn send(&mut self, send: Send) {
+    /// Posts a send.
+    ///
+    /// # Errors
+    /// If the peer is gone.
+    pub(crate) fn send(&mut self, send: Send) -> Result<(), LinkError> {
+        if let Some(error) = self.why_gone() {
+            return Err(error);
+        }
         match send.bytes <= SMALL_BYTES {
             true => self.small_out.push_back(send),
             false => self.large_out.push_back(send),
         }
+        Ok(())
     }
 
     pub(crate) fn receive(&mut self, receive: Receive) {
@@ -110,6 +122,16 @@ impl Peer {
             true => self.small_in.push_back(receive),
             false => self.large_in.push_back(receive),
         }
+    }
+
+    /// Takes back the last receive, if it is this one, small, and nothing has come for it.
+    pub(crate) fn retract(&mut self, ticket: Ticket) -> bool {
+        let is_last = self.small_in.back().is_some_and(|receive| receive.ticket == ticket);
+        let is_awaited = self.small_in.len() > self.lengths.len();
+        if is_last && is_awaited {
+            self.small_in.pop_back();
+        }
+        is_last && is_awaited
     }
 
     /// Whether something came that the next collective may be about.
@@ -168,6 +190,10 @@ impl Peer {
                 self.part_arrived(usize::from(place), desk)
             }
             Kind::Credit => Ok(()),
+            Kind::Goodbye => {
+                self.says_goodbye(desk);
+                Ok(())
+            }
             Kind::Small | Kind::Ready { .. } => {
                 self.require(false, "a message on a connection that carries only data")
             }
@@ -176,6 +202,9 @@ impl Peer {
 
     /// Takes note of a reported write on a connection.
     pub(crate) fn reported(&mut self, lane: usize, desk: &mut Desk) -> Result<(), LinkError> {
+        if self.has_left() {
+            return Ok(());
+        }
         let finished = self.lanes[lane].reported();
         self.require(finished.is_some(), "a report of a write that was not posted")?;
         let finished = finished.unwrap_or_default();
@@ -285,19 +314,15 @@ impl Peer {
 
     fn depart(&mut self, send: &Send, ready: &Ready, desk: &mut Desk) -> Result<(), LinkError> {
         let place = (self.used as usize % self.area.layout.readies) as u8;
-        let (keys, slot) = match desk.keys(send.from, send.bytes) {
-            Some(keys) => (keys, None),
-            None => {
-                let slot = desk.take_slot(send.bytes)?;
-                // SAFETY: the region's promise covers what is sent until it is done; the slot has
-                // the room and is nobody else's.
-                unsafe { slot.start().copy_from_nonoverlapping(send.from, send.bytes) };
-                (slot.keys(), Some(slot))
-            }
-        };
-        let from = slot.as_ref().map_or(send.from, |slot| slot.start().cast_const());
-        let parts_left = parts(send.bytes, self.lanes.len());
-        let number = desk.depart(UnderWay { ticket: send.ticket, parts_left, slot });
+        let hold = desk.hold(send.from, send.bytes)?;
+        if let Some(slot) = hold.slot() {
+            // SAFETY: the region's promise covers what is sent until it is done; the slot has the
+            // room and is nobody else's.
+            unsafe { slot.start().copy_from_nonoverlapping(send.from, send.bytes) };
+        }
+        let from = hold.slot().map_or(send.from, |slot| slot.start().cast_const());
+        let (keys, parts_left) = (hold.keys(), parts(send.bytes, self.lanes.len()));
+        let number = desk.depart(UnderWay { ticket: send.ticket, parts_left, hold });
         for index in 0..parts_left {
             let part = part(send.bytes, parts_left, index);
             // Single parts take turns.
@@ -327,27 +352,20 @@ impl Peer {
             && let Some(receive) = self.large_in.pop_front()
         {
             let place = self.announced as usize % places;
-            let keys = match receive.landing {
-                Landing::Place => desk.keys(receive.into, receive.bytes),
-                Landing::Slot => None,
+            let hold = match receive.landing {
+                Landing::Place => desk.hold(receive.into, receive.bytes)?,
+                Landing::Slot => Hold::Slot(desk.take_slot(receive.bytes)?),
             };
-            let (keys, slot) = match keys {
-                Some(keys) => (keys, None),
-                None => {
-                    let slot = desk.take_slot(receive.bytes)?;
-                    (slot.keys(), Some(slot))
-                }
-            };
-            let into = slot.as_ref().map_or(receive.into, Pages::start);
+            let into = hold.slot().map_or(receive.into, |slot| slot.start());
             let (bytes, call) = (receive.bytes as u64, desk.current().call);
-            let ready = Ready { address: into as u64, bytes, keys: keys.remote, call };
+            let ready = Ready { address: into as u64, bytes, keys: hold.keys().remote, call };
             let encoded = ready.encode();
             let at = self.area.layout.ready(place);
             // SAFETY: what was announced in this place has arrived, so that its announcement was
             // read; the array is that long.
             unsafe { self.area.copy_out(at, encoded.as_ptr(), READY_BYTES) };
             let parts_left = parts(receive.bytes, self.lanes.len());
-            self.incoming[place] = Some(Incoming { receive, parts_left, slot });
+            self.incoming[place] = Some(Incoming { receive, parts_left, hold });
             self.announced = self.announced.wrapping_add(1);
         }
         Ok(())
@@ -362,52 +380,20 @@ impl Peer {
             incoming.parts_left -= 1;
             incoming.parts_left == 0
         };
-        let Some(Incoming { receive, slot, .. }) = entry.take_if(last) else { return Ok(()) };
-        match (receive.landing, slot) {
-            (Landing::Slot, Some(slot)) => desk.large_arrived(receive.ticket, slot),
-            (Landing::Place, Some(slot)) => {
-                // SAFETY: the slot holds the message, and the region's promise covers the place
-                // until the receive is done.
-                unsafe { receive.into.copy_from_nonoverlapping(slot.start(), receive.bytes) };
-                desk.give_slot(slot);
+        let Some(Incoming { receive, hold, .. }) = entry.take_if(last) else { return Ok(()) };
+        match (receive.landing, hold) {
+            (Landing::Slot, Hold::Slot(slot)) => desk.large_arrived(receive.ticket, slot),
+            (_, hold) => {
+                if let Some(slot) = hold.slot() {
+                    // SAFETY: the slot holds the message, and the region's promise covers the
+                    // place until the receive is done.
+                    unsafe { receive.into.copy_from_nonoverlapping(slot.start(), receive.bytes) };
+                }
+                desk.let_go(hold);
                 desk.finish(receive.ticket);
             }
-            (_, None) => desk.finish(receive.ticket),
         }
         Ok(())
-    }
-
-    /// Looks at what came that nothing was posted for. If it is of the running collective's number
-    /// and not of its call, nothing ever will be.
-    fn check_ahead(&self, desk: &Desk) -> Result<(), LinkError> {
-        let Some(current) = &desk.current else { return Ok(()) };
-        let mut calls = Vec::new();
-        if let Some(&length) = self.lengths.front() {
-            calls.extend(self.small_call(length)?.0);
-        }
-        if self.heard != self.used {
-            calls.extend(self.oldest_ready().map(|ready| ready.call));
-        }
-        let ours = current.call;
-        let differs = |call: &Call| call.number == ours.number && *call != ours;
-        calls.iter().find(|call| differs(call)).map_or(Ok(()), |call| self.mismatch(ours, *call))
-    }
-
-    fn check_call(&self, theirs: Option<&Call>, desk: &Desk) -> Result<(), LinkError> {
-        let ours = desk.current().call;
-        match theirs {
-            Some(theirs) if *theirs == ours => Ok(()),
-            Some(theirs) => self.mismatch(ours, *theirs),
-            None => self.require(false, "a call that this version does not know"),
-        }
-    }
-
-    fn mismatch(&self, ours: Call, theirs: Call) -> Result<(), LinkError> {
-        Err(LinkError { peer: self.rank, kind: LinkErrorKind::Mismatch { ours, theirs } })
-    }
-
-    fn require(&self, is_sane: bool, what: &str) -> Result<(), LinkError> {
-        if is_sane { Ok(()) } else { Err(LinkError::protocol(self.rank, what)) }
     }
 
     /// What a word on this connection tells of small messages taken: only one connection carries
@@ -467,6 +453,9 @@ impl Peer {
 
     /// Posts everything that the queues hold, after making good for what was heard.
     pub(crate) fn flush(&mut self) -> Result<usize, LinkError> {
+        if self.is_gone() {
+            return Ok(0);
+        }
         self.push_announcements();
         let untold = self.taken.wrapping_sub(self.told) as usize;
         if untold >= self.area.layout.cells / 2 {

@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! bits 31..30  kind    0 small, 1 ready, 2 data, 3 credit
-//!      29..24  number  ready: how many announcements; data: the announcement's place
+//!      29..24  number  ready: how many announcements; data: the announcement's place;
+//!                      credit: 1 with the last word of who leaves
 //!      23      mark    data: whether the sender has marked the collective (see `Link::mark`)
 //!      22..0   credit  small messages that the sender of this word has taken (modulo 2^23)
 //! ```
@@ -21,9 +22,15 @@ use unisum_link::Call;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Small,
-    Ready { count: u8 },
-    Data { place: u8 },
+    Ready {
+        count: u8,
+    },
+    Data {
+        place: u8,
+    },
     Credit,
+    /// The sender waits for nothing any more and leaves: what it sent is there.
+    Goodbye,
 }
 
 /// An immediate word.
@@ -52,6 +59,7 @@ impl Word {
             Kind::Ready { count } => (1, count),
             Kind::Data { place } => (2, place),
             Kind::Credit => (3, 0),
+            Kind::Goodbye => (3, 1),
         };
         debug_assert!(number <= NUMBER_MAX, "numbers have six bits");
         let mark = if self.marked { MARK } else { 0 };
@@ -64,6 +72,7 @@ impl Word {
             0 => Kind::Small,
             1 => Kind::Ready { count: number },
             2 => Kind::Data { place: number },
+            _ if number == 1 => Kind::Goodbye,
             _ => Kind::Credit,
         };
         let marked = word & MARK != 0 && matches!(kind, Kind::Data { .. });

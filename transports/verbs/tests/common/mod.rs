@@ -44,18 +44,29 @@ pub fn links(world: usize, config: &VerbsConfig) -> Vec<VerbsLink> {
     let offers: Vec<Offer> = (0..world)
         .map(|rank| Offer::new(rank, world, &others(rank), config.clone()).unwrap())
         .collect();
-    let cards: Vec<Vec<u8>> = offers.iter().map(Offer::card).collect();
-    let links: Vec<VerbsLink> =
-        offers.into_iter().map(|offer| offer.connect(&cards).unwrap()).collect();
+    let links = connect(offers);
     let until = Instant::now() + Duration::from_secs(30);
     let prove = |mut link: VerbsLink| {
         thread::spawn(move || {
-            link.prove(until).unwrap();
+            link.prove(until, &|| false).unwrap();
             link
         })
     };
     let proofs: Vec<_> = links.into_iter().map(prove).collect();
     proofs.into_iter().map(|proof| proof.join().unwrap()).collect()
+}
+
+/// Gives every offer the others' cards for it.
+pub fn connect(offers: Vec<Offer>) -> Vec<VerbsLink> {
+    let cards: Vec<Vec<Vec<u8>>> = offers.iter().map(Offer::cards).collect();
+    let for_rank = |rank: usize| cards.iter().map(|cards| cards[rank].clone()).collect();
+    let offers = offers.into_iter().enumerate();
+    offers
+        .map(|(rank, offer)| {
+            let cards: Vec<Vec<u8>> = for_rank(rank);
+            offer.connect(&cards).unwrap()
+        })
+        .collect()
 }
 
 /// [`links`] for the conformance suite.
