@@ -23,6 +23,8 @@ use super::program::Exchange;
 pub(super) const MAPPED_BLOCK: usize = 16 << 10;
 /// Longest part of a piece: the benches of two ranks and what they copy stay in a second cache.
 pub(super) const PART_BYTES_MAX: usize = 256 << 10;
+/// What is used of all benches together: they stay in the last cache.
+const BENCHES_BYTES: usize = 4 << 20;
 /// Parts begin at lines of the cache.
 pub(super) const LINE: usize = 64;
 
@@ -231,8 +233,10 @@ impl GroupBench<'_> {
 
     /// Most bytes of a slice in one piece: all inputs and results fit the bench twice.
     fn part_bytes(&self) -> usize {
-        let parts = 2 * (self.group.members().len() + 1);
-        (self.group.bench_bytes() / parts / LINE * LINE).min(PART_BYTES_MAX)
+        let members = self.group.members().len();
+        let parts = 2 * (members + 1);
+        let share = self.group.bench_bytes().min(BENCHES_BYTES / members);
+        (share / parts / LINE * LINE).min(PART_BYTES_MAX)
     }
 
     /// What piece `k` takes of a slice.
