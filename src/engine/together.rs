@@ -231,12 +231,12 @@ impl GroupBench<'_> {
         place.expect("a rank is in its own group")
     }
 
-    /// Most bytes of a slice in one piece: all inputs and results fit the bench twice.
+    /// Most bytes of a slice in one piece: all inputs and results fit the benches twice.
     fn part_bytes(&self) -> usize {
         let members = self.group.members().len();
-        let parts = 2 * (members + 1);
-        let share = self.group.bench_bytes().min(BENCHES_BYTES / members);
-        (share / parts / LINE * LINE).min(PART_BYTES_MAX)
+        let used = (self.group.bench_bytes() * members).min(BENCHES_BYTES);
+        let parts = 2 * (members + 1) * members;
+        (used / parts / LINE * LINE).min(PART_BYTES_MAX)
     }
 
     /// What piece `k` takes of a slice.
