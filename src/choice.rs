@@ -10,7 +10,6 @@ use unisum_algorithms::{
 };
 
 use crate::programs::Key;
-use crate::trial::Candidates;
 use crate::{Error, ErrorKind};
 
 /// The choice of one communicator, the same on all its ranks: it follows from the topology and
@@ -68,16 +67,10 @@ pub(crate) const AUTO: usize = usize::MAX;
 /// and at most so many.
 const NEAR: f64 = 3.0;
 const CANDIDATES_MAX: usize = 4;
-/// Short calls are timed several in a row, as they come later: for about so long, and at most so
-/// many.
-const BLOCK_S: f64 = 100e-6;
-const CALLS_MAX: usize = 64;
 /// Bytes from which shared memory is tried.
 const TRIED_FROM: usize = 1024;
-/// How long trying may take by the model, and how often each is timed.
-const TRIAL_S: f64 = 0.05;
-const ROUNDS_MIN: usize = 3;
-const ROUNDS_MAX: usize = 9;
+/// Calls that are tried once each in so many seconds, by the model.
+const ROUND_S_MAX: f64 = 0.015;
 /// Size classes are powers of two of bytes.
 const CLASSES: usize = 48;
 /// Kinds of collectives that have algorithms of their own.
@@ -154,7 +147,7 @@ impl Choice {
     /// The algorithms to try out before the first call of this kind and size, the modelled best
     /// first; `None` if it is settled, or fixed, or nothing that trying could change. All ranks get
     /// the same answer.
-    pub(crate) fn open(&self, shape: &Shape, key: &Key) -> Option<Candidates> {
+    pub(crate) fn open(&self, shape: &Shape, key: &Key) -> Option<Vec<usize>> {
         // Each rank knows lengths of its own: it can't tell what the others' calls take.
         let is_known = !matches!(shape.space, Space::Pairs(PairCounts::Own { .. }));
         let (collective, class) = (shape.collective, class_of(shape, key));
@@ -176,11 +169,8 @@ impl Choice {
         timed.retain(|(seconds, _)| *seconds <= worth);
         timed.truncate(CANDIDATES_MAX);
         let round_s: f64 = timed.iter().map(|(seconds, _)| seconds).sum();
-        let calls = ((BLOCK_S / timed[0].0) as usize).clamp(1, CALLS_MAX);
-        let rounds = ((TRIAL_S / (round_s * calls as f64)) as usize).min(ROUNDS_MAX);
-        let algorithms = timed.into_iter().map(|(_, index)| index).collect::<Vec<_>>();
-        let is_worth_it = rounds >= ROUNDS_MIN && algorithms.len() > 1;
-        is_worth_it.then_some(Candidates { algorithms, rounds, calls })
+        let is_worth_it = timed.len() > 1 && round_s <= ROUND_S_MAX;
+        is_worth_it.then(|| timed.into_iter().map(|(_, index)| index).collect())
     }
 
     /// Fixes what all later calls of this kind and size take.
@@ -344,8 +334,8 @@ mod tests {
         let choice = Choice::new(Topology::flat(8), CostModel::default(), None, None);
         let (shape, key) = (Shape::flat(8, 1000), Key::all_reduce(1000, 4));
         let candidates = choice.open(&shape, &key).unwrap();
-        assert_eq!(candidates.algorithms[0], choice.algorithm(&shape, &key), "the modelled best");
-        let other = candidates.algorithms[1];
+        assert_eq!(candidates[0], choice.algorithm(&shape, &key), "the modelled best");
+        let other = candidates[1];
         choice.settle(&shape, &key, other);
         assert_eq!(choice.open(&shape, &key), None);
         let (same, longer) = (Shape::flat(8, 1024), Shape::flat(8, 1025));

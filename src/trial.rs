@@ -15,18 +15,16 @@ use crate::engine::Engine;
 use crate::programs::{Compiled, Key, Programs};
 use crate::runner::{Failure, Request, Runner};
 
-/// What comes into question for a call.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Candidates {
-    /// Numbers among the collective's algorithms, the modelled best first; two or more.
-    pub(crate) algorithms: Vec<usize>,
-    /// How often each is timed, and how many calls each time.
-    pub(crate) rounds: usize,
-    pub(crate) calls: usize,
-}
-
 /// By how much another algorithm has to be faster than the modelled best: less is noise.
 const GAIN: f32 = 0.95;
+/// How long trying may take, in seconds, and how often each is timed.
+const TRIAL_S: f32 = 0.05;
+const ROUNDS_MIN: usize = 3;
+const ROUNDS_MAX: usize = 9;
+/// Short calls are timed several in a row, as they come later: for about so long, in seconds, and
+/// at most so many.
+const BLOCK_S: f32 = 100e-6;
+const CALLS_MAX: usize = 64;
 
 /// What a call finds in its memory, to be put back.
 struct Kept {
@@ -51,6 +49,22 @@ impl Kept {
     }
 }
 
+/// A trial under way on this rank.
+struct Trial<'a> {
+    runner: &'a Runner,
+    engine: &'a mut Engine,
+    programs: &'a Programs,
+    regions: Regions,
+    fold: Fold,
+    /// What all its runs have in common.
+    call: Call,
+    next_number: &'a mut u64,
+    /// The modelled best first.
+    candidates: Vec<Compiled>,
+    /// In place the input is written, apart it is not.
+    kept: Option<Kept>,
+}
+
 impl Runner {
     /// Settles which algorithm calls of the kind and size of `request` take, if that is open. All
     /// ranks do so in the same call. Its memory is afterwards as it was. Each run takes a number of
@@ -63,7 +77,6 @@ impl Runner {
         call: Call,
         next_number: &mut u64,
     ) -> Result<(), Failure> {
-        let mut number = || std::mem::replace(next_number, *next_number + 1);
         let Request { key, regions, .. } = request;
         let fold = self.fold(request);
         // A user's function is for the user's data, and may count how often it is called.
@@ -73,54 +86,86 @@ impl Runner {
         let topology = self.choice.topology();
         let shape = programs.shape(key, topology);
         let Some(candidates) = self.choice.open(&shape, key) else { return Ok(()) };
-        let build = |&algorithm: &usize| Compiled {
-            algorithm,
-            program: programs.build_by(algorithm, key, topology, engine),
+        let build = |algorithm| {
+            let program = programs.build_by(algorithm, key, topology, engine);
+            Compiled { algorithm, program }
         };
-        let compiled: Vec<Compiled> = candidates.algorithms.iter().map(build).collect();
-        // In place the input is written, apart it is not.
+        let candidates: Vec<Compiled> = candidates.into_iter().map(build).collect();
         let kept = key.in_place.then(|| Kept::new(regions.input));
-        let mut seconds = Vec::with_capacity(compiled.len() * candidates.rounds);
-        for round in 0..=candidates.rounds {
-            for Compiled { algorithm, program } in &compiled {
-                let algorithm = *algorithm as u16;
-                let start = Instant::now();
-                for _ in 0..candidates.calls {
-                    let call = Call { algorithm, number: number(), ..call };
-                    engine.start(call, fold, *regions, program);
-                    self.drive(engine, &call)?;
-                }
-                let took = start.elapsed().as_secs_f32();
-                kept.iter().for_each(Kept::put_back);
-                // The first time, ranks come late, connections are opened and pages touched.
-                if round > 0 {
-                    seconds.push(took);
-                }
-            }
+        let regions = *regions;
+        let mut trial = Trial {
+            runner: self,
+            engine,
+            programs,
+            regions,
+            fold,
+            call,
+            next_number,
+            candidates,
+            kept,
+        };
+        if let Some(best) = trial.best()? {
+            self.choice.settle(&shape, key, trial.candidates[best].algorithm);
         }
-        let call = Call { number: number(), ..call };
-        self.take_slowest(engine, programs, call, &mut seconds)?;
-        let times = |index: usize| seconds.iter().skip(index).step_by(compiled.len()).copied();
-        let medians: Vec<f32> = (0..compiled.len()).map(|index| median(times(index))).collect();
-        tracing::debug!("tried {candidates:?} for {call}: {medians:?} s");
-        let best = (0..medians.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
-        let best = best.filter(|&best| medians[best] < GAIN * medians[0]).unwrap_or(0);
-        self.choice.settle(&shape, key, compiled[best].algorithm);
         Ok(())
+    }
+}
+
+impl Trial<'_> {
+    /// Which of the candidates is fastest; the same on all ranks. `None` if trying takes too long.
+    fn best(&mut self) -> Result<Option<usize>, Failure> {
+        // The first time, ranks come late, connections are opened and pages touched.
+        self.round(1)?;
+        let mut once = self.round(1)?;
+        self.take_slowest(&mut once)?;
+        let round_s: f32 = once.iter().sum();
+        let calls = ((BLOCK_S / median(once.iter().copied())) as usize).clamp(1, CALLS_MAX);
+        let rounds = ((TRIAL_S / (round_s * calls as f32)) as usize).min(ROUNDS_MAX);
+        if rounds < ROUNDS_MIN {
+            return Ok(None);
+        }
+        let mut seconds = Vec::with_capacity(rounds * once.len());
+        for _ in 0..rounds {
+            seconds.extend(self.round(calls)?);
+        }
+        self.take_slowest(&mut seconds)?;
+        let times = |index: usize| seconds.iter().skip(index).step_by(once.len()).copied();
+        let medians: Vec<f32> = (0..once.len()).map(|index| median(times(index))).collect();
+        tracing::debug!("{}: {calls} calls took each candidate {medians:?} s", self.call);
+        let best = (0..medians.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
+        Ok(Some(best.filter(|&best| medians[best] < GAIN * medians[0]).unwrap_or(0)))
+    }
+
+    /// What so many calls by each of the candidates take, in seconds.
+    fn round(&mut self, calls: usize) -> Result<Vec<f32>, Failure> {
+        let mut seconds = Vec::with_capacity(self.candidates.len());
+        for at in 0..self.candidates.len() {
+            let Compiled { algorithm, program } = self.candidates[at].clone();
+            let start = Instant::now();
+            for _ in 0..calls {
+                let call = Call { algorithm: algorithm as u16, ..self.next_call() };
+                self.engine.start(call, self.fold, self.regions, &program);
+                self.runner.drive(self.engine, &call)?;
+            }
+            seconds.push(start.elapsed().as_secs_f32());
+            self.kept.iter().for_each(Kept::put_back);
+        }
+        Ok(seconds)
+    }
+
+    fn next_call(&mut self) -> Call {
+        let number = *self.next_number;
+        *self.next_number += 1;
+        Call { number, ..self.call }
     }
 
     /// All ranks get, of each time, that of the slowest rank.
-    fn take_slowest(
-        &self,
-        engine: &mut Engine,
-        programs: &Programs,
-        call: Call,
-        seconds: &mut [f32],
-    ) -> Result<(), Failure> {
+    fn take_slowest(&mut self, seconds: &mut [f32]) -> Result<(), Failure> {
         let key = Key::all_reduce(seconds.len(), size_of::<f32>());
-        let shape = programs.shape(&key, self.choice.topology());
-        let algorithm = self.choice.algorithm(&shape, &key);
-        let program = programs.build_by(algorithm, &key, self.choice.topology(), engine);
+        let choice = &self.runner.choice;
+        let shape = self.programs.shape(&key, choice.topology());
+        let algorithm = choice.algorithm(&shape, &key);
+        let program = self.programs.build_by(algorithm, &key, choice.topology(), self.engine);
         let call = Call {
             collective: Kind::AllReduce,
             dtype: Dtype::F32,
@@ -128,17 +173,18 @@ impl Runner {
             count: seconds.len() as u64,
             root: 0,
             algorithm: algorithm as u16,
-            ..call
+            ..self.next_call()
         };
         let memory = NonNull::from(&mut *seconds).cast();
         // SAFETY: nobody else touches the slice until this function ends, and by then the engine
         // has done with it or was aborted.
         let region = unsafe { Region::new(memory, size_of_val(seconds), None) };
-        engine.start(call, Fold::new(call.dtype, call.op), Regions::in_place(region), &program);
-        let result = self.drive(engine, &call);
+        let fold = Fold::new(call.dtype, call.op);
+        self.engine.start(call, fold, Regions::in_place(region), &program);
+        let result = self.runner.drive(self.engine, &call);
         if result.is_err() {
             // Before the memory goes.
-            engine.abort();
+            self.engine.abort();
         }
         result
     }
