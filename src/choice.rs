@@ -22,8 +22,9 @@ pub(crate) struct Choice {
     node: Option<NodeCost>,
     /// An index into the names of all algorithms, or [`AUTO`].
     fixed: AtomicUsize,
-    /// By kind and size class; filled when first asked for.
-    chosen: [[OnceLock<usize>; CLASSES]; KINDS],
+    /// By kind and size class, the algorithms with their modelled seconds, the fastest first; filled
+    /// when first asked for.
+    ranked: [[OnceLock<Vec<(f64, usize)>>; CLASSES]; KINDS],
     /// Likewise, what was found by trying it; filled by the first call.
     settled: [[OnceLock<usize>; CLASSES]; KINDS],
 }
@@ -66,8 +67,9 @@ pub(crate) const AUTO: usize = usize::MAX;
 /// What is tried out: algorithms that the model takes for up to so many times slower than the best,
 /// and at most so many.
 const NEAR: f64 = 3.0;
-const CANDIDATES_MAX: usize = 4;
-/// Bytes from which shared memory is tried.
+const CANDIDATES_MAX: usize = 3;
+/// Bytes from which calls are tried. Shorter ones are latency alone, which the model knows; to try
+/// them would open connections that nobody needs (16 ranks over TCP: the first call 27 ms later).
 const TRIED_FROM: usize = 1024;
 /// Calls that are tried once each in so many seconds, by the model.
 const ROUND_S_MAX: f64 = 0.015;
@@ -93,8 +95,9 @@ impl Choice {
         fixed: Option<usize>,
     ) -> Self {
         let fixed = AtomicUsize::new(fixed.unwrap_or(AUTO));
-        let none = || [const { [const { OnceLock::new() }; CLASSES] }; KINDS];
-        Self { topology, model, node, fixed, chosen: none(), settled: none() }
+        let ranked = [const { [const { OnceLock::new() }; CLASSES] }; KINDS];
+        let settled = [const { [const { OnceLock::new() }; CLASSES] }; KINDS];
+        Self { topology, model, node, fixed, ranked, settled }
     }
 
     /// The choice of a group of these ranks: by the same figures, with `shares_memory` if all of
@@ -134,14 +137,10 @@ impl Choice {
             return fixed;
         }
         let class = class_of(shape, key);
-        let chosen = self.for_class(shape.collective, class);
-        if fits(&chosen) {
-            return chosen;
-        }
-        (0..list.len())
-            .filter(fits)
-            .min_by(|a, b| self.by_time(shape.collective, class, *a, *b))
-            .expect("some algorithm folds any shape in rank order")
+        let settled = self.settled[kind(shape.collective)][class].get().copied();
+        let ranked = self.ranked(shape.collective, class).iter().map(|(_, index)| *index);
+        let mut all = settled.into_iter().chain(ranked);
+        all.find(fits).expect("some algorithm folds any shape in rank order")
     }
 
     /// The algorithms to try out before the first call of this kind and size, the modelled best
@@ -152,16 +151,14 @@ impl Choice {
         let is_known = !matches!(shape.space, Space::Pairs(PairCounts::Own { .. }));
         let (collective, class) = (shape.collective, class_of(shape, key));
         let is_open = self.settled[kind(collective)][class].get().is_none();
-        // One arrival and few bytes: nothing is faster than that.
-        let is_plain = self.node.is_some() && typical_bytes(class) < TRIED_FROM;
-        if self.fixed() != AUTO || !is_known || !is_open || is_plain || key.is_empty() {
+        let is_short = typical_bytes(class) < TRIED_FROM;
+        if self.fixed() != AUTO || !is_known || !is_open || is_short || key.is_empty() {
             return None;
         }
         let list = algorithms(collective);
-        let timed = |index| (self.seconds(collective, index, typical_bytes(class)), index);
-        let mut timed: Vec<(f64, usize)> =
-            (0..list.len()).filter(|&index| list[index].supports(shape)).map(timed).collect();
-        timed.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+        let supports = |(_, index): &&(f64, usize)| list[*index].supports(shape);
+        let ranked = self.ranked(collective, class);
+        let mut timed: Vec<(f64, usize)> = ranked.iter().filter(supports).copied().collect();
         // In shared memory there are two at most, and what starts at the same time as processes is
         // measured badly.
         let near = if self.node.is_some() { f64::MAX } else { NEAR };
@@ -187,25 +184,16 @@ impl Choice {
 
     fn for_class(&self, collective: Collective, class: usize) -> usize {
         let settled = self.settled[kind(collective)][class].get();
-        settled.copied().unwrap_or_else(|| self.modelled(collective, class))
+        settled.copied().unwrap_or_else(|| self.ranked(collective, class)[0].1)
     }
 
-    fn modelled(&self, collective: Collective, class: usize) -> usize {
-        *self.chosen[kind(collective)][class].get_or_init(|| {
-            let indices = 0..algorithms(collective).len();
-            indices.min_by(|a, b| self.by_time(collective, class, *a, *b)).unwrap_or(0)
+    fn ranked(&self, collective: Collective, class: usize) -> &[(f64, usize)] {
+        self.ranked[kind(collective)][class].get_or_init(|| {
+            let timed = |index| (self.seconds(collective, index, typical_bytes(class)), index);
+            let mut ranked: Vec<_> = (0..algorithms(collective).len()).map(timed).collect();
+            ranked.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+            ranked
         })
-    }
-
-    fn by_time(
-        &self,
-        collective: Collective,
-        class: usize,
-        a: usize,
-        b: usize,
-    ) -> std::cmp::Ordering {
-        let seconds = |index| self.seconds(collective, index, typical_bytes(class));
-        seconds(a).total_cmp(&seconds(b))
     }
 
     /// The modelled time; infinite for a plan that can't be costed. Where all ranks share memory
