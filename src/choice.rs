@@ -22,8 +22,8 @@ pub(crate) struct Choice {
     node: Option<NodeCost>,
     /// An index into the names of all algorithms, or [`AUTO`].
     fixed: AtomicUsize,
-    /// By kind and size class, the algorithms with their modelled seconds, the fastest first; filled
-    /// when first asked for.
+    /// By kind and size class, the algorithms with their modelled seconds, the fastest first;
+    /// filled when first asked for.
     ranked: [[OnceLock<Vec<(f64, usize)>>; CLASSES]; KINDS],
     /// Likewise, what was found by trying it; filled by the first call.
     settled: [[OnceLock<usize>; CLASSES]; KINDS],
