@@ -24,10 +24,13 @@ pub(crate) struct Choice {
     fixed: AtomicUsize,
     /// By kind and size class, the algorithms with their modelled seconds, the fastest first;
     /// filled when first asked for.
-    ranked: [[OnceLock<Vec<(f64, usize)>>; CLASSES]; KINDS],
+    ranked: [[OnceLock<Ranking>; CLASSES]; KINDS],
     /// Likewise, what was found by trying it; filled by the first call.
     settled: [[OnceLock<usize>; CLASSES]; KINDS],
 }
+
+/// Modelled seconds and the numbers of the algorithms.
+type Ranking = Vec<(f64, usize)>;
 
 /// What collectives of group steps cost in a node's shared memory, as measured there.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -158,7 +161,7 @@ impl Choice {
         let list = algorithms(collective);
         let supports = |(_, index): &&(f64, usize)| list[*index].supports(shape);
         let ranked = self.ranked(collective, class);
-        let mut timed: Vec<(f64, usize)> = ranked.iter().filter(supports).copied().collect();
+        let mut timed: Ranking = ranked.iter().filter(supports).copied().collect();
         // In shared memory there are two at most, and what starts at the same time as processes is
         // measured badly.
         let near = if self.node.is_some() { f64::MAX } else { NEAR };
@@ -190,7 +193,7 @@ impl Choice {
     fn ranked(&self, collective: Collective, class: usize) -> &[(f64, usize)] {
         self.ranked[kind(collective)][class].get_or_init(|| {
             let timed = |index| (self.seconds(collective, index, typical_bytes(class)), index);
-            let mut ranked: Vec<_> = (0..algorithms(collective).len()).map(timed).collect();
+            let mut ranked: Ranking = (0..algorithms(collective).len()).map(timed).collect();
             ranked.sort_by(|(a, _), (b, _)| a.total_cmp(b));
             ranked
         })
