@@ -74,6 +74,8 @@ const CANDIDATES_MAX: usize = 3;
 /// Bytes from which calls are tried. Shorter ones are latency alone, which the model knows; to try
 /// them would open connections that nobody needs (16 ranks over TCP: the first call 27 ms later).
 const TRIED_FROM: usize = 1024;
+/// And up to which: what is in a buffer is kept meanwhile.
+const TRIED_TO: usize = 8 << 20;
 /// Calls that are tried once each in so many seconds, by the model.
 const ROUND_S_MAX: f64 = 0.015;
 /// Size classes are powers of two of bytes.
@@ -154,8 +156,8 @@ impl Choice {
         let is_known = !matches!(shape.space, Space::Pairs(PairCounts::Own { .. }));
         let (collective, class) = (shape.collective, class_of(shape, key));
         let is_open = self.settled[kind(collective)][class].get().is_none();
-        let is_short = typical_bytes(class) < TRIED_FROM;
-        if self.fixed() != AUTO || !is_known || !is_open || is_short || key.is_empty() {
+        let is_tried = (TRIED_FROM..=TRIED_TO).contains(&typical_bytes(class));
+        if self.fixed() != AUTO || !is_known || !is_open || !is_tried || key.is_empty() {
             return None;
         }
         let list = algorithms(collective);
