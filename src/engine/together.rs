@@ -23,8 +23,10 @@ use super::program::Exchange;
 pub(super) const MAPPED_BLOCK: usize = 16 << 10;
 /// Longest part of a piece: the benches of two ranks and what they copy stay in a second cache.
 pub(super) const PART_BYTES_MAX: usize = 256 << 10;
-/// What is used of all benches together: they stay in the last cache.
+/// What is used of all benches together, so that they stay in the last cache, unless parts would
+/// become shorter than this: each piece costs an arrival of all.
 const BENCHES_BYTES: usize = 4 << 20;
+const PART_BYTES_MIN: usize = 8 << 10;
 /// Parts begin at lines of the cache.
 pub(super) const LINE: usize = 64;
 
@@ -233,10 +235,7 @@ impl GroupBench<'_> {
 
     /// Most bytes of a slice in one piece: all inputs and results fit the benches twice.
     fn part_bytes(&self) -> usize {
-        let members = self.group.members().len();
-        let used = (self.group.bench_bytes() * members).min(BENCHES_BYTES);
-        let parts = 2 * (members + 1) * members;
-        (used / parts / LINE * LINE).min(PART_BYTES_MAX)
+        part_bytes(self.group.members().len(), self.group.bench_bytes())
     }
 
     /// What piece `k` takes of a slice.
@@ -265,8 +264,36 @@ impl GroupBench<'_> {
     }
 }
 
+/// The longest part of a piece among so many members with benches of `bench` bytes.
+fn part_bytes(members: usize, bench: usize) -> usize {
+    let parts = 2 * (members + 1);
+    let (bytes, parts) = match members * parts * PART_BYTES_MIN <= BENCHES_BYTES {
+        true => (BENCHES_BYTES.min(members * bench), members * parts),
+        false => (bench.min(parts * PART_BYTES_MIN), parts),
+    };
+    (bytes / parts / LINE * LINE).min(PART_BYTES_MAX)
+}
+
 /// A range of mapped memory in blocks that stay in cache.
 fn blocks(range: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
     let Range { start, end } = *range;
     (start..end).step_by(MAPPED_BLOCK).map(move |start| start..end.min(start + MAPPED_BLOCK))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_fit_the_benches_and_stay_long_among_many_members() {
+        let bench = 1 << 20;
+        for members in 2..=1024 {
+            let (part, parts) = (part_bytes(members, bench), 2 * (members + 1));
+            assert!(part > 0 && part % LINE == 0 && part * parts <= bench, "{members}: {part}");
+            let of_bench = bench / parts / LINE * LINE;
+            assert!(part >= of_bench.min(PART_BYTES_MIN), "{members}: {part}");
+            let all = members * parts * part;
+            assert!(all <= BENCHES_BYTES || part <= PART_BYTES_MIN, "{members}: {all}");
+        }
+    }
 }
