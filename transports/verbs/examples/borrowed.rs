@@ -52,17 +52,7 @@ fn median_us(mut times: Vec<Duration>) -> f64 {
 }
 
 fn connect() -> Result<Vec<VerbsLink>, Box<dyn Error>> {
-    let config = VerbsConfig {
-        devices: None,
-        software: true,
-        gid_index: None,
-        pairs_per_peer: 2,
-        mtu: None,
-        timeout: 18,
-        retries: 7,
-        traffic_class: 0,
-        service_level: 0,
-    };
+    let config = VerbsConfig { software: true, ..VerbsConfig::default() };
     let offers = [0, 1].map(|rank| Offer::new(rank, 2, &[1 - rank], config.clone()));
     let offers = offers.into_iter().collect::<Result<Vec<_>, _>>()?;
     let cards: Vec<_> = offers.iter().map(Offer::cards).collect();

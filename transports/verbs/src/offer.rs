@@ -49,6 +49,22 @@ pub struct VerbsConfig {
     pub service_level: u8,
 }
 
+impl Default for VerbsConfig {
+    fn default() -> Self {
+        Self {
+            devices: None,
+            software: false,
+            gid_index: None,
+            pairs_per_peer: 2,
+            mtu: None,
+            timeout: 18,
+            retries: 7,
+            traffic_class: 0,
+            service_level: 0,
+        }
+    }
+}
+
 /// Open devices with a queue pair for every peer, not connected yet.
 #[derive(Debug)]
 pub struct Offer {

@@ -22,17 +22,7 @@ pub fn has_device() -> bool {
 }
 
 pub fn config() -> VerbsConfig {
-    VerbsConfig {
-        devices: None,
-        software: true,
-        gid_index: None,
-        pairs_per_peer: 2,
-        mtu: None,
-        timeout: 14,
-        retries: 7,
-        traffic_class: 0,
-        service_level: 0,
-    }
+    VerbsConfig { software: true, timeout: 14, ..VerbsConfig::default() }
 }
 
 /// Connected links, by rank; none where there is no device.

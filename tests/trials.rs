@@ -1,0 +1,101 @@
+//! The first call of a size tries algorithms: all ranks settle on the same, buffers are as if it
+//! had not, and functions of the user are called no more often.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+mod support;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use support::{World, tell};
+use unisum::{Buffers, Collective, Communicator, CustomOp, ReduceOp};
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[
+        ("settle", settle),
+        ("own_function", own_function),
+        ("die_first", die_first),
+    ]);
+}
+
+const LIMIT: Duration = Duration::from_secs(100);
+const COUNTS: [usize; 3] = [300, 5000, 100_000];
+
+fn worlds(scenario: &'static str) -> impl Iterator<Item = World> {
+    [("tcp", 2), ("tcp", 5), ("shm", 2), ("shm", 4)].into_iter().map(move |(transport, ranks)| {
+        World::new(ranks, scenario).set("UNISUM_TRANSPORT", transport)
+    })
+}
+
+#[test]
+fn all_ranks_settle_on_the_same_and_buffers_are_as_ever() {
+    for world in worlds("settle") {
+        let told = world.succeed(LIMIT);
+        assert!(told.iter().all(|told| told.len() == COUNTS.len()), "{told:?}");
+        assert!(told.windows(2).all(|two| two[0] == two[1]), "{told:?}");
+    }
+}
+
+fn settle() {
+    let communicator = Communicator::from_environment().unwrap();
+    let (rank, world) = (communicator.rank(), communicator.world());
+    for count in COUNTS {
+        let own: Vec<f32> = (0..count).map(|at| ((at + rank) % 64) as f32).collect();
+        let sum = |at: usize| (0..world).map(|rank| ((at + rank) % 64) as f32).sum::<f32>();
+        let mut data = own.clone();
+        communicator.all_reduce(&mut data, ReduceOp::Sum).unwrap();
+        assert!((0..count).all(|at| data[at] == sum(at)), "all-reduce of {count}");
+        let mut data = own.clone();
+        communicator.reduce(&mut data, ReduceOp::Sum, 1).unwrap();
+        let expected = |at: usize| if rank == 1 { sum(at) } else { own[at] };
+        assert!((0..count).all(|at| data[at] == expected(at)), "reduce of {count}");
+        let (input, mut all) = (own.clone(), vec![-1.0; count * world]);
+        communicator.run(&Collective::all_gather(), Buffers::Apart(&input, &mut all)).unwrap();
+        let gathered = |at: usize| ((at % count + at / count) % 64) as f32;
+        assert!((0..all.len()).all(|at| all[at] == gathered(at)), "all-gather of {count}");
+        assert_eq!(input, own);
+        tell(communicator.choice::<f32>(&Collective::all_reduce(ReduceOp::Sum), count));
+    }
+}
+
+#[test]
+fn functions_of_the_user_are_not_tried() {
+    worlds("own_function").for_each(|world| drop(world.succeed(LIMIT)));
+}
+
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+fn own_function() {
+    let communicator = Communicator::from_environment().unwrap();
+    let fold = |into: &mut [f32], from: &[f32]| {
+        // Relaxed: this thread alone calls it and reads it.
+        CALLS.fetch_add(from.len(), Ordering::Relaxed);
+        into.iter_mut().zip(from).for_each(|(into, from)| *into += from);
+    };
+    let calls = || {
+        let mut data = vec![1.0_f32; 5000];
+        communicator.all_reduce(&mut data, CustomOp::commutative(fold)).unwrap();
+        CALLS.swap(0, Ordering::Relaxed)
+    };
+    assert_eq!(calls(), calls());
+}
+
+#[test]
+fn a_rank_that_dies_before_the_first_call_is_named() {
+    for world in worlds("die_first") {
+        for (rank, ended) in world.run(LIMIT).iter().enumerate() {
+            assert!(rank == 1 || ended.told.iter().any(|told| told == "[1]"), "{rank}: {ended:?}");
+        }
+    }
+}
+
+fn die_first() {
+    let communicator = Communicator::from_environment().unwrap();
+    if communicator.rank() == 1 {
+        std::process::abort();
+    }
+    let error = communicator.all_reduce(&mut vec![1.0_f32; 5000], ReduceOp::Sum).unwrap_err();
+    tell(format!("{:?}", error.culprits()));
+}
