@@ -34,7 +34,7 @@ use memories::Memories;
 use placement::{Memory, Move};
 use program::{Action, Exchange, Program};
 use scoreboard::{Bench, Scoreboard};
-use together::{GroupBench, Next, Sources};
+use together::{GroupBench, Next, Sources, part_bytes};
 
 /// What [`Engine::advance`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +54,8 @@ pub(crate) struct Engine {
     links: Links,
     scoreboard: Scoreboard,
     sources: Sources,
+    /// How long the parts are in which private regions move among the members of the group.
+    part_bytes: usize,
     /// Memory for what passes through this rank; grows to what the programs need.
     scratch: Vec<u64>,
     /// For waits in memory.
@@ -118,9 +120,12 @@ impl Running {
 
 impl Engine {
     /// With `crowded`, more ranks run on this host than it has cores.
-    pub(crate) fn new(rank: Rank, links: Links, crowded: bool) -> Self {
+    pub(crate) fn new(rank: Rank, mut links: Links, crowded: bool) -> Self {
+        let of_group =
+            |group: &mut dyn Group| part_bytes(group.members().len(), group.bench_bytes());
         Self {
             rank,
+            part_bytes: links.group().map_or(0, of_group),
             links,
             scoreboard: Scoreboard::default(),
             sources: Sources::default(),
@@ -354,6 +359,7 @@ impl Engine {
             rank: self.rank,
             segment,
             sources: &mut self.sources,
+            part_bytes: self.part_bytes,
             links: &mut self.links,
             memories: running.memories,
             folding: &mut running.folding,
@@ -376,6 +382,7 @@ impl Engine {
             extras,
             spreads_marks: running.spreads_marks,
             sources: &mut self.sources,
+            part_bytes: self.part_bytes,
         }
     }
 

@@ -41,6 +41,7 @@ pub(crate) struct Bench<'a> {
     pub(crate) segment: &'a Segment,
     pub(crate) links: &'a mut Links,
     pub(crate) sources: &'a mut Sources,
+    pub(crate) part_bytes: usize,
     pub(crate) memories: Memories,
     pub(crate) folding: &'a mut Folding,
     /// Whether a mark is passed on to other ranks.
@@ -64,6 +65,7 @@ impl Bench<'_> {
             extras,
             spreads_marks: self.spreads_marks,
             sources: self.sources,
+            part_bytes: self.part_bytes,
         }
     }
 }

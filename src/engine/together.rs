@@ -41,6 +41,8 @@ pub(crate) struct GroupBench<'a> {
     /// Whether a mark is passed on to other ranks.
     pub(crate) spreads_marks: bool,
     pub(crate) sources: &'a mut Sources,
+    /// Most bytes of a slice in one piece, see [`part_bytes`].
+    pub(crate) part_bytes: usize,
 }
 
 /// Room for the addresses of one fold, kept so that nothing is allocated.
@@ -128,7 +130,7 @@ impl GroupBench<'_> {
         if let Some(k) = k.checked_sub(behind).filter(|_| exchange.gathers) {
             self.copy_results(exchange, k);
         }
-        let pieces = exchange.longest().div_ceil(self.part_bytes());
+        let pieces = exchange.longest().div_ceil(self.part_bytes);
         let is_last = k + 1 >= pieces + behind;
         Ok(if is_last { Next::Done } else { Next::Piece(self.arrive()) })
     }
@@ -233,14 +235,9 @@ impl GroupBench<'_> {
         place.expect("a rank is in its own group")
     }
 
-    /// Most bytes of a slice in one piece: all inputs and results fit the benches twice.
-    fn part_bytes(&self) -> usize {
-        part_bytes(self.group.members().len(), self.group.bench_bytes())
-    }
-
     /// What piece `k` takes of a slice.
     fn part(&self, slice: &Range<usize>, k: usize) -> Range<usize> {
-        let at = |k: usize| slice.end.min(slice.start + k * self.part_bytes());
+        let at = |k: usize| slice.end.min(slice.start + k * self.part_bytes);
         at(k)..at(k + 1)
     }
 
@@ -255,7 +252,7 @@ impl GroupBench<'_> {
     }
 
     fn on_bench(&self, part: usize, bytes: usize) -> Range<usize> {
-        let start = part * self.part_bytes();
+        let start = part * self.part_bytes;
         start..start + bytes
     }
 
@@ -264,8 +261,9 @@ impl GroupBench<'_> {
     }
 }
 
-/// The longest part of a piece among so many members with benches of `bench` bytes.
-fn part_bytes(members: usize, bench: usize) -> usize {
+/// The longest part of a piece among so many members with benches of `bench` bytes: all inputs and
+/// results fit the benches twice.
+pub(super) fn part_bytes(members: usize, bench: usize) -> usize {
     let parts = 2 * (members + 1);
     let (bytes, parts) = match members * parts * PART_BYTES_MIN <= BENCHES_BYTES {
         true => (BENCHES_BYTES.min(members * bench), members * parts),
