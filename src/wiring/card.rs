@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 
 use bytes::{Buf, BufMut};
 
+use super::cores::Cores;
+
 /// A rank's card. Its encoding begins with a version, so that mixed versions are noticed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Card {
@@ -13,13 +15,15 @@ pub(crate) struct Card {
     pub(crate) host: String,
     /// Process id, for messages.
     pub(crate) pid: u32,
+    /// What it may run on.
+    pub(super) cores: Cores,
     /// Settings that must be the same on all ranks, readable.
     pub(crate) settings: String,
     /// What the shared-memory transport offers; empty if it does not.
     pub(crate) shm: Vec<u8>,
 }
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 impl Card {
     pub(crate) fn encode(&self) -> Vec<u8> {
@@ -27,8 +31,8 @@ impl Card {
         bytes.put_u32_le(VERSION);
         bytes.put_u32_le(self.pid);
         let address = self.address.map_or_else(String::new, |address| address.to_string());
-        for field in [address.as_bytes(), self.host.as_bytes(), self.settings.as_bytes(), &self.shm]
-        {
+        let (host, settings) = (self.host.as_bytes(), self.settings.as_bytes());
+        for field in [address.as_bytes(), host, settings, &self.shm, &self.cores.encode()] {
             bytes.put_u32_le(u32::try_from(field.len()).expect("cards are small"));
             bytes.put_slice(field);
         }
@@ -50,10 +54,11 @@ impl Card {
         };
         let (host, settings) = (text(&mut bytes)?, text(&mut bytes)?);
         let shm = field(&mut bytes)?.to_vec();
+        let cores = Cores::decode(field(&mut bytes)?).ok_or("a card that tells no cores")?;
         if !bytes.is_empty() {
             return Err("a card with something behind it".into());
         }
-        Ok(Self { address, host, pid, settings, shm })
+        Ok(Self { address, host, pid, cores, settings, shm })
     }
 }
 
@@ -76,6 +81,7 @@ mod tests {
             address: Some("[::1]:4000".parse().unwrap()),
             host: "boot/net".into(),
             pid: 7,
+            cores: Cores::own(),
             settings: "transport=auto".into(),
             shm: vec![1, 2, 3],
         };

@@ -9,12 +9,11 @@ use unisum_link::kernels::{Fold, Folded};
 use unisum_link::{Call, Dtype, LinkError, Rank, ReduceOp, Regions};
 
 use super::calibrate::{self, Limit};
-use super::rendezvous_error;
+use super::{Job, rendezvous_error};
 use crate::choice::{Choice, Line, NodeCost};
 use crate::engine::Engine;
 use crate::engine::program::Tuning;
 use crate::membership::Membership;
-use crate::memory::Arena;
 use crate::programs::{Key, Programs};
 use crate::{Error, ErrorKind};
 
@@ -39,7 +38,7 @@ pub(super) struct Site<'a> {
     pub(super) rank: Rank,
     /// The ranks that share memory with this one, itself included.
     pub(super) members: &'a [Rank],
-    pub(super) arena: &'a Arena,
+    pub(super) job: &'a Job,
     pub(super) topology: &'a Topology,
     pub(super) tuning: Tuning,
     pub(super) limit: Limit<'a>,
@@ -62,7 +61,8 @@ pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Costs, Error>
         }
     }
     let group = measure_group(engine, site)?;
-    let blobs = control.exchange(encode(rank, &measured, group)).map_err(rendezvous_error)?;
+    let told = if rank == 0 { encode(site.job.cores, &measured, group) } else { Vec::new() };
+    let blobs = control.exchange(told).map_err(rendezvous_error)?;
     let costs = decode(&blobs[0]).map(|costs| Costs { has_groups, ..costs });
     costs.ok_or_else(|| {
         let text = "rank 0 told no costs that this version understands";
@@ -71,8 +71,8 @@ pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Costs, Error>
 }
 
 fn measure(engine: &mut Engine, peer: Rank, site: Site<'_>) -> Result<LinkCost, Error> {
-    let Site { rank, arena, limit, .. } = site;
-    calibrate::measure(engine.link_to(peer), peer, rank == 0, arena, limit)
+    let Site { rank, job, limit, .. } = site;
+    calibrate::measure(engine.link_to(peer), peer, rank == 0, &job.arena, limit)
         .map_err(|error| measuring_failed(error, limit.membership))
 }
 
@@ -96,7 +96,7 @@ fn measure_collectives(
     sizes: [usize; 2],
 ) -> Result<Line, Error> {
     let failed = |text: String| Error::new(ErrorKind::Rendezvous, text).on(site.rank);
-    let memory = site.arena.allocate(sizes[1]).map_err(failed)?;
+    let memory = site.job.arena.allocate(sizes[1]).map_err(failed)?;
     let named = |known: &&dyn Algorithm| known.name() == algorithm;
     let algorithm = all().iter().position(named).expect("the names are the algorithms'");
     let programs = Programs::new(site.rank, site.tuning);
@@ -111,7 +111,7 @@ fn measure_collectives(
         let program = programs.build_by(algorithm, &key, site.topology, engine);
         // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the
         // links drop the region before `memory` is freed.
-        let region = unsafe { site.arena.region_at(memory.start(), bytes) };
+        let region = unsafe { site.job.arena.region_at(memory.start(), bytes) };
         let regions = Regions::in_place(region);
         let seconds = calibrate::collective_s(engine, call, regions, &program, site.limit);
         if seconds.is_err() {
@@ -148,29 +148,27 @@ fn partners(mut bytes: &[u8]) -> [Option<Rank>; 2] {
     [(); 2].map(|()| bytes.try_get_u32_le().ok().map(|peer| peer as Rank).filter(|&peer| peer != 0))
 }
 
-fn encode(rank: Rank, measured: &[Option<LinkCost>; 2], group: Option<[Line; 2]>) -> Vec<u8> {
+fn encode(cores: usize, measured: &[Option<LinkCost>; 2], group: Option<[Line; 2]>) -> Vec<u8> {
     let mut bytes = Vec::new();
     let [inside, across] = measured;
     let (Some(inside), Some(across)) = (inside.or(*across), across.or(*inside)) else {
         return bytes;
     };
-    if rank == 0 {
-        for value in [
-            inside.alpha_s,
-            inside.beta_s_per_byte,
-            inside.beta_cached_s_per_byte,
-            across.alpha_s,
-            across.beta_s_per_byte,
-            across.beta_cached_s_per_byte,
-            gamma_s_per_byte(),
-            cores() as f64,
-        ] {
-            bytes.put_f64_le(value);
-        }
-        for line in group.iter().flatten() {
-            bytes.put_f64_le(line.start_s);
-            bytes.put_f64_le(line.s_per_byte);
-        }
+    for value in [
+        inside.alpha_s,
+        inside.beta_s_per_byte,
+        inside.beta_cached_s_per_byte,
+        across.alpha_s,
+        across.beta_s_per_byte,
+        across.beta_cached_s_per_byte,
+        gamma_s_per_byte(),
+        cores as f64,
+    ] {
+        bytes.put_f64_le(value);
+    }
+    for line in group.iter().flatten() {
+        bytes.put_f64_le(line.start_s);
+        bytes.put_f64_le(line.s_per_byte);
     }
     bytes
 }
@@ -187,11 +185,6 @@ pub(super) fn decode(mut bytes: &[u8]) -> Option<Costs> {
     let mut line = || Some(Line { start_s: next()?, s_per_byte: next()? });
     let group = line().and_then(|one_shot| Some([one_shot, line()?]));
     Some(Costs { inside, across, gamma_s_per_byte, cores, group, has_groups: false })
-}
-
-/// The cores that this process may use.
-pub(super) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Seconds to add a byte of one buffer to another, both in cache.
@@ -290,9 +283,9 @@ mod tests {
     #[test]
     fn one_kind_of_link_stands_for_the_other() {
         let profile = LinkCost::new(1e-6, 1e-9);
-        let costs = decode(&encode(0, &[None, Some(profile)], None)).unwrap();
+        let costs = decode(&encode(4, &[None, Some(profile)], None)).unwrap();
         assert_eq!((costs.inside, costs.across, costs.group), (profile, profile, None));
-        assert_eq!(decode(&encode(1, &[None, Some(profile)], None)), None);
+        assert_eq!(decode(&encode(4, &[None, None], None)), None);
         assert_eq!(decode(&[0; 56]), None);
     }
 }

@@ -3,6 +3,7 @@
 use unisum_link::fuzzing::Target;
 
 use super::card::Card;
+use super::cores::Cores;
 use super::costs;
 
 pub(crate) const TARGETS: &[Target] = &[
@@ -29,6 +30,7 @@ fn card_seeds() -> Vec<Vec<u8>> {
         address: Some(([10, 0, 0, 1], 4000).into()),
         host: "boot/net".into(),
         pid: 7,
+        cores: Cores::own(),
         settings: "transport=auto".into(),
         shm: vec![1, 2, 3],
     };

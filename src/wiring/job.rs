@@ -3,9 +3,11 @@
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicU16;
 
+use unisum_link::Rank;
 use unisum_link::handshake::{Secret, job_hash};
 
 use super::card::Card;
+use super::cores::Cores;
 use super::node::Shared;
 use crate::memory::Arena;
 use crate::settings::Settings;
@@ -21,6 +23,10 @@ pub(crate) struct Job {
     pub(super) name: [u8; 16],
     /// By rank of the job.
     pub(super) places: Vec<Place>,
+    /// The cores that the ranks of this host have together.
+    pub(super) cores: usize,
+    /// Whether these ranks are more than that.
+    pub(super) is_crowded: bool,
     pub(crate) arena: Arena,
     /// The lowest number that no communicator of this rank had yet.
     pub(crate) next_communicator: AtomicU16,
@@ -43,7 +49,7 @@ impl Job {
         settings: &Settings,
         secret: &Secret,
         name: &str,
-        cards: &[Card],
+        (rank, cards): (Rank, &[Card]),
         shared: Option<&Shared>,
     ) -> Result<Self, Error> {
         #[cfg(feature = "shm")]
@@ -60,11 +66,15 @@ impl Job {
             let address = card.address.ok_or_else(told_none)?;
             Ok(Place { address, host: card.host.clone() })
         };
+        let on_host = cards.iter().filter(|card| card.host == cards[rank].host);
+        let cores = Cores::of_host(on_host.clone().map(|card| &card.cores));
         Ok(Self {
             settings: settings.clone(),
             secret: secret.clone(),
             name: job_hash(name),
             places: cards.iter().enumerate().map(place).collect::<Result<_, _>>()?,
+            cores,
+            is_crowded: on_host.count() > cores,
             arena,
             next_communicator: AtomicU16::new(1),
             #[cfg(feature = "shm")]

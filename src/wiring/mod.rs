@@ -5,6 +5,7 @@
 
 mod calibrate;
 mod card;
+mod cores;
 mod costs;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
@@ -31,6 +32,7 @@ use crate::settings::Settings;
 use crate::{Error, ErrorKind};
 use calibrate::Limit;
 use card::Card;
+use cores::Cores;
 use costs::Site;
 pub(crate) use group::{Group, Member, Parent};
 pub(crate) use job::Job;
@@ -76,7 +78,7 @@ pub(crate) fn join(
     };
     let Node { members, link, topology } = offer.join(&circle, settings)?;
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA registers memory"))]
-    let mut job = Job::new(settings, secret, &detected.job, &cards, link.as_ref())?;
+    let mut job = Job::new(settings, secret, &detected.job, (rank, &cards), link.as_ref())?;
     let membership = Membership::of_job(control.clone(), rank, world);
     let mut links = Assembly::new(world);
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA has devices"))]
@@ -100,12 +102,11 @@ pub(crate) fn join(
     }
     links.add_all((link, rdma), &members, &job, &membership, (rank, control.session()))?;
     let transport = links.names.join("+");
-    let mut engine = links.engine(rank, &topology);
+    let mut engine = Engine::new(rank, links.links, job.is_crowded);
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
     let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
     let limit = Limit { until: Instant::now() + settings.connect_timeout, membership: &membership };
-    let site =
-        Site { rank, members: &members, arena: &job.arena, topology: &topology, tuning, limit };
+    let site = Site { rank, members: &members, job: &job, topology: &topology, tuning, limit };
     let costs = costs::agree(&mut engine, site)?;
     let seconds = start.elapsed().as_secs_f64();
     let description =
@@ -166,11 +167,6 @@ impl Assembly {
         }
         Ok(())
     }
-
-    fn engine(self, rank: Rank, topology: &Topology) -> Engine {
-        let on_this_host = topology.members(topology.node_of(rank)).len();
-        Engine::new(rank, self.links, on_this_host > costs::cores())
-    }
 }
 
 fn exchange_cards(
@@ -183,6 +179,7 @@ fn exchange_cards(
         address: Some(control.local_addr()),
         host: node::host_name(),
         pid: std::process::id(),
+        cores: Cores::own(),
         settings: common_settings(settings),
         shm: offer.card(),
     };
