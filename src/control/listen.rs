@@ -142,6 +142,8 @@ fn bind(address: SocketAddr) -> io::Result<ParentOnly<TcpListener>> {
     if address.is_ipv6() {
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
+    #[cfg(feature = "tcp")]
+    unisum_tcp::prepare_listener(&socket);
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;

@@ -23,10 +23,10 @@ pub struct Patience {
 
 /// Yields go on until this long after the first, however many that are.
 ///
-/// It is longer than it takes to wake a sleeper (up to 70 us where the core was idle). With less, two
-/// ranks that fell asleep once go on sleeping in every operation: whoever is woken comes later than
-/// the other waits. Measured on 2 cores: 2 ranks over shared memory, 256 KiB 59 to 5.3 us; 4 ranks
-/// over TCP, 32 KiB 54 to 30 us.
+/// It is longer than it takes to wake a sleeper (up to 70 us where the core was idle). With less,
+/// two ranks that fell asleep once go on sleeping in every operation: whoever is woken comes later
+/// than the other waits. Measured on 2 cores: 2 ranks over shared memory, 256 KiB 59 to 5.3 us; 4
+/// ranks over TCP, 32 KiB 54 to 30 us.
 impl Patience {
     /// Where a look is a load from memory.
     ///

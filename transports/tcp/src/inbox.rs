@@ -4,14 +4,18 @@
 //! to dial. The link finds finished connections here and never blocks on one.
 
 use std::collections::VecDeque;
+use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use socket2::{Domain, SockRef, Socket, Type};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, Hello, Secret};
 use unisum_link::{LinkError, LinkErrorKind, Rank, Wake};
+
+use crate::congestion;
 
 /// The entrance for connections that proved the job token. Shared with the thread that accepts.
 #[derive(Debug)]
@@ -42,6 +46,7 @@ pub(crate) struct Arrived {
 #[derive(Debug)]
 pub(crate) struct Dial {
     pub(crate) address: SocketAddr,
+    pub(crate) is_on_this_host: bool,
     pub(crate) hello: Hello,
     pub(crate) secret: Secret,
     pub(crate) timeout: Duration,
@@ -117,9 +122,8 @@ impl Inbox {
                 start.elapsed().as_secs_f64()
             )),
         };
-        let mut stream = TcpStream::connect_timeout(&dial.address, dial.timeout)
-            .map(ParentOnly::new)
-            .map_err(|error| failed("connecting to", &error))?;
+        let mut stream =
+            connect(dial).map(ParentOnly::new).map_err(|error| failed("connecting to", &error))?;
         self.prepare(&stream, dial.timeout)
             .map_err(|error| failed("preparing the socket to", &error))?;
         handshake::dial(&mut *stream, &dial.hello, &dial.secret)
@@ -127,7 +131,7 @@ impl Inbox {
         Ok(stream)
     }
 
-    fn prepare(&self, stream: &TcpStream, timeout: Duration) -> std::io::Result<()> {
+    fn prepare(&self, stream: &TcpStream, timeout: Duration) -> io::Result<()> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(timeout))?;
         stream.set_write_timeout(Some(timeout))?;
@@ -157,4 +161,13 @@ impl Inbox {
         // No code that holds the lock can panic half-way through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn connect(dial: &Dial) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(dial.address), Type::STREAM, None)?;
+    if dial.is_on_this_host {
+        congestion::inside(&SockRef::from(&socket));
+    }
+    socket.connect_timeout(&dial.address.into(), dial.timeout)?;
+    Ok(socket.into())
 }

@@ -5,11 +5,13 @@
 //! caller's memory, arrivals that reduce into recycled slots. Nothing is received that was not
 //! posted, so a fast peer is held back by TCP's own flow control and memory stays bounded.
 
+mod congestion;
 mod inbox;
 mod lane;
 mod link;
 mod sleep;
 mod slots;
 
+pub use congestion::prepare_listener;
 pub use inbox::Inbox;
 pub use link::{TcpConfig, TcpLink};

@@ -14,6 +14,7 @@ use unisum_link::{
     Call, Group, Landing, Link, LinkError, Patience, Rank, Region, Regions, Ticket, Wake,
 };
 
+use crate::congestion;
 use crate::inbox::{Arrived, Dial, Inbox};
 use crate::lane::{Lane, Span};
 use crate::sleep::{FEW, Ready, Sleeper, Watched};
@@ -121,6 +122,8 @@ impl TcpLink {
         if std::mem::replace(&mut self.opened[peer], true) || peer > self.config.rank {
             return Ok(());
         }
+        let addresses = &self.config.addresses;
+        let is_on_this_host = addresses[peer].ip() == addresses[self.config.rank].ip();
         for socket in 0..self.config.sockets_per_peer {
             let hello = Hello {
                 purpose: Purpose::Data,
@@ -133,6 +136,7 @@ impl TcpLink {
             };
             self.inbox.dial(Dial {
                 address: self.config.addresses[peer],
+                is_on_this_host,
                 hello,
                 secret: self.config.secret.clone(),
                 timeout: self.config.connect_timeout,
@@ -430,16 +434,10 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
         .with_retries(4);
     socket.set_tcp_keepalive(&keepalive)?;
     if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
-        choose_congestion_control(&socket);
+        congestion::inside(&socket);
         socket.set_send_buffer_size(LOCAL_SEND_BYTES)?;
+    } else {
+        congestion::across(&socket)?;
     }
     stream.set_nonblocking(true)
-}
-
-/// Inside a host nothing is ever congested: cubic gets out of the way, where bbr, the default of
-/// some systems, paces and halves the throughput of two opposite streams.
-fn choose_congestion_control(socket: &SockRef<'_>) {
-    if let Err(error) = socket.set_tcp_congestion(b"cubic") {
-        tracing::debug!("this system has no cubic congestion control: {error}");
-    }
 }
