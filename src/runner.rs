@@ -205,8 +205,13 @@ impl Runner {
         loop {
             match engine.advance().map_err(Failure::Link)? {
                 Advance::Done => return Ok(()),
-                Advance::Moved => backoff.reset(),
-                Advance::Waiting => {
+                // It comes back when nothing moves any more. Where ranks share cores, others get
+                // theirs now; elsewhere a peer on another core may be there by now.
+                Advance::Moved if engine.patience().pauses > 0 => backoff.reset(),
+                outcome => {
+                    if outcome == Advance::Moved {
+                        backoff.reset();
+                    }
                     if let Some(verdict) = self.membership.verdict() {
                         return Err(Failure::Verdict(verdict));
                     }

@@ -15,10 +15,13 @@ use crate::{Flat, Rank, Step, chunk};
 /// MPICH", IJHPCA 19(1), 2005; slicing as in Sanders et al., see [`DOUBLE_TREE`].
 pub static TREE: Flat = Flat { name: "tree", phase: tree, in_rank_order: false };
 
-/// Tree of arity 4: the fewest messages, 2(n−1) in all, in half the levels of the binary one.
+/// Tree of arity 16: the fewest messages, 2(n−1) in all, in a quarter of the levels of the binary
+/// one.
 ///
-/// The choice for small messages where ranks share cores, so that the sum of messages counts.
-/// Cost: about 2·log₄(n)·α + 5·S·β + 4·S·γ with slices, and a parent handles four messages at once.
+/// The choice for small messages where ranks share cores, so that the sum of messages counts, and
+/// each level is a time for which all give their core away.
+/// Cost: about 2·log₁₆(n)·α + 17·S·β + 16·S·γ with slices, and a parent handles 16 messages at
+/// once.
 pub static K_TREE: Flat = Flat { name: "k-tree", phase: k_tree, in_rank_order: false };
 
 /// Two binary trees at once, half of the elements by each; inner in one is leaf in the other.
@@ -37,8 +40,11 @@ pub(crate) fn tree(group: Group<'_>, range: Range<usize>) -> Steps<'_> {
     up_and_down(vec![(compact(&group, 2), range)], compact_height(group.len(), 2))
 }
 
+/// Of a k-tree.
+const ARITY: usize = 16;
+
 fn k_tree(group: Group<'_>, range: Range<usize>) -> Steps<'_> {
-    up_and_down(vec![(compact(&group, 4), range)], compact_height(group.len(), 4))
+    up_and_down(vec![(compact(&group, ARITY), range)], compact_height(group.len(), ARITY))
 }
 
 fn double_tree(group: Group<'_>, range: Range<usize>) -> Steps<'_> {

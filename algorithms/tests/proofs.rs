@@ -60,9 +60,11 @@ fn uneven_nodes_are_proven() {
 /// An algorithm may say that it folds in rank order only if it always does, and has to if it does.
 #[test]
 fn those_that_say_so_and_no_others_fold_in_rank_order() {
-    let topologies = (2..=17)
-        .map(Topology::flat)
-        .chain([Topology::nodes(&[4, 3, 5]), Topology::from_node_of(vec![0, 1, 0, 1, 2, 0, 2])]);
+    let topologies = (2..=17).map(Topology::flat).chain([
+        Topology::nodes(&[4, 3, 5]),
+        Topology::from_node_of(vec![0, 1, 0, 1, 2, 0, 2]),
+        Topology::from_node_of((0..20).map(|rank| rank % 3).collect::<Vec<_>>()),
+    ]);
     let mut out_of_order = Vec::new();
     for topology in topologies {
         for collective in with_every_root(topology.world()) {

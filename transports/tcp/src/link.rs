@@ -167,18 +167,13 @@ impl TcpLink {
         self.sleeper.on_queue(timeout, |ready| self.lanes[ready.lane].ready(ready))
     }
 
-    /// Finds lanes to try when none is known to be ready: one of few, whose socket is then asked
-    /// directly, or all that the event queue knows of.
-    fn look(&mut self) -> io::Result<()> {
-        if self.busy.len() > FEW {
-            return self.look_at_all(Duration::ZERO);
-        }
+    /// Has one of the busy lanes tried in its turn, whatever is known of it.
+    fn try_one(&mut self) {
         self.next_try += 1;
         if let Some(at) = self.next_try.checked_rem(self.busy.len()) {
             let lane = self.busy[at];
             self.lanes[lane].ready(Ready { lane, reads: true, writes: true });
         }
-        Ok(())
     }
 
     /// Sleeps on the sockets of all busy lanes; where every transfer under way is needed to go
@@ -341,14 +336,19 @@ impl Link for TcpLink {
     fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError> {
         let before = done.len();
         self.admit_arrived()?;
+        // What was sent at once is news enough: a look at a socket is a system call.
+        self.settle(done);
+        if done.len() > before {
+            return Ok(());
+        }
+        if self.busy.len() <= FEW {
+            self.try_one();
+        } else if !self.busy.iter().any(|&lane| self.lanes[lane].can_move()) {
+            self.look_at_all(Duration::ZERO)
+                .map_err(|error| self.own_error("polling sockets", error))?;
+        }
         let result = self.move_lanes();
         self.settle(done);
-        if result.is_ok() && done.len() == before {
-            self.look().map_err(|error| self.own_error("polling sockets", error))?;
-            let result = self.move_lanes();
-            self.settle(done);
-            return result;
-        }
         result
     }
 
