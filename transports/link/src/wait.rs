@@ -21,7 +21,7 @@ pub struct Patience {
     pub yields: u32,
 }
 
-/// Yields go on until this long after the first, however many that are.
+/// After that many yields more follow, until this much time has passed.
 ///
 /// It is longer than it takes to wake a sleeper (up to 70 us where the core was idle). With less,
 /// two ranks that fell asleep once go on sleeping in every operation: whoever is woken comes later
@@ -60,13 +60,14 @@ const SPELL: Duration = Duration::from_micros(100);
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Backoff {
     looks: u32,
-    first_yield: Option<Instant>,
+    /// Since when it yields more often than that.
+    since: Option<Instant>,
 }
 
 impl Backoff {
     /// A fresh wait.
     pub const fn new() -> Self {
-        Self { looks: 0, first_yield: None }
+        Self { looks: 0, since: None }
     }
 
     /// Starts over: something happened.
@@ -81,11 +82,11 @@ impl Backoff {
             hint::spin_loop();
             return Pause::Again;
         }
-        let yields = self.looks - patience.pauses;
-        if yields > patience.yields && self.first_yield.is_some_and(|it| it.elapsed() >= SPELL) {
+        if self.looks - patience.pauses > patience.yields
+            && self.since.get_or_insert_with(Instant::now).elapsed() >= SPELL
+        {
             return Pause::Park;
         }
-        self.first_yield.get_or_insert_with(Instant::now);
         std::thread::yield_now();
         Pause::Again
     }
