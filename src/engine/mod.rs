@@ -119,10 +119,12 @@ impl Running {
 }
 
 impl Engine {
-    /// With `crowded`, more ranks run on this host than it has cores.
-    pub(crate) fn new(rank: Rank, mut links: Links, crowded: bool) -> Self {
-        let of_group =
-            |group: &mut dyn Group| part_bytes(group.members().len(), group.bench_bytes());
+    /// `ranks_per_core` is about all ranks of the job on this host.
+    pub(crate) fn new(rank: Rank, mut links: Links, ranks_per_core: f64) -> Self {
+        let of_group = |group: &mut dyn Group| {
+            part_bytes(group.members().len(), group.bench_bytes(), ranks_per_core)
+        };
+        let is_crowded = ranks_per_core > 1.0;
         Self {
             rank,
             part_bytes: links.group().map_or(0, of_group),
@@ -130,7 +132,7 @@ impl Engine {
             scoreboard: Scoreboard::default(),
             sources: Sources::default(),
             scratch: Vec::new(),
-            patience: if crowded { Patience::CROWDED } else { Patience::MEMORY },
+            patience: if is_crowded { Patience::CROWDED } else { Patience::MEMORY },
             program: None,
             running: None,
             idle: None,

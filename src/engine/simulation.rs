@@ -269,7 +269,7 @@ impl World {
             let all: Vec<Box<dyn Link>> = vec![Box::new(link(rank)), Box::new(link(rank))];
             let route = (0..world).map(|peer| (peer + rank) % 2).collect();
             let links = Links { all, route, group: None };
-            Engine::new(rank, links, false)
+            Engine::new(rank, links, 1.0)
         };
         let engines = (0..world).map(engine).collect();
         Self { network, engines, inputs: Vec::new(), outputs: Vec::new() }

@@ -21,11 +21,11 @@ use super::program::Exchange;
 
 /// Blocks of mapped memory: read from all members, folded and written while in the first cache.
 pub(super) const MAPPED_BLOCK: usize = 16 << 10;
-/// Longest part of a piece: the benches of two ranks and what they copy stay in a second cache.
+/// Longest part of a piece.
 pub(super) const PART_BYTES_MAX: usize = 256 << 10;
-/// What is used of all benches together, so that they stay in the last cache, unless parts would
-/// become shorter than this: each piece costs an arrival of all.
-const BENCHES_BYTES: usize = 4 << 20;
+/// What is used of the benches of the ranks of a core, so that they stay in its second cache beside
+/// what is copied, unless parts would become shorter than this: each piece costs an arrival of all.
+const CORE_BYTES: f64 = (512 << 10) as f64;
 const PART_BYTES_MIN: usize = 8 << 10;
 /// Parts begin at lines of the cache.
 pub(super) const LINE: usize = 64;
@@ -124,7 +124,8 @@ impl GroupBench<'_> {
                 self.fold_part(exchange, k)?;
             }
         } else {
-            self.lay_out_result(exchange, k);
+            let part = self.part(&exchange.slices[self.place()], k);
+            self.lay_out_result(k, &part, &part);
         }
         let behind = if exchange.folds { 2 } else { 1 };
         if let Some(k) = k.checked_sub(behind).filter(|_| exchange.gathers) {
@@ -135,9 +136,10 @@ impl GroupBench<'_> {
         Ok(if is_last { Next::Done } else { Next::Piece(self.arrive()) })
     }
 
-    /// Copies this rank's inputs of piece `k` to its bench.
+    /// Copies this rank's inputs of piece `k` for the others to its bench.
     fn lay_out(&self, exchange: &Exchange, k: usize) {
-        for (place, slice) in exchange.slices.iter().enumerate() {
+        let own = self.place();
+        for (place, slice) in exchange.slices.iter().enumerate().filter(|(it, _)| *it != own) {
             let part = self.part(slice, k);
             let to = self.bench(self.rank, self.input(k, place, part.len()));
             let from = self.memories.regions.input.pointer(&part);
@@ -152,21 +154,30 @@ impl GroupBench<'_> {
         let place = self.place();
         let part = self.part(&exchange.slices[place], k);
         let input = self.input(k, place, part.len());
-        self.fold_into(&part, |group, member| {
-            let mapped = group.source(member, Part::Input, part.clone())?;
-            Ok(mapped.unwrap_or_else(|| group.bench(member, input.clone()).cast_const()))
-        })?;
-        if exchange.gathers {
-            self.lay_out_result(exchange, k);
+        let rank = self.rank;
+        for bytes in blocks(&part) {
+            let own = self.memories.regions.input.pointer(&bytes).cast_const();
+            let input = within(&input, &part, &bytes);
+            self.fold_into(&bytes, |group, member| {
+                if member == rank {
+                    return Ok(own);
+                }
+                let mapped = group.source(member, Part::Input, bytes.clone())?;
+                Ok(mapped.unwrap_or_else(|| group.bench(member, input.clone()).cast_const()))
+            })?;
+            if exchange.gathers {
+                self.lay_out_result(k, &part, &bytes);
+            }
         }
         Ok(())
     }
 
-    fn lay_out_result(&self, exchange: &Exchange, k: usize) {
-        let part = self.part(&exchange.slices[self.place()], k);
-        let to = self.bench(self.rank, self.result(k, part.len()));
+    /// Lays out `bytes` of this rank's `part` of piece `k`.
+    fn lay_out_result(&self, k: usize, part: &Range<usize>, bytes: &Range<usize>) {
+        let place = within(&self.result(k, part.len()), part, bytes);
+        let to = self.bench(self.rank, place);
         // SAFETY: as in `lay_out`.
-        unsafe { to.copy_from_nonoverlapping(self.output(&part), part.len()) };
+        unsafe { to.copy_from_nonoverlapping(self.output(bytes), bytes.len()) };
     }
 
     /// Copies the others' results of piece `k` into this rank's region.
@@ -263,13 +274,17 @@ impl GroupBench<'_> {
 
 /// The longest part of a piece among so many members with benches of `bench` bytes: all inputs and
 /// results fit the benches twice.
-pub(super) fn part_bytes(members: usize, bench: usize) -> usize {
+pub(super) fn part_bytes(members: usize, bench: usize, ranks_per_core: f64) -> usize {
     let parts = 2 * (members + 1);
-    let (bytes, parts) = match members * parts * PART_BYTES_MIN <= BENCHES_BYTES {
-        true => (BENCHES_BYTES.min(members * bench), members * parts),
-        false => (bench.min(parts * PART_BYTES_MIN), parts),
-    };
-    (bytes / parts / LINE * LINE).min(PART_BYTES_MAX)
+    let share = (CORE_BYTES / ranks_per_core.max(1.0)) as usize;
+    let part = (share / parts).clamp(PART_BYTES_MIN, PART_BYTES_MAX).min(bench / parts);
+    part / LINE * LINE
+}
+
+/// Where `bytes` of `part` lie in the place that holds the part.
+const fn within(place: &Range<usize>, part: &Range<usize>, bytes: &Range<usize>) -> Range<usize> {
+    let start = place.start + (bytes.start - part.start);
+    start..start + (bytes.end - bytes.start)
 }
 
 /// A range of mapped memory in blocks that stay in cache.
@@ -285,13 +300,13 @@ mod tests {
     #[test]
     fn parts_fit_the_benches_and_stay_long_among_many_members() {
         let bench = 1 << 20;
-        for members in 2..=1024 {
-            let (part, parts) = (part_bytes(members, bench), 2 * (members + 1));
+        for (members, ranks_per_core) in (2..=1024).flat_map(|n| [(n, 0.1), (n, n as f64 / 2.0)]) {
+            let (part, parts) = (part_bytes(members, bench, ranks_per_core), 2 * (members + 1));
             assert!(part > 0 && part % LINE == 0 && part * parts <= bench, "{members}: {part}");
             let of_bench = bench / parts / LINE * LINE;
             assert!(part >= of_bench.min(PART_BYTES_MIN), "{members}: {part}");
-            let all = members * parts * part;
-            assert!(all <= BENCHES_BYTES || part <= PART_BYTES_MIN, "{members}: {all}");
+            let of_core = ranks_per_core.max(1.0) * (parts * part) as f64;
+            assert!(of_core <= CORE_BYTES || part <= PART_BYTES_MIN, "{members}: {of_core}");
         }
     }
 }

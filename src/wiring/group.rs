@@ -134,7 +134,7 @@ impl Parent<'_> {
         let mut links = Assembly::new(ranks.len());
         links.add_all((link, rdma), &members, self.job, &membership, (rank, session))?;
         let transport = links.names.join("+");
-        let engine = Engine::new(rank, links.links, self.job.is_crowded);
+        let engine = Engine::new(rank, links.links, self.job.ranks_per_core);
         engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
         let choice = self.choice.for_group(topology, members.len() == ranks.len());
         Ok(Member { membership, engine, choice, transport })

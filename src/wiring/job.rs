@@ -25,8 +25,8 @@ pub(crate) struct Job {
     pub(super) places: Vec<Place>,
     /// The cores that the ranks of this host have together.
     pub(super) cores: usize,
-    /// Whether these ranks are more than that.
-    pub(super) is_crowded: bool,
+    /// How many of these ranks there are for each core.
+    pub(super) ranks_per_core: f64,
     pub(crate) arena: Arena,
     /// The lowest number that no communicator of this rank had yet.
     pub(crate) next_communicator: AtomicU16,
@@ -74,7 +74,7 @@ impl Job {
             name: job_hash(name),
             places: cards.iter().enumerate().map(place).collect::<Result<_, _>>()?,
             cores,
-            is_crowded: on_host.count() > cores,
+            ranks_per_core: on_host.count() as f64 / cores as f64,
             arena,
             next_communicator: AtomicU16::new(1),
             #[cfg(feature = "shm")]

@@ -102,7 +102,7 @@ pub(crate) fn join(
     }
     links.add_all((link, rdma), &members, &job, &membership, (rank, control.session()))?;
     let transport = links.names.join("+");
-    let mut engine = Engine::new(rank, links.links, job.is_crowded);
+    let mut engine = Engine::new(rank, links.links, job.ranks_per_core);
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
     let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
     let limit = Limit { until: Instant::now() + settings.connect_timeout, membership: &membership };

@@ -73,7 +73,7 @@ impl World {
             regions.push(region);
             let group = (transport == Transport::Shm).then_some(0);
             let links = Links { all: vec![end.into_link()], route: vec![0; world], group };
-            engines.push(Engine::new(rank, links, false));
+            engines.push(Engine::new(rank, links, 1.0));
         }
         let count = bytes / Dtype::F32.bytes();
         Ok(Self { engines, regions, _buffers: buffers, count, next_number: 0 })
