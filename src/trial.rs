@@ -18,7 +18,7 @@ use crate::runner::{Failure, Request, Runner};
 /// By how much another algorithm has to be faster than the modelled best: less is noise.
 const GAIN: f32 = 0.95;
 /// How long trying may take, in seconds, and how often each is timed.
-const TRIAL_S: f32 = 0.05;
+const TRIAL_S: f32 = 0.15;
 const ROUNDS_MIN: usize = 3;
 const ROUNDS_MAX: usize = 9;
 /// Short calls are timed several in a row, as they come later: for about so long, in seconds, and
