@@ -203,22 +203,28 @@ impl Runner {
         let mut backoff = Backoff::new();
         let mut wait = Wait::default();
         loop {
-            match engine.advance().map_err(Failure::Link)? {
-                Advance::Done => return Ok(()),
-                // It comes back when nothing moves any more. Where ranks share cores, others get
-                // theirs now; elsewhere a peer on another core may be there by now.
-                Advance::Moved if engine.patience().pauses > 0 => backoff.reset(),
-                outcome => {
-                    if outcome == Advance::Moved {
-                        backoff.reset();
-                    }
-                    if let Some(verdict) = self.membership.verdict() {
-                        return Err(Failure::Verdict(verdict));
-                    }
-                    if backoff.pause(engine.patience()) == Pause::Park {
-                        self.park(engine, call, &mut wait)?;
-                        backoff.reset();
-                    }
+            let advance = engine.advance().map_err(Failure::Link)?;
+            if advance == Advance::Done {
+                return Ok(());
+            }
+            let patience = engine.patience();
+            if advance == Advance::Moved {
+                backoff.reset();
+                // It comes back when nothing moves any more. A peer on another core may be there
+                // by now; one that shares this core has to get it.
+                if patience.pauses > 0 {
+                    continue;
+                }
+            }
+            if let Some(verdict) = self.membership.verdict() {
+                return Err(Failure::Verdict(verdict));
+            }
+            match backoff.pause(patience) {
+                Pause::Again => {}
+                Pause::Yielded => engine.yielded(),
+                Pause::Park => {
+                    self.park(engine, call, &mut wait)?;
+                    backoff.reset();
                 }
             }
         }

@@ -395,8 +395,16 @@ impl Engine {
     }
 
     /// How long waiting for what is under way pays before it parks.
-    pub(crate) fn patience(&self) -> Patience {
+    pub(crate) fn patience(&mut self) -> Patience {
         let state = self.running.as_ref().map(|running| running.state);
+        if self.patience == Patience::CROWDED
+            && let Some(arrival) = state.and_then(State::arrival)
+            && let Some(group) = self.links.group()
+            && !group.awaits_own_core(arrival)
+        {
+            // To give the core away would help nobody who is waited for.
+            return Patience::MEMORY;
+        }
         if state != Some(State::InSegment) {
             return self.patience;
         }
@@ -407,6 +415,13 @@ impl Engine {
             .reduce(Patience::min);
         let crowded = Some(self.patience).filter(|patience| *patience == Patience::CROWDED);
         links.into_iter().chain(crowded).reduce(Patience::min).unwrap_or(self.patience)
+    }
+
+    /// Hears that the thread gave its core away while it waited.
+    pub(crate) fn yielded(&mut self) {
+        if let Some(group) = self.links.group() {
+            group.yielded();
+        }
     }
 
     /// Sleeps until something may have moved, until woken, or until `until`.

@@ -172,6 +172,14 @@ pub trait Group {
     /// [`crate::LinkErrorKind::Mismatch`] if a member called something else.
     fn complete(&mut self, arrival: Arrival) -> Result<bool, LinkError>;
 
+    /// Whether a member that has not made the arrival was last seen waiting on the core that this
+    /// thread runs on, or nobody knows where: then it may not come before this core is given away.
+    fn awaits_own_core(&mut self, arrival: Arrival) -> bool;
+
+    /// Hears that this thread gave its core away while it waited. Now and then that may move it to
+    /// a core with fewer members.
+    fn yielded(&mut self);
+
     /// Members that have not made the arrival yet: the ones to name when time is up.
     fn missing(&self, arrival: Arrival) -> Vec<Rank>;
 

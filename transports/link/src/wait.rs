@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 /// What the waiter should do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pause {
-    /// It was a pause or a yield: look again.
+    /// It was a pause: look again.
     Again,
+    /// The core was given to another thread, if one wanted it: look again.
+    Yielded,
     /// Enough: sleep until woken.
     Park,
 }
@@ -88,7 +90,7 @@ impl Backoff {
             return Pause::Park;
         }
         std::thread::yield_now();
-        Pause::Again
+        Pause::Yielded
     }
 }
 
@@ -101,7 +103,7 @@ mod tests {
         let mut backoff = Backoff::new();
         let start = Instant::now();
         let mut looks = 0;
-        while backoff.pause(Patience::MEMORY) == Pause::Again {
+        while backoff.pause(Patience::MEMORY) != Pause::Park {
             looks += 1;
         }
         assert!(looks >= 48 && start.elapsed() >= SPELL, "{looks} looks");

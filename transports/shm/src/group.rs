@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
+use rustix::thread::sched_getcpu;
 use unisum_link::{Arrival, Group, LinkError, Part, Rank, Region, Regions};
 
 use crate::bell::Bell;
@@ -30,6 +31,7 @@ use crate::layout::{
 };
 use crate::mailbox::CallWords;
 use crate::mapping::Mapping;
+use crate::spread::Spread;
 
 /// The first word of a card: the number of the arrival above the kinds of its two places.
 const KINDS_BITS: u32 = 8;
@@ -131,6 +133,8 @@ pub(crate) struct Team {
     entered: Arrival,
     /// Whether it was one with a deposit.
     deposited: bool,
+    /// Apart, as most collectives don't need it.
+    spread: Box<Spread>,
     /// How many collectives were entered, and whether the one under way was.
     enters: u64,
     is_inside: bool,
@@ -167,6 +171,7 @@ impl Team {
             complete: Arrival(0),
             entered: Arrival(0),
             deposited: false,
+            spread: Box::default(),
             enters: 0,
             is_inside: false,
             places: Vec::new(),
@@ -238,6 +243,24 @@ impl Team {
     /// Whether the member at `index` has made an arrival.
     fn has_made(&self, index: usize, arrival: Arrival) -> bool {
         self.card(index, arrival).has_made(arrival)
+    }
+
+    /// Tells the others where this rank waits.
+    fn tell_core(&mut self) {
+        let core = sched_getcpu() as u32 + 1;
+        if core != self.spread.core {
+            let control = self.mapping.layout().control(self.peers[self.own].seat);
+            // Relaxed: a hint, and wrong for a moment whenever the scheduler moves a rank.
+            self.mapping.word(control.core()).store(core, Ordering::Relaxed);
+            self.spread.core = core;
+        }
+    }
+
+    /// The core on which the member at `index` waited last, counted from 1.
+    fn core_of(&self, index: usize) -> u32 {
+        let control = self.mapping.layout().control(self.peers[index].seat);
+        // Relaxed: see `tell_core`.
+        self.mapping.word(control.core()).load(Ordering::Relaxed)
     }
 
     /// Wakes who sleeps on a complete arrival.
@@ -381,6 +404,25 @@ impl Group for Team {
             self.read_cards()?;
         }
         Ok(true)
+    }
+
+    fn awaits_own_core(&mut self, arrival: Arrival) -> bool {
+        self.tell_core();
+        let here = [0, self.spread.core];
+        (self.seen..self.peers.len())
+            .any(|index| !self.has_made(index, arrival) && here.contains(&self.core_of(index)))
+    }
+
+    fn yielded(&mut self) {
+        if !self.spread.is_due() {
+            return;
+        }
+        self.tell_core();
+        let mut cores = std::mem::take(&mut self.spread.cores);
+        cores.clear();
+        cores.extend((0..self.peers.len()).map(|index| self.core_of(index)));
+        self.spread.cores = cores;
+        self.spread.look(self.own);
     }
 
     fn missing(&self, arrival: Arrival) -> Vec<Rank> {

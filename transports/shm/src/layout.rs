@@ -27,7 +27,7 @@ pub(crate) const SLOT_BYTES: usize = 16 << 10;
 /// Bytes of a bench.
 pub(crate) const BENCH_BYTES: usize = 1 << 20;
 /// What the memory begins with: "unishm" and the version of this layout.
-pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"unishm\x00\x02");
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"unishm\x00\x03");
 
 /// Offsets in the header.
 pub(crate) const NONCE: u64 = 8;
@@ -164,6 +164,8 @@ impl Control {
     pub(crate) const fn probe_value(self) -> u64 { self.0 + LINE + 24 }
     /// What it wrote to prove that it mapped this very memory: two words.
     pub(crate) const fn identity(self) -> u64 { self.0 + LINE + 32 }
+    /// The core on which it waited last, counted from 1; 0 if it has not waited yet.
+    pub(crate) const fn core(self) -> u64 { self.0 + LINE + 48 }
     /// Name of its doorbell's socket: four words.
     pub(crate) const fn socket(self) -> u64 { self.0 + 2 * LINE }
 }

@@ -35,6 +35,7 @@ mod link;
 mod mailbox;
 mod mapping;
 mod outbox;
+mod spread;
 
 pub use error::ShmError;
 pub use heap::{Block, Heap};
