@@ -276,9 +276,13 @@ fn allowed(way: (&str, &str), ranks: usize, bytes: usize) -> Vec<(&'static str, 
     let waits = [("sched_yield", 64 * waits), ("futex", 3 * waits)].map(each);
     let peers = ranks - 1;
     if transport == "shm" {
+        // One look at where ranks may run for 64 yields, if others are on the same core; a move
+        // takes three calls, at most every 5 ms.
+        let spreading = [("sched_getaffinity", 2), ("sched_setaffinity", 2)].map(each);
         // A slice is read in blocks of 64 KiB from each peer, and the other slices once.
         let reads = each(("process_vm_readv", peers * (2 + bytes / (64 << 10))));
-        return waits.into_iter().chain((memory == "private").then_some(reads)).collect();
+        let reads = (memory == "private").then_some(reads);
+        return waits.into_iter().chain(spreading).chain(reads).collect();
     }
     // Slices of 256 KiB at most, to and from each peer; the kernel may take and give them in
     // pieces.

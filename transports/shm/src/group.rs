@@ -152,7 +152,7 @@ impl Team {
         heaps: &Heaps,
         own: usize,
     ) -> Self {
-        Self {
+        let mut team = Self {
             members: peers.iter().map(|peer| peer.rank).collect(),
             heaps: peers.iter().map(|peer| heaps.of(peer.rank)).collect(),
             slots: peers
@@ -176,7 +176,9 @@ impl Team {
             is_inside: false,
             places: Vec::new(),
             registered: [false; 2],
-        }
+        };
+        team.tell_core();
+        team
     }
 
     /// Starts a collective: what the next enter publishes.
