@@ -20,10 +20,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
-use rustix::thread::sched_getcpu;
 use unisum_link::{Arrival, Group, LinkError, Part, Rank, Region, Regions};
 
 use crate::bell::Bell;
+use crate::ffi::current_core;
 use crate::heaps::{Heaps, PeerHeap};
 use crate::inbox::Peer;
 use crate::layout::{
@@ -249,7 +249,7 @@ impl Team {
 
     /// Tells the others where this rank waits.
     fn tell_core(&mut self) {
-        let core = sched_getcpu() as u32 + 1;
+        let core = current_core().map_or(0, |core| core + 1);
         if core != self.spread.core {
             let control = self.mapping.layout().control(self.peers[self.own].seat);
             // Relaxed: a hint, and wrong for a moment whenever the scheduler moves a rank.

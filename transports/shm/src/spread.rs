@@ -1,9 +1,10 @@
 //! Keeps the ranks of a host on all the cores that they may use.
 //!
 //! Ranks that wait for each other are never long off a core, so that the scheduler takes their data
-//! for hot and leaves them where they woke up: two on one core beside an idle one, or three and one.
-//! Whoever shares its core with more members than another core has goes there. It may run wherever
-//! it might before: only the moment's place changes. Cores are counted from 1 here.
+//! for hot and leaves them where they woke up: two on one core beside an idle one, or three and
+//! one. Whoever shares its core with more members than another core has goes there. It may run
+//! wherever it might before: only the moment's place changes. Where members are is counted from 1,
+//! as 0 says that nobody knows.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -60,8 +61,8 @@ fn crowded_core(cores: &[u32], own: usize) -> Option<usize> {
     (is_last && !is_alone).then(|| (cores[own] as usize).checked_sub(1)).flatten()
 }
 
-/// The nearest of the allowed cores, counted from 0, on which at least two members fewer are than
-/// `here`; the emptiest of them.
+/// Of the allowed cores on which at least two members fewer are than `here`, the emptiest, and of
+/// such the nearest.
 fn emptier_core(cores: &[u32], here: usize, allowed: &CpuSet) -> Option<usize> {
     let members = |core: usize| cores.iter().filter(|&&it| it as usize == core + 1).count();
     (0..CpuSet::MAX_CPU)
