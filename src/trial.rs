@@ -23,7 +23,7 @@ const ROUNDS_MIN: usize = 3;
 const ROUNDS_MAX: usize = 9;
 /// Short calls are timed several in a row, as they come later: for about so long, in seconds, and
 /// at most so many.
-const BLOCK_S: f32 = 100e-6;
+const BLOCK_S: f32 = 1e-3;
 const CALLS_MAX: usize = 64;
 
 /// What a call finds in its memory, to be put back.
