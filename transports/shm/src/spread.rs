@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-/// A look at where the members are, once in so many yields.
-const YIELDS: u32 = 64;
+/// A look at where the members are, once in so many yields: soon after something had to be changed,
+/// ever less often while nothing has to.
+const YIELDS_MIN: u32 = 16;
+const YIELDS_MAX: u32 = 512;
 /// At least so long between two moves of a rank.
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -23,7 +25,9 @@ pub(crate) struct Spread {
     pub(crate) core: u32,
     /// Where each member waited last; 0 where nobody knows.
     pub(crate) cores: Vec<u32>,
+    /// Until the next look, and from that to the one after it.
     yields: u32,
+    interval: u32,
     moved: Option<Instant>,
     /// The system does not let this thread choose.
     refused: bool,
@@ -32,8 +36,12 @@ pub(crate) struct Spread {
 impl Spread {
     /// Counts a yield; whether it is time for a look.
     pub(crate) fn is_due(&mut self) -> bool {
-        self.yields = (self.yields + 1) % YIELDS;
-        self.yields == 0 && !self.refused
+        let is_due = self.yields == 0;
+        if is_due {
+            self.interval = (2 * self.interval).clamp(YIELDS_MIN, YIELDS_MAX);
+        }
+        self.yields = if is_due { self.interval } else { self.yields - 1 };
+        is_due && !self.refused
     }
 
     /// Goes to another core if that spreads the members more evenly; this one is the one at `own`.
@@ -43,7 +51,10 @@ impl Spread {
             return;
         }
         match go(|allowed| emptier_core(&self.cores, here, allowed)) {
-            Ok(true) => self.moved = Some(Instant::now()),
+            Ok(true) => {
+                (self.yields, self.interval) = (YIELDS_MIN, YIELDS_MIN);
+                self.moved = Some(Instant::now());
+            }
             Ok(false) => {}
             Err(error) => {
                 tracing::debug!("this thread can't choose its core: {error}");
