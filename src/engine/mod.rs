@@ -119,7 +119,8 @@ impl Running {
 }
 
 impl Engine {
-    /// `ranks_per_core` is about all ranks of the job on this host.
+    /// `ranks_per_core` is about all ranks of the job on this host, and the same for all members of
+    /// the group.
     pub(crate) fn new(rank: Rank, mut links: Links, ranks_per_core: f64) -> Self {
         let of_group = |group: &mut dyn Group| {
             part_bytes(group.members().len(), group.bench_bytes(), ranks_per_core)

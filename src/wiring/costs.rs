@@ -61,7 +61,8 @@ pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Costs, Error>
         }
     }
     let group = measure_group(engine, site)?;
-    let told = if rank == 0 { encode(site.job.cores, &measured, group) } else { Vec::new() };
+    let (_, cores) = site.job.ranks_and_cores(members);
+    let told = if rank == 0 { encode(cores, &measured, group) } else { Vec::new() };
     let blobs = control.exchange(told).map_err(rendezvous_error)?;
     let costs = decode(&blobs[0]).map(|costs| Costs { has_groups, ..costs });
     costs.ok_or_else(|| {

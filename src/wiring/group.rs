@@ -134,7 +134,8 @@ impl Parent<'_> {
         let mut links = Assembly::new(ranks.len());
         links.add_all((link, rdma), &members, self.job, &membership, (rank, session))?;
         let transport = links.names.join("+");
-        let engine = Engine::new(rank, links.links, self.job.ranks_per_core);
+        let sharing: Vec<Rank> = members.iter().map(|&member| ranks[member]).collect();
+        let engine = links.engine(rank, self.job.ranks_and_cores(&sharing));
         engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
         let choice = self.choice.for_group(topology, members.len() == ranks.len());
         Ok(Member { membership, engine, choice, transport })

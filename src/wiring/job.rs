@@ -23,10 +23,6 @@ pub(crate) struct Job {
     pub(super) name: [u8; 16],
     /// By rank of the job.
     pub(super) places: Vec<Place>,
-    /// The cores that the ranks of this host have together.
-    pub(super) cores: usize,
-    /// How many of these ranks there are for each core.
-    pub(super) ranks_per_core: f64,
     pub(crate) arena: Arena,
     /// The lowest number that no communicator of this rank had yet.
     pub(crate) next_communicator: AtomicU16,
@@ -42,6 +38,7 @@ pub(super) struct Place {
     pub(super) address: SocketAddr,
     /// Which host it is on, as far as names go.
     pub(super) host: String,
+    cores: Cores,
 }
 
 impl Job {
@@ -49,7 +46,7 @@ impl Job {
         settings: &Settings,
         secret: &Secret,
         name: &str,
-        (rank, cards): (Rank, &[Card]),
+        cards: &[Card],
         shared: Option<&Shared>,
     ) -> Result<Self, Error> {
         #[cfg(feature = "shm")]
@@ -64,17 +61,13 @@ impl Job {
                 Error::new(ErrorKind::Rendezvous, text).caused_by(vec![rank])
             };
             let address = card.address.ok_or_else(told_none)?;
-            Ok(Place { address, host: card.host.clone() })
+            Ok(Place { address, host: card.host.clone(), cores: card.cores.clone() })
         };
-        let on_host = cards.iter().filter(|card| card.host == cards[rank].host);
-        let cores = Cores::of_host(on_host.clone().map(|card| &card.cores));
         Ok(Self {
             settings: settings.clone(),
             secret: secret.clone(),
             name: job_hash(name),
             places: cards.iter().enumerate().map(place).collect::<Result<_, _>>()?,
-            cores,
-            ranks_per_core: on_host.count() as f64 / cores as f64,
             arena,
             next_communicator: AtomicU16::new(1),
             #[cfg(feature = "shm")]
@@ -88,6 +81,16 @@ impl Job {
         return self.arena.registry().is_some();
         #[cfg(not(feature = "verbs"))]
         false
+    }
+
+    /// How many of the job's ranks are on the host of these, which share memory, and how many cores
+    /// they have together. Each of these ranks gets the same answer.
+    pub(super) fn ranks_and_cores(&self, sharing: &[Rank]) -> (usize, usize) {
+        // Names are only names: ranks that share memory are on one host, whatever it is called.
+        let host = &self.places[sharing[0]].host;
+        let is_there = |&rank: &Rank| self.places[rank].host == *host || sharing.contains(&rank);
+        let there = (0..self.places.len()).filter(is_there);
+        (there.clone().count(), Cores::of_host(there.map(|rank| &self.places[rank].cores)))
     }
 
     /// The hosts of some of its ranks.

@@ -78,7 +78,7 @@ pub(crate) fn join(
     };
     let Node { members, link, topology } = offer.join(&circle, settings)?;
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA registers memory"))]
-    let mut job = Job::new(settings, secret, &detected.job, (rank, &cards), link.as_ref())?;
+    let mut job = Job::new(settings, secret, &detected.job, &cards, link.as_ref())?;
     let membership = Membership::of_job(control.clone(), rank, world);
     let mut links = Assembly::new(world);
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA has devices"))]
@@ -102,7 +102,7 @@ pub(crate) fn join(
     }
     links.add_all((link, rdma), &members, &job, &membership, (rank, control.session()))?;
     let transport = links.names.join("+");
-    let mut engine = Engine::new(rank, links.links, job.ranks_per_core);
+    let mut engine = links.engine(rank, job.ranks_and_cores(&members));
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
     let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
     let limit = Limit { until: Instant::now() + settings.connect_timeout, membership: &membership };
@@ -166,6 +166,11 @@ impl Assembly {
             None => self.add("tcp", tcp::connect(job, membership, (rank, session))?, &others),
         }
         Ok(())
+    }
+
+    /// The engine of a rank on whose host so many ranks have so many cores.
+    fn engine(self, rank: Rank, (ranks, cores): (usize, usize)) -> Engine {
+        Engine::new(rank, self.links, ranks as f64 / cores as f64)
     }
 }
 

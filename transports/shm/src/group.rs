@@ -181,6 +181,11 @@ impl Team {
         team
     }
 
+    /// From here on this rank keeps away from cores with more members than others.
+    pub(crate) fn spread(&mut self) {
+        self.spread.is_on = true;
+    }
+
     /// Starts a collective: what the next enter publishes.
     pub(crate) fn begin(&mut self, call: CallWords, regions: Regions) {
         (self.call, self.regions) = (call, Some(regions));

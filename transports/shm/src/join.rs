@@ -172,7 +172,9 @@ impl Candidate {
         let own = Heap::new(Arc::clone(&self.mapping), self.seat(self.me));
         let seats = members.iter().map(|&rank| (rank, self.seat(rank))).collect();
         let heaps = Heaps::new(own, Arc::clone(&self.mapping), seats);
-        self.connect_beside(members, heaps, deadline)
+        let mut link = self.connect_beside(members, heaps, deadline)?;
+        link.spread();
+        Ok(link)
     }
 
     /// The same for a link whose registered memory is that of another link, `heaps`, by the

@@ -54,6 +54,11 @@ struct Pair {
 }
 
 impl ShmLink {
+    /// Has its members spread over the cores that they may run on.
+    pub(crate) fn spread(&mut self) {
+        self.team.spread();
+    }
+
     pub(crate) fn new(
         mapping: Arc<Mapping>,
         bell: Arc<Bell>,

@@ -5,6 +5,9 @@
 //! one. Whoever shares its core with more members than another core has goes there. It may run
 //! wherever it might before: only the moment's place changes. Where members are is counted from 1,
 //! as 0 says that nobody knows.
+//!
+//! Only the link that has all ranks of the job on this host does so: what is even for the members
+//! of one group may not be for those of another.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -29,8 +32,8 @@ pub(crate) struct Spread {
     yields: u32,
     interval: u32,
     moved: Option<Instant>,
-    /// The system does not let this thread choose.
-    refused: bool,
+    /// Whether this rank moves at all.
+    pub(crate) is_on: bool,
 }
 
 impl Spread {
@@ -41,7 +44,7 @@ impl Spread {
             self.interval = (2 * self.interval).clamp(YIELDS_MIN, YIELDS_MAX);
         }
         self.yields = if is_due { self.interval } else { self.yields - 1 };
-        is_due && !self.refused
+        is_due && self.is_on
     }
 
     /// Goes to another core if that spreads the members more evenly; this one is the one at `own`.
@@ -58,7 +61,7 @@ impl Spread {
             Ok(false) => {}
             Err(error) => {
                 tracing::debug!("this thread can't choose its core: {error}");
-                self.refused = true;
+                self.is_on = false;
             }
         }
     }
@@ -89,13 +92,13 @@ fn go(choose: impl Fn(&CpuSet) -> Option<usize>) -> io::Result<bool> {
     let mut only = CpuSet::new();
     only.set(core);
     sched_setaffinity(None, &only)?;
-    tracing::debug!("moved to core {core}, away from other ranks");
     if sched_setaffinity(None, &allowed).is_err() {
         // The process was given other cores meanwhile: those, whichever they are.
         let mut all = CpuSet::new();
         (0..CpuSet::MAX_CPU).for_each(|core| all.set(core));
         sched_setaffinity(None, &all)?;
     }
+    tracing::debug!("moved to core {core}, away from other ranks");
     Ok(true)
 }
 
