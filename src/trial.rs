@@ -2,8 +2,8 @@
 //!
 //! The model knows what one pair of ranks measured at start. It finds the few algorithms that come
 //! into question; which of them wins, where ranks share cores, hosts differ or a network has its
-//! ways, is found by running them: the same call with the same memory, in turns. A call takes as
-//! long as it does on the slowest rank, and all ranks get that.
+//! ways, is found by running them: the same call with the same memory, in turns, and all ranks take
+//! the times of the slowest.
 
 use std::ptr::NonNull;
 use std::time::Instant;
@@ -18,12 +18,12 @@ use crate::runner::{Failure, Request, Runner};
 /// By how much another algorithm has to be faster than the modelled best: less is noise.
 const GAIN: f32 = 0.95;
 /// How long trying may take, in seconds, and how often each is timed.
-const TRIAL_S: f32 = 0.15;
+const TRIAL_S: f32 = 0.05;
 const ROUNDS_MIN: usize = 3;
 const ROUNDS_MAX: usize = 9;
-/// Several calls follow each other, as they do later: for about so long, in seconds, and at most so
-/// many. The first of several, after another algorithm's, does not count.
-const BLOCK_S: f32 = 2e-3;
+/// Short calls are timed several in a row, as they come later: for about so long, in seconds, and
+/// at most so many.
+const BLOCK_S: f32 = 100e-6;
 const CALLS_MAX: usize = 64;
 
 /// What a call finds in its memory, to be put back.
@@ -124,32 +124,30 @@ impl Trial<'_> {
         if rounds < ROUNDS_MIN {
             return Ok(None);
         }
-        let mut seconds = Vec::with_capacity(rounds * once.len() * calls);
+        let mut seconds = Vec::with_capacity(rounds * once.len());
         for _ in 0..rounds {
             seconds.extend(self.round(calls)?);
         }
         self.take_slowest(&mut seconds)?;
-        let blocks =
-            seconds.chunks_exact(calls).map(|calls| &calls[usize::from(calls.len() > 1)..]);
-        let times = |index| blocks.clone().skip(index).step_by(once.len()).flatten().copied();
+        let times = |index: usize| seconds.iter().skip(index).step_by(once.len()).copied();
         let medians: Vec<f32> = (0..once.len()).map(|index| median(times(index))).collect();
-        tracing::debug!("{}: each candidate took {medians:?} s", self.call);
+        tracing::debug!("{}: {calls} calls took each candidate {medians:?} s", self.call);
         let best = (0..medians.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
         Ok(Some(best.filter(|&best| medians[best] < GAIN * medians[0]).unwrap_or(0)))
     }
 
-    /// What each of so many calls by each of the candidates takes this rank, in seconds.
+    /// What so many calls by each of the candidates take, in seconds.
     fn round(&mut self, calls: usize) -> Result<Vec<f32>, Failure> {
-        let mut seconds = Vec::with_capacity(self.candidates.len() * calls);
+        let mut seconds = Vec::with_capacity(self.candidates.len());
         for at in 0..self.candidates.len() {
             let Compiled { algorithm, program } = self.candidates[at].clone();
+            let start = Instant::now();
             for _ in 0..calls {
-                let start = Instant::now();
                 let call = Call { algorithm: algorithm as u16, ..self.next_call() };
                 self.engine.start(call, self.fold, self.regions, &program);
                 self.runner.drive(self.engine, &call)?;
-                seconds.push(start.elapsed().as_secs_f32());
             }
+            seconds.push(start.elapsed().as_secs_f32());
             self.kept.iter().for_each(Kept::put_back);
         }
         Ok(seconds)
