@@ -104,9 +104,10 @@ impl Runner {
             candidates,
             kept,
         };
-        if let Some(best) = trial.best()? {
-            self.choice.settle(&shape, key, trial.candidates[best].algorithm);
-        }
+        // Also where trying takes too long: were it left open, ranks would try again, and not all
+        // of them, as each keeps the programs of its own calls (in place or apart, say).
+        let best = trial.best()?.unwrap_or(0);
+        self.choice.settle(&shape, key, trial.candidates[best].algorithm);
         Ok(())
     }
 }
