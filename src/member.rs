@@ -132,7 +132,8 @@ impl Core {
         // SAFETY: this function owns it.
         let regions = Regions::in_place(unsafe { self.job.arena.region(&mut spare.0) });
         let mut request = request::<T>(collective, Blocks::Even(0), true, regions);
-        (request.fold.custom, request.key.ordered) = (None, false);
+        request.fold.custom = None;
+        (request.key.custom, request.key.ordered) = (false, false);
         self.runner.run(state, &request)
     }
 
@@ -198,6 +199,7 @@ fn request<T: Element>(
         average: fold.op == ReduceOp::Average && collective.kind().reduces(),
         scales: fold.factor.is_some(),
         ordered: fold.custom.is_some() && collective.reduction().is_ordered(),
+        custom: fold.custom.is_some(),
         in_place,
     };
     Request { key, fold, regions, detail: 0 }

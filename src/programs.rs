@@ -23,6 +23,9 @@ pub(crate) struct Key {
     pub(crate) scales: bool,
     /// Whether operands have to be folded in rank order.
     pub(crate) ordered: bool,
+    /// Whether a function of the user folds. Such calls are never tried, so that they must not pass
+    /// for calls that were: ranks differ in which of those they know, as in `in_place`.
+    pub(crate) custom: bool,
     /// Whether input and output are one memory.
     pub(crate) in_place: bool,
 }
@@ -43,6 +46,7 @@ impl Key {
             average: false,
             scales: false,
             ordered: false,
+            custom: false,
             in_place: true,
         }
     }
@@ -75,13 +79,14 @@ impl Programs {
     }
 
     /// The program of a call, built if it is new, by the algorithm that `choice` takes for it after
-    /// `first` was done.
+    /// `first` was done. That says whether it settled an algorithm: then programs made by another
+    /// are forgotten, on all ranks in the same call, whichever each of them has.
     pub(crate) fn program<E>(
         &mut self,
         key: &Key,
         choice: &Choice,
         engine: &mut Engine,
-        first: impl FnOnce(&Self, &mut Engine) -> Result<(), E>,
+        first: impl FnOnce(&Self, &mut Engine) -> Result<bool, E>,
     ) -> Result<&Compiled, E> {
         let fixed = choice.fixed();
         if self.fixed != fixed || self.known.len() > CAPACITY {
@@ -90,7 +95,9 @@ impl Programs {
         }
         if self.last.as_ref().is_none_or(|(last, _)| last != key) {
             if !self.known.contains_key(key) {
-                first(self, engine)?;
+                if first(self, engine)? {
+                    self.known.clear();
+                }
                 let shape = shape(key, self.rank, choice.topology());
                 let algorithm = choice.algorithm(&shape, key);
                 let program = build(key, self.rank, self.tuning, algorithm, &shape, engine).into();

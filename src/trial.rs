@@ -66,8 +66,8 @@ struct Trial<'a> {
 }
 
 impl Runner {
-    /// Settles which algorithm calls of the kind and size of `request` take, if that is open. All
-    /// ranks do so in the same call. Its memory is afterwards as it was. Each run takes a number of
+    /// Whether it settled which algorithm calls of the kind and size of `request` take: it does if that is
+    /// open. All ranks do so in the same call. Its memory is afterwards as it was. Each run takes a number of
     /// its own, from `next_number` on, as links tell collectives apart by them.
     pub(crate) fn try_out(
         &self,
@@ -76,16 +76,16 @@ impl Runner {
         request: &Request,
         call: Call,
         next_number: &mut u64,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         let Request { key, regions, .. } = request;
         let fold = self.fold(request);
         // A user's function is for the user's data, and may count how often it is called.
-        if fold.custom.is_some() || key.ordered {
-            return Ok(());
+        if key.custom {
+            return Ok(false);
         }
         let topology = self.choice.topology();
         let shape = programs.shape(key, topology);
-        let Some(candidates) = self.choice.open(&shape, key) else { return Ok(()) };
+        let Some(candidates) = self.choice.open(&shape, key) else { return Ok(false) };
         let build = |algorithm| {
             let program = programs.build_by(algorithm, key, topology, engine);
             Compiled { algorithm, program }
@@ -104,17 +104,17 @@ impl Runner {
             candidates,
             kept,
         };
-        // Also where trying takes too long: were it left open, ranks would try again, and not all
-        // of them, as each keeps the programs of its own calls (in place or apart, say).
-        let best = trial.best()?.unwrap_or(0);
+        let best = trial.best()?;
         self.choice.settle(&shape, key, trial.candidates[best].algorithm);
-        Ok(())
+        Ok(true)
     }
 }
 
 impl Trial<'_> {
-    /// Which of the candidates is fastest; the same on all ranks. `None` if trying takes too long.
-    fn best(&mut self) -> Result<Option<usize>, Failure> {
+    /// Which of the candidates is fastest; the same on all ranks. The modelled best if trying
+    /// takes too long: were it left open, ranks would try again, and not all of them, as each keeps
+    /// the programs of its own calls (in place or apart, say).
+    fn best(&mut self) -> Result<usize, Failure> {
         // The first time, ranks come late, connections are opened and pages touched.
         self.round(1)?;
         let mut once = self.round(1)?;
@@ -123,7 +123,7 @@ impl Trial<'_> {
         let calls = ((BLOCK_S / median(once.iter().copied())) as usize).clamp(1, CALLS_MAX);
         let rounds = ((TRIAL_S / (round_s * calls as f32)) as usize).min(ROUNDS_MAX);
         if rounds < ROUNDS_MIN {
-            return Ok(None);
+            return Ok(0);
         }
         let mut seconds = Vec::with_capacity(rounds * once.len());
         for _ in 0..rounds {
@@ -134,7 +134,7 @@ impl Trial<'_> {
         let medians: Vec<f32> = (0..once.len()).map(|index| median(times(index))).collect();
         tracing::debug!("{}: {calls} calls took each candidate {medians:?} s", self.call);
         let best = (0..medians.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
-        Ok(Some(best.filter(|&best| medians[best] < GAIN * medians[0]).unwrap_or(0)))
+        Ok(best.filter(|&best| medians[best] < GAIN * medians[0]).unwrap_or(0))
     }
 
     /// What so many calls by each of the candidates take, in seconds.

@@ -17,6 +17,7 @@ fn rank_process() {
         ("settle", settle),
         ("own_function", own_function),
         ("die_first", die_first),
+        ("in_other_places", in_other_places),
     ]);
 }
 
@@ -35,6 +36,40 @@ fn all_ranks_settle_on_the_same_and_buffers_are_as_ever() {
         let told = world.succeed(LIMIT);
         assert!(told.iter().all(|told| told.len() == COUNTS.len()), "{told:?}");
         assert!(told.windows(2).all(|two| two[0] == two[1]), "{told:?}");
+    }
+}
+
+/// Ranks know different calls of a size: some have had it in place, some apart, by a function of the
+/// user, which is not tried, and then plain.
+#[test]
+fn ranks_that_know_other_calls_try_and_settle_alike() {
+    for world in worlds("in_other_places") {
+        world.succeed(LIMIT);
+    }
+}
+
+fn in_other_places() {
+    let communicator = Communicator::from_environment().unwrap();
+    let (rank, world) = (communicator.rank(), communicator.world());
+    let fold = |into: &mut [f32], from: &[f32]| {
+        into.iter_mut().zip(from).for_each(|(into, from)| *into += from);
+    };
+    let own = CustomOp::commutative(fold);
+    for count in COUNTS {
+        let reduce = |collective: &Collective, apart: bool| {
+            let (input, mut data) = (vec![1.0_f32; count], vec![1.0_f32; count]);
+            let buffers = match apart {
+                true => Buffers::Apart(&input, &mut data),
+                false => Buffers::InPlace(&mut data),
+            };
+            communicator.run(collective, buffers).unwrap();
+            assert!(data.iter().all(|&it| it == world as f32), "{count}");
+        };
+        let (custom, plain) = (Collective::all_reduce(own), Collective::all_reduce(ReduceOp::Sum));
+        reduce(&custom, rank == 0);
+        reduce(&plain, false);
+        reduce(&custom, false);
+        reduce(&plain, rank == 0);
     }
 }
 
