@@ -66,9 +66,9 @@ struct Trial<'a> {
 }
 
 impl Runner {
-    /// Whether it settled which algorithm calls of the kind and size of `request` take: it does if that is
-    /// open. All ranks do so in the same call. Its memory is afterwards as it was. Each run takes a number of
-    /// its own, from `next_number` on, as links tell collectives apart by them.
+    /// Whether it settled which algorithm calls of the kind and size of `request` take: it does if
+    /// that is open. All ranks do so in the same call. Its memory is afterwards as it was. Each run
+    /// takes a number of its own, from `next_number` on, as links tell collectives apart by them.
     pub(crate) fn try_out(
         &self,
         engine: &mut Engine,

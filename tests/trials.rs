@@ -39,8 +39,8 @@ fn all_ranks_settle_on_the_same_and_buffers_are_as_ever() {
     }
 }
 
-/// Ranks know different calls of a size: some have had it in place, some apart, by a function of the
-/// user, which is not tried, and then plain.
+/// Ranks know different calls of a size: some have had it in place, some apart, by a function of
+/// the user, which is not tried, and then plain.
 #[test]
 fn ranks_that_know_other_calls_try_and_settle_alike() {
     for world in worlds("in_other_places") {
