@@ -246,9 +246,8 @@ fn allowed(way: (&str, &str), ranks: usize, bytes: usize) -> Vec<(&'static str, 
     // Looks at all sockets, and sleeps: the looks of one wait are bounded, but on a busy machine
     // each yield may bring one.
     let looks = ["epoll_wait", "ppoll", LOOK].map(|call| each((call, 16 * messages)));
-    // The first sleep of each kind (on few sockets, on the event queue) finds the wakes of the
-    // connections that were opened, and takes them back.
-    let wakes = [("read", 2)];
+    // The first sleep finds the wakes of the connections that were opened, and takes them back.
+    let wakes = [("read", 1)];
     moves.into_iter().chain(looks).chain(waits).chain(wakes).collect()
 }
 
