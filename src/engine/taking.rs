@@ -17,7 +17,10 @@ use unisum_link::{LinkError, Part};
 use super::folding::Extras;
 use super::placement::{Memory, Place};
 use super::pull::{Origin, Pull, Take};
-use super::together::{GroupBench, LINE, MAPPED_BLOCK, Next, PART_BYTES_MAX};
+use super::together::{GroupBench, LINE, MAPPED_BLOCK, Next};
+
+/// Longest part of a lane in one piece: what is copied stays in a second cache.
+const LANE_BYTES_MAX: usize = 256 << 10;
 
 impl GroupBench<'_> {
     /// After the enter: takes everything, or lays out the first piece.
@@ -157,6 +160,6 @@ impl GroupBench<'_> {
     /// Most bytes of a lane in one piece.
     fn lane_bytes(&self, pull: &Pull) -> usize {
         let lanes = 2 * pull.lanes_max.max(1);
-        (self.group.bench_bytes() / lanes / LINE * LINE).min(PART_BYTES_MAX)
+        (self.group.bench_bytes() / lanes / LINE * LINE).min(LANE_BYTES_MAX)
     }
 }

@@ -21,8 +21,6 @@ use super::program::Exchange;
 
 /// Blocks of mapped memory: read from all members, folded and written while in the first cache.
 pub(super) const MAPPED_BLOCK: usize = 16 << 10;
-/// Longest part of a piece.
-pub(super) const PART_BYTES_MAX: usize = 256 << 10;
 /// What is used of the benches of the ranks of a core, so that they stay in its second cache beside
 /// what is copied, unless parts would become shorter than this: each piece costs an arrival of all.
 const CORE_BYTES: f64 = (512 << 10) as f64;
@@ -277,7 +275,7 @@ impl GroupBench<'_> {
 pub(super) fn part_bytes(members: usize, bench: usize, ranks_per_core: f64) -> usize {
     let parts = 2 * (members + 1);
     let share = (CORE_BYTES / ranks_per_core.max(1.0)) as usize;
-    let part = (share / parts).clamp(PART_BYTES_MIN, PART_BYTES_MAX).min(bench / parts);
+    let part = (share / parts).max(PART_BYTES_MIN).min(bench / parts);
     part / LINE * LINE
 }
 

@@ -96,7 +96,9 @@ fn go(choose: impl Fn(&CpuSet) -> Option<usize>) -> io::Result<bool> {
         // The process was given other cores meanwhile: those, whichever they are.
         let mut all = CpuSet::new();
         (0..CpuSet::MAX_CPU).for_each(|core| all.set(core));
-        sched_setaffinity(None, &all)?;
+        sched_setaffinity(None, &all).inspect_err(|error| {
+            tracing::warn!("this thread stays bound to core {core}: {error}");
+        })?;
     }
     tracing::debug!("moved to core {core}, away from other ranks");
     Ok(true)
