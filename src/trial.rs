@@ -2,8 +2,8 @@
 //!
 //! The model knows what one pair of ranks measured at start. It finds the few algorithms that come
 //! into question; which of them wins, where ranks share cores, hosts differ or a network has its
-//! ways, is found by running them: the same call with the same memory, in turns, and all ranks take
-//! the times of the slowest.
+//! ways, is found by running them: the same call with the same memory, in turns. A call takes as
+//! long as it does on the slowest rank, and all ranks get that.
 
 use std::ptr::NonNull;
 use std::time::Instant;
@@ -17,13 +17,15 @@ use crate::runner::{Failure, Request, Runner};
 
 /// By how much another algorithm has to be faster than the modelled best: less is noise.
 const GAIN: f32 = 0.95;
-/// How long trying may take, in seconds, and how often each is timed.
-const TRIAL_S: f32 = 0.05;
+/// The same after fewer than so many rounds.
+const GAIN_FEW: f32 = 0.75;
 const ROUNDS_MIN: usize = 3;
+/// How long trying may take, in seconds and rounds: there is one at least.
+const TRIAL_S: f32 = 0.15;
 const ROUNDS_MAX: usize = 9;
-/// Short calls are timed several in a row, as they come later: for about so long, in seconds, and
-/// at most so many.
-const BLOCK_S: f32 = 100e-6;
+/// Several calls follow each other, as they do later: for about so long, in seconds, and at most so
+/// many. The first of several, after another algorithm's, does not count.
+const BLOCK_S: f32 = 2e-3;
 const CALLS_MAX: usize = 64;
 
 /// What a call finds in its memory, to be put back.
@@ -111,46 +113,48 @@ impl Runner {
 }
 
 impl Trial<'_> {
-    /// Which of the candidates is fastest; the same on all ranks. The modelled best if trying
-    /// takes too long: were it left open, ranks would try again, and not all of them, as each keeps
-    /// the programs of its own calls (in place or apart, say).
+    /// Which of the candidates is fastest; the same on all ranks. There is always an answer: were a
+    /// size left open because trying takes too long, ranks would try again, and not all of them, as
+    /// each keeps the programs of its own calls (in place or apart, say).
     fn best(&mut self) -> Result<usize, Failure> {
         // The first time, ranks come late, connections are opened and pages touched.
         self.round(1)?;
-        let mut once = self.round(1)?;
-        self.take_slowest(&mut once)?;
-        let round_s: f32 = once.iter().sum();
+        let once = self.round(1)?;
         let calls = ((BLOCK_S / median(once.iter().copied())) as usize).clamp(1, CALLS_MAX);
-        let rounds = ((TRIAL_S / (round_s * calls as f32)) as usize).min(ROUNDS_MAX);
-        if rounds < ROUNDS_MIN {
-            return Ok(0);
+        let mut seconds = Vec::with_capacity(ROUNDS_MAX * once.len() * calls);
+        let (mut rounds, mut spent_s, mut round_s) = (0, 0.0, 0.0);
+        while rounds == 0 || rounds < ROUNDS_MAX && spent_s + round_s <= TRIAL_S {
+            let round = self.round(calls)?;
+            round_s = round.iter().sum::<f32>();
+            spent_s += round_s;
+            seconds.extend(round);
+            rounds += 1;
         }
-        let mut seconds = Vec::with_capacity(rounds * once.len());
-        for _ in 0..rounds {
-            seconds.extend(self.round(calls)?);
-        }
-        self.take_slowest(&mut seconds)?;
-        let times = |index: usize| seconds.iter().skip(index).step_by(once.len()).copied();
+        let blocks =
+            seconds.chunks_exact(calls).map(|calls| &calls[usize::from(calls.len() > 1)..]);
+        let times = |index| blocks.clone().skip(index).step_by(once.len()).flatten().copied();
         let medians: Vec<f32> = (0..once.len()).map(|index| median(times(index))).collect();
-        tracing::debug!("{}: {calls} calls took each candidate {medians:?} s", self.call);
+        tracing::debug!("{}: in {rounds} rounds the candidates took {medians:?} s", self.call);
         let best = (0..medians.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
-        Ok(best.filter(|&best| medians[best] < GAIN * medians[0]).unwrap_or(0))
+        let gain = if rounds < ROUNDS_MIN { GAIN_FEW } else { GAIN };
+        Ok(best.filter(|&best| medians[best] < gain * medians[0]).unwrap_or(0))
     }
 
-    /// What so many calls by each of the candidates take, in seconds.
+    /// What each of so many calls by each of the candidates takes the slowest rank, in seconds.
     fn round(&mut self, calls: usize) -> Result<Vec<f32>, Failure> {
-        let mut seconds = Vec::with_capacity(self.candidates.len());
+        let mut seconds = Vec::with_capacity(self.candidates.len() * calls);
         for at in 0..self.candidates.len() {
             let Compiled { algorithm, program } = self.candidates[at].clone();
-            let start = Instant::now();
             for _ in 0..calls {
+                let start = Instant::now();
                 let call = Call { algorithm: algorithm as u16, ..self.next_call() };
                 self.engine.start(call, self.fold, self.regions, &program);
                 self.runner.drive(self.engine, &call)?;
+                seconds.push(start.elapsed().as_secs_f32());
             }
-            seconds.push(start.elapsed().as_secs_f32());
             self.kept.iter().for_each(Kept::put_back);
         }
+        self.take_slowest(&mut seconds)?;
         Ok(seconds)
     }
 

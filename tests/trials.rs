@@ -6,6 +6,7 @@
 mod support;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use support::{World, tell};
@@ -18,6 +19,7 @@ fn rank_process() {
         ("own_function", own_function),
         ("die_first", die_first),
         ("in_other_places", in_other_places),
+        ("in_other_places_busy", in_other_places_busy),
     ]);
 }
 
@@ -48,8 +50,32 @@ fn ranks_that_know_other_calls_try_and_settle_alike() {
     }
 }
 
-fn in_other_places() {
+/// The same on a host so busy that most trials take too long and are ended early.
+#[test]
+fn ranks_settle_alike_though_trials_take_too_long() {
+    for world in worlds("in_other_places_busy") {
+        world.succeed(LIMIT);
+    }
+}
+
+fn in_other_places_busy() {
     let communicator = Communicator::from_environment().unwrap();
+    for _ in 0..16 {
+        // They end with the process.
+        thread::spawn(|| {
+            loop {
+                std::hint::spin_loop();
+            }
+        });
+    }
+    call_in_other_places(&communicator);
+}
+
+fn in_other_places() {
+    call_in_other_places(&Communicator::from_environment().unwrap());
+}
+
+fn call_in_other_places(communicator: &Communicator) {
     let (rank, world) = (communicator.rank(), communicator.world());
     let fold = |into: &mut [f32], from: &[f32]| {
         into.iter_mut().zip(from).for_each(|(into, from)| *into += from);
