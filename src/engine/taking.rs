@@ -12,6 +12,7 @@
 
 use std::ops::Range;
 
+use unisum_link::kernels::copy;
 use unisum_link::{LinkError, Part};
 
 use super::folding::Extras;
@@ -104,7 +105,7 @@ impl GroupBench<'_> {
             // SAFETY: source and destination are valid for that many bytes: this rank's memory,
             // and a member's region or bench. The member has the value there since the last
             // arrival and keeps it until the next, and nobody else writes this rank's memory.
-            (false, source) => unsafe { into.copy_from_nonoverlapping(source, bytes.len()) },
+            (false, source) => unsafe { copy(source, into, bytes.len()) },
             (true, _) => {
                 let watches = take.writes.memory == Memory::Output;
                 let extras = Extras { watches, ..self.extras };
@@ -144,7 +145,7 @@ impl GroupBench<'_> {
             let to = self.bench(self.rank, self.lane(pull, lane, k, bytes.len()));
             // SAFETY: the region and the bench are valid for that many bytes and never overlap;
             // piece k − 2 was taken before the last arrival.
-            unsafe { to.copy_from_nonoverlapping(from, bytes.len()) };
+            unsafe { copy(from, to, bytes.len()) };
         }
     }
 

@@ -13,6 +13,7 @@
 
 use std::ops::Range;
 
+use unisum_link::kernels::copy;
 use unisum_link::{Arrival, Group, LinkError, Part, Rank};
 
 use super::folding::{Extras, Folding};
@@ -143,7 +144,7 @@ impl GroupBench<'_> {
             let from = self.memories.regions.input.pointer(&part);
             // SAFETY: the region and the bench are valid for that many bytes and never overlap.
             // Who read the input of piece k − 2 here did so before the last arrival.
-            unsafe { to.copy_from_nonoverlapping(from, part.len()) };
+            unsafe { copy(from, to, part.len()) };
         }
     }
 
@@ -175,7 +176,7 @@ impl GroupBench<'_> {
         let place = within(&self.result(k, part.len()), part, bytes);
         let to = self.bench(self.rank, place);
         // SAFETY: as in `lay_out`.
-        unsafe { to.copy_from_nonoverlapping(self.output(bytes), bytes.len()) };
+        unsafe { copy(self.output(bytes), to, bytes.len()) };
     }
 
     /// Copies the others' results of piece `k` into this rank's region.
@@ -187,7 +188,7 @@ impl GroupBench<'_> {
             let part = self.part(slice, k);
             let from = self.bench(member, self.result(k, part.len()));
             // SAFETY: as in `lay_out`; the member finished the result before the last arrival.
-            unsafe { self.output(&part).copy_from_nonoverlapping(from, part.len()) };
+            unsafe { copy(from, self.output(&part), part.len()) };
         }
     }
 
@@ -219,7 +220,7 @@ impl GroupBench<'_> {
             // SAFETY: both are valid for `bytes`: the own region, and the member's mapped one.
             // Nobody but this rank touches these bytes of any member until the next arrival, and
             // the buffers of two ranks never overlap.
-            unsafe { std::ptr::copy_nonoverlapping(own, target, bytes.len()) };
+            unsafe { copy(own, target, bytes.len()) };
         }
     }
 

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
+use unisum_link::kernels::copy;
 use unisum_link::{Arrival, Group, LinkError, Part, Rank, Region, Regions};
 
 use crate::bell::Bell;
@@ -335,7 +336,7 @@ impl Team {
         let own = self.mapping.pointer(at, bytes as u64);
         // SAFETY: the input is readable, the slot as long (just checked) and this rank's own; its
         // readers of two arrivals ago are done (see the head of this file).
-        unsafe { own.copy_from_nonoverlapping(input.base(), bytes) };
+        unsafe { copy(input.base(), own, bytes) };
         kind
     }
 

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
+use unisum_link::kernels::copy;
 use unisum_link::{Call, Landing, LinkError, LinkErrorKind, Rank, Region, Ticket};
 
 use crate::bell::{Bell, URGENT};
@@ -197,7 +198,7 @@ impl Inbox {
         let (from, bytes) = (arrived.at, arrived.bytes);
         let mut scratch = buffer(&mut self.spare, bytes);
         // SAFETY: an arrival is readable until its entry is let go, and the buffer is as long.
-        unsafe { scratch.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(from, bytes) };
+        unsafe { copy(from, scratch.as_mut_ptr().cast(), bytes) };
         *arrived = Arrived::in_scratch(scratch, bytes);
         self.let_go(mapping, bell, number);
     }
@@ -268,7 +269,7 @@ impl Inbox {
         let into = first.room(&mut self.spare, piece);
         // SAFETY: both have `piece` bytes and lie in memory of different ranks; the sender leaves
         // the source alone until we say that it is consumed.
-        unsafe { into.copy_from_nonoverlapping(from, piece) };
+        unsafe { copy(from, into, piece) };
         first.arrived += piece;
         Ok(None)
     }

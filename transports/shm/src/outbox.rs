@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 
+use unisum_link::kernels::copy;
 use unisum_link::{Region, Ticket};
 
 use crate::bell::{Bell, URGENT};
@@ -153,7 +154,7 @@ impl Outbox {
         let into = self.mailbox.stage(mapping, self.posted);
         // SAFETY: the region is readable there (`pointer` checks the bounds), a staging buffer is
         // no smaller than a piece, and it is ours until the entry is published.
-        unsafe { into.copy_from_nonoverlapping(first.memory.pointer(&piece), piece.len()) };
+        unsafe { copy(first.memory.pointer(&piece), into, piece.len()) };
         first.staged += piece.len();
         piece.end == total
     }

@@ -5,9 +5,10 @@
 //! with its features switched on, and the compiler vectorises them; only floats of 16 and 8 bits
 //! are converted by hand (`x86`). No step may be fused or reordered, so all of them give the same
 //! bits. Users' functions are called piece by piece (`pieces`). Conversions between `f32` and what
-//! travels of it are loops of the same kind (`encoding`).
+//! travels of it are loops of the same kind (`encoding`), and so is what only copies (`copy`).
 
 mod buffers;
+mod copy;
 mod encoding;
 mod float16;
 pub(crate) mod float8;
@@ -26,6 +27,7 @@ use std::num::NonZeroU32;
 
 use half::{bf16, f16};
 
+pub use copy::copy;
 pub use encoding::Encoding;
 pub use isa::{Isa, Work, isa};
 
