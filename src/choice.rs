@@ -70,14 +70,14 @@ pub(crate) const AUTO: usize = usize::MAX;
 /// What is tried out: algorithms that the model takes for up to so many times slower than the best,
 /// and at most so many.
 const NEAR: f64 = 3.0;
-const CANDIDATES_MAX: usize = 3;
+const CANDIDATES_MAX: usize = 4;
 /// Bytes from which calls are tried. Shorter ones are latency alone, which the model knows; to try
 /// them would open connections that nobody needs (16 ranks over TCP: the first call 27 ms later).
 const TRIED_FROM: usize = 1024;
 /// And up to which: what is in a buffer is kept meanwhile.
 const TRIED_TO: usize = 8 << 20;
-/// Calls that are tried once each in so many seconds, by the model.
-const ROUND_S_MAX: f64 = 0.015;
+/// As many are tried as take so many seconds together, once each, by the model.
+const ROUND_S_MAX: f64 = 0.05;
 /// Size classes are powers of two of bytes.
 const CLASSES: usize = 48;
 /// Kinds of collectives that have algorithms of their own.
@@ -170,9 +170,10 @@ impl Choice {
         let worth = near * timed.first()?.0;
         timed.retain(|(seconds, _)| *seconds <= worth);
         timed.truncate(CANDIDATES_MAX);
-        let round_s: f64 = timed.iter().map(|(seconds, _)| seconds).sum();
-        let is_worth_it = timed.len() > 1 && round_s <= ROUND_S_MAX;
-        is_worth_it.then(|| timed.into_iter().map(|(_, index)| index).collect())
+        while timed.iter().map(|(seconds, _)| seconds).sum::<f64>() > ROUND_S_MAX {
+            timed.pop();
+        }
+        (timed.len() > 1).then(|| timed.into_iter().map(|(_, index)| index).collect())
     }
 
     /// Fixes what all later calls of this kind and size take.

@@ -117,7 +117,9 @@ impl Trial<'_> {
     /// size left open because trying takes too long, ranks would try again, and not all of them, as
     /// each keeps the programs of its own calls (in place or apart, say).
     fn best(&mut self) -> Result<usize, Failure> {
-        // The first time, ranks come late, connections are opened and pages touched.
+        // The first time, ranks come late, connections are opened and pages touched; the second
+        // time, buffers and windows still grow.
+        self.round(1)?;
         self.round(1)?;
         let once = self.round(1)?;
         let calls = ((BLOCK_S / median(once.iter().copied())) as usize).clamp(1, CALLS_MAX);
@@ -134,7 +136,7 @@ impl Trial<'_> {
             seconds.chunks_exact(calls).map(|calls| &calls[usize::from(calls.len() > 1)..]);
         let times = |index| blocks.clone().skip(index).step_by(once.len()).flatten().copied();
         let medians: Vec<f32> = (0..once.len()).map(|index| median(times(index))).collect();
-        tracing::debug!("{}: in {rounds} rounds the candidates took {medians:?} s", self.call);
+        let names: Vec<_> = self.candidates.iter().map(|c| c.algorithm).collect(); tracing::debug!("{}: in {rounds} rounds of {calls} the candidates {names:?} took {medians:?} s", self.call);
         let best = (0..medians.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
         let gain = if rounds < ROUNDS_MIN { GAIN_FEW } else { GAIN };
         Ok(best.filter(|&best| medians[best] < gain * medians[0]).unwrap_or(0))

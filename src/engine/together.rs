@@ -24,7 +24,7 @@ use super::program::Exchange;
 pub(super) const MAPPED_BLOCK: usize = 16 << 10;
 /// What is used of the benches of the ranks of a core, so that they stay in its second cache beside
 /// what is copied, unless parts would become shorter than this: each piece costs an arrival of all.
-const CORE_BYTES: f64 = (512 << 10) as f64;
+const CORE_BYTES: f64 = (1 << 20) as f64;
 const PART_BYTES_MIN: usize = 8 << 10;
 /// Parts begin at lines of the cache.
 pub(super) const LINE: usize = 64;
