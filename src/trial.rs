@@ -21,7 +21,7 @@ const GAIN: f32 = 0.95;
 const GAIN_FEW: f32 = 0.75;
 const ROUNDS_MIN: usize = 3;
 /// How long trying may take, in seconds and rounds: there is one at least.
-const TRIAL_S: f32 = 0.15;
+const TRIAL_S: f32 = 0.3;
 const ROUNDS_MAX: usize = 9;
 /// Several calls follow each other, as they do later: for about so long, in seconds, and at most so
 /// many. The first of several, after another algorithm's, does not count.
@@ -118,10 +118,12 @@ impl Trial<'_> {
     /// each keeps the programs of its own calls (in place or apart, say).
     fn best(&mut self) -> Result<usize, Failure> {
         // The first time, ranks come late, connections are opened and pages touched; the second
-        // time, buffers and windows still grow.
+        // time, buffers and windows still grow, unless calls are long.
         self.round(1)?;
-        self.round(1)?;
-        let once = self.round(1)?;
+        let mut once = self.round(1)?;
+        if once.iter().sum::<f32>() < TRIAL_S / 16.0 {
+            once = self.round(1)?;
+        }
         let calls = ((BLOCK_S / median(once.iter().copied())) as usize).clamp(1, CALLS_MAX);
         let mut seconds = Vec::with_capacity(ROUNDS_MAX * once.len() * calls);
         let (mut rounds, mut spent_s, mut round_s) = (0, 0.0, 0.0);
@@ -136,7 +138,9 @@ impl Trial<'_> {
             seconds.chunks_exact(calls).map(|calls| &calls[usize::from(calls.len() > 1)..]);
         let times = |index| blocks.clone().skip(index).step_by(once.len()).flatten().copied();
         let medians: Vec<f32> = (0..once.len()).map(|index| median(times(index))).collect();
-        let names: Vec<_> = self.candidates.iter().map(|c| c.algorithm).collect(); tracing::debug!("{}: in {rounds} rounds of {calls} the candidates {names:?} took {medians:?} s", self.call);
+        let tried: Vec<usize> = self.candidates.iter().map(|it| it.algorithm).collect();
+        let call = &self.call;
+        tracing::debug!("{call}: {rounds} rounds of {calls} of {tried:?} took {medians:?} s each");
         let best = (0..medians.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
         let gain = if rounds < ROUNDS_MIN { GAIN_FEW } else { GAIN };
         Ok(best.filter(|&best| medians[best] < gain * medians[0]).unwrap_or(0))
