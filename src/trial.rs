@@ -58,7 +58,8 @@ struct Trial<'a> {
     programs: &'a Programs,
     regions: Regions,
     fold: Fold,
-    /// What all its runs have in common.
+    /// What all its runs have in common; the call that this rank says it is in meanwhile, whichever
+    /// run it waits in: who runs another call's trial may be in another run.
     call: Call,
     next_number: &'a mut u64,
     /// The modelled best first.
@@ -155,7 +156,7 @@ impl Trial<'_> {
                 let start = Instant::now();
                 let call = Call { algorithm: algorithm as u16, ..self.next_call() };
                 self.engine.start(call, self.fold, self.regions, &program);
-                self.runner.drive(self.engine, &call)?;
+                self.runner.drive(self.engine, &self.call)?;
                 seconds.push(start.elapsed().as_secs_f32());
             }
             self.kept.iter().for_each(Kept::put_back);
@@ -192,7 +193,7 @@ impl Trial<'_> {
         let region = unsafe { Region::new(memory, size_of_val(seconds), None) };
         let fold = Fold::new(call.dtype, call.op);
         self.engine.start(call, fold, Regions::in_place(region), &program);
-        let result = self.runner.drive(self.engine, &call);
+        let result = self.runner.drive(self.engine, &self.call);
         if result.is_err() {
             // Before the memory goes.
             self.engine.abort();
