@@ -383,7 +383,7 @@ impl Coordinator {
             apart.for_each(|(_, account)| *account = Account::Apart);
         }
         if patient {
-            if let Some(verdict) = inquest::contradiction(&call, by, &accounts) {
+            if let Some(verdict) = inquest::contradiction(by, &accounts) {
                 self.conclude(verdict);
             }
             return;

@@ -1,5 +1,6 @@
 //! Why a collective is overdue, decided from what every rank says it is doing (pure).
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use unisum_link::{Call, Rank};
@@ -43,17 +44,21 @@ pub(super) fn decide(call: &Call, by: Rank, accounts: &[Account]) -> Verdict {
     Verdict::new(kind, culprits, text)
 }
 
-/// Finds the ranks that called something else where rank `by` has waited in `call` for a while.
-/// What a rank calls under a number never changes, so this is certain, whoever has answered.
-pub(super) fn contradiction(call: &Call, by: Rank, accounts: &[Account]) -> Option<Verdict> {
-    let same_number = |(rank, account): (Rank, &Account)| match account {
-        Account::Here(doing) => {
-            doing.call.filter(|doing| doing.number == call.number).map(|_| (rank, *doing))
+/// Finds the ranks that called something else than others under the same number, where rank `by`
+/// has waited for a while: in one of those calls or in another, as ranks whose calls differ may
+/// finish them and wait in the next. What a rank calls under a number never changes, so this is
+/// certain, whoever has answered.
+pub(super) fn contradiction(by: Rank, accounts: &[Account]) -> Option<Verdict> {
+    let mut by_number = BTreeMap::<u64, Vec<(Rank, Snapshot)>>::new();
+    for (rank, account) in accounts.iter().enumerate() {
+        if let Account::Here(doing) = account
+            && let Some(call) = doing.call
+        {
+            by_number.entry(call.number).or_default().push((rank, *doing));
         }
-        _ => None,
-    };
-    let inside: Vec<_> = accounts.iter().enumerate().filter_map(same_number).collect();
-    let culprits = in_another_call(&inside)?;
+    }
+    let differ = |inside: Vec<_>| in_another_call(&inside).map(|culprits| (inside, culprits));
+    let (inside, culprits) = by_number.into_values().find_map(differ)?;
     let called = |is_culprit: bool| {
         let is = |(rank, _): &&(Rank, Snapshot)| culprits.contains(rank) == is_culprit;
         inside.iter().find(is).and_then(|(_, doing)| doing.call)
@@ -185,12 +190,15 @@ mod tests {
             ..Snapshot::default()
         });
         let late = [inside(7, 1), Account::Here(after(6)), Account::Silent, inside(7, 3)];
-        assert_eq!(contradiction(&call(7), 0, &late), None);
+        assert_eq!(contradiction(0, &late), None);
         let contradicting = [inside(7, 1), inside(7, 1), Account::Silent, other];
-        let verdict = contradiction(&call(7), 0, &contradicting).unwrap();
+        let verdict = contradiction(0, &contradicting).unwrap();
         assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::OtherCall, &[3][..]));
         let first = verdict.text.lines().next().unwrap();
         assert!(first.contains(&call(7).to_string()) && first.contains("x 99"), "{first}");
+        // Rank 0 has what it waited for in call 7.
+        let next = [inside(8, 1), inside(7, 1), inside(7, 1), other];
+        assert_eq!(contradiction(0, &next).unwrap().culprits, [3]);
     }
 
     #[test]
