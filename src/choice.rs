@@ -75,7 +75,7 @@ const CANDIDATES_MAX: usize = 4;
 /// them would open connections that nobody needs (16 ranks over TCP: the first call 27 ms later).
 const TRIED_FROM: usize = 1024;
 /// And up to which: what is in a buffer is kept meanwhile.
-const TRIED_TO: usize = 16 << 20;
+const TRIED_TO: usize = 8 << 20;
 /// As many are tried as take so many seconds together, once each, by the model.
 const ROUND_S_MAX: f64 = 0.1;
 /// Size classes are powers of two of bytes.

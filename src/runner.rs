@@ -181,7 +181,6 @@ impl Runner {
         let State { engine, programs, next_number, .. } = state;
         let compiled =
             programs.program(&request.key, &self.choice, engine, |programs, engine| {
-                self.membership.status().begin(call);
                 self.try_out(engine, programs, request, *call, next_number)
             })?;
         (call.number, call.algorithm) = (*next_number, compiled.algorithm as u16);

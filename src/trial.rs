@@ -89,6 +89,9 @@ impl Runner {
         let topology = self.choice.topology();
         let shape = programs.shape(key, topology);
         let Some(candidates) = self.choice.open(&shape, key) else { return Ok(false) };
+        // Only here: who does not try says its call once, with its algorithm. Of one number others
+        // must never hear two calls.
+        self.membership.status().begin(&call);
         let build = |algorithm| {
             let program = programs.build_by(algorithm, key, topology, engine);
             Compiled { algorithm, program }

@@ -22,8 +22,9 @@ use super::program::Exchange;
 
 /// Blocks of mapped memory: read from all members, folded and written while in the first cache.
 pub(super) const MAPPED_BLOCK: usize = 16 << 10;
-/// What is used of the benches of the ranks of a core, so that they stay in its second cache beside
-/// what is copied, unless parts would become shorter than this: each piece costs an arrival of all.
+/// What is used of the benches of the ranks of a core, so that they stay in a near cache beside
+/// what is copied (measured where second caches hold 512 KiB), unless parts would become shorter
+/// than this: each piece costs an arrival of all.
 const CORE_BYTES: f64 = (1 << 20) as f64;
 const PART_BYTES_MIN: usize = 8 << 10;
 /// Parts begin at lines of the cache.
