@@ -128,6 +128,11 @@ impl Collective {
     pub(crate) const fn reduction(&self) -> &Reduction {
         &self.reduction
     }
+
+    /// Whether the lengths of the buffers say how long the blocks are.
+    pub(crate) const fn has_even_counts(&self) -> bool {
+        matches!(self.counts, Counts::Even)
+    }
 }
 
 /// The buffers that a blocking collective borrows.
@@ -207,6 +212,14 @@ pub(crate) struct Extents {
     /// Which elements of the first buffer are put in, and of the last are got.
     pub(crate) input: Range<usize>,
     pub(crate) output: Range<usize>,
+}
+
+impl Extents {
+    /// The same in bytes: of the input, and of the output.
+    pub(crate) fn bytes(&self, dtype: Dtype) -> (Range<usize>, Range<usize>) {
+        let bytes = |range: &Range<usize>| range.start * dtype.bytes()..range.end * dtype.bytes();
+        (bytes(&self.input), bytes(&self.output))
+    }
 }
 
 /// How long the blocks are: what all ranks agree on, a2a-v's rows and columns excepted.

@@ -46,6 +46,7 @@ mod memory;
 mod mesh;
 mod messenger;
 mod programs;
+mod ready;
 mod reduction;
 mod runner;
 mod settings;

@@ -11,6 +11,7 @@ use crate::background::Background;
 use crate::batch::{self, Pack};
 use crate::collective::{Blocks, Buffers, Collective, Extents};
 use crate::programs::Key;
+use crate::ready::{Form, Known};
 use crate::reduction::Outcome;
 use crate::runner::{Request, Runner, State};
 use crate::turns::Number;
@@ -49,6 +50,18 @@ impl Core {
     ) -> Result<Outcome, Error> {
         let mut state = self.runner.turns.wait(turn);
         let lengths = buffers.lengths();
+        if let Some(form) = Form::new(collective, T::DTYPE, lengths)
+            && let Some(known) = self.runner.known(&state, form)
+        {
+            let mut spare = Spare::default();
+            let regions = match known.is_empty {
+                // SAFETY: this function owns it.
+                true => unsafe { self.spare_regions(&mut spare) },
+                // SAFETY: the caller promised it.
+                false => unsafe { self.regions(buffers, &known.input, &known.output) },
+            };
+            return self.runner.repeat(&mut state, regions);
+        }
         match collective.size(T::DTYPE, (self.rank, self.world), lengths) {
             // SAFETY: the caller promised it.
             Ok(extents) => unsafe { self.launch(&mut state, collective, buffers, extents) },
@@ -103,6 +116,8 @@ impl Core {
         buffers: Buffers<'_, T>,
         extents: Extents,
     ) -> Result<Outcome, Error> {
+        let form = Form::new(collective, T::DTYPE, buffers.lengths());
+        let known = form.map(|form| Known::new(form, &extents));
         let copy;
         let buffers = match buffers {
             // What goes out may not be overwritten by what comes in.
@@ -114,12 +129,13 @@ impl Core {
         };
         let in_place = matches!(buffers, Buffers::InPlace(_));
         if extents.blocks == Blocks::Even(0) {
-            return self.launch_nothing::<T>(state, collective);
+            return self.launch_nothing::<T>(state, collective, known);
         }
+        let (input, output) = extents.bytes(T::DTYPE);
         // SAFETY: the caller promised it, and the copy is owned.
-        let regions = unsafe { self.regions(buffers, &extents) };
+        let regions = unsafe { self.regions(buffers, &input, &output) };
         let request = request::<T>(collective, extents.blocks, in_place, regions);
-        self.runner.run(state, &request)
+        self.runner.run(state, &Request { known, ..request })
     }
 
     /// A collective without elements: its message carries one element that nobody reads.
@@ -127,11 +143,13 @@ impl Core {
         &self,
         state: &mut State,
         collective: &Collective,
+        known: Option<Known>,
     ) -> Result<Outcome, Error> {
         let mut spare = Spare::default();
         // SAFETY: this function owns it.
-        let regions = Regions::in_place(unsafe { self.job.arena.region(&mut spare.0) });
-        let mut request = request::<T>(collective, Blocks::Even(0), true, regions);
+        let regions = unsafe { self.spare_regions(&mut spare) };
+        let request = request::<T>(collective, Blocks::Even(0), true, regions);
+        let mut request = Request { known, ..request };
         request.fold.custom = None;
         (request.key.custom, request.key.ordered) = (false, false);
         self.runner.run(state, &request)
@@ -151,7 +169,7 @@ impl Core {
         };
         let blocks = pack.blocks();
         if blocks == Blocks::Even(0) {
-            return self.launch_nothing::<T>(state, collective);
+            return self.launch_nothing::<T>(state, collective, None);
         }
         pack.fill(batch, which, regions.input);
         let in_place = collective.kind() != Kind::AllToAll;
@@ -162,11 +180,25 @@ impl Core {
         Ok(outcome)
     }
 
+    /// The regions of a call without elements.
+    ///
+    /// # Safety
+    /// `spare` stays where it is until the call has ended.
+    unsafe fn spare_regions(&self, spare: &mut Spare) -> Regions {
+        // SAFETY: the caller promised it.
+        Regions::in_place(unsafe { self.job.arena.region(&mut spare.0) })
+    }
+
+    /// The regions of these bytes of the first buffer and of the last.
+    ///
     /// # Safety
     /// As [`Core::execute`].
-    unsafe fn regions<T: Element>(&self, buffers: Buffers<'_, T>, extents: &Extents) -> Regions {
-        let bytes = |range: &Range<usize>| range.start * size_of::<T>()..range.end * size_of::<T>();
-        let (puts, gets) = (bytes(&extents.input), bytes(&extents.output));
+    unsafe fn regions<T: Element>(
+        &self,
+        buffers: Buffers<'_, T>,
+        puts: &Range<usize>,
+        gets: &Range<usize>,
+    ) -> Regions {
         let (input, output) = match buffers {
             Buffers::InPlace(data) => {
                 // SAFETY: the caller promised it.
@@ -180,7 +212,7 @@ impl Core {
                 (input, unsafe { self.job.arena.region(to) })
             }
         };
-        Regions { input: input.part(&puts), output: output.part(&gets) }
+        Regions { input: input.part(puts), output: output.part(gets) }
     }
 }
 
@@ -202,7 +234,7 @@ fn request<T: Element>(
         custom: fold.custom.is_some(),
         in_place,
     };
-    Request { key, fold, regions, detail: 0 }
+    Request { key, fold, regions, detail: 0, known: None }
 }
 
 impl fmt::Debug for Member {

@@ -64,9 +64,8 @@ pub(crate) struct Compiled {
 pub(crate) struct Programs {
     rank: Rank,
     tuning: Tuning,
-    /// What was fixed when `last` and `known` were made.
+    /// What was fixed when `known` were made.
     fixed: usize,
-    last: Option<(Key, Compiled)>,
     known: HashMap<Key, Compiled>,
 }
 
@@ -75,7 +74,7 @@ const CAPACITY: usize = 128;
 impl Programs {
     pub(crate) fn new(rank: Rank, tuning: Tuning) -> Self {
         let fixed = crate::choice::AUTO;
-        Self { rank, tuning, fixed, last: None, known: HashMap::new() }
+        Self { rank, tuning, fixed, known: HashMap::new() }
     }
 
     /// The program of a call, built if it is new, by the algorithm that `choice` takes for it after
@@ -90,23 +89,19 @@ impl Programs {
     ) -> Result<&Compiled, E> {
         let fixed = choice.fixed();
         if self.fixed != fixed || self.known.len() > CAPACITY {
-            (self.fixed, self.last) = (fixed, None);
+            self.fixed = fixed;
             self.known.clear();
         }
-        if self.last.as_ref().is_none_or(|(last, _)| last != key) {
-            if !self.known.contains_key(key) {
-                if first(self, engine)? {
-                    self.known.clear();
-                }
-                let shape = shape(key, self.rank, choice.topology());
-                let algorithm = choice.algorithm(&shape, key);
-                let program = build(key, self.rank, self.tuning, algorithm, &shape, engine).into();
-                self.known.insert(key.clone(), Compiled { algorithm, program });
+        if !self.known.contains_key(key) {
+            if first(self, engine)? {
+                self.known.clear();
             }
-            self.last = Some((key.clone(), self.known[key].clone()));
+            let shape = shape(key, self.rank, choice.topology());
+            let algorithm = choice.algorithm(&shape, key);
+            let program = build(key, self.rank, self.tuning, algorithm, &shape, engine).into();
+            self.known.insert(key.clone(), Compiled { algorithm, program });
         }
-        let (_, compiled) = self.last.as_ref().expect("it was just put there");
-        Ok(compiled)
+        Ok(&self.known[key])
     }
 
     /// The plan's view of a call of this rank.

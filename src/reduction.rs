@@ -41,6 +41,14 @@ impl Reduction {
         self
     }
 
+    /// The operation and whether results are watched, if there is nothing else to it.
+    pub(crate) const fn plain(&self) -> Option<(ReduceOp, bool)> {
+        match self.fold {
+            Fold { op, watch, factor: None, custom: None, .. } => Some((op, watch)),
+            _ => None,
+        }
+    }
+
     /// The fold of elements of type `dtype`.
     pub(crate) fn fold(&self, dtype: Dtype) -> Fold {
         let watch = self.fold.watch && dtype.is_float();

@@ -17,6 +17,7 @@ use crate::error::Operation;
 use crate::judgement::{GRACE, from_verdict};
 use crate::membership::Membership;
 use crate::programs::{Key, Programs};
+use crate::ready::{Form, Known, Ready};
 use crate::reduction::Outcome;
 use crate::turns::Turns;
 use crate::{Error, ErrorKind};
@@ -29,6 +30,8 @@ pub(crate) struct Request {
     pub(crate) regions: Regions,
     /// A fingerprint of what else has to be the same on all ranks, or 0.
     pub(crate) detail: u32,
+    /// How the call is known when it comes again, if it is.
+    pub(crate) known: Option<Known>,
 }
 
 /// One communicator's collectives, executed one at a time in the order of their turns.
@@ -48,6 +51,8 @@ pub(crate) struct State {
     engine: Engine,
     next_number: u64,
     programs: Programs,
+    /// The call that was made last.
+    pub(crate) last: Option<Ready>,
     pub(crate) scratch: Scratch,
     /// Whether a collective began that did not return.
     inside: bool,
@@ -75,7 +80,8 @@ pub(crate) const NAP: Duration = Duration::from_secs(1);
 
 impl State {
     fn new(engine: Engine, programs: Programs) -> Self {
-        Self { engine, next_number: 0, programs, scratch: Scratch::default(), inside: false }
+        let (next_number, last, inside) = (0, None, false);
+        Self { engine, next_number, programs, last, scratch: Scratch::default(), inside }
     }
 }
 
@@ -119,23 +125,46 @@ impl Runner {
 
     /// Runs a collective, in its turn, on the calling thread.
     pub(crate) fn run(&self, state: &mut State, request: &Request) -> Result<Outcome, Error> {
+        self.enter(state)?;
+        let call = self.next_call(state, request);
+        let result = match self.ready(state, request, call) {
+            Ok(ready) => {
+                let State { engine, next_number, last, .. } = state;
+                self.make(last.insert(ready), next_number, engine, request.regions)
+            }
+            Err(failure) => self.end(&mut state.engine, call, Err(failure)),
+        };
+        state.inside = false;
+        result
+    }
+
+    /// What is known of a call of this form, if it was made last.
+    pub(crate) fn known<'a>(&self, state: &'a State, form: Form) -> Option<&'a Known> {
+        state.last.as_ref()?.again(form, self.choice.fixed())
+    }
+
+    /// Makes the call again that was made last, as [`run`](Self::run) would.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub(crate) fn repeat(&self, state: &mut State, regions: Regions) -> Result<Outcome, Error> {
+        self.enter(state)?;
+        let State { engine, next_number, last, .. } = state;
+        let ready = last.as_ref().expect("it was looked at in the same turn");
+        let result = self.make(ready, next_number, engine, regions);
+        state.inside = false;
+        result
+    }
+
+    /// A collective begins, if it may.
+    fn enter(&self, state: &mut State) -> Result<(), Error> {
         self.check()?;
         if std::mem::replace(&mut state.inside, true) {
             // A panic inside the engine is a bug after which the state is not to be trusted.
             let text = "a panic in an earlier collective left it undefined";
             return Err(Error::new(ErrorKind::Aborted, text).on(self.rank()));
         }
-        let mut call = self.next_call(state, request);
-        let result = self
-            .begin(state, request, &mut call)
-            .and_then(|()| self.drive(&mut state.engine, &call));
-        self.membership.status().end();
-        let result = match result {
-            Ok(()) => Ok(Outcome { nonfinite: state.engine.found_nonfinite() }),
-            Err(failure) => Err(self.fail(&mut state.engine, call, failure)),
-        };
-        state.inside = false;
-        result
+        Ok(())
     }
 
     /// Tells all ranks that this one was called with buffers that do not fit, in the call's turn;
@@ -177,17 +206,48 @@ impl Runner {
         }
     }
 
-    fn begin(&self, state: &mut State, request: &Request, call: &mut Call) -> Result<(), Failure> {
+    /// Gets all ready that a call needs: an algorithm, and its program.
+    fn ready(&self, state: &mut State, request: &Request, call: Call) -> Result<Ready, Failure> {
         let State { engine, programs, next_number, .. } = state;
         let compiled =
             programs.program(&request.key, &self.choice, engine, |programs, engine| {
-                self.try_out(engine, programs, request, *call, next_number)
+                self.try_out(engine, programs, request, call, next_number)
             })?;
-        (call.number, call.algorithm) = (*next_number, compiled.algorithm as u16);
+        Ok(Ready {
+            known: request.known.clone(),
+            fixed: self.choice.fixed(),
+            call: Call { algorithm: compiled.algorithm as u16, ..call },
+            fold: self.fold(request),
+            program: compiled.program.clone(),
+        })
+    }
+
+    fn make(
+        &self,
+        ready: &Ready,
+        next_number: &mut u64,
+        engine: &mut Engine,
+        regions: Regions,
+    ) -> Result<Outcome, Error> {
+        let call = Call { number: *next_number, ..ready.call };
         *next_number += 1;
-        self.membership.status().begin(call);
-        engine.start(*call, self.fold(request), request.regions, &compiled.program);
-        Ok(())
+        self.membership.status().begin(&call);
+        engine.start(call, ready.fold, regions, &ready.program);
+        let result = self.drive(engine, &call);
+        self.end(engine, call, result)
+    }
+
+    fn end(
+        &self,
+        engine: &mut Engine,
+        call: Call,
+        result: Result<(), Failure>,
+    ) -> Result<Outcome, Error> {
+        self.membership.status().end();
+        match result {
+            Ok(()) => Ok(Outcome { nonfinite: engine.found_nonfinite() }),
+            Err(failure) => Err(self.fail(engine, call, failure)),
+        }
     }
 
     /// How the operands of a request are folded.
