@@ -1,10 +1,10 @@
 //! Sequences of collectives that a seed makes, run by the ranks of a world and checked against a
 //! sequential model.
 //!
-//! The seed decides what all ranks do alike: bursts of calls, each with an algorithm. The seed and
-//! the rank decide what each rank does its own way: in place or apart, in private or in registered
-//! memory, at odd addresses, blocking or asynchronous, in which order it waits. Some calls are
-//! batches of several tensors, and some bursts run in random groups.
+//! The seed decides what all ranks do alike: bursts of calls, each with an algorithm, some calls
+//! several times in a row. The seed and the rank decide what each rank does its own way: in place or
+//! apart, in private or in registered memory, at odd addresses, blocking or asynchronous, in which
+//! order it waits. Some calls are batches of several tensors, and some bursts run in random groups.
 
 mod random;
 mod step;
@@ -68,9 +68,13 @@ pub(crate) fn run_sequence() {
         // Groups differ in size, and so in how much they draw.
         let mut drawn = Random(common.next() ^ (used.world() as u64) << 32);
         let most = number(MOST) as usize;
-        let steps: Vec<Vec<Step>> = (0..1 + drawn.below(6))
-            .map(|_| Step::random(&mut drawn, used.world(), most).maybe_batch(&mut drawn))
-            .collect();
+        let mut steps: Vec<Vec<Step>> = Vec::new();
+        for _ in 0..1 + drawn.below(6) {
+            let step = Step::random(&mut drawn, used.world(), most).maybe_batch(&mut drawn);
+            // A call that comes again at once takes a shorter way, if its buffers are alike.
+            let times = if drawn.one_in(3) { 2 + drawn.below(3) } else { 1 };
+            steps.extend(std::iter::repeat_n(step, times));
+        }
         let results = run_burst(used, &steps, &mut own, &context);
         if common.one_in(3) {
             let again = run_burst(used, &steps, &mut own, &context);
