@@ -8,6 +8,7 @@ use unisum_link::{Collective as Kind, Dtype, Element, Rank, ReduceOp};
 
 use crate::programs::Key;
 use crate::reduction::Reduction;
+use crate::{Error, ErrorKind};
 
 /// A collective operation with its arguments, the same on all ranks but where it says otherwise.
 ///
@@ -271,8 +272,15 @@ impl Collective {
     /// Checks what all ranks give alike.
     ///
     /// # Errors
+    /// [`ErrorKind::Configuration`].
+    pub(crate) fn checked(&self, dtype: Dtype, (rank, world): (Rank, usize)) -> Result<(), Error> {
+        let refuse = |text| Error::new(ErrorKind::Configuration, text).on(rank);
+        self.check(dtype, world).map_err(refuse)
+    }
+
+    /// # Errors
     /// Says what is wrong.
-    pub(crate) fn check(&self, dtype: Dtype, world: usize) -> Result<(), String> {
+    fn check(&self, dtype: Dtype, world: usize) -> Result<(), String> {
         let (kind, root) = (self.kind, self.root);
         let refuse = |text: String| Err(format!("{kind} on {world} ranks: {text}"));
         if kind.has_root() && root >= world {

@@ -93,7 +93,6 @@ impl Communicator {
         collective: &Collective,
         buffers: Buffers<'_, T>,
     ) -> Result<Outcome, Error> {
-        self.check(collective, T::DTYPE)?;
         let Some(member) = &self.member else { return self.alone(collective, buffers) };
         member.core.runner.check()?;
         let turn = member.core.runner.turns.draw();
@@ -358,8 +357,7 @@ impl Communicator {
 
     /// Refuses what can't be run, whatever the buffers.
     fn check(&self, collective: &Collective, dtype: Dtype) -> Result<(), Error> {
-        let refuse = |text| Error::new(ErrorKind::Configuration, text).on(self.rank);
-        collective.check(dtype, self.world).map_err(refuse)
+        collective.checked(dtype, (self.rank, self.world))
     }
 
     /// Runs a collective in a world of one.
@@ -368,6 +366,7 @@ impl Communicator {
         collective: &Collective,
         buffers: Buffers<'_, T>,
     ) -> Result<Outcome, Error> {
+        self.check(collective, T::DTYPE)?;
         let refuse = |text| Error::new(ErrorKind::Configuration, text).on(self.rank);
         collective.size(T::DTYPE, (0, 1), buffers.lengths()).map_err(refuse)?;
         Ok(alone::run(collective, buffers))

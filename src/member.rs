@@ -38,7 +38,7 @@ pub(crate) struct Core {
 struct Spare([u8; 16]);
 
 impl Core {
-    /// Runs a checked collective when its turn comes.
+    /// Checks a collective and runs it, when its turn comes.
     ///
     /// # Safety
     /// The buffers stay where they are, and nobody else touches them, until this returns.
@@ -62,6 +62,7 @@ impl Core {
             };
             return self.runner.repeat(&mut state, regions);
         }
+        collective.checked(T::DTYPE, (self.rank, self.world))?;
         match collective.size(T::DTYPE, (self.rank, self.world), lengths) {
             // SAFETY: the caller promised it.
             Ok(extents) => unsafe { self.launch(&mut state, collective, buffers, extents) },
@@ -203,6 +204,9 @@ impl Core {
             Buffers::InPlace(data) => {
                 // SAFETY: the caller promised it.
                 let both = unsafe { self.job.arena.region(data) };
+                if puts == gets {
+                    return Regions::in_place(both.part(puts));
+                }
                 (both, both)
             }
             Buffers::Apart(from, to) => {

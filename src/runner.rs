@@ -106,11 +106,18 @@ impl Runner {
     }
 
     /// Refuses calls that can't succeed: in a forked child, or after an error.
+    #[inline]
     pub(crate) fn check(&self) -> Result<(), Error> {
-        if self.is_forked() {
-            return Err(Error::forked().on(self.rank()));
+        match self.is_forked() || self.failed.get().is_some() {
+            true => Err(self.refusal()),
+            false => Ok(()),
         }
-        self.failed.get().map_or(Ok(()), |error| Err(error.repeated()))
+    }
+
+    #[cold]
+    fn refusal(&self) -> Error {
+        let failed = self.failed.get().filter(|_| !self.is_forked());
+        failed.map_or_else(|| Error::forked().on(self.rank()), Error::repeated)
     }
 
     /// The job's number of this rank.

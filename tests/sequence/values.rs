@@ -53,7 +53,7 @@ pub(crate) trait Value: Element + std::fmt::Debug {
     fn divide(self, by: usize) -> Self;
     /// Whether a result is as expected: the same bits, but for the sign of zero and of NaN.
     fn is_same(self, expected: Self) -> bool;
-    /// Associative and commutative.
+    /// Associative and commutative, bit for bit.
     fn commuting(self, other: Self) -> Self;
     /// Associative, and not commutative.
     fn ordered(self, other: Self) -> Self;
@@ -199,8 +199,10 @@ macro_rules! floats {
                 x == y || (x.is_nan() && y.is_nan())
             }
 
+            // The greater, and of zeros the positive one: the same bits either way.
             fn commuting(self, other: Self) -> Self {
-                if $to(self) < $to(other) { other } else { self }
+                let (x, y) = ($to(self), $to(other));
+                if x < y || (x == y && x.is_sign_negative()) { other } else { self }
             }
 
             // The first that is not 0.

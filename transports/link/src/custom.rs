@@ -17,7 +17,9 @@ pub struct CustomOp<T> {
 }
 
 impl<T: Element> CustomOp<T> {
-    /// A reduction with `a ∘ b = b ∘ a`: the ranks' elements are reduced in any order.
+    /// A reduction with `a ∘ b = b ∘ a`: the ranks' elements are reduced in any order, which may be
+    /// `a ∘ b` on one rank and `b ∘ a` on another. All ranks get the same bits if the two are the
+    /// same bits: a maximum that takes the first of +0 and −0 is not, nor of two different NaNs.
     pub fn commutative(function: fn(&mut [T], &[T])) -> Self {
         Self::new(function, true)
     }

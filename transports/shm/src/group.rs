@@ -132,8 +132,6 @@ pub(crate) struct Team {
     complete: Arrival,
     /// The last enter: where cards and deposits are.
     entered: Arrival,
-    /// Whether it was one with a deposit.
-    deposited: bool,
     /// Apart, as most collectives don't need it.
     spread: Box<Spread>,
     /// How many collectives were entered, and whether the one under way was.
@@ -171,7 +169,6 @@ impl Team {
             seen: 0,
             complete: Arrival(0),
             entered: Arrival(0),
-            deposited: false,
             spread: Box::default(),
             enters: 0,
             is_inside: false,
@@ -362,7 +359,7 @@ impl Group for Team {
 
     fn enter(&mut self, deposit: bool) -> Arrival {
         let Regions { input, output } = self.regions();
-        (self.entered, self.deposited, self.is_inside) = (next(self.arrival), deposit, true);
+        (self.entered, self.is_inside) = (next(self.arrival), true);
         self.enters += 1;
         if self.marked {
             self.mark();

@@ -147,6 +147,7 @@ impl Fold {
         unsafe { self.by_dtype(isa, &task) }
     }
 
+    #[inline]
     fn assert_sound(&self, sources: &[*const u8]) {
         assert!(!sources.is_empty(), "a fold needs a source");
         if let Err(undefined) = self.check_defined() {
@@ -191,11 +192,12 @@ impl Fold {
         isa: Isa,
         task: &Task<'_>,
     ) -> Folded {
+        if !self.watch {
+            // SAFETY: the caller keeps the same contract.
+            unsafe { self.blind::<T, N>()(isa, task) };
+            return Folded::Done;
+        }
         let found = match self.watching::<T, N>() {
-            _ if !self.watch => {
-                // SAFETY: the caller keeps the same contract.
-                unsafe { self.blind::<T, N>()(isa, task) }
-            }
             // SAFETY: the caller keeps the same contract.
             Some(fold) => unsafe { fold(isa, task) },
             // SAFETY: the caller keeps the same contract.
