@@ -2,9 +2,10 @@
 //! sequential model.
 //!
 //! The seed decides what all ranks do alike: bursts of calls, each with an algorithm, some calls
-//! several times in a row. The seed and the rank decide what each rank does its own way: in place or
-//! apart, in private or in registered memory, at odd addresses, blocking or asynchronous, in which
-//! order it waits. Some calls are batches of several tensors, and some bursts run in random groups.
+//! several times in a row. The seed and the rank decide what each rank does its own way: in place
+//! or apart, in private or in registered memory, at odd addresses, blocking or asynchronous, in
+//! which order it waits. Some calls are batches of several tensors, and some bursts run in random
+//! groups.
 
 mod random;
 mod step;
