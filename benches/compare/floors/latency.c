@@ -11,7 +11,8 @@
 #include "floor.h"
 #include "world.h"
 
-enum { BATCHES = 21, SPINS = 20000, WAKES = 200 };
+enum { BATCHES = 21, SPINS = 20000, WAKES = 200, STOPS_MAX = 10000 };
+static const double STOPS_S = 0.5, STOP_MIN_S = 10e-6;
 
 static _Atomic uint32_t *turn;
 static int sockets[2];
@@ -109,6 +110,24 @@ static void one_way(const char *name, void (*pass)(int me, uint32_t round), int 
     print_floor(name, median(times, BATCHES) * 1e6, "us");
 }
 
+/* How often and for how long a spinning core is taken away, by the system's ticks and by those of
+   the host whose guest it is: an operation that meets such a stop takes that much longer. */
+static void stops(void)
+{
+    static double lengths[STOPS_MAX];
+    int count = 0;
+    double start = seconds_now(), last = start;
+    while (last - start < STOPS_S && count < STOPS_MAX) {
+        double now = seconds_now();
+        if (now - last > STOP_MIN_S)
+            lengths[count++] = now - last;
+        last = now;
+    }
+    print_floor("core_stops_per_ms", count / (last - start) * 1e-3, "/ms");
+    if (count > 0)
+        print_floor("core_stop", median(lengths, count) * 1e6, "us");
+}
+
 int main(void)
 {
     turn = shared_memory(sizeof *turn);
@@ -117,5 +136,6 @@ int main(void)
     one_way("futex_wake", wake, WAKES, 0);
     one_way("tcp_8B_asleep", message_asleep, WAKES, 1);
     one_way("tcp_8B_spinning", message_spinning, WAKES * 4, 1);
+    stops();
     return 0;
 }
