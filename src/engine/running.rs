@@ -72,7 +72,7 @@ impl Running {
         while let Some(action) = actions.get(self.action) {
             let advance = match self.state {
                 State::Start => self.begin_action(action, tools)?,
-                State::InSegment => self.advance_segment(action, tools)?,
+                State::InSegment => self.advance_segment(action, tools, &mut moved)?,
                 State::Entering(arrival)
                 | State::BetweenPieces(arrival, _)
                 | State::Leaving(arrival) => match tools.links.the_group().complete(arrival)? {
@@ -176,10 +176,12 @@ impl Running {
         Advance::Moved
     }
 
+    /// Says that it waits even if it `moved` something, where looking again at once is of no use.
     fn advance_segment(
         &mut self,
         action: &Action,
         tools: &mut Tools,
+        moved: &mut bool,
     ) -> Result<Advance, LinkError> {
         let Action::Transfers(segment) = action else { return Ok(Advance::Done) };
         let mut bench = Bench {
@@ -192,11 +194,11 @@ impl Running {
             folding: &mut self.folding,
             spreads_marks: self.spreads_marks,
         };
-        let moved = tools.scoreboard.advance(&mut bench)?;
-        Ok(match (tools.scoreboard.is_done(segment), moved) {
-            (true, _) => Advance::Done,
-            (false, true) => Advance::Moved,
-            (false, false) => Advance::Waiting,
+        *moved |= tools.scoreboard.advance(&mut bench)?;
+        Ok(match &tools.scoreboard {
+            board if board.is_done(segment) => Advance::Done,
+            board if board.may_find_more(segment) => Advance::Moved,
+            _ => Advance::Waiting,
         })
     }
 

@@ -28,6 +28,8 @@ pub(crate) struct Scoreboard {
     /// Tickets under way on each link.
     in_flight: Vec<usize>,
     done: Vec<Ticket>,
+    /// Whether something arrived at the last look.
+    arrived: bool,
     sources: Vec<*const u8>,
     bytes_moved: u64,
 }
@@ -148,6 +150,7 @@ impl Scoreboard {
     /// Moves what can be moved. `true` if anything did.
     pub(crate) fn advance(&mut self, bench: &mut Bench<'_>) -> Result<bool, LinkError> {
         let mut moved = self.open_steps(bench)?;
+        self.arrived = false;
         for link in 0..bench.links.all.len() {
             if self.in_flight[link] == 0 {
                 continue;
@@ -161,12 +164,24 @@ impl Scoreboard {
                 bench.links.mark();
             }
             for ticket in done.drain(..) {
+                let work = &bench.segment.transfers[transfer_of(ticket)].work;
+                self.arrived |= !matches!(work, Work::Send { .. });
                 self.ticket_done(ticket, bench)?;
             }
             self.done = done;
             result?;
         }
         Ok(moved)
+    }
+
+    /// Whether more may be found right after something moved: something arrived, or there are steps
+    /// to open. After what was merely sent it is a peer's turn.
+    pub(crate) fn may_find_more(&self, segment: &Segment) -> bool {
+        self.arrived || self.can_open(segment)
+    }
+
+    fn can_open(&self, segment: &Segment) -> bool {
+        self.opened < segment.steps() && self.opened < self.retired + segment.window
     }
 
     /// Whether every step is done.
@@ -177,7 +192,7 @@ impl Scoreboard {
     fn open_steps(&mut self, bench: &mut Bench<'_>) -> Result<bool, LinkError> {
         let segment = bench.segment;
         let before = self.opened;
-        while self.opened < segment.steps() && self.opened < self.retired + segment.window {
+        while self.can_open(segment) {
             let step = self.opened;
             self.opened += 1;
             for index in segment.step_starts[step]..segment.step_starts[step + 1] {

@@ -5,7 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::net::TcpStream;
 use std::os::fd::AsFd as _;
 
-use rustix::net::{RecvFlags, SendFlags, recvmsg, sendmsg};
+use rustix::net::{self, RecvFlags, SendFlags};
 use unisum_link::fork::ParentOnly;
 use unisum_link::frame::{HEADER_BYTES, Header};
 use unisum_link::{Call, LinkError, LinkErrorKind, Rank};
@@ -54,6 +54,26 @@ impl Message {
 
 /// What a socket's receive buffer holds at the least.
 const BUFFERED_BYTES: usize = 32 << 10;
+
+/// Messages up to this size pass through one buffer: a message in two places costs the kernel more
+/// than copying it costs here.
+const SMALL_BYTES: usize = 1 << 10;
+
+/// What lanes move their messages with.
+#[derive(Debug)]
+pub(crate) struct Moving {
+    /// Transfers of which a part is through.
+    pub(crate) finished: Vec<usize>,
+    /// Whether a marked message came.
+    pub(crate) marked: bool,
+    buffer: Box<[u8; SMALL_BYTES]>,
+}
+
+impl Default for Moving {
+    fn default() -> Self {
+        Self { finished: Vec::new(), marked: false, buffer: Box::new([0; SMALL_BYTES]) }
+    }
+}
 
 /// One socket. Until the connection is there, messages wait in the queues.
 #[derive(Debug, Default)]
@@ -134,8 +154,8 @@ impl Lane {
         self.listed = false;
     }
 
-    /// Sends what the socket takes; appends finished transfers.
-    pub(crate) fn flush(&mut self, peer: Rank, done: &mut Vec<usize>) -> Result<(), LinkError> {
+    /// Sends what the socket takes.
+    pub(crate) fn flush(&mut self, peer: Rank, moving: &mut Moving) -> Result<(), LinkError> {
         let Some(stream) = &self.stream else {
             return Ok(());
         };
@@ -143,7 +163,7 @@ impl Lane {
             let Some(message) = self.sends.front_mut() else {
                 break;
             };
-            match send(stream, message) {
+            match send(stream, message, &mut moving.buffer) {
                 Ok(sent) => {
                     message.through += sent;
                     // A short send found the buffer full: the next event tells of room.
@@ -154,20 +174,19 @@ impl Lane {
                 Err(error) => return Err(failed(peer, "sending", &error)),
             }
             if message.through == message.total() {
-                done.push(message.transfer);
+                moving.finished.push(message.transfer);
                 self.sends.pop_front();
             }
         }
         Ok(())
     }
 
-    /// Receives what is there and posted; appends finished transfers.
+    /// Receives what is there and posted.
     pub(crate) fn drain(
         &mut self,
         peer: Rank,
         ours: Call,
-        done: &mut Vec<usize>,
-        marked: &mut bool,
+        moving: &mut Moving,
     ) -> Result<(), LinkError> {
         let Some(stream) = &self.stream else {
             return Ok(());
@@ -176,19 +195,19 @@ impl Lane {
             let Some(message) = self.receives.front_mut() else {
                 break;
             };
-            match receive(stream, message) {
+            match receive(stream, message, &mut moving.buffer) {
                 Ok(0) => return Err(LinkError::closed(peer)),
                 Ok(received) => {
                     // A short receive found the buffer empty: the next event tells of more.
                     self.readable = message.through + received == message.total();
-                    *marked |= advance(message, received, peer, ours)?;
+                    moving.marked |= advance(message, received, peer, ours)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(failed(peer, "receiving", &error)),
             }
             if message.through == message.total() {
-                done.push(message.transfer);
+                moving.finished.push(message.transfer);
                 self.receives.pop_front();
             }
         }
@@ -223,18 +242,41 @@ fn advance(
     Ok(header.marked)
 }
 
-fn send(stream: &TcpStream, message: &mut Message) -> io::Result<usize> {
+fn send(
+    stream: &TcpStream,
+    message: &mut Message,
+    buffer: &mut [u8; SMALL_BYTES],
+) -> io::Result<usize> {
     let (header, payload) = message.rest();
-    let parts = [IoSlice::new(header), IoSlice::new(payload)];
+    let bytes = header.len() + payload.len();
     // NOSIGNAL: the host program may not ignore SIGPIPE.
-    Ok(sendmsg(stream, &parts, &mut Default::default(), SendFlags::NOSIGNAL)?)
+    let flags = SendFlags::NOSIGNAL;
+    if bytes <= SMALL_BYTES {
+        buffer[..header.len()].copy_from_slice(header);
+        buffer[header.len()..bytes].copy_from_slice(payload);
+        return Ok(net::send(stream, &buffer[..bytes], flags)?);
+    }
+    let parts = [IoSlice::new(header), IoSlice::new(payload)];
+    Ok(net::sendmsg(stream, &parts, &mut Default::default(), flags)?)
 }
 
-fn receive(stream: &TcpStream, message: &mut Message) -> io::Result<usize> {
+fn receive(
+    stream: &TcpStream,
+    message: &mut Message,
+    buffer: &mut [u8; SMALL_BYTES],
+) -> io::Result<usize> {
     let (header, payload) = message.rest();
-    let mut parts = [IoSliceMut::new(header), IoSliceMut::new(payload)];
+    let bytes = header.len() + payload.len();
     let flags = RecvFlags::empty();
-    Ok(recvmsg(stream, &mut parts, &mut Default::default(), flags)?.bytes)
+    if bytes <= SMALL_BYTES {
+        let (received, _) = net::recv(stream, &mut buffer[..bytes], flags)?;
+        let of_header = received.min(header.len());
+        header[..of_header].copy_from_slice(&buffer[..of_header]);
+        payload[..received - of_header].copy_from_slice(&buffer[of_header..received]);
+        return Ok(received);
+    }
+    let mut parts = [IoSliceMut::new(header), IoSliceMut::new(payload)];
+    Ok(net::recvmsg(stream, &mut parts, &mut Default::default(), flags)?.bytes)
 }
 
 fn failed(peer: Rank, doing: &str, error: &io::Error) -> LinkError {

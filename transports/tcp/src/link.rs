@@ -16,7 +16,7 @@ use unisum_link::{
 
 use crate::congestion;
 use crate::inbox::{Arrived, Dial, Inbox};
-use crate::lane::{Lane, Span};
+use crate::lane::{Lane, Moving, Span};
 use crate::sleep::{FEW, Ready, Sleeper, Watched};
 use crate::slots::Slots;
 
@@ -67,8 +67,7 @@ pub struct TcpLink {
     arrived: HashMap<Ticket, Vec<u8>>,
     slots: Slots,
     current: Option<Call>,
-    marked: bool,
-    finished: Vec<usize>,
+    moving: Moving,
 }
 
 /// What a socket inside the host may hold before its sender waits: with the megabytes that the
@@ -101,8 +100,7 @@ impl TcpLink {
             arrived: HashMap::new(),
             slots: Slots::default(),
             current: None,
-            marked: false,
-            finished: Vec::new(),
+            moving: Moving::default(),
             config,
         })
     }
@@ -239,7 +237,7 @@ impl TcpLink {
 
     /// Counts finished parts and reports the transfers they complete.
     fn settle(&mut self, done: &mut Vec<Ticket>) {
-        for index in self.finished.drain(..) {
+        for index in self.moving.finished.drain(..) {
             let entry = &mut self.transfers[index];
             let Some(transfer) = entry else { continue };
             transfer.parts_left -= 1;
@@ -258,7 +256,6 @@ impl TcpLink {
 
     fn move_lanes(&mut self) -> Result<(), LinkError> {
         let call = self.current();
-        let mut finished = std::mem::take(&mut self.finished);
         let mut result = Ok(());
         for at in (0..self.busy.len()).rev() {
             let index = self.busy[at];
@@ -266,36 +263,32 @@ impl TcpLink {
             let lane = &mut self.lanes[index];
             if result.is_ok() {
                 result = lane
-                    .flush(peer, &mut finished)
-                    .and_then(|()| lane.drain(peer, call, &mut finished, &mut self.marked));
+                    .flush(peer, &mut self.moving)
+                    .and_then(|()| lane.drain(peer, call, &mut self.moving));
             }
             if lane.is_idle() {
                 lane.listed = false;
                 self.busy.swap_remove(at);
             }
         }
-        self.finished = finished;
         result
     }
 }
 
 impl Link for TcpLink {
     fn begin(&mut self, call: Call, _regions: Regions) {
-        (self.current, self.marked) = (Some(call), false);
+        (self.current, self.moving.marked) = (Some(call), false);
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
         self.open(to)?;
-        let (call, marked) = (self.current(), self.marked);
+        let (call, marked) = (self.current(), self.moving.marked);
         let span = Span { start: memory.base(), bytes: memory.bytes() };
         let transfer = Transfer { ticket, parts_left: 0, slot: None };
         let mut lanes = self.post(to, span, transfer, |lane, index, span| {
             lane.post_send(index, marked, call, span);
         });
-        let mut finished = std::mem::take(&mut self.finished);
-        let result = lanes.try_for_each(|lane| self.lanes[lane].flush(to, &mut finished));
-        self.finished = finished;
-        result
+        lanes.try_for_each(|lane| self.lanes[lane].flush(to, &mut self.moving))
     }
 
     fn receive(
@@ -363,11 +356,11 @@ impl Link for TcpLink {
     }
 
     fn mark(&mut self) {
-        self.marked = true;
+        self.moving.marked = true;
     }
 
     fn is_marked(&self) -> bool {
-        self.marked
+        self.moving.marked
     }
 
     fn patience(&self) -> Patience {
@@ -408,7 +401,7 @@ impl Link for TcpLink {
         self.lanes.iter_mut().for_each(Lane::clear);
         self.current = None;
         self.busy.clear();
-        self.finished.clear();
+        self.moving.finished.clear();
         self.transfers.clear();
         self.free_transfers.clear();
         self.arrived.clear();
