@@ -72,7 +72,11 @@ impl Running {
         while let Some(action) = actions.get(self.action) {
             let advance = match self.state {
                 State::Start => self.begin_action(action, tools)?,
-                State::InSegment => self.advance_segment(action, tools, &mut moved)?,
+                State::InSegment => {
+                    let (advance, moves) = self.advance_segment(action, tools)?;
+                    moved |= moves;
+                    advance
+                }
                 State::Entering(arrival)
                 | State::BetweenPieces(arrival, _)
                 | State::Leaving(arrival) => match tools.links.the_group().complete(arrival)? {
@@ -176,14 +180,13 @@ impl Running {
         Advance::Moved
     }
 
-    /// Says that it waits even if it `moved` something, where looking again at once is of no use.
+    /// And whether something moved: it also waits where that is so and another look is of no use.
     fn advance_segment(
         &mut self,
         action: &Action,
         tools: &mut Tools,
-        moved: &mut bool,
-    ) -> Result<Advance, LinkError> {
-        let Action::Transfers(segment) = action else { return Ok(Advance::Done) };
+    ) -> Result<(Advance, bool), LinkError> {
+        let Action::Transfers(segment) = action else { return Ok((Advance::Done, true)) };
         let mut bench = Bench {
             rank: tools.rank,
             segment,
@@ -194,12 +197,13 @@ impl Running {
             folding: &mut self.folding,
             spreads_marks: self.spreads_marks,
         };
-        *moved |= tools.scoreboard.advance(&mut bench)?;
-        Ok(match &tools.scoreboard {
+        let moved = tools.scoreboard.advance(&mut bench)?;
+        let advance = match &tools.scoreboard {
             board if board.is_done(segment) => Advance::Done,
-            board if board.may_find_more(segment) => Advance::Moved,
+            board if moved && board.may_find_more(segment) => Advance::Moved,
             _ => Advance::Waiting,
-        })
+        };
+        Ok((advance, moved))
     }
 
     fn bench<'a>(&'a mut self, tools: &'a mut Tools, extras: Extras) -> GroupBench<'a> {

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use unisum_link::{Landing, LinkError, Rank, Ticket};
+use unisum_link::{Landing, LinkError, Patience, Rank, Ticket};
 
 use super::folding::{Extras, Folding};
 use super::links::Links;
@@ -28,8 +28,8 @@ pub(crate) struct Scoreboard {
     /// Tickets under way on each link.
     in_flight: Vec<usize>,
     done: Vec<Ticket>,
-    /// Whether something arrived at the last look.
-    arrived: bool,
+    /// Whether another look at the links may find more right away.
+    looks_again: bool,
     sources: Vec<*const u8>,
     bytes_moved: u64,
 }
@@ -150,11 +150,13 @@ impl Scoreboard {
     /// Moves what can be moved. `true` if anything did.
     pub(crate) fn advance(&mut self, bench: &mut Bench<'_>) -> Result<bool, LinkError> {
         let mut moved = self.open_steps(bench)?;
-        self.arrived = false;
+        self.looks_again = false;
         for link in 0..bench.links.all.len() {
             if self.in_flight[link] == 0 {
                 continue;
             }
+            // After what was merely sent it is a peer's turn; but a load from memory costs nothing.
+            self.looks_again |= bench.links.all[link].patience() != Patience::SYSTEM_CALL;
             let mut done = std::mem::take(&mut self.done);
             let result = bench.links.all[link].progress(&mut done);
             moved |= !done.is_empty();
@@ -165,7 +167,7 @@ impl Scoreboard {
             }
             for ticket in done.drain(..) {
                 let work = &bench.segment.transfers[transfer_of(ticket)].work;
-                self.arrived |= !matches!(work, Work::Send { .. });
+                self.looks_again |= !matches!(work, Work::Send { .. });
                 self.ticket_done(ticket, bench)?;
             }
             self.done = done;
@@ -174,10 +176,9 @@ impl Scoreboard {
         Ok(moved)
     }
 
-    /// Whether more may be found right after something moved: something arrived, or there are steps
-    /// to open. After what was merely sent it is a peer's turn.
+    /// Whether it is worth advancing again right after something moved.
     pub(crate) fn may_find_more(&self, segment: &Segment) -> bool {
-        self.arrived || self.can_open(segment)
+        self.looks_again || self.can_open(segment)
     }
 
     fn can_open(&self, segment: &Segment) -> bool {
