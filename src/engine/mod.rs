@@ -21,7 +21,7 @@ mod weave;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use unisum_link::kernels::Fold;
 use unisum_link::{Call, Collective, Group, Link, LinkError, Patience, Rank, Region, Regions};
@@ -53,6 +53,9 @@ pub(crate) struct Engine {
     scratch: Vec<u64>,
     /// For waits in memory.
     patience: Patience,
+    /// How long waits last before they park; as parking is found to take, where ranks have cores
+    /// of their own.
+    spell: Duration,
     /// What the collective under way executes, or the last one did.
     program: Option<Arc<Program>>,
     running: Option<Running>,
@@ -78,6 +81,7 @@ impl Engine {
             },
             scratch: Vec::new(),
             patience: if is_crowded { Patience::CROWDED } else { Patience::MEMORY },
+            spell: Patience::SPELL,
             program: None,
             running: None,
             found_nonfinite: false,
@@ -166,6 +170,11 @@ impl Engine {
 
     /// How long waiting for what is under way pays before it parks.
     pub(crate) fn patience(&mut self) -> Patience {
+        Patience { spell: self.spell, ..self.looks() }
+    }
+
+    /// How often looking again pays.
+    fn looks(&mut self) -> Patience {
         let state = self.running.as_ref().map(|running| running.state);
         if self.patience == Patience::CROWDED
             && let Some(arrival) = state.and_then(State::arrival)
@@ -196,6 +205,15 @@ impl Engine {
 
     /// Sleeps until something may have moved, until woken, or until `until`.
     pub(crate) fn park(&mut self, until: Instant) -> Result<(), LinkError> {
+        let start = Instant::now();
+        self.sleep(until)?;
+        if self.patience != Patience::CROWDED {
+            self.spell = Patience::spell_after(self.spell, start.elapsed());
+        }
+        Ok(())
+    }
+
+    fn sleep(&mut self, until: Instant) -> Result<(), LinkError> {
         let Some(running) = &self.running else { return Ok(()) };
         if let Some(arrival) = running.state.arrival() {
             return match self.group() {

@@ -180,7 +180,8 @@ impl Running {
         Advance::Moved
     }
 
-    /// And whether something moved: it also waits where that is so and another look is of no use.
+    /// What was found, and whether something moved: it says that it waits even then, if another
+    /// look is of no use.
     fn advance_segment(
         &mut self,
         action: &Action,

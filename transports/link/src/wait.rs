@@ -21,42 +21,56 @@ pub struct Patience {
     pub pauses: u32,
     /// Looks after yielding: these let a peer that shares this core run.
     pub yields: u32,
+    /// After that many yields more follow, until so much time has passed.
+    pub spell: Duration,
 }
 
-/// After that many yields more follow, until this much time has passed.
-///
-/// It is longer than it takes to wake a sleeper (up to 70 us where the core was idle). With less,
-/// two ranks that fell asleep once go on sleeping in every operation: whoever is woken comes later
-/// than the other waits. Measured on 2 cores: 2 ranks over shared memory, 256 KiB 59 to 5.3 us; 4
-/// ranks over TCP, 32 KiB 54 to 30 us.
 impl Patience {
+    /// Longer than it takes to wake a sleeper (up to 70 us where the core was idle). With less, two
+    /// ranks that fell asleep once go on sleeping in every operation: whoever is woken comes later
+    /// than the other waits. Measured on 2 cores: 2 ranks over shared memory, 256 KiB 59 to 5.3 us;
+    /// 4 ranks over TCP, 32 KiB 54 to 30 us.
+    pub const SPELL: Duration = Duration::from_micros(100);
+    /// The longest, where waking was found to take longer than that: guests of busy hosts need 300
+    /// us.
+    pub const SPELL_MAX: Duration = Duration::from_millis(1);
+
     /// Where a look is a load from memory.
     ///
     /// Measured on 2 cores: about 40 pauses catch a peer that runs on another core; 2 to 8 yields
     /// are cheaper than two futex calls where cores are shared.
-    pub const MEMORY: Self = Self { pauses: 40, yields: 8 };
+    pub const MEMORY: Self = Self { pauses: 40, yields: 8, spell: Self::SPELL };
 
     /// Where a look is a load from memory, but ranks share cores: a pause then keeps the core
     /// from the rank that is waited for.
     ///
     /// Measured on 2 cores, without the 40 pauses: 16 ranks 78 to 51 us, 4 ranks 15 to 8.7.
-    pub const CROWDED: Self = Self { pauses: 0, yields: 16 };
+    pub const CROWDED: Self = Self { pauses: 0, yields: 16, spell: Self::SPELL };
 
     /// Where a look is a system call, of some 0.4 us: it takes longer than a pause, and while ranks
     /// share cores it takes them from those who have work (see [`Patience::min`]).
     ///
     /// Measured with 2 ranks on 2 cores over TCP, without the pauses: the 99th percentile of 8 B
     /// 25 to 13 us, sleeps in 10,000 operations 54 to 6, the median the same.
-    pub const SYSTEM_CALL: Self = Self { pauses: 24, yields: 8 };
+    pub const SYSTEM_CALL: Self = Self { pauses: 24, yields: 8, spell: Self::SPELL };
 
     /// The shorter of two: for waits on both at once.
     #[must_use]
     pub fn min(self, other: Self) -> Self {
-        Self { pauses: self.pauses.min(other.pauses), yields: self.yields.min(other.yields) }
+        Self {
+            pauses: self.pauses.min(other.pauses),
+            yields: self.yields.min(other.yields),
+            spell: self.spell.min(other.spell),
+        }
+    }
+
+    /// The spell of the waits after one that `slept` so long: twice as long if going on for the
+    /// longest would have been the shorter way, else as short as ever.
+    #[must_use]
+    pub fn spell_after(spell: Duration, slept: Duration) -> Duration {
+        if slept < Self::SPELL_MAX { (spell * 2).min(Self::SPELL_MAX) } else { Self::SPELL }
     }
 }
-
-const SPELL: Duration = Duration::from_micros(100);
 
 /// The pauses between two looks at a condition, for one wait.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,7 +99,7 @@ impl Backoff {
             return Pause::Again;
         }
         if self.looks - patience.pauses > patience.yields
-            && self.since.get_or_insert_with(Instant::now).elapsed() >= SPELL
+            && self.since.get_or_insert_with(Instant::now).elapsed() >= patience.spell
         {
             return Pause::Park;
         }
@@ -106,8 +120,22 @@ mod tests {
         while backoff.pause(Patience::MEMORY) != Pause::Park {
             looks += 1;
         }
-        assert!(looks >= 48 && start.elapsed() >= SPELL, "{looks} looks");
+        assert!(looks >= 48 && start.elapsed() >= Patience::SPELL, "{looks} looks");
         backoff.reset();
         assert_eq!(backoff.pause(Patience::MEMORY), Pause::Again);
+    }
+
+    #[test]
+    fn spells_grow_while_sleeps_are_short_and_are_short_again_after_a_long_one() {
+        let (short, long) = (Duration::from_micros(300), Duration::from_secs(2));
+        let mut spell = Patience::SPELL;
+        for _ in 0..3 {
+            let grown = Patience::spell_after(spell, short);
+            assert!(grown > spell);
+            spell = grown;
+        }
+        assert!(spell > 2 * short, "whoever is woken so late is still waited for");
+        assert_eq!(Patience::spell_after(Patience::SPELL_MAX, short), Patience::SPELL_MAX);
+        assert_eq!(Patience::spell_after(spell, long), Patience::SPELL);
     }
 }

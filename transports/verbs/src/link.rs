@@ -420,7 +420,8 @@ impl Link for VerbsLink {
     fn patience(&self) -> Patience {
         // Devices made by software do their work on the processors that ranks pause on.
         let is_software = self.rails.iter().any(|rail| rail.device().port.is_software);
-        Patience { pauses: if is_software { 0 } else { Patience::MEMORY.pauses }, yields: YIELDS }
+        let pauses = if is_software { 0 } else { Patience::MEMORY.pauses };
+        Patience { pauses, yields: YIELDS, spell: Patience::SPELL }
     }
 
     fn park(&mut self, until: Instant, _wanted: usize) -> Result<(), LinkError> {
