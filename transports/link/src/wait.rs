@@ -64,11 +64,12 @@ impl Patience {
         }
     }
 
-    /// The spell of the waits after one that `slept` so long: twice as long if going on for the
-    /// longest would have been the shorter way, else as short as ever.
+    /// The spell of the waits after one that `slept` so long after its own: twice as long if the
+    /// longest would have been enough, else as short as ever.
     #[must_use]
     pub fn spell_after(spell: Duration, slept: Duration) -> Duration {
-        if slept < Self::SPELL_MAX { (spell * 2).min(Self::SPELL_MAX) } else { Self::SPELL }
+        let would_do = spell + slept < Self::SPELL_MAX;
+        if would_do { (spell * 2).min(Self::SPELL_MAX) } else { Self::SPELL }
     }
 }
 
@@ -126,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn spells_grow_while_sleeps_are_short_and_are_short_again_after_a_long_one() {
+    fn spells_grow_while_that_can_save_a_sleep() {
         let (short, long) = (Duration::from_micros(300), Duration::from_secs(2));
         let mut spell = Patience::SPELL;
         for _ in 0..3 {
@@ -134,8 +135,14 @@ mod tests {
             assert!(grown > spell);
             spell = grown;
         }
-        assert!(spell > 2 * short, "whoever is woken so late is still waited for");
-        assert_eq!(Patience::spell_after(Patience::SPELL_MAX, short), Patience::SPELL_MAX);
-        assert_eq!(Patience::spell_after(spell, long), Patience::SPELL);
+        assert!(
+            spell > 2 * short && spell <= Patience::SPELL_MAX,
+            "who is woken late is waited for"
+        );
+        let shortest = Duration::from_micros(1);
+        assert_eq!(Patience::spell_after(spell, shortest), Patience::SPELL_MAX);
+        let more_than_the_longest = Patience::spell_after(spell, short);
+        assert_eq!(more_than_the_longest, Patience::SPELL, "such a wait has to sleep anyway");
+        assert_eq!(Patience::spell_after(Patience::SPELL, long), Patience::SPELL);
     }
 }
