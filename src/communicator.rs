@@ -83,8 +83,9 @@ impl Communicator {
     /// Cost: see the algorithm that [`Communicator::choice`] names.
     ///
     /// # Errors
-    /// [`ErrorKind::Configuration`] if the arguments are wrong on every rank alike: nothing was
-    /// sent, and the communicator stays usable. [`ErrorKind::Mismatch`] if a rank called something
+    /// [`ErrorKind::Configuration`] if the arguments are wrong on every rank alike, told when the
+    /// calls before have ended: nothing was sent, and the communicator stays usable.
+    /// [`ErrorKind::Mismatch`] if a rank called something
     /// else, or with buffers that do not fit; [`ErrorKind::RankLost`] if one is gone,
     /// [`ErrorKind::Timeout`] if one did not come in time. The output is then unspecified and the
     /// communicator aborted on all ranks.
@@ -93,7 +94,10 @@ impl Communicator {
         collective: &Collective,
         buffers: Buffers<'_, T>,
     ) -> Result<Outcome, Error> {
-        let Some(member) = &self.member else { return self.alone(collective, buffers) };
+        let Some(member) = &self.member else {
+            self.check(collective, T::DTYPE)?;
+            return self.alone(collective, buffers);
+        };
         member.core.runner.check()?;
         let turn = member.core.runner.turns.draw();
         // SAFETY: `execute` returns only after the engine is done with the regions or has aborted,
@@ -360,13 +364,12 @@ impl Communicator {
         collective.checked(dtype, (self.rank, self.world))
     }
 
-    /// Runs a collective in a world of one.
+    /// Runs a checked collective in a world of one.
     fn alone<T: Element>(
         &self,
         collective: &Collective,
         buffers: Buffers<'_, T>,
     ) -> Result<Outcome, Error> {
-        self.check(collective, T::DTYPE)?;
         let refuse = |text| Error::new(ErrorKind::Configuration, text).on(self.rank);
         collective.size(T::DTYPE, (0, 1), buffers.lengths()).map_err(refuse)?;
         Ok(alone::run(collective, buffers))

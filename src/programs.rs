@@ -64,7 +64,7 @@ pub(crate) struct Compiled {
 pub(crate) struct Programs {
     rank: Rank,
     tuning: Tuning,
-    /// What was fixed when `known` were made.
+    /// Which algorithm was fixed when `known` were made.
     fixed: usize,
     known: HashMap<Key, Compiled>,
 }

@@ -67,3 +67,55 @@ impl Ready {
         self.known.as_ref().filter(|known| known.form == form && self.fixed == fixed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use unisum_link::CustomOp;
+
+    use super::*;
+    use crate::reduction::Reduction;
+
+    const IN_PLACE: Lengths = Lengths::InPlace(8);
+
+    fn form(collective: &Collective) -> Option<Form> {
+        Form::new(collective, Dtype::F32, IN_PLACE)
+    }
+
+    #[test]
+    fn calls_that_differ_in_anything_but_addresses_have_different_forms() {
+        let sum = Collective::all_reduce(ReduceOp::Sum);
+        let apart = Lengths::Apart { input: 8, output: 8 };
+        let forms = [
+            form(&sum),
+            form(&Collective::all_reduce(ReduceOp::Max)),
+            form(&Collective::all_reduce(Reduction::new(ReduceOp::Sum).watched())),
+            form(&Collective::reduce(ReduceOp::Sum, 0)),
+            form(&Collective::reduce(ReduceOp::Sum, 1)),
+            // As many bytes, and as many elements.
+            Form::new(&sum, Dtype::F64, Lengths::InPlace(4)),
+            Form::new(&sum, Dtype::I32, IN_PLACE),
+            Form::new(&sum, Dtype::F32, apart),
+            Form::new(&sum, Dtype::F32, Lengths::InPlace(0)),
+        ];
+        for (at, form) in forms.iter().enumerate() {
+            assert!(form.is_some(), "{at}");
+            assert!(!forms[..at].contains(form), "{at}: {form:?}");
+        }
+        assert_eq!(form(&Collective::all_reduce(ReduceOp::Sum)), forms[0]);
+    }
+
+    #[test]
+    fn calls_of_which_more_was_given_are_not_known_again() {
+        let function = CustomOp::<f32>::commutative(|acc, other| acc.copy_from_slice(other));
+        let others = [
+            Collective::all_reduce(Reduction::sum_scaled_by(0.5)),
+            Collective::all_reduce(function),
+            Collective::all_gather().with_counts(&[3, 5]),
+            Collective::all_to_all_v(&[1, 7], &[1, 7]),
+            Collective::all_to_all(),
+        ];
+        assert!(others.iter().all(|it| form(it).is_none()));
+        let apart = Lengths::Apart { input: 8, output: 8 };
+        assert!(Form::new(&Collective::all_to_all(), Dtype::F32, apart).is_some());
+    }
+}

@@ -52,7 +52,7 @@ pub(crate) struct State {
     next_number: u64,
     programs: Programs,
     /// The call that was made last.
-    pub(crate) last: Option<Ready>,
+    last: Option<Ready>,
     pub(crate) scratch: Scratch,
     /// Whether a collective began that did not return.
     inside: bool,
@@ -216,13 +216,15 @@ impl Runner {
     /// Gets all ready that a call needs: an algorithm, and its program.
     fn ready(&self, state: &mut State, request: &Request, call: Call) -> Result<Ready, Failure> {
         let State { engine, programs, next_number, .. } = state;
+        // Read first: if another is fixed meanwhile, the call is not taken for one by that.
+        let fixed = self.choice.fixed();
         let compiled =
             programs.program(&request.key, &self.choice, engine, |programs, engine| {
                 self.try_out(engine, programs, request, call, next_number)
             })?;
         Ok(Ready {
             known: request.known.clone(),
-            fixed: self.choice.fixed(),
+            fixed,
             call: Call { algorithm: compiled.algorithm as u16, ..call },
             fold: self.fold(request),
             program: compiled.program.clone(),

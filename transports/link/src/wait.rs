@@ -31,6 +31,8 @@ impl Patience {
     /// than the other waits. Measured on 2 cores: 2 ranks over shared memory, 256 KiB 59 to 5.3 us;
     /// 4 ranks over TCP, 32 KiB 54 to 30 us.
     pub const SPELL: Duration = Duration::from_micros(100);
+    /// Parking that ends earlier was no sleep: what was waited for was there by then.
+    const SLEEP_MIN: Duration = Duration::from_micros(5);
     /// The longest, where waking was found to take longer than that: guests of busy hosts need 300
     /// us.
     pub const SPELL_MAX: Duration = Duration::from_millis(1);
@@ -65,11 +67,14 @@ impl Patience {
     }
 
     /// The spell of the waits after one that `slept` so long after its own: twice as long if the
-    /// longest would have been enough, else as short as ever.
+    /// longest would have been enough, else as short as ever. If it did not sleep, the same.
     #[must_use]
     pub fn spell_after(spell: Duration, slept: Duration) -> Duration {
-        let would_do = spell + slept < Self::SPELL_MAX;
-        if would_do { (spell * 2).min(Self::SPELL_MAX) } else { Self::SPELL }
+        match spell + slept < Self::SPELL_MAX {
+            _ if slept < Self::SLEEP_MIN => spell,
+            true => (spell * 2).min(Self::SPELL_MAX),
+            false => Self::SPELL,
+        }
     }
 }
 
@@ -139,8 +144,9 @@ mod tests {
             spell > 2 * short && spell <= Patience::SPELL_MAX,
             "who is woken late is waited for"
         );
-        let shortest = Duration::from_micros(1);
-        assert_eq!(Patience::spell_after(spell, shortest), Patience::SPELL_MAX);
+        let (shorter, none) = (Duration::from_micros(50), Duration::from_micros(1));
+        assert_eq!(Patience::spell_after(spell, shorter), Patience::SPELL_MAX);
+        assert_eq!(Patience::spell_after(spell, none), spell, "it did not sleep");
         let more_than_the_longest = Patience::spell_after(spell, short);
         assert_eq!(more_than_the_longest, Patience::SPELL, "such a wait has to sleep anyway");
         assert_eq!(Patience::spell_after(Patience::SPELL, long), Patience::SPELL);

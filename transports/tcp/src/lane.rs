@@ -285,3 +285,82 @@ fn failed(peer: Rank, doing: &str, error: &io::Error) -> LinkError {
         _ => LinkError::os(peer, doing, error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::net::TcpListener;
+    use std::time::{Duration, Instant};
+
+    use unisum_link::Dtype;
+
+    use super::*;
+
+    /// A connected lane, and the socket at its other end.
+    fn pair() -> (Lane, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback is there");
+        let other = TcpStream::connect(listener.local_addr().expect("bound")).expect("listening");
+        let (own, _) = listener.accept().expect("connected");
+        own.set_nonblocking(true).expect("a socket");
+        other.set_nodelay(true).expect("a socket");
+        let mut lane = Lane::default();
+        lane.connect(ParentOnly::new(own));
+        (lane, other)
+    }
+
+    fn receive_until(lane: &mut Lane, call: Call, moving: &mut Moving, through: usize) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while lane.receives.front().is_some_and(|message| message.through < through) {
+            assert!(Instant::now() < deadline, "{through} bytes never came");
+            lane.ready(Ready { lane: 0, reads: true, writes: true });
+            lane.drain(1, call, moving).expect("it is a message of this call");
+            std::thread::yield_now();
+        }
+    }
+
+    /// On either side of what passes through one buffer.
+    #[test]
+    fn messages_may_come_in_any_two_pieces() {
+        for bytes in [4, SMALL_BYTES - HEADER_BYTES, SMALL_BYTES - HEADER_BYTES + 4] {
+            let call = Call::all_reduce(7, Dtype::F32, bytes as u64 / 4);
+            let payload: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8 + 1).collect();
+            let header = Header { marked: false, bytes: bytes as u64, call }.encode();
+            let wire = [&header[..], &payload].concat();
+            let (mut lane, mut other) = pair();
+            for split in (1..wire.len()).filter(|split| split % 7 == 0 || *split < 60) {
+                let mut memory = vec![0; bytes];
+                let mut moving = Moving::default();
+                lane.post_receive(split, Span { start: memory.as_mut_ptr(), bytes });
+                other.write_all(&wire[..split]).expect("it is connected");
+                receive_until(&mut lane, call, &mut moving, split);
+                assert!(moving.finished.is_empty(), "{split} of {bytes}");
+                other.write_all(&wire[split..]).expect("it is connected");
+                receive_until(&mut lane, call, &mut moving, wire.len());
+                assert_eq!(moving.finished, [split]);
+                assert_eq!(memory, payload, "{split} of {bytes}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_end_within_a_small_message_is_a_closed_connection() {
+        let (mut lane, mut other) = pair();
+        let call = Call::all_reduce(0, Dtype::F32, 1);
+        let (mut memory, mut moving) = ([0; 4], Moving::default());
+        lane.post_receive(0, Span { start: memory.as_mut_ptr(), bytes: 4 });
+        let header = Header { marked: false, bytes: 4, call }.encode();
+        other.write_all(&header[..9]).expect("it is connected");
+        receive_until(&mut lane, call, &mut moving, 9);
+        drop(other);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let error = loop {
+            assert!(Instant::now() < deadline, "nobody saw the end");
+            lane.ready(Ready { lane: 0, reads: true, writes: true });
+            if let Err(error) = lane.drain(1, call, &mut moving) {
+                break error;
+            }
+        };
+        assert!(matches!(error.kind, LinkErrorKind::Closed), "{error}");
+        assert!(moving.finished.is_empty());
+    }
+}
