@@ -85,10 +85,9 @@ impl Communicator {
     /// # Errors
     /// [`ErrorKind::Configuration`] if the arguments are wrong on every rank alike, told when the
     /// calls before have ended: nothing was sent, and the communicator stays usable.
-    /// [`ErrorKind::Mismatch`] if a rank called something
-    /// else, or with buffers that do not fit; [`ErrorKind::RankLost`] if one is gone,
-    /// [`ErrorKind::Timeout`] if one did not come in time. The output is then unspecified and the
-    /// communicator aborted on all ranks.
+    /// [`ErrorKind::Mismatch`] if a rank called something else, or with buffers that do not fit;
+    /// [`ErrorKind::RankLost`] if one is gone, [`ErrorKind::Timeout`] if one did not come in time.
+    /// The output is then unspecified and the communicator aborted on all ranks.
     pub fn run<T: Element>(
         &self,
         collective: &Collective,
