@@ -17,16 +17,22 @@ impl Memories {
     /// # Panics
     /// If they lie outside: programs are built from proven plans, so that would be our bug.
     pub(crate) fn region(&self, place: Place, bytes: usize) -> Region {
-        let memory = match place.memory {
-            Memory::Input => &self.regions.input,
-            Memory::Output => &self.regions.output,
-            Memory::Scratch => &self.scratch,
-        };
-        memory.part(&(place.start..place.start + bytes))
+        self.memory(place.memory).part(&(place.start..place.start + bytes))
     }
 
     /// The address of a region of that length.
+    ///
+    /// # Panics
+    /// As [`Memories::region`].
     pub(crate) fn pointer(&self, place: Place, bytes: usize) -> *mut u8 {
-        self.region(place, bytes).base()
+        self.memory(place.memory).pointer(&(place.start..place.start + bytes))
+    }
+
+    const fn memory(&self, memory: Memory) -> &Region {
+        match memory {
+            Memory::Input => &self.regions.input,
+            Memory::Output => &self.regions.output,
+            Memory::Scratch => &self.scratch,
+        }
     }
 }

@@ -58,6 +58,7 @@ pub fn generation() -> u32 {
 }
 
 /// The number now: one load, for every call.
+#[inline]
 pub fn current() -> u32 {
     // Relaxed: see `in_child`.
     FORKS.load(Ordering::Relaxed)

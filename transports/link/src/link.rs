@@ -155,8 +155,8 @@ pub trait Group {
 
     /// Publishes this rank's call and regions (as given to [`Link::begin`]) and arrives. With
     /// `deposit`, copies the whole input (at most [`Group::slot_bytes`]) into this rank's slot
-    /// first: the members then read the slot and not the input, so that it is free once the
-    /// arrival is complete.
+    /// first: the others then read the slot and not the input, so that it is this rank's alone
+    /// once the arrival is complete.
     fn enter(&mut self, deposit: bool) -> Arrival;
 
     /// Arrives: everything this rank read and wrote before it is done.
@@ -195,13 +195,14 @@ pub trait Group {
     fn registered(&self, part: Part) -> bool;
 
     /// Appends the address of `bytes` of each member's deposit, in the order of the members: what
-    /// the last `enter`, which is complete, deposited.
+    /// the last `enter`, which is complete, deposited. For this rank that of its input, where it
+    /// lies: what one published oneself is dearer to read.
     ///
     /// # Panics
     /// If it deposited nothing, or more than a deposit holds is asked for.
     fn deposits(&self, bytes: &Range<usize>, addresses: &mut Vec<*const u8>);
 
-    /// The address of `bytes` of one of a member's regions (`Part::Input`: of its deposit, if
+    /// The address of `bytes` of one of a member's regions (`Part::Input`: of another's deposit, if
     /// `enter` deposited) where this rank can read it; `None` if it is another rank's private
     /// memory.
     ///

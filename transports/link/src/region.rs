@@ -49,6 +49,7 @@ impl Region {
     ///
     /// # Panics
     /// If the range is not inside the region: plans are proven, so that would be our bug.
+    #[inline]
     #[must_use]
     pub fn part(&self, bytes: &Range<usize>) -> Self {
         // Null has no part but the empty one, so the address is never null.
@@ -61,6 +62,7 @@ impl Region {
     ///
     /// # Panics
     /// If the range is not inside the region: plans are proven, so that would be our bug.
+    #[inline]
     pub fn pointer(&self, bytes: &Range<usize>) -> *mut u8 {
         assert!(
             bytes.start <= bytes.end && bytes.end <= self.bytes,

@@ -3,8 +3,9 @@
 //! Each member has two slots, for arrivals of odd and of even numbers, which only it writes. An
 //! arrival is one line of the cache: the card (which arrival it is, the call, where the region is,
 //! or the data itself if it is small) is filled, its first word last. Whoever waits looks at the
-//! members' cards one after the other. So between two cores one line moves each way, and with it
-//! the data.
+//! others' cards one after the other. So between two cores one line moves each way, and with it
+//! the data. Nobody reads what it published itself: a core that reads a line takes it away from the
+//! one that wrote it (AMD's do), and it would have to come back.
 //!
 //! A slot is free again after two arrivals: whoever makes the k+2nd has completed the k+1st, which
 //! everyone made after it was done with what the k-th published. So a collective of deposits needs
@@ -97,7 +98,34 @@ impl Places {
     }
 }
 
+/// What a card says of its member's two places: their kinds in a word, and a location for each.
+#[derive(Clone, Copy, Debug, Default)]
+struct Told {
+    kinds: u64,
+    locations: [u64; 2],
+}
+
 impl GroupCard {
+    /// What it says of places.
+    fn told(&self) -> Told {
+        // Relaxed, twice: ordered by the arrival, which was loaded with Acquire before.
+        let kinds = self.arrival.load(Ordering::Relaxed) & ((1 << KINDS_BITS) - 1);
+        Told { kinds, locations: self.locations.each_ref().map(|it| it.load(Ordering::Relaxed)) }
+    }
+
+    /// What its member called.
+    fn call(&self) -> CallWords {
+        // Relaxed: as in `told`.
+        self.call.each_ref().map(|word| word.load(Ordering::Relaxed))
+    }
+
+    /// Whether its member called just that. Word by word, as they are loaded: an array of them
+    /// would be compared with loads that are wider than the stores.
+    fn is_of(&self, call: &CallWords) -> bool {
+        // Relaxed: as in `told`.
+        self.call.iter().zip(call).all(|(word, ours)| word.load(Ordering::Relaxed) == *ours)
+    }
+
     /// Whether its member has made an arrival.
     fn has_made(&self, arrival: Arrival) -> bool {
         // Acquire: pairs with the Release in `publish`.
@@ -132,6 +160,8 @@ pub(crate) struct Team {
     complete: Arrival,
     /// The last enter: where cards and deposits are.
     entered: Arrival,
+    /// What it told of this rank's regions.
+    told: Told,
     /// Apart, as most collectives don't need it.
     spread: Box<Spread>,
     /// How many collectives were entered, and whether the one under way was.
@@ -169,6 +199,7 @@ impl Team {
             seen: 0,
             complete: Arrival(0),
             entered: Arrival(0),
+            told: Told::default(),
             spread: Box::default(),
             enters: 0,
             is_inside: false,
@@ -245,9 +276,9 @@ impl Team {
         self.arrival
     }
 
-    /// Whether the member at `index` has made an arrival.
+    /// Whether the member at `index` has made an arrival that this rank has made.
     fn has_made(&self, index: usize, arrival: Arrival) -> bool {
-        self.card(index, arrival).has_made(arrival)
+        index == self.own || self.card(index, arrival).has_made(arrival)
     }
 
     /// Tells the others where this rank waits.
@@ -284,18 +315,20 @@ impl Team {
         }
     }
 
-    /// Reads all members' cards of the complete enter, and compares their calls with ours.
+    /// Reads the others' cards of the complete enter, and compares their calls with ours.
     fn read_cards(&mut self) -> Result<(), LinkError> {
         self.places.clear();
         for (index, peer) in self.peers.iter().enumerate() {
-            let card = self.card(index, self.entered);
-            // Relaxed, here and in `place`: ordered by the arrival, which was loaded with Acquire.
-            let differs = |(word, ours): (&AtomicU64, &u64)| word.load(Ordering::Relaxed) != *ours;
-            if card.call.iter().zip(&self.call).any(differs) {
-                let theirs = card.call.each_ref().map(|word| word.load(Ordering::Relaxed));
-                return Err(peer.mismatch(&self.call, &theirs));
-            }
-            let places = self.read_places(index, card)?;
+            let told = if index == self.own {
+                self.told
+            } else {
+                let card = self.card(index, self.entered);
+                if !card.is_of(&self.call) {
+                    return Err(peer.mismatch(&self.call, &card.call()));
+                }
+                card.told()
+            };
+            let places = self.places_of(index, told)?;
             self.places.push(places);
         }
         let is_mapped = |place| matches!(place, Place::Heap(_) | Place::Nowhere);
@@ -304,16 +337,15 @@ impl Team {
         Ok(())
     }
 
-    /// Where a member's regions are.
-    fn read_places(&self, index: usize, card: &GroupCard) -> Result<Places, LinkError> {
+    /// Where a member's regions are, by what its card told.
+    fn places_of(&self, index: usize, told: Told) -> Result<Places, LinkError> {
         let (rank, slot) = (self.members[index], self.slot(index, self.entered));
-        let kinds = card.arrival.load(Ordering::Relaxed);
-        let place = |kind: u64, at: usize| {
-            let location = card.locations[at].load(Ordering::Relaxed);
+        let place = |kind: u64, location| {
             let unknown = || LinkError::protocol(rank, "a region at an unknown place");
             Place::decode(kind & 0xf, location, slot).ok_or_else(unknown)
         };
-        let places = Places { input: place(kinds, 0)?, output: place(kinds >> 4, 1)? };
+        let Told { kinds, locations: [input, output] } = told;
+        let places = Places { input: place(kinds, input)?, output: place(kinds >> 4, output)? };
         if let Place::Heap(offset) = places.output {
             let bytes = self.regions().output.bytes() as u64;
             self.heaps[index].mapped(rank, offset, bytes)?;
@@ -370,14 +402,16 @@ impl Group for Team {
             place.store(word, Ordering::Relaxed);
         }
         if deposit {
-            let kind = self.deposit(input);
-            return self.publish(kind | NOWHERE << 4);
+            self.told = Told { kinds: self.deposit(input) | NOWHERE << 4, locations: [0; 2] };
+            return self.publish(self.told.kinds);
         }
-        let places = [input, output].map(Place::of);
-        for (word, (_, location)) in card.locations.iter().zip(places) {
+        let [input, output] = [input, output].map(Place::of);
+        let told = Told { kinds: input.0 | output.0 << 4, locations: [input.1, output.1] };
+        for (word, location) in card.locations.iter().zip(told.locations) {
             word.store(location, Ordering::Relaxed);
         }
-        self.publish(places[0].0 | places[1].0 << 4)
+        self.told = told;
+        self.publish(told.kinds)
     }
 
     fn arrive(&mut self) -> Arrival {
@@ -397,9 +431,11 @@ impl Group for Team {
             return Ok(true);
         }
         while self.seen < self.peers.len() {
-            let card = self.card(self.seen, arrival);
-            if !(0..LOOKS).any(|_| card.has_made(arrival)) {
-                return Ok(false);
+            if self.seen != self.own {
+                let card = self.card(self.seen, arrival);
+                if !(0..LOOKS).any(|_| card.has_made(arrival)) {
+                    return Ok(false);
+                }
             }
             self.seen += 1;
         }
@@ -457,7 +493,9 @@ impl Group for Team {
     }
 
     fn deposits(&self, bytes: &Range<usize>, addresses: &mut Vec<*const u8>) {
-        addresses.extend(self.places.iter().map(|places| match places.input {
+        let own = self.regions().input.pointer(bytes).cast_const();
+        addresses.extend(self.places.iter().enumerate().map(|(index, it)| match it.input {
+            Place::Deposit(_) if index == self.own => own,
             Place::Deposit(at) => self.deposited_at(at, bytes),
             other => panic!("a deposit is asked for where a member's input is at {other:?}"),
         }));
@@ -472,12 +510,12 @@ impl Group for Team {
         let index = self.index(member);
         let (start, len) = (bytes.start as u64, bytes.len() as u64);
         match self.places[index].of(part) {
-            Place::Deposit(at) => Ok(Some(self.deposited_at(at, &bytes))),
             _ if index == self.own => {
                 let own = self.regions();
                 let region = if part == Part::Input { own.input } else { own.output };
                 Ok(Some(region.pointer(&bytes).cast_const()))
             }
+            Place::Deposit(at) => Ok(Some(self.deposited_at(at, &bytes))),
             Place::Heap(offset) => {
                 let at = self.heaps[index].mapped(member, offset + start, len)?;
                 Ok(Some(at.cast_const()))

@@ -91,6 +91,7 @@ impl Heap {
 
     /// The place of `bytes` bytes at `address` in this heap, if they lie in it: what
     /// [`Region::new`] wants to know.
+    #[inline]
     pub fn offset_of(&self, address: *const u8, bytes: usize) -> Option<u64> {
         let offset = self.0.mapping.offset_of(address, bytes)?.checked_sub(self.0.start)?;
         (offset + bytes as u64 <= self.0.mapping.layout().heap_bytes()).then_some(offset)
@@ -127,6 +128,7 @@ impl Heap {
 
 impl Block {
     /// Where the block starts.
+    #[inline]
     pub fn address(&self) -> NonNull<u8> {
         let at = self.heap.mapped(&self.range);
         let address = self.heap.0.mapping.pointer(at.start, self.bytes as u64);

@@ -134,6 +134,7 @@ impl Mapping {
     }
 
     /// Where `address` lies in the mapping, if `bytes` bytes from there do.
+    #[inline]
     pub(crate) fn offset_of(&self, address: *const u8, bytes: usize) -> Option<u64> {
         let offset = (address as usize).checked_sub(self.base.as_ptr() as usize)? as u64;
         (offset.checked_add(bytes as u64)? <= self.bytes).then_some(offset)

