@@ -70,7 +70,7 @@ pub(crate) const AUTO: usize = usize::MAX;
 /// What is tried out: algorithms that the model takes for up to so many times slower than the best,
 /// and at most so many.
 const NEAR: f64 = 3.0;
-const CANDIDATES_MAX: usize = 4;
+const CANDIDATES_MAX: usize = 6;
 /// Bytes from which calls are tried. Shorter ones are latency alone, which the model knows; to try
 /// them would open connections that nobody needs (16 ranks over TCP: the first call 27 ms later).
 const TRIED_FROM: usize = 1024;
@@ -169,6 +169,8 @@ impl Choice {
         let near = if self.node.is_some() { f64::MAX } else { NEAR };
         let worth = near * timed.first()?.0;
         timed.retain(|(seconds, _)| *seconds <= worth);
+        // On one host, say, a hierarchical plan is one of the others.
+        timed.dedup_by_key(|(seconds, _)| *seconds);
         timed.truncate(CANDIDATES_MAX);
         while timed.iter().map(|(seconds, _)| seconds).sum::<f64>() > ROUND_S_MAX {
             timed.pop();

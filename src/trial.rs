@@ -15,17 +15,19 @@ use crate::engine::Engine;
 use crate::programs::{Compiled, Key, Programs};
 use crate::runner::{Failure, Request, Runner};
 
-/// By how much another algorithm has to be faster than the modelled best: less is noise.
-const GAIN: f32 = 0.95;
-/// The same after fewer than so many rounds.
-const GAIN_FEW: f32 = 0.75;
-const ROUNDS_MIN: usize = 3;
+/// How a race goes after its first, second, third and later rounds.
+const STANDINGS: [Standing; 3] = [
+    Standing { behind: 1.6, gain: 0.8 },
+    Standing { behind: 1.4, gain: 0.88 },
+    Standing { behind: 1.25, gain: 0.95 },
+];
 /// How long trying may take, in seconds and rounds: there is one at least.
-const TRIAL_S: f32 = 0.3;
+const TRIAL_S: f32 = 0.5;
 const ROUNDS_MAX: usize = 9;
-/// Several calls follow each other, as they do later: for about so long, in seconds, and at most so
-/// many. The first of several, after another algorithm's, does not count.
+/// Several calls follow each other, as they do later: for about so long, in seconds, but at least
+/// and at most so many. The first, after another algorithm's, does not count.
 const BLOCK_S: f32 = 2e-3;
+const CALLS_MIN: usize = 4;
 const CALLS_MAX: usize = 64;
 
 /// What a call finds in its memory, to be put back.
@@ -121,39 +123,29 @@ impl Trial<'_> {
     /// size left open because trying takes too long, ranks would try again, and not all of them, as
     /// each keeps the programs of its own calls (in place or apart, say).
     fn best(&mut self) -> Result<usize, Failure> {
+        let mut race = Race::new(self.candidates.len());
         // The first time, ranks come late, connections are opened and pages touched; the second
         // time, buffers and windows still grow, unless calls are long.
-        self.round(1)?;
-        let mut once = self.round(1)?;
+        self.round(&race.running, 1)?;
+        let mut once = self.round(&race.running, 1)?;
         if once.iter().sum::<f32>() < TRIAL_S / 16.0 {
-            once = self.round(1)?;
+            once = self.round(&race.running, 1)?;
         }
-        let calls = ((BLOCK_S / median(once.iter().copied())) as usize).clamp(1, CALLS_MAX);
-        let mut seconds = Vec::with_capacity(ROUNDS_MAX * once.len() * calls);
-        let (mut rounds, mut spent_s, mut round_s) = (0, 0.0, 0.0);
-        while rounds == 0 || rounds < ROUNDS_MAX && spent_s + round_s <= TRIAL_S {
-            let round = self.round(calls)?;
-            round_s = round.iter().sum::<f32>();
-            spent_s += round_s;
-            seconds.extend(round);
-            rounds += 1;
+        let calls = ((BLOCK_S / median(once)) as usize).clamp(CALLS_MIN, CALLS_MAX);
+        while !race.is_over() {
+            let round = self.round(&race.running, calls)?;
+            race.add(&round);
         }
-        let blocks =
-            seconds.chunks_exact(calls).map(|calls| &calls[usize::from(calls.len() > 1)..]);
-        let times = |index| blocks.clone().skip(index).step_by(once.len()).flatten().copied();
-        let medians: Vec<f32> = (0..once.len()).map(|index| median(times(index))).collect();
         let tried: Vec<usize> = self.candidates.iter().map(|it| it.algorithm).collect();
-        let call = &self.call;
+        let (call, rounds, medians) = (&self.call, race.rounds, race.medians());
         tracing::debug!("{call}: {rounds} rounds of {calls} of {tried:?} took {medians:?} s each");
-        let best = (0..medians.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
-        let gain = if rounds < ROUNDS_MIN { GAIN_FEW } else { GAIN };
-        Ok(best.filter(|&best| medians[best] < gain * medians[0]).unwrap_or(0))
+        Ok(race.winner())
     }
 
-    /// What each of so many calls by each of the candidates takes the slowest rank, in seconds.
-    fn round(&mut self, calls: usize) -> Result<Vec<f32>, Failure> {
-        let mut seconds = Vec::with_capacity(self.candidates.len() * calls);
-        for at in 0..self.candidates.len() {
+    /// What each of so many calls by each of these candidates takes the slowest rank, in seconds.
+    fn round(&mut self, which: &[usize], calls: usize) -> Result<Vec<f32>, Failure> {
+        let mut seconds = Vec::with_capacity(which.len() * calls);
+        for &at in which {
             let Compiled { algorithm, program } = self.candidates[at].clone();
             for _ in 0..calls {
                 let start = Instant::now();
@@ -205,8 +197,110 @@ impl Trial<'_> {
     }
 }
 
-fn median(times: impl Iterator<Item = f32>) -> f32 {
-    let mut times: Vec<f32> = times.collect();
+/// What the times are worth by now.
+struct Standing {
+    /// Who takes so much longer than the fastest is out of the race.
+    behind: f32,
+    /// By how much another has to be faster than the modelled best: less is noise.
+    gain: f32,
+}
+
+/// The candidates' times so far, and who still runs. The same on all ranks, as the times are.
+#[derive(Debug)]
+struct Race {
+    /// By candidate, the times of its calls, in seconds.
+    times: Vec<Vec<f32>>,
+    /// Ascending.
+    running: Vec<usize>,
+    rounds: usize,
+    spent_s: f32,
+    /// What another round would take.
+    round_s: f32,
+}
+
+impl Race {
+    fn new(candidates: usize) -> Self {
+        let (times, running) = (vec![Vec::new(); candidates], (0..candidates).collect());
+        Self { times, running, rounds: 0, spent_s: 0.0, round_s: 0.0 }
+    }
+
+    /// Takes in a round: as many calls of each that runs.
+    fn add(&mut self, round: &[f32]) {
+        let calls = round.len() / self.running.len();
+        for (&at, block) in self.running.iter().zip(round.chunks_exact(calls)) {
+            self.times[at].extend(&block[1..]);
+        }
+        self.spent_s += round.iter().sum::<f32>();
+        self.rounds += 1;
+        let medians = self.medians();
+        let fastest = medians.iter().copied().fold(f32::INFINITY, f32::min);
+        let behind = self.standing().behind;
+        self.running.retain(|&at| medians[at] <= behind * fastest);
+        let sum_s: f32 = self.running.iter().map(|&at| medians[at]).sum();
+        self.round_s = sum_s * calls as f32;
+    }
+
+    fn is_over(&self) -> bool {
+        let is_late = self.spent_s + self.round_s > TRIAL_S;
+        self.rounds > 0 && (self.running.len() < 2 || self.rounds == ROUNDS_MAX || is_late)
+    }
+
+    /// By candidate, infinite without times.
+    fn medians(&self) -> Vec<f32> {
+        self.times.iter().cloned().map(median).collect()
+    }
+
+    /// The fastest, if it is so much faster than the first.
+    fn winner(&self) -> usize {
+        let medians = self.medians();
+        let best = (0..medians.len()).min_by(|&a, &b| medians[a].total_cmp(&medians[b]));
+        let gain = self.standing().gain;
+        best.filter(|&best| medians[best] < gain * medians[0]).unwrap_or(0)
+    }
+
+    /// After at least a round.
+    fn standing(&self) -> &Standing {
+        &STANDINGS[self.rounds.clamp(1, STANDINGS.len()) - 1]
+    }
+}
+
+fn median(mut times: Vec<f32>) -> f32 {
     times.sort_by(f32::total_cmp);
     times.get(times.len() / 2).copied().unwrap_or(f32::INFINITY)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_falls_behind_is_out_and_the_fastest_wins() {
+        let mut race = Race::new(4);
+        // Two calls each, of which the first does not count.
+        race.add(&[9e-3, 1.1e-3, 9e-3, 1.3e-3, 0.0, 1e-3, 0.0, 2e-3]);
+        assert_eq!(race.running, [0, 1, 2], "whoever takes twice as long");
+        race.add(&[9e-3, 1.1e-3, 9e-3, 1.3e-3, 0.0, 1e-3]);
+        race.add(&[9e-3, 1.1e-3, 9e-3, 1.3e-3, 0.0, 1e-3]);
+        assert_eq!(race.running, [0, 2]);
+        assert!((race.round_s / 4.2e-3 - 1.0).abs() < 1e-3, "two calls of each: {race:?}");
+        assert!(!race.is_over());
+        while !race.is_over() {
+            race.add(&[0.0, 0.9e-3, 0.0, 0.8e-3]);
+        }
+        assert_eq!((race.rounds, race.winner()), (ROUNDS_MAX, 2));
+    }
+
+    #[test]
+    fn the_first_wins_by_default() {
+        let mut race = Race::new(3);
+        race.add(&[0.0, TRIAL_S, 0.0, 0.9 * TRIAL_S, 0.0, 1.5 * TRIAL_S]);
+        assert!(race.is_over(), "another round would take too long");
+        assert_eq!(race.winner(), 0, "by one round that much may be noise");
+        let mut race = Race::new(2);
+        (0..3).for_each(|_| race.add(&[0.0, 1e-3, 0.0, 1.3e-3]));
+        assert!(race.is_over() && race.winner() == 0, "the other is out");
+        let mut race = Race::new(2);
+        (0..3).for_each(|_| race.add(&[0.0, 1e-3, 0.0, 0.97e-3]));
+        assert_eq!(race.winner(), 0, "that little is noise");
+    }
 }

@@ -127,9 +127,13 @@ impl Pair<'_> {
     fn run(&mut self, region: Region) -> Result<[f64; 3], LinkError> {
         let call = Call::all_reduce(u64::MAX, Dtype::U8, 0);
         self.link.begin(call, Regions::in_place(region));
-        let mut seconds = [0.0; 3];
-        for (seconds, bytes) in seconds.iter_mut().zip([SMALL, CACHED, LARGE]) {
-            *seconds = self.fastest_half_trip(region.part(&(0..bytes)))?.as_secs_f64();
+        let mut seconds = [f64::INFINITY; 3];
+        // Twice, as what starting processes disturbs may be over the second time.
+        for _ in 0..2 {
+            for (seconds, bytes) in seconds.iter_mut().zip([SMALL, CACHED, LARGE]) {
+                let part = region.part(&(0..bytes));
+                *seconds = seconds.min(self.fastest_half_trip(part)?.as_secs_f64());
+            }
         }
         Ok(seconds)
     }
