@@ -60,7 +60,7 @@ impl Core {
                 // SAFETY: the caller promised it.
                 false => unsafe { self.regions(buffers, &known.input, &known.output) },
             };
-            return self.runner.repeat(&mut state, regions);
+            return self.runner.repeat(&mut state, &regions);
         }
         collective.checked(T::DTYPE, (self.rank, self.world))?;
         match collective.size(T::DTYPE, (self.rank, self.world), lengths) {

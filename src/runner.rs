@@ -137,7 +137,7 @@ impl Runner {
         let result = match self.ready(state, request, call) {
             Ok(ready) => {
                 let State { engine, next_number, last, .. } = state;
-                self.make(last.insert(ready), next_number, engine, request.regions)
+                self.make(last.insert(ready), next_number, engine, &request.regions)
             }
             Err(failure) => self.end(&mut state.engine, call, Err(failure)),
         };
@@ -154,7 +154,7 @@ impl Runner {
     ///
     /// # Panics
     /// If there is none.
-    pub(crate) fn repeat(&self, state: &mut State, regions: Regions) -> Result<Outcome, Error> {
+    pub(crate) fn repeat(&self, state: &mut State, regions: &Regions) -> Result<Outcome, Error> {
         self.enter(state)?;
         let State { engine, next_number, last, .. } = state;
         let ready = last.as_ref().expect("it was looked at in the same turn");
@@ -236,12 +236,12 @@ impl Runner {
         ready: &Ready,
         next_number: &mut u64,
         engine: &mut Engine,
-        regions: Regions,
+        regions: &Regions,
     ) -> Result<Outcome, Error> {
         let call = Call { number: *next_number, ..ready.call };
         *next_number += 1;
         self.membership.status().begin(&call);
-        engine.start(call, ready.fold, regions, &ready.program);
+        engine.start(&call, ready.fold, regions, &ready.program);
         let result = self.drive(engine, &call);
         self.end(engine, call, result)
     }

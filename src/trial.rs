@@ -150,7 +150,7 @@ impl Trial<'_> {
             for _ in 0..calls {
                 let start = Instant::now();
                 let call = Call { algorithm: algorithm as u16, ..self.next_call() };
-                self.engine.start(call, self.fold, self.regions, &program);
+                self.engine.start(&call, self.fold, &self.regions, &program);
                 self.runner.drive(self.engine, &self.call)?;
                 seconds.push(start.elapsed().as_secs_f32());
             }
@@ -187,7 +187,7 @@ impl Trial<'_> {
         // has done with it or was aborted.
         let region = unsafe { Region::new(memory, size_of_val(seconds), None) };
         let fold = Fold::new(call.dtype, call.op);
-        self.engine.start(call, fold, Regions::in_place(region), &program);
+        self.engine.start(&call, fold, &Regions::in_place(region), &program);
         let result = self.runner.drive(self.engine, &self.call);
         if result.is_err() {
             // Before the memory goes.

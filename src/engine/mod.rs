@@ -21,7 +21,7 @@ mod weave;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use unisum_link::kernels::Fold;
 use unisum_link::{Call, Collective, Group, Link, LinkError, Patience, Rank, Region, Regions};
@@ -51,11 +51,11 @@ pub(crate) struct Engine {
     tools: Tools,
     /// Memory for what passes through this rank; grows to what the programs need.
     scratch: Vec<u64>,
-    /// For waits in memory.
+    /// Whether ranks of the job share cores on this host.
+    is_crowded: bool,
+    /// For waits in memory. Where ranks have cores of their own, waits last as parking is found to
+    /// take.
     patience: Patience,
-    /// How long waits last before they park; as parking is found to take, where ranks have cores
-    /// of their own.
-    spell: Duration,
     /// What the collective under way executes, or the last one did.
     program: Option<Arc<Program>>,
     running: Option<Running>,
@@ -80,8 +80,8 @@ impl Engine {
                 sources: Sources::default(),
             },
             scratch: Vec::new(),
+            is_crowded,
             patience: if is_crowded { Patience::CROWDED } else { Patience::MEMORY },
-            spell: Patience::SPELL,
             program: None,
             running: None,
             found_nonfinite: false,
@@ -113,15 +113,15 @@ impl Engine {
     /// Begins a collective. The regions are the engine's until [`Advance::Done`] or an abort.
     pub(crate) fn start(
         &mut self,
-        call: Call,
+        call: &Call,
         fold: Fold,
-        regions: Regions,
+        regions: &Regions,
         program: &Arc<Program>,
     ) {
         for link in &mut self.tools.links.all {
             link.begin(call, regions);
         }
-        let memories = Memories { regions, scratch: self.scratch(program.scratch) };
+        let memories = Memories { regions: *regions, scratch: self.scratch(program.scratch) };
         let spreads_marks = fold.watch && call.collective == Collective::AllReduce;
         let (folding, is_mapped, action) = (Folding::new(fold), false, 0);
         self.found_nonfinite = false;
@@ -168,32 +168,35 @@ impl Engine {
         self.found_nonfinite
     }
 
-    /// How long waiting for what is under way pays before it parks.
+    /// How often looking again pays for what is under way, and how long, before it parks.
     pub(crate) fn patience(&mut self) -> Patience {
-        Patience { spell: self.spell, ..self.looks() }
+        match self.running.as_ref().map(|running| running.state) {
+            Some(State::InSegment) => self.patience_for_links(),
+            Some(state) if self.is_crowded => self.patience_among_many(state),
+            _ => self.patience,
+        }
     }
 
-    /// How often looking again pays.
-    fn looks(&mut self) -> Patience {
-        let state = self.running.as_ref().map(|running| running.state);
-        if self.patience == Patience::CROWDED
-            && let Some(arrival) = state.and_then(State::arrival)
+    fn patience_among_many(&mut self, state: State) -> Patience {
+        if let Some(arrival) = state.arrival()
             && let Some(group) = self.tools.links.group()
             && !group.awaits_own_core(arrival)
         {
             // To give the core away would help nobody who is waited for.
             return Patience::MEMORY;
         }
-        if state != Some(State::InSegment) {
-            return self.patience;
-        }
+        self.patience
+    }
+
+    fn patience_for_links(&self) -> Patience {
         let in_flight = self.tools.scoreboard.in_flight().iter().zip(&self.tools.links.all);
         let links = in_flight
             .filter(|(in_flight, _)| **in_flight > 0)
             .map(|(_, link)| link.patience())
             .reduce(Patience::min);
-        let crowded = Some(self.patience).filter(|patience| *patience == Patience::CROWDED);
-        links.into_iter().chain(crowded).reduce(Patience::min).unwrap_or(self.patience)
+        let crowded = Some(self.patience).filter(|_| self.is_crowded);
+        let patience = links.into_iter().chain(crowded).reduce(Patience::min);
+        Patience { spell: self.patience.spell, ..patience.unwrap_or(self.patience) }
     }
 
     /// Hears that the thread gave its core away while it waited.
@@ -207,8 +210,9 @@ impl Engine {
     pub(crate) fn park(&mut self, until: Instant) -> Result<(), LinkError> {
         let start = Instant::now();
         self.sleep(until)?;
-        if self.patience != Patience::CROWDED {
-            self.spell = Patience::spell_after(self.spell, start.elapsed());
+        if !self.is_crowded {
+            let spell = &mut self.patience.spell;
+            *spell = Patience::spell_after(*spell, start.elapsed());
         }
         Ok(())
     }

@@ -119,8 +119,8 @@ impl SimulatedLink {
 }
 
 impl Link for SimulatedLink {
-    fn begin(&mut self, call: Call, _regions: Regions) {
-        (self.current, self.marked) = (Some(call), false);
+    fn begin(&mut self, call: &Call, _regions: &Regions) {
+        (self.current, self.marked) = (Some(*call), false);
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
@@ -300,7 +300,7 @@ impl World {
                 None => Regions { input, output: region(&mut self.outputs[rank]) },
             };
             let fold = Fold::new(Dtype::I32, ReduceOp::Sum);
-            engine.start(call, fold, regions, &Arc::new(program));
+            engine.start(&call, fold, &regions, &Arc::new(program));
         }
     }
 

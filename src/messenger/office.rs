@@ -101,7 +101,7 @@ impl Office {
         let collective = Collective::Message;
         let call = Call { communicator, collective, ..Call::all_reduce(0, Dtype::U8, 0) };
         let nothing = Regions::in_place(memory::of_bytes(&mut []));
-        links.all.iter_mut().for_each(|link| link.begin(call, nothing));
+        links.all.iter_mut().for_each(|link| link.begin(&call, &nothing));
         let correspondent = |_| Correspondent {
             peer: Peer::default(),
             pending: 0,

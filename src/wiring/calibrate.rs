@@ -91,7 +91,7 @@ pub(crate) fn collective_s(
         let call = Call { number: call.number - round as u64, ..call };
         let start = Instant::now();
         let fold = Fold::new(call.dtype, call.op);
-        engine.start(call, fold, regions, program);
+        engine.start(&call, fold, &regions, program);
         finish(engine, limit)?;
         times.push(start.elapsed().as_secs_f64());
     }
@@ -126,7 +126,7 @@ impl Pair<'_> {
     /// Seconds that a message of each size takes one way.
     fn run(&mut self, region: Region) -> Result<[f64; 3], LinkError> {
         let call = Call::all_reduce(u64::MAX, Dtype::U8, 0);
-        self.link.begin(call, Regions::in_place(region));
+        self.link.begin(&call, &Regions::in_place(region));
         let mut seconds = [f64::INFINITY; 3];
         // Twice, as what starting processes disturbs may be over the second time.
         for _ in 0..2 {

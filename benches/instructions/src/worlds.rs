@@ -115,7 +115,7 @@ impl World {
         for (rank, engine) in self.engines.iter_mut().enumerate() {
             let regions = Regions::in_place(self.regions[rank]);
             let fold = Fold::new(call.dtype, call.op);
-            engine.start(call, fold, regions, &programs[rank]);
+            engine.start(&call, fold, &regions, &programs[rank]);
         }
         let mut stuck = None;
         loop {

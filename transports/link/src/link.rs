@@ -40,7 +40,7 @@ pub trait Wake: Send + Sync + fmt::Debug {
 /// last receive was taken back ([`Link::retract`]), changes nothing for the others.
 pub trait Link: Send + fmt::Debug {
     /// Starts a collective on `regions`. All transfers of the one before it are done.
-    fn begin(&mut self, call: Call, regions: Regions);
+    fn begin(&mut self, call: &Call, regions: &Regions);
 
     /// Sends `memory`, which is not empty, to `to`. It may be written again once the ticket is
     /// done.

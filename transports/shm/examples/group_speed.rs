@@ -53,7 +53,7 @@ fn time(link: &mut ShmLink, number: u64, region: Region) -> Duration {
     complete(group, ready);
     let start = Instant::now();
     let call = Call::all_reduce(number, Dtype::F32, count as u64);
-    link.begin(call, Regions::in_place(region));
+    link.begin(&call, &Regions::in_place(region));
     let group = link.group().unwrap();
     if region.bytes() <= group.slot_bytes() {
         let entered = group.enter(true);

@@ -216,8 +216,8 @@ impl Team {
     }
 
     /// Starts a collective: what the next enter publishes.
-    pub(crate) fn begin(&mut self, call: CallWords, regions: Regions) {
-        (self.call, self.regions) = (call, Some(regions));
+    pub(crate) fn begin(&mut self, call: CallWords, regions: &Regions) {
+        (self.call, self.regions) = (call, Some(*regions));
         (self.marked, self.is_inside) = (false, false);
     }
 

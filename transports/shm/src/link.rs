@@ -145,7 +145,7 @@ impl ShmLink {
 }
 
 impl Link for ShmLink {
-    fn begin(&mut self, call: Call, regions: Regions) {
+    fn begin(&mut self, call: &Call, regions: &Regions) {
         self.call = call.words();
         self.output = Some(regions.output);
         self.marked = false;

@@ -51,7 +51,7 @@ fn rank_of_a_world() {
 fn rotate(link: &mut ShmLink, rank: usize, number: u64, region: Region) {
     fill(region, 0, rank);
     let call = Call::all_reduce(number, Dtype::U8, BYTES as u64);
-    link.begin(call, Regions::in_place(region));
+    link.begin(&call, &Regions::in_place(region));
     let before = (rank + WORLD - 1) % WORLD;
     link.receive(before, region.part(&(BYTES..2 * BYTES)), Landing::Place, Ticket(0)).unwrap();
     link.send((rank + 1) % WORLD, region.part(&(0..BYTES)), Ticket(1)).unwrap();

@@ -276,8 +276,8 @@ impl TcpLink {
 }
 
 impl Link for TcpLink {
-    fn begin(&mut self, call: Call, _regions: Regions) {
-        (self.current, self.moving.marked) = (Some(call), false);
+    fn begin(&mut self, call: &Call, _regions: &Regions) {
+        (self.current, self.moving.marked) = (Some(*call), false);
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {

@@ -49,8 +49,8 @@ fn a_connected_peer_that_goes_is_noticed_at_once() {
         // SAFETY: the array outlives both links' use of it, and nothing else touches it.
         unsafe { Region::new(NonNull::from(memory).cast(), 64, None) }
     });
-    here.begin(call(), Regions::in_place(ours));
-    there.begin(call(), Regions::in_place(theirs));
+    here.begin(&call(), &Regions::in_place(ours));
+    there.begin(&call(), &Regions::in_place(theirs));
     here.receive(1, ours, Landing::Place, Ticket(1)).unwrap();
     there.send(0, theirs, Ticket(2)).unwrap();
     let until = Instant::now() + Duration::from_secs(20);

@@ -114,7 +114,7 @@ fn turn(links: &mut [VerbsLink], mode: usize, bytes: usize, number: u64) -> Dura
         let start = Instant::now();
         exchange(link, rank, &region, bytes, number);
         // Ends what was registered for it, as the next collective would.
-        link.begin(call(number, 0), Regions::in_place(region));
+        link.begin(&call(number, 0), &Regions::in_place(region));
         let taken = start.elapsed();
         barrier.wait();
         drop(adopted);
@@ -134,7 +134,7 @@ fn call(number: u64, bytes: usize) -> Call {
 }
 
 fn exchange(link: &mut VerbsLink, rank: usize, region: &Region, bytes: usize, number: u64) {
-    link.begin(call(number, bytes), Regions::in_place(*region));
+    link.begin(&call(number, bytes), &Regions::in_place(*region));
     let slices = bytes.div_ceil(SLICE);
     let (mut posted, mut done) = (0, Vec::new());
     let patience = Duration::from_secs(30);

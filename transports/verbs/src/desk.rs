@@ -140,12 +140,12 @@ impl Desk {
         }
     }
 
-    pub(crate) fn begin(&mut self, call: Call, regions: Regions) {
+    pub(crate) fn begin(&mut self, call: &Call, regions: &Regions) {
         self.borrowed.clear();
         self.refused.clear();
         self.slots.begin();
         self.marked = false;
-        self.current = Some(Current { call, encoded: call.encode(), regions });
+        self.current = Some(Current { call: *call, encoded: call.encode(), regions: *regions });
     }
 
     pub(crate) fn current(&self) -> &Current {

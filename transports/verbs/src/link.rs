@@ -347,7 +347,7 @@ impl VerbsLink {
 }
 
 impl Link for VerbsLink {
-    fn begin(&mut self, call: Call, regions: Regions) {
+    fn begin(&mut self, call: &Call, regions: &Regions) {
         self.desk.begin(call, regions);
         for peer in 0..self.peers.len() {
             if self.peers[peer].is_ahead() {

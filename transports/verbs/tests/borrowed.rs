@@ -25,7 +25,7 @@ fn exchange(links: &mut [VerbsLink], number: u64, regions: [Regions; 2], pieces:
     let bytes = regions[0].input.bytes();
     let call = Call::all_reduce(number, Dtype::U8, bytes as u64);
     for (rank, (link, Regions { input, output })) in links.iter_mut().zip(regions).enumerate() {
-        link.begin(call, Regions { input, output });
+        link.begin(&call, &Regions { input, output });
         for piece in 0..pieces {
             let range = piece * bytes / pieces..(piece + 1) * bytes / pieces;
             let ticket = 2 * piece as u64;

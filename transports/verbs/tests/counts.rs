@@ -27,7 +27,7 @@ fn exchange(links: &mut [VerbsLink], bytes: usize, landing: Landing, number: u64
         let base = NonNull::from(&mut memory[..]).cast();
         // SAFETY: the memory outlives the transfers, and nothing else touches it meanwhile.
         let region = unsafe { Region::new(base, 2 * LARGE, None) };
-        link.begin(call, Regions::in_place(region));
+        link.begin(&call, &Regions::in_place(region));
         let into = region.part(&(LARGE..LARGE + bytes));
         link.receive(1 - rank, into, landing, Ticket(0)).unwrap();
         link.send(1 - rank, region.part(&(0..bytes)), Ticket(1)).unwrap();
@@ -125,7 +125,7 @@ fn dropped_links_leave_nothing_behind() {
         let call = call(round, 1);
         // SAFETY: the memory outlives the link's use of it, which its abort ends.
         let region = unsafe { Region::new(base, LARGE, None) };
-        links[2].begin(call, Regions::in_place(region));
+        links[2].begin(&call, &Regions::in_place(region));
         links[2].receive(0, region, Landing::Place, Ticket(0)).unwrap();
         links[2].progress(&mut Vec::new()).unwrap();
         links[2].abort();

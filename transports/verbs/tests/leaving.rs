@@ -26,7 +26,7 @@ fn region(bytes: &mut [u8]) -> Region {
 
 fn begin(link: &mut VerbsLink) {
     let call = Call { collective: Collective::Message, ..Call::all_reduce(0, Dtype::U8, 0) };
-    link.begin(call, Regions::in_place(region(&mut [])));
+    link.begin(&call, &Regions::in_place(region(&mut [])));
 }
 
 /// Waits for so many tickets.

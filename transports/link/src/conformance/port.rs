@@ -105,7 +105,7 @@ impl<'a> Port<'a> {
     }
 
     pub(super) fn begin(&mut self, call: Call) {
-        self.link.begin(call, Regions::in_place(self.memory.region()));
+        self.link.begin(&call, &Regions::in_place(self.memory.region()));
     }
 
     pub(super) fn send(&mut self, to: Rank, bytes: Range<usize>) -> Ticket {
