@@ -154,10 +154,10 @@ impl std::fmt::Display for TransportChoice {
 /// The `UNISUM_` variables that are set but do not exist.
 fn unknown_variables(environment: &Environment) -> Vec<String> {
     let known = |name: &str| VARIABLES.iter().any(|variable| variable.name == name);
-    // Those of the project's own tests are not for the library.
-    let is_test = |name: &str| name.starts_with("UNISUM_TEST_");
+    // Those of the project's own tests and programs are not for the library.
+    let is_elsewhere = |name: &str| name.starts_with("UNISUM_TEST_") || name == "UNISUM_LOG";
     let ours = environment.names().filter(|name| name.starts_with("UNISUM_"));
-    ours.filter(|name| !known(name) && !is_test(name)).map(str::to_owned).collect()
+    ours.filter(|name| !known(name) && !is_elsewhere(name)).map(str::to_owned).collect()
 }
 
 /// Reads single variables; what is not set is `None`.

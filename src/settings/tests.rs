@@ -142,6 +142,7 @@ fn misspelt_variables_are_listed() {
         ("UNISUM_TIMEOUTS", "1"),
         ("UNISUM_TIMEOUT", "1"),
         ("UNISUM", "1"),
+        ("UNISUM_LOG", "debug"),
         ("OTHER", "1"),
     ]);
     assert_eq!(unknown_variables(&environment), ["UNISUM_TIMEOUTS"]);
