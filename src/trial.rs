@@ -25,7 +25,8 @@ const STANDINGS: [Standing; 3] = [
 const TRIAL_S: f32 = 0.5;
 const ROUNDS_MAX: usize = 9;
 /// Several calls follow each other, as they do later: for about so long, in seconds, but at least
-/// and at most so many. The first, after another algorithm's, does not count.
+/// and at most so many; fewer only where the first round would take all the time there is. The
+/// first, after another algorithm's, does not count.
 const BLOCK_S: f32 = 2e-3;
 const CALLS_MIN: usize = 4;
 const CALLS_MAX: usize = 64;
@@ -131,7 +132,7 @@ impl Trial<'_> {
         if once.iter().sum::<f32>() < TRIAL_S / 16.0 {
             once = self.round(&race.running, 1)?;
         }
-        let calls = ((BLOCK_S / median(once)) as usize).clamp(CALLS_MIN, CALLS_MAX);
+        let calls = calls_in_a_row(once);
         while !race.is_over() {
             let round = self.round(&race.running, calls)?;
             race.add(&round);
@@ -264,6 +265,13 @@ impl Race {
     }
 }
 
+/// How many calls follow each other, by what one of each candidate takes, in seconds.
+fn calls_in_a_row(once: Vec<f32>) -> usize {
+    let affordable = (TRIAL_S / once.iter().sum::<f32>()) as usize;
+    let calls = ((BLOCK_S / median(once)) as usize).clamp(CALLS_MIN, CALLS_MAX);
+    calls.min(affordable.max(2))
+}
+
 fn median(mut times: Vec<f32>) -> f32 {
     times.sort_by(f32::total_cmp);
     times.get(times.len() / 2).copied().unwrap_or(f32::INFINITY)
@@ -288,6 +296,15 @@ mod tests {
             race.add(&[0.0, 0.9e-3, 0.0, 0.8e-3]);
         }
         assert_eq!((race.rounds, race.winner()), (ROUNDS_MAX, 2));
+    }
+
+    #[test]
+    fn rows_are_long_for_short_calls_and_short_where_time_is() {
+        assert_eq!(calls_in_a_row(vec![1e-6; 4]), CALLS_MAX);
+        assert_eq!(calls_in_a_row(vec![0.2e-3; 4]), 10);
+        assert_eq!(calls_in_a_row(vec![15e-3; 6]), CALLS_MIN);
+        // A host so busy that a round of them would take seconds.
+        assert_eq!(calls_in_a_row(vec![0.3; 6]), 2);
     }
 
     #[test]

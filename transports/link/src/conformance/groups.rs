@@ -64,6 +64,8 @@ pub fn deposits_survive_fast_and_slow_members(mesh: &Mesh) {
             assert!(!port.group().registered(Part::Input), "a deposit is not the region");
             let mut deposits = Vec::new();
             port.group().deposits(&(0..bytes), &mut deposits);
+            let own = port.memory.region().base().cast_const();
+            assert_eq!(deposits[port.rank], own, "nobody reads what it published itself");
             let expected = reduced(world, round).to_ne_bytes().repeat(bytes / 4);
             assert_eq!(fold(&deposits, bytes), expected, "{round}");
             let sum = fold_sources(port, world, 0, bytes);
