@@ -70,7 +70,7 @@ pub(crate) const AUTO: usize = usize::MAX;
 /// What is tried out: algorithms that the model takes for up to so many times slower than the best,
 /// and at most so many.
 const NEAR: f64 = 3.0;
-const CANDIDATES_MAX: usize = 6;
+const CANDIDATES_MAX: usize = 8;
 /// Bytes from which calls are tried. Shorter ones are latency alone, which the model knows; to try
 /// them would open connections that nobody needs (16 ranks over TCP: the first call 27 ms later).
 const TRIED_FROM: usize = 1024;

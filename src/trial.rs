@@ -19,10 +19,10 @@ use crate::runner::{Failure, Request, Runner};
 const STANDINGS: [Standing; 3] = [
     Standing { behind: 1.6, gain: 0.8 },
     Standing { behind: 1.4, gain: 0.88 },
-    Standing { behind: 1.25, gain: 0.95 },
+    Standing { behind: 1.25, gain: 0.98 },
 ];
 /// How long trying may take, in seconds and rounds: there is one at least.
-const TRIAL_S: f32 = 0.5;
+const TRIAL_S: f32 = 1.0;
 const ROUNDS_MAX: usize = 9;
 /// Several calls follow each other, as they do later: for about so long, in seconds, but at least
 /// and at most so many; fewer only where the first round would take all the time there is. The
@@ -317,7 +317,7 @@ mod tests {
         (0..3).for_each(|_| race.add(&[0.0, 1e-3, 0.0, 1.3e-3]));
         assert!(race.is_over() && race.winner() == 0, "the other is out");
         let mut race = Race::new(2);
-        (0..3).for_each(|_| race.add(&[0.0, 1e-3, 0.0, 0.97e-3]));
+        (0..3).for_each(|_| race.add(&[0.0, 1e-3, 0.0, 0.99e-3]));
         assert_eq!(race.winner(), 0, "that little is noise");
     }
 }

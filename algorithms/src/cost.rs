@@ -119,7 +119,8 @@ impl CostModel {
 ///
 /// Follows the plans of all ranks, sliced as the engine slices them, through the machine of
 /// `model`: a rank sends one message at a time, receives one at a time and reduces one at a time,
-/// all three at once; sub-steps wait for the elements they need and for the window. A marked step
+/// all three at once, and within a node each end of a message is busy for half of its transfer;
+/// sub-steps wait for the elements they need and for the window. A marked step
 /// within one node is one group step, with a message's latency and processor time once instead of
 /// once for each member. Where ranks share cores, the time lies between the longer of this and the
 /// processor time of the busiest node over its cores, and their sum (Brent): the middle is taken.

@@ -92,10 +92,6 @@ impl Engine {
         &self.tools.links.all
     }
 
-    pub(crate) fn route(&self) -> &[usize] {
-        &self.tools.links.route
-    }
-
     /// The links, for who has another use for them, and how long waiting in memory pays.
     pub(crate) fn into_links(self) -> (Links, Patience) {
         (self.tools.links, self.patience)

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut};
+use rustix::thread::sched_getcpu;
 use unisum_algorithms::{Algorithm, CostModel, LinkCost, Topology, all};
 use unisum_link::kernels::{Fold, Folded};
 use unisum_link::{Call, Dtype, LinkError, Rank, ReduceOp, Regions};
@@ -20,9 +21,9 @@ use crate::{Error, ErrorKind};
 /// The figures that all ranks share.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Costs {
-    /// Between ranks that share memory; without such, as `across`.
+    /// Between ranks of a node; without such, as `across`.
     pub(super) inside: LinkCost,
-    /// Between ranks that don't; without such, as `inside`.
+    /// Between ranks of different nodes; without such, as `inside`.
     pub(super) across: LinkCost,
     pub(super) gamma_s_per_byte: f64,
     pub(super) cores: f64,
@@ -44,16 +45,15 @@ pub(super) struct Site<'a> {
     pub(super) limit: Limit<'a>,
 }
 
-/// Measures: rank 0 with the first rank it shares memory with and with the first it does not, and
-/// all ranks together where they share memory. Then rank 0's figures become everybody's.
+/// Measures: rank 0 with a rank of its node and with one of another, and all ranks together where
+/// they share memory. Then rank 0's figures become everybody's.
 pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Costs, Error> {
-    let Site { rank, members, .. } = site;
+    let Site { rank, members, topology, .. } = site;
     let control = site.limit.membership.control();
-    let pairs =
-        control.exchange(first_partners(rank, members, engine)).map_err(rendezvous_error)?;
-    let has_groups = pairs.iter().any(|told| told.last() == Some(&1));
+    let told = control.exchange(tell(engine)).map_err(rendezvous_error)?;
+    let has_groups = told.iter().any(|told| told.last() == Some(&1));
     let mut measured = [None; 2];
-    for (kind, partner) in partners(&pairs[0]).into_iter().enumerate() {
+    for (kind, partner) in partners(topology, &told).into_iter().enumerate() {
         let Some(partner) = partner else { continue };
         let peer = if rank == 0 { partner } else { 0 };
         if rank == 0 || rank == partner {
@@ -131,22 +131,23 @@ fn measuring_failed(error: LinkError, membership: &Membership) -> Error {
     Error::new(ErrorKind::Rendezvous, text).caused_by(judged.culprits().to_vec())
 }
 
-/// Rank 0 names its partners: one that shares its memory and one that does not (or itself). Every
-/// rank tells whether it has a group.
-fn first_partners(rank: Rank, members: &[Rank], engine: &mut Engine) -> Vec<u8> {
-    let world = engine.route().len();
-    let sharing = members.iter().copied().find(|&peer| peer != rank);
-    let apart = (0..world).find(|peer| !members.contains(peer));
+/// Which core a rank is on, and whether it has a group.
+fn tell(engine: &mut Engine) -> Vec<u8> {
     let mut bytes = Vec::new();
-    for partner in [sharing, apart] {
-        bytes.put_u32_le(partner.unwrap_or(rank) as u32);
-    }
+    bytes.put_u32_le(sched_getcpu() as u32);
     bytes.put_u8(u8::from(engine.group().is_some()));
     bytes
 }
 
-fn partners(mut bytes: &[u8]) -> [Option<Rank>; 2] {
-    [(); 2].map(|()| bytes.try_get_u32_le().ok().map(|peer| peer as Rank).filter(|&peer| peer != 0))
+/// Whom rank 0 measures links with, by what all ranks told: one of its node, on another core than
+/// its own if there is one, as what two ranks of a core take is its switches' time; and one of
+/// another node.
+fn partners(topology: &Topology, told: &[impl AsRef<[u8]>]) -> [Option<Rank>; 2] {
+    let core = |rank: Rank| told[rank].as_ref().first_chunk::<4>();
+    let is_inside = |&peer: &Rank| topology.node_of(peer) == topology.node_of(0);
+    let (inside, across): (Vec<Rank>, Vec<Rank>) = (1..topology.world()).partition(is_inside);
+    let elsewhere = inside.iter().find(|&&peer| core(peer) != core(0));
+    [elsewhere.or_else(|| inside.first()).copied(), across.first().copied()]
 }
 
 fn encode(cores: usize, measured: &[Option<LinkCost>; 2], group: Option<[Line; 2]>) -> Vec<u8> {
@@ -228,15 +229,18 @@ impl Costs {
                 let two_shot = two_shot.starting_from(1.5 * one_shot.start_s);
                 Some(NodeCost { one_shot, two_shot, slot_bytes: group.slot_bytes() })
             });
-        // Most of a short message's time is the processors' at its two ends, and a wait that
-        // gives the core to another rank costs about as much (measured over TCP on 2 cores).
+        // Most of a short message's time is the processors' at its two ends. A wait that gives the
+        // core to another rank costs as much as two, where it is for a rank of this node (measured
+        // over TCP, 4 to 16 ranks on 2 cores).
         let slowest_alpha_s = self.inside.alpha_s.max(self.across.alpha_s);
+        let wait_s =
+            if self.has_groups { slowest_alpha_s / 2.0 } else { 2.0 * self.inside.alpha_s };
         let mut inside = self.inside;
         if ranks_per_core > 1.0 {
             // Two ranks alone measured this; all together they drive each other's data out of the
-            // caches (measured over TCP: 16 ranks on 2 cores paid twice for what does not stay).
+            // caches (measured likewise).
             inside.beta_s_per_byte =
-                inside.beta_s_per_byte.max(2.0 * inside.beta_cached_s_per_byte);
+                inside.beta_s_per_byte.max(1.3 * inside.beta_cached_s_per_byte);
         }
         let model = CostModel {
             inside,
@@ -246,7 +250,7 @@ impl Costs {
             // What is reduced lands in a slot before: one more pass over it.
             gamma_s_per_byte: self.gamma_s_per_byte + self.inside.beta_cached_s_per_byte / 2.0,
             message_s: slowest_alpha_s / 3.0,
-            wait_s: slowest_alpha_s / 2.0,
+            wait_s,
             ranks_per_core,
             slice_elements: tuning.slice_bytes / 4,
             window: tuning.window,
@@ -280,6 +284,19 @@ impl fmt::Display for Costs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn links_are_measured_with_a_rank_of_another_core_and_with_one_of_another_node() {
+        let found = |nodes: &[usize], cores: &[u32]| {
+            let told: Vec<_> = cores.iter().map(|core| core.to_le_bytes()).collect();
+            partners(&Topology::nodes(nodes), &told)
+        };
+        assert_eq!(found(&[3], &[5, 5, 6]), [Some(2), None]);
+        assert_eq!(found(&[3], &[5, 5, 5]), [Some(1), None], "all on one core");
+        assert_eq!(found(&[2, 2], &[5, 5, 6, 5]), [Some(1), Some(2)]);
+        assert_eq!(found(&[1, 2], &[5, 5, 5]), [None, Some(1)]);
+        assert_eq!(found(&[1], &[5]), [None, None]);
+    }
 
     #[test]
     fn one_kind_of_link_stands_for_the_other() {

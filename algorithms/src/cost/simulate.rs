@@ -183,23 +183,39 @@ impl<'a> Simulation<'a> {
     fn send(&mut self, from: Rank, to: Rank, bytes: f64, at_once: f64) -> (f64, f64) {
         let link = self.link(from, to);
         let transfer = bytes * link.s_per_byte(at_once);
+        let (sent, arrived) = match self.is_inside(from, to) {
+            true => self.send_inside(from, to, transfer),
+            false => self.send_across(from, to, transfer),
+        };
         let work = self.processor_s(from, to, bytes, at_once);
-        let (sender, receiver) = (&self.ranks[from], &self.ranks[to]);
-        let ports = sender.port.send_free.max(receiver.port.receive_free);
-        let mut start = ports.max(sender.ready).max(receiver.ready);
-        if !self.is_inside(from, to) {
-            let (out, into) = (self.link_of[from], self.link_of[to]);
-            start = start.max(self.links[out].send_free).max(self.links[into].receive_free);
-            self.links[out].send_free = start + transfer;
-            self.links[into].receive_free = start + transfer;
-        }
-        let sent = start + self.model.message_s + transfer;
         let sender = &mut self.ranks[from];
         (sender.port.send_free, sender.done) = (sent, sender.done.max(sent));
         sender.work += work;
-        self.ranks[to].port.receive_free = sent;
+        self.ranks[to].port.receive_free = arrived;
         self.ranks[to].work += work;
-        (sent, link.alpha_s)
+        (arrived, link.alpha_s)
+    }
+
+    /// When the sender is done with a message within a node, and when it is there: each end copies
+    /// for half of the time, whatever the other does.
+    fn send_inside(&self, from: Rank, to: Rank, transfer: f64) -> (f64, f64) {
+        let (sender, receiver) = (&self.ranks[from], &self.ranks[to]);
+        let half = transfer / 2.0;
+        let sent = sender.port.send_free.max(sender.ready) + self.model.message_s + half;
+        (sent, sent.max(receiver.port.receive_free).max(receiver.ready) + half)
+    }
+
+    /// The same between nodes: the message keeps both ends and their links for all of the time.
+    fn send_across(&mut self, from: Rank, to: Rank, transfer: f64) -> (f64, f64) {
+        let (sender, receiver) = (&self.ranks[from], &self.ranks[to]);
+        let (out, into) = (self.link_of[from], self.link_of[to]);
+        let ports = sender.port.send_free.max(receiver.port.receive_free);
+        let links = self.links[out].send_free.max(self.links[into].receive_free);
+        let start = ports.max(links).max(sender.ready).max(receiver.ready);
+        self.links[out].send_free = start + transfer;
+        self.links[into].receive_free = start + transfer;
+        let sent = start + self.model.message_s + transfer;
+        (sent, sent)
     }
 
     /// A round of group steps: each group starts together, and its members send and receive at full
