@@ -13,7 +13,7 @@ use crate::programs::Key;
 use crate::{Error, ErrorKind};
 
 /// The choice of one communicator, the same on all its ranks: it follows from the topology and
-/// from figures that rank 0 measured and told all others.
+/// from figures that few ranks measured and told all others.
 #[derive(Debug)]
 pub(crate) struct Choice {
     topology: Topology,

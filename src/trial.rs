@@ -1,6 +1,6 @@
 //! Which algorithm is fastest is tried out, once, when the first call of a size comes.
 //!
-//! The model knows what one pair of ranks measured at start. It finds the few algorithms that come
+//! The model knows what few pairs of ranks measured at start. It finds the few algorithms that come
 //! into question; which of them wins, where ranks share cores, hosts differ or a network has its
 //! ways, is found by running them: the same call with the same memory, in turns. A call takes as
 //! long as it does on the slowest rank, and all ranks get that.

@@ -19,6 +19,7 @@ fn rank_process() {
     support::run_if_rank(&[
         ("sums", sums),
         ("lose_a_host", lose_a_host),
+        ("describe", describe),
         ("sequence", sequence::run_sequence),
     ]);
 }
@@ -149,6 +150,32 @@ fn sums() {
             }
         }
     }
+}
+
+/// Ranks of a host share no memory here, so that only where they are tells which links cross.
+#[test]
+fn a_slow_link_between_hosts_is_measured_and_named() {
+    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(_hosts) = Hosts::new(3) else { return };
+    let shape = "tc qdisc add dev eth0 root tbf rate 500mbit burst 128kb latency 100ms";
+    sh(&format!("ip netns exec {} {shape}", namespace(2))).unwrap();
+    let told = world(6, "describe", "tcp://10.77.0.1:7001")
+        .through(|rank| inside(rank / 2))
+        .set("UNISUM_TRANSPORT", "tcp")
+        .succeed(LIMIT);
+    for lines in &told {
+        let line = |start: &str| lines.iter().find(|line| line.starts_with(start));
+        assert!(line("across nodes: ").unwrap().ends_with("(median of 2 links)"), "{lines:?}");
+        assert!(line("slowest of them: ").unwrap().ends_with("(ranks 2 and 4)"), "{lines:?}");
+    }
+    // All ranks have the same figures.
+    assert!(told.iter().all(|lines| lines[1..] == told[0][1..]), "{told:?}");
+}
+
+fn describe() {
+    let communicator = Communicator::from_environment().unwrap();
+    communicator.describe().lines().filter(|line| line.contains("nodes")).for_each(tell);
+    communicator.describe().lines().filter(|line| line.starts_with("slowest")).for_each(tell);
 }
 
 #[test]

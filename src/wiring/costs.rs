@@ -10,6 +10,7 @@ use unisum_link::kernels::{Fold, Folded};
 use unisum_link::{Call, Dtype, LinkError, Rank, ReduceOp, Regions};
 
 use super::calibrate::{self, Limit};
+use super::pairs::{self, Across, Measured};
 use super::{Job, rendezvous_error};
 use crate::choice::{Choice, Line, NodeCost};
 use crate::engine::Engine;
@@ -23,14 +24,25 @@ use crate::{Error, ErrorKind};
 pub(super) struct Costs {
     /// Between ranks of a node; without such, as `across`.
     pub(super) inside: LinkCost,
-    /// Between ranks of different nodes; without such, as `inside`.
+    /// Between ranks of different nodes, the median of what was measured; without such, as
+    /// `inside`.
     pub(super) across: LinkCost,
+    /// What the links between nodes are like, if there are several nodes.
+    nodes: Option<Across>,
     pub(super) gamma_s_per_byte: f64,
     pub(super) cores: f64,
     /// All-reduces of the group that is the whole world: one-shot and two-shot.
     group: Option<[Line; 2]>,
     /// Whether any ranks take group steps; also on a rank that shares memory with nobody.
     has_groups: bool,
+}
+
+/// What rank 0 measured beside links.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Figures {
+    gamma_s_per_byte: f64,
+    cores: f64,
+    group: Option<[Line; 2]>,
 }
 
 /// Whose costs are measured.
@@ -45,35 +57,39 @@ pub(super) struct Site<'a> {
     pub(super) limit: Limit<'a>,
 }
 
-/// Measures: rank 0 with a rank of its node and with one of another, and all ranks together where
-/// they share memory. Then rank 0's figures become everybody's.
+/// Measures: rank 0 with a rank of its node, each two nodes that follow each other with a rank of
+/// each, and all ranks together where they share memory. Then all tell, and everybody knows.
 pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Costs, Error> {
     let Site { rank, members, topology, .. } = site;
     let control = site.limit.membership.control();
     let told = control.exchange(tell(engine)).map_err(rendezvous_error)?;
     let has_groups = told.iter().any(|told| told.last() == Some(&1));
-    let mut measured = [None; 2];
-    for (kind, partner) in partners(topology, &told).into_iter().enumerate() {
-        let Some(partner) = partner else { continue };
-        let peer = if rank == 0 { partner } else { 0 };
-        if rank == 0 || rank == partner {
-            measured[kind] = Some(measure(engine, peer, site)?);
+    let mut measured = Vec::new();
+    for round in pairs::rounds(topology, |rank| told[rank].first_chunk::<4>()) {
+        let Some(peer) = pairs::partner(&round, rank) else { continue };
+        let cost = measure(engine, peer, site)?;
+        if rank < peer {
+            measured.push(Measured { pair: [rank, peer], cost });
         }
     }
     let group = measure_group(engine, site)?;
     let (_, cores) = site.job.ranks_and_cores(members);
-    let told = if rank == 0 { encode(cores, &measured, group) } else { Vec::new() };
-    let blobs = control.exchange(told).map_err(rendezvous_error)?;
-    let costs = decode(&blobs[0]).map(|costs| Costs { has_groups, ..costs });
-    costs.ok_or_else(|| {
-        let text = "rank 0 told no costs that this version understands";
-        Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![0])
-    })
+    let figures = || Figures { gamma_s_per_byte: gamma_s_per_byte(), cores: cores as f64, group };
+    let blob = encode(&measured, (rank == 0).then(figures));
+    let blobs = control.exchange(blob).map_err(rendezvous_error)?;
+    let costs = combine(topology, &blobs).map_err(|from| {
+        let text = format!("rank {from} told no costs that this version understands");
+        Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![from])
+    })?;
+    if rank == 0 {
+        costs.warn();
+    }
+    Ok(Costs { has_groups, ..costs })
 }
 
 fn measure(engine: &mut Engine, peer: Rank, site: Site<'_>) -> Result<LinkCost, Error> {
     let Site { rank, job, limit, .. } = site;
-    calibrate::measure(engine.link_to(peer), peer, rank == 0, &job.arena, limit)
+    calibrate::measure(engine.link_to(peer), peer, rank < peer, &job.arena, limit)
         .map_err(|error| measuring_failed(error, limit.membership))
 }
 
@@ -139,54 +155,74 @@ fn tell(engine: &mut Engine) -> Vec<u8> {
     bytes
 }
 
-/// Whom rank 0 measures links with, by what all ranks told: one of its node, on another core than
-/// its own if there is one, as what two ranks of a core take is its switches' time; and one of
-/// another node.
-fn partners(topology: &Topology, told: &[impl AsRef<[u8]>]) -> [Option<Rank>; 2] {
-    let core = |rank: Rank| told[rank].as_ref().first_chunk::<4>();
-    let is_inside = |&peer: &Rank| topology.node_of(peer) == topology.node_of(0);
-    let (inside, across): (Vec<Rank>, Vec<Rank>) = (1..topology.world()).partition(is_inside);
-    let elsewhere = inside.iter().find(|&&peer| core(peer) != core(0));
-    [elsewhere.or_else(|| inside.first()).copied(), across.first().copied()]
-}
-
-fn encode(cores: usize, measured: &[Option<LinkCost>; 2], group: Option<[Line; 2]>) -> Vec<u8> {
+fn encode(measured: &[Measured], figures: Option<Figures>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    let [inside, across] = measured;
-    let (Some(inside), Some(across)) = (inside.or(*across), across.or(*inside)) else {
-        return bytes;
-    };
-    for value in [
-        inside.alpha_s,
-        inside.beta_s_per_byte,
-        inside.beta_cached_s_per_byte,
-        across.alpha_s,
-        across.beta_s_per_byte,
-        across.beta_cached_s_per_byte,
-        gamma_s_per_byte(),
-        cores as f64,
-    ] {
-        bytes.put_f64_le(value);
+    bytes.put_u32_le(measured.len() as u32);
+    for Measured { pair: [_, peer], cost } in measured {
+        bytes.put_u32_le(*peer as u32);
+        for value in [cost.alpha_s, cost.beta_s_per_byte, cost.beta_cached_s_per_byte] {
+            bytes.put_f64_le(value);
+        }
     }
-    for line in group.iter().flatten() {
-        bytes.put_f64_le(line.start_s);
-        bytes.put_f64_le(line.s_per_byte);
+    if let Some(Figures { gamma_s_per_byte, cores, group }) = figures {
+        bytes.put_f64_le(gamma_s_per_byte);
+        bytes.put_f64_le(cores);
+        for line in group.iter().flatten() {
+            bytes.put_f64_le(line.start_s);
+            bytes.put_f64_le(line.s_per_byte);
+        }
     }
     bytes
 }
 
-pub(super) fn decode(mut bytes: &[u8]) -> Option<Costs> {
-    let is_figure = |value: &f64| *value > 0.0 && value.is_finite();
-    let mut next = || bytes.try_get_f64_le().ok().filter(is_figure);
-    let mut link = || {
-        let (alpha_s, beta_s_per_byte, beta_cached_s_per_byte) = (next()?, next()?, next()?);
-        Some(LinkCost { alpha_s, beta_s_per_byte, beta_cached_s_per_byte })
-    };
-    let (inside, across) = (link()?, link()?);
-    let (gamma_s_per_byte, cores) = (next()?, next()?);
-    let mut line = || Some(Line { start_s: next()?, s_per_byte: next()? });
+/// What all ranks told, by rank.
+///
+/// # Errors
+/// The rank whose bytes can't be understood.
+pub(super) fn combine(topology: &Topology, blobs: &[impl AsRef<[u8]>]) -> Result<Costs, Rank> {
+    let (mut links, mut figures) = (Vec::new(), None);
+    for (rank, blob) in blobs.iter().enumerate() {
+        let mut blob = blob.as_ref();
+        links.extend(take_links(&mut blob, rank, topology.world()).ok_or(rank)?);
+        if rank == 0 {
+            figures = take_figures(blob);
+        }
+    }
+    let Figures { gamma_s_per_byte, cores, group } = figures.ok_or(0_usize)?;
+    let (inside, across): (Vec<Measured>, Vec<_>) =
+        links.into_iter().partition(|link| link.is_inside(topology));
+    let inside = inside.first().map(|link| link.cost);
+    let nodes = Across::of(across);
+    let across = nodes.map(|nodes| nodes.median.cost).or(inside).ok_or(0_usize)?;
+    let inside = inside.unwrap_or(across);
+    Ok(Costs { inside, across, nodes, gamma_s_per_byte, cores, group, has_groups: false })
+}
+
+/// The next figure: above 0.
+fn take(bytes: &mut &[u8]) -> Option<f64> {
+    bytes.try_get_f64_le().ok().filter(|value| *value > 0.0 && value.is_finite())
+}
+
+/// What a rank measured with ranks behind it.
+fn take_links(bytes: &mut &[u8], rank: Rank, world: usize) -> Option<Vec<Measured>> {
+    let count = bytes.try_get_u32_le().ok()? as usize;
+    // Each ends where another rank is: so many can't be of use.
+    let mut links = Vec::with_capacity(count.min(3));
+    for _ in 0..count {
+        let peer = bytes.try_get_u32_le().ok()? as Rank;
+        let (alpha_s, beta_s_per_byte) = (take(bytes)?, take(bytes)?);
+        let cost = LinkCost { alpha_s, beta_s_per_byte, beta_cached_s_per_byte: take(bytes)? };
+        let is_behind = (rank + 1..world).contains(&peer);
+        links.push(is_behind.then_some(Measured { pair: [rank, peer], cost })?);
+    }
+    Some(links)
+}
+
+fn take_figures(mut bytes: &[u8]) -> Option<Figures> {
+    let (gamma_s_per_byte, cores) = (take(&mut bytes)?, take(&mut bytes)?);
+    let mut line = || Some(Line { start_s: take(&mut bytes)?, s_per_byte: take(&mut bytes)? });
     let group = line().and_then(|one_shot| Some([one_shot, line()?]));
-    Some(Costs { inside, across, gamma_s_per_byte, cores, group, has_groups: false })
+    Some(Figures { gamma_s_per_byte, cores, group })
 }
 
 /// Seconds to add a byte of one buffer to another, both in cache.
@@ -261,17 +297,43 @@ impl Costs {
     }
 }
 
+impl Costs {
+    /// Says so where one link between nodes is much slower than most.
+    fn warn(&self) {
+        let Some(nodes) = self.nodes else { return };
+        if let Some(times) = nodes.outlier() {
+            let [from, to] = nodes.slowest.pair;
+            tracing::warn!(
+                "the link between ranks {from} and {to} takes {times:.1} times as long for 1 MiB as \
+                 the fastest third of {} links between nodes: {}, not {}",
+                nodes.links,
+                Profile(&nodes.slowest.cost),
+                Profile(&nodes.fast.cost),
+            );
+        }
+    }
+}
+
+/// A link's cost, to be read.
+struct Profile<'a>(&'a LinkCost);
+
+impl fmt::Display for Profile<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let LinkCost { alpha_s, beta_s_per_byte, beta_cached_s_per_byte } = self.0;
+        let (micros, rate) = (alpha_s * 1e6, 1e-9 / beta_s_per_byte);
+        let cached = 1e-9 / beta_cached_s_per_byte;
+        write!(f, "{micros:.1} us + bytes at {rate:.2} GB/s, {cached:.2} in cache")
+    }
+}
+
 impl fmt::Display for Costs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (name, profile) in [("inside a node", &self.inside), ("across nodes", &self.across)] {
-            let LinkCost { alpha_s, beta_s_per_byte, beta_cached_s_per_byte } = profile;
-            let (micros, rate) = (alpha_s * 1e6, 1e-9 / beta_s_per_byte);
-            let cached = 1e-9 / beta_cached_s_per_byte;
-            writeln!(
-                f,
-                "{name}: {micros:.1} us + bytes at {rate:.2} GB/s, {cached:.2} in cache \
-                 (measured by rank 0)"
-            )?;
+        writeln!(f, "inside a node: {} (measured by rank 0)", Profile(&self.inside))?;
+        let links = self.nodes.map_or(0, |nodes| nodes.links);
+        writeln!(f, "across nodes: {} (median of {links} links)", Profile(&self.across))?;
+        if let Some(Across { slowest, .. }) = self.nodes.filter(|nodes| nodes.links > 1) {
+            let [from, to] = slowest.pair;
+            writeln!(f, "slowest of them: {} (ranks {from} and {to})", Profile(&slowest.cost))?;
         }
         for (name, line) in ["one-shot", "two-shot"].iter().zip(self.group.iter().flatten()) {
             let (micros, rate) = (line.start_s * 1e6, 1e-9 / line.s_per_byte);
@@ -286,24 +348,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_are_measured_with_a_rank_of_another_core_and_with_one_of_another_node() {
-        let found = |nodes: &[usize], cores: &[u32]| {
-            let told: Vec<_> = cores.iter().map(|core| core.to_le_bytes()).collect();
-            partners(&Topology::nodes(nodes), &told)
-        };
-        assert_eq!(found(&[3], &[5, 5, 6]), [Some(2), None]);
-        assert_eq!(found(&[3], &[5, 5, 5]), [Some(1), None], "all on one core");
-        assert_eq!(found(&[2, 2], &[5, 5, 6, 5]), [Some(1), Some(2)]);
-        assert_eq!(found(&[1, 2], &[5, 5, 5]), [None, Some(1)]);
-        assert_eq!(found(&[1], &[5]), [None, None]);
+    fn one_kind_of_link_stands_for_the_other() {
+        let cost = LinkCost::new(1e-6, 1e-9);
+        let figures = Figures { gamma_s_per_byte: 1e-11, cores: 4.0, group: None };
+        let measured = [Measured { pair: [0, 1], cost }];
+        for nodes in [&[2][..], &[1, 1]] {
+            let blobs = [encode(&measured, Some(figures)), encode(&[], None)];
+            let costs = combine(&Topology::nodes(nodes), &blobs).unwrap();
+            assert_eq!((costs.inside, costs.across, costs.group), (cost, cost, None));
+            assert_eq!(costs.nodes.is_some(), nodes.len() > 1);
+        }
     }
 
     #[test]
-    fn one_kind_of_link_stands_for_the_other() {
-        let profile = LinkCost::new(1e-6, 1e-9);
-        let costs = decode(&encode(4, &[None, Some(profile)], None)).unwrap();
-        assert_eq!((costs.inside, costs.across, costs.group), (profile, profile, None));
-        assert_eq!(decode(&encode(4, &[None, None], None)), None);
-        assert_eq!(decode(&[0; 56]), None);
+    fn whose_costs_make_no_sense_is_named() {
+        let topology = Topology::nodes(&[1, 1]);
+        let figures = Figures { gamma_s_per_byte: 1e-11, cores: 4.0, group: None };
+        let cost = LinkCost::new(1e-6, 1e-9);
+        let good = encode(&[Measured { pair: [0, 1], cost }], Some(figures));
+        let none = encode(&[], None);
+        assert_eq!(combine(&topology, &[encode(&[], Some(figures)), none.clone()]), Err(0));
+        assert_eq!(combine(&topology, &[vec![0; 56], none.clone()]), Err(0));
+        assert_eq!(combine(&topology, &[good.clone(), vec![1]]), Err(1));
+        // A link to oneself, and one of no speed.
+        let itself = encode(&[Measured { pair: [1, 1], cost }], None);
+        assert_eq!(combine(&topology, &[good, itself]), Err(1));
+        let still = Measured { pair: [0, 1], cost: LinkCost::new(0.0, 1e-9) };
+        assert_eq!(combine(&topology, &[encode(&[still], Some(figures)), none]), Err(0));
     }
 }

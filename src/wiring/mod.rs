@@ -12,6 +12,7 @@ pub(crate) mod fuzzing;
 mod group;
 mod job;
 mod node;
+mod pairs;
 mod tcp;
 mod verbs;
 
