@@ -304,8 +304,8 @@ impl Costs {
         if let Some(times) = nodes.outlier() {
             let [from, to] = nodes.slowest.pair;
             tracing::warn!(
-                "the link between ranks {from} and {to} takes {times:.1} times as long for 1 MiB as \
-                 the fastest third of {} links between nodes: {}, not {}",
+                "the link between ranks {from} and {to} takes {times:.1} times as long for 1 MiB \
+                 as the fastest third of {} links between nodes: {}, not {}",
                 nodes.links,
                 Profile(&nodes.slowest.cost),
                 Profile(&nodes.fast.cost),
