@@ -206,8 +206,7 @@ fn take(bytes: &mut &[u8]) -> Option<f64> {
 /// What a rank measured with ranks behind it.
 fn take_links(bytes: &mut &[u8], rank: Rank, world: usize) -> Option<Vec<Measured>> {
     let count = bytes.try_get_u32_le().ok()? as usize;
-    // Each ends where another rank is: so many can't be of use.
-    let mut links = Vec::with_capacity(count.min(3));
+    let mut links = Vec::new();
     for _ in 0..count {
         let peer = bytes.try_get_u32_le().ok()? as Rank;
         let (alpha_s, beta_s_per_byte) = (take(bytes)?, take(bytes)?);

@@ -17,7 +17,7 @@ pub(super) struct Measured {
 /// The links between nodes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Across {
-    /// The one in the middle, of which as many are slower as are faster, or one less.
+    /// The one in the middle, or the faster of two there.
     pub(super) median: Measured,
     /// The one that a third is as fast as: a slow host among four has two slow links of three.
     pub(super) fast: Measured,

@@ -178,8 +178,8 @@ impl<'a> Simulation<'a> {
         receiver.done = receiver.done.max(arrived);
     }
 
-    /// One message, of `at_once` bytes that the receiver gets at once: when its last byte leaves,
-    /// and how long it takes from there, in seconds.
+    /// One message, of `at_once` bytes that the receiver gets at once: when it is there but for the
+    /// link's latency, and that, in seconds.
     fn send(&mut self, from: Rank, to: Rank, bytes: f64, at_once: f64) -> (f64, f64) {
         let link = self.link(from, to);
         let transfer = bytes * link.s_per_byte(at_once);
