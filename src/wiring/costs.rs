@@ -294,9 +294,7 @@ impl Costs {
         };
         Choice::new(topology, model, node, fixed)
     }
-}
 
-impl Costs {
     /// Says so where one link between nodes is much slower than most.
     fn warn(&self) {
         let Some(nodes) = self.nodes else { return };
@@ -327,12 +325,16 @@ impl fmt::Display for Profile<'_> {
 
 impl fmt::Display for Costs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "inside a node: {} (measured by rank 0)", Profile(&self.inside))?;
-        let links = self.nodes.map_or(0, |nodes| nodes.links);
-        writeln!(f, "across nodes: {} (median of {links} links)", Profile(&self.across))?;
-        if let Some(Across { slowest, .. }) = self.nodes.filter(|nodes| nodes.links > 1) {
-            let [from, to] = slowest.pair;
-            writeln!(f, "slowest of them: {} (ranks {from} and {to})", Profile(&slowest.cost))?;
+        // What was not measured is not told: one kind may only stand for the other.
+        if self.nodes.is_none() || self.inside != self.across {
+            writeln!(f, "inside a node: {} (measured by rank 0)", Profile(&self.inside))?;
+        }
+        if let Some(Across { slowest, links, .. }) = self.nodes {
+            writeln!(f, "across nodes: {} (median of {links} links)", Profile(&self.across))?;
+            if links > 1 {
+                let [from, to] = slowest.pair;
+                writeln!(f, "slowest of them: {} (ranks {from} and {to})", Profile(&slowest.cost))?;
+            }
         }
         for (name, line) in ["one-shot", "two-shot"].iter().zip(self.group.iter().flatten()) {
             let (micros, rate) = (line.start_s * 1e6, 1e-9 / line.s_per_byte);
@@ -355,7 +357,9 @@ mod tests {
             let blobs = [encode(&measured, Some(figures)), encode(&[], None)];
             let costs = combine(&Topology::nodes(nodes), &blobs).unwrap();
             assert_eq!((costs.inside, costs.across, costs.group), (cost, cost, None));
-            assert_eq!(costs.nodes.is_some(), nodes.len() > 1);
+            let text = costs.to_string();
+            let told = ["inside a node", "across nodes"].map(|kind| text.contains(kind));
+            assert_eq!(told, [nodes.len() == 1, nodes.len() > 1], "{text}");
         }
     }
 

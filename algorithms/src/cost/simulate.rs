@@ -159,8 +159,8 @@ impl<'a> Simulation<'a> {
         let at_once = self.model.bytes(elements * incoming.from.len());
         let mut arrived = 0.0f64;
         for &from in &incoming.from {
-            let (sent, alpha) = self.send(from, to, bytes, at_once);
-            arrived = arrived.max(sent + alpha);
+            let (there, alpha) = self.send(from, to, bytes, at_once);
+            arrived = arrived.max(there + alpha);
         }
         let sources = incoming.from.len() as f64;
         let reduce = if incoming.on_arrival == OnArrival::Reduce {
