@@ -43,6 +43,9 @@ pub enum ErrorKind {
     /// A training step can't be used, on no rank: a gradient was missing, or marked twice, on a
     /// rank that the text names. The next step can be begun.
     StepFailed,
+    /// Code of the program panicked where the library called it: a reduction, a method of a bucket
+    /// hook, a buffer's `as_mut`. The text says on which rank, which code, and what the panic said.
+    Panicked,
     /// Memory could not be had.
     Memory,
     /// An earlier error aborted the communicator; the text repeats it.

@@ -29,7 +29,7 @@ const DIFFERENCES: [(&str, &str, &[&str]); 12] = [
     ("pair", "", &["rank 0", "rank 1", " 4 bytes", " 20"]),
     ("batch", "Mismatch", &["all_reduce"]),
     ("tensor", "Mismatch [1]", &["rank 1", "tensor 1 of a batch: ", "where 9 are needed"]),
-    ("panic", "", &["rank 1", "function panicked"]),
+    ("panic", "Panicked [1]", &["on rank 1 the reduction function panicked: as the test has it"]),
 ];
 
 #[test]

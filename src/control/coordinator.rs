@@ -11,7 +11,7 @@ use super::inquest::{self, Account};
 use super::message::{Concern, Message};
 use super::round::Round;
 use super::status::Snapshot;
-use super::verdict::{Report, Verdict, VerdictKind, name};
+use super::verdict::{Finding, Report, Verdict, VerdictKind, name};
 
 /// How long a rank that is accused of a failed link may take to turn out dead, or gone.
 const GRACE: Duration = Duration::from_millis(300);
@@ -272,7 +272,7 @@ impl Coordinator {
         match self.presence.get(against) {
             None => self.violated(by, format_args!("it accused rank {against}")),
             Some(_) if self.verdict.is_some() => {}
-            Some(_) if report.mismatch => self.conclude(report.verdict(by)),
+            Some(_) if report.finding != Finding::LinkFailed => self.conclude(report.verdict(by)),
             Some(Presence::Left) => self.conclude(Verdict::left(against)),
             Some(_) => self.accusations.push(Accusation { by, report, until: now + GRACE }),
         }

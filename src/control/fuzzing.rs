@@ -10,7 +10,7 @@ use super::coordinator::{Audience, Coordinator};
 use super::file;
 use super::message::{FRAME_BYTES_MAX, Message, MessageError};
 use super::status::Snapshot;
-use super::verdict::{Report, Verdict, VerdictKind};
+use super::verdict::{Finding, Report, Verdict, VerdictKind};
 
 pub(crate) const TARGETS: &[Target] = &[
     Target { name: "control_messages", check: check_messages, seeds: message_seeds },
@@ -55,7 +55,7 @@ fn message_seeds() -> Vec<Vec<u8>> {
         Message::Blob { round: 1, to: None, blob: blob.clone() },
         Message::Blob { round: 1, to: Some(2), blob: blob.clone() },
         Message::Gathered { round: 1, rank: 2, blob },
-        Message::Accuse(Report { against: 1, mismatch: true, text: text.clone() }),
+        Message::Accuse(Report { against: 1, finding: Finding::Mismatch, text: text.clone() }),
         Message::Overdue(call(1).into()),
         Message::Stalled(call(1).into()),
         Message::StatusRequest { query: 3, communicator: 0 },
@@ -108,7 +108,10 @@ fn said(what: u8, number: u8) -> Message {
             let to = (number > 127).then_some(usize::from(number >> 2 & 7));
             Message::Blob { round: u32::from(number % 4), to, blob: Bytes::from_static(b"blob") }
         }
-        10 => Message::Accuse(Report { against, mismatch: number > 127, text: String::new() }),
+        10 => {
+            let finding = Finding::from_code(number % 3).unwrap_or(Finding::LinkFailed);
+            Message::Accuse(Report { against, finding, text: String::new() })
+        }
         11 if number > 127 => Message::Stalled(call(u64::from(number & 7)).into()),
         11 => Message::Overdue(call(u64::from(number)).into()),
         12 | 13 => {

@@ -184,6 +184,7 @@ impl Member {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Finding;
     use crate::control::tests::call;
 
     fn member() -> Member {
@@ -198,7 +199,7 @@ mod tests {
     }
 
     fn report() -> Report {
-        Report { against: 2, mismatch: false, text: "link to rank 2: closed".into() }
+        Report { against: 2, finding: Finding::LinkFailed, text: "link to rank 2: closed".into() }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use unisum_link::{Call, Rank};
 
 use super::status::Snapshot;
-use super::verdict::{Report, Verdict, VerdictKind};
+use super::verdict::{Finding, Report, Verdict, VerdictKind};
 
 /// Largest blob of an exchange in bytes.
 pub(super) const BLOB_BYTES_MAX: usize = 64 << 10;
@@ -108,7 +108,7 @@ impl Message {
                 to.put_slice(blob);
             }
             Self::Accuse(report) => {
-                to.put_u8(u8::from(report.mismatch));
+                to.put_u8(report.finding as u8);
                 put_rank(to, report.against);
                 put_text(to, &report.text);
             }
@@ -291,8 +291,9 @@ fn parse_gathered(body: &mut Bytes) -> Option<Message> {
 }
 
 fn parse_report(body: &mut Bytes) -> Option<Report> {
-    let mismatch = flag(body)?;
-    Some(Report { mismatch, against: rank(body)?, text: text(body)? })
+    let [code] = take(body)?;
+    let finding = Finding::from_code(code)?;
+    Some(Report { finding, against: rank(body)?, text: text(body)? })
 }
 
 fn parse_concern(body: &mut Bytes) -> Option<Concern> {
@@ -373,7 +374,7 @@ mod tests {
     }
 
     fn messages() -> impl Strategy<Value = Message> {
-        let verdict = (1..=10_u8, prop::collection::vec(ranks(), 0..9), any::<String>());
+        let verdict = (1..=11_u8, prop::collection::vec(ranks(), 0..9), any::<String>());
         prop_oneof![
             any::<[u8; 16]>().prop_map(|session| Message::Welcome { session }),
             Just(Message::Joined),
@@ -384,8 +385,9 @@ mod tests {
                 rank,
                 blob
             }),
-            (ranks(), any::<bool>(), any::<String>()).prop_map(|(against, mismatch, text)| {
-                Message::Accuse(Report { against, mismatch, text })
+            (ranks(), 0..3_u8, any::<String>()).prop_map(|(against, code, text)| {
+                let finding = Finding::from_code(code).unwrap();
+                Message::Accuse(Report { against, finding, text })
             }),
             concerns().prop_map(Message::Overdue),
             concerns().prop_map(Message::Stalled),
@@ -432,7 +434,8 @@ mod tests {
     fn long_texts_are_cut_between_characters() {
         let text = "é".repeat(TEXT_BYTES_MAX);
         let mut wire = BytesMut::new();
-        Message::Accuse(Report { against: 1, mismatch: false, text }).encode(&mut wire);
+        Message::Accuse(Report { against: 1, finding: Finding::LinkFailed, text })
+            .encode(&mut wire);
         assert!(wire.len() <= TEXT_BYTES_MAX + 16);
         assert!(matches!(Message::decode(&mut wire), Ok(Some(Message::Accuse(_)))));
     }

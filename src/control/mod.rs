@@ -53,7 +53,7 @@ pub(crate) use self::message::Concern;
 pub(crate) use self::share::Share;
 pub(crate) use self::shared::Inbox;
 pub(crate) use self::status::Status;
-pub(crate) use self::verdict::{Report, Verdict, VerdictKind};
+pub(crate) use self::verdict::{Finding, Report, Verdict, VerdictKind};
 
 /// Largest world.
 const WORLD_MAX: usize = 1 << 16;

@@ -293,7 +293,7 @@ fn a_verdict_wakes_who_sleeps_in_a_link() {
     let (bell, rung) = mpsc::channel();
     controls[0].add_waker(0, Arc::new(Bell(bell.clone())));
     let text = "this rank called a, the peer called b".to_owned();
-    controls[1].accuse(Report { against: 0, mismatch: true, text });
+    controls[1].accuse(Report { against: 0, finding: Finding::Mismatch, text });
     rung.recv_timeout(PATIENCE).unwrap();
     expect_verdict(&controls, PATIENCE, VerdictKind::Mismatch, &[0, 1]);
     controls[0].add_waker(0, Arc::new(Bell(bell)));
@@ -312,7 +312,7 @@ fn leaving_is_seen_by_others_and_blamed_only_when_somebody_still_waits() {
     }
     assert!(controls.iter().all(|control| control.verdict().is_none()));
     let text = "link to rank 3: closed by the peer".to_owned();
-    controls[1].accuse(Report { against: 3, mismatch: false, text });
+    controls[1].accuse(Report { against: 3, finding: Finding::LinkFailed, text });
     expect_verdict(&controls, PATIENCE, VerdictKind::Left, &[3]);
 }
 

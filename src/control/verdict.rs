@@ -40,6 +40,8 @@ pub(crate) enum VerdictKind {
     Behind = 9,
     /// The rank broke the control protocol: a bug, or mixed versions.
     Protocol = 10,
+    /// Code of the program panicked on the rank, where the library called it.
+    Panicked = 11,
 }
 
 impl VerdictKind {
@@ -56,6 +58,7 @@ impl VerdictKind {
             8 => Self::Left,
             9 => Self::Behind,
             10 => Self::Protocol,
+            11 => Self::Panicked,
             _ => return None,
         })
     }
@@ -97,15 +100,39 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What a rank found out about another one.
+/// What a rank found out about another one, or about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Report {
-    /// The rank at the other end of the link.
+    /// The rank at the other end of the link, or the one that reports.
     pub(crate) against: Rank,
-    /// Whether the two ranks' calls differ; otherwise the link failed.
-    pub(crate) mismatch: bool,
+    /// What it is that was found.
+    pub(crate) finding: Finding,
     /// The link's words; of a mismatch they describe both calls.
     pub(crate) text: String,
+}
+
+/// What [`Report`]s are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Finding {
+    /// The link failed: it may turn out that the rank died or left.
+    LinkFailed = 0,
+    /// The two ranks' calls differ.
+    Mismatch = 1,
+    /// Code of the program panicked on the rank that reports.
+    Panicked = 2,
+}
+
+impl Finding {
+    /// The finding with this wire code.
+    pub(super) const fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            0 => Self::LinkFailed,
+            1 => Self::Mismatch,
+            2 => Self::Panicked,
+            _ => return None,
+        })
+    }
 }
 
 impl Report {
@@ -115,13 +142,15 @@ impl Report {
             true => self.text.clone(),
             false => format!("rank {by} reports: {}", self.text),
         };
-        if self.mismatch {
-            // Either of the two may be the one whose program is wrong.
-            let mut pair = vec![by.min(self.against), by.max(self.against)];
-            pair.dedup();
-            Verdict::new(VerdictKind::Mismatch, pair, text)
-        } else {
-            Verdict::new(VerdictKind::LinkFailed, vec![self.against], text)
+        match self.finding {
+            Finding::Mismatch => {
+                // Either of the two may be the one whose program is wrong.
+                let mut pair = vec![by.min(self.against), by.max(self.against)];
+                pair.dedup();
+                Verdict::new(VerdictKind::Mismatch, pair, text)
+            }
+            Finding::LinkFailed => Verdict::new(VerdictKind::LinkFailed, vec![self.against], text),
+            Finding::Panicked => Verdict::new(VerdictKind::Panicked, vec![self.against], text),
         }
     }
 }

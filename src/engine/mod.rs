@@ -24,7 +24,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use unisum_link::kernels::Fold;
-use unisum_link::{Call, Collective, Group, Link, LinkError, Patience, Rank, Region, Regions};
+use unisum_link::{
+    Call, Collective, Group, Link, LinkError, Patience, Rank, Region, Regions, said_by_reduction,
+};
 
 use folding::Folding;
 pub(crate) use links::Links;
@@ -146,8 +148,8 @@ impl Engine {
         };
         let advance = running.advance(program, &mut self.tools);
         if running.folding.panicked {
-            let what = "the program's reduction function panicked";
-            return Err(LinkError::protocol(self.tools.rank, what));
+            let what = format!("the reduction function panicked: {}", said_by_reduction());
+            return Err(LinkError::panicked(self.tools.rank, what));
         }
         let advance = advance?;
         if advance == Advance::Done {

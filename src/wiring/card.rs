@@ -23,7 +23,7 @@ pub(crate) struct Card {
     pub(crate) shm: Vec<u8>,
 }
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 impl Card {
     pub(crate) fn encode(&self) -> Vec<u8> {

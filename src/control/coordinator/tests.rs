@@ -30,9 +30,9 @@ impl Job {
         self.coordinator.heard(from, message, self.now);
     }
 
-    fn accuse(&mut self, from: Rank, against: Rank, mismatch: bool) {
+    fn accuse(&mut self, from: Rank, against: Rank, finding: Finding) {
         let text = format!("link to rank {against}: closed by the peer");
-        self.say(from, Message::Accuse(Report { against, mismatch, text }));
+        self.say(from, Message::Accuse(Report { against, finding, text }));
     }
 
     fn answer(&mut self, from: Rank, number: u64, inside: bool) {
@@ -89,7 +89,7 @@ fn the_first_verdict_wins() {
     let mut job = Job::new();
     job.coordinator.lost(2, "its connection ended");
     job.coordinator.lost(3, "its connection ended");
-    job.accuse(0, 1, true);
+    job.accuse(0, 1, Finding::Mismatch);
     job.wait(CONNECT_TIMEOUT);
     job.expect(VerdictKind::Died, &[2]);
 }
@@ -108,7 +108,7 @@ fn a_dialer_that_gave_up_may_come_again() {
 #[test]
 fn a_failed_link_to_a_rank_that_dies_is_a_death() {
     let mut job = Job::new();
-    job.accuse(1, 3, false);
+    job.accuse(1, 3, Finding::LinkFailed);
     job.wait(GRACE / 2);
     job.expect_nothing();
     job.coordinator.lost(3, "its connection ended");
@@ -118,9 +118,9 @@ fn a_failed_link_to_a_rank_that_dies_is_a_death() {
 #[test]
 fn a_failed_link_to_a_living_rank_is_told_after_the_grace() {
     let mut job = Job::new();
-    job.accuse(1, 3, false);
+    job.accuse(1, 3, Finding::LinkFailed);
     job.wait(GRACE / 2);
-    job.accuse(2, 1, false);
+    job.accuse(2, 1, Finding::LinkFailed);
     job.wait(GRACE / 2);
     job.expect(VerdictKind::LinkFailed, &[3]);
 }
@@ -128,21 +128,28 @@ fn a_failed_link_to_a_living_rank_is_told_after_the_grace() {
 #[test]
 fn a_failed_link_to_a_rank_that_leaves_or_left_is_its_leaving() {
     let mut job = Job::new();
-    job.accuse(1, 3, false);
+    job.accuse(1, 3, Finding::LinkFailed);
     job.say(3, Message::Bye(Snapshot::default()));
     job.expect(VerdictKind::Left, &[3]);
     let mut job = Job::new();
     job.say(3, Message::Bye(Snapshot::default()));
     job.expect_nothing();
-    job.accuse(1, 3, false);
+    job.accuse(1, 3, Finding::LinkFailed);
     job.expect(VerdictKind::Left, &[3]);
 }
 
 #[test]
 fn a_mismatch_counts_at_once_and_names_both() {
     let mut job = Job::new();
-    job.accuse(3, 1, true);
+    job.accuse(3, 1, Finding::Mismatch);
     job.expect(VerdictKind::Mismatch, &[1, 3]);
+}
+
+#[test]
+fn a_panic_counts_at_once_and_names_who_panicked() {
+    let mut job = Job::new();
+    job.accuse(3, 3, Finding::Panicked);
+    job.expect(VerdictKind::Panicked, &[3]);
 }
 
 #[test]
@@ -285,7 +292,11 @@ fn nonsense_ends_the_job_with_its_author_named() {
         Message::Joined,
         blob(1),
         Message::Blob { round: 0, to: Some(1), blob: Bytes::new() },
-        Message::Accuse(Report { against: WORLD, mismatch: false, text: String::new() }),
+        Message::Accuse(Report {
+            against: WORLD,
+            finding: Finding::LinkFailed,
+            text: String::new(),
+        }),
     ];
     for message in nonsense {
         let mut job = Job::new();

@@ -2,15 +2,16 @@
 
 use std::fmt;
 use std::marker::PhantomData;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::Element;
+use crate::panics::{Panic, keep_for_reduction};
 
 /// A reduction of two slices of equal length, into the first: `acc[i] = acc[i] ∘ other[i]`.
 ///
 /// The function has to be associative up to rounding, and may be called from any thread, several
 /// times at once, with pieces of any length: it must not depend on where a piece lies. It reduces
-/// host memory only. If it panics, the operation fails on all ranks.
+/// host memory only. If it panics, on any rank, the collective fails on all of them, and its error
+/// names the rank and repeats what the panic said. The panic goes no further.
 pub struct CustomOp<T> {
     custom: Custom,
     elements: PhantomData<fn(T)>,
@@ -122,9 +123,8 @@ impl Custom {
             unsafe { (self.function)(acc, other, count, self.context) };
         };
         // Nothing but `acc` can be seen half done, and that is unspecified from here on.
-        catch_unwind(AssertUnwindSafe(call)).map_err(|payload| {
-            // Its destructor is the user's, too, and could panic again.
-            std::mem::forget(payload);
+        Panic::catch(call).map_err(|panic| {
+            keep_for_reduction(&panic);
             Panicked
         })
     }

@@ -41,6 +41,9 @@ pub enum LinkErrorKind {
     /// The connection could not be set up in time.
     #[error("not connected: {0}")]
     Unreachable(String),
+    /// No link failed: a function of the program on this rank, which `peer` names, panicked.
+    #[error("{0}")]
+    Panicked(String),
 }
 
 impl LinkError {
@@ -53,6 +56,11 @@ impl LinkError {
     /// The peer is gone.
     pub fn closed(peer: Rank) -> Self {
         Self { peer, kind: LinkErrorKind::Closed }
+    }
+
+    /// Code of the program panicked on this rank: whose it is, and what the panic said.
+    pub fn panicked(rank: Rank, what: impl Into<String>) -> Self {
+        Self { peer: rank, kind: LinkErrorKind::Panicked(what.into()) }
     }
 
     /// The peer broke the protocol.

@@ -19,6 +19,7 @@ pub mod handshake;
 pub mod kernels;
 mod link;
 mod op;
+mod panics;
 mod region;
 mod wait;
 
@@ -30,6 +31,7 @@ pub use error::{LinkError, LinkErrorKind};
 pub use float8::{f8e4m3, f8e5m2};
 pub use link::{Arrival, Group, Landing, Link, Part, Ticket, Wake};
 pub use op::{ReduceOp, Undefined};
+pub use panics::{Panic, said_by_reduction};
 pub use region::{Region, Regions};
 pub use wait::{Backoff, Patience, Pause};
 
