@@ -230,10 +230,7 @@ impl Control {
     /// This rank is no longer in a communicator.
     pub(crate) fn withdraw(&self, communicator: u16) {
         let last = self.shared.withdraw(communicator);
-        // What this rank did in the job's own communicator goes with the goodbye.
-        if communicator != 0 {
-            self.command(Command::Part(communicator, last));
-        }
+        self.command(Command::Part(communicator, last));
     }
 
     /// Why the communicator has ended, if it has. One load until then.

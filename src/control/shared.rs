@@ -117,16 +117,20 @@ impl Shared {
         status
     }
 
-    /// The rank is no longer in a communicator; what it did there last.
+    /// The rank is no longer in a communicator; what it did there last. That of the job's own
+    /// communicator is still told when the rank leaves the job.
     pub(super) fn withdraw(&self, communicator: u16) -> Snapshot {
         let last = self.snapshot(communicator);
-        lock(&self.statuses).retain(|(known, _)| *known != communicator);
+        if communicator != 0 {
+            lock(&self.statuses).retain(|(known, _)| *known != communicator);
+        }
         lock(&self.wakers).retain(|(known, _)| *known != communicator);
         lock(&self.arrivals).channels.retain(|channel| channel.communicator != communicator);
         last
     }
 
-    /// What this rank does in a communicator; nothing if it is not in it.
+    /// What this rank does in a communicator, or did last in the job's own; nothing if it is not in
+    /// it.
     pub(super) fn snapshot(&self, communicator: u16) -> Snapshot {
         let statuses = lock(&self.statuses);
         let status = statuses.iter().find(|(known, _)| *known == communicator);

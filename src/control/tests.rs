@@ -316,6 +316,34 @@ fn leaving_is_seen_by_others_and_blamed_only_when_somebody_still_waits() {
     expect_verdict(&controls, PATIENCE, VerdictKind::Left, &[3]);
 }
 
+/// As a communicator does that is dropped: its status goes before the goodbye.
+#[test]
+fn a_rank_that_left_is_known_by_what_it_did_last() {
+    for leaver in [0, 2] {
+        let (mut controls, _) = start(3, &[]);
+        exchange(&controls, 0);
+        let leaving = controls.remove(leaver);
+        leaving.status().begin(&call(5));
+        leaving.status().end();
+        leaving.withdraw(0);
+        drop(leaving);
+        let until = Instant::now() + PATIENCE;
+        while !controls.iter().all(|control| control.shared.has_left(leaver)) {
+            assert!(Instant::now() < until);
+            thread::yield_now();
+        }
+        for number in [5, 6] {
+            controls[1].status().begin(&call(number));
+            controls[1].stalled(call(number).into());
+        }
+        let verdict = controls[1].await_verdict(until).expect("a verdict in time");
+        assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::Left, &[leaver][..]));
+        let text = verdict.text;
+        assert!(text.contains("waits in all_reduce #6"), "{text}");
+        assert!(text.contains("its last call was all_reduce #5"), "{text}");
+    }
+}
+
 #[test]
 fn ranks_that_leave_in_any_order_give_no_verdict() {
     for first in 0..3 {

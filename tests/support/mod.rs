@@ -12,6 +12,38 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// Draws the cases of a test that can't walk them all: from `UNISUM_TEST_SEED`, or anew in each
+/// run. It prints the seed, so that a failure can be tried again.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new() -> Self {
+        let anew = || {
+            let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
+            now.as_nanos() as u64 ^ u64::from(std::process::id()) << 32
+        };
+        let seed =
+            std::env::var("UNISUM_TEST_SEED").map_or_else(|_| anew(), |it| it.parse().unwrap());
+        println!("UNISUM_TEST_SEED={seed}");
+        Self(seed)
+    }
+
+    /// A number below `bound`.
+    pub fn below(&mut self, bound: usize) -> usize {
+        // Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut word = self.0;
+        word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((word ^ word >> 31) % bound as u64) as usize
+    }
+
+    /// One of these.
+    pub fn of<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.below(choices.len())]
+    }
+}
+
 /// What a rank process does.
 pub type Scenario = (&'static str, fn());
 
@@ -164,9 +196,14 @@ impl World {
 
     /// Runs the world; every rank must end with status 0. What they told.
     pub fn succeed(&self, limit: Duration) -> Vec<Vec<String>> {
+        self.succeed_as(self.scenario, limit)
+    }
+
+    /// As [`World::succeed`], of a world that is called `name` in what a failure prints.
+    pub fn succeed_as(&self, name: &str, limit: Duration) -> Vec<Vec<String>> {
         let ended = self.run(limit);
         for (rank, ended) in ended.iter().enumerate() {
-            assert_eq!(ended.status, 0, "rank {rank} of {}: {ended:#?}", self.ranks);
+            assert_eq!(ended.status, 0, "{name}: rank {rank} of {}: {ended:#?}", self.ranks);
         }
         ended.into_iter().map(|ended| ended.told).collect()
     }
