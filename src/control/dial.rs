@@ -106,7 +106,7 @@ fn attempt(
             Ok(reached) => return Ok(reached),
             Err(error) => Failed {
                 target: format!("{target} ({address})"),
-                is_refusal: !matches!(error, HandshakeError::Io(_)),
+                is_refusal: error.is_answer(),
                 error: error.to_string(),
             },
         };

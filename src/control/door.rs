@@ -1,6 +1,5 @@
 //! Who comes in: accepts connections, hears their proofs, and turns strangers away at little cost.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -9,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use socket2::SockRef;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, Heard, Hello, Listening, Refusal, Secret};
 
+use super::guests::{self, Guest, Guests};
+
 /// How long a guest may take to prove the token.
 const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
-/// Guests at a time, beside one per rank.
-const GUESTS_SPARE: usize = 128;
 /// Connections accepted before others get a turn.
 const ACCEPTS_PER_TURN: usize = 64;
 /// How long to leave new connections alone when the process can't have more descriptors.
@@ -29,9 +29,7 @@ const LOG_PERIOD: Duration = Duration::from_secs(10);
 /// The listening socket and the guests that have proven nothing yet.
 pub(super) struct Door {
     listener: ParentOnly<TcpListener>,
-    /// By token: tokens grow, so that the first guest is the oldest.
-    guests: BTreeMap<usize, Guest>,
-    guests_max: usize,
+    guests: Guests,
     next_token: usize,
     /// Whether somebody may be waiting to be accepted.
     is_knocking: bool,
@@ -41,13 +39,6 @@ pub(super) struct Door {
     reserve: Option<File>,
     exhausted_since: Option<Instant>,
     log: RefusalLog,
-}
-
-struct Guest {
-    stream: ParentOnly<TcpStream>,
-    address: SocketAddr,
-    listening: Listening,
-    until: Instant,
 }
 
 /// A guest that was admitted; its stream is registered under `token` still.
@@ -79,8 +70,7 @@ impl Door {
         register(registry, &*listener, token, Interest::READABLE)?;
         Ok(Self {
             listener,
-            guests: BTreeMap::new(),
-            guests_max: GUESTS_SPARE + world,
+            guests: Guests::new(guests::most(world)),
             next_token: first_token,
             is_knocking: false,
             paused_until: None,
@@ -96,7 +86,7 @@ impl Door {
     }
 
     pub(super) fn has_guest(&self, token: usize) -> bool {
-        self.guests.contains_key(&token)
+        self.guests.has(token)
     }
 
     /// Accepts those who wait, a number at a time.
@@ -105,7 +95,8 @@ impl Door {
             return;
         }
         self.paused_until = None;
-        for _ in 0..ACCEPTS_PER_TURN {
+        // Who came in one turn is heard in the next, before others take the places.
+        for _ in 0..ACCEPTS_PER_TURN.min(self.guests.most().div_ceil(2)) {
             if !self.is_knocking || self.paused_until.is_some() {
                 return;
             }
@@ -114,18 +105,19 @@ impl Door {
                     self.exhausted_since = None;
                     self.admit_guest(ParentOnly::new(stream), address, registry, now);
                 }
-                Err(error) => self.accept_failed(&error, now),
+                Err(error) if is_about_it(&error) => {}
+                Err(error) => return self.accept_failed(&error, registry, now),
             }
         }
     }
 
-    /// Most errors concern one connection that is gone already. Those of a process or system that
-    /// is out of descriptors or memory last: trying again at once would be spinning, and leaving
-    /// those who knock without an answer would be a hang.
-    fn accept_failed(&mut self, error: &io::Error, now: Instant) {
+    /// Where descriptors or memory are missing, guests that are not expected give theirs up, one a
+    /// turn. Otherwise that lasts: trying again at once would be spinning, and leaving those who
+    /// knock without an answer would be a hang.
+    fn accept_failed(&mut self, error: &io::Error, registry: &Registry, now: Instant) {
         match error.kind() {
             ErrorKind::WouldBlock => self.is_knocking = false,
-            ErrorKind::Interrupted | ErrorKind::ConnectionAborted => {}
+            _ if self.guests.unexpected() > 0 => self.evict(registry, now),
             _ => {
                 let since = *self.exhausted_since.get_or_insert(now);
                 if now - since >= PATIENCE && self.turn_away(now) {
@@ -167,17 +159,23 @@ impl Door {
         let token = self.next_token;
         self.next_token += 1;
         match guest(stream, address, token, registry, now) {
-            Ok(guest) => drop(self.guests.insert(token, guest)),
+            Ok(guest) => self.guests.insert(token, guest),
             Err(error) => self.log.line(now, &address, &error.to_string()),
         }
-        if self.guests.len() > self.guests_max
-            && let Some((_, mut oldest)) = self.guests.pop_first()
-        {
-            // Best effort: it has no claim to an answer.
-            let _ = oldest.stream.write(&Refusal::Crowded.encode());
-            let reason = Refusal::Crowded.to_string();
-            self.refuse(&oldest.stream, oldest.address, &reason, registry, now);
+        if self.guests.are_too_many() {
+            self.evict(registry, now);
         }
+    }
+
+    /// Turns a guest away so that another one has its place.
+    fn evict(&mut self, registry: &Registry, now: Instant) {
+        let Some(mut guest) = self.guests.remove_least() else { return };
+        // Best effort: it has no claim to an answer, but a rank that is told so comes again.
+        if guest.is_expected {
+            let _ = guest.stream.write(&Refusal::Crowded.encode());
+        }
+        let reason = Refusal::Crowded.to_string();
+        self.refuse(&guest, &reason, registry, now);
     }
 
     /// Hears what a guest has to say. `admit` is asked if it proves the token.
@@ -189,37 +187,41 @@ impl Door {
         registry: &Registry,
         now: Instant,
     ) -> Option<Admitted> {
-        let fate = hear(self.guests.get_mut(&token)?, secret, admit);
-        if matches!(fate, Fate::Stays) {
-            return None;
-        }
-        let Guest { stream, address, .. } = self.guests.remove(&token)?;
-        match fate {
-            Fate::Admitted(hello) => Some(Admitted { token, hello, stream, address }),
-            Fate::Refused(reason) => {
-                self.refuse(&stream, address, &reason, registry, now);
+        let guest = self.guests.get_mut(token)?;
+        match hear(guest, secret, &admit) {
+            Fate::Stays => {
+                let is_expected = |claim: &Hello| admit(claim).is_ok();
+                if !guest.is_expected && guest.listening.claim().is_some_and(is_expected) {
+                    self.guests.expect(token);
+                }
                 None
             }
-            Fate::Stays => None,
+            Fate::Admitted(hello) => {
+                let Guest { stream, address, .. } = self.guests.remove(token)?;
+                Some(Admitted { token, hello, stream, address })
+            }
+            Fate::Refused(reason) => {
+                let guest = self.guests.remove(token)?;
+                self.refuse(&guest, &reason, registry, now);
+                None
+            }
         }
     }
 
     /// Turns guests away whose time is up.
     pub(super) fn sweep(&mut self, registry: &Registry, now: Instant) {
-        while let Some(oldest) = self.guests.first_entry()
-            && oldest.get().until <= now
+        while self.guests.next_end().is_some_and(|until| until <= now)
+            && let Some(guest) = self.guests.remove_oldest()
         {
-            let Guest { stream, address, .. } = oldest.remove();
             let reason = format!("no proof of the token within {} s", PROOF_TIMEOUT.as_secs());
-            self.refuse(&stream, address, &reason, registry, now);
+            self.refuse(&guest, &reason, registry, now);
         }
     }
 
     /// When [`Door::sweep`] or [`Door::accept`] has something to do.
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let accept = self.is_knocking.then(|| self.paused_until.unwrap_or(now));
-        let sweep = self.guests.first_key_value().map(|(_, oldest)| oldest.until);
-        accept.into_iter().chain(sweep).min()
+        accept.into_iter().chain(self.guests.next_end()).min()
     }
 
     /// Closes: nobody comes in any more.
@@ -228,19 +230,23 @@ impl Door {
         let _ = registry.deregister(&mut SourceFd(&self.listener.as_raw_fd()));
     }
 
-    fn refuse(
-        &mut self,
-        stream: &TcpStream,
-        address: SocketAddr,
-        reason: &str,
-        registry: &Registry,
-        now: Instant,
-    ) {
+    fn refuse(&mut self, guest: &Guest, reason: &str, registry: &Registry, now: Instant) {
+        let stream = &guest.stream;
         // Closing it deregisters it, unless a forked child holds it as well.
         let _ = registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
-        let _ = stream.shutdown(std::net::Shutdown::Both);
-        self.log.line(now, &address, reason);
+        if guest.is_expected || guest.listening.is_over() {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        } else {
+            // It was told nothing that it could miss: the kernel need not remember it either.
+            let _ = SockRef::from(&**stream).set_linger(Some(Duration::ZERO));
+        }
+        self.log.line(now, &guest.address, reason);
     }
+}
+
+/// Whether an error concerns one connection, that is gone already, and not the next ones.
+fn is_about_it(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted)
 }
 
 fn reserve() -> Option<File> {
@@ -259,7 +265,7 @@ fn guest(
     stream.set_nodelay(true)?;
     let listening = Listening::new(handshake::random()?);
     register(registry, &*stream, token, Interest::READABLE | Interest::WRITABLE)?;
-    Ok(Guest { stream, address, listening, until: now + PROOF_TIMEOUT })
+    Ok(Guest { stream, address, listening, until: now + PROOF_TIMEOUT, is_expected: false })
 }
 
 fn register(
@@ -272,7 +278,11 @@ fn register(
 }
 
 /// Reads until the guest has said all it may for now.
-fn hear(guest: &mut Guest, secret: &Secret, admit: impl Fn(&Hello) -> Result<(), Refusal>) -> Fate {
+fn hear(
+    guest: &mut Guest,
+    secret: &Secret,
+    admit: &impl Fn(&Hello) -> Result<(), Refusal>,
+) -> Fate {
     let mut buffer = [0; 128];
     loop {
         let read = match guest.stream.read(&mut buffer) {
@@ -282,7 +292,7 @@ fn hear(guest: &mut Guest, secret: &Secret, admit: impl Fn(&Hello) -> Result<(),
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) => return Fate::Refused(error.to_string()),
         };
-        let (fate, send) = match guest.listening.feed(&buffer[..read], secret, &admit) {
+        let (fate, send) = match guest.listening.feed(&buffer[..read], secret, admit) {
             Heard::More => continue,
             Heard::Send(send) => (Fate::Stays, send),
             Heard::Admitted(hello, send) => (Fate::Admitted(hello), send),

@@ -14,6 +14,7 @@ mod error;
 mod file;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod guests;
 mod inquest;
 mod listen;
 mod member;

@@ -14,6 +14,9 @@ use super::share::Share;
 use super::status::{Snapshot, Status};
 use super::verdict::{Report, Verdict};
 
+/// Most data connections between two ranks.
+const SOCKETS_MAX: usize = 16;
+
 /// Who takes the data connections: peer, socket index, non-blocking stream.
 pub(crate) type Inbox = Arc<dyn Fn(Rank, u8, ParentOnly<TcpStream>) + Send + Sync>;
 
@@ -185,7 +188,7 @@ impl Shared {
             inbox(peer, socket, stream);
             return true;
         }
-        let has_room = channel.early.len() < 64 + 8 * channel.world;
+        let has_room = channel.early.len() < SOCKETS_MAX * channel.world;
         if has_room {
             channel.early.push((peer, socket, stream));
         }

@@ -7,6 +7,7 @@
 //! listener  Accepted   "usmL" 2 mac("listener", hello, nonce)                          (37)
 //!  or, in place of either listener message:
 //! listener  Refused    "usmL" 3 length text                                            (≤ 206)
+//! listener  Later      "usmL" 4 length text                                            (≤ 206)
 //! ```
 //! All integers are little endian. Every message has a fixed or a bounded size, and the dialer
 //! speaks only when asked, so that nothing follows a message before its answer. Both nonces are
@@ -31,12 +32,13 @@ const HEAD_BYTES: usize = 5;
 const REASON_BYTES_MAX: usize = 200;
 const NONCE_BYTES: usize = 32;
 const MAC_BYTES: usize = 32;
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const DIALER: &[u8; 4] = b"usmH";
 const LISTENER: &[u8; 4] = b"usmL";
 const CHALLENGE: u8 = 1;
 const ACCEPTED: u8 = 2;
 const REFUSED: u8 = 3;
+const LATER: u8 = 4;
 
 /// The key that all processes of a job share, derived from the job token.
 #[derive(Clone)]
@@ -201,8 +203,9 @@ pub enum Refusal {
     /// The dialer belongs to another session of the job: an earlier start of it.
     #[error("another session of the job")]
     Session,
-    /// Nobody new is admitted: the job is over, or was never to have that many connections.
-    #[error("too many connections")]
+    /// More connections than the listener hears at a time have proven nothing yet. The dialer may
+    /// come again.
+    #[error("too many connections that have not proven the token")]
     Crowded,
     /// The listener's process, or its system, has no file descriptor left.
     #[error("no file descriptor left there: raise the limit on open files (ulimit -n)")]
@@ -219,7 +222,7 @@ impl Refusal {
         let text = &text.as_bytes()[..text.len().min(REASON_BYTES_MAX)];
         let mut message = Vec::with_capacity(HEAD_BYTES + 1 + text.len());
         message.put_slice(LISTENER);
-        message.put_u8(REFUSED);
+        message.put_u8(if *self == Self::Crowded { LATER } else { REFUSED });
         message.put_u8(text.len() as u8);
         message.put_slice(text);
         message
@@ -259,6 +262,19 @@ impl Listening {
     /// A handshake with a `nonce` that was never used before (see [`random`]).
     pub fn new(nonce: [u8; 32]) -> Self {
         Self { buffer: [0; HELLO_BYTES], filled: 0, nonce, stage: Stage::Hello }
+    }
+
+    /// What the dialer claims to be, from its hello to its proof.
+    pub fn claim(&self) -> Option<&Hello> {
+        match &self.stage {
+            Stage::Proof { hello, .. } => Some(hello),
+            Stage::Hello | Stage::Over => None,
+        }
+    }
+
+    /// Whether the dialer was admitted or refused.
+    pub const fn is_over(&self) -> bool {
+        matches!(self.stage, Stage::Over)
     }
 
     /// Takes what the dialer sent. `admit` is asked once, after the dialer has proven the token:
@@ -363,6 +379,18 @@ pub enum HandshakeError {
     /// The listener said no, and why.
     #[error("refused: {0}")]
     Refused(String),
+    /// The listener has no time for this dialer now, and why.
+    #[error("turned away for now: {0}")]
+    Later(String),
+}
+
+impl HandshakeError {
+    /// Whether another attempt would end in the same way: whoever listens there has said what it
+    /// is, or what it thinks of the dialer. A connection that broke says nothing: its listener may
+    /// have had too many strangers.
+    pub const fn is_answer(&self) -> bool {
+        matches!(self, Self::NotUnisum | Self::Impostor | Self::Refused(_))
+    }
 }
 
 /// Introduces this process to a listener. Blocks as long as the stream does: set its timeouts.
@@ -375,13 +403,48 @@ pub fn dial(
     hello: &Hello,
     secret: &Secret,
 ) -> Result<(), HandshakeError> {
+    greet(stream, hello)?.prove(stream, secret)
+}
+
+/// The first half of [`dial`]: until [`Challenged::prove`] the listener admits nobody, so that a
+/// dialer may break this off and dial again.
+///
+/// # Errors
+/// As [`dial`].
+pub fn greet(
+    stream: &mut (impl Read + Write),
+    hello: &Hello,
+) -> Result<Challenged, HandshakeError> {
     let hello = hello.encode(&random()?);
     stream.write_all(&hello)?;
     let nonce = read_answer(stream, CHALLENGE)?;
-    let parts: [&[u8]; 2] = [&hello, &nonce];
-    stream.write_all(&mac(secret, "dialer", &parts))?;
-    let proof = read_answer(stream, ACCEPTED)?;
-    if verify(secret, "listener", &parts, &proof) { Ok(()) } else { Err(HandshakeError::Impostor) }
+    Ok(Challenged { hello, nonce })
+}
+
+/// A dialer that was asked for its proof.
+#[derive(Debug)]
+#[must_use = "the listener waits for the proof"]
+pub struct Challenged {
+    hello: [u8; HELLO_BYTES],
+    nonce: [u8; NONCE_BYTES],
+}
+
+impl Challenged {
+    /// The second half of [`dial`].
+    ///
+    /// # Errors
+    /// As [`dial`].
+    pub fn prove(
+        self,
+        stream: &mut (impl Read + Write),
+        secret: &Secret,
+    ) -> Result<(), HandshakeError> {
+        let parts: [&[u8]; 2] = [&self.hello, &self.nonce];
+        stream.write_all(&mac(secret, "dialer", &parts))?;
+        let proof = read_answer(stream, ACCEPTED)?;
+        let is_known = verify(secret, "listener", &parts, &proof);
+        if is_known { Ok(()) } else { Err(HandshakeError::Impostor) }
+    }
 }
 
 fn read_answer(stream: &mut impl Read, wanted: u8) -> Result<[u8; 32], HandshakeError> {
@@ -390,8 +453,10 @@ fn read_answer(stream: &mut impl Read, wanted: u8) -> Result<[u8; 32], Handshake
     if head[..4] != LISTENER[..] {
         return Err(HandshakeError::NotUnisum);
     }
-    if head[4] == REFUSED {
-        return Err(HandshakeError::Refused(read_reason(stream)?));
+    match head[4] {
+        REFUSED => return Err(HandshakeError::Refused(read_reason(stream)?)),
+        LATER => return Err(HandshakeError::Later(read_reason(stream)?)),
+        _ => {}
     }
     if head[4] != wanted {
         return Err(HandshakeError::NotUnisum);

@@ -1,34 +1,46 @@
 //! Where connections arrive: those that peers opened, and those that this rank dials.
 //!
 //! Dialling and its handshake block, so a thread does them; the thread ends when nothing is left
-//! to dial. The link finds finished connections here and never blocks on one.
+//! to dial. The link finds finished connections here and never blocks on one. A peer that does not
+//! answer, or breaks the connection off before this rank has proven the token, is dialled again
+//! after the others: there may be too many strangers at its door.
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, Hello, Secret};
+use unisum_link::handshake::{self, HandshakeError, Hello, Secret};
 use unisum_link::{LinkError, LinkErrorKind, Rank, Wake};
 
 use crate::congestion;
+
+/// How long the first attempt at a peer may take until it asks for the proof; the next ones may
+/// take twice as long each, up to the second of these.
+const ATTEMPT_MIN: Duration = Duration::from_secs(1);
+const ATTEMPT_MAX: Duration = Duration::from_secs(8);
+/// The pause after the first attempt; after the next ones it is twice as long each, up to the
+/// second of these.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+const PAUSE_MAX: Duration = Duration::from_millis(320);
 
 /// The entrance for connections that proved the job token. Shared with the thread that accepts.
 #[derive(Debug)]
 pub struct Inbox {
     waker: Arc<dyn Wake>,
     state: Mutex<State>,
+    /// Told of new dials, and of the end.
+    changed: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
     closed: bool,
     arrived: Vec<Arrived>,
-    to_dial: VecDeque<Dial>,
+    to_dial: Vec<Pending>,
     dialler_runs: bool,
     /// A second handle of the connection being dialled, so that closing interrupts its handshake.
     dialling: Option<ParentOnly<TcpStream>>,
@@ -49,12 +61,30 @@ pub(crate) struct Dial {
     pub(crate) is_on_this_host: bool,
     pub(crate) hello: Hello,
     pub(crate) secret: Secret,
+    /// How long that may take, with all attempts.
     pub(crate) timeout: Duration,
+}
+
+/// A connection to open, and the attempts so far.
+#[derive(Debug)]
+struct Pending {
+    dial: Dial,
+    since: Instant,
+    attempts: u32,
+    next: Instant,
+}
+
+/// Why an attempt ended without a connection.
+struct Failed {
+    doing: &'static str,
+    error: String,
+    /// Another attempt would end in the same way.
+    is_final: bool,
 }
 
 impl Inbox {
     pub(crate) fn new(waker: Arc<dyn Wake>) -> Self {
-        Self { waker, state: Mutex::default() }
+        Self { waker, state: Mutex::default(), changed: Condvar::new() }
     }
 
     /// Takes over a connection that `peer` opened as its `socket`-th to this rank, and whose
@@ -83,9 +113,12 @@ impl Inbox {
     /// Opens a connection in the background; it arrives here like any other.
     pub(crate) fn dial(self: &Arc<Self>, dial: Dial) -> Result<(), LinkError> {
         let peer = dial.hello.to as Rank;
+        let now = Instant::now();
         let mut state = self.lock();
-        state.to_dial.push_back(dial);
-        if !state.dialler_runs {
+        state.to_dial.push(Pending { dial, since: now, attempts: 0, next: now });
+        if state.dialler_runs {
+            self.changed.notify_one();
+        } else {
             let inbox = Arc::clone(self);
             thread::Builder::new()
                 .name("unisum-dial".into())
@@ -97,44 +130,71 @@ impl Inbox {
     }
 
     fn run_dialler(&self) {
-        while let Some(dial) = self.next_dial() {
-            let (peer, socket) = (dial.hello.to as Rank, dial.hello.socket);
-            let result = self.open(&dial);
-            self.lock().dialling = None;
-            self.put(Arrived { peer, socket, result });
+        while let Some(mut pending) = self.next_dial() {
+            pending.attempts += 1;
+            let result = self.open(&pending);
+            let now = Instant::now();
+            let mut state = self.lock();
+            state.dialling = None;
+            match result {
+                Err(failed) if !failed.is_final && now < pending.until() => {
+                    tracing::debug!(
+                        address = %pending.dial.address, doing = failed.doing, error = failed.error,
+                        "a connection is not open yet"
+                    );
+                    pending.next =
+                        (now + pending.doubled(PAUSE_MIN, PAUSE_MAX)).min(pending.until());
+                    state.to_dial.push(pending);
+                }
+                result => {
+                    drop(state);
+                    let Hello { to, socket, .. } = pending.dial.hello;
+                    let result = result.map_err(|failed| pending.given_up(&failed));
+                    self.put(Arrived { peer: to as Rank, socket, result });
+                }
+            }
         }
     }
 
-    fn next_dial(&self) -> Option<Dial> {
+    /// Waits for the time of the next attempt; `None` if there is nothing left to dial.
+    fn next_dial(&self) -> Option<Pending> {
         let mut state = self.lock();
-        let next = if state.closed { None } else { state.to_dial.pop_front() };
-        state.dialler_runs = next.is_some();
-        next
+        loop {
+            let next = (0..state.to_dial.len()).min_by_key(|&at| state.to_dial[at].next);
+            let Some(at) = next.filter(|_| !state.closed) else {
+                state.dialler_runs = false;
+                return None;
+            };
+            let pause = state.to_dial[at].next.saturating_duration_since(Instant::now());
+            if pause.is_zero() {
+                return Some(state.to_dial.swap_remove(at));
+            }
+            let waited = self.changed.wait_timeout(state, pause);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
-    fn open(&self, dial: &Dial) -> Result<ParentOnly<TcpStream>, LinkError> {
-        let start = Instant::now();
-        let failed = |what: &str, error: &dyn std::fmt::Display| LinkError {
-            peer: dial.hello.to as Rank,
-            kind: LinkErrorKind::Unreachable(format!(
-                "{what} {} failed after {:.1} s: {error}",
-                dial.address,
-                start.elapsed().as_secs_f64()
-            )),
-        };
+    /// One attempt at a connection. Before the proof it may be broken off, for the peer takes
+    /// nothing over that has not proven the token; after it there is time until the deadline, or
+    /// the peer could have the same connection twice.
+    fn open(&self, pending: &Pending) -> Result<ParentOnly<TcpStream>, Failed> {
+        let dial = &pending.dial;
+        let left = pending.left();
+        let time = pending.doubled(ATTEMPT_MIN, ATTEMPT_MAX).min(left);
+        let broken = |doing| move |error| Failed::io(doing, &error);
+        let answered = |error| Failed::handshake(&error);
         let mut stream =
-            connect(dial).map(ParentOnly::new).map_err(|error| failed("connecting to", &error))?;
-        self.prepare(&stream, dial.timeout)
-            .map_err(|error| failed("preparing the socket to", &error))?;
-        handshake::dial(&mut *stream, &dial.hello, &dial.secret)
-            .map_err(|error| failed("the handshake with", &error))?;
+            connect(dial, time).map(ParentOnly::new).map_err(broken("connecting to"))?;
+        self.prepare(&stream, time).map_err(broken("preparing the socket to"))?;
+        let challenged = handshake::greet(&mut *stream, &dial.hello).map_err(answered)?;
+        set_timeouts(&stream, pending.left()).map_err(broken("preparing the socket to"))?;
+        challenged.prove(&mut *stream, &dial.secret).map_err(answered)?;
         Ok(stream)
     }
 
     fn prepare(&self, stream: &TcpStream, timeout: Duration) -> io::Result<()> {
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(timeout))?;
-        stream.set_write_timeout(Some(timeout))?;
+        set_timeouts(stream, timeout)?;
         let handle = ParentOnly::new(stream.try_clone()?);
         let mut state = self.lock();
         if state.closed {
@@ -155,6 +215,7 @@ impl Inbox {
             // It may have ended by itself: then there is nothing to interrupt.
             let _ = stream.shutdown(Shutdown::Both);
         }
+        self.changed.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -163,11 +224,86 @@ impl Inbox {
     }
 }
 
-fn connect(dial: &Dial) -> io::Result<TcpStream> {
+impl Pending {
+    fn until(&self) -> Instant {
+        self.since + self.dial.timeout
+    }
+
+    /// What is left of the time; a moment at least, for no time-out may be zero.
+    fn left(&self) -> Duration {
+        self.until().saturating_duration_since(Instant::now()).max(PAUSE_MIN)
+    }
+
+    /// `first`, doubled with each attempt, `most` at most.
+    fn doubled(&self, first: Duration, most: Duration) -> Duration {
+        first.saturating_mul(1 << self.attempts.saturating_sub(1).min(16)).min(most)
+    }
+
+    fn given_up(&self, Failed { doing, error, .. }: &Failed) -> LinkError {
+        let seconds = self.since.elapsed().as_secs_f64();
+        let attempts = match self.attempts {
+            1 => String::new(),
+            attempts => format!(" and {attempts} attempts, the last one"),
+        };
+        let address = self.dial.address;
+        let why = format!("{doing} {address} failed after {seconds:.1} s{attempts}: {error}");
+        LinkError { peer: self.dial.hello.to as Rank, kind: LinkErrorKind::Unreachable(why) }
+    }
+}
+
+impl Failed {
+    fn io(doing: &'static str, error: &io::Error) -> Self {
+        Self { doing, error: error.to_string(), is_final: !may_pass(error) }
+    }
+
+    fn handshake(error: &HandshakeError) -> Self {
+        let is_final = match error {
+            HandshakeError::Io(error) => !may_pass(error),
+            error => error.is_answer(),
+        };
+        Self { doing: "the handshake with", error: error.to_string(), is_final }
+    }
+}
+
+/// Whether an error says that the network, or the other end, has no time for this rank now:
+/// strangers may crowd it, use up the ports of this host, or a network may be away. Where nobody
+/// listens there will be nobody: ranks listen until they end.
+fn may_pass(error: &io::Error) -> bool {
+    use io::ErrorKind::{
+        AddrInUse, AddrNotAvailable, BrokenPipe, ConnectionAborted, ConnectionReset,
+        HostUnreachable, Interrupted, NetworkDown, NetworkUnreachable, TimedOut, UnexpectedEof,
+        WouldBlock,
+    };
+    matches!(
+        error.kind(),
+        AddrInUse
+            | AddrNotAvailable
+            | BrokenPipe
+            | ConnectionAborted
+            | ConnectionReset
+            | HostUnreachable
+            | Interrupted
+            | NetworkDown
+            | NetworkUnreachable
+            | TimedOut
+            | UnexpectedEof
+            | WouldBlock
+    )
+}
+
+fn set_timeouts(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))
+}
+
+fn connect(dial: &Dial, timeout: Duration) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(dial.address), Type::STREAM, None)?;
     if dial.is_on_this_host {
         congestion::inside(&SockRef::from(&socket));
     }
-    socket.connect_timeout(&dial.address.into(), dial.timeout)?;
+    socket.connect_timeout(&dial.address.into(), timeout)?;
     Ok(socket.into())
 }
+
+#[cfg(test)]
+mod tests;

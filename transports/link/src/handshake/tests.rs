@@ -101,6 +101,34 @@ fn a_refusal_reaches_the_dialer_with_its_reason() {
 }
 
 #[test]
+fn only_who_was_turned_away_for_now_or_lost_the_connection_comes_again() {
+    let crowded = Refusal::Crowded.encode();
+    let error = dial(&mut Answers(&crowded), &HELLO, &secret()).unwrap_err();
+    assert_eq!(error.to_string(), format!("turned away for now: {}", Refusal::Crowded));
+    assert!(!error.is_answer());
+    assert!(!dial(&mut Answers(&[]), &HELLO, &secret()).unwrap_err().is_answer());
+    for refusal in [Refusal::Token, Refusal::Session, Refusal::RankTaken(1), Refusal::Exhausted] {
+        let answers = refusal.encode();
+        assert!(
+            dial(&mut Answers(&answers), &HELLO, &secret()).unwrap_err().is_answer(),
+            "{refusal}"
+        );
+    }
+}
+
+#[test]
+fn a_claim_lasts_from_the_hello_to_the_proof() {
+    let mut listening = Listening::new([1; 32]);
+    let encoded = HELLO.encode(&[5; 32]);
+    listening.feed(&encoded[..HELLO_BYTES - 1], &secret(), |_| Ok(()));
+    assert_eq!(listening.claim(), None);
+    listening.feed(&encoded[HELLO_BYTES - 1..], &secret(), |_| Ok(()));
+    assert_eq!(listening.claim(), Some(&HELLO));
+    listening.feed(&[0; MAC_BYTES], &secret(), |_| Ok(()));
+    assert_eq!(listening.claim(), None);
+}
+
+#[test]
 fn policy_is_not_asked_before_the_proof() {
     let mut listening = Listening::new([1; 32]);
     let none = |_: &Hello| -> Result<(), Refusal> { panic!("asked for a stranger") };
