@@ -9,6 +9,7 @@ use unisum_link::handshake::Secret;
 use crate::background::Background;
 use crate::launcher::{self, Detected, Token};
 use crate::member::{Core, Member};
+use crate::membership::Membership;
 use crate::runner::Runner;
 use crate::settings::{Environment, Settings};
 use crate::wiring::{self, Joined};
@@ -106,13 +107,19 @@ impl Builder {
         }
         let token = Token::from_environment(&environment).map_err(configuration)?;
         tracing::debug!("the job token comes from {}", token.origin());
-        let joined = wiring::join(&detected, &settings, &Secret::new(token.as_bytes()))?;
-        Ok(communicator(&detected, &settings, joined))
+        let (membership, joined) =
+            wiring::join(&detected, &settings, &Secret::new(token.as_bytes()))?;
+        Ok(communicator(&detected, &settings, membership, joined))
     }
 }
 
-fn communicator(detected: &Detected, settings: &Settings, joined: Joined) -> Communicator {
-    let Joined { job, membership, engine, choice, tuning, transport, description } = joined;
+fn communicator(
+    detected: &Detected,
+    settings: &Settings,
+    membership: Membership,
+    joined: Joined,
+) -> Communicator {
+    let Joined { job, engine, choice, tuning, transport, description } = joined;
     let (rank, world) = (detected.rank, detected.world);
     let runner = Runner::new(rank, settings.timeout, membership, engine, choice, tuning);
     let core = Core { runner, job, rank, world }.into();

@@ -40,6 +40,36 @@ impl Membership {
         self.report(Report { against, finding: Finding::Mismatch, text })
     }
 
+    /// Tells all ranks that rank `against` of this communicator, which may be this one, did not do
+    /// its part in something else than a call; the error for the caller. Blocks as
+    /// [`Membership::judge`].
+    pub(crate) fn blame(&self, against: Rank, text: String) -> Error {
+        if let Some(verdict) = self.verdict() {
+            return from_verdict(&verdict);
+        }
+        let report =
+            Report { against: self.job_ranks(&[against])[0], finding: Finding::LinkFailed, text };
+        self.report(report)
+    }
+
+    /// Tells all ranks what goes wrong on this one alone while the job starts, as they wait for it;
+    /// the error for the caller. Does nothing if all know, or if other ranks are the cause.
+    pub(crate) fn own_failure(&self, error: Error) -> Error {
+        let is_own = error.culprits().iter().all(|&rank| rank == self.job_rank());
+        if !is_own || self.verdict().is_some() {
+            return error;
+        }
+        let rank = self.job_rank();
+        let error = error.on(rank);
+        self.accuse(Report {
+            against: rank,
+            finding: Finding::LinkFailed,
+            text: error.to_string(),
+        });
+        self.await_verdict(Instant::now() + GRACE);
+        error.caused_by(vec![rank])
+    }
+
     fn report(&self, report: Report) -> Error {
         let (against, text) = (report.against, report.text.clone());
         let kind = match report.finding {

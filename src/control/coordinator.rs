@@ -272,7 +272,10 @@ impl Coordinator {
         match self.presence.get(against) {
             None => self.violated(by, format_args!("it accused rank {against}")),
             Some(_) if self.verdict.is_some() => {}
-            Some(_) if report.finding != Finding::LinkFailed => self.conclude(report.verdict(by)),
+            // What a rank says of itself needs no other explanation.
+            Some(_) if report.finding != Finding::LinkFailed || against == by => {
+                self.conclude(report.verdict(by));
+            }
             Some(Presence::Left) => self.conclude(Verdict::left(against)),
             Some(_) => self.accusations.push(Accusation { by, report, until: now + GRACE }),
         }

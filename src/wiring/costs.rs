@@ -11,7 +11,7 @@ use unisum_link::{Call, Dtype, LinkError, Rank, ReduceOp, Regions};
 
 use super::calibrate::{self, Limit};
 use super::pairs::{self, Across, Measured};
-use super::{Job, rendezvous_error};
+use super::{Job, rendezvous_error, starting_failed};
 use crate::choice::{Choice, Line, NodeCost};
 use crate::engine::Engine;
 use crate::engine::program::Tuning;
@@ -142,9 +142,7 @@ fn measure_collectives(
 
 /// Ends the job on all ranks: the others wait for this one.
 fn measuring_failed(error: LinkError, membership: &Membership) -> Error {
-    let judged = membership.judge(error);
-    let text = format!("measuring the links: {judged}");
-    Error::new(ErrorKind::Rendezvous, text).caused_by(judged.culprits().to_vec())
+    starting_failed(&membership.judge(error), "measuring the links")
 }
 
 /// Which core a rank is on, and whether it has a group.

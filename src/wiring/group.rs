@@ -54,7 +54,7 @@ impl Parent<'_> {
     /// If a rank is lost meanwhile; on all ranks if one can't be a member.
     pub(crate) fn join(&self, group: Option<&Group>) -> Result<Option<Member>, Error> {
         let group = group.filter(|group| group.ranks.len() > 1);
-        let offer = group.map(|_| Offer::new(self.job.settings.transport, &self.job.secret));
+        let offer = group.map(|_| self.offer());
         let drawn: [u8; 16] = random().map_err(|error| {
             Error::new(ErrorKind::Rendezvous, format!("drawing a session: {error}"))
         })?;
@@ -83,6 +83,15 @@ impl Parent<'_> {
         Err(Error::new(ErrorKind::Rendezvous, text).caused_by(culprits))
     }
 
+    /// Only a rank whose registered memory the others of its node map can share a group's memory.
+    fn offer(&self) -> Offer {
+        #[cfg(feature = "shm")]
+        if self.job.heaps.is_none() {
+            return Offer::none("it shares none in the job");
+        }
+        Offer::new(self.job.settings.transport, &self.job.secret)
+    }
+
     fn connect(
         &self,
         group: &Group,
@@ -106,6 +115,7 @@ impl Parent<'_> {
             cards: cards.iter().map(|(_, card)| card.to_vec()).collect(),
             session,
             exchange: &exchange,
+            membership: &membership,
             #[cfg(feature = "shm")]
             heaps: self.job.heaps.as_ref().map(|heaps| (heaps, &ranks[..])),
         };

@@ -13,6 +13,7 @@ mod group;
 mod job;
 mod node;
 mod pairs;
+mod report;
 mod tcp;
 mod verbs;
 
@@ -43,7 +44,6 @@ use node::{Circle, Node, Offer};
 #[derive(Debug)]
 pub(crate) struct Joined {
     pub(crate) job: Arc<Job>,
-    pub(crate) membership: Membership,
     pub(crate) engine: Engine,
     pub(crate) choice: Choice,
     pub(crate) tuning: Tuning,
@@ -55,17 +55,34 @@ pub(crate) struct Joined {
 /// equally often, and all with the same for everybody or all with something for each.
 pub(crate) type Exchange<'a> = dyn Fn(Share) -> Result<Vec<Vec<u8>>, Error> + 'a;
 
-/// Joins the job. Blocks until every rank has come.
+/// Joins the job. Blocks until every rank has come. What goes wrong on this rank alone is told to
+/// the others, which wait for it.
 pub(crate) fn join(
     detected: &Detected,
     settings: &Settings,
     secret: &Secret,
-) -> Result<Joined, Error> {
+) -> Result<(Membership, Joined), Error> {
     let (rank, world, start) = (detected.rank, detected.world, Instant::now());
     let fixed = settings.algorithm.as_deref().map(choice::index_of).transpose()?;
     let control = Arc::new(tcp::start_control(detected, settings, secret)?);
+    let membership = Membership::of_job(control, rank, world);
+    match wire(detected, settings, secret, &membership, (fixed, start)) {
+        Ok(joined) => Ok((membership, joined)),
+        Err(error) => Err(membership.own_failure(error)),
+    }
+}
+
+/// Makes the links of the job's own communicator.
+fn wire(
+    detected: &Detected,
+    settings: &Settings,
+    secret: &Secret,
+    membership: &Membership,
+    (fixed, start): (Option<usize>, Instant),
+) -> Result<Joined, Error> {
+    let (rank, world, control) = (detected.rank, detected.world, membership.control());
     let offer = Offer::new(settings.transport, secret);
-    let cards = exchange_cards(&control, rank, settings, &offer)?;
+    let cards = exchange_cards(control, rank, settings, &offer)?;
     let hosts: Vec<&str> = cards.iter().map(|card| card.host.as_str()).collect();
     let exchange = |share: Share| control.exchange(share).map_err(rendezvous_error);
     let circle = Circle {
@@ -74,13 +91,13 @@ pub(crate) fn join(
         cards: cards.iter().map(|card| card.shm.clone()).collect(),
         session: control.session(),
         exchange: &exchange,
+        membership,
         #[cfg(feature = "shm")]
         heaps: None,
     };
     let Node { members, link, topology } = offer.join(&circle, settings)?;
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA registers memory"))]
     let mut job = Job::new(settings, secret, &detected.job, &cards, link.as_ref())?;
-    let membership = Membership::of_job(control.clone(), rank, world);
     let mut links = Assembly::new(world);
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA has devices"))]
     let mut devices = String::new();
@@ -90,7 +107,7 @@ pub(crate) fn join(
         others: &others,
         topology: &topology,
         settings,
-        membership: &membership,
+        membership,
         exchange: &exchange,
         #[cfg(feature = "verbs")]
         registry: None,
@@ -101,12 +118,12 @@ pub(crate) fn join(
         job.arena.register_with(rdma.registry());
         devices = format!("RDMA: {}\n", rdma.description());
     }
-    links.add_all((link, rdma), &members, &job, &membership, (rank, control.session()))?;
+    links.add_all((link, rdma), &members, &job, membership, (rank, control.session()))?;
     let transport = links.names.join("+");
     let mut engine = links.engine(rank, job.ranks_and_cores(&members));
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
     let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
-    let limit = Limit { until: Instant::now() + settings.connect_timeout, membership: &membership };
+    let limit = Limit { until: Instant::now() + settings.connect_timeout, membership };
     let site = Site { rank, members: &members, job: &job, topology: &topology, tuning, limit };
     let costs = costs::agree(&mut engine, site)?;
     let seconds = start.elapsed().as_secs_f64();
@@ -114,7 +131,7 @@ pub(crate) fn join(
         describe(detected, &cards, &topology, &transport, seconds) + &devices + &costs.to_string();
     tracing::info!("rank {rank} of {world} joined over {transport} in {seconds:.3} s");
     let choice = costs.choice(topology, &mut engine, tuning, fixed);
-    Ok(Joined { job: Arc::new(job), membership, engine, choice, tuning, transport, description })
+    Ok(Joined { job: Arc::new(job), engine, choice, tuning, transport, description })
 }
 
 /// The ranks that share no memory with this one.
@@ -227,8 +244,19 @@ fn check_settings(rank: Rank, cards: &[Card]) -> Result<(), Error> {
     Err(Error::new(ErrorKind::Configuration, text).on(rank).caused_by(vec![other]))
 }
 
+/// A failure while the links were made, as one to join.
+fn starting_failed(judged: &Error, doing: &str) -> Error {
+    let text = format!("{doing}: {judged}");
+    Error::new(ErrorKind::Rendezvous, text).caused_by(judged.culprits().to_vec())
+}
+
 fn rendezvous_error(error: ControlError) -> Error {
-    Error::new(ErrorKind::Rendezvous, error.to_string())
+    let text = error.to_string();
+    let culprits = match error {
+        ControlError::Ended(verdict) => verdict.culprits,
+        _ => Vec::new(),
+    };
+    Error::new(ErrorKind::Rendezvous, text).caused_by(culprits)
 }
 
 fn describe(

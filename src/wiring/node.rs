@@ -8,9 +8,11 @@ use unisum_algorithms::Topology;
 use unisum_link::handshake::Secret;
 use unisum_link::{Link, Rank};
 
-use super::Exchange;
+use super::report::{Refusal, Report, not_all_share};
+use super::{Exchange, starting_failed};
+use crate::Error;
+use crate::membership::Membership;
 use crate::settings::{Settings, TransportChoice};
-use crate::{Error, ErrorKind};
 
 /// This rank's node as it was found.
 pub(super) struct Node {
@@ -41,19 +43,29 @@ pub(super) struct Circle<'a> {
     #[cfg_attr(not(feature = "shm"), expect(dead_code, reason = "nobody offers"))]
     pub(super) session: [u8; 16],
     pub(super) exchange: &'a Exchange<'a>,
+    /// It knows when the job has ended: then nobody is waited for.
+    #[cfg_attr(not(feature = "shm"), expect(dead_code, reason = "nobody waits"))]
+    pub(super) membership: &'a Membership,
     /// Of a group: the job's numbers of its ranks, and where these have registered memory.
     #[cfg(feature = "shm")]
     pub(super) heaps: Option<(&'a unisum_shm::Heaps, &'a [Rank])>,
 }
 
-/// How long the ranks of a node try to share memory before they do without.
+/// How long the ranks of a node try to share memory before they do without, at most.
 #[cfg(feature = "shm")]
 const SHARING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long one of them waits for the others: less than all wait for a rank in an exchange, so that
+/// who waits takes part in the next one in time, and only who is waited for is missing there.
+#[cfg(feature = "shm")]
+fn patience(settings: &Settings) -> Duration {
+    SHARING_TIMEOUT.min(settings.connect_timeout / 2).min(settings.timeout / 2)
+}
 
 /// An offer to share memory, if this rank makes one.
 pub(super) struct Offer {
     #[cfg(feature = "shm")]
-    shm: Result<unisum_shm::Offer, String>,
+    shm: Result<unisum_shm::Offer, Refusal>,
 }
 
 impl Offer {
@@ -62,9 +74,9 @@ impl Offer {
         {
             let shm = match transport {
                 TransportChoice::Tcp | TransportChoice::Verbs => {
-                    Err(format!("transport {transport} was asked for"))
+                    Err(Refusal::NotWanted(format!("transport {transport} was asked for")))
                 }
-                _ => unisum_shm::Offer::new(secret).map_err(|error| error.to_string()),
+                _ => unisum_shm::Offer::new(secret).map_err(Refusal::from),
             };
             Self { shm }
         }
@@ -73,6 +85,12 @@ impl Offer {
             let _ = (transport, secret);
             Self {}
         }
+    }
+
+    /// None, and why.
+    #[cfg(feature = "shm")]
+    pub(super) fn none(why: &str) -> Self {
+        Self { shm: Err(Refusal::NotWanted(why.into())) }
     }
 
     pub(super) fn card(&self) -> Vec<u8> {
@@ -88,20 +106,26 @@ impl Offer {
         let rank = circle.rank;
         let candidate = self.candidate(circle, settings);
         let report = match &candidate {
-            Ok((leader, _)) => format!("+{leader}"),
-            Err(why) => format!("-{why}"),
+            Ok((leader, _)) => Report::Shares(*leader),
+            Err(why) => Report::Alone(why.clone()),
         };
-        let reports = (circle.exchange)(report.into_bytes().into())?;
-        let reports: Vec<_> =
-            reports.iter().map(|report| String::from_utf8_lossy(report)).collect();
-        let leaders: Vec<Option<Rank>> =
-            reports.iter().map(|report| report.strip_prefix('+')?.parse().ok()).collect();
+        let reports = (circle.exchange)(report.encode().into())?;
+        let reports: Vec<Report> = reports.iter().map(|report| Report::decode(report)).collect();
+        let leaders: Vec<Option<Rank>> = reports.iter().map(Report::leader).collect();
         let members = members_of(rank, &leaders);
         if settings.transport == TransportChoice::Shm && members.len() < reports.len() {
-            return Err(not_all_share(rank, &members, &reports));
+            return Err(not_all_share(rank, &leaders, &reports));
+        }
+        if let Report::Alone(why) = &reports[rank] {
+            why.log(rank, &reports);
         }
         let topology = topology(&leaders, circle.hosts);
-        connect(circle, candidate, members, topology)
+        match candidate {
+            Ok((_, candidate)) if members.len() > 1 => {
+                connect(circle, candidate, members, topology, settings)
+            }
+            _ => Ok(alone(rank, topology)),
+        }
     }
 
     #[cfg(feature = "shm")]
@@ -109,14 +133,14 @@ impl Offer {
         self,
         circle: &Circle<'_>,
         settings: &Settings,
-    ) -> Result<(Rank, unisum_shm::Candidate), String> {
-        let until = Instant::now() + SHARING_TIMEOUT.min(settings.connect_timeout);
+    ) -> Result<(Rank, unisum_shm::Candidate), Refusal> {
+        let offer = self.shm?;
+        tell_who_is_apart(circle);
+        let is_over = || circle.membership.verdict().is_some();
+        let limit = unisum_shm::Limit::new(Instant::now() + patience(settings), &is_over);
         // A group needs no heaps of its own.
         let heap = if circle.heaps.is_some() { Some(0) } else { settings.shm_heap };
-        let candidate = self
-            .shm?
-            .join(circle.rank, &circle.cards, circle.session, heap, until)
-            .map_err(|error| error.to_string())?;
+        let candidate = offer.join(circle.rank, &circle.cards, circle.session, heap, limit)?;
         let private_reads = settings.cross_memory;
         let candidate = if private_reads { candidate } else { candidate.without_private_reads() };
         Ok((candidate.leader(), candidate))
@@ -127,51 +151,68 @@ impl Offer {
         self,
         _circle: &Circle<'_>,
         _settings: &Settings,
-    ) -> Result<(Rank, std::convert::Infallible), String> {
-        Err("this build has no shared-memory transport".into())
+    ) -> Result<(Rank, std::convert::Infallible), Refusal> {
+        Err(Refusal::NotWanted("this build has no shared-memory transport".into()))
+    }
+}
+
+/// Says, in one line of one rank, that ranks of one host have networks of their own.
+#[cfg(feature = "shm")]
+fn tell_who_is_apart(circle: &Circle<'_>) {
+    let (rank, apart) = (circle.rank, unisum_shm::apart(circle.rank, &circle.cards));
+    // In a group the same would be said once more.
+    if circle.heaps.is_none() && !apart.is_empty() {
+        tracing::warn!(
+            "ranks {apart:?} are on the host of rank {rank}, but in other network namespaces: \
+             there is no shared memory between those"
+        );
     }
 }
 
 #[cfg(feature = "shm")]
 fn connect(
     circle: &Circle<'_>,
-    candidate: Result<(Rank, unisum_shm::Candidate), String>,
+    candidate: unisum_shm::Candidate,
     members: Vec<Rank>,
     topology: Topology,
+    settings: &Settings,
 ) -> Result<Node, Error> {
-    let rank = circle.rank;
-    match candidate {
-        Ok((_, candidate)) if members.len() > 1 => {
-            let until = Instant::now() + SHARING_TIMEOUT;
-            let link = match circle.heaps {
-                None => candidate.connect(&members, until),
-                Some((heaps, ranks)) => heaps
-                    .renamed(&members, ranks)
-                    .and_then(|heaps| candidate.connect_beside(&members, heaps, until)),
-            };
-            let link = link.map_err(|error| {
-                let text = format!("sharing memory with ranks {members:?}: {error}");
-                Error::new(ErrorKind::Rendezvous, text).on(rank)
-            })?;
-            let heaps = link.heaps();
-            Ok(Node { members, link: Some(Shared { link: Box::new(link), heaps }), topology })
+    let is_over = || circle.membership.verdict().is_some();
+    let limit = unisum_shm::Limit::new(Instant::now() + patience(settings), &is_over);
+    let link = match circle.heaps {
+        None => candidate.connect(&members, limit),
+        Some((heaps, ranks)) => heaps
+            .renamed(&members, ranks)
+            .and_then(|heaps| candidate.connect_beside(&members, heaps, limit)),
+    };
+    let link = link.map_err(|error| {
+        let culprit = error.culprits().first().copied().unwrap_or(circle.rank);
+        let text = match &error {
+            unisum_shm::ShmError::Late(late) => {
+                let late = circle.membership.job_ranks(late);
+                format!("ranks {late:?} did not take part in sharing memory in time")
+            }
+            error => format!("sharing memory: {error}"),
+        };
+        let judged = circle.membership.blame(culprit, text);
+        match circle.heaps {
+            None => starting_failed(&judged, "sharing memory"),
+            Some(_) => judged,
         }
-        Err(why) => {
-            tracing::info!("rank {rank} shares no memory: {why}");
-            Ok(alone(rank, topology))
-        }
-        Ok(_) => Ok(alone(rank, topology)),
-    }
+    })?;
+    let heaps = link.heaps();
+    Ok(Node { members, link: Some(Shared { link: Box::new(link), heaps }), topology })
 }
 
 #[cfg(not(feature = "shm"))]
 fn connect(
-    circle: &Circle<'_>,
-    _candidate: Result<(Rank, std::convert::Infallible), String>,
+    _circle: &Circle<'_>,
+    candidate: std::convert::Infallible,
     _members: Vec<Rank>,
-    topology: Topology,
+    _topology: Topology,
+    _settings: &Settings,
 ) -> Result<Node, Error> {
-    Ok(alone(circle.rank, topology))
+    match candidate {}
 }
 
 fn alone(rank: Rank, topology: Topology) -> Node {
@@ -195,23 +236,6 @@ fn topology(leaders: &[Option<Rank>], hosts: &[&str]) -> Topology {
     let node_of: Vec<u32> =
         (0..leaders.len()).map(|rank| node(rank) * 2 + u32::from(sharing(rank))).collect();
     Topology::from_node_of(node_of)
-}
-
-fn not_all_share(rank: Rank, members: &[Rank], reports: &[impl AsRef<str>]) -> Error {
-    let others: Vec<Rank> = (0..reports.len()).filter(|peer| !members.contains(peer)).collect();
-    let reasons: Vec<String> = reports
-        .iter()
-        .enumerate()
-        .filter_map(|(peer, report)| {
-            let why = report.as_ref().strip_prefix('-')?;
-            Some(format!("rank {peer}: {why}"))
-        })
-        .collect();
-    let text = format!(
-        "transport shm was asked for, but ranks {others:?} share no memory with rank {rank} ({})",
-        if reasons.is_empty() { "they are on other hosts".into() } else { reasons.join("; ") }
-    );
-    Error::new(ErrorKind::Configuration, text).on(rank).caused_by(others)
 }
 
 /// Names the host and its network as far as names go: ranks with the same name may share a host.

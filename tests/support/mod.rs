@@ -44,6 +44,8 @@ impl Random {
     }
 }
 
+type Through = std::sync::Arc<dyn Fn(usize) -> Vec<String> + Send + Sync>;
+
 /// What a rank process does.
 pub type Scenario = (&'static str, fn());
 
@@ -107,7 +109,7 @@ pub struct World {
     scenario: &'static str,
     variables: HashMap<String, String>,
     /// Runs a rank's command through another one, like `ip netns exec NAME`.
-    through: fn(usize) -> Vec<String>,
+    through: Through,
 }
 
 /// What one rank did.
@@ -137,7 +139,7 @@ impl World {
             ("UNISUM_CONNECT_TIMEOUT".into(), "60".into()),
             ("UNISUM_TIMEOUT".into(), "60".into()),
         ]);
-        Self { ranks, scenario, variables, through: |_| Vec::new() }
+        Self { ranks, scenario, variables, through: std::sync::Arc::new(|_| Vec::new()) }
     }
 
     pub fn set(mut self, name: &str, value: impl ToString) -> Self {
@@ -145,8 +147,11 @@ impl World {
         self
     }
 
-    pub fn through(mut self, through: fn(usize) -> Vec<String>) -> Self {
-        self.through = through;
+    pub fn through(
+        mut self,
+        through: impl Fn(usize) -> Vec<String> + Send + Sync + 'static,
+    ) -> Self {
+        self.through = std::sync::Arc::new(through);
         self
     }
 

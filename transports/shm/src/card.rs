@@ -3,23 +3,23 @@
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-use rustix::process::{Resource, geteuid, getrlimit};
+use rustix::process::{Resource, getrlimit};
 use unisum_link::Rank;
 
 use crate::ShmError;
 
-const VERSION: u8 = 1;
-const CARD_BYTES: usize = 1 + 16 + 8 + 4 + 8 + 32;
+const VERSION: u8 = 2;
+const CARD_BYTES: usize = 1 + 16 + 8 + 8 + 32;
 
-/// A rank's card. Equal `boot`, `network` and `user` only make two ranks candidates: that they
-/// share a host is proven by mapping the same memory.
+/// A rank's card. Equal `boot` and `network` only make two ranks candidates: that they share a host
+/// is proven by mapping the same memory. Which user a rank is says nothing: user namespaces have
+/// numbers of their own, and the job's secret is what admits a rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Card {
     /// The kernel's boot id.
     boot: [u8; 16],
     /// The inode of the network namespace, in which abstract sockets have their names.
     network: u64,
-    user: u32,
     /// Bytes of address space that the rank can spare.
     pub(crate) room: u64,
     /// The abstract name of its socket.
@@ -35,7 +35,7 @@ impl Card {
         let network = std::fs::metadata("/proc/self/ns/net")
             .map_err(ShmError::os("looking at the network namespace"))?
             .ino();
-        Ok(Self { boot, network, user: geteuid().as_raw(), room: spare_room()?, socket })
+        Ok(Self { boot, network, room: spare_room()?, socket })
     }
 
     /// The bytes that travel.
@@ -44,7 +44,6 @@ impl Card {
         bytes.push(VERSION);
         bytes.extend_from_slice(&self.boot);
         bytes.extend_from_slice(&self.network.to_le_bytes());
-        bytes.extend_from_slice(&self.user.to_le_bytes());
         bytes.extend_from_slice(&self.room.to_le_bytes());
         bytes.extend_from_slice(&self.socket);
         bytes
@@ -57,19 +56,17 @@ impl Card {
         };
         let (boot, rest) = rest.split_first_chunk()?;
         let (network, rest) = rest.split_first_chunk()?;
-        let (user, rest) = rest.split_first_chunk()?;
         let (room, socket) = rest.split_first_chunk()?;
         Some(Self {
             boot: *boot,
             network: u64::from_le_bytes(*network),
-            user: u32::from_le_bytes(*user),
             room: u64::from_le_bytes(*room),
             socket: socket.try_into().ok()?,
         })
     }
 
     fn may_share_with(&self, other: &Self) -> bool {
-        (self.boot, self.network, self.user) == (other.boot, other.network, other.user)
+        (self.boot, self.network) == (other.boot, other.network)
     }
 }
 
@@ -88,6 +85,19 @@ pub(crate) fn candidates(me: Rank, cards: &[Vec<u8>]) -> Result<Vec<(Rank, Card)
         return Err(ShmError::Alone);
     }
     Ok(offered)
+}
+
+/// The ranks that run on the kernel of `me` in other network namespaces, and therefore can't share
+/// memory with it; only on the lowest rank of that kernel, so that one rank says so.
+pub fn apart(me: Rank, cards: &[Vec<u8>]) -> Vec<Rank> {
+    let known: Vec<_> =
+        (0..).zip(cards).filter_map(|it| Some((it.0, Card::decode(it.1)?))).collect();
+    let Some((_, own)) = known.iter().find(|(rank, _)| *rank == me) else { return Vec::new() };
+    let here = || known.iter().filter(|(_, card)| card.boot == own.boot);
+    if here().any(|(rank, _)| *rank < me) {
+        return Vec::new();
+    }
+    here().filter(|(_, card)| card.network != own.network).map(|(rank, _)| *rank).collect()
 }
 
 /// Half of what the address-space limit leaves: the rest is for everybody else in the process.
@@ -126,14 +136,26 @@ mod tests {
         assert_eq!(Card::decode(&bytes), Some(card(1)));
         assert_eq!(Card::decode(&bytes[1..]), None);
         assert_eq!(Card::decode(&[bytes.clone(), vec![0]].concat()), None);
-        assert_eq!(Card::decode(&[vec![2], bytes[1..].to_vec()].concat()), None);
+        assert_eq!(Card::decode(&[vec![VERSION + 1], bytes[1..].to_vec()].concat()), None);
         assert_eq!(Card::decode(&[]), None);
     }
 
     #[test]
-    fn candidates_are_those_of_one_host_and_user() {
+    fn one_rank_knows_who_is_in_another_network_on_its_host() {
+        let other = |network| Card { network: card(0).network + network, ..card(0) };
         let elsewhere = Card { boot: [9; 16], ..card(0) };
-        let stranger = Card { user: card(0).user + 1, ..card(0) };
+        let cards = [elsewhere, other(0), other(1), other(0), other(2), other(1)];
+        let cards = cards.map(|card| card.encode());
+        let found: Vec<_> = (0..6).map(|me| apart(me, &cards)).collect();
+        assert_eq!(found[1], [2, 4, 5]);
+        assert!((0..6).all(|me| me == 1 || found[me].is_empty()), "{found:?}");
+        assert!(apart(1, &[cards[1].clone(), Vec::new()]).is_empty());
+    }
+
+    #[test]
+    fn candidates_are_those_of_one_host_and_network() {
+        let elsewhere = Card { boot: [9; 16], ..card(0) };
+        let stranger = Card { network: card(0).network + 1, ..card(0) };
         let cards = [card(0), elsewhere, card(2), stranger].map(|card| card.encode());
         let cards = [cards.to_vec(), vec![Vec::new()]].concat();
         let ranks = |me| {

@@ -26,6 +26,9 @@ pub enum ShmError {
     /// A rank of the host was not heard of in time.
     #[error("ranks {0:?} of this host did not take part in time")]
     Late(Vec<Rank>),
+    /// The job ended while this rank waited for the others of the host.
+    #[error("the job ended meanwhile")]
+    Over,
     /// What answered is not the leader, or the memory is not the one it described.
     #[error("joining the memory of rank {leader}: {reason}")]
     Refused {
@@ -48,6 +51,18 @@ pub enum ShmError {
 }
 
 impl ShmError {
+    /// The ranks that stand in the way; none if it is this rank that lacks something.
+    pub fn culprits(&self) -> Vec<Rank> {
+        match self {
+            Self::Late(ranks) => ranks.clone(),
+            Self::Refused { leader, .. } => vec![*leader],
+            Self::Card(rank) => vec![*rank],
+            Self::Alone | Self::Os { .. } | Self::Over | Self::Full { .. } | Self::Aborted => {
+                Vec::new()
+            }
+        }
+    }
+
     /// The system's refusal of what `context` names; for `map_err`.
     pub(crate) fn os<E: Into<io::Error>>(context: &'static str) -> impl Fn(E) -> Self {
         move |source| Self::Os { context, source: source.into() }

@@ -1,6 +1,8 @@
-//! The two calls that no safe crate wraps well.
+//! The calls that no safe crate wraps well.
 
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 
 /// Copies `bytes` bytes at address `from` of process `pid` to `into` (`process_vm_readv(2)`).
 ///
@@ -39,6 +41,19 @@ pub(crate) unsafe fn read_process(
         }
     }
     Ok(())
+}
+
+/// The user at the other end of a connected Unix socket, as this process's user namespace knows it
+/// (`SO_PEERCRED`). Its process id is not looked at: it is 0 for a process that has none here,
+/// which rustix takes for impossible.
+pub(crate) fn peer_user(socket: &UnixStream) -> io::Result<u32> {
+    let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut bytes = size_of::<libc::ucred>() as libc::socklen_t;
+    let (level, name) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+    let into = (&raw mut found).cast();
+    // SAFETY: `found` has `bytes` bytes, and any bytes are a `ucred`.
+    let done = unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, into, &mut bytes) };
+    if done == 0 { Ok(found.uid) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The core that this thread runs on; by the C library, which knows it without a system call, also

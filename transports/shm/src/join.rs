@@ -10,6 +10,12 @@
 //! member   1 byte, after it found the nonce in the memory and wrote its own there
 //! leader   1 byte, after it found the member's nonce: both see the same memory
 //! ```
+//!
+//! Nobody waits for a rank that has given up. A member that gives up closes its connection; before
+//! it has proven itself it lacks nothing that could make it give up, as the descriptors that
+//! joining takes are set aside with the offer. A leader that gives up closes its socket: a member
+//! that has connected is cut off and dials again, and one that dials is refused. So a member that
+//! is cut off while the leader still listens, as one stranger too many, only tries once more.
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
@@ -18,7 +24,7 @@ mod host;
 mod member;
 
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -35,16 +41,22 @@ use crate::heap::Heap;
 use crate::heaps::Heaps;
 use crate::inbox::Peer;
 use crate::layout::BENCH_BYTES;
+use crate::limit::Passed;
 use crate::mapping::Mapping;
-use crate::{ShmError, ShmLink};
+use crate::{Limit, ShmError, ShmLink};
 
 /// This rank's offer to share memory with whoever is on the same host.
 #[derive(Debug)]
 pub struct Offer {
     secret: Secret,
     listener: ParentOnly<UnixListener>,
+    /// Descriptors set aside for joining, so that a rank that is short of them makes no offer.
+    reserve: Vec<UnixDatagram>,
     card: Card,
 }
+
+/// What joining opens beside the listener: the memory, the doorbell, and one connection.
+const RESERVE: usize = 3;
 
 impl Offer {
     /// Binds this rank's socket. `secret` is the job's: strangers are refused by it.
@@ -59,7 +71,11 @@ impl Offer {
             .map(ParentOnly::new)
             .map_err(ShmError::os("binding a Unix socket"))?;
         listener.set_nonblocking(true).map_err(ShmError::os("setting up a Unix socket"))?;
-        Ok(Self { secret: secret.clone(), listener, card: Card::here(name)? })
+        let reserve = (0..RESERVE)
+            .map(|_| UnixDatagram::unbound())
+            .collect::<Result<_, _>>()
+            .map_err(ShmError::os("setting descriptors aside for shared memory"))?;
+        Ok(Self { secret: secret.clone(), listener, reserve, card: Card::here(name)? })
     }
 
     /// What all ranks must know of this offer: opaque bytes.
@@ -73,27 +89,30 @@ impl Offer {
     ///
     /// `heap_bytes` is how much registered memory each rank may have at most, by default as much
     /// as the machine has; nothing is committed before it is allocated. The lowest rank of the
-    /// host decides. Blocks until all are there, at most until `deadline`.
+    /// host decides. Blocks until all are there or have given up, within `limit`.
     ///
     /// # Errors
     /// [`ShmError::Alone`] if no other rank is here, and whatever stands against sharing; then
-    /// this rank must use another transport, and tell the others.
-    pub fn join(
+    /// this rank must use another transport, and tell the others. [`ShmError::Over`] if the job
+    /// ends meanwhile.
+    pub fn join<'a>(
         self,
         me: Rank,
         cards: &[Vec<u8>],
         session: [u8; 16],
         heap_bytes: Option<u64>,
-        deadline: Instant,
+        limit: impl Into<Limit<'a>>,
     ) -> Result<Candidate, ShmError> {
-        let found = candidates(me, cards)?;
+        let (found, limit) = (candidates(me, cards)?, limit.into());
         let ranks: Vec<Rank> = found.iter().map(|(rank, _)| *rank).collect();
         let proof = Proof { secret: self.secret, session };
+        drop(self.reserve);
         let mapped = if ranks[0] == me {
             let room = found.iter().map(|(_, card)| card.room).min().unwrap_or(0);
-            host::serve(&self.listener, &proof, &ranks, heap_bytes, room, deadline)?
+            host::serve(&self.listener, &proof, &ranks, heap_bytes, room, limit)?
         } else {
-            member::join(&proof, &ranks, me, &found[0].1, deadline)?
+            drop(self.listener);
+            member::join(&proof, &ranks, me, &found[0].1, limit)?
         };
         Ok(mapped.seat(me, ranks))
     }
@@ -116,6 +135,12 @@ struct Mapped {
 impl Mapped {
     /// Writes down who sits at `seat`: all that peers need to know.
     fn new(mapping: Mapping, seat: u64) -> Result<Self, ShmError> {
+        // Now, and not when it is first written: then there would be no way to say that memory
+        // ran out.
+        let bench = mapping.layout().bench(seat);
+        mapping
+            .reserve(bench..bench + BENCH_BYTES as u64)
+            .map_err(ShmError::os("allocating shared memory for private buffers"))?;
         let mapping = Arc::new(mapping);
         let bell = Bell::new(Arc::clone(&mapping), seat)?;
         let drawn = random().map_err(ShmError::os("drawing a probe"))?;
@@ -161,18 +186,23 @@ impl Candidate {
     /// The link among `members`: ascending, the same on all of them, all of which joined.
     ///
     /// Finds out whether the members can read each other's private memory, so it waits for all of
-    /// them, at most until `deadline`.
+    /// them, within `limit`.
     ///
     /// # Errors
-    /// [`ShmError::Late`] if a member doesn't connect.
+    /// [`ShmError::Late`] if a member doesn't connect, [`ShmError::Over`] if the job ends
+    /// meanwhile.
     ///
     /// # Panics
     /// If `members` names a rank that is no candidate, or lacks this one.
-    pub fn connect(self, members: &[Rank], deadline: Instant) -> Result<ShmLink, ShmError> {
+    pub fn connect<'a>(
+        self,
+        members: &[Rank],
+        limit: impl Into<Limit<'a>>,
+    ) -> Result<ShmLink, ShmError> {
         let own = Heap::new(Arc::clone(&self.mapping), self.seat(self.me));
         let seats = members.iter().map(|&rank| (rank, self.seat(rank))).collect();
         let heaps = Heaps::new(own, Arc::clone(&self.mapping), seats);
-        let mut link = self.connect_beside(members, heaps, deadline)?;
+        let mut link = self.connect_beside(members, heaps, limit)?;
         link.spread();
         Ok(link)
     }
@@ -185,30 +215,25 @@ impl Candidate {
     ///
     /// # Panics
     /// As [`Candidate::connect`], and if a member has none of the heaps.
-    pub fn connect_beside(
+    pub fn connect_beside<'a>(
         self,
         members: &[Rank],
         heaps: Heaps,
-        deadline: Instant,
+        limit: impl Into<Limit<'a>>,
     ) -> Result<ShmLink, ShmError> {
+        let limit = limit.into();
         let peers = members.iter().map(|&rank| Peer { rank, seat: self.seat(rank), pid: 0 });
         let own = members.binary_search(&self.me).expect("this rank is a member");
         let (mapping, bell) = (Arc::clone(&self.mapping), Arc::clone(&self.bell));
-        // Now, and not when it is first written: then there would be no way to say that memory
-        // ran out.
-        let bench = mapping.layout().bench(self.seat(self.me));
-        mapping
-            .reserve(bench..bench + BENCH_BYTES as u64)
-            .map_err(ShmError::os("allocating shared memory for private buffers"))?;
         let mut team = Team::new(mapping, bell, peers.collect(), &heaps, own);
-        meet(&mut team, deadline)?;
+        meet(&mut team, limit)?;
         team.look_up_processes();
         let can_read = self.private_reads && team.peers().iter().all(|peer| self.can_read(peer));
         let verdict =
             |peer: &Peer| self.mapping.word(self.mapping.layout().control(peer.seat).verdict());
         // Relaxed, here and below: ordered by the arrival between them.
         verdict(&team.peers()[own]).store(u32::from(can_read), Ordering::Relaxed);
-        meet(&mut team, deadline)?;
+        meet(&mut team, limit)?;
         let reads_private =
             team.peers().iter().all(|peer| verdict(peer).load(Ordering::Relaxed) == 1);
         tracing::debug!(?members, reads_private, "shared memory connected");
@@ -238,14 +263,16 @@ impl Candidate {
 }
 
 /// Waits until all members of a new team are there.
-fn meet(team: &mut Team, deadline: Instant) -> Result<(), ShmError> {
+fn meet(team: &mut Team, limit: Limit<'_>) -> Result<(), ShmError> {
     let arrival = team.arrive();
     let os = |error: unisum_link::LinkError| std::io::Error::other(error.to_string());
     while !team.complete(arrival).map_err(os).map_err(ShmError::os("meeting the members"))? {
-        if Instant::now() >= deadline {
-            return Err(ShmError::Late(team.missing(arrival)));
-        }
-        team.park(arrival, deadline).map_err(os).map_err(ShmError::os("meeting the members"))?;
+        limit.check().map_err(|passed| match passed {
+            Passed::Late => ShmError::Late(team.missing(arrival)),
+            Passed::Over => ShmError::Over,
+        })?;
+        let until = Instant::now() + limit.nap();
+        team.park(arrival, until).map_err(os).map_err(ShmError::os("meeting the members"))?;
     }
     Ok(())
 }

@@ -31,14 +31,17 @@ mod heaps;
 mod inbox;
 mod join;
 mod layout;
+mod limit;
 mod link;
 mod mailbox;
 mod mapping;
 mod outbox;
 mod spread;
 
+pub use card::apart;
 pub use error::ShmError;
 pub use heap::{Block, Heap};
 pub use heaps::Heaps;
 pub use join::{Candidate, Offer};
+pub use limit::Limit;
 pub use link::ShmLink;

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_peercred;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::geteuid;
 use unisum_link::Rank;
@@ -18,6 +17,7 @@ use unisum_link::handshake::{mac, random, verify};
 
 use super::host::nonce_words;
 use super::{CHALLENGE_BYTES, GRANT_BYTES, Proof, REQUEST_BYTES, SEEN};
+use crate::ffi::peer_user;
 use crate::mapping::Mapping;
 
 /// Connections kept beside the candidates': the oldest silent one goes first.
@@ -30,7 +30,14 @@ pub(super) struct Guests<'a> {
     nonce: [u8; 16],
     seats: Vec<(Rank, Seat)>,
     guests: Vec<Guest>,
+    /// The system lacks what a guest takes, descriptors mostly: when to try again, unless one of
+    /// those that are here goes before.
+    full_until: Option<Instant>,
+    has_told_full: bool,
 }
+
+/// How long guests may take to go by themselves, so that there is room for another one.
+const FULL_TIME: Duration = Duration::from_millis(50);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Seat {
@@ -44,6 +51,8 @@ struct Guest {
     stream: ParentOnly<UnixStream>,
     challenge: [u8; CHALLENGE_BYTES],
     received: Vec<u8>,
+    /// Whether it is of another user, as far as this process's user namespace tells.
+    is_foreign: bool,
     /// The seat that it proved to have, and the identity it must write there.
     proven: Option<(usize, [u8; 16])>,
 }
@@ -65,7 +74,16 @@ impl<'a> Guests<'a> {
         let mut seats: Vec<_> = candidates.iter().map(|&rank| (rank, Seat::Empty)).collect();
         // The leader itself.
         seats[0].1 = Seat::Taken;
-        Self { listener, proof, mapping, nonce, seats, guests: Vec::new() }
+        Self {
+            listener,
+            proof,
+            mapping,
+            nonce,
+            seats,
+            guests: Vec::new(),
+            full_until: None,
+            has_told_full: false,
+        }
     }
 
     /// Whether some candidate may still come.
@@ -83,52 +101,89 @@ impl<'a> Guests<'a> {
         })
     }
 
-    /// Waits for something to happen, at most until `deadline`, and deals with it.
-    pub(super) fn turn(&mut self, deadline: Instant) -> io::Result<()> {
-        let readable = self.poll(deadline)?;
+    /// Waits for something to happen, at most for `time`, and deals with it.
+    ///
+    /// # Errors
+    /// If this process can't take in anybody.
+    pub(super) fn turn(&mut self, time: Duration) -> io::Result<()> {
+        let readable = self.poll(time)?;
         let mut at = 0;
         for ready in &readable[1..] {
-            let next = if *ready { self.step(at) } else { Next::Stay };
-            match next {
+            match if *ready { self.step(at) } else { Next::Stay } {
                 Next::Stay => at += 1,
-                Next::Leave => drop(self.guests.remove(at)),
+                Next::Leave => {
+                    self.guests.remove(at);
+                    self.full_until = None;
+                }
             }
         }
-        if readable[0] {
-            self.accept();
-        }
-        Ok(())
+        if readable[0] { self.accept() } else { Ok(()) }
+    }
+
+    fn is_full(&self) -> bool {
+        self.full_until.is_some_and(|until| Instant::now() < until)
     }
 
     /// Which of the listener (first) and the guests can be read.
-    fn poll(&self, deadline: Instant) -> io::Result<Vec<bool>> {
-        let mut fds = vec![PollFd::new(self.listener, PollFlags::IN)];
+    fn poll(&self, time: Duration) -> io::Result<Vec<bool>> {
+        // Who can't be taken in now is no reason to wake up.
+        let events = if self.is_full() { PollFlags::empty() } else { PollFlags::IN };
+        let mut fds = vec![PollFd::new(self.listener, events)];
         fds.extend(self.guests.iter().map(|guest| PollFd::new(&*guest.stream, PollFlags::IN)));
-        let left = deadline.saturating_duration_since(Instant::now());
-        let left =
-            Timespec::try_from(left.min(Duration::from_secs(3600))).expect("an hour is a time");
-        match poll(&mut fds, Some(&left)) {
+        let time =
+            Timespec::try_from(time.min(Duration::from_secs(3600))).expect("an hour is a time");
+        match poll(&mut fds, Some(&time)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         Ok(fds.iter().map(|fd| !fd.revents().is_empty()).collect())
     }
 
-    /// Takes in one connection of our own user, and challenges it.
-    fn accept(&mut self) {
-        let guest =
-            self.listener.accept().and_then(|(stream, _)| Guest::greet(ParentOnly::new(stream)));
-        match guest {
-            Ok(guest) => self.guests.push(guest),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(error) => tracing::warn!(%error, "refused a connection for shared memory"),
+    /// Takes in one connection, and challenges it.
+    fn accept(&mut self) -> io::Result<()> {
+        match self.listener.accept() {
+            Ok((stream, _)) => {
+                self.full_until = None;
+                match Guest::greet(ParentOnly::new(stream)) {
+                    Ok(guest) => self.guests.push(guest),
+                    Err(error) => tracing::warn!(%error, "refused a connection for shared memory"),
+                }
+            }
+            Err(error) if is_shortage(&error) => return self.wait_for_room(error),
+            // Nobody is there (any more).
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => tracing::warn!(%error, "a connection for shared memory failed"),
         }
-        if self.guests.len() > STRANGERS_MAX + self.seats.len()
-            && let Some(oldest) = self.guests.iter().position(|guest| guest.proven.is_none())
-        {
+        if self.guests.len() > STRANGERS_MAX + self.seats.len() && self.drop_stranger() {
             tracing::warn!("dropped a silent connection for shared memory");
-            self.guests.remove(oldest);
         }
+        Ok(())
+    }
+
+    /// Makes room for a guest that can't be taken in: of those that are here, some go by themselves
+    /// before long, and of those that don't, one has to.
+    fn wait_for_room(&mut self, error: io::Error) -> io::Result<()> {
+        if self.guests.is_empty() {
+            return Err(error);
+        }
+        if !std::mem::replace(&mut self.has_told_full, true) {
+            tracing::warn!(%error, "the ranks of this host share memory one after the other");
+        }
+        if self.full_until.is_some() {
+            self.drop_stranger();
+        }
+        self.full_until = Some(Instant::now() + FULL_TIME);
+        Ok(())
+    }
+
+    /// Drops the oldest guest that has proven nothing, one of another user if there is one: a rank
+    /// of the job that this meets dials again.
+    fn drop_stranger(&mut self) -> bool {
+        let mut strangers = (0..self.guests.len()).filter(|&at| self.guests[at].proven.is_none());
+        let oldest = strangers.clone().next();
+        let stranger = strangers.find(|&at| self.guests[at].is_foreign).or(oldest);
+        stranger.map(|at| self.guests.remove(at)).is_some()
     }
 
     /// Goes on with a guest that can be read.
@@ -201,15 +256,12 @@ impl<'a> Guests<'a> {
 
 impl Guest {
     fn greet(mut stream: ParentOnly<UnixStream>) -> io::Result<Self> {
-        let user = socket_peercred(&*stream)?.uid;
-        if user != geteuid() {
-            return Err(io::Error::other(format!("it came from user {}", user.as_raw())));
-        }
+        let is_foreign = peer_user(&stream)? != geteuid().as_raw();
         stream.set_nonblocking(true)?;
         let challenge = random()?;
         // A fresh socket has room for it.
         stream.write_all(&challenge)?;
-        Ok(Self { stream, challenge, received: Vec::new(), proven: None })
+        Ok(Self { stream, challenge, received: Vec::new(), is_foreign, proven: None })
     }
 
     /// Reads up to `wanted` bytes; whether they are all there.
@@ -230,6 +282,12 @@ impl Guest {
             Err(error) => Err(error),
         }
     }
+}
+
+/// Whether the system lacks what a new connection takes.
+fn is_shortage(error: &io::Error) -> bool {
+    [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM]
+        .contains(&Errno::from_io_error(error).unwrap_or(Errno::INVAL))
 }
 
 /// Sends an answer together with the memory.

@@ -3,7 +3,6 @@
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use rustix::process::{Resource, getrlimit};
 use rustix::system::sysinfo;
@@ -12,19 +11,19 @@ use unisum_link::handshake::random;
 
 use super::guests::Guests;
 use super::{Mapped, Proof};
-use crate::ShmError;
 use crate::layout::{HEAP_ALIGN, Layout, MAGIC, NONCE};
+use crate::limit::Passed;
 use crate::mapping::{Mapping, create};
+use crate::{Limit, ShmError};
 
-/// Creates the memory and serves it until all of `candidates` have it or failed, at most until
-/// `deadline`.
+/// Creates the memory and serves it until all of `candidates` have it or failed, within `limit`.
 pub(super) fn serve(
     listener: &UnixListener,
     proof: &Proof,
     candidates: &[Rank],
     heap_bytes: Option<u64>,
     room: u64,
-    deadline: Instant,
+    limit: Limit<'_>,
 ) -> Result<Mapped, ShmError> {
     let mapping = create_mapping(candidates.len(), heap_bytes, room)?;
     let nonce: [u8; 16] = random().map_err(ShmError::os("drawing a nonce"))?;
@@ -35,8 +34,12 @@ pub(super) fn serve(
     mapping.wide(0).store(MAGIC, Ordering::Relaxed);
     let mapped = Mapped::new(mapping, 0)?;
     let mut guests = Guests::new(listener, proof, &mapped.mapping, nonce, candidates);
-    while guests.is_waiting() && Instant::now() < deadline {
-        guests.turn(deadline).map_err(ShmError::os("waiting for the ranks of this host"))?;
+    while guests.is_waiting() {
+        match limit.check() {
+            Ok(()) => guests.turn(limit.nap()).map_err(ShmError::os("taking in a rank"))?,
+            Err(Passed::Late) => break,
+            Err(Passed::Over) => return Err(ShmError::Over),
+        }
     }
     for (rank, state) in guests.absent() {
         tracing::warn!(rank, state, "a rank of this host does not share memory");
