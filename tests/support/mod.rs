@@ -297,6 +297,16 @@ impl Running {
     }
 }
 
+/// Waits until something that the system counts is as it should be: it goes on with what it was
+/// asked to end, so that a count at once says little.
+pub fn wait_until(what: &str, limit: Duration, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + limit;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 fn wait_for_marks(directory: &std::path::Path, name: &str, ranks: usize, limit: Duration) {
     let deadline = Instant::now() + limit;
     let prefix = format!("{name}.");

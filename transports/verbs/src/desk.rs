@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use unisum_link::{Call, Collective, Landing, LinkError, Rank, Region, Regions, Ticket};
 
+use crate::domain::Access;
 use crate::error::VerbsError;
 use crate::memory::{Keys, Pages, Pinned, Registry};
 use crate::slots::Slots;
@@ -111,8 +112,9 @@ pub(crate) struct Desk {
     borrowed: Vec<Borrowed>,
     /// How often memory was borrowed and registered.
     pub(crate) registrations: u64,
-    /// Where regions start that the system refused to register in the running collective.
-    refused: Vec<usize>,
+    /// Where regions start that the system refused to register in the running collective, and for
+    /// what.
+    refused: Vec<(usize, Access)>,
     /// Whether it ever did.
     has_warned: bool,
     sends: Vec<Option<UnderWay>>,
@@ -163,8 +165,13 @@ impl Desk {
     ///
     /// # Errors
     /// If memory can't be had or not be registered.
-    pub(crate) fn hold(&mut self, start: *const u8, bytes: usize) -> Result<Hold, LinkError> {
-        if let Some(keys) = self.keys(start, bytes) {
+    pub(crate) fn hold(
+        &mut self,
+        start: *const u8,
+        bytes: usize,
+        access: Access,
+    ) -> Result<Hold, LinkError> {
+        if let Some(keys) = self.keys(start, bytes, access) {
             return Ok(Hold::Place(keys));
         }
         // Messages are no collective: their memory is lent for each by itself.
@@ -173,8 +180,8 @@ impl Desk {
             let start = NonNull::new(start.cast_mut()).expect("messages are not at address 0");
             // SAFETY: the memory is lent until the transfer is done, and the registration is
             // dropped before that; its keys leave this rank for this transfer only.
-            let pinned = unsafe { Pinned::new(self.registry.domains(), start, bytes) };
-            // What can't be registered, such as memory that is only readable, is copied.
+            let pinned = unsafe { Pinned::new(self.registry.domains(), start, bytes, access) };
+            // What can't be registered is copied.
             if let Ok(pinned) = pinned {
                 self.registrations += 1;
                 return Ok(Hold::Lent(pinned));
@@ -190,12 +197,14 @@ impl Desk {
         }
     }
 
-    /// The keys of a piece of the region, if peers may write and devices read it where it is.
+    /// The keys of a piece of the region, if it can be read, or be written by peers, where it is.
     /// `None` means that it has to pass a slot.
-    fn keys(&mut self, start: *const u8, bytes: usize) -> Option<Keys> {
+    fn keys(&mut self, start: *const u8, bytes: usize, access: Access) -> Option<Keys> {
         let start = start as usize;
         let held = |borrowed: &&Borrowed| {
-            borrowed.start <= start && start + bytes <= borrowed.start + borrowed.bytes
+            let is_inside =
+                borrowed.start <= start && start + bytes <= borrowed.start + borrowed.bytes;
+            is_inside && borrowed.pinned.access >= access
         };
         if let Some(borrowed) = self.borrowed.iter().find(held) {
             return Some(borrowed.pinned.keys);
@@ -208,23 +217,25 @@ impl Desk {
             let base = region.base() as usize;
             base <= start && start + bytes <= base + region.bytes()
         };
-        // What lies in neither is the engine's scratch memory.
-        let region = [output, input].into_iter().find(holds)?;
-        let is_refused = self.refused.contains(&(region.base() as usize));
+        // What lies in neither is the engine's scratch memory. What goes to the output is written
+        // sooner or later, and it is registered once; an input is only read, as a rule.
+        let candidates = [(output, Access::Write), (input, access)];
+        let (region, access) = candidates.into_iter().find(|(region, _)| holds(region))?;
+        let is_refused = self.refused.contains(&(region.base() as usize, access));
         if region.bytes() < self.registry.register_from() || is_refused {
             return None;
         }
-        self.borrow(&region)
+        self.borrow(&region, access)
     }
 
     /// Registers a region for the running collective. `None` if the system refuses, as it does for
-    /// too much memory and for memory that can't be written.
-    fn borrow(&mut self, region: &Region) -> Option<Keys> {
+    /// too much memory.
+    fn borrow(&mut self, region: &Region, access: Access) -> Option<Keys> {
         let base = NonNull::new(region.base()).expect("regions are not at address 0");
         let domains = self.registry.domains();
         // SAFETY: the region's promise holds until the collective ends, and the registration is
         // dropped before the next begins; keys leave this rank for its transfers only.
-        let register = || unsafe { Pinned::new(domains, base, region.bytes()) };
+        let register = || unsafe { Pinned::new(domains, base, region.bytes(), access) };
         // Slots that nobody uses count against the same limit, and some are needed.
         let pinned = register().or_else(|error| match self.slots.give_back() {
             0 => Err(error),
@@ -238,7 +249,7 @@ impl Desk {
                 Some(keys)
             }
             Err(error) => {
-                self.refused.push(base.as_ptr() as usize);
+                self.refused.push((base.as_ptr() as usize, access));
                 if !std::mem::replace(&mut self.has_warned, true) {
                     tracing::warn!("borrowed memory is copied, as it can't be used: {error}");
                 }
@@ -335,5 +346,68 @@ impl Desk {
             VerbsError::Os(what, error) => LinkError::os(self.rank, what.clone(), error),
             error => LinkError::os(self.rank, "RDMA", error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use unisum_link::Dtype;
+
+    use super::*;
+
+    const BYTES: usize = 4096;
+
+    /// A desk without devices, on which registering always succeeds.
+    fn desk() -> Desk {
+        let registry = Registry::new(Vec::new());
+        registry.set_register_from(1);
+        Desk::new(0, registry)
+    }
+
+    fn region(memory: &mut [u8]) -> Region {
+        // SAFETY: nobody touches the memory through it.
+        unsafe { Region::new(NonNull::from(&mut *memory).cast(), memory.len(), None) }
+    }
+
+    fn borrowed(desk: &Desk) -> Vec<(usize, Access)> {
+        desk.borrowed.iter().map(|it| (it.start, it.pinned.access)).collect()
+    }
+
+    fn hold(desk: &mut Desk, region: &Region, access: Access) {
+        let held = desk.hold(region.base(), region.bytes(), access).expect("memory can be had");
+        assert!(matches!(held, Hold::Place(_)), "{held:?}");
+    }
+
+    #[test]
+    fn peers_may_write_outputs_and_only_read_inputs() {
+        let (mut input, mut output) = (vec![0; BYTES], vec![0; BYTES]);
+        let (input, output) = (region(&mut input), region(&mut output));
+        let mut desk = desk();
+        desk.begin(&Call::all_reduce(0, Dtype::U8, 1), &Regions { input, output });
+        hold(&mut desk, &input.part(&(0..100)), Access::Read);
+        // What is passed on from the output is received there as well.
+        hold(&mut desk, &output.part(&(0..100)), Access::Read);
+        hold(&mut desk, &output, Access::Write);
+        hold(&mut desk, &input, Access::Read);
+        let expected =
+            [(input.base() as usize, Access::Read), (output.base() as usize, Access::Write)];
+        assert_eq!(borrowed(&desk), expected);
+    }
+
+    #[test]
+    fn an_output_inside_of_the_input_is_written_all_the_same() {
+        let mut memory = vec![0; BYTES];
+        let input = region(&mut memory);
+        let output = input.part(&(1024..2048));
+        let mut desk = desk();
+        desk.begin(&Call::all_reduce(0, Dtype::U8, 1), &Regions { input, output });
+        hold(&mut desk, &input.part(&(0..100)), Access::Read);
+        hold(&mut desk, &output, Access::Write);
+        let expected =
+            [(input.base() as usize, Access::Read), (output.base() as usize, Access::Write)];
+        assert_eq!(borrowed(&desk), expected);
+        // And in the input itself, where a collective in place works on all of it.
+        hold(&mut desk, &input.part(&(0..100)), Access::Write);
+        assert_eq!(borrowed(&desk)[2], (input.base() as usize, Access::Write));
     }
 }

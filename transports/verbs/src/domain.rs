@@ -89,7 +89,7 @@ impl Domain {
         self.opened.is_ours()
     }
 
-    /// Registers memory for the device to read, and for peers that know its key to write.
+    /// Registers memory for what `access` says.
     ///
     /// Cost: a system call, and the kernel pins every page.
     ///
@@ -103,8 +103,13 @@ impl Domain {
         self: &Arc<Self>,
         start: NonNull<u8>,
         bytes: usize,
+        access: Access,
     ) -> Result<Registration, VerbsError> {
-        let access = ffi::ACCESS_LOCAL_WRITE | ffi::ACCESS_REMOTE_WRITE;
+        let access = match access {
+            // What is registered can always be read by its own device.
+            Access::Read => 0,
+            Access::Write => ffi::ACCESS_LOCAL_WRITE | ffi::ACCESS_REMOTE_WRITE,
+        };
         let (pd, library) = (self.pd(), self.library());
         // SAFETY: the domain is open, and the caller vouches for the memory.
         let mr = unsafe { (library.reg_mr)(pd, start.as_ptr().cast(), bytes, access) };
@@ -197,6 +202,16 @@ impl Drop for Opened {
         let failed = unsafe { (self.library.close_device)(self.context.as_ptr()) };
         report("closing a device", failed);
     }
+}
+
+/// What registered memory may be used for: no more than is needed, as no peer has to be trusted
+/// with memory that it never writes, and as memory that can't be written can be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Access {
+    /// This rank's devices read it, to send it.
+    Read,
+    /// Peers that know its key write it, too.
+    Write,
 }
 
 /// Memory that a device may use. Dropping it ends that.

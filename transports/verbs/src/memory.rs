@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::domain::{Domain, Registration};
+use crate::domain::{Access, Domain, Registration};
 use crate::error::VerbsError;
 use crate::profile::Profile;
 use crate::wire::RAILS_MAX;
@@ -25,6 +25,8 @@ pub(crate) struct Keys {
 pub(crate) struct Pinned {
     _registrations: Vec<Registration>,
     pub(crate) keys: Keys,
+    /// What it is registered for.
+    pub(crate) access: Access,
 }
 
 impl Pinned {
@@ -37,16 +39,17 @@ impl Pinned {
         domains: &[Arc<Domain>],
         start: NonNull<u8>,
         bytes: usize,
+        access: Access,
     ) -> Result<Self, VerbsError> {
         let mut registrations = Vec::with_capacity(domains.len());
         let mut keys = Keys::default();
         for (rail, domain) in domains.iter().enumerate() {
             // SAFETY: the caller promised it.
-            let registration = unsafe { domain.register(start, bytes) }?;
+            let registration = unsafe { domain.register(start, bytes, access) }?;
             (keys.local[rail], keys.remote[rail]) = (registration.local, registration.remote);
             registrations.push(registration);
         }
-        Ok(Self { _registrations: registrations, keys })
+        Ok(Self { _registrations: registrations, keys, access })
     }
 }
 
@@ -81,7 +84,7 @@ impl Pages {
         let memory = Memory { start, layout };
         // SAFETY: the memory lives until the registration is dropped, and peers get its keys only
         // for what is meant for them.
-        let pinned = unsafe { Pinned::new(domains, start, bytes) }?;
+        let pinned = unsafe { Pinned::new(domains, start, bytes, Access::Write) }?;
         Ok(Self { pinned, memory })
     }
 
@@ -176,9 +179,11 @@ impl Registry {
         start: NonNull<u8>,
         bytes: usize,
     ) -> Result<Adopted, VerbsError> {
+        // What is allocated may become an input and an output.
+        let access = Access::Write;
         // SAFETY: the caller promised it; keys of it leave this rank only for transfers that the
         // engine posts.
-        let pinned = unsafe { Pinned::new(&self.domains, start, bytes) }?;
+        let pinned = unsafe { Pinned::new(&self.domains, start, bytes, access) }?;
         let start = start.as_ptr() as usize;
         self.lock().push(Entry { start, bytes, pinned });
         Ok(Adopted { registry: self.clone(), start })

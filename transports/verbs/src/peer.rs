@@ -18,6 +18,7 @@ use unisum_link::{Call, Landing, LinkError, Rank, Ticket};
 
 use crate::area::{Area, CELL_BYTES};
 use crate::desk::{Desk, Hold, Receive, Send, UnderWay};
+use crate::domain::Access;
 use crate::lane::{Carries, Lane};
 use crate::queue_pair::Write;
 use crate::wire::{CREDITS, Kind, READY_BYTES, Ready, Word, part, parts};
@@ -314,7 +315,7 @@ impl Peer {
 
     fn depart(&mut self, send: &Send, ready: &Ready, desk: &mut Desk) -> Result<(), LinkError> {
         let place = (self.used as usize % self.area.layout.readies) as u8;
-        let hold = desk.hold(send.from, send.bytes)?;
+        let hold = desk.hold(send.from, send.bytes, Access::Read)?;
         if let Some(slot) = hold.slot() {
             // SAFETY: the region's promise covers what is sent until it is done; the slot has the
             // room and is nobody else's.
@@ -353,7 +354,7 @@ impl Peer {
         {
             let place = self.announced as usize % places;
             let hold = match receive.landing {
-                Landing::Place => desk.hold(receive.into, receive.bytes)?,
+                Landing::Place => desk.hold(receive.into, receive.bytes, Access::Write)?,
                 Landing::Slot => Hold::Slot(desk.take_slot(receive.bytes)?),
             };
             let into = hold.slot().map_or(receive.into, |slot| slot.start());

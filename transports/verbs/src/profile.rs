@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::domain::Domain;
+use crate::domain::{Access, Domain};
 use crate::error::VerbsError;
 use crate::memory::Pinned;
 
@@ -98,7 +98,7 @@ fn register_s(domains: &[Arc<Domain>], memory: &mut [u8]) -> Result<f64, VerbsEr
     let (start, bytes) = (NonNull::from(&mut *memory).cast(), memory.len());
     let before = Instant::now();
     // SAFETY: the memory is borrowed for longer than it is registered, and nobody gets its keys.
-    drop(unsafe { Pinned::new(domains, start, bytes) }?);
+    drop(unsafe { Pinned::new(domains, start, bytes, Access::Write) }?);
     Ok(before.elapsed().as_secs_f64())
 }
 
