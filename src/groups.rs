@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
-use unisum_link::Rank;
+use unisum_link::{LinkError, Rank};
 
 use crate::background::Background;
 use crate::collective::{Buffers, Collective};
@@ -148,16 +148,20 @@ impl Communicator {
         let to_counts = |lengths: &[u64]| -> Vec<usize> {
             lengths.iter().map(|&length| length as usize).collect()
         };
+        let checked = |lengths: &[u64]| match too_long(lengths) {
+            None => Ok(to_counts(lengths)),
+            Some(rank) => Err(self.refuse_share(rank, lengths[rank])),
+        };
         let (own, collective, counts) = match share.into() {
             Share::Same(blob) => {
                 self.all_gather(&[blob.len() as u64], &mut lengths)?;
-                let counts = to_counts(&lengths);
+                let counts = checked(&lengths)?;
                 (blob, Collective::all_gather().with_counts(&counts), counts)
             }
             Share::Each(blobs) => {
                 let sends: Vec<u64> = blobs.iter().map(|blob| blob.len() as u64).collect();
                 self.all_to_all(&sends, &mut lengths)?;
-                let counts = to_counts(&lengths);
+                let counts = checked(&lengths)?;
                 let collective = Collective::all_to_all_v(&to_counts(&sends), &counts);
                 (blobs.concat(), collective, counts)
             }
@@ -172,6 +176,25 @@ impl Communicator {
         };
         Ok(counts.iter().map(next).collect())
     }
+
+    /// The error on all ranks for a rank that says it has more to tell than it can have.
+    fn refuse_share(&self, rank: Rank, bytes: u64) -> Error {
+        let text = format!("it has {bytes} bytes to tell, of {BLOB_BYTES_MAX} at most");
+        let error = LinkError::protocol(rank, text);
+        match &self.member {
+            Some(member) => member.core.runner.membership.judge(error),
+            None => Error::new(ErrorKind::RankLost, error.to_string()).caused_by(vec![rank]),
+        }
+    }
+}
+
+/// Most bytes that a rank tells another in an exchange.
+const BLOB_BYTES_MAX: u64 = 1 << 30;
+
+/// The first rank that says it has more to tell than it can have. All that others say is then a sum
+/// that overflows nothing.
+fn too_long(lengths: &[u64]) -> Option<Rank> {
+    lengths.iter().position(|&length| length > BLOB_BYTES_MAX)
 }
 
 /// The group that a rank is in, and the lowest communicator number that none of the ranks had yet;
@@ -225,6 +248,13 @@ mod tests {
         assert!(of(1).0.is_none());
         assert_eq!(of(2).0.unwrap().communicator, 3);
         assert!(divide(&[Wish { next_communicator: u16::MAX, ..wish(Some(1), 0) }], 0).is_none());
+    }
+
+    #[test]
+    fn a_rank_that_tells_too_great_a_length_is_found() {
+        assert_eq!(too_long(&[0, BLOB_BYTES_MAX, 7]), None);
+        assert_eq!(too_long(&[0, BLOB_BYTES_MAX + 1, u64::MAX]), Some(1));
+        assert_eq!(too_long(&[u64::MAX, 1 << 63]), Some(0));
     }
 
     #[test]
