@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
 
+#[path = "sequence/reuse.rs"]
+mod reuse;
 mod sequence;
 mod support;
 
@@ -9,7 +11,7 @@ use support::World;
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("sequence", sequence::run_sequence)]);
+    support::run_if_rank(&[("sequence", sequence::run_sequence), ("reuse", reuse::run_rounds)]);
 }
 
 /// Ranks, bursts of calls, elements of a call.
@@ -72,5 +74,19 @@ fn sequences_are_right_where_ranks_may_not_read_each_other() {
     let seed = sequence::seed();
     for ranks in [2, 5] {
         sequence::check(&world(ranks, "shm").set("UNISUM_CMA", 0), seed, 40, 200_000);
+    }
+}
+
+/// Rounds of the test below for each transport; set it to run more.
+const ROUNDS: &str = "UNISUM_TEST_ROUNDS";
+
+/// A call that failed gives its memory back: whatever is written there is seen in no result of
+/// another rank, and nothing is written there by others.
+#[test]
+fn memory_is_the_programs_again_when_a_call_has_failed() {
+    let seed = sequence::seed();
+    let rounds = std::env::var(ROUNDS).map_or(24, |rounds| rounds.parse().unwrap());
+    for transport in support::transports() {
+        reuse::check(transport, seed, rounds);
     }
 }

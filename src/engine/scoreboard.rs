@@ -246,7 +246,7 @@ impl Scoreboard {
         match &bench.segment.transfers[index].work {
             Work::Reduce { .. } if self.waits[index] > 0 => Ok(()),
             Work::Reduce { from } => {
-                self.fold(index, from, bench);
+                self.fold(index, from, bench)?;
                 self.transfer_done(index, bench)
             }
             _ => self.transfer_done(index, bench),
@@ -275,7 +275,7 @@ impl Scoreboard {
             Work::Send { to } => self.post_ready(*to, OUT, bench),
             Work::Store { from } => self.post_ready(*from, IN, bench),
             Work::Reduce { from } if self.missing[index] == 0 => {
-                self.fold(index, from, bench);
+                self.fold(index, from, bench)?;
                 self.transfer_done(index, bench)
             }
             Work::Reduce { .. } => Ok(()),
@@ -294,7 +294,8 @@ impl Scoreboard {
             }
             Work::Push { divides } => {
                 let watches = divides;
-                bench.together(Extras { divides, watches, ..Extras::default() }).push_piece(&piece);
+                let extras = Extras { divides, watches, ..Extras::default() };
+                bench.together(extras).push_piece(&piece)?;
             }
             _ => unreachable!("only what is local runs here"),
         }
@@ -304,9 +305,14 @@ impl Scoreboard {
     }
 
     /// Folds this rank's value and all arrivals once, in rank order.
-    fn fold(&mut self, index: usize, from: &[Rank], bench: &mut Bench<'_>) {
+    fn fold(
+        &mut self,
+        index: usize,
+        from: &[Rank],
+        bench: &mut Bench<'_>,
+    ) -> Result<(), LinkError> {
         let Transfer { bytes, reads, writes, .. } = bench.segment.transfers[index];
-        let (Some(reads), Some(writes)) = (reads, writes) else { return };
+        let (Some(reads), Some(writes)) = (reads, writes) else { return Ok(()) };
         let own = bench.memories.pointer(reads, bytes).cast_const();
         let into = bench.memories.pointer(writes, bytes);
         let own_place = from.iter().filter(|&&peer| peer < bench.rank).count();
@@ -328,8 +334,9 @@ impl Scoreboard {
         unsafe { bench.folding.run(into, &self.sources, bytes, extras) };
         bench.pass_mark_on();
         for (source, &peer) in from.iter().enumerate() {
-            bench.links.to(peer).release(ticket(index, source));
+            bench.links.to(peer).release(ticket(index, source))?;
         }
+        Ok(())
     }
 }
 

@@ -197,8 +197,9 @@ impl Link for SimulatedLink {
         self.slots[&ticket].as_ptr()
     }
 
-    fn release(&mut self, ticket: Ticket) {
+    fn release(&mut self, ticket: Ticket) -> Result<(), LinkError> {
         self.slots.remove(&ticket).expect("released once, after it arrived");
+        Ok(())
     }
 
     fn mark(&mut self) {

@@ -34,6 +34,7 @@ impl GroupBench<'_> {
             return self.pull_piece(pull, 0);
         }
         self.take_all(pull)?;
+        self.group.confirm()?;
         Ok(Next::Last(self.arrive()))
     }
 
@@ -51,6 +52,8 @@ impl GroupBench<'_> {
                     bench.on_lane(pull, origin, k, bytes.len())
                 })?;
             }
+            // Some members' regions may be registered, and were read where they lie.
+            self.group.confirm()?;
         }
         let arrival = self.arrive();
         Ok(if is_last { Next::Last(arrival) } else { Next::Piece(arrival) })

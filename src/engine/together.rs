@@ -82,19 +82,21 @@ impl GroupBench<'_> {
                 self.fold_mapped(&bytes)?;
             }
             if exchange.gathers {
-                self.push(&bytes);
+                self.push(&bytes)?;
             }
         }
+        self.group.confirm()?;
         Ok(if exchange.gathers { Next::Last(self.arrive()) } else { Next::Done })
     }
 
     /// Folds a piece of this rank's slice of all members' registered inputs.
     pub(crate) fn fold_piece(&mut self, piece: &Range<usize>) -> Result<(), LinkError> {
-        blocks(piece).try_for_each(|bytes| self.fold_mapped(&bytes))
+        blocks(piece).try_for_each(|bytes| self.fold_mapped(&bytes))?;
+        self.group.confirm()
     }
 
     /// Stores a piece of this rank's output at all members, divided first if the extras say so.
-    pub(crate) fn push_piece(&mut self, piece: &Range<usize>) {
+    pub(crate) fn push_piece(&mut self, piece: &Range<usize>) -> Result<(), LinkError> {
         for bytes in blocks(piece) {
             if self.extras.divides {
                 let own = self.output(&bytes);
@@ -103,8 +105,9 @@ impl GroupBench<'_> {
                 // next arrival; folding one source in place is allowed.
                 unsafe { self.folding.run(own, &own_only, bytes.len(), self.extras) };
             }
-            self.push(&bytes);
+            self.push(&bytes)?;
         }
+        Ok(())
     }
 
     fn fold_mapped(&mut self, bytes: &Range<usize>) -> Result<(), LinkError> {
@@ -169,7 +172,8 @@ impl GroupBench<'_> {
                 self.lay_out_result(k, &part, &bytes);
             }
         }
-        Ok(())
+        // Some members' inputs may be registered, and were read where they lie.
+        self.group.confirm()
     }
 
     /// Lays out `bytes` of this rank's `part` of piece `k`.
@@ -214,15 +218,16 @@ impl GroupBench<'_> {
     }
 
     /// Stores `bytes` of this rank's output at all members.
-    fn push(&self, bytes: &Range<usize>) {
+    fn push(&self, bytes: &Range<usize>) -> Result<(), LinkError> {
         let own = self.output(bytes);
         for &member in self.group.members().iter().filter(|&&member| member != self.rank) {
-            let target = self.group.target(member, bytes.clone());
+            let target = self.group.target(member, bytes.clone())?;
             // SAFETY: both are valid for `bytes`: the own region, and the member's mapped one.
             // Nobody but this rank touches these bytes of any member until the next arrival, and
             // the buffers of two ranks never overlap.
             unsafe { copy(own, target, bytes.len()) };
         }
+        Ok(())
     }
 
     /// Arrives; what this rank found goes along.

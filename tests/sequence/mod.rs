@@ -7,8 +7,8 @@
 //! which order it waits. Some calls are batches of several tensors, and some bursts run in random
 //! groups.
 
-mod random;
-mod step;
+pub(crate) mod random;
+pub(crate) mod step;
 mod values;
 
 use std::ops::Range;
@@ -203,14 +203,14 @@ fn wait<B: 'static>(
 }
 
 /// A call's buffers.
-enum Tensor<T> {
+pub(crate) enum Tensor<T> {
     InPlace { data: Memory<T>, puts: Range<usize>, gets: Range<usize> },
     Apart { input: Memory<T>, output: Memory<T> },
 }
 
 impl<T: Value> Tensor<T> {
     /// In place or apart, filled for the call.
-    fn new(comm: &Communicator, call: &Call, own: &mut Random) -> Self {
+    pub(crate) fn new(comm: &Communicator, call: &Call, own: &mut Random) -> Self {
         let Call { step, rank, .. } = call;
         let in_place = step.in_place(*rank).filter(|_| own.one_in(2));
         if let Some((puts, gets, len)) = in_place {
@@ -229,7 +229,7 @@ impl<T: Value> Tensor<T> {
     }
 
     /// Checks what the call left; a fingerprint of its result.
-    fn check(&self, call: &Call) -> u64 {
+    pub(crate) fn check(&self, call: &Call) -> u64 {
         match self {
             Self::InPlace { data, puts, gets } => {
                 call.check_rest(data.as_ref(), puts, gets);
@@ -264,10 +264,10 @@ fn filler<T: Value>(at: usize) -> T {
 }
 
 /// A call as one rank made it.
-struct Call {
-    step: Step,
-    rank: usize,
-    context: String,
+pub(crate) struct Call {
+    pub(crate) step: Step,
+    pub(crate) rank: usize,
+    pub(crate) context: String,
 }
 
 impl Call {
@@ -314,7 +314,7 @@ impl Call {
 
 /// Private or registered memory for some elements, at an odd address, with margins that must stay
 /// as they are.
-struct Memory<T> {
+pub(crate) struct Memory<T> {
     store: Store<T>,
     skip: usize,
     len: usize,
@@ -340,14 +340,14 @@ impl<T: Value> Memory<T> {
         memory
     }
 
-    fn all(&self) -> &[T] {
+    pub(crate) fn all(&self) -> &[T] {
         match &self.store {
             Store::Private(elements) => elements,
             Store::Registered(elements) => elements,
         }
     }
 
-    fn all_mut(&mut self) -> &mut [T] {
+    pub(crate) fn all_mut(&mut self) -> &mut [T] {
         match &mut self.store {
             Store::Private(elements) => elements,
             Store::Registered(elements) => elements,

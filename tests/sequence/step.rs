@@ -54,8 +54,17 @@ const OPS: [ReduceOp; 8] = ReduceOp::ALL;
 
 impl Step {
     pub(crate) fn random(random: &mut Random, world: usize, most: usize) -> Self {
-        let kind = random.pick(&KINDS);
-        let dtype = random.pick(&DTYPES);
+        let (kind, dtype) = (random.pick(&KINDS), random.pick(&DTYPES));
+        Self::random_of(random, kind, dtype, world, most)
+    }
+
+    pub(crate) fn random_of(
+        random: &mut Random,
+        kind: Kind,
+        dtype: Dtype,
+        world: usize,
+        most: usize,
+    ) -> Self {
         let how = random_how(random, dtype);
         // What a function of the program makes of a NaN hangs on the order of the operands.
         let may_poison = dtype.is_float() && how != How::Commuting && random.one_in(4);

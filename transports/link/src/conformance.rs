@@ -10,6 +10,7 @@ mod memory;
 mod pairs;
 mod parking;
 mod port;
+mod taken_back;
 
 pub use endings::{
     a_dropped_peer_hangs_nobody, abort_leaves_the_region_alone, mismatched_calls_name_both,
@@ -29,6 +30,7 @@ pub use parking::{
     armed_links_signal_their_descriptor, parks_end_by_data, parks_end_by_deadline,
     parks_end_by_wake,
 };
+pub use taken_back::{nothing_taken_back_is_an_input, nothing_taken_back_is_received};
 
 use crate::Link;
 
@@ -80,6 +82,8 @@ macro_rules! conformance_tests {
             armed_links_signal_their_descriptor
             abort_leaves_the_region_alone
             a_dropped_peer_hangs_nobody
+            nothing_taken_back_is_received
+            nothing_taken_back_is_an_input
             deposits_survive_fast_and_slow_members
             groups_fold_registered_regions
             groups_fold_private_regions_over_benches

@@ -81,8 +81,12 @@ pub trait Link: Send + fmt::Debug {
     /// so that the sender can go on): ask again after that.
     fn arrived(&self, ticket: Ticket) -> *const u8;
 
-    /// Gives an arrival's slot back.
-    fn release(&mut self, ticket: Ticket);
+    /// Gives an arrival's slot back, when what was to be read there was read.
+    ///
+    /// # Errors
+    /// If the slot was the sender's own memory and the sender has taken that back ([`Link::abort`]):
+    /// what was read may be something else.
+    fn release(&mut self, ticket: Ticket) -> Result<(), LinkError>;
 
     /// Marks the collective under way: what is sent from here on carries the mark, and a group's
     /// next arrival does. A new collective begins unmarked.
@@ -118,8 +122,9 @@ pub trait Link: Send + fmt::Debug {
     /// A handle that wakes this link's parked or armed thread.
     fn waker(&self) -> Arc<dyn Wake>;
 
-    /// Drops every posted transfer: from here on the link touches no region of this process, and
-    /// what peers still do to the region no longer shows in it. Idempotent.
+    /// Drops every posted transfer: from here on the link touches no region of this process, what
+    /// peers still do to the region no longer shows in it, and what they still read of it they do
+    /// not take for what was sent. Idempotent.
     fn abort(&mut self);
 
     /// The group of ranks that share memory with this one through this link, if it has that.
@@ -199,12 +204,12 @@ pub trait Group {
     /// lies: what one published oneself is dearer to read.
     ///
     /// # Panics
-    /// If it deposited nothing, or more than a deposit holds is asked for.
+    /// If this rank deposited nothing, or more than a deposit holds is asked for.
     fn deposits(&self, bytes: &Range<usize>, addresses: &mut Vec<*const u8>);
 
     /// The address of `bytes` of one of a member's regions (`Part::Input`: of another's deposit, if
     /// `enter` deposited) where this rank can read it; `None` if it is another rank's private
-    /// memory.
+    /// memory. What is read of a registered region counts once [`Group::confirm`] has said so.
     ///
     /// # Errors
     /// If the member's region is not where it says.
@@ -215,11 +220,22 @@ pub trait Group {
         bytes: Range<usize>,
     ) -> Result<Option<*const u8>, LinkError>;
 
+    /// Says that all members lent their regions until now, so that what was read of them is what
+    /// they put in. It is asked after reading, and before what came of that is told to anybody or
+    /// is a result. One load.
+    ///
+    /// # Errors
+    /// If a member has taken its memory back ([`Link::abort`]).
+    fn confirm(&self) -> Result<(), LinkError>;
+
     /// The address of `bytes` of a member's registered output, to write to.
     ///
+    /// # Errors
+    /// If the member has none, though [`Group::registered`] said that outputs are.
+    ///
     /// # Panics
-    /// If the member's output is not registered: [`Group::registered`] said so.
-    fn target(&self, member: Rank, bytes: Range<usize>) -> *mut u8;
+    /// If the range is outside of this rank's output, which is as long as the others'.
+    fn target(&self, member: Rank, bytes: Range<usize>) -> Result<*mut u8, LinkError>;
 
     /// Bytes of each member's bench.
     fn bench_bytes(&self) -> usize;

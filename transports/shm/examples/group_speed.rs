@@ -95,7 +95,7 @@ fn one_pass(group: &mut dyn Group, bytes: usize) {
         let len = BLOCK.min(edge(own + 1) - at);
         fold(group, at, len, scratch.as_mut_ptr().cast());
         for &member in &members {
-            let into = group.target(member, at..at + len);
+            let into = group.target(member, at..at + len).expect("outputs are registered");
             // SAFETY: the group gave that much room, and the slice is ours to write.
             unsafe { into.copy_from_nonoverlapping(scratch.as_ptr().cast(), len) };
         }

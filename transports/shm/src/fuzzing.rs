@@ -1,5 +1,7 @@
 //! The fuzz targets of this crate (see `unisum_link::fuzzing`): cards, layouts, what lies in the
-//! memory, and both ends of joining.
+//! memory, what a peer may write there while a link is used, and both ends of joining.
+
+mod peer;
 
 use unisum_link::fuzzing::Target;
 use unisum_link::{Call, Dtype, ReduceOp};
@@ -15,6 +17,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "shm_candidates", check: check_candidates, seeds: candidates_seeds },
     Target { name: "shm_layout", check: check_layout, seeds: layout_seeds },
     Target { name: "shm_entry", check: check_entry, seeds: entry_seeds },
+    Target { name: "shm_peer", check: peer::check, seeds: peer::seeds },
     Target { name: "shm_leader", check: check_leader, seeds: leader_seeds },
     Target { name: "shm_member", check: check_member, seeds: member_seeds },
 ];

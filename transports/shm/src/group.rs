@@ -29,7 +29,7 @@ use crate::ffi::current_core;
 use crate::heaps::{Heaps, PeerHeap};
 use crate::inbox::Peer;
 use crate::layout::{
-    BENCH_BYTES, GroupCard, INLINE_BYTES, MARKED, SLEEPERS, SLOT_BYTES, Slot, WOKEN,
+    BENCH_BYTES, GroupCard, INLINE_BYTES, MARKED, SLEEPERS, SLOT_BYTES, Slot, WITHDRAWN, WOKEN,
 };
 use crate::mailbox::CallWords;
 use crate::mapping::Mapping;
@@ -80,6 +80,15 @@ impl Place {
             _ => None,
         }
     }
+
+    const fn is_deposit(self) -> bool {
+        matches!(self, Self::Deposit(_))
+    }
+}
+
+/// Whether that is the kind of an input that was deposited.
+const fn is_deposit(kinds: u64) -> bool {
+    matches!(kinds & 0xf, DEPOSIT | INLINE_DEPOSIT)
 }
 
 /// Where a member's regions are.
@@ -126,10 +135,17 @@ impl GroupCard {
         self.call.iter().zip(call).all(|(word, ours)| word.load(Ordering::Relaxed) == *ours)
     }
 
-    /// Whether its member has made an arrival.
+    /// Whether its member has made an arrival that this rank has made and that is not complete:
+    /// until then nobody makes the one after the next, which takes the card's place.
     fn has_made(&self, arrival: Arrival) -> bool {
         // Acquire: pairs with the Release in `publish`.
-        self.arrival.load(Ordering::Acquire) >> KINDS_BITS >= arrival.0
+        self.arrival.load(Ordering::Acquire) >> KINDS_BITS == arrival.0
+    }
+
+    /// Whether it says that its member made an arrival which it can't have made by then.
+    fn is_beyond(&self, arrival: Arrival) -> bool {
+        // Relaxed: nothing is read because of it.
+        self.arrival.load(Ordering::Relaxed) >> KINDS_BITS > arrival.0
     }
 }
 
@@ -346,11 +362,26 @@ impl Team {
         };
         let Told { kinds, locations: [input, output] } = told;
         let places = Places { input: place(kinds, input)?, output: place(kinds >> 4, output)? };
+        if places.input.is_deposit() != is_deposit(self.told.kinds) || places.output.is_deposit() {
+            let what = "a deposit where a region is due, or a region for a deposit";
+            return Err(LinkError::protocol(rank, what));
+        }
         if let Place::Heap(offset) = places.output {
             let bytes = self.regions().output.bytes() as u64;
             self.heaps[index].mapped(rank, offset, bytes)?;
         }
         Ok(places)
+    }
+
+    /// Finds who took its memory back, after the word that somebody did; `seat`, counted from 1, is
+    /// said to have been the first.
+    #[cold]
+    fn look_who_withdrew(&self, seat: u32) -> Result<(), LinkError> {
+        let (own, first) = (self.peers[self.own].seat, u64::from(seat));
+        let others = || self.peers.iter().filter(|peer| peer.seat != own);
+        // What follows from a failure comes after it: the first is the one to name.
+        let all = others().filter(|peer| peer.seat + 1 == first).chain(others());
+        all.into_iter().try_for_each(|peer| peer.confirm(&self.mapping))
     }
 
     /// Copies the input to this rank's slot; the kind of place.
@@ -434,6 +465,10 @@ impl Group for Team {
             if self.seen != self.own {
                 let card = self.card(self.seen, arrival);
                 if !(0..LOOKS).any(|_| card.has_made(arrival)) {
+                    if card.is_beyond(arrival) {
+                        let what = "an arrival that it can't have made yet";
+                        return Err(LinkError::protocol(self.members[self.seen], what));
+                    }
                     return Ok(false);
                 }
             }
@@ -497,7 +532,8 @@ impl Group for Team {
         addresses.extend(self.places.iter().enumerate().map(|(index, it)| match it.input {
             Place::Deposit(_) if index == self.own => own,
             Place::Deposit(at) => self.deposited_at(at, bytes),
-            other => panic!("a deposit is asked for where a member's input is at {other:?}"),
+            // What others published was compared with that when the cards were read.
+            other => panic!("a deposit is asked for, and this rank's input is at {other:?}"),
         }));
     }
 
@@ -517,7 +553,9 @@ impl Group for Team {
             }
             Place::Deposit(at) => Ok(Some(self.deposited_at(at, &bytes))),
             Place::Heap(offset) => {
-                let at = self.heaps[index].mapped(member, offset + start, len)?;
+                // What saturates is outside of any heap.
+                let offset = offset.saturating_add(start);
+                let at = self.heaps[index].mapped(member, offset, len)?;
                 Ok(Some(at.cast_const()))
             }
             Place::Process(_) => Ok(None),
@@ -527,16 +565,27 @@ impl Group for Team {
         }
     }
 
-    fn target(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
+    fn confirm(&self) -> Result<(), LinkError> {
+        // Acquire: orders what this rank read of others' memory before the load; pairs with the
+        // fence in `ShmLink::leave`, which who takes its memory back makes before that is used.
+        fence(Ordering::Acquire);
+        // Acquire: pairs with the Release in `ShmLink::leave`, for the words of the members.
+        match self.mapping.word(WITHDRAWN).load(Ordering::Acquire) {
+            0 => Ok(()),
+            seat => self.look_who_withdrew(seat),
+        }
+    }
+
+    fn target(&self, member: Rank, bytes: Range<usize>) -> Result<*mut u8, LinkError> {
         let index = self.index(member);
         let Place::Heap(offset) = self.places[index].output else {
-            panic!("the output of rank {member} is not registered");
+            let what = "no registered output where one is written";
+            return Err(LinkError::protocol(member, what));
         };
         let output = self.regions().output.bytes();
         assert!(bytes.end <= output, "{bytes:?} lie outside of an output of {output} bytes");
-        let start = offset + bytes.start as u64;
-        let mapped = self.heaps[index].mapped(member, start, bytes.len() as u64);
-        mapped.expect("checked when the cards were read")
+        // It was found to lie in the heap as a whole when the cards were read.
+        self.heaps[index].mapped(member, offset + bytes.start as u64, bytes.len() as u64)
     }
 
     fn bench_bytes(&self) -> usize {

@@ -33,8 +33,8 @@ pub(crate) struct Inbox {
 #[derive(Debug)]
 struct Taken {
     held: bool,
-    /// Whether the sender waits for this entry to be consumed.
-    awaited: bool,
+    /// Whether the sender has lent its own memory, and waits for this entry to be consumed.
+    lent: bool,
 }
 
 #[derive(Debug)]
@@ -93,18 +93,25 @@ impl Peer {
     ) -> Result<(), LinkError> {
         // SAFETY: the caller's promise.
         let read = unsafe { read_process(self.pid, from, into, bytes) };
-        // An aborting peer says so before its owner uses the memory again, so if we don't see it
-        // now, what we read was the message. The fence orders our reads before the load; it pairs
-        // with the one in `ShmLink::leave`.
-        fence(Ordering::SeqCst);
-        let control = mapping.layout().control(self.seat);
-        if mapping.word(control.gone()).load(Ordering::Relaxed) != 0 {
-            return Err(LinkError::closed(self.rank));
-        }
+        self.confirm(mapping)?;
         read.map_err(|error| match error.raw_os_error() {
             Some(libc::ESRCH) => LinkError::closed(self.rank),
             _ => LinkError::os(self.rank, "reading the peer's private memory", error),
         })
+    }
+
+    /// Says that the peer lent its memory until now, so that what was read of it is what it sent.
+    pub(crate) fn confirm(&self, mapping: &Mapping) -> Result<(), LinkError> {
+        // A peer that takes its memory back says so before its owner uses it again, so if we don't
+        // see that now, what we read was what was lent. Acquire: orders our reads before the load;
+        // pairs with the fence in `ShmLink::leave`.
+        fence(Ordering::Acquire);
+        let control = mapping.layout().control(self.seat);
+        // Relaxed: after the fence.
+        match mapping.word(control.gone()).load(Ordering::Relaxed) {
+            0 => Ok(()),
+            _ => Err(LinkError::closed(self.rank)),
+        }
     }
 
     /// The error for a call other than ours.
@@ -181,31 +188,50 @@ impl Inbox {
         Ok(())
     }
 
-    /// Gives an arrival's slot back.
-    pub(crate) fn release(&mut self, mapping: &Mapping, bell: &Bell, arrived: Arrived) {
+    /// Gives an arrival's slot back. An error if what was read there may not have been the message.
+    pub(crate) fn release(
+        &mut self,
+        mapping: &Mapping,
+        bell: &Bell,
+        arrived: Arrived,
+    ) -> Result<(), LinkError> {
         match arrived.holds {
-            Holds::Entry(number) => self.let_go(mapping, bell, number),
+            Holds::Entry(number) => return self.let_go(mapping, bell, number),
             Holds::Scratch(scratch) if self.spare.len() < SPARES => self.spare.push(scratch),
             Holds::Scratch(_) => {}
         }
+        Ok(())
     }
 
-    /// Copies an arrival that is read where the sender has it, so that the sender can go on.
-    pub(crate) fn copy_out(&mut self, mapping: &Mapping, bell: &Bell, arrived: &mut Arrived) {
+    /// Copies an arrival that is read where the sender has it, so that the sender can go on. An
+    /// error if that may not have been the message.
+    pub(crate) fn copy_out(
+        &mut self,
+        mapping: &Mapping,
+        bell: &Bell,
+        arrived: &mut Arrived,
+    ) -> Result<(), LinkError> {
         let Holds::Entry(number) = arrived.holds else {
-            return;
+            return Ok(());
         };
         let (from, bytes) = (arrived.at, arrived.bytes);
         let mut scratch = buffer(&mut self.spare, bytes);
         // SAFETY: an arrival is readable until its entry is let go, and the buffer is as long.
         unsafe { copy(from, scratch.as_mut_ptr().cast(), bytes) };
         *arrived = Arrived::in_scratch(scratch, bytes);
-        self.let_go(mapping, bell, number);
+        self.let_go(mapping, bell, number)
     }
 
-    fn let_go(&mut self, mapping: &Mapping, bell: &Bell, number: u64) {
-        self.taken[(number - self.consumed) as usize].held = false;
+    /// What an entry held was read for the last time.
+    fn let_go(&mut self, mapping: &Mapping, bell: &Bell, number: u64) -> Result<(), LinkError> {
+        let taken = &mut self.taken[(number - self.consumed) as usize];
+        taken.held = false;
+        if taken.lent {
+            // Before the sender hears that it may use its memory again.
+            self.peer.confirm(mapping)?;
+        }
         self.consume(mapping, bell);
+        Ok(())
     }
 
     /// Acts on one entry, which belongs to the first receive.
@@ -218,8 +244,8 @@ impl Inbox {
     ) -> Result<(), LinkError> {
         let in_place = self.land(mapping, number, message)?;
         self.marked |= message.marked;
-        let awaited = message.place != Some(Place::Staged);
-        self.taken.push_back(Taken { held: in_place.is_some(), awaited });
+        let lent = message.place != Some(Place::Staged);
+        self.taken.push_back(Taken { held: in_place.is_some(), lent });
         let whole = |first: &&Incoming| in_place.is_some() || first.arrived == first.memory.bytes();
         if self.queue.front().filter(whole).is_none() {
             return Ok(());
@@ -243,24 +269,19 @@ impl Inbox {
         message: &Message,
     ) -> Result<Option<*const u8>, LinkError> {
         let first = self.queue.front_mut().expect("an entry is read for a receive");
-        first.check(&self.peer, message)?;
+        let place = first.check(&self.peer, message)?;
         let bytes = first.memory.bytes();
-        let (from, piece) = match message.place {
-            Some(Place::Heap(offset)) => {
-                (self.heap.mapped(self.peer.rank, offset, bytes as u64)?, bytes)
-            }
-            Some(Place::Staged) => {
+        let (from, piece) = match place {
+            Place::Heap(offset) => (self.heap.mapped(self.peer.rank, offset, bytes as u64)?, bytes),
+            Place::Staged => {
                 (self.mailbox.stage(mapping, number), STAGE_BYTES.min(bytes - first.arrived))
             }
-            Some(Place::Process(address)) => {
+            Place::Process(address) => {
                 let into = first.room(&mut self.spare, bytes);
                 // SAFETY: `room` has that many bytes.
                 unsafe { self.peer.pull(mapping, address, into, bytes) }?;
                 first.arrived = bytes;
                 return Ok(None);
-            }
-            None => {
-                return Err(LinkError::protocol(self.peer.rank, "a message at an unknown place"));
             }
         };
         if first.landing == Landing::Slot && piece == bytes {
@@ -268,8 +289,11 @@ impl Inbox {
         }
         let into = first.room(&mut self.spare, piece);
         // SAFETY: both have `piece` bytes and lie in memory of different ranks; the sender leaves
-        // the source alone until we say that it is consumed.
+        // the source alone until we say that it is consumed, or says that it does not.
         unsafe { copy(from, into, piece) };
+        if place != Place::Staged {
+            self.peer.confirm(mapping)?;
+        }
         first.arrived += piece;
         Ok(None)
     }
@@ -278,7 +302,7 @@ impl Inbox {
     fn consume(&mut self, mapping: &Mapping, bell: &Bell) {
         let (mut awaited, before) = (0, self.consumed);
         while self.taken.front().is_some_and(|first| !first.held) {
-            awaited += u32::from(self.taken.pop_front().is_some_and(|first| first.awaited));
+            awaited += u32::from(self.taken.pop_front().is_some_and(|first| first.lent));
             self.consumed += 1;
         }
         if self.consumed == before {
@@ -293,23 +317,33 @@ impl Inbox {
 }
 
 impl Incoming {
-    /// Whether the message is the one that was posted for.
-    fn check(&self, peer: &Peer, message: &Message) -> Result<(), LinkError> {
+    /// Where the message is, if it can be the one that was posted for.
+    fn check(&self, peer: &Peer, message: &Message) -> Result<Place, LinkError> {
         if message.call != self.call {
             return Err(peer.mismatch(&self.call, &message.call));
         }
         let bytes = self.memory.bytes();
-        if message.bytes != bytes as u64 {
-            let what = format!("{} bytes came where {bytes} were expected", message.bytes);
-            return Err(LinkError::protocol(peer.rank, what));
-        }
-        Ok(())
+        let what = match message.place {
+            _ if message.bytes != bytes as u64 => {
+                format!("{} bytes came where {bytes} were expected", message.bytes)
+            }
+            None => "a message at an unknown place".to_owned(),
+            Some(place) if self.arrived > 0 && place != Place::Staged => {
+                "a whole message after a piece of it".to_owned()
+            }
+            Some(place) => return Ok(place),
+        };
+        Err(LinkError::protocol(peer.rank, what))
     }
 
     /// Where the next `piece` bytes go: their place in the region, or scratch for the slot.
+    ///
+    /// # Panics
+    /// If there are not so many left.
     fn room(&mut self, spare: &mut Vec<Vec<u64>>, piece: usize) -> *mut u8 {
+        let place = self.memory.pointer(&(self.arrived..self.arrived + piece));
         if self.landing == Landing::Place {
-            return self.memory.pointer(&(self.arrived..self.arrived + piece));
+            return place;
         }
         if self.scratch.is_empty() {
             self.scratch = buffer(spare, self.memory.bytes());

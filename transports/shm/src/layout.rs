@@ -1,7 +1,7 @@
 //! Where everything lies in the memory that the ranks of a host share (pure arithmetic).
 //!
 //! ```text
-//! header      one page: magic, nonce, who sleeps in the group
+//! header      one page: magic, nonce, who sleeps in the group, who has left it
 //! control     per seat, 3 lines: doorbell | who it is | name of its socket
 //! slots       per seat and parity of an arrival: a card (one line) and a deposit
 //! mailboxes   per ordered pair of seats: a line for the reader, then a ring of entries
@@ -27,7 +27,7 @@ pub(crate) const SLOT_BYTES: usize = 16 << 10;
 /// Bytes of a bench.
 pub(crate) const BENCH_BYTES: usize = 1 << 20;
 /// What the memory begins with: "unishm" and the version of this layout.
-pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"unishm\x00\x03");
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"unishm\x00\x04");
 
 /// Offsets in the header.
 pub(crate) const NONCE: u64 = 8;
@@ -39,6 +39,9 @@ pub(crate) const WAKES: u64 = 68;
 pub(crate) const WOKEN: u64 = 72;
 /// The last enter of each parity whose collective was marked (see `group`).
 pub(crate) const MARKED: [u64; 2] = [128, 136];
+/// Who took its memory back first, as its seat counted from 1. Alone on its line, which is written
+/// when the group ends: to look at it costs nothing until then.
+pub(crate) const WITHDRAWN: u64 = 192;
 
 const LINE: u64 = 64;
 const PAGE: u64 = 4096;
@@ -152,7 +155,7 @@ impl Control {
     pub(crate) const fn wake_at(self) -> u64 { self.0 + 4 }
     /// Doorbell: awake, asleep or armed; the futex word.
     pub(crate) const fn mode(self) -> u64 { self.0 + 8 }
-    /// Not 0 once the rank aborted or left: its private memory is no longer what it was.
+    /// Not 0 once the rank aborted or left: what it lent is no longer what it was.
     pub(crate) const fn gone(self) -> u64 { self.0 + LINE }
     /// Whether this rank can read every member's private memory.
     pub(crate) const fn verdict(self) -> u64 { self.0 + LINE + 4 }

@@ -13,6 +13,7 @@ use crate::group::Team;
 use crate::heap::Heap;
 use crate::heaps::Heaps;
 use crate::inbox::{Arrived, Inbox, Peer};
+use crate::layout::WITHDRAWN;
 use crate::mailbox::CallWords;
 use crate::mapping::Mapping;
 use crate::outbox::{Outbox, Sender};
@@ -37,6 +38,8 @@ pub struct ShmLink {
     arrived: HashMap<Ticket, (usize, Arrived)>,
     /// Done before anybody asked.
     done: Vec<Ticket>,
+    /// Why nothing can go on, for the next progress.
+    failed: Option<LinkError>,
     /// The count of events at the last look.
     seen: u32,
     /// Whether something was posted since.
@@ -71,7 +74,7 @@ impl ShmLink {
         let others = team.peers().iter().filter(|peer| peer.rank != me.rank);
         let pair = |peer: &Peer| Pair {
             inbox: Inbox::new(&mapping, me.seat, *peer, heaps.of(peer.rank)),
-            outbox: Outbox::new(&mapping, me.seat, peer.seat),
+            outbox: Outbox::new(&mapping, me.seat, *peer),
         };
         Self {
             peers: others.clone().map(|peer| peer.rank).collect(),
@@ -88,6 +91,7 @@ impl ShmLink {
             marked: false,
             arrived: HashMap::new(),
             done: Vec::new(),
+            failed: None,
             posted: true,
             _probe: probe,
             reads_private,
@@ -118,11 +122,7 @@ impl ShmLink {
             marked: self.marked,
             done: &mut self.done,
         };
-        let peer = self.peers[index];
-        self.pairs[index]
-            .outbox
-            .progress(&mut sender)
-            .map_err(|error| LinkError::os(peer, "allocating shared memory to send", error))
+        self.pairs[index].outbox.progress(&mut sender)
     }
 
     /// Lets go of what was lent by peers: while we sleep they may be waiting for it. An engine
@@ -130,16 +130,26 @@ impl ShmLink {
     /// peer in turn may hold.
     fn copy_out(&mut self) {
         for (index, slot) in self.arrived.values_mut() {
-            self.pairs[*index].inbox.copy_out(&self.mapping, &self.bell, slot);
+            let copied = self.pairs[*index].inbox.copy_out(&self.mapping, &self.bell, slot);
+            if let Err(error) = copied {
+                self.failed.get_or_insert(error);
+            }
         }
     }
 
-    /// Tells the peers that this rank's private memory is no longer what it was.
+    /// Takes back what this rank lent: tells the peers that its memory is no longer what it was.
     fn leave(&self) {
         let control = self.mapping.layout().control(self.seat);
         self.mapping.word(control.gone()).store(1, Ordering::Relaxed);
-        // Orders the store before whatever the owner of the memory does next; pairs with the
-        // fence in `Peer::pull`.
+        // Release: who sees the word finds the rank's own set. Otherwise another was first.
+        let _ = self.mapping.word(WITHDRAWN).compare_exchange(
+            0,
+            self.seat as u32 + 1,
+            Ordering::Release,
+            Ordering::Relaxed,
+        );
+        // Orders the stores before whatever the owner of the memory does next; pairs with the
+        // fences in `Peer::confirm` and `Team::confirm`.
         fence(Ordering::SeqCst);
     }
 }
@@ -180,6 +190,9 @@ impl Link for ShmLink {
     fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError> {
         self.seen = self.bell.events();
         self.posted = false;
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
         for index in 0..self.pairs.len() {
             self.push_out(index)?;
             let (finished, arrived) = (&mut self.done, &mut self.arrived);
@@ -199,9 +212,9 @@ impl Link for ShmLink {
         self.arrived[&ticket].1.at
     }
 
-    fn release(&mut self, ticket: Ticket) {
+    fn release(&mut self, ticket: Ticket) -> Result<(), LinkError> {
         let (index, slot) = self.arrived.remove(&ticket).expect("only arrivals are released");
-        self.pairs[index].inbox.release(&self.mapping, &self.bell, slot);
+        self.pairs[index].inbox.release(&self.mapping, &self.bell, slot)
     }
 
     fn mark(&mut self) {
@@ -219,6 +232,9 @@ impl Link for ShmLink {
             return Ok(());
         }
         self.copy_out();
+        if self.failed.is_some() {
+            return Ok(());
+        }
         // Every ticket takes an event at least, and events that oblige us weigh more than any
         // number wanted.
         let wanted = u32::try_from(wanted).unwrap_or(u32::MAX).clamp(1, URGENT - 1);
@@ -232,7 +248,7 @@ impl Link for ShmLink {
             return false;
         }
         self.copy_out();
-        self.bell.arm(self.seen)
+        self.failed.is_none() && self.bell.arm(self.seen)
     }
 
     fn disarm(&mut self) {

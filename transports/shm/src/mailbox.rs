@@ -97,10 +97,12 @@ impl Mailbox {
         if mapping.wide(at).load(Ordering::Acquire) != number + 1 {
             return None;
         }
+        // Once each: what is checked is what is used, whatever the writer does meanwhile.
         let word = |index: u64| mapping.wide(at + 8 * index).load(Ordering::Relaxed);
+        let bytes = word(1);
         Some(Message {
-            bytes: word(1) & !MARK,
-            marked: word(1) & MARK != 0,
+            bytes: bytes & !MARK,
+            marked: bytes & MARK != 0,
             place: Place::decode([word(2), word(3)]),
             call: [word(4), word(5), word(6), word(7)],
         })

@@ -1,13 +1,13 @@
 //! What this rank sends to one peer.
 
 use std::collections::VecDeque;
-use std::io;
 use std::ops::Range;
 
 use unisum_link::kernels::copy;
-use unisum_link::{Region, Ticket};
+use unisum_link::{LinkError, Region, Ticket};
 
 use crate::bell::{Bell, URGENT};
+use crate::inbox::Peer;
 use crate::layout::{RING, STAGE_BYTES};
 use crate::mailbox::{CallWords, Mailbox, Message, Place};
 use crate::mapping::Mapping;
@@ -20,10 +20,12 @@ const STAGE_REGISTERED_MAX: usize = 2 << 10;
 #[derive(Debug)]
 pub(crate) struct Outbox {
     mailbox: Mailbox,
-    seat: u64,
+    peer: Peer,
     staging: Range<u64>,
     staging_reserved: bool,
     posted: u64,
+    /// How much of that the reader has consumed, as it last said.
+    consumed: u64,
     /// How much was posted when we last asked the reader for room.
     stalled: Option<u64>,
     queue: VecDeque<Outgoing>,
@@ -52,14 +54,15 @@ pub(crate) struct Sender<'a> {
 }
 
 impl Outbox {
-    pub(crate) fn new(mapping: &Mapping, own: u64, seat: u64) -> Self {
-        let (start, bytes) = mapping.layout().staging(own, seat);
+    pub(crate) fn new(mapping: &Mapping, own: u64, peer: Peer) -> Self {
+        let (start, bytes) = mapping.layout().staging(own, peer.seat);
         Self {
-            mailbox: Mailbox::new(mapping.layout(), own, seat),
-            seat,
+            mailbox: Mailbox::new(mapping.layout(), own, peer.seat),
+            peer,
             staging: start..start + bytes,
             staging_reserved: false,
             posted: 0,
+            consumed: 0,
             stalled: None,
             queue: VecDeque::new(),
             lent: VecDeque::new(),
@@ -78,22 +81,25 @@ impl Outbox {
     }
 
     /// Publishes what there is room for and reports what is done.
-    pub(crate) fn progress(&mut self, sender: &mut Sender<'_>) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// If memory can't be had, or the reader says what can't be.
+    pub(crate) fn progress(&mut self, sender: &mut Sender<'_>) -> Result<(), LinkError> {
         if self.queue.is_empty() && self.lent.is_empty() {
             return Ok(());
         }
-        let mut consumed = self.mailbox.consumed(sender.mapping);
+        self.hear(self.mailbox.consumed(sender.mapping))?;
         while let Some(&(number, ticket)) = self.lent.front() {
-            if number >= consumed {
+            if number >= self.consumed {
                 break;
             }
             sender.done.push(ticket);
             self.lent.pop_front();
         }
         while !self.queue.is_empty() {
-            if self.posted - consumed >= RING {
-                consumed = self.stall(sender);
-                if self.posted - consumed >= RING {
+            if self.posted - self.consumed >= RING {
+                self.stall(sender)?;
+                if self.posted - self.consumed >= RING {
                     return Ok(());
                 }
             }
@@ -105,19 +111,30 @@ impl Outbox {
         Ok(())
     }
 
-    /// Asks the reader to tell us when there is room; how much it has consumed by then.
-    fn stall(&mut self, sender: &Sender<'_>) -> u64 {
+    /// Takes note of how much the reader says it has consumed.
+    fn hear(&mut self, consumed: u64) -> Result<(), LinkError> {
+        if !(self.consumed..=self.posted).contains(&consumed) {
+            let Self { posted, consumed: before, .. } = self;
+            let what = format!("{consumed} messages read, of {posted} sent and {before} before");
+            return Err(LinkError::protocol(self.peer.rank, what));
+        }
+        self.consumed = consumed;
+        Ok(())
+    }
+
+    /// Asks the reader to tell us when there is room, and hears how much it has consumed by then.
+    fn stall(&mut self, sender: &Sender<'_>) -> Result<(), LinkError> {
         if self.stalled == Some(self.posted) {
-            return self.mailbox.consumed(sender.mapping);
+            return self.hear(self.mailbox.consumed(sender.mapping));
         }
         self.stalled = Some(self.posted);
         let consumed = self.mailbox.stall(sender.mapping, true);
-        sender.bell.ring(self.seat, URGENT);
-        consumed
+        sender.bell.ring(self.peer.seat, URGENT);
+        self.hear(consumed)
     }
 
     /// Publishes the first queued message, or its next piece. There is room.
-    fn publish(&mut self, sender: &mut Sender<'_>) -> io::Result<()> {
+    fn publish(&mut self, sender: &mut Sender<'_>) -> Result<(), LinkError> {
         let Some(first) = self.queue.front() else {
             return Ok(());
         };
@@ -142,7 +159,7 @@ impl Outbox {
         let message = Message { call, bytes, marked, place: Some(place) };
         self.mailbox.publish(sender.mapping, self.posted, &message);
         self.posted += 1;
-        sender.bell.ring(self.seat, weight);
+        sender.bell.ring(self.peer.seat, weight);
         Ok(())
     }
 
@@ -159,9 +176,11 @@ impl Outbox {
         piece.end == total
     }
 
-    fn reserve_staging(&mut self, mapping: &Mapping) -> io::Result<()> {
+    fn reserve_staging(&mut self, mapping: &Mapping) -> Result<(), LinkError> {
         if !self.staging_reserved {
-            mapping.reserve(self.staging.clone())?;
+            let failed =
+                |error| LinkError::os(self.peer.rank, "allocating shared memory to send", error);
+            mapping.reserve(self.staging.clone()).map_err(failed)?;
             self.staging_reserved = true;
         }
         Ok(())

@@ -30,6 +30,7 @@ mod without_private_reads {
         mismatched_calls_name_both
         abort_leaves_the_region_alone
         a_dropped_peer_hangs_nobody
+        nothing_taken_back_is_received
         deposits_survive_fast_and_slow_members
         groups_fold_private_regions_over_benches
     );

@@ -84,7 +84,7 @@ fn sources(link: &mut ShmLink, rank: usize, region: Region) {
         let arrival = link.group().unwrap().arrive();
         complete(link, arrival);
         let next = (rank + 1) % WORLD;
-        let into = link.group().unwrap().target(next, 0..BYTES);
+        let into = link.group().unwrap().target(next, 0..BYTES).unwrap();
         // SAFETY: the group gave that much room, which is only ours to write.
         unsafe { into.write_bytes(rank as u8 + 101, BYTES) };
         let arrival = link.group().unwrap().arrive();

@@ -349,10 +349,11 @@ impl Link for TcpLink {
         self.arrived[&ticket].as_ptr()
     }
 
-    fn release(&mut self, ticket: Ticket) {
+    fn release(&mut self, ticket: Ticket) -> Result<(), LinkError> {
         if let Some(slot) = self.arrived.remove(&ticket) {
             self.slots.give(slot);
         }
+        Ok(())
     }
 
     fn mark(&mut self) {

@@ -405,8 +405,9 @@ impl Link for VerbsLink {
         self.desk.arrival(ticket)
     }
 
-    fn release(&mut self, ticket: Ticket) {
+    fn release(&mut self, ticket: Ticket) -> Result<(), LinkError> {
         self.desk.release(ticket);
+        Ok(())
     }
 
     fn mark(&mut self) {

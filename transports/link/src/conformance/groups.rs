@@ -117,7 +117,8 @@ pub fn groups_fold_registered_regions(mesh: &Mesh) {
             let mine = slice(port.rank, world, bytes);
             let sum = fold_sources(port, world, mine.start, mine.len());
             for member in 0..world {
-                let into = port.group().target(member, mine.clone());
+                let into =
+                    port.group().target(member, mine.clone()).expect("its output is registered");
                 // SAFETY: the group gave the address of that many writable bytes.
                 unsafe { into.copy_from_nonoverlapping(sum.as_ptr(), sum.len()) };
             }

@@ -110,7 +110,7 @@ fn fold_exchanged(port: &mut Port<'_>, call: Call, count: usize) {
     // SAFETY: the region and the arrival hold `count` elements each, and the send is done.
     let outcome = unsafe { fold.run(into, &[into, port.link.arrived(received)], count) };
     assert_eq!(outcome, Folded::Done);
-    port.link.release(received);
+    port.link.release(received).expect("the peer is there");
 
     let (mut expected, other) = (words(&mine), words(&theirs));
     let into = expected.as_mut_ptr().cast::<u8>();

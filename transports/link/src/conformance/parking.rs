@@ -91,7 +91,7 @@ pub fn parks_end_by_data(mesh: &Mesh) {
                     port.look().expect("nothing fails");
                 }
                 assert!(start.elapsed() < PATIENCE / 2, "the arrival did not end the park");
-                port.link.release(one);
+                port.link.release(one).expect("the peer is there");
             } else {
                 let sent = port.send(0, 0..bytes);
                 port.wait(&[sent]);

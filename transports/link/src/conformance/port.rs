@@ -172,7 +172,7 @@ impl<'a> Port<'a> {
             Landing::Place => self.memory.read(bytes.start, bytes.len()),
             Landing::Slot => {
                 let taken = copy(self.link.arrived(ticket), bytes.len());
-                self.link.release(ticket);
+                self.link.release(ticket).expect("the sender is there");
                 taken
             }
         }
