@@ -6,6 +6,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use unisum_link::Panic;
+
 use crate::turns::{Number, Turns};
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -88,7 +90,9 @@ impl Background {
 impl Shared {
     fn run(&self) {
         while let Some(job) = self.next() {
-            job();
+            // Jobs tell of panics in the program's code themselves. Were one of ours to panic, the
+            // jobs behind it must not be left waiting: each work ends by its promise.
+            let _ = Panic::catch(job);
         }
     }
 

@@ -2,16 +2,17 @@
 
 use std::fmt;
 
-use unisum_link::{Dtype, Element, Rank};
+use unisum_link::{Dtype, Element, Panic, Rank};
 
 use crate::alone;
 use crate::buffer::Buffer;
 use crate::collective::{Buffers, Collective, InPlace, Owned};
+use crate::judgement::from_verdict;
 use crate::member::Member;
 use crate::memory::Arena;
 use crate::programs;
 use crate::reduction::{Outcome, Reduction};
-use crate::work::{Completion, Work};
+use crate::work::{Promise, Work};
 use crate::{Builder, Error, ErrorKind};
 
 /// This process's membership in a job: one rank of a world of ranks that reduce together.
@@ -139,25 +140,31 @@ impl Communicator {
         collective: Collective,
         mut tensors: Vec<B>,
     ) -> Work<(Vec<B>, Outcome)> {
-        let (completion, work) = Completion::pair();
+        let (promise, work) = Promise::pair();
         if let Err(error) = self.check(&collective, T::DTYPE) {
-            completion.end(Err(error));
+            promise.end(Err(error));
             return work;
         }
         let Some(member) = &self.member else {
-            let mut lent: Vec<_> = tensors.iter_mut().map(Owned::lend).collect();
-            let result = self.batch_alone(&collective, &mut lent);
-            drop(lent);
-            completion.end(result.map(|outcome| (tensors, outcome)));
+            let lent = Panic::catch(|| tensors.iter_mut().map(Owned::lend).collect::<Vec<_>>());
+            let result = match lent {
+                Ok(mut lent) => self.batch_alone(&collective, &mut lent),
+                Err(panic) => Err(self.panicked(&not_lent(&panic))),
+            };
+            give_back(promise, result, tensors, |tensors, outcome| (tensors, outcome));
             return work;
         };
         let core = member.core.clone();
         member.background.submit(&member.core.runner.turns, move |turn| {
-            let mut lent: Vec<_> = tensors.iter_mut().map(Owned::lend).collect();
-            // SAFETY: as in `submit`.
-            let result = unsafe { core.execute_batch(turn, &collective, &mut lent) };
-            drop(lent);
-            completion.end(result.map(|outcome| (tensors, outcome)));
+            let lent = Panic::catch(|| tensors.iter_mut().map(Owned::lend).collect::<Vec<_>>());
+            let result = match lent {
+                // SAFETY: as in `submit`.
+                Ok(mut lent) => unsafe { core.execute_batch(turn, &collective, &mut lent) },
+                Err(panic) => Err(core.panicked(turn, &not_lent(&panic))),
+            };
+            let back = |tensors, outcome| (tensors, outcome);
+            let given = Panic::catch(|| give_back(promise, result, tensors, back));
+            core.tell(given);
         });
         work
     }
@@ -182,7 +189,10 @@ impl Communicator {
     /// any order, or dropped.
     ///
     /// # Errors
-    /// The work's result carries what [`Communicator::run`] would return.
+    /// The work's result carries what [`Communicator::run`] would return, and
+    /// [`ErrorKind::Panicked`] if the buffers did when they were asked for their elements, on any
+    /// rank. If the work's waker panics, or a destructor of buffers that nobody waits for, the job
+    /// ends with an error of that kind, too.
     pub fn start<T: Element, B: Owned<T>>(
         &self,
         collective: Collective,
@@ -195,24 +205,31 @@ impl Communicator {
         &self,
         collective: Collective,
         mut buffers: B,
-        give_back: fn(B, Outcome) -> R,
+        back: fn(B, Outcome) -> R,
     ) -> Work<R> {
-        let (completion, work) = Completion::pair();
+        let (promise, work) = Promise::pair();
         if let Err(error) = self.check(&collective, T::DTYPE) {
-            completion.end(Err(error));
+            promise.end(Err(error));
             return work;
         }
         let Some(member) = &self.member else {
-            let result = self.alone(&collective, buffers.lend());
-            completion.end(result.map(|outcome| give_back(buffers, outcome)));
+            let result = match Panic::catch(|| buffers.lend()) {
+                Ok(lent) => self.alone(&collective, lent),
+                Err(panic) => Err(self.panicked(&not_lent(&panic))),
+            };
+            give_back(promise, result, buffers, back);
             return work;
         };
         let core = member.core.clone();
         member.background.submit(&member.core.runner.turns, move |turn| {
-            // SAFETY: this closure owns `buffers` and keeps them in place until `execute` returns,
-            // after which the engine no longer uses the regions.
-            let result = unsafe { core.execute(turn, &collective, buffers.lend()) };
-            completion.end(result.map(|outcome| give_back(buffers, outcome)));
+            let result = match Panic::catch(|| buffers.lend()) {
+                // SAFETY: this closure owns `buffers` and keeps them in place until `execute`
+                // returns, after which the engine no longer uses the regions.
+                Ok(lent) => unsafe { core.execute(turn, &collective, lent) },
+                Err(panic) => Err(core.panicked(turn, &not_lent(&panic))),
+            };
+            let given = Panic::catch(|| give_back(promise, result, buffers, back));
+            core.tell(given);
         });
         work
     }
@@ -358,6 +375,23 @@ impl Communicator {
         runner.refuse(&mut runner.turns.wait(runner.turns.draw()), text)
     }
 
+    /// Ends the job on all ranks because code of the program panicked on this one; the error for
+    /// the caller ([`Runner::panicked`](crate::runner::Runner::panicked)).
+    pub(crate) fn panicked(&self, what: &str) -> Error {
+        let Some(member) = &self.member else {
+            let text = format!("on rank {} {what}", self.rank);
+            let error = Error::new(ErrorKind::Panicked, text).on(self.rank);
+            return error.caused_by(vec![self.rank]);
+        };
+        member.core.runner.panicked(what)
+    }
+
+    /// Why the job has ended, if it has, though no call here has failed yet.
+    pub(crate) fn verdict(&self) -> Option<Error> {
+        let runner = &self.member.as_ref()?.core.runner;
+        runner.membership.verdict().map(|verdict| from_verdict(&verdict).on(self.rank))
+    }
+
     /// Refuses what can't be run, whatever the buffers.
     fn check(&self, collective: &Collective, dtype: Dtype) -> Result<(), Error> {
         collective.checked(dtype, (self.rank, self.world))
@@ -464,6 +498,25 @@ impl Communicator {
         let table = self.member.as_ref().map(|member| member.core.runner.choice.to_string());
         format!("{}{}", self.description, table.unwrap_or_default())
     }
+}
+
+/// Ends a work. Code of the program may run: the work's waker, and destructors of buffers.
+fn give_back<B, R>(
+    promise: Promise<R>,
+    result: Result<Outcome, Error>,
+    buffers: B,
+    back: impl FnOnce(B, Outcome) -> R,
+) {
+    match result {
+        Ok(outcome) => promise.end(Ok(back(buffers, outcome))),
+        // First the result, which whoever waits gets also if a destructor panics.
+        Err(error) => promise.end(Err(error)),
+    }
+}
+
+/// That buffers panicked when they were asked for their elements, in words.
+fn not_lent(panic: &Panic) -> String {
+    format!("a buffer panicked when it was asked for its elements: {}", panic.text())
 }
 
 impl Drop for Communicator {

@@ -81,7 +81,16 @@ impl Error {
 
     /// The same failure, as seen by a call that came after it.
     pub(crate) fn repeated(&self) -> Self {
-        let detail = format!("the communicator was aborted by an earlier error: {self}");
+        self.ending("the communicator was aborted")
+    }
+
+    /// The same failure, as seen by a step of gradient buckets that came after it.
+    pub(crate) fn repeated_by_buckets(&self) -> Self {
+        self.ending("the gradient buckets were ended")
+    }
+
+    fn ending(&self, what: &str) -> Self {
+        let detail = format!("{what} by an earlier error: {self}");
         let culprits = self.culprits.clone();
         Self { rank: self.rank, ..Self::new(ErrorKind::Aborted, detail).caused_by(culprits) }
     }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use unisum_link::{Collective as Kind, Element, Rank, ReduceOp, Regions};
+use unisum_link::{Collective as Kind, Element, Panic, Rank, ReduceOp, Regions};
 
 use crate::Error;
 use crate::background::Background;
@@ -67,6 +67,26 @@ impl Core {
             // SAFETY: the caller promised it.
             Ok(extents) => unsafe { self.launch(&mut state, collective, buffers, extents) },
             Err(text) => Err(self.runner.refuse(&mut state, &text)),
+        }
+    }
+
+    /// In place of a collective whose buffers panicked, in its turn: tells all ranks, see
+    /// [`Runner::panicked`].
+    pub(crate) fn panicked(&self, turn: Number, what: &str) -> Error {
+        // What was called before ends first, as it does on the other ranks.
+        let _turn = self.runner.turns.wait(turn);
+        self.runner.panicked(what)
+    }
+
+    /// Tells all ranks if code of the program panicked after a collective had ended.
+    pub(crate) fn tell(&self, given_back: Result<(), Panic>) {
+        if let Err(panic) = given_back {
+            let what = format!(
+                "the waker of a work or the destructor of its buffers panicked: {}",
+                panic.text()
+            );
+            // The error is for whatever is called next.
+            let _told = self.runner.panicked(&what);
         }
     }
 

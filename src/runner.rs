@@ -188,6 +188,22 @@ impl Runner {
         error
     }
 
+    /// Tells all ranks that code of the program panicked on this one: whose it was and what it said
+    /// is in `what`. The error for the caller; an earlier one, if there is one, which may be why.
+    /// Needs no turn: a call under way is ended by the verdict. Blocks for that, 3 s at most.
+    pub(crate) fn panicked(&self, what: &str) -> Error {
+        if self.is_forked() {
+            return Error::forked().on(self.rank());
+        }
+        if let Some(failed) = self.failed.get() {
+            return failed.clone();
+        }
+        let error = self.membership.panicked(what).on(self.rank());
+        // If a call under way was faster, it had its verdict from this report.
+        let _ = self.failed.set(error.clone());
+        error
+    }
+
     /// What the next call says of itself, but for its algorithm.
     fn next_call(&self, state: &State, request: &Request) -> Call {
         let Request { key, fold, detail, .. } = request;

@@ -6,39 +6,63 @@ use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use crate::Error;
+use crate::{Error, ErrorKind};
 
 /// A collective under way, which owns its buffer until it ends.
 ///
 /// It is a [`Future`], and [`Work::wait`] blocks. Dropping it does not cancel the collective (the
 /// other ranks take part in it); the buffer is freed when it ends.
+///
+/// The result is given once, to whoever polls or waits first. Polling or waiting again is an error
+/// of kind [`ErrorKind::Configuration`], at once.
 #[must_use = "the buffer comes back through the work's result"]
 pub struct Work<B> {
     shared: Arc<Completion<B>>,
 }
 
-/// The other end: where the result is put.
-pub(crate) struct Completion<B> {
+/// The other end: where the result is put. If it is dropped before, the work ends with an error.
+pub(crate) struct Promise<B>(Option<Arc<Completion<B>>>);
+
+struct Completion<B> {
     state: Mutex<State<B>>,
     ended: Condvar,
 }
 
 struct State<B> {
     result: Option<Result<B, Error>>,
+    has_ended: bool,
     waker: Option<Waker>,
 }
 
-impl<B> Completion<B> {
+impl<B> Promise<B> {
     /// Both ends.
-    pub(crate) fn pair() -> (Arc<Self>, Work<B>) {
-        let state = Mutex::new(State { result: None, waker: None });
-        let shared = Arc::new(Self { state, ended: Condvar::new() });
-        (shared.clone(), Work { shared })
+    pub(crate) fn pair() -> (Self, Work<B>) {
+        let state = Mutex::new(State { result: None, has_ended: false, waker: None });
+        let shared = Arc::new(Completion { state, ended: Condvar::new() });
+        (Self(Some(shared.clone())), Work { shared })
     }
 
-    pub(crate) fn end(&self, result: Result<B, Error>) {
+    /// Puts the result there. If the waker panics, that comes last.
+    pub(crate) fn end(mut self, result: Result<B, Error>) {
+        if let Some(shared) = self.0.take() {
+            shared.end(result);
+        }
+    }
+}
+
+impl<B> Drop for Promise<B> {
+    fn drop(&mut self) {
+        if let Some(shared) = self.0.take() {
+            shared.end(Err(Error::new(ErrorKind::Aborted, "a panic ended the collective")));
+        }
+    }
+}
+
+impl<B> Completion<B> {
+    fn end(&self, result: Result<B, Error>) {
         let mut state = self.lock();
         state.result = Some(result);
+        state.has_ended = true;
         let waker = state.waker.take();
         drop(state);
         self.ended.notify_all();
@@ -48,8 +72,19 @@ impl<B> Completion<B> {
     }
 
     fn lock(&self) -> MutexGuard<'_, State<B>> {
-        // The state is replaced whole: a panic elsewhere leaves it consistent.
+        // No code of the program runs under the lock: the state is whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<B> State<B> {
+    /// The result, if the collective has ended; an error if it was given before.
+    fn take(&mut self) -> Option<Result<B, Error>> {
+        let taken = || {
+            let text = "this work gave its result before: it was polled or waited for again";
+            Err(Error::new(ErrorKind::Configuration, text))
+        };
+        self.has_ended.then(|| self.result.take().unwrap_or_else(taken))
     }
 }
 
@@ -57,14 +92,12 @@ impl<B> Work<B> {
     /// Blocks until the collective has ended and gives the buffer back.
     ///
     /// # Errors
-    /// As the blocking collective; the buffer is then gone.
-    ///
-    /// # Panics
-    /// If the future already gave its result.
+    /// As the blocking collective; the buffer is then gone. [`ErrorKind::Configuration`] if the
+    /// result was given before, to whoever polled the future.
     pub fn wait(self) -> Result<B, Error> {
         let mut state = self.shared.lock();
         loop {
-            if let Some(result) = state.result.take() {
+            if let Some(result) = state.take() {
                 return result;
             }
             state = self.shared.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -73,7 +106,7 @@ impl<B> Work<B> {
 
     /// Whether the collective has ended, so that neither waiting nor polling would block.
     pub fn is_ended(&self) -> bool {
-        self.shared.lock().result.is_some()
+        self.shared.lock().has_ended
     }
 }
 
@@ -81,11 +114,17 @@ impl<B> Future for Work<B> {
     type Output = Result<B, Error>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        // A waker's methods, its destructor among them, are the program's code, which is not
+        // called under the lock.
+        let waker = context.waker().clone();
         let mut state = self.shared.lock();
-        if let Some(result) = state.result.take() {
+        if let Some(result) = state.take() {
+            drop(state);
             return Poll::Ready(result);
         }
-        state.waker = Some(context.waker().clone());
+        let earlier = state.waker.replace(waker);
+        drop(state);
+        drop(earlier);
         Poll::Pending
     }
 }

@@ -1,18 +1,20 @@
 //! How a layer of buckets is made: settings, agreement, memory.
 
+use std::any::TypeId;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
 
+use unisum_link::Panic;
 use unisum_link::handshake::job_hash;
 
-use super::Buckets;
-use super::hook::{AllReduce, Hook};
+use super::hook::{AllReduce, Hook, panicked_in};
 use super::layout::{Layout, Limits};
 use super::parameter::{self, Parameter};
 use super::plan::Plan;
 use super::shard::ReduceScatter;
 use super::worker::{Core, Settings};
+use super::{Buckets, Compressed, LowRank};
 use crate::{Communicator, Error, ErrorKind};
 
 /// Settings of [`Buckets`], the same on all ranks.
@@ -32,6 +34,7 @@ impl<'c> Builder<'c> {
             static_graph: false,
             uneven_inputs: false,
             relayout: true,
+            acknowledges: false,
         };
         let limits = Limits { bytes: 25 << 20, end_bytes: 1 << 20, pieces: 1 };
         Self { communicator, limits, settings, layout: None, hook: Box::new(AllReduce) }
@@ -94,9 +97,12 @@ impl<'c> Builder<'c> {
         self
     }
 
-    /// What is done with a bucket when it is ready; [`AllReduce`] if nothing is said.
+    /// What is done with a bucket when it is ready; [`AllReduce`] if nothing is said. A hook that
+    /// is not of this library costs one more all-reduce of a byte in each step, by which all ranks
+    /// learn whether it panicked in [`Hook::settle`].
     #[must_use]
     pub fn hook(mut self, hook: impl Hook + 'static) -> Self {
+        self.settings.acknowledges = !is_own(&hook);
         self.hook = Box::new(hook);
         self
     }
@@ -107,6 +113,7 @@ impl<'c> Builder<'c> {
     #[must_use]
     pub fn sharded(mut self) -> Self {
         self.limits.pieces = self.communicator.world();
+        self.settings.acknowledges = false;
         self.hook = Box::new(ReduceScatter);
         self.settings.relayout = false;
         self
@@ -121,11 +128,14 @@ impl<'c> Builder<'c> {
     ///
     /// # Errors
     /// [`ErrorKind::Mismatch`], on all ranks alike, if parameters or settings differ between ranks
-    /// (the first difference is named) or can't be; as [`Communicator::split`].
+    /// (the first difference is named) or can't be; [`ErrorKind::Panicked`] if the hook did on a
+    /// rank; as [`Communicator::split`].
     pub fn build(self, parameters: &[Parameter]) -> Result<Buckets, Error> {
         let communicator = self.communicator.duplicate()?;
         let rank = communicator.rank();
-        let layout = self.agree(&communicator, parameters)?;
+        let name = Panic::catch(|| self.hook.name());
+        let name = name.map_err(|panic| communicator.panicked(&panicked_in("name", &panic)))?;
+        let layout = self.agree(&communicator, parameters, &name)?;
         let plan = Plan::new(parameters.into(), layout, &communicator);
         let why = plan.as_ref().map_or_else(ToString::to_string, |_| String::new());
         refuse_any(&communicator, &communicator.exchange(why.into_bytes())?)?;
@@ -147,6 +157,7 @@ impl<'c> Builder<'c> {
         &self,
         communicator: &Communicator,
         parameters: &[Parameter],
+        hook: &str,
     ) -> Result<Layout, Error> {
         let layout = parameter::check(parameters).and_then(|()| match &self.layout {
             Some(saved) => Layout::from_bytes(saved, parameters, self.limits.pieces),
@@ -159,10 +170,9 @@ impl<'c> Builder<'c> {
         refuse_any(communicator, &communicator.exchange(why.into_bytes())?)?;
         let layout = layout.map_err(|text| Error::new(ErrorKind::Mismatch, text))?;
         let settings = format!(
-            "{:?} {:?} {}, saved layout {:x?}",
+            "{:?} {:?} {hook}, saved layout {:x?}",
             self.limits,
             self.settings,
-            self.hook.name(),
             self.layout.as_ref().map(|_| job_hash(&format!("{layout:?}")))
         );
         let signature = parameter::signature(&settings, parameters);
@@ -176,6 +186,12 @@ impl<'c> Builder<'c> {
         let error = Error::new(ErrorKind::Mismatch, text).on(communicator.rank());
         Err(error.caused_by(vec![0, other]))
     }
+}
+
+/// Whether a hook is of this library, whose hooks do not panic.
+fn is_own<H: Hook + 'static>(_: &H) -> bool {
+    let own = [TypeId::of::<AllReduce>(), TypeId::of::<Compressed>(), TypeId::of::<LowRank>()];
+    own.contains(&TypeId::of::<H>())
 }
 
 /// The error of all ranks if one gave a reason.

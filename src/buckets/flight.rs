@@ -9,8 +9,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Instant;
 
+use unisum_link::{Panic, Rank};
+
 use super::plan::Plan;
-use crate::Error;
+use crate::{Error, ErrorKind};
 
 /// What a step does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub(super) enum Purpose {
 pub(super) struct Cycle {
     /// By parameter: whether its gradient holds something of this cycle.
     filled: Box<[AtomicBool]>,
+    /// What went wrong first in a step that accumulates: the reduction can't be used.
+    fault: Mutex<Option<String>>,
 }
 
 /// How a step ended that all ranks agree has not failed.
@@ -59,7 +63,6 @@ pub(super) struct Flight {
     /// Ready gradients in their order.
     order: Box<[AtomicUsize]>,
     ready: AtomicUsize,
-    is_closed: AtomicBool,
     progress: Mutex<Progress>,
     changed: Condvar,
 }
@@ -69,6 +72,8 @@ struct Progress {
     times: Vec<Times>,
     /// What went wrong on this rank first.
     fault: Option<String>,
+    /// Whether the program has put in all it will, and told all its faults.
+    is_closed: bool,
     end: Option<Result<Outcome, Error>>,
     ended: Option<Instant>,
     wakers: Vec<Waker>,
@@ -78,7 +83,13 @@ const READY: u32 = u32::MAX;
 
 impl Cycle {
     pub(super) fn new(parameters: usize) -> Arc<Self> {
-        Arc::new(Self { filled: (0..parameters).map(|_| AtomicBool::new(false)).collect() })
+        let filled = (0..parameters).map(|_| AtomicBool::new(false)).collect();
+        Arc::new(Self { filled, fault: Mutex::default() })
+    }
+
+    fn fault(&self) -> MutexGuard<'_, Option<String>> {
+        // Each critical section is one assignment.
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -95,7 +106,6 @@ impl Flight {
             pending: buckets.iter().map(|it| AtomicUsize::new(it.parameters.len())).collect(),
             order: (0..parameters).map(|_| AtomicUsize::new(0)).collect(),
             ready: AtomicUsize::new(0),
-            is_closed: AtomicBool::new(false),
             progress: Mutex::new(Progress { times, ..Progress::default() }),
             changed: Condvar::new(),
             plan,
@@ -177,19 +187,36 @@ impl Flight {
         (0..self.marks.len()).filter(is_empty).collect()
     }
 
-    /// The program has put in all it will: what is not ready is, with what it holds or zeros. From
-    /// here on the step may end at any time: a fault has to be told before.
-    pub(super) fn close(&self) {
-        // Relaxed: only the step's owner asks.
-        self.is_closed.store(true, Ordering::Relaxed);
-        match self.purpose {
-            Purpose::Accumulate => self.end(Ok(Outcome::default())),
-            Purpose::Reduce | Purpose::Shadow => self.close_those(0..self.marks.len()),
+    /// The program on rank `rank` has put in all it will: what is not ready is, with what it holds
+    /// or zeros. From here on the step may end at any time: a fault has to be told before.
+    pub(super) fn close(&self, rank: Rank) {
+        if self.purpose != Purpose::Accumulate {
+            self.close_those(0..self.marks.len());
+        }
+        self.lock().is_closed = true;
+        self.changed.notify_all();
+        if self.purpose == Purpose::Accumulate {
+            let failed = |fault: String| {
+                Err(Error::new(ErrorKind::StepFailed, fault).on(rank).caused_by(vec![rank]))
+            };
+            let fault = self.lock().fault.clone();
+            let end = fault.map_or_else(|| Ok(Outcome::default()), failed);
+            // On the program's own thread. A second panic while it unwinds would end the process.
+            if let Err(panic) = self.end(end)
+                && !std::thread::panicking()
+            {
+                panic.resume();
+            }
         }
     }
 
     pub(super) fn is_closed(&self) -> bool {
-        self.is_closed.load(Ordering::Relaxed)
+        self.lock().is_closed
+    }
+
+    /// Blocks until the program can tell no more faults.
+    pub(super) fn await_closed(&self) {
+        drop(self.wait_while(|progress| !progress.is_closed));
     }
 
     /// Makes parameters ready that nobody views.
@@ -218,13 +245,20 @@ impl Flight {
         (0..self.marks.len()).map(|parameter| self.is_filled(parameter)).collect()
     }
 
-    /// The step can't succeed: all ranks are told when it ends. The first fault counts.
+    /// The step can't succeed, or if it accumulates, the reduction of what it accumulates: all
+    /// ranks are told when that ends. The first fault counts.
     pub(super) fn fail(&self, fault: String) {
+        if self.purpose == Purpose::Accumulate {
+            let text = format!("while gradients were accumulated, {fault}");
+            self.cycle.fault().get_or_insert(text);
+        }
         self.lock().fault.get_or_insert(fault);
     }
 
+    /// What went wrong on this rank, in this step or in one whose gradients it reduces.
     pub(super) fn fault(&self) -> Option<String> {
-        self.lock().fault.clone()
+        let earlier = self.cycle.fault().clone();
+        earlier.or_else(|| self.lock().fault.clone())
     }
 
     /// Blocks until all gradients of a bucket are ready.
@@ -236,33 +270,35 @@ impl Flight {
         self.lock().times[bucket].started = Some(Instant::now());
     }
 
-    pub(super) fn finished(&self, bucket: usize) {
+    /// # Errors
+    /// If a waker panicked; everybody else was woken.
+    pub(super) fn finished(&self, bucket: usize) -> Result<(), Panic> {
         let mut progress = self.lock();
         progress.times[bucket].finished = Some(Instant::now());
-        self.wake(progress);
+        self.wake(progress)
     }
 
-    pub(super) fn end(&self, end: Result<Outcome, Error>) {
+    /// # Errors
+    /// As [`Flight::finished`].
+    pub(super) fn end(&self, end: Result<Outcome, Error>) -> Result<(), Panic> {
         let mut progress = self.lock();
         progress.end = Some(end);
         progress.ended = Some(Instant::now());
-        self.wake(progress);
+        self.wake(progress)
     }
 
-    fn wake(&self, mut progress: MutexGuard<'_, Progress>) {
+    fn wake(&self, mut progress: MutexGuard<'_, Progress>) -> Result<(), Panic> {
         let wakers = std::mem::take(&mut progress.wakers);
         drop(progress);
         self.changed.notify_all();
-        wakers.into_iter().for_each(Waker::wake);
+        // Wakers are the program's code: one that panics must not keep another from being woken.
+        let wake = |waker: Waker| Panic::catch(|| waker.wake());
+        wakers.into_iter().map(wake).fold(Ok(()), Result::and)
     }
 
     /// How the step ended, if it has; else `waker` is woken at the next news.
     pub(super) fn poll_end(&self, waker: &Waker) -> Option<Result<Outcome, Error>> {
-        let mut progress = self.lock();
-        if progress.end.is_none() {
-            progress.wakers.push(waker.clone());
-        }
-        progress.end.clone()
+        self.ask(waker, |progress| progress.end.clone())
     }
 
     /// Blocks until the step has ended.
@@ -274,12 +310,21 @@ impl Flight {
     /// Whether a bucket is reduced, or why it never will be; else `waker` is woken at the next
     /// news.
     pub(super) fn poll_reduced(&self, bucket: usize, waker: &Waker) -> Option<Result<(), Error>> {
+        self.ask(waker, |progress| progress.reduced(bucket))
+    }
+
+    /// What is known; if nothing, `waker` is woken at the next news.
+    fn ask<R>(&self, waker: &Waker, known: impl Fn(&Progress) -> Option<R>) -> Option<R> {
+        // A waker's methods are the program's code, which is not called under the lock.
+        let waker = waker.clone();
         let mut progress = self.lock();
-        let reduced = progress.reduced(bucket);
-        if reduced.is_none() {
-            progress.wakers.push(waker.clone());
+        let known = known(&progress);
+        if known.is_none() && !progress.wakers.iter().any(|it| it.will_wake(&waker)) {
+            progress.wakers.push(waker);
+            return None;
         }
-        reduced
+        drop(progress);
+        known
     }
 
     /// Blocks until a bucket is reduced.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 
 use half::{bf16, f16};
-use unisum_link::{Dtype, Element, ReduceOp};
+use unisum_link::{Dtype, Element, Panic, ReduceOp};
 
 use super::parameter::Parameter;
 use super::plan::Plan;
@@ -12,6 +12,13 @@ use crate::{Buffers, Collective, Communicator, Error, Reduction};
 
 /// How buckets are reduced. It runs on the layer's own thread, for one bucket after the other, in
 /// the same order on all ranks, and calls the same collectives on all ranks.
+///
+/// If one of its methods panics, on any rank, all ranks get an error of kind
+/// [`ErrorKind::Panicked`](crate::ErrorKind::Panicked) that says where: the step that it was called
+/// for, or [`Builder::build`](super::Builder::build), or on the other ranks whatever comes next.
+/// Then the layer has ended; after a panic in [`Hook::settle`] the job has not. Where no result
+/// could tell of it, in [`rescale`](Hook::rescale) and [`save`](Hook::save), the panic goes on to
+/// the caller. Afterwards only [`Hook::save`] is of use, and what that gives is up to the hook.
 ///
 /// ```
 /// use unisum::buckets::{AllReduce, Bucket, Hook};
@@ -96,6 +103,11 @@ impl<H: Hook + ?Sized> Hook for Box<H> {
     fn restore(&mut self, saved: &[u8]) -> Result<(), String> {
         (**self).restore(saved)
     }
+}
+
+/// That a method of the hook panicked, in words.
+pub(super) fn panicked_in(method: &str, panic: &Panic) -> String {
+    format!("the bucket hook panicked in `{method}`: {}", panic.text())
 }
 
 /// A bucket in the hands of a [`Hook`], which has it alone.

@@ -36,8 +36,10 @@
 //!   named. Buckets are launched in the same order on all ranks, whatever the order of readiness.
 //! - After the first step buckets are laid out anew, once, in the order in which rank 0's gradients
 //!   became ready.
-//! - A step ends alike on all ranks: all commit to it, or all get the same error. What one rank did
-//!   wrong fails the step; a lost rank ends the job.
+//! - A step ends alike on all ranks: all commit to it, or all get the same error. A rank votes when
+//!   its program has given the step away by [`Step::wait`] or [`Step::finish`]: what one rank did
+//!   wrong until then fails the step, a panic and a dropped step among them. A lost rank ends the
+//!   job.
 //! - Nothing is copied: views lie in the memory that is reduced.
 
 mod builder;
@@ -66,7 +68,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
-use unisum_link::{Element, fork};
+use unisum_link::{Element, Panic, fork};
 
 pub use builder::Builder;
 pub use compressed::Compressed;
@@ -82,7 +84,7 @@ pub use trace::Trace;
 pub use tuner::Advice;
 pub use unisum_link::kernels::Encoding;
 
-use crate::{Buffers, Collective, Communicator, Error};
+use crate::{Buffers, Collective, Communicator, Error, ErrorKind};
 use flight::{Cycle, Flight, Purpose};
 use layout::Limits;
 use plan::Plan;
@@ -163,14 +165,17 @@ impl Buckets {
     ///
     /// # Errors
     /// As [`Step::wait`], and what `update` returns. Without
-    /// [`Builder::uneven_inputs`] [`ErrorKind::Configuration`](crate::ErrorKind::Configuration).
+    /// [`Builder::uneven_inputs`] [`ErrorKind::Configuration`].
+    ///
+    /// # Panics
+    /// If `update` does: the job ends on all ranks with [`ErrorKind::Panicked`].
     pub fn join(
         &mut self,
         mut update: impl FnMut(&mut Self, &StepReport) -> Result<(), Error>,
     ) -> Result<(), Error> {
         if !self.core.settings.uneven_inputs {
             let text = "joining takes buckets that were built with `uneven_inputs`";
-            let error = Error::new(crate::ErrorKind::Configuration, text);
+            let error = Error::new(ErrorKind::Configuration, text);
             return Err(error.on(self.core.communicator.rank()));
         }
         loop {
@@ -178,7 +183,12 @@ impl Buckets {
             if report.participants == 0 {
                 return Ok(());
             }
-            update(self, &report)?;
+            let updated = Panic::catch(|| update(self, &report)).unwrap_or_else(|panic| {
+                let what = format!("the update of `join` panicked: {}", panic.text());
+                let _told = self.core.panicked(&what);
+                panic.resume()
+            });
+            updated?;
         }
     }
 
@@ -192,7 +202,7 @@ impl Buckets {
             return Err(Error::forked().on(self.core.communicator.rank()));
         }
         self.settle();
-        if let Some(error) = self.core.communicator.failure() {
+        if let Some(error) = self.core.failure() {
             return Err(error);
         }
         if self.cycle.is_none() {
@@ -221,10 +231,36 @@ impl Buckets {
 
     /// Waits until the last step, which may have been dropped, has ended.
     fn settle(&self) {
+        self.close_forgotten();
         if let Some(last) = &self.last {
             // Who waited for it was told.
             let _ = last.await_end();
         }
+    }
+
+    /// Fails the last step if it was neither waited for nor dropped: `mem::forget` does that.
+    fn close_forgotten(&self) {
+        // A step borrows the layer for itself alone: whoever comes here has none any more.
+        if let Some(last) = self.last.as_ref().filter(|last| !last.is_closed()) {
+            last.fail("the step was forgotten before it was waited for".into());
+            last.close(self.core.communicator.rank());
+        }
+    }
+
+    /// Calls a method of the hook between steps, on the program's thread.
+    ///
+    /// # Errors
+    /// If it panicked: all ranks were told.
+    fn call_hook<R>(
+        &self,
+        method: &str,
+        call: impl FnOnce(&mut dyn Hook) -> R,
+    ) -> Result<R, Box<(Panic, Error)>> {
+        self.settle();
+        self.core.with_hook(call).map_err(|panic| {
+            let error = self.core.panicked(&hook::panicked_in(method, &panic));
+            (panic, error).into()
+        })
     }
 
     /// After the first step: what never will be used, and the order in which rank 0's gradients
@@ -279,27 +315,33 @@ impl Buckets {
 
     /// From the next step on gradients come with a loss scale that is `factor` times that of the
     /// last ([`LossScaler`]): what the hook keeps of them is multiplied. All ranks call it alike.
+    ///
+    /// # Panics
+    /// If the hook does: the job ends on all ranks with [`ErrorKind::Panicked`].
     pub fn rescale_hook(&mut self, factor: f32) {
-        self.settle();
-        self.core.hook().rescale(factor);
+        let called = self.call_hook("rescale", |hook| hook.rescale(factor));
+        called.unwrap_or_else(|told| told.0.resume());
     }
 
     /// What the hook keeps from step to step, for a checkpoint: this rank's own.
+    ///
+    /// # Panics
+    /// As [`Buckets::rescale_hook`].
     pub fn save_hook(&self) -> Vec<u8> {
-        self.settle();
-        self.core.hook().save()
+        let called = self.call_hook("save", |hook| hook.save());
+        called.unwrap_or_else(|told| told.0.resume())
     }
 
     /// Gives the hook what [`Buckets::save_hook`] gave.
     ///
     /// # Errors
-    /// [`ErrorKind::Configuration`](crate::ErrorKind::Configuration) if the hook does not take it.
+    /// [`ErrorKind::Configuration`] if the hook does not take it, [`ErrorKind::Panicked`] if it
+    /// panics: then the job has ended on all ranks.
     pub fn restore_hook(&mut self, saved: &[u8]) -> Result<(), Error> {
-        self.settle();
-        let restored = self.core.hook().restore(saved);
+        let called = self.call_hook("restore", |hook| hook.restore(saved));
+        let restored = called.map_err(|told| told.1)?;
         restored.map_err(|text| {
-            let error = Error::new(crate::ErrorKind::Configuration, text);
-            error.on(self.core.communicator.rank())
+            Error::new(ErrorKind::Configuration, text).on(self.core.communicator.rank())
         })
     }
 }
@@ -311,6 +353,7 @@ impl Drop for Buckets {
             std::mem::forget((self.orders.take(), self.thread.take(), self.core.clone()));
             return;
         }
+        self.close_forgotten();
         drop(self.orders.take());
         if let Some(thread) = self.thread.take() {
             // A step that was dropped ends first: the others take part in it.

@@ -18,7 +18,7 @@ use crate::{Error, ErrorKind, Rank};
 /// A step under way ([`Buckets::begin`](super::Buckets::begin)): gradients are put in and marked
 /// ready, by any threads in any order; buckets are reduced meanwhile.
 ///
-/// Who drops it without waiting makes the step fail on all ranks.
+/// Dropping it without waiting fails the step on all ranks, also when its thread panics.
 pub struct Step<'b> {
     flight: Arc<Flight>,
     rank: Rank,
@@ -179,8 +179,10 @@ impl<'b> Step<'b> {
     /// # Errors
     /// [`ErrorKind::StepFailed`], on all ranks alike, if a rank has no gradient for a parameter
     /// (unless [`Builder::unused_parameters`](super::Builder::unused_parameters) allows it), marked
-    /// one twice, or dropped its step: the averages are not to be used, the next step can be begun.
-    /// As [`Communicator::run`](crate::Communicator::run) if the job ended.
+    /// one twice, or dropped its step, however late: the averages are not to be used, the next step
+    /// can be begun. A step that accumulates fails on the rank where it went wrong, and then the
+    /// step that reduces on all. [`ErrorKind::Panicked`] if the [hook](super::Hook) did, on any
+    /// rank. As [`Communicator::run`](crate::Communicator::run) if the job ended.
     pub fn wait(self) -> Result<StepReport, Error> {
         self.finish().wait()
     }
@@ -200,7 +202,7 @@ impl<'b> Step<'b> {
             let what = self.flight.plan.describe(*first);
             self.flight.fail(format!("{what} had no gradient when the step ended{others}"));
         }
-        self.flight.close();
+        self.flight.close(self.rank);
     }
 }
 
@@ -208,7 +210,10 @@ impl Drop for Step<'_> {
     fn drop(&mut self) {
         // After `finish` nothing is left to close.
         if !self.flight.is_closed() {
-            self.close("the step was dropped before it was waited for");
+            self.close(match std::thread::panicking() {
+                true => "the step was dropped by a panic of the thread that had it",
+                false => "the step was dropped before it was waited for",
+            });
         }
     }
 }

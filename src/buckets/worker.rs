@@ -1,14 +1,14 @@
 //! The layer's thread: takes a step's buckets in ascending order, and has all ranks agree on how
 //! the step ended.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use unisum_link::Panic;
 
 use super::flight::{Flight, Outcome, Purpose};
-use super::hook::{Bucket, Hook};
+use super::hook::{Bucket, Hook, panicked_in};
 use super::plan::Plan;
 use super::shard::Gather;
 use crate::{Collective, Communicator, Error, ErrorKind, ReduceOp};
@@ -21,6 +21,8 @@ pub(super) struct Core {
     hook: Mutex<Box<dyn Hook>>,
     /// Steps that were reduced.
     steps: AtomicU64,
+    /// Why there are no more steps: code of the program panicked.
+    ended: OnceLock<Error>,
 }
 
 /// How steps are run, the same on all ranks.
@@ -30,6 +32,8 @@ pub(super) struct Settings {
     pub(super) static_graph: bool,
     pub(super) uneven_inputs: bool,
     pub(super) relayout: bool,
+    /// Whether all ranks tell each other after each step that their hooks took note of its end.
+    pub(super) acknowledges: bool,
 }
 
 /// What the layer's thread is to do.
@@ -44,12 +48,31 @@ const NONFINITE: u8 = 2;
 
 impl Core {
     pub(super) fn new(communicator: Communicator, settings: Settings, hook: Box<dyn Hook>) -> Self {
-        Self { communicator, settings, hook: Mutex::new(hook), steps: AtomicU64::new(0) }
+        let (hook, steps, ended) = (Mutex::new(hook), AtomicU64::new(0), OnceLock::new());
+        Self { communicator, settings, hook, steps, ended }
     }
 
-    pub(super) fn hook(&self) -> MutexGuard<'_, Box<dyn Hook>> {
-        // After a panic of the hook the communicator is aborted, and it is not called again.
-        self.hook.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Calls a method of the hook.
+    ///
+    /// # Errors
+    /// If it panicked.
+    pub(super) fn with_hook<R>(&self, call: impl FnOnce(&mut dyn Hook) -> R) -> Result<R, Panic> {
+        // After a panic there are no more steps, and what else is called is the caller's choice.
+        let mut hook = self.hook.lock().unwrap_or_else(PoisonError::into_inner);
+        Panic::catch(|| call(&mut **hook))
+    }
+
+    /// Ends the job on all ranks, and the layer, because code of the program panicked on this one.
+    pub(super) fn panicked(&self, what: &str) -> Error {
+        let error = self.communicator.panicked(what);
+        // The first counts.
+        let _ = self.ended.set(error.clone());
+        error
+    }
+
+    /// Why there are no more steps, if so.
+    pub(super) fn failure(&self) -> Option<Error> {
+        self.communicator.failure().or_else(|| self.ended.get().map(Error::repeated_by_buckets))
     }
 
     pub(super) fn steps(&self) -> u64 {
@@ -61,7 +84,15 @@ impl Core {
     pub(super) fn work(&self, orders: &Receiver<Order>) {
         for order in orders {
             match order {
-                Order::Step(flight) => flight.end(self.run(&flight)),
+                Order::Step(flight) => {
+                    let end = Panic::catch(|| self.run(&flight)).unwrap_or_else(|panic| {
+                        let what = format!("the gradient buckets panicked: {}", panic.text());
+                        Err(self.panicked(&what))
+                    });
+                    if let Err(panic) = flight.end(end) {
+                        let _told = self.waker_panicked(&panic);
+                    }
+                }
                 Order::Gather(gather) => gather.run(self),
             }
         }
@@ -91,12 +122,47 @@ impl Core {
             flight.await_ready(bucket);
             flight.started(bucket);
             nonfinite |= self.reduce(flight, bucket, participants)?;
-            flight.finished(bucket);
+            flight.finished(bucket).map_err(|panic| self.waker_panicked(&panic))?;
+        }
+        // The last gradient is not the last thing that can go wrong: a rank votes when its program
+        // has given the step away.
+        flight.await_closed();
+        if let Some(error) = self.communicator.verdict() {
+            // Came while the program took its time: the others have given the step up.
+            return Err(error);
         }
         self.steps.fetch_add(1, Ordering::Relaxed);
         let outcome = self.vote(flight, nonfinite, participants);
-        self.hook().settle(outcome.as_ref().is_ok_and(|outcome| !outcome.nonfinite));
+        self.settle(outcome.as_ref().is_ok_and(|outcome| !outcome.nonfinite))?;
         outcome
+    }
+
+    /// Tells the hook how the step ended, and all ranks if it panicked.
+    fn settle(&self, applied: bool) -> Result<(), Error> {
+        let settled = self.with_hook(|hook| hook.settle(applied));
+        let fault = settled.err().map(|panic| panicked_in("settle", &panic));
+        if self.communicator.failure().is_some() {
+            // Then the step's own error counts.
+            return Ok(());
+        }
+        if !self.settings.acknowledges {
+            return fault.map_or(Ok(()), |fault| Err(self.panicked(&fault)));
+        }
+        let mut panicked = [u8::from(fault.is_some())];
+        self.communicator.all_reduce(&mut panicked, ReduceOp::Max)?;
+        if panicked == [0] {
+            return Ok(());
+        }
+        let error = self.explain(ErrorKind::Panicked, fault.unwrap_or_default())?;
+        // The job lives. The first counts.
+        let _ = self.ended.set(error.clone());
+        Err(error)
+    }
+
+    /// The error of a step, or of the next one, on all ranks.
+    fn waker_panicked(&self, panic: &Panic) -> Error {
+        let what = format!("the waker of a step or a bucket panicked: {}", panic.text());
+        self.panicked(&what)
     }
 
     fn count_participants(&self, flight: &Flight) -> Result<usize, Error> {
@@ -112,18 +178,21 @@ impl Core {
         let plan = &flight.plan;
         // SAFETY: all its gradients are ready, so the bucket is this thread's until the step ends.
         let mut lent = unsafe { self.lend(plan, bucket, participants) };
-        let reduced = catch_unwind(AssertUnwindSafe(|| self.hook().reduce(&mut lent)));
-        let refuse = |text: String| {
-            self.communicator.give_up(&format!("{}: {text}", plan.describe_bucket(bucket)))
-        };
+        let reduced = self.with_hook(|hook| hook.reduce(&mut lent));
         match reduced {
             Ok(Ok(())) => Ok(lent.is_nonfinite()),
             Ok(Err(error)) if self.communicator.failure().is_some() => {
                 let text = format!("{}: {error}", plan.describe_bucket(bucket));
                 Err(Error::new(error.kind(), text).caused_by(error.culprits().to_vec()))
             }
-            Ok(Err(error)) => Err(refuse(error.to_string())),
-            Err(panic) => Err(refuse(format!("the hook panicked: {}", message(&*panic)))),
+            Ok(Err(error)) => {
+                let text = format!("{}: {error}", plan.describe_bucket(bucket));
+                Err(self.communicator.give_up(&text))
+            }
+            Err(panic) => {
+                let (place, what) = (plan.describe_bucket(bucket), panicked_in("reduce", &panic));
+                Err(self.panicked(&format!("{place}: {what}")))
+            }
         }
     }
 
@@ -147,7 +216,7 @@ impl Core {
         let collective = Collective::all_reduce(ReduceOp::BitOr);
         self.communicator.run(&collective, crate::Buffers::InPlace(&mut ballot))?;
         if ballot[0] & FAILED != 0 {
-            return Err(self.explain(fault.unwrap_or_default())?);
+            return Err(self.explain(ErrorKind::StepFailed, fault.unwrap_or_default())?);
         }
         let is_used = |parameter: usize| ballot[1 + parameter / 8] & 1 << (parameter % 8) != 0;
         Ok(Outcome {
@@ -158,7 +227,7 @@ impl Core {
     }
 
     /// What failed where, the same on all ranks.
-    fn explain(&self, fault: String) -> Result<Error, Error> {
+    fn explain(&self, kind: ErrorKind, fault: String) -> Result<Error, Error> {
         let faults = self.communicator.exchange(fault.into_bytes())?;
         let failed = faults.iter().enumerate().filter(|(_, fault)| !fault.is_empty());
         let (mut culprits, mut texts) = (Vec::new(), Vec::new());
@@ -168,11 +237,6 @@ impl Core {
         }
         let text = format!("the step failed on all ranks: {}", texts.join("; "));
         let rank = self.communicator.rank();
-        Ok(Error::new(ErrorKind::StepFailed, text).on(rank).caused_by(culprits))
+        Ok(Error::new(kind, text).on(rank).caused_by(culprits))
     }
-}
-
-fn message(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
 }

@@ -102,6 +102,31 @@ pub fn has_rdma() -> bool {
     found
 }
 
+/// `few` of the cases, another choice in each run; all of them where `UNISUM_TEST_WHOLE` is set.
+/// What is printed replays the choice.
+pub fn sample<T>(mut cases: Vec<T>, few: usize) -> Vec<T> {
+    if std::env::var_os("UNISUM_TEST_WHOLE").is_some() {
+        return cases;
+    }
+    let mut state = seed();
+    let mut chosen = Vec::new();
+    while chosen.len() < few && !cases.is_empty() {
+        // Knuth's generator, of which the upper bits are good.
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        chosen.push(cases.swap_remove((state >> 33) as usize % cases.len()));
+    }
+    chosen
+}
+
+/// The seed of this run's choices: `UNISUM_TEST_SEED`, else another one each time.
+pub fn seed() -> u64 {
+    let clock = || std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
+    let seed = std::env::var("UNISUM_TEST_SEED").map_or_else(|_| clock(), |it| it.parse().unwrap());
+    println!("UNISUM_TEST_SEED={seed} replays this");
+    seed
+}
+
 /// Describes a world to start.
 #[derive(Clone)]
 pub struct World {
