@@ -75,12 +75,11 @@ impl Plan {
 
     /// Where a parameter's gradient lies, as bytes.
     fn gradient(&self, parameter: usize) -> (NonNull<u8>, usize) {
-        let home = self.layout.home(parameter);
-        let (space, size) = (&self.spaces[home.bucket], self.parameters[parameter].dtype().bytes());
-        let Range { start, end } = home.elements;
-        assert!(end * size <= space.bytes, "gradients lie inside their buckets");
+        let space = &self.spaces[self.bucket_of(parameter)];
+        let Range { start, end } = self.gradient_bytes(parameter);
+        assert!(end <= space.bytes, "gradients lie inside their buckets");
         // SAFETY: inside the bucket's memory, as just checked.
-        (unsafe { space.base.add(start * size) }, (end - start) * size)
+        (unsafe { space.base.add(start) }, end - start)
     }
 
     /// The gradient of a parameter whose type is `T`.
@@ -114,6 +113,34 @@ impl Plan {
         let (start, bytes) = self.gradient(parameter);
         // SAFETY: inside the bucket's memory, which the caller has alone.
         unsafe { std::ptr::write_bytes(start.as_ptr(), 0, bytes) };
+    }
+
+    /// Zeroes what lies between a bucket's gradients and behind the last, where a hook may have
+    /// left anything.
+    ///
+    /// # Safety
+    /// Nobody else touches the bucket meanwhile.
+    pub(super) unsafe fn zero_padding(&self, bucket: usize) {
+        let (plan, space) = (&self.layout.plans()[bucket], &self.spaces[bucket]);
+        let size = plan.dtype.bytes();
+        let (mut end, behind) = (0, plan.len * size..plan.len * size);
+        // A bucket's gradients lie in the order of its parameters.
+        let starts = plan.parameters.iter().map(|&parameter| self.gradient_bytes(parameter));
+        for Range { start, end: next } in starts.chain(std::iter::once(behind)) {
+            assert!(end <= start && start <= space.bytes, "gradients lie one after the other");
+            // SAFETY: inside the bucket's memory, as just checked.
+            let pad = unsafe { space.base.add(end) };
+            // SAFETY: as above; the caller has the bucket alone.
+            unsafe { pad.write_bytes(0, start - end) };
+            end = next;
+        }
+    }
+
+    /// The bytes of its bucket that a parameter's gradient has.
+    fn gradient_bytes(&self, parameter: usize) -> Range<usize> {
+        let size = self.parameters[parameter].dtype().bytes();
+        let Range { start, end } = self.layout.home(parameter).elements;
+        start * size..end * size
     }
 
     /// All elements of a bucket whose type is `T`, with those that pad.

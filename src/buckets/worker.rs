@@ -177,6 +177,8 @@ impl Core {
     fn reduce(&self, flight: &Flight, bucket: usize, participants: usize) -> Result<bool, Error> {
         let plan = &flight.plan;
         // SAFETY: all its gradients are ready, so the bucket is this thread's until the step ends.
+        unsafe { plan.zero_padding(bucket) };
+        // SAFETY: as above.
         let mut lent = unsafe { self.lend(plan, bucket, participants) };
         let reduced = self.with_hook(|hook| hook.reduce(&mut lent));
         match reduced {
