@@ -84,8 +84,8 @@ pub trait Link: Send + fmt::Debug {
     /// Gives an arrival's slot back, when what was to be read there was read.
     ///
     /// # Errors
-    /// If the slot was the sender's own memory and the sender has taken that back ([`Link::abort`]):
-    /// what was read may be something else.
+    /// If the slot was the sender's own memory and the sender has taken that back
+    /// ([`Link::abort`]): what was read may be something else.
     fn release(&mut self, ticket: Ticket) -> Result<(), LinkError>;
 
     /// Marks the collective under way: what is sent from here on carries the mark, and a group's

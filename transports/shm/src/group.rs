@@ -283,7 +283,7 @@ impl Team {
 
     /// Makes the next arrival: publishes what this rank's slot holds by now.
     fn publish(&mut self, kinds: u64) -> Arrival {
-        self.arrival = next(self.arrival);
+        self.arrival = Arrival(self.arrival.0 + 1);
         self.seen = 0;
         let word = self.arrival.0 << KINDS_BITS | kinds;
         // Release: pairs with the Acquire in `has_made`. What this rank did before is visible to
@@ -422,7 +422,7 @@ impl Group for Team {
 
     fn enter(&mut self, deposit: bool) -> Arrival {
         let Regions { input, output } = self.regions();
-        (self.entered, self.is_inside) = (next(self.arrival), true);
+        (self.entered, self.is_inside) = (Arrival(self.arrival.0 + 1), true);
         self.enters += 1;
         if self.marked {
             self.mark();
@@ -579,8 +579,7 @@ impl Group for Team {
     fn target(&self, member: Rank, bytes: Range<usize>) -> Result<*mut u8, LinkError> {
         let index = self.index(member);
         let Place::Heap(offset) = self.places[index].output else {
-            let what = "no registered output where one is written";
-            return Err(LinkError::protocol(member, what));
+            return Err(LinkError::protocol(member, "no registered output where one is written"));
         };
         let output = self.regions().output.bytes();
         assert!(bytes.end <= output, "{bytes:?} lie outside of an output of {output} bytes");
@@ -598,8 +597,4 @@ impl Group for Team {
         let at = self.mapping.layout().bench(seat) + bytes.start as u64;
         self.mapping.pointer(at, bytes.len() as u64)
     }
-}
-
-const fn next(arrival: Arrival) -> Arrival {
-    Arrival(arrival.0 + 1)
 }
