@@ -85,6 +85,12 @@ impl Builder {
         self.set("UNISUM_CONNECT_TIMEOUT", timeout.as_secs_f64())
     }
 
+    /// How long another host may give no sign of life before the job ends: an outage of the network
+    /// that is shorter only delays it (`UNISUM_HEARTBEAT_TIMEOUT`).
+    pub fn heartbeat_timeout(self, timeout: Duration) -> Self {
+        self.set("UNISUM_HEARTBEAT_TIMEOUT", timeout.as_secs_f64())
+    }
+
     fn set(mut self, name: &'static str, value: impl ToString) -> Self {
         self.overrides.insert(name, value.to_string());
         self

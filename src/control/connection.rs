@@ -15,8 +15,8 @@ use super::message::{Message, MessageError};
 const READ_BYTES: usize = 64 << 10;
 /// Most pieces written at a time.
 const PIECES_MAX: usize = 64;
-/// After this long without an answer from the other host, it is lost.
-const HOST_TIMEOUT: Duration = Duration::from_secs(25);
+/// How often the kernel asks in vain whether the connection still exists, until it ends it.
+const PROBES: u32 = 8;
 
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -38,20 +38,20 @@ pub(super) enum Received {
 }
 
 impl Connection {
-    /// Takes over a stream whose handshake is done.
+    /// Takes over a stream whose handshake is done. That the other host has not answered for
+    /// `limit` is for its pulse to say; this connection ends after a little more than twice that,
+    /// or when a host that was started anew says that it does not know it.
     ///
     /// # Errors
     /// If the kernel refuses an option.
-    pub(super) fn new(stream: ParentOnly<TcpStream>) -> io::Result<Self> {
+    pub(super) fn new(stream: ParentOnly<TcpStream>, limit: Duration) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
         let socket = SockRef::from(&*stream);
-        let keepalive = TcpKeepalive::new()
-            .with_time(Duration::from_secs(10))
-            .with_interval(Duration::from_secs(5))
-            .with_retries(3);
+        let period = (limit / 4).clamp(Duration::from_secs(1), Duration::from_secs(3600));
+        let keepalive =
+            TcpKeepalive::new().with_time(period).with_interval(period).with_retries(PROBES);
         socket.set_tcp_keepalive(&keepalive)?;
-        socket.set_tcp_user_timeout(Some(HOST_TIMEOUT))?;
         Ok(Self { stream, inbound: BytesMut::new(), outbound: VecDeque::new(), finishing: false })
     }
 

@@ -2,6 +2,7 @@
 //! goes in, messages come out, and time is an argument.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -149,6 +150,15 @@ impl Coordinator {
                 self.conclude(Verdict::died(rank, how));
             }
             Presence::Absent | Presence::Left | Presence::Dead => {}
+        }
+    }
+
+    /// The hosts of these ranks have not answered for `limit`.
+    pub(super) fn unreachable(&mut self, lost: &[(Rank, IpAddr)], limit: Duration) {
+        let is_here = |(rank, _): &&(Rank, IpAddr)| self.presence[*rank] == Presence::Joined;
+        let lost: Vec<_> = lost.iter().filter(is_here).copied().collect();
+        if !lost.is_empty() {
+            self.conclude(Verdict::unreachable(&lost, limit));
         }
     }
 

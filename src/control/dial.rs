@@ -12,6 +12,7 @@ use unisum_link::handshake::{self, HandshakeError, Hello, Secret};
 use super::ControlError;
 use super::file;
 use super::message::Message;
+use super::pulse;
 use crate::address::{self, Rendezvous};
 
 /// Longest time for one connection and its handshake.
@@ -30,6 +31,8 @@ pub(super) struct Reached {
     pub(super) stream: ParentOnly<TcpStream>,
     pub(super) coordinator: SocketAddr,
     pub(super) session: [u8; 16],
+    /// The connection beside it by which the other host is felt, if that is not this one.
+    pub(super) pulse: Option<ParentOnly<TcpStream>>,
 }
 
 /// One attempt's failure.
@@ -49,7 +52,7 @@ pub(super) fn reach(
 ) -> Result<Reached, ControlError> {
     let started = Instant::now();
     let mut until = started + timeout;
-    let (mut attempts, mut pause, mut was_refused) = (0, PAUSE_MIN, false);
+    let (mut attempts, mut pause, mut refused_since) = (0, PAUSE_MIN, None);
     loop {
         attempts += 1;
         let Failed { target, is_refusal, error: last } =
@@ -59,9 +62,12 @@ pub(super) fn reach(
             };
         let now = Instant::now();
         // A file may yet be replaced by this job's; who listens at a fixed address stays.
-        if is_refusal && !was_refused && matches!(rendezvous, Rendezvous::Tcp { .. }) {
-            was_refused = true;
-            until = until.min(now + REFUSAL_TIMEOUT);
+        if is_refusal && matches!(rendezvous, Rendezvous::Tcp { .. }) {
+            let since = *refused_since.get_or_insert(now);
+            until = (started + timeout).min(since + REFUSAL_TIMEOUT);
+        } else {
+            // A refusal that does not last was another start's, or this rank's own last attempt's.
+            (refused_since, until) = (None, started + timeout);
         }
         if now >= until {
             return Err(ControlError::Unreachable {
@@ -134,7 +140,8 @@ fn knock(
     stream.set_write_timeout(Some(time))?;
     handshake::dial(&mut *stream, hello, secret)?;
     let session = read_welcome(&mut stream)?;
-    Ok(Reached { stream, coordinator: address, session })
+    let pulse = pulse::open(&stream, hello, session, (secret, time))?;
+    Ok(Reached { stream, coordinator: address, session, pulse })
 }
 
 fn read_welcome(stream: &mut TcpStream) -> io::Result<[u8; 16]> {

@@ -1,6 +1,7 @@
 //! A rank's half of the control plane (no I/O): it answers the coordinator, and concludes on its
 //! own only if there is no coordinator to ask.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -117,6 +118,13 @@ impl Member {
     pub(super) fn lost(&mut self, how: &str) {
         if !self.is_coordinator_gone() {
             self.conclude(Verdict::died(0, how));
+        }
+    }
+
+    /// The coordinator's host has not answered for `limit`.
+    pub(super) fn unreachable(&mut self, lost: &[(Rank, IpAddr)], limit: Duration) {
+        if !self.is_coordinator_gone() {
+            self.conclude(Verdict::unreachable(lost, limit));
         }
     }
 

@@ -19,6 +19,7 @@ mod inquest;
 mod listen;
 mod member;
 mod message;
+mod pulse;
 mod round;
 mod share;
 mod shared;
@@ -31,7 +32,7 @@ mod tests;
 
 use std::fmt;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -44,6 +45,7 @@ use unisum_link::{Rank, Wake};
 use self::coordinator::Coordinator;
 use self::dial::Reached;
 use self::listen::Listening;
+use self::pulse::Pulses;
 use self::shared::{Command, Shared};
 use self::thread::{ControlThread, Identity};
 use crate::address::{PortRange, Rendezvous};
@@ -79,6 +81,8 @@ pub(crate) struct ControlConfig {
     pub(crate) port_range: Option<PortRange>,
     /// How long the other ranks may take to join, and to take part in each exchange.
     pub(crate) connect_timeout: Duration,
+    /// How long another host may give no sign of life before it is lost.
+    pub(crate) heartbeat_timeout: Duration,
 }
 
 /// This rank's membership in the control plane. Dropping it leaves.
@@ -105,7 +109,7 @@ struct Joined {
 
 enum Role {
     Coordinator(Option<file::Published>),
-    Member(ParentOnly<std::net::TcpStream>),
+    Member(ParentOnly<TcpStream>, Option<ParentOnly<TcpStream>>),
 }
 
 impl Control {
@@ -338,29 +342,31 @@ fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
         session: [0; 16],
         job: job_hash(&config.job),
     };
-    let Reached { stream, coordinator, session } =
+    let Reached { stream, coordinator, session, pulse } =
         dial::reach(&config.rendezvous, &hello, &config.secret, config.connect_timeout)?;
     let filter = config.interface.as_ref();
     let listening = listen::at_free_port(filter, Some(coordinator), config.port_range)?;
-    Ok(Joined { listening, session, role: Role::Member(stream) })
+    Ok(Joined { listening, session, role: Role::Member(stream, pulse) })
 }
 
 fn spawn(config: ControlConfig, joined: Joined, shared: &Arc<Shared>) -> io::Result<Waker> {
     let ControlConfig { rank, world, job, secret, connect_timeout, .. } = config;
+    let pulses = Pulses::new(config.heartbeat_timeout);
     let Joined { listening, session, role } = joined;
     // Before anybody learns where this rank listens.
     shared.open_channel(0, session, (rank, world));
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), thread::WAKER)?;
     let identity = Identity { rank, world, job: job_hash(&job), secret };
-    let mut thread = ControlThread::new(poll, identity, Arc::clone(shared), listening.listener)?;
+    let (shared, listener) = (Arc::clone(shared), listening.listener);
+    let mut thread = ControlThread::new(poll, identity, shared.clone(), listener, pulses)?;
     match role {
         Role::Coordinator(published) => {
             thread.coordinate(Coordinator::new(session, world, connect_timeout), published);
         }
-        Role::Member(stream) => thread.join(stream)?,
+        Role::Member(stream, pulse) => thread.join(stream, pulse)?,
     }
-    let end = End(Arc::clone(shared));
+    let end = End(shared);
     std::thread::Builder::new().name("unisum-control".into()).spawn(move || {
         let end = end;
         if let Err(error) = thread.run() {

@@ -63,6 +63,7 @@ fn config(rank: Rank, world: usize, rendezvous: Rendezvous) -> ControlConfig {
         interface: None,
         port_range: None,
         connect_timeout: PATIENCE,
+        heartbeat_timeout: PATIENCE,
     }
 }
 

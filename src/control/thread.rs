@@ -20,6 +20,7 @@ use super::door::{Admitted, Door};
 use super::file::Published;
 use super::member::Member;
 use super::message::Message;
+use super::pulse::{self, Pulses};
 use super::shared::{Command, Shared};
 
 const LISTENER: usize = 0;
@@ -27,7 +28,9 @@ const LISTENER: usize = 0;
 pub(super) const WAKER: Token = Token(1);
 /// The token of a rank's connection to the coordinator.
 const COORDINATOR: usize = 2;
-const FIRST_GUEST: usize = 3;
+/// The token of its pulse there.
+const PULSE: usize = 3;
+const FIRST_GUEST: usize = 4;
 /// How long the thread stays after its goodbye for the others to close first: closing earlier
 /// could destroy the goodbye on its way (RFC 2525, 2.17).
 const LINGER: Duration = Duration::from_secs(1);
@@ -49,6 +52,7 @@ pub(super) struct ControlThread {
     /// None once this rank has left.
     door: Option<Door>,
     connections: BTreeMap<usize, (Rank, Connection)>,
+    pulses: Pulses,
     /// On rank 0.
     coordinator: Option<Coordinator>,
     member: Member,
@@ -63,6 +67,7 @@ impl ControlThread {
         identity: Identity,
         shared: Arc<Shared>,
         listener: ParentOnly<TcpListener>,
+        pulses: Pulses,
     ) -> io::Result<Self> {
         let door = Door::new(listener, LISTENER, FIRST_GUEST, identity.world, poll.registry())?;
         Ok(Self {
@@ -72,6 +77,7 @@ impl ControlThread {
             shared,
             door: Some(door),
             connections: BTreeMap::new(),
+            pulses,
             coordinator: None,
             published: None,
             linger_until: None,
@@ -84,9 +90,17 @@ impl ControlThread {
         self.published = published;
     }
 
-    /// Takes this rank's connection to the coordinator over.
-    pub(super) fn join(&mut self, stream: ParentOnly<TcpStream>) -> io::Result<()> {
-        let connection = Connection::new(stream)?;
+    /// Takes this rank's connection to the coordinator over, and the pulse beside it.
+    pub(super) fn join(
+        &mut self,
+        stream: ParentOnly<TcpStream>,
+        pulse: Option<ParentOnly<TcpStream>>,
+    ) -> io::Result<()> {
+        if let Some(stream) = pulse {
+            pulse::register(self.poll.registry(), &stream, PULSE)?;
+            self.pulses.add(PULSE, 0, stream)?;
+        }
+        let connection = Connection::new(stream, self.pulses.limit())?;
         let interest = Interest::READABLE | Interest::WRITABLE;
         let socket = connection.stream().as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&socket), Token(COORDINATOR), interest)?;
@@ -127,6 +141,7 @@ impl ControlThread {
         match (&mut self.door, token) {
             (Some(door), LISTENER) => door.knock(),
             (Some(door), token) if door.has_guest(token) => self.visit(token, now),
+            (_, token) if self.pulses.has(token) => self.pulses.feel(token, now),
             // Among the rest: the waker, whose commands are looked at in any case, and what
             // arrived together with the end of its connection.
             (_, token) => self.serve(token, now),
@@ -134,15 +149,27 @@ impl ControlThread {
     }
 
     fn visit(&mut self, token: usize, now: Instant) {
-        let Self { door: Some(door), identity, coordinator, poll, shared, .. } = self else {
+        let Self { door: Some(door), identity, coordinator, poll, shared, connections, .. } = self
+        else {
             return;
         };
-        let admit = |hello: &Hello| identity.admit(hello, coordinator.as_ref(), shared);
+        let is_connected = |rank| connections.values().any(|(connected, _)| *connected == rank);
+        let admit =
+            |hello: &Hello| identity.admit(hello, coordinator.as_ref(), shared, is_connected);
         let admitted = door.visit(token, &identity.secret, admit, poll.registry(), now);
-        match admitted {
-            None => {}
-            Some(admitted) if admitted.hello.purpose == Purpose::Data => self.hand_over(admitted),
-            Some(admitted) => self.welcome(admitted, now),
+        let Some(admitted) = admitted else { return };
+        match admitted.hello.purpose {
+            Purpose::Data => self.hand_over(admitted),
+            Purpose::Control => self.welcome(admitted, now),
+            Purpose::Pulse => self.take_pulse(admitted),
+        }
+    }
+
+    /// Feels a rank's host from now on.
+    fn take_pulse(&mut self, admitted: Admitted) {
+        let Admitted { token, hello, stream, address } = admitted;
+        if let Err(error) = self.pulses.add(token, hello.from as Rank, stream) {
+            tracing::warn!(%address, rank = hello.from, %error, "a rank's pulse failed");
         }
     }
 
@@ -161,7 +188,7 @@ impl ControlThread {
     fn welcome(&mut self, admitted: Admitted, now: Instant) {
         let Admitted { token, hello, stream, address } = admitted;
         let rank = hello.from as Rank;
-        match Connection::new(stream) {
+        match Connection::new(stream, self.pulses.limit()) {
             Ok(connection) => {
                 self.connections.insert(token, (rank, connection));
                 if let Some(coordinator) = &mut self.coordinator {
@@ -280,7 +307,21 @@ impl ControlThread {
         }
     }
 
+    /// Ends the job if another host is lost.
+    fn look_who_is_lost(&mut self, now: Instant) {
+        let lost = self.pulses.lost(now);
+        if lost.is_empty() || self.linger_until.is_some() {
+            return;
+        }
+        let limit = self.pulses.limit();
+        match &mut self.coordinator {
+            Some(coordinator) => coordinator.unreachable(&lost, limit),
+            None => self.member.unreachable(&lost, limit),
+        }
+    }
+
     fn tick(&mut self, now: Instant) {
+        self.look_who_is_lost(now);
         self.member.tick(now);
         if let Some(coordinator) = &mut self.coordinator {
             coordinator.tick(now);
@@ -351,7 +392,8 @@ impl ControlThread {
         let door = self.door.as_ref().and_then(|door| door.deadline(now));
         let coordinator = self.coordinator.as_ref().and_then(Coordinator::deadline);
         let due = [door, coordinator, self.member.deadline(), self.linger_until];
-        let due = due.into_iter().flatten().min()?;
+        let due = due.into_iter().chain([self.pulses.deadline()]);
+        let due = due.flatten().min()?;
         Some(due.saturating_duration_since(now))
     }
 }
@@ -363,6 +405,7 @@ impl Identity {
         hello: &Hello,
         coordinator: Option<&Coordinator>,
         shared: &Shared,
+        is_connected: impl Fn(Rank) -> bool,
     ) -> Result<(), Refusal> {
         let Hello { from, to, .. } = *hello;
         if hello.job != self.job {
@@ -370,7 +413,9 @@ impl Identity {
         }
         // Data connections belong to a communicator, in which ranks have numbers of their own.
         let (rank, world) = match hello.purpose {
-            Purpose::Data => shared.channel(&hello.session).ok_or(Refusal::Session)?,
+            Purpose::Data | Purpose::Pulse => {
+                shared.channel(&hello.session).ok_or(Refusal::Session)?
+            }
             Purpose::Control => (self.rank, self.world),
         };
         let (dialer, ours) = (from as Rank, world as u32);
@@ -382,7 +427,8 @@ impl Identity {
         }
         match (hello.purpose, coordinator) {
             (Purpose::Data, _) => Ok(()),
-            (Purpose::Control, None) => Err(Refusal::Rank { from, to }),
+            (Purpose::Pulse, Some(_)) if is_connected(dialer) => Ok(()),
+            (Purpose::Pulse, _) | (Purpose::Control, None) => Err(Refusal::Rank { from, to }),
             (Purpose::Control, Some(coordinator)) if coordinator.is_vacant(dialer) => Ok(()),
             (Purpose::Control, Some(_)) => Err(Refusal::RankTaken(from)),
         }

@@ -1,8 +1,13 @@
 //! Why a communicator ended, and what a rank reports about another.
 
 use std::fmt;
+use std::net::IpAddr;
+use std::time::Duration;
 
 use unisum_link::Rank;
+
+/// Most ranks that a sentence names.
+const RANKS_SHOWN: usize = 16;
 
 /// Why the communicator ended: the same on every rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +47,8 @@ pub(crate) enum VerdictKind {
     Protocol = 10,
     /// Code of the program panicked on the rank, where the library called it.
     Panicked = 11,
+    /// The rank's host, or the network there, has not answered for too long.
+    Unreachable = 13,
 }
 
 impl VerdictKind {
@@ -59,6 +66,7 @@ impl VerdictKind {
             9 => Self::Behind,
             10 => Self::Protocol,
             11 => Self::Panicked,
+            13 => Self::Unreachable,
             _ => return None,
         })
     }
@@ -82,6 +90,21 @@ impl Verdict {
     pub(super) fn protocol(rank: Rank, what: impl fmt::Display) -> Self {
         let text = format!("rank {rank} broke the control protocol: {what}");
         Self::new(VerdictKind::Protocol, vec![rank], text)
+    }
+
+    /// The hosts of these ranks, which are in order, have not answered for `limit`.
+    pub(super) fn unreachable(lost: &[(Rank, IpAddr)], limit: Duration) -> Self {
+        let each = lost.iter().take(RANKS_SHOWN);
+        let mut text =
+            each.map(|(rank, at)| format!("rank {rank} at {at}")).collect::<Vec<_>>().join(", ");
+        if lost.len() > RANKS_SHOWN {
+            text += &format!(", … ({} in all)", lost.len());
+        }
+        let seconds = limit.as_secs_f64();
+        text += &format!(
+            " unreachable for more than {seconds} s: a host, or the network between, is lost"
+        );
+        Self::new(VerdictKind::Unreachable, lost.iter().map(|(rank, _)| *rank).collect(), text)
     }
 
     /// What a member concludes on its own when the coordinator is silent.
@@ -157,14 +180,15 @@ impl Report {
 
 /// Names ranks in a sentence: `rank 3`, `ranks 1, 2 and 5`, `ranks 1, 2, … (90 in all)`.
 pub(super) fn name(ranks: &[Rank]) -> String {
-    const SHOWN: usize = 16;
     let list =
         |ranks: &[Rank]| ranks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     match ranks {
         [] => "no rank".into(),
         [rank] => format!("rank {rank}"),
-        [head @ .., last] if ranks.len() <= SHOWN => format!("ranks {} and {last}", list(head)),
-        _ => format!("ranks {}, … ({} in all)", list(&ranks[..SHOWN]), ranks.len()),
+        [head @ .., last] if ranks.len() <= RANKS_SHOWN => {
+            format!("ranks {} and {last}", list(head))
+        }
+        _ => format!("ranks {}, … ({} in all)", list(&ranks[..RANKS_SHOWN]), ranks.len()),
     }
 }
 
@@ -178,5 +202,17 @@ mod tests {
         assert_eq!(name(&[1, 2, 5]), "ranks 1, 2 and 5");
         let many: Vec<Rank> = (0..90).collect();
         assert!(name(&many).ends_with("15, … (90 in all)"));
+    }
+
+    #[test]
+    fn an_unreachable_rank_is_named_with_its_address() {
+        let at = |rank: Rank| (rank, IpAddr::from([10, 9, 0, rank as u8]));
+        let verdict = Verdict::unreachable(&[at(3), at(4)], Duration::from_secs(10));
+        assert_eq!(verdict.culprits, [3, 4]);
+        let begin = "rank 3 at 10.9.0.3, rank 4 at 10.9.0.4 unreachable for more than 10 s";
+        assert!(verdict.text.starts_with(begin), "{verdict}");
+        let many: Vec<_> = (0..200).map(at).collect();
+        let text = Verdict::unreachable(&many, Duration::from_millis(1500)).text;
+        assert!(text.contains("rank 15 at 10.9.0.15, … (200 in all) unreachable for"), "{text}");
     }
 }

@@ -22,6 +22,8 @@ pub(crate) struct Settings {
     pub(crate) timeout: Duration,
     /// How long the ranks wait for each other at the start.
     pub(crate) connect_timeout: Duration,
+    /// How long another host may give no sign of life before it is lost.
+    pub(crate) heartbeat_timeout: Duration,
     /// Name of the algorithm to use for every operation; `None` chooses by size.
     pub(crate) algorithm: Option<String>,
     /// Which transport carries the data.
@@ -87,6 +89,9 @@ impl Settings {
             connect_timeout: read
                 .seconds("UNISUM_CONNECT_TIMEOUT")?
                 .unwrap_or(defaults.connect_timeout),
+            heartbeat_timeout: read
+                .seconds_from(1.0, "UNISUM_HEARTBEAT_TIMEOUT")?
+                .unwrap_or(defaults.heartbeat_timeout),
             algorithm: read.algorithm("UNISUM_ALGORITHM")?,
             transport: read.parsed("UNISUM_TRANSPORT")?.unwrap_or_default(),
             interface: read.interface()?,
@@ -112,6 +117,7 @@ impl Default for Settings {
         Self {
             timeout: Duration::from_secs(300),
             connect_timeout: Duration::from_secs(120),
+            heartbeat_timeout: Duration::from_secs(10),
             algorithm: None,
             transport: TransportChoice::Auto,
             interface: None,
@@ -179,9 +185,13 @@ impl Reader<'_> {
     }
 
     fn seconds(&self, variable: &'static str) -> Read<Duration> {
+        self.seconds_from(MIN_SECONDS, variable)
+    }
+
+    fn seconds_from(&self, min: f64, variable: &'static str) -> Read<Duration> {
         self.read(variable, |text| {
-            let seconds = text.parse().ok().filter(|s| (MIN_SECONDS..=MAX_SECONDS).contains(s));
-            let accepted = || format!("{MIN_SECONDS} to {MAX_SECONDS} seconds");
+            let seconds = text.parse().ok().filter(|s| (min..=MAX_SECONDS).contains(s));
+            let accepted = || format!("{min} to {MAX_SECONDS} seconds");
             seconds.map(Duration::from_secs_f64).ok_or_else(accepted)
         })
     }

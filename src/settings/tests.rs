@@ -33,6 +33,7 @@ fn every_setting_is_read() {
     let settings = read(&[
         ("UNISUM_TIMEOUT", "1.5"),
         ("UNISUM_CONNECT_TIMEOUT", " 7 "),
+        ("UNISUM_HEARTBEAT_TIMEOUT", "2.5"),
         ("UNISUM_ALGORITHM", "Ring"),
         ("UNISUM_TRANSPORT", "shm"),
         ("UNISUM_INTERFACE", "^docker"),
@@ -55,6 +56,7 @@ fn every_setting_is_read() {
     let expected = Settings {
         timeout: Duration::from_millis(1500),
         connect_timeout: Duration::from_secs(7),
+        heartbeat_timeout: Duration::from_millis(2500),
         algorithm: Some("ring".to_owned()),
         transport: TransportChoice::Shm,
         interface: Some("^docker".parse().unwrap()),

@@ -44,6 +44,11 @@ pub(crate) const VARIABLES: &[Variable] = &[
     variable("UNISUM_TOKEN_FILE", "", "file that holds the secret, readable by its owner only"),
     variable("UNISUM_TIMEOUT", "300", "seconds an operation may take, fractions allowed"),
     variable("UNISUM_CONNECT_TIMEOUT", "120", "seconds the ranks wait for each other at the start"),
+    variable(
+        "UNISUM_HEARTBEAT_TIMEOUT",
+        "10",
+        "seconds without a sign of life from another host, 1 or more, until it is lost",
+    ),
     variable("UNISUM_ALGORITHM", "auto", "algorithm for every operation, or `auto`"),
     variable("UNISUM_TRANSPORT", "auto", "`auto`, `tcp`, `shm` or `verbs`"),
     variable(

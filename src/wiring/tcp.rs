@@ -32,6 +32,7 @@ pub(super) fn start_control(
         interface: settings.interface.clone(),
         port_range: settings.port_range,
         connect_timeout: settings.connect_timeout,
+        heartbeat_timeout: settings.heartbeat_timeout,
     };
     Control::start(config).map_err(rendezvous_error)
 }
@@ -52,6 +53,7 @@ pub(super) fn connect(
         secret: job.secret.clone(),
         sockets_per_peer: settings.sockets_per_peer as u8,
         connect_timeout: settings.connect_timeout,
+        heartbeat_timeout: settings.heartbeat_timeout,
     };
     let link = unisum_tcp::TcpLink::new(config).map_err(|error| {
         let text = format!("making an event queue for TCP: {error}");

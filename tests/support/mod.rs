@@ -6,6 +6,8 @@
 // Each test binary uses its part of this module.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod hosts;
+
 use std::collections::HashMap;
 use std::io::Read;
 use std::process::{Child, Command, Stdio};
@@ -272,6 +274,11 @@ impl Running {
     /// Waits until so many ranks have marked the point `name` by [`reach`].
     pub fn wait_for(&self, name: &str, ranks: usize, limit: Duration) {
         wait_for_marks(&self.directory, name, ranks, limit);
+    }
+
+    /// Marks a point for the ranks to see by [`await_others`].
+    pub fn mark(&self, name: &str) {
+        std::fs::create_dir(self.directory.join(format!("{name}.test"))).unwrap();
     }
 
     /// Waits until all have ended; panics with what they said if that takes longer than `limit`.

@@ -104,6 +104,8 @@ pub enum Purpose {
     Control = 1,
     /// Payload between two ranks.
     Data = 2,
+    /// Nothing: the kernels find out by it whether they reach each other.
+    Pulse = 3,
 }
 
 /// How a dialer introduces itself.
@@ -148,6 +150,7 @@ impl Hello {
         let purpose = match from.get_u8() {
             1 => Purpose::Control,
             2 => Purpose::Data,
+            3 => Purpose::Pulse,
             _ => return Err(Refusal::Garbage),
         };
         let socket = from.get_u8();

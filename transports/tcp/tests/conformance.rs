@@ -91,6 +91,7 @@ fn ends(world: usize, sockets_per_peer: u8, address: &str) -> Vec<End> {
             secret: secret.clone(),
             sockets_per_peer,
             connect_timeout: Duration::from_secs(10),
+            heartbeat_timeout: Duration::from_secs(10),
         };
         let link = TcpLink::new(config).unwrap();
         accept(

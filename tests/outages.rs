@@ -1,0 +1,179 @@
+//! Networks that are away for a while, and hosts that are lost: outages that are shorter than the
+//! limit delay a job, longer ones end it, in calls and between them.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+mod support;
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use support::hosts::{Hosts, inside, sh};
+use support::{Ended, Running, World, await_others, reach, setting, tell, tell_error};
+use unisum::{Communicator, ReduceOp};
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[("busy", busy), ("idle", idle), ("large", large)]);
+}
+
+const LIMIT: Duration = Duration::from_secs(100);
+
+fn world(ranks: usize, scenario: &'static str, port: u16) -> World {
+    World::new(ranks, scenario)
+        .set("UNISUM_RENDEZVOUS", format!("tcp://10.77.0.1:{port}"))
+        .set("UNISUM_INTERFACE", "")
+        // Longer than a connection may take to repeat what an outage lost.
+        .set("UNISUM_TIMEOUT", 60)
+}
+
+/// Calls without a pause, until the test says that it is enough, or one fails.
+fn busy() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut data = vec![1_f32; 10_000];
+    for round in 0_u64.. {
+        let mut is_enough = [u8::from(has("enough"))];
+        let done = communicator
+            .all_reduce(&mut data, ReduceOp::Max)
+            .and_then(|()| communicator.broadcast(&mut is_enough, 0));
+        match done {
+            Err(error) => return tell_error(&error),
+            Ok(()) if is_enough[0] == 1 => return tell("enough"),
+            Ok(()) if round == 0 => reach("working"),
+            Ok(()) => {}
+        }
+    }
+}
+
+/// Calls once, and once more when the test says so.
+fn idle() {
+    let communicator = Communicator::from_environment().unwrap();
+    communicator.barrier().unwrap();
+    reach("working");
+    await_others("again", 1, LIMIT);
+    let start = Instant::now();
+    match communicator.barrier() {
+        Err(error) => tell_error(&error),
+        Ok(()) => tell("enough"),
+    }
+    tell(start.elapsed().as_millis());
+}
+
+fn has(mark: &str) -> bool {
+    std::path::Path::new(&setting("TEST_MARKS")).join(format!("{mark}.test")).exists()
+}
+
+/// Cuts a host off, or ends that. The last host sees that its cable is out; the others see nothing,
+/// as behind a switch that has failed.
+fn plug(hosts: &Hosts, host: usize, is_in: bool) {
+    let how = match (host, is_in) {
+        (2, true) => "up",
+        (2, false) => "down",
+        (_, true) => "master br0",
+        (_, false) => "nomaster",
+    };
+    sh(&format!("ip -n {} link set port{host} {how}", hosts.switch())).unwrap();
+}
+
+/// Two worlds, one that calls all the time and one that does not, on three hosts.
+fn worlds(through: fn(usize) -> Vec<String>, ranks: usize, limit: f64) -> [Running; 2] {
+    let start = |(scenario, port)| {
+        let world = world(ranks, scenario, port).through(through);
+        world.set("UNISUM_HEARTBEAT_TIMEOUT", limit).start()
+    };
+    let running = [("busy", 7001), ("idle", 7002)].map(start);
+    running.iter().for_each(|running| running.wait_for("working", ranks, LIMIT));
+    running
+}
+
+#[test]
+fn an_outage_that_is_shorter_than_the_limit_is_survived() {
+    let Some(hosts) = Hosts::new(3) else { return };
+    for victim in [0, 2] {
+        let [busy, idle] = worlds(inside, 3, 6.0);
+        plug(&hosts, victim, false);
+        thread::sleep(Duration::from_secs(4));
+        plug(&hosts, victim, true);
+        // Longer than the limit since the outage began.
+        thread::sleep(Duration::from_secs(4));
+        busy.mark("enough");
+        idle.mark("again");
+        for ended in busy.wait(LIMIT).iter().chain(&idle.wait(LIMIT)) {
+            assert_eq!((ended.status, ended.told[0].as_str()), (0, "enough"), "{ended:#?}");
+        }
+    }
+}
+
+/// Ranks 2 and 3 are on one host.
+fn two_on_the_last(rank: usize) -> Vec<String> {
+    inside(rank.min(2))
+}
+
+#[test]
+fn a_host_that_is_lost_is_named_with_its_address_in_calls_and_between_them() {
+    let Some(hosts) = Hosts::new(3) else { return };
+    for victim in [0, 2] {
+        let [busy, idle] = worlds(two_on_the_last, 4, 2.0);
+        plug(&hosts, victim, false);
+        let cut = Instant::now();
+        let busy = busy.wait(LIMIT);
+        assert!(cut.elapsed() >= Duration::from_secs(2), "after {:?}", cut.elapsed());
+        // A host is lost after a second more, and the last of several two seconds later.
+        assert!(cut.elapsed() < Duration::from_secs(12), "after {:?}", cut.elapsed());
+        thread::sleep(Duration::from_secs(8).saturating_sub(cut.elapsed()));
+        idle.mark("again");
+        let idle = idle.wait(LIMIT);
+        for ended in &idle {
+            let millis: u64 = ended.told[1].parse().unwrap();
+            assert!(millis < 2000, "it was known before the call: {ended:#?}");
+        }
+        for ended in [busy, idle] {
+            check(&ended, victim);
+        }
+        plug(&hosts, victim, true);
+    }
+}
+
+/// All name the ranks that they have lost.
+fn check(ended: &[Ended], victim: usize) {
+    for (rank, ended) in ended.iter().enumerate() {
+        let told = &ended.told[0];
+        let (culprits, why) = match (victim, rank) {
+            (0, 0) => ("[1, 2, 3]", "rank 1 at 10.77.0.2, rank 2 at 10.77.0.3, rank 3 at"),
+            (2, 0 | 1) => ("[2, 3]", "rank 2 at 10.77.0.3, rank 3 at 10.77.0.3 unreachable for"),
+            _ => ("[0]", "rank 0 at 10.77.0.1 unreachable for more than 2 s"),
+        };
+        let is_named = told.starts_with(&format!("RankLost {culprits} ")) && told.contains(why);
+        assert!(is_named, "host {victim} lost, rank {rank}: {told}");
+    }
+}
+
+/// More than the buffers on the way hold.
+fn large() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut data = vec![1_f32; 4 << 20];
+    communicator.all_reduce(&mut data, ReduceOp::Max).unwrap();
+    if communicator.rank() == setting("STOPS").parse::<usize>().unwrap() {
+        reach("stopped");
+        // SAFETY: stops this process until the test has it continue.
+        unsafe { libc::raise(libc::SIGSTOP) };
+    }
+    communicator.all_reduce(&mut data, ReduceOp::Max).unwrap();
+    tell("enough");
+}
+
+#[test]
+fn a_process_that_is_stopped_for_longer_than_the_limit_is_no_lost_host() {
+    let Some(_hosts) = Hosts::new(3) else { return };
+    for stops in [0, 2] {
+        let world = world(3, "large", 7001).through(inside);
+        let world = world.set("UNISUM_HEARTBEAT_TIMEOUT", 1).set("STOPS", stops);
+        let running = world.start();
+        running.wait_for("stopped", 1, LIMIT);
+        thread::sleep(Duration::from_secs(6));
+        running.signal(stops, libc::SIGCONT);
+        for ended in running.wait(LIMIT) {
+            assert_eq!((ended.status, ended.told[0].as_str()), (0, "enough"), "{ended:#?}");
+        }
+    }
+}
