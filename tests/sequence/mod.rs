@@ -315,12 +315,12 @@ impl Call {
 /// Private or registered memory for some elements, at an odd address, with margins that must stay
 /// as they are.
 pub(crate) struct Memory<T> {
-    store: Store<T>,
+    pub(crate) store: Store<T>,
     skip: usize,
     len: usize,
 }
 
-enum Store<T> {
+pub(crate) enum Store<T> {
     Private(Vec<T>),
     Registered(Buffer<T>),
 }
