@@ -11,7 +11,11 @@ use support::World;
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("sequence", sequence::run_sequence), ("reuse", reuse::run_rounds)]);
+    support::run_if_rank(&[
+        ("sequence", sequence::run_sequence),
+        ("reuse", reuse::run_rounds),
+        ("leave_at_once", reuse::leave_at_once),
+    ]);
 }
 
 /// Ranks, bursts of calls, elements of a call.
@@ -88,5 +92,13 @@ fn memory_is_the_programs_again_when_a_call_has_failed() {
     let rounds = std::env::var(ROUNDS).map_or(24, |rounds| rounds.parse().unwrap());
     for transport in support::transports() {
         reuse::check(transport, seed, rounds);
+    }
+}
+
+#[test]
+fn a_rank_may_leave_while_others_end_the_same_call() {
+    for transport in support::transports() {
+        let world = World::new(4, "leave_at_once").set("UNISUM_TRANSPORT", transport);
+        world.set(reuse::ROUNDS, 30).succeed(std::time::Duration::from_secs(100));
     }
 }

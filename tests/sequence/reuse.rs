@@ -6,7 +6,7 @@
 //! memory at once; the last one enters only after that. Whoever gets a result has to find in it
 //! what was put in, and nobody's memory may change once its call has returned.
 
-use unisum::{Buffers, Collective, Communicator, Dtype, Messenger, Owned as _};
+use unisum::{Buffers, Collective, Communicator, Dtype, Messenger, Owned as _, ReduceOp};
 
 use crate::sequence::random::{Random, mix};
 use crate::sequence::step::{Kind, Step};
@@ -14,7 +14,7 @@ use crate::sequence::{Call, Memory, Store, Tensor};
 use crate::support::{World, await_others, reach, setting, tell};
 
 const SEED: &str = "TEST_SEED";
-const ROUNDS: &str = "TEST_ROUNDS";
+pub(crate) const ROUNDS: &str = "TEST_ROUNDS";
 /// Whether the job of the last round fails because a rank dies.
 const DIES: &str = "TEST_DIES";
 const RANKS: usize = 4;
@@ -47,6 +47,24 @@ pub(crate) fn run_rounds() {
         let dies = setting(DIES) == "true" && round + 1 == rounds;
         let step = Part::random(&mut common, round, dies);
         step.play(&mut own);
+    }
+}
+
+/// The scenario of a rank that leaves as soon as its last call has ended, where others may still
+/// have a little to do.
+pub(crate) fn leave_at_once() {
+    for round in 0..setting(ROUNDS).parse().unwrap() {
+        let address = format!("{}.{round}", setting("UNISUM_RENDEZVOUS"));
+        let comm = Communicator::builder().rendezvous(&address).connect().unwrap();
+        comm.set_algorithm(Some("two-shot")).unwrap();
+        // Some ranks' memory is registered, and others read it where it lies.
+        let mut registered = comm.allocate::<i64>(60_000).unwrap();
+        let mut private = vec![0; 60_000];
+        let is_registered = (comm.rank() + round).is_multiple_of(3);
+        let data = if is_registered { &mut registered[..] } else { &mut private[..] };
+        data.fill(1);
+        comm.all_reduce(data, ReduceOp::Sum).unwrap();
+        assert!(data.iter().all(|&it| it == comm.world() as i64));
     }
 }
 
