@@ -3,17 +3,13 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::Duration;
+use std::thread::{self, ThreadId};
 
 use unisum_link::Panic;
 
 use crate::turns::{Number, Turns};
 
 type Job = Box<dyn FnOnce() + Send>;
-
-/// How long finishing waits for jobs under way.
-const MOMENT: Duration = Duration::from_secs(1);
 
 /// A queue of jobs and the thread that runs them in order.
 #[derive(Default)]
@@ -30,7 +26,8 @@ struct Shared {
 #[derive(Default)]
 struct Queue {
     jobs: VecDeque<Job>,
-    runs: bool,
+    /// The thread, if it runs.
+    thread: Option<ThreadId>,
     /// Whether the thread is in a job.
     busy: bool,
     closed: bool,
@@ -44,9 +41,9 @@ impl Background {
         // Drawn under the lock: the thread must meet the turns in ascending order.
         let turn = turns.draw();
         queue.jobs.push_back(Box::new(move || job(turn)));
-        if !queue.runs {
+        if queue.thread.is_none() {
             match self.start_thread() {
-                Ok(()) => queue.runs = true,
+                Ok(thread) => queue.thread = Some(thread),
                 Err(error) => {
                     tracing::warn!("no thread for asynchronous collectives, they block: {error}");
                     let jobs = std::mem::take(&mut queue.jobs);
@@ -61,29 +58,29 @@ impl Background {
         self.shared.changed.notify_all();
     }
 
-    fn start_thread(&self) -> std::io::Result<()> {
+    fn start_thread(&self) -> std::io::Result<ThreadId> {
         let shared = self.shared.clone();
-        thread::Builder::new().name("unisum-async".into()).spawn(move || shared.run()).map(drop)
+        let thread = thread::Builder::new().name("unisum-async".into());
+        thread.spawn(move || shared.run()).map(|handle| handle.thread().id())
     }
 
-    /// Runs `last` after all jobs queued so far, and ends the thread: here if the jobs are done
-    /// within a moment, so that a process that ends now has run it, else on the thread.
+    /// Runs `last` after all jobs queued so far, and ends the thread. Blocks until then, so that a
+    /// process that ends now has run it; but not in a job of the thread, such as a callback that
+    /// drops what the thread works for.
     pub(crate) fn finish(&self, last: impl FnOnce() + Send + 'static) {
-        let works = |queue: &mut Queue| queue.busy || !queue.jobs.is_empty();
-        let waited = self.shared.changed.wait_timeout_while(self.shared.lock(), MOMENT, works);
-        let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        queue.closed = true;
-        let last: Option<Job> = if works(&mut queue) {
+        let mut queue = self.shared.lock();
+        if queue.thread == Some(thread::current().id()) {
+            queue.closed = true;
             queue.jobs.push_back(Box::new(last));
-            None
-        } else {
-            Some(Box::new(last))
-        };
+            return;
+        }
+        let works = |queue: &mut Queue| queue.busy || !queue.jobs.is_empty();
+        let waited = self.shared.changed.wait_while(queue, works);
+        queue = waited.unwrap_or_else(PoisonError::into_inner);
+        queue.closed = true;
         drop(queue);
         self.shared.changed.notify_all();
-        if let Some(last) = last {
-            last();
-        }
+        last();
     }
 }
 
@@ -121,5 +118,37 @@ impl Shared {
 impl fmt::Debug for Background {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Background").field("queued", &self.shared.lock().jobs.len()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn finishing_waits_for_what_was_queued() {
+        let (background, turns) = (Background::default(), Turns::new(()));
+        let (sender, receiver) = mpsc::channel();
+        for number in 0..3 {
+            let sender = sender.clone();
+            background.submit(&turns, move |_| {
+                thread::sleep(Duration::from_millis(20));
+                sender.send(number).unwrap();
+            });
+        }
+        background.finish(move || sender.send(3).unwrap());
+        assert_eq!(receiver.try_iter().collect::<Vec<_>>(), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn a_job_may_finish_what_it_runs_on() {
+        let (background, turns) = (Arc::new(Background::default()), Turns::new(()));
+        let (sender, receiver) = mpsc::channel();
+        let own = background.clone();
+        background.submit(&turns, move |_| own.finish(move || sender.send(()).unwrap()));
+        receiver.recv_timeout(Duration::from_secs(10)).unwrap();
     }
 }

@@ -91,7 +91,8 @@ impl Error {
     }
 
     fn ending(&self, what: &str) -> Self {
-        let detail = format!("{what} by an earlier error: {self}");
+        let cause = Self { rank: None, ..self.clone() };
+        let detail = format!("{what} by an earlier error: {cause}");
         let culprits = self.culprits.clone();
         Self { rank: self.rank, ..Self::new(ErrorKind::Aborted, detail).caused_by(culprits) }
     }
@@ -110,7 +111,11 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(rank) = self.rank {
-            write!(f, "rank {rank}: ")?;
+            let prefix = format!("rank {rank}: ");
+            // What was found on this very rank begins with it.
+            if self.operation.is_some() || !self.detail.starts_with(&prefix) {
+                f.write_str(&prefix)?;
+            }
         }
         if let Some(operation) = &self.operation {
             let Operation { call, step, steps } = operation;

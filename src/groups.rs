@@ -168,6 +168,9 @@ impl Communicator {
         };
         let mut all = vec![0_u8; counts.iter().sum()];
         self.run(&collective, Buffers::Apart(&own, &mut all))?;
+        if let Some(member) = &self.member {
+            member.core.runner.membership.status().discount(2);
+        }
         let mut rest = &all[..];
         let next = |&count: &usize| {
             let (blob, after) = rest.split_at(count);

@@ -4,16 +4,16 @@ use std::time::{Duration, Instant};
 
 use unisum_link::{LinkError, LinkErrorKind, Rank};
 
-use crate::control::{Finding, Report, Verdict, VerdictKind};
+use crate::control::{Finding, LINK_VERDICT_TIMEOUT, Report, Verdict, VerdictKind, describe};
 use crate::membership::Membership;
 use crate::{Error, ErrorKind};
 
-/// How long a rank waits for the coordinator's verdict before it judges by itself.
+/// How much longer than the control thread a rank waits for a verdict before it judges by itself.
 pub(crate) const GRACE: Duration = Duration::from_secs(3);
 
 impl Membership {
-    /// Tells all ranks of a link's failure; the error for the caller. Blocks for the verdict, 3 s
-    /// at most.
+    /// Tells all ranks of a link's failure; the error for the caller. Blocks for the verdict, which
+    /// comes at once unless the coordinator is silent.
     pub(crate) fn judge(&self, error: LinkError) -> Error {
         let error = self.in_job(error);
         let finding = match &error.kind {
@@ -21,8 +21,19 @@ impl Membership {
             LinkErrorKind::Mismatch { .. } => Finding::Mismatch,
             _ => Finding::LinkFailed,
         };
-        let (against, text) = (error.peer, error.to_string());
-        self.report(Report { against, finding, text })
+        let against = error.peer;
+        let text = match &error.kind {
+            LinkErrorKind::Mismatch { ours, theirs } => {
+                // Collectives that try algorithms out have numbers that their call has not.
+                let doing = self.status().snapshot();
+                let tried = doing.call.map_or(0, |call| ours.number.saturating_sub(call.number));
+                let told = |call| describe(call, doing.uncounted + tried);
+                let (ours, theirs) = (told(ours), told(theirs));
+                format!("rank {} called {ours}, rank {against} called {theirs}", self.job_rank())
+            }
+            _ => error.to_string(),
+        };
+        self.report(against, finding, text)
     }
 
     /// Tells all ranks that code of the program panicked on this one, which is named before `what`:
@@ -31,13 +42,13 @@ impl Membership {
     pub(crate) fn panicked(&self, what: &str) -> Error {
         let against = self.job_rank();
         let text = format!("on rank {against} {what}");
-        self.report(Report { against, finding: Finding::Panicked, text })
+        self.report(against, Finding::Panicked, text)
     }
 
     /// Tells all ranks that what was asked for here does not fit, or not what rank `against` (of
     /// the job) asked for; the error for the caller. Blocks as [`Membership::judge`].
     pub(crate) fn contradict(&self, against: Rank, text: String) -> Error {
-        self.report(Report { against, finding: Finding::Mismatch, text })
+        self.report(against, Finding::Mismatch, text)
     }
 
     /// Tells all ranks that rank `against` of this communicator, which may be this one, did not do
@@ -47,9 +58,7 @@ impl Membership {
         if let Some(verdict) = self.verdict() {
             return from_verdict(&verdict);
         }
-        let report =
-            Report { against: self.job_ranks(&[against])[0], finding: Finding::LinkFailed, text };
-        self.report(report)
+        self.report(self.job_ranks(&[against])[0], Finding::LinkFailed, text)
     }
 
     /// Tells all ranks what goes wrong on this one alone while the job starts, as they wait for it;
@@ -62,6 +71,7 @@ impl Membership {
         let rank = self.job_rank();
         let error = error.on(rank);
         self.accuse(Report {
+            communicator: self.communicator(),
             against: rank,
             finding: Finding::LinkFailed,
             text: error.to_string(),
@@ -70,15 +80,15 @@ impl Membership {
         error.caused_by(vec![rank])
     }
 
-    fn report(&self, report: Report) -> Error {
-        let (against, text) = (report.against, report.text.clone());
-        let kind = match report.finding {
+    fn report(&self, against: Rank, finding: Finding, text: String) -> Error {
+        let kind = match finding {
             Finding::LinkFailed => ErrorKind::RankLost,
             Finding::Mismatch => ErrorKind::Mismatch,
             Finding::Panicked => ErrorKind::Panicked,
         };
-        self.accuse(report);
-        match self.await_verdict(Instant::now() + GRACE) {
+        let communicator = self.communicator();
+        self.accuse(Report { communicator, against, finding, text: text.clone() });
+        match self.await_verdict(Instant::now() + LINK_VERDICT_TIMEOUT + GRACE) {
             Some(verdict) => from_verdict(&verdict),
             None => Error::new(kind, text).caused_by(vec![against]),
         }
@@ -89,7 +99,9 @@ impl Membership {
 pub(crate) fn from_verdict(verdict: &Verdict) -> Error {
     let kind = match verdict.kind {
         VerdictKind::Mismatch | VerdictKind::OtherCall => ErrorKind::Mismatch,
-        VerdictKind::Unresponsive | VerdictKind::NotEntered => ErrorKind::Timeout,
+        VerdictKind::Unresponsive | VerdictKind::NotEntered | VerdictKind::Behind => {
+            ErrorKind::Timeout
+        }
         VerdictKind::Panicked => ErrorKind::Panicked,
         _ => ErrorKind::RankLost,
     };

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use unisum_link::{Call, LinkError, Rank, Wake};
 
-use crate::control::{Concern, Control, Inbox, Report, Status, Verdict};
+use crate::control::{Concern, Control, Inbox, Report, Status, Verdict, Waiting, describe};
 
 /// This rank's membership in one communicator of the job. The job's control connection ends with
 /// the last of them.
@@ -67,6 +67,11 @@ impl Membership {
         LinkError { peer: self.ranks.get(error.peer).copied().unwrap_or(error.peer), ..error }
     }
 
+    /// A call of this communicator as the program knows it.
+    pub(crate) fn describe(&self, call: &Call) -> String {
+        describe(call, self.status.uncounted())
+    }
+
     /// Where the engine says what this rank is doing.
     pub(crate) fn status(&self) -> &Status {
         &self.status
@@ -85,6 +90,11 @@ impl Membership {
     /// See [`Control::verdict`].
     pub(crate) fn verdict(&self) -> Option<Verdict> {
         self.control.verdict()
+    }
+
+    /// See [`Control::is_over`].
+    pub(crate) fn is_over(&self) -> bool {
+        self.control.is_over()
     }
 
     /// See [`Control::await_verdict`].
@@ -107,6 +117,11 @@ impl Membership {
         self.control.overdue(self.concern(call));
     }
 
+    /// Tells the coordinator that the deadline of a message expired, as [`Control::overdue`] does.
+    pub(crate) fn overdue_message(&self, waiting: &Waiting) {
+        self.control.overdue(self.concern(&waiting.call()));
+    }
+
     /// See [`Control::stalled`].
     pub(crate) fn stalled(&self, call: &Call) {
         self.control.stalled(self.concern(call));
@@ -114,7 +129,7 @@ impl Membership {
 
     fn concern(&self, call: &Call) -> Concern {
         let ranks = if self.communicator == 0 { Vec::new() } else { self.ranks.to_vec() };
-        Concern { call: *call, ranks }
+        Concern { call: *call, uncounted: self.status.uncounted(), ranks }
     }
 }
 

@@ -136,6 +136,7 @@ impl Runner {
         let call = self.next_call(state, request);
         let result = match self.ready(state, request, call) {
             Ok(ready) => {
+                self.membership.status().discount(state.next_number - call.number);
                 let State { engine, next_number, last, .. } = state;
                 self.make(last.insert(ready), next_number, engine, &request.regions)
             }
@@ -268,11 +269,13 @@ impl Runner {
         call: Call,
         result: Result<(), Failure>,
     ) -> Result<Outcome, Error> {
-        self.membership.status().end();
-        match result {
+        let result = match result {
             Ok(()) => Ok(Outcome { nonfinite: engine.found_nonfinite() }),
+            // This rank is in the call until all know why it fails.
             Err(failure) => Err(self.fail(engine, call, failure)),
-        }
+        };
+        self.membership.status().end();
+        result
     }
 
     /// How the operands of a request are folded.
@@ -284,6 +287,12 @@ impl Runner {
     }
 
     pub(crate) fn drive(&self, engine: &mut Engine, call: &Call) -> Result<(), Failure> {
+        // Nothing may be missing here of a call that has failed on all others by now.
+        if self.membership.is_over()
+            && let Some(verdict) = self.membership.verdict()
+        {
+            return Err(Failure::Verdict(verdict));
+        }
         let mut backoff = Backoff::new();
         let mut wait = Wait::default();
         loop {
@@ -327,22 +336,29 @@ impl Runner {
         if now - since >= STALL && !std::mem::replace(&mut wait.asked, true) {
             self.membership.stalled(call);
         }
-        let (step, steps) = engine.position();
-        self.membership.status().step(step, steps, engine.bytes_moved());
+        self.tell_progress(engine);
         engine.park(deadline.min(now + NAP)).map_err(Failure::Link)
     }
 
-    /// Finds out why, tells everybody, and leaves the engine aborted.
+    /// Says how far the collective is.
+    fn tell_progress(&self, engine: &Engine) {
+        let (step, steps) = engine.position();
+        self.membership.status().step(step, steps, engine.bytes_moved());
+    }
+
+    /// Finds out why, tells everybody, and leaves the engine aborted. Only after all know: who sees
+    /// a link end before that takes this rank for the cause.
     fn fail(&self, engine: &mut Engine, call: Call, failure: Failure) -> Error {
+        self.tell_progress(engine);
         let (step, steps) = engine.position();
         let waiting_for = self.membership.job_ranks(&engine.waiting_for());
-        engine.abort();
         let error = match failure {
             Failure::Verdict(verdict) => from_verdict(&verdict),
             Failure::Link(error) => self.membership.judge(error),
             Failure::Deadline => self.judge_deadline(&call, waiting_for),
         };
-        let operation = Operation { call: call.to_string(), step, steps };
+        engine.abort();
+        let operation = Operation { call: self.membership.describe(&call), step, steps };
         let error = error.on(self.rank()).during(operation);
         // The engine runs one collective at a time: nobody else sets it.
         let _ = self.failed.set(error.clone());

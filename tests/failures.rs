@@ -20,6 +20,7 @@ fn rank_process() {
         ("leave_and_come_again", leave_and_come_again),
         ("fork", fork),
         ("fork_then_die", fork_then_die),
+        ("drop_works", drop_works),
         ("late", late),
         ("cut", cut),
     ]);
@@ -137,11 +138,7 @@ fn a_stopped_rank_is_named_after_the_deadline() {
         running.wait_for("stopped", 1, LIMIT);
         // The others end by their deadline; only then is the stopped one ended.
         let deadline = Instant::now() + Duration::from_secs(20);
-        let alive = |rank: usize| {
-            std::fs::read_to_string(format!("/proc/{}/stat", running.pid(rank)))
-                .is_ok_and(|stat| !stat.contains(") Z "))
-        };
-        while (0..4).any(|rank| rank != stops && alive(rank)) {
+        while (0..4).any(|rank| rank != stops && running.lives(rank)) {
             assert!(Instant::now() < deadline, "ranks hang: {transport}, rank {stops} stopped");
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -465,6 +462,29 @@ fn cut_connection_of_ring_neighbour() -> usize {
         assert_eq!(unsafe { libc::shutdown(descriptor, libc::SHUT_RDWR) }, 0);
     }
     connected.len() - 1
+}
+
+/// The main thread ends right after it has dropped the communicator.
+#[test]
+fn works_under_way_end_before_the_rank_leaves() {
+    for transport in support::transports() {
+        World::new(3, "drop_works").set("UNISUM_TRANSPORT", transport).succeed(LIMIT);
+    }
+}
+
+fn drop_works() {
+    let communicator = Communicator::from_environment().unwrap();
+    if communicator.rank() == 2 {
+        std::thread::sleep(Duration::from_millis(1500));
+    }
+    let start = |_| communicator.all_reduce_async(vec![1_f32; 100_000], ReduceOp::Sum);
+    let works: Vec<_> = (0..5).map(start).collect();
+    if communicator.rank() == 1 {
+        return drop(works);
+    }
+    for work in works {
+        assert_eq!(work.wait().unwrap()[7], 3.0);
+    }
 }
 
 #[test]

@@ -19,6 +19,7 @@ fn rank_process() {
         ("to_itself", to_itself),
         ("flood", flood),
         ("differ", differ),
+        ("differ_and_leave", differ_and_leave),
         ("talk_forever", talk_forever),
         ("nobody_sends", nobody_sends),
         ("leave_early", leave_early),
@@ -303,6 +304,40 @@ fn ends_that_differ_are_an_error_on_both() {
             }
         }
     }
+}
+
+/// The sender does not wait for anybody, and its process may have ended: also that of the rank that
+/// tells all others what went wrong.
+#[test]
+fn ends_that_differ_are_an_error_when_the_sender_has_left() {
+    for (transport, sender) in
+        support::transports().into_iter().flat_map(|it| [0, 1].map(|sender| (it, sender)))
+    {
+        let world = World::new(3, "differ_and_leave").set("UNISUM_TRANSPORT", transport);
+        let told = world.set("SENDER", sender).succeed(LIMIT);
+        for (rank, told) in told.iter().enumerate().filter(|(rank, _)| *rank != sender) {
+            let context = format!("{transport}, {sender} sends, rank {rank}: {}", told[0]);
+            assert!(told[0].starts_with("Mismatch [0, 1] "), "{context}");
+            let says = format!("receives 44 bytes of f32 with tag 77 from rank {sender}");
+            assert!(told[0].contains(&says) && told[0].contains("sent 40 bytes"), "{context}");
+        }
+    }
+}
+
+fn differ_and_leave() {
+    let (communicator, messenger) = messenger();
+    let sender: usize = setting("SENDER").parse().unwrap();
+    drop(communicator);
+    if messenger.rank() == sender {
+        return messenger.send(&[1.0_f32; 10], 1 - sender, 77).unwrap();
+    }
+    let error = if messenger.rank() == 2 {
+        messenger.receive(&mut [0_u8], 1 - sender, 5)
+    } else {
+        thread::sleep(Duration::from_millis(700));
+        messenger.receive(&mut [0.0_f32; 11], sender, 77)
+    };
+    tell_error(&error.unwrap_err());
 }
 
 fn differ() {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::Rank;
+use unisum_link::{Collective, Rank};
 
 use super::inquest::{self, Account};
 use super::message::{Concern, Message};
@@ -18,6 +18,9 @@ use super::verdict::{Finding, Report, Verdict, VerdictKind, name};
 const GRACE: Duration = Duration::from_millis(300);
 /// How long ranks may take to say what they are doing.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long ranks may take to come to one that coordinates in another's place.
+const HEIR_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Communicators of which it is remembered who is no longer in them.
 const PARTED_MAX: usize = 1024;
@@ -44,14 +47,17 @@ pub(super) struct Output {
     pub(super) messages: Vec<Message>,
 }
 
-/// Rank 0's half of the control plane: it gathers the blobs of exchanges and decides, once, why
-/// the communicator ends.
+/// The coordinator's half of the control plane: it gathers the blobs of exchanges and decides,
+/// once, why the communicator ends. It is on rank 0, until that has left and its process has ended.
 #[derive(Debug)]
 pub(super) struct Coordinator {
+    own: Rank,
     session: [u8; 16],
     connect_timeout: Duration,
     presence: Vec<Presence>,
     round: Round,
+    /// Who died, and how, since the coordinator last did what was due.
+    deaths: Vec<(Rank, String)>,
     accusations: Vec<Accusation>,
     query: Query,
     /// What ranks did last in the communicators that they are no longer in.
@@ -59,6 +65,8 @@ pub(super) struct Coordinator {
     /// The newest call that somebody has waited in for a while, and who: by communicator and, as
     /// groups without common ranks may have one number, the lowest rank.
     waiting: HashMap<(u16, Rank), (Rank, Concern)>,
+    /// Until when ranks may come, if this coordinates in another's place.
+    awaits_until: Option<Instant>,
     verdict: Option<Verdict>,
     outputs: VecDeque<Output>,
 }
@@ -74,6 +82,9 @@ enum Presence {
     Joined,
     /// It left in order.
     Left,
+    /// It did not come to this coordinator after another one had left: its process has ended, in
+    /// order or not.
+    Gone,
     /// Its connection ended, and there is a verdict.
     Dead,
 }
@@ -110,17 +121,61 @@ impl Coordinator {
         let mut presence = vec![Presence::Absent; world];
         presence[0] = Presence::Joined;
         Self {
+            own: 0,
             session,
             connect_timeout,
             presence,
             round: Round::new(world),
+            deaths: Vec::new(),
             accusations: Vec::new(),
             query: Query { number: 0, answers: vec![None; world], open: None },
             parted: BTreeMap::new(),
             waiting: HashMap::new(),
+            awaits_until: None,
             verdict: None,
             outputs: VecDeque::new(),
         }
+    }
+
+    /// The coordinator on rank `own`, after others have left: of each rank, whether it is gone, and
+    /// what it did last in the job's own communicator if it left in order.
+    pub(super) fn heir(
+        session: [u8; 16],
+        own: Rank,
+        gone: Vec<Option<Option<Snapshot>>>,
+        now: Instant,
+    ) -> Self {
+        // Exchanges, which take a connect timeout, belong to the start.
+        let mut heir = Self::new(session, gone.len(), Duration::ZERO);
+        heir.own = own;
+        heir.awaits_until = Some(now + HEIR_TIMEOUT);
+        for (rank, gone) in gone.into_iter().enumerate() {
+            heir.presence[rank] = match gone {
+                None => Presence::Absent,
+                Some(None) => Presence::Gone,
+                Some(Some(last)) => {
+                    heir.parted.entry(0).or_default().insert(rank, last);
+                    Presence::Left
+                }
+            };
+        }
+        heir.presence[own] = Presence::Joined;
+        heir
+    }
+
+    /// Whether ranks need a coordinator, whatever this process's own does.
+    pub(super) fn is_needed(&self) -> bool {
+        let mut others = self.presence.iter().enumerate().filter(|(rank, _)| *rank != self.own);
+        let is_there = |presence: &Presence| {
+            matches!(presence, Presence::Absent | Presence::Connected | Presence::Joined)
+        };
+        let needs_verdict = self.verdict.is_none() && others.any(|(_, it)| is_there(it));
+        needs_verdict || self.awaits_ranks()
+    }
+
+    /// Whether ranks may yet come to this coordinator, who were with another one before.
+    pub(super) fn awaits_ranks(&self) -> bool {
+        self.awaits_until.is_some() && !self.all_came()
     }
 
     /// Whether a connection that claims this rank may be admitted.
@@ -138,18 +193,24 @@ impl Coordinator {
         self.presence[rank] = Presence::Connected;
         let mut messages = vec![Message::Welcome { session: self.session }];
         messages.extend(self.verdict.clone().map(Message::Verdict));
+        if let Some(Overdue { concern, .. }) = &self.query.open {
+            let communicator = concern.call.communicator;
+            messages.push(Message::StatusRequest { query: self.query.number, communicator });
+        }
         self.outputs.push_back(Output { audience: Audience::One(rank), messages });
     }
 
-    /// A rank's connection ended. Without a goodbye before it, the rank is dead.
+    /// A rank's connection ended. Without a goodbye before it, the rank is dead, which counts at
+    /// the next [`Coordinator::tick`]: what others said by now comes first. If this process was
+    /// stopped for a while, they may have come to a verdict without it.
     pub(super) fn lost(&mut self, rank: Rank, how: &str) {
         match self.presence[rank] {
             Presence::Connected => self.presence[rank] = Presence::Absent,
             Presence::Joined => {
                 self.presence[rank] = Presence::Dead;
-                self.conclude(Verdict::died(rank, how));
+                self.deaths.push((rank, how.to_owned()));
             }
-            Presence::Absent | Presence::Left | Presence::Dead => {}
+            Presence::Absent | Presence::Left | Presence::Gone | Presence::Dead => {}
         }
     }
 
@@ -174,11 +235,12 @@ impl Coordinator {
             (_, Presence::Connected | Presence::Absent) => {
                 self.violated(from, "it spoke before it joined");
             }
-            (_, Presence::Left | Presence::Dead) => {}
+            (_, Presence::Left | Presence::Gone | Presence::Dead) => {}
             (Message::Blob { round, to, blob }, _) => {
                 self.take_blob(from, round, (to, blob), now);
             }
             (Message::Accuse(report), _) => self.accused(from, report, now),
+            (Message::Concluded(verdict), _) => self.conclude(verdict),
             (Message::Overdue(concern), _) => self.ask(from, concern, false, now),
             (Message::Stalled(concern), _) => self.ask(from, concern, true, now),
             (Message::Status { query, snapshot }, _) => self.answered(from, query, snapshot),
@@ -190,22 +252,39 @@ impl Coordinator {
 
     /// Does what is due.
     pub(super) fn tick(&mut self, now: Instant) {
+        for (rank, how) in std::mem::take(&mut self.deaths) {
+            self.conclude(Verdict::died(rank, &how));
+        }
+        if self.awaits_until.is_some_and(|until| until <= now) {
+            self.awaits_until = None;
+            let absent = self.presence.iter_mut().filter(|it| **it == Presence::Absent);
+            absent.for_each(|presence| *presence = Presence::Gone);
+        }
         if self.round.until.is_some_and(|until| until <= now) {
             self.conclude(self.nobody_came());
-        }
-        if let Some(due) = self.accusations.iter().find(|accusation| accusation.until <= now) {
-            self.conclude(due.report.verdict(due.by));
         }
         if self.query.open.as_ref().is_some_and(|overdue| overdue.until <= now) {
             self.decide();
         }
+        let due = self.accusations.iter().find(|accusation| accusation.until <= now);
+        if let Some(due) = due.filter(|_| !self.is_asking()) {
+            self.conclude(due.report.verdict(due.by));
+        }
+    }
+
+    /// Whether ranks are being asked why a call is overdue: then links fail because some have given
+    /// up already.
+    fn is_asking(&self) -> bool {
+        self.query.open.as_ref().is_some_and(|overdue| !overdue.patient)
     }
 
     /// When [`Coordinator::tick`] has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        let accusations = self.accusations.iter().map(|accusation| accusation.until);
+        let is_asking = self.is_asking();
+        let accusations = self.accusations.iter().filter(|_| !is_asking);
+        let accusations = accusations.map(|accusation| accusation.until);
         let query = self.query.open.as_ref().map(|overdue| overdue.until);
-        accusations.chain(query).chain(self.round.until).min()
+        accusations.chain(query).chain(self.round.until).chain(self.awaits_until).min()
     }
 
     /// The next messages to send.
@@ -225,6 +304,7 @@ impl Coordinator {
         }
         self.verdict = Some(verdict.clone());
         self.round.until = None;
+        self.deaths.clear();
         self.accusations.clear();
         self.query.open = None;
         self.tell_all(vec![Message::Verdict(verdict)]);
@@ -246,7 +326,7 @@ impl Coordinator {
         }
         self.round.until.get_or_insert(now + self.connect_timeout);
         if let Some(gone) = self.find(|presence| matches!(presence, Presence::Left)) {
-            return self.conclude(Verdict::left(gone));
+            return self.conclude(self.has_left(0, gone));
         }
         if self.round.is_whole() {
             for (to, messages) in self.round.end() {
@@ -286,20 +366,37 @@ impl Coordinator {
             Some(_) if report.finding != Finding::LinkFailed || against == by => {
                 self.conclude(report.verdict(by));
             }
-            Some(Presence::Left) => self.conclude(Verdict::left(against)),
+            Some(presence)
+                if *presence == Presence::Left
+                    || self.last_of(report.communicator, against).is_some() =>
+            {
+                self.conclude(self.has_left(report.communicator, against));
+            }
             Some(_) => self.accusations.push(Accusation { by, report, until: now + GRACE }),
         }
+    }
+
+    /// What a rank did last in a communicator that it is no longer in.
+    fn last_of(&self, communicator: u16, rank: Rank) -> Option<Snapshot> {
+        self.parted.get(&communicator)?.get(&rank).copied()
+    }
+
+    /// The verdict of a rank that others need in a communicator that it has left.
+    fn has_left(&self, communicator: u16, rank: Rank) -> Verdict {
+        Verdict::left(rank, self.last_of(communicator, rank).as_ref())
     }
 
     fn left(&mut self, rank: Rank, last: Snapshot) {
         self.presence[rank] = Presence::Left;
         self.tell_all(vec![Message::Left { rank, last }]);
-        let accused = self.accusations.iter().any(|accusation| accusation.report.against == rank);
-        let awaited = self.round.until.is_some() && !self.round.has(rank);
-        if accused || awaited {
-            self.conclude(Verdict::left(rank));
-        }
         self.parted(rank, 0, last);
+        let accused = self.accusations.iter().find(|accusation| accusation.report.against == rank);
+        if let Some(communicator) = accused.map(|accusation| accusation.report.communicator) {
+            self.conclude(self.has_left(communicator, rank));
+        }
+        if self.round.until.is_some() && !self.round.has(rank) {
+            self.conclude(self.has_left(0, rank));
+        }
         self.decide_if_all_answered();
     }
 
@@ -310,6 +407,12 @@ impl Coordinator {
             // The oldest group; the job's own communicator is number 0 and stays.
             let oldest = self.parted.keys().copied().find(|&number| number != 0);
             oldest.and_then(|oldest| self.parted.remove(&oldest));
+        }
+        let is_accused = |Accusation { report, .. }: &Accusation| {
+            report.against == rank && report.communicator == communicator
+        };
+        if self.accusations.iter().any(is_accused) {
+            self.conclude(self.has_left(communicator, rank));
         }
         self.look_who_is_gone(communicator);
     }
@@ -327,7 +430,7 @@ impl Coordinator {
             // A rank that has parted itself waits for nobody.
             let waits = concern.call.communicator == communicator && !parted.contains_key(by);
             let last = last.map(|(&rank, &last)| (rank, last));
-            inquest::gone(&concern.call, *by, last).filter(|_| waits)
+            inquest::gone(concern, *by, last).filter(|_| waits)
         };
         if let Some(verdict) = self.waiting.values().find_map(gone) {
             self.conclude(verdict);
@@ -372,7 +475,8 @@ impl Coordinator {
 
     fn decide_if_all_answered(&mut self) {
         let mut ranks = self.presence.iter().zip(&self.query.answers);
-        if ranks.all(|(presence, answer)| answer.is_some() || matches!(presence, Presence::Left)) {
+        let is_away = |presence: &Presence| matches!(presence, Presence::Left | Presence::Gone);
+        if ranks.all(|(presence, answer)| answer.is_some() || is_away(presence)) {
             self.decide();
         }
     }
@@ -385,12 +489,13 @@ impl Coordinator {
         let last = |rank| parted.and_then(|parted| parted.get(&rank)).copied();
         let account = |rank| match (self.presence[rank], last(rank), self.query.answers[rank]) {
             (_, Some(last), _) => Account::Left(last),
-            (Presence::Left, None, _) => Account::Left(Snapshot::default()),
+            // What it did in a group may be forgotten, or known to an earlier coordinator only.
+            (Presence::Left | Presence::Gone, None, _) => Account::Gone,
             (_, None, Some(snapshot)) => Account::Here(snapshot),
             (_, None, None) => Account::Silent,
         };
         let mut accounts: Vec<_> = (0..self.presence.len()).map(account).collect();
-        let Concern { call, ranks } = concern;
+        let ranks = &concern.ranks;
         if !ranks.is_empty() {
             let apart = accounts.iter_mut().enumerate().filter(|(rank, _)| !ranks.contains(rank));
             apart.for_each(|(_, account)| *account = Account::Apart);
@@ -402,8 +507,14 @@ impl Coordinator {
             return;
         }
         // If everybody has left, nobody waits for anybody.
-        if accounts.iter().any(|it| !matches!(it, Account::Left(_) | Account::Apart)) {
-            self.conclude(inquest::decide(&call, by, &accounts));
+        let is_away =
+            |it: &Account| matches!(it, Account::Left(_) | Account::Gone | Account::Apart);
+        if !accounts.iter().all(is_away) {
+            let decide = match concern.call.collective {
+                Collective::Message => inquest::decide_message,
+                _ => inquest::decide,
+            };
+            self.conclude(decide(&concern, by, &accounts));
         }
     }
 

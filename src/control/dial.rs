@@ -90,6 +90,38 @@ fn jittered(pause: Duration) -> Duration {
     pause / 2 + pause * u32::from(random) / 256
 }
 
+/// Dials the rank that is to coordinate, until it does; `None` if it is gone.
+pub(super) fn heir(
+    addresses: &[SocketAddr],
+    hello: &Hello,
+    secret: &Secret,
+    until: Instant,
+) -> Option<Reached> {
+    loop {
+        let mut is_there = false;
+        for &address in addresses {
+            match knock(address, hello, secret, until) {
+                Ok(reached) => return Some(reached),
+                Err(HandshakeError::Io(error)) if !is_cut(&error) => {
+                    tracing::debug!(%address, %error, "the next coordinator is gone");
+                }
+                // It has not heard yet that it is the heir.
+                Err(_) => is_there = true,
+            }
+        }
+        if !is_there || Instant::now() >= until {
+            return None;
+        }
+        thread::sleep(jittered(PAUSE_MIN));
+    }
+}
+
+/// Whether a connection was there, and ended.
+fn is_cut(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
+}
+
 fn attempt(
     rendezvous: &Rendezvous,
     hello: &Hello,

@@ -55,7 +55,12 @@ fn message_seeds() -> Vec<Vec<u8>> {
         Message::Blob { round: 1, to: None, blob: blob.clone() },
         Message::Blob { round: 1, to: Some(2), blob: blob.clone() },
         Message::Gathered { round: 1, rank: 2, blob },
-        Message::Accuse(Report { against: 1, finding: Finding::Mismatch, text: text.clone() }),
+        Message::Accuse(Report {
+            communicator: 0,
+            against: 1,
+            finding: Finding::Mismatch,
+            text: text.clone(),
+        }),
         Message::Overdue(call(1).into()),
         Message::Stalled(call(1).into()),
         Message::StatusRequest { query: 3, communicator: 0 },
@@ -110,7 +115,7 @@ fn said(what: u8, number: u8) -> Message {
         }
         10 => {
             let finding = Finding::from_code(number % 3).unwrap_or(Finding::LinkFailed);
-            Message::Accuse(Report { against, finding, text: String::new() })
+            Message::Accuse(Report { communicator: 0, against, finding, text: String::new() })
         }
         11 if number > 127 => Message::Stalled(call(u64::from(number & 7)).into()),
         11 => Message::Overdue(call(u64::from(number)).into()),
@@ -225,7 +230,14 @@ fn call(number: u64) -> Call {
 }
 
 fn snapshot(number: u64, step: u32) -> Snapshot {
-    Snapshot { call: Some(call(number)), inside: step > 0, step, steps: 8, bytes: 100 }
+    Snapshot {
+        call: Some(call(number)),
+        inside: step > 0,
+        step,
+        steps: 8,
+        bytes: 100,
+        uncounted: 0,
+    }
 }
 
 const WORLD: Rank = 4;

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 
 use unisum_link::{Call, Rank};
 
-use super::status::Snapshot;
+use super::message::Concern;
+use super::status::{Snapshot, describe};
 use super::verdict::{Verdict, VerdictKind, name};
 
 /// Most lines of a verdict that tell what a rank was doing.
@@ -18,6 +19,8 @@ pub(super) enum Account {
     Silent,
     /// It left in order, doing this last.
     Left(Snapshot),
+    /// It is no longer there, and what it did last is not known.
+    Gone,
     /// It answered.
     Here(Snapshot),
     /// It is not in the communicator.
@@ -29,20 +32,71 @@ pub(super) enum Account {
 /// Who left without taking part comes first, for that is certain; then who does not answer; then
 /// who is in an earlier call or in none, for everybody else waits for those; then who is in
 /// another call; then who got least far.
-pub(super) fn decide(call: &Call, by: Rank, accounts: &[Account]) -> Verdict {
+pub(super) fn decide(concern: &Concern, by: Rank, accounts: &[Account]) -> Verdict {
+    let call = &concern.call;
     let left = |account: &Account| matches!(account, Account::Left(last) if misses(last, call));
     let (kind, culprits, what) = if let Some(culprits) = which(accounts, left) {
-        (VerdictKind::Left, culprits, "left the communicator without it".to_owned())
+        (VerdictKind::Left, culprits, LEFT.to_owned())
     } else if let Some(culprits) = which(accounts, |account| *account == Account::Silent) {
-        let what = "not answering: the process is stopped, or its host or network is lost";
-        (VerdictKind::Unresponsive, culprits, what.to_owned())
+        (VerdictKind::Unresponsive, culprits, SILENT.to_owned())
     } else {
         slowest(accounts)
     };
-    let mut text = format!("{call} is overdue on rank {by}: {} {what}", name(&culprits));
+    let told = describe(call, concern.uncounted);
+    let mut text = format!("{told} is overdue on rank {by}: {} {what}", name(&culprits));
     list(&mut text, accounts, &culprits);
     Verdict::new(kind, culprits, text)
 }
+
+/// Finds the rank because of which the message does not end that rank `by` waits in: who waits for
+/// a message waits for one rank, which may wait for another. At the end of that chain is one that
+/// does not answer, has left, or waits in no message; or ranks that wait for each other.
+pub(super) fn decide_message(concern: &Concern, by: Rank, accounts: &[Account]) -> Verdict {
+    let first = concern.call.root as Rank;
+    let mut chain = vec![by];
+    let end = loop {
+        let at = chain[chain.len() - 1];
+        let next = match accounts.get(at) {
+            Some(Account::Here(doing)) => doing.peer(),
+            _ => None,
+        };
+        // The first of them has said what it waits for: it may have gone on since.
+        let first = Some(first).filter(|_| at == by);
+        let Some(next) = next.or(first) else { break at };
+        chain.push(next);
+        if chain[..chain.len() - 1].contains(&next) {
+            break next;
+        }
+    };
+    let start = chain.iter().position(|&rank| rank == end).unwrap_or(0);
+    let mut ring = chain[start..chain.len() - usize::from(start + 1 < chain.len())].to_vec();
+    ring.sort_unstable();
+    let silent = || which(accounts, |account| *account == Account::Silent);
+    let (kind, culprits, what) = match accounts.get(end) {
+        Some(Account::Left(_) | Account::Gone) => (VerdictKind::Left, vec![end], LEFT),
+        Some(Account::Silent) => (VerdictKind::Unresponsive, vec![end], SILENT),
+        _ if ring.len() > 1 => match silent() {
+            // They may wait for more than they say.
+            Some(silent) => (VerdictKind::Unresponsive, silent, SILENT),
+            None => (VerdictKind::Behind, ring, "wait for each other"),
+        },
+        Some(Account::Here(doing)) if doing.peer() == Some(end) => {
+            (VerdictKind::NotEntered, vec![end], "waits for itself")
+        }
+        _ => (VerdictKind::NotEntered, vec![end], "waits in no message"),
+    };
+    let message = match accounts.get(by) {
+        Some(Account::Here(doing)) => doing.message(),
+        _ => None,
+    };
+    let message = message.unwrap_or_else(|| "a message".into());
+    let mut text = format!("{message} is overdue on rank {by}: {} {what}", name(&culprits));
+    list(&mut text, accounts, &culprits);
+    Verdict::new(kind, culprits, text)
+}
+
+const LEFT: &str = "left the communicator without it";
+const SILENT: &str = "not answering: the process is stopped, or its host or network is lost";
 
 /// Finds the ranks that called something else than others under the same number, where rank `by`
 /// has waited for a while: in one of those calls or in another, as ranks whose calls differ may
@@ -61,7 +115,8 @@ pub(super) fn contradiction(by: Rank, accounts: &[Account]) -> Option<Verdict> {
     let (inside, culprits) = by_number.into_values().find_map(differ)?;
     let called = |is_culprit: bool| {
         let is = |(rank, _): &&(Rank, Snapshot)| culprits.contains(rank) == is_culprit;
-        inside.iter().find(is).and_then(|(_, doing)| doing.call)
+        let (_, doing) = inside.iter().find(is)?;
+        doing.call.map(|call| describe(&call, doing.uncounted))
     };
     let (who, theirs, usual) = (name(&culprits), called(true)?, called(false)?);
     let mut text = format!("rank {by} waits: {who} called {theirs}, others {usual}");
@@ -77,14 +132,16 @@ fn misses(last: &Snapshot, call: &Call) -> bool {
 /// Finds the ranks that are gone for good without having taken part in `call`, in which rank `by`
 /// waits: no need to wait for the deadline.
 pub(super) fn gone(
-    call: &Call,
+    concern: &Concern,
     by: Rank,
     parted: impl Iterator<Item = (Rank, Snapshot)>,
 ) -> Option<Verdict> {
+    let call = &concern.call;
     let gone: Vec<_> = parted.filter(|(_, last)| misses(last, call)).collect();
     let culprits: Vec<Rank> = gone.iter().map(|(rank, _)| *rank).collect();
     let who = (!culprits.is_empty()).then(|| name(&culprits))?;
-    let mut text = format!("rank {by} waits in {call}: {who} left the communicator without it");
+    let told = describe(call, concern.uncounted);
+    let mut text = format!("rank {by} waits in {told}: {who} left the communicator without it");
     for (rank, last) in gone.iter().take(LINES_MAX) {
         write!(text, "\n  rank {rank}: left; at that time {last}")
             .expect("writing to a string cannot fail");
@@ -110,13 +167,18 @@ fn slowest(accounts: &[Account]) -> (VerdictKind, Vec<Rank>, String) {
     let ranks = || last.iter().map(|(rank, _)| *rank).collect();
     if earliest % 2 == 0 {
         let has = if last.len() == 1 { "has" } else { "have" };
-        let what = format!("{has} not entered collective #{}", earliest / 2);
+        let uncounted = last.first().map_or(0, |(_, doing)| doing.uncounted);
+        let what = format!("{has} not entered call #{}", (earliest / 2).saturating_sub(uncounted));
         return (VerdictKind::NotEntered, ranks(), what);
     }
     if let Some(others) = in_another_call(&last) {
         let is = if others.len() == 1 { "is" } else { "are" };
         let what = format!("{is} in another call than the others");
         return (VerdictKind::OtherCall, others, what);
+    }
+    // All who are there are in the call: somebody who is not may be what it waits for.
+    if let Some(gone) = which(accounts, |account| *account == Account::Gone) {
+        return (VerdictKind::Left, gone, "gone, perhaps without it".to_owned());
     }
     let least = last
         .iter()
@@ -149,6 +211,7 @@ fn list(text: &mut String, accounts: &[Account], culprits: &[Rank]) {
     for rank in culprits.iter().copied().chain(others).take(LINES_MAX) {
         let line = match &accounts[rank] {
             Account::Silent => "no answer".to_owned(),
+            Account::Gone => "gone".to_owned(),
             Account::Apart => "not in the group".to_owned(),
             Account::Left(last) => format!("left; at that time {last}"),
             Account::Here(doing) => doing.to_string(),
@@ -164,11 +227,14 @@ fn list(text: &mut String, accounts: &[Account], culprits: &[Rank]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use unisum_link::Dtype;
+
+    use crate::control::status::{Status, Waiting};
     use crate::control::tests::call;
 
     fn inside(number: u64, step: u32) -> Account {
         let call = Some(call(number));
-        Account::Here(Snapshot { call, inside: true, step, steps: 10, bytes: 0 })
+        Account::Here(Snapshot { call, inside: true, step, steps: 10, ..Snapshot::default() })
     }
 
     fn after(number: u64) -> Snapshot {
@@ -177,7 +243,7 @@ mod tests {
 
     #[track_caller]
     fn check(accounts: &[Account], kind: VerdictKind, culprits: &[Rank]) -> Verdict {
-        let verdict = decide(&call(7), 0, accounts);
+        let verdict = decide(&call(7).into(), 0, accounts);
         assert_eq!((verdict.kind, &verdict.culprits[..]), (kind, culprits), "{verdict}");
         verdict
     }
@@ -195,10 +261,50 @@ mod tests {
         let verdict = contradiction(0, &contradicting).unwrap();
         assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::OtherCall, &[3][..]));
         let first = verdict.text.lines().next().unwrap();
-        assert!(first.contains(&call(7).to_string()) && first.contains("x 99"), "{first}");
+        assert!(first.contains(&describe(&call(7), 0)) && first.contains("x 99"), "{first}");
         // Rank 0 has what it waited for in call 7.
         let next = [inside(8, 1), inside(7, 1), inside(7, 1), other];
         assert_eq!(contradiction(0, &next).unwrap().culprits, [3]);
+    }
+
+    fn in_message(peer: Rank) -> Account {
+        let waiting =
+            Waiting { communicator: 3, peer, receives: true, dtype: Dtype::F32, bytes: 64, tag: 7 };
+        let status = Status::default();
+        status.wait_for_message(&waiting);
+        Account::Here(status.snapshot())
+    }
+
+    #[track_caller]
+    fn check_message(accounts: &[Account], kind: VerdictKind, culprits: &[Rank]) {
+        let Account::Here(Snapshot { call: Some(call), .. }) = accounts[0] else { panic!() };
+        let verdict = decide_message(&call.into(), 0, accounts);
+        assert_eq!((verdict.kind, &verdict.culprits[..]), (kind, culprits), "{verdict}");
+    }
+
+    #[test]
+    fn a_message_waits_for_the_end_of_the_chain_and_not_for_its_neighbour() {
+        let idle = Account::Here(Snapshot::default());
+        let left = Account::Left(Snapshot::default());
+        let chain = [in_message(4), idle, in_message(3), Account::Silent, in_message(2)];
+        check_message(&chain, VerdictKind::Unresponsive, &[3]);
+        let chain = [in_message(4), idle, in_message(1), idle, in_message(2)];
+        check_message(&chain, VerdictKind::NotEntered, &[1]);
+        let chain = [in_message(1), in_message(2), left, Account::Silent, idle];
+        check_message(&chain, VerdictKind::Left, &[2]);
+        let direct = [in_message(1), idle];
+        check_message(&direct, VerdictKind::NotEntered, &[1]);
+    }
+
+    #[test]
+    fn ranks_that_wait_for_each_other_are_named_all_and_those_that_wait_for_them_are_not() {
+        let ring = [in_message(3), in_message(2), in_message(1), in_message(2)];
+        check_message(&ring, VerdictKind::Behind, &[1, 2]);
+        let itself = [in_message(0), in_message(0)];
+        check_message(&itself, VerdictKind::NotEntered, &[0]);
+        // A rank waits in more than one message at a time.
+        let with_silent = [in_message(1), in_message(0), Account::Silent];
+        check_message(&with_silent, VerdictKind::Unresponsive, &[2]);
     }
 
     #[test]
@@ -236,6 +342,15 @@ mod tests {
         let accounts = [inside(7, 5), Account::Here(other), inside(7, 2)];
         check(&accounts, VerdictKind::OtherCall, &[1]);
         check(&[inside(7, 5), Account::Here(other)], VerdictKind::OtherCall, &[1]);
+    }
+
+    #[test]
+    fn who_is_gone_is_to_blame_if_all_others_are_in_the_call_and_only_then() {
+        check(&[inside(7, 5), Account::Gone, inside(7, 2)], VerdictKind::Left, &[1]);
+        let late = Account::Here(after(6));
+        check(&[inside(7, 5), Account::Gone, late], VerdictKind::NotEntered, &[2]);
+        let silent = [inside(7, 5), Account::Gone, Account::Silent];
+        check(&silent, VerdictKind::Unresponsive, &[2]);
     }
 
     #[test]

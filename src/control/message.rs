@@ -39,6 +39,8 @@ pub(super) enum Message {
     Gathered { round: u32, rank: Rank, blob: Bytes },
     /// Rank: another rank misbehaves.
     Accuse(Report),
+    /// Rank: it has concluded on its own that the job is over, and why.
+    Concluded(Verdict),
     /// Rank: the deadline of this call expired.
     Overdue(Concern),
     /// Rank: it has waited in this call for a while: is everybody in the same one?
@@ -61,13 +63,15 @@ pub(super) enum Message {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Concern {
     pub(crate) call: Call,
+    /// How many collectives before it were none of the program's calls.
+    pub(crate) uncounted: u64,
     /// The communicator's ranks, by their numbers in the job; none stands for all.
     pub(crate) ranks: Vec<Rank>,
 }
 
 impl From<Call> for Concern {
     fn from(call: Call) -> Self {
-        Self { call, ranks: Vec::new() }
+        Self { call, uncounted: 0, ranks: Vec::new() }
     }
 }
 
@@ -108,12 +112,15 @@ impl Message {
                 to.put_slice(blob);
             }
             Self::Accuse(report) => {
+                to.put_u16_le(report.communicator);
                 to.put_u8(report.finding as u8);
                 put_rank(to, report.against);
                 put_text(to, &report.text);
             }
-            Self::Overdue(Concern { call, ranks }) | Self::Stalled(Concern { call, ranks }) => {
+            Self::Overdue(Concern { call, uncounted, ranks })
+            | Self::Stalled(Concern { call, uncounted, ranks }) => {
                 to.put_slice(&call.encode());
+                to.put_u64_le(*uncounted);
                 // Of too many ranks none is named: then all are asked.
                 let named = if ranks.len() > RANKS_MAX { &[] } else { &ranks[..] };
                 named.iter().for_each(|rank| put_rank(to, *rank));
@@ -126,7 +133,7 @@ impl Message {
                 to.put_u32_le(*query);
                 put_snapshot(to, snapshot);
             }
-            Self::Verdict(verdict) => put_verdict(to, verdict),
+            Self::Verdict(verdict) | Self::Concluded(verdict) => put_verdict(to, verdict),
             Self::Left { rank, last } => {
                 put_rank(to, *rank);
                 put_snapshot(to, last);
@@ -154,6 +161,7 @@ impl Message {
             Self::Bye(_) => 11,
             Self::Stalled(_) => 12,
             Self::Parted { .. } => 13,
+            Self::Concluded(_) => 14,
         }
     }
 
@@ -198,6 +206,7 @@ impl Message {
             11 => parse_snapshot(body).map(Self::Bye),
             12 => parse_concern(body).map(Self::Stalled),
             13 => parse_parted(body),
+            14 => parse_verdict(body).map(Self::Concluded),
             kind => return Err(MessageError::Kind(kind)),
         })
     }
@@ -234,13 +243,14 @@ fn put_verdict(to: &mut BytesMut, verdict: &Verdict) {
 }
 
 fn put_snapshot(to: &mut BytesMut, snapshot: &Snapshot) {
-    let Snapshot { call, inside, step, steps, bytes } = snapshot;
+    let Snapshot { call, inside, step, steps, bytes, uncounted } = snapshot;
     to.put_u8(u8::from(call.is_some()));
     to.put_u8(u8::from(*inside));
     to.put_slice(&call.map_or([0; Call::ENCODED], |call| call.encode()));
     to.put_u32_le(*step);
     to.put_u32_le(*steps);
     to.put_u64_le(*bytes);
+    to.put_u64_le(*uncounted);
 }
 
 fn take<const N: usize>(body: &mut Bytes) -> Option<[u8; N]> {
@@ -291,18 +301,20 @@ fn parse_gathered(body: &mut Bytes) -> Option<Message> {
 }
 
 fn parse_report(body: &mut Bytes) -> Option<Report> {
+    let communicator = u16::from_le_bytes(take(body)?);
     let [code] = take(body)?;
     let finding = Finding::from_code(code)?;
-    Some(Report { finding, against: rank(body)?, text: text(body)? })
+    Some(Report { communicator, finding, against: rank(body)?, text: text(body)? })
 }
 
 fn parse_concern(body: &mut Bytes) -> Option<Concern> {
     let call = Call::decode(&take(body)?)?;
+    let uncounted = u64::from_le_bytes(take(body)?);
     let mut ranks = Vec::new();
     while !body.is_empty() {
         ranks.push(rank(body)?);
     }
-    Some(Concern { call, ranks })
+    Some(Concern { call, uncounted, ranks })
 }
 
 fn parse_request(body: &mut Bytes) -> Option<Message> {
@@ -330,8 +342,9 @@ fn parse_snapshot(body: &mut Bytes) -> Option<Snapshot> {
         false if call == [0; Call::ENCODED] => None,
         false => return None,
     };
-    let (step, steps, bytes) = (word(body)?, word(body)?, u64::from_le_bytes(take(body)?));
-    Some(Snapshot { call, inside, step, steps, bytes })
+    let (step, steps) = (word(body)?, word(body)?);
+    let (bytes, uncounted) = (u64::from_le_bytes(take(body)?), u64::from_le_bytes(take(body)?));
+    Some(Snapshot { call, inside, step, steps, bytes, uncounted })
 }
 
 fn parse_verdict(body: &mut Bytes) -> Option<Verdict> {
@@ -353,16 +366,20 @@ mod tests {
     use crate::control::tests::call;
 
     fn snapshots() -> impl Strategy<Value = Snapshot> {
-        let parts = (any::<Option<u64>>(), any::<bool>(), any::<u32>(), any::<u32>(), any::<u64>());
-        parts.prop_map(|(number, inside, step, steps, bytes)| {
+        let steps = (any::<u32>(), any::<u32>());
+        let parts = (any::<Option<u64>>(), any::<bool>(), steps, any::<u64>(), any::<u64>());
+        parts.prop_map(|(number, inside, (step, steps), bytes, uncounted)| {
             let call = number.map(call);
-            Snapshot { call, inside, step, steps, bytes }
+            Snapshot { call, inside, step, steps, bytes, uncounted }
         })
     }
 
     fn concerns() -> impl Strategy<Value = Concern> {
-        let parts = (any::<u64>(), prop::collection::vec(ranks(), 0..9));
-        parts.prop_map(|(number, ranks)| Concern { call: call(number), ranks })
+        let parts = (any::<u64>(), any::<u64>(), prop::collection::vec(ranks(), 0..9));
+        parts.prop_map(|(number, uncounted, ranks)| {
+            let call = call(number);
+            Concern { call, uncounted, ranks }
+        })
     }
 
     fn blobs() -> impl Strategy<Value = Bytes> {
@@ -374,7 +391,8 @@ mod tests {
     }
 
     fn messages() -> impl Strategy<Value = Message> {
-        let verdict = (1..=11_u8, prop::collection::vec(ranks(), 0..9), any::<String>());
+        let culprits = prop::collection::vec(ranks(), 0..9);
+        let verdict = (1..=11_u8, culprits, any::<String>(), any::<bool>());
         prop_oneof![
             any::<[u8; 16]>().prop_map(|session| Message::Welcome { session }),
             Just(Message::Joined),
@@ -385,19 +403,22 @@ mod tests {
                 rank,
                 blob
             }),
-            (ranks(), 0..3_u8, any::<String>()).prop_map(|(against, code, text)| {
-                let finding = Finding::from_code(code).unwrap();
-                Message::Accuse(Report { against, finding, text })
-            }),
+            (any::<u16>(), ranks(), 0..3_u8, any::<String>()).prop_map(
+                |(communicator, against, code, text)| {
+                    let finding = Finding::from_code(code).unwrap();
+                    Message::Accuse(Report { communicator, against, finding, text })
+                }
+            ),
             concerns().prop_map(Message::Overdue),
             concerns().prop_map(Message::Stalled),
             any::<(u32, u16)>()
                 .prop_map(|(query, communicator)| Message::StatusRequest { query, communicator }),
             (any::<u32>(), snapshots())
                 .prop_map(|(query, snapshot)| Message::Status { query, snapshot }),
-            verdict.prop_map(|(code, culprits, text)| {
+            verdict.prop_map(|(code, culprits, text, is_own)| {
                 let kind = VerdictKind::from_code(code).unwrap();
-                Message::Verdict(Verdict { kind, culprits, text })
+                let verdict = Verdict { kind, culprits, text };
+                if is_own { Message::Concluded(verdict) } else { Message::Verdict(verdict) }
             }),
             (ranks(), snapshots()).prop_map(|(rank, last)| Message::Left { rank, last }),
             (any::<u16>(), snapshots())
@@ -434,7 +455,7 @@ mod tests {
     fn long_texts_are_cut_between_characters() {
         let text = "é".repeat(TEXT_BYTES_MAX);
         let mut wire = BytesMut::new();
-        Message::Accuse(Report { against: 1, finding: Finding::LinkFailed, text })
+        Message::Accuse(Report { communicator: 0, against: 1, finding: Finding::LinkFailed, text })
             .encode(&mut wire);
         assert!(wire.len() <= TEXT_BYTES_MAX + 16);
         assert!(matches!(Message::decode(&mut wire), Ok(Some(Message::Accuse(_)))));

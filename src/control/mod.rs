@@ -4,7 +4,8 @@
 //! Every rank has one control thread, which owns the process's one listening port and a connection
 //! to rank 0, the coordinator. The coordinator decides ([`coordinator`], [`inquest`]: pure) and
 //! every rank hears the same verdict, the first one; a rank concludes on its own only when the
-//! coordinator is dead, silent or gone.
+//! coordinator is dead or silent. If rank 0 leaves in order, it goes on to coordinate while its
+//! process lives, and then another rank does ([`thread::succession`]).
 
 mod connection;
 mod coordinator;
@@ -52,10 +53,11 @@ use crate::address::{PortRange, Rendezvous};
 use crate::interface::InterfaceFilter;
 
 pub(crate) use self::error::ControlError;
+pub(crate) use self::member::LINK_VERDICT_TIMEOUT;
 pub(crate) use self::message::Concern;
 pub(crate) use self::share::Share;
 pub(crate) use self::shared::Inbox;
-pub(crate) use self::status::Status;
+pub(crate) use self::status::{Status, Waiting, describe};
 pub(crate) use self::verdict::{Finding, Report, Verdict, VerdictKind};
 
 /// Largest world.
@@ -198,8 +200,13 @@ impl Control {
             return Ok(blobs.into_iter().map(Vec::from).collect());
         }
         // The first verdict counts: this one only if there is none.
-        self.shared.conclude(Verdict::coordinator_silent("during an exchange"));
+        self.shared.conclude(Verdict::coordinator_silent(0, "during an exchange"));
         Err(self.verdict().map_or(ControlError::HasLeft, ControlError::Ended))
+    }
+
+    /// Says where each rank listens, so that another rank can coordinate once rank 0 has left.
+    pub(crate) fn set_addresses(&self, addresses: Vec<Vec<SocketAddr>>) {
+        self.shared.set_addresses(addresses);
     }
 
     /// Gives data connections that have proven the token and name this session to `inbox`, on the
@@ -243,6 +250,11 @@ impl Control {
         self.shared.verdict().cloned()
     }
 
+    /// Whether there is a verdict. One load.
+    pub(crate) fn is_over(&self) -> bool {
+        self.shared.verdict().is_some()
+    }
+
     /// Whether a rank has left the job in order. One load.
     pub(crate) fn has_left_job(&self, rank: Rank) -> bool {
         self.shared.has_left(rank)
@@ -254,7 +266,8 @@ impl Control {
     }
 
     /// Tells the coordinator that this rank's link failed or its call differs; a verdict follows
-    /// within about 2 s. Never blocks.
+    /// within about a second, or [`LINK_VERDICT_TIMEOUT`] if the coordinator is silent. Never
+    /// blocks.
     pub(crate) fn accuse(&self, report: Report) {
         self.command(Command::Accuse(report));
     }
@@ -357,14 +370,14 @@ fn spawn(config: ControlConfig, joined: Joined, shared: &Arc<Shared>) -> io::Res
     shared.open_channel(0, session, (rank, world));
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), thread::WAKER)?;
-    let identity = Identity { rank, world, job: job_hash(&job), secret };
+    let identity = Identity { rank, world, session, job: job_hash(&job), secret };
     let (shared, listener) = (Arc::clone(shared), listening.listener);
     let mut thread = ControlThread::new(poll, identity, shared.clone(), listener, pulses)?;
     match role {
         Role::Coordinator(published) => {
             thread.coordinate(Coordinator::new(session, world, connect_timeout), published);
         }
-        Role::Member(stream, pulse) => thread.join(stream, pulse)?,
+        Role::Member(stream, pulse) => thread.join(0, stream, pulse)?,
     }
     let end = End(shared);
     std::thread::Builder::new().name("unisum-control".into()).spawn(move || {

@@ -1,6 +1,6 @@
 //! What the control thread and the rank's other threads share.
 
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
@@ -41,6 +41,8 @@ pub(super) struct Shared {
     /// Who is woken by the verdict, with the communicator it belongs to.
     wakers: Mutex<Vec<(u16, Arc<dyn Wake>)>>,
     arrivals: Mutex<Arrivals>,
+    /// By rank, where it listens.
+    addresses: OnceLock<Vec<Vec<SocketAddr>>>,
     commands: Mutex<Vec<Command>>,
     news: Mutex<News>,
     changed: Condvar,
@@ -79,6 +81,7 @@ impl Shared {
             left: (0..world).map(|_| AtomicBool::new(false)).collect(),
             wakers: Mutex::default(),
             arrivals: Mutex::default(),
+            addresses: OnceLock::new(),
             commands: Mutex::default(),
             news: Mutex::default(),
             changed: Condvar::new(),
@@ -148,6 +151,16 @@ impl Shared {
     /// Whether the rank has left in order. One load.
     pub(super) fn has_left(&self, rank: Rank) -> bool {
         self.left[rank].load(Ordering::Acquire)
+    }
+
+    /// By rank, where it listens; the first time counts.
+    pub(super) fn set_addresses(&self, addresses: Vec<Vec<SocketAddr>>) {
+        let _ = self.addresses.set(addresses);
+    }
+
+    /// By rank, where it listens; empty if that is not known.
+    pub(super) fn addresses(&self) -> Vec<Vec<SocketAddr>> {
+        self.addresses.get().cloned().unwrap_or_default()
     }
 
     /// Takes data connections of a communicator from now on.

@@ -3,7 +3,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
-use unisum_link::Call;
+use unisum_link::{Call, Collective, Dtype, Rank};
+
+use crate::programs::plan_of;
 
 /// The words of an encoded call.
 const CALL_WORDS: usize = Call::ENCODED / 8;
@@ -19,6 +21,8 @@ pub(crate) struct Status {
     begun: AtomicU64,
     /// How many calls have ended.
     ended: AtomicU64,
+    /// How many collectives so far are none of the program's calls, but parts of those.
+    uncounted: AtomicU64,
     slots: [Slot; 2],
 }
 
@@ -31,6 +35,10 @@ struct Slot {
 }
 
 /// A [`Status`] at one moment.
+///
+/// Of a message, the call's root is the rank at the other end, by its number in the job, and its
+/// count the message's bytes; [`Snapshot::step`] is 1 if it is received, and [`Snapshot::bytes`] is
+/// its tag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Snapshot {
     /// The newest call, if there was any.
@@ -43,6 +51,8 @@ pub(crate) struct Snapshot {
     pub(crate) steps: u32,
     /// Bytes moved in this call.
     pub(crate) bytes: u64,
+    /// How many collectives before the call were none of the program's calls.
+    pub(crate) uncounted: u64,
 }
 
 impl Status {
@@ -74,6 +84,23 @@ impl Status {
         slot.bytes.store(bytes, Ordering::Relaxed);
     }
 
+    /// So many more collectives were none of the program's calls: they tried algorithms out, say.
+    pub(crate) fn discount(&self, collectives: u64) {
+        // Relaxed: a number for people; and only the thread whose turn it is adds to it.
+        self.uncounted.fetch_add(collectives, Ordering::Relaxed);
+    }
+
+    /// How many collectives so far were none of the program's calls.
+    pub(crate) fn uncounted(&self) -> u64 {
+        self.uncounted.load(Ordering::Relaxed) // a number for people
+    }
+
+    /// This rank waits in a message.
+    pub(crate) fn wait_for_message(&self, waiting: &Waiting) {
+        self.begin(&waiting.call());
+        self.step(usize::from(waiting.receives), 0, waiting.tag);
+    }
+
     /// The collective has ended, well or not. One plain store.
     pub(crate) fn end(&self) {
         // Relaxed, twice: `begun` is this thread's own, and `ended` stands for itself.
@@ -97,8 +124,9 @@ impl Status {
     }
 
     fn read(&self, begun: u64) -> Snapshot {
+        let uncounted = self.uncounted();
         if begun == 0 {
-            return Snapshot::default();
+            return Snapshot { uncounted, ..Snapshot::default() };
         }
         let slot = self.slot(begun);
         // Relaxed, all: the fences in `begin` and `snapshot` order them.
@@ -110,6 +138,7 @@ impl Status {
             step: (steps >> 32) as u32,
             steps: steps as u32,
             bytes: slot.bytes.load(Ordering::Relaxed),
+            uncounted,
         }
     }
 
@@ -118,7 +147,47 @@ impl Status {
     }
 }
 
+/// A message that a rank waits in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Waiting {
+    pub(crate) communicator: u16,
+    /// The rank at the other end, by its number in the job.
+    pub(crate) peer: Rank,
+    pub(crate) receives: bool,
+    pub(crate) dtype: Dtype,
+    pub(crate) bytes: u64,
+    pub(crate) tag: u64,
+}
+
+impl Waiting {
+    /// The call that stands for it.
+    pub(crate) fn call(&self) -> Call {
+        let Self { communicator, peer, dtype, bytes, .. } = *self;
+        let root = peer as u32; // ranks are numbered in 32 bits
+        Call {
+            communicator,
+            collective: Collective::Message,
+            root,
+            ..Call::all_reduce(0, dtype, bytes)
+        }
+    }
+}
+
 impl Snapshot {
+    /// The rank that this one waits for in a message.
+    pub(super) fn peer(&self) -> Option<Rank> {
+        let waits = |call: &Call| self.inside && call.collective == Collective::Message;
+        self.call.filter(waits).map(|call| call.root as Rank)
+    }
+
+    /// The message that this rank waits in, in words.
+    pub(super) fn message(&self) -> Option<String> {
+        let (peer, Call { dtype, count, .. }) = (self.peer()?, self.call?);
+        let (what, way) = if self.step == 1 { ("receive", "from") } else { ("send", "to") };
+        let tag = self.bytes;
+        Some(format!("the {what} of {count} bytes of {dtype} {way} rank {peer} with tag {tag}"))
+    }
+
     /// Orders ranks by how far they are in the sequence of calls: even numbers wait outside call
     /// `position / 2`, odd ones are inside it.
     pub(super) fn position(&self) -> u64 {
@@ -135,15 +204,35 @@ impl Snapshot {
     }
 }
 
+/// A call as the program knows it: by its number among the program's own calls, where so many
+/// collectives before it were none of them, and by the name of its algorithm.
+pub(crate) fn describe(call: &Call, uncounted: u64) -> String {
+    let number = call.number.saturating_sub(uncounted);
+    let text = Call { number, ..*call }.to_string();
+    // A call without elements takes an all-reduce's algorithms.
+    let kind = if call.count == 0 { Collective::AllReduce } else { call.collective };
+    let list = unisum_algorithms::algorithms(plan_of(kind, call.root as Rank));
+    let name = list.get(usize::from(call.algorithm)).map(|algorithm| algorithm.name());
+    let told = text.strip_suffix(&format!("algorithm {})", call.algorithm)).zip(name);
+    told.map(|(rest, name)| format!("{rest}{name})")).unwrap_or(text)
+}
+
 impl std::fmt::Display for Snapshot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { call, inside, step, steps, bytes } = self;
+        let Self { call, inside, step, steps, bytes, uncounted } = self;
         match call {
             None => f.write_str("has called nothing yet"),
+            Some(Call { collective: Collective::Message, .. }) if *inside => {
+                write!(f, "in {}", self.message().unwrap_or_default())
+            }
+            Some(Call { collective: Collective::Message, .. }) => f.write_str("in no message"),
             Some(call) if *inside => {
+                let call = describe(call, *uncounted);
                 write!(f, "in {call}, step {step} of {steps}, {bytes} bytes moved")
             }
-            Some(call) => write!(f, "outside; its last call was {call}"),
+            Some(call) => {
+                write!(f, "outside; its last call was {}", describe(call, *uncounted))
+            }
         }
     }
 }
@@ -161,12 +250,26 @@ mod tests {
         assert_eq!(status.snapshot(), Snapshot::default());
         status.begin(&call(0));
         status.step(3, 9, 100);
-        let inside = Snapshot { call: Some(call(0)), inside: true, step: 3, steps: 9, bytes: 100 };
+        let (call, uncounted) = (Some(call(0)), 0);
+        let inside = Snapshot { call, inside: true, step: 3, steps: 9, bytes: 100, uncounted };
         assert_eq!(status.snapshot(), inside);
         assert_eq!(inside.position(), 1);
         status.end();
         assert_eq!(status.snapshot(), Snapshot { inside: false, ..inside });
         assert_eq!(status.snapshot().position(), 2);
+    }
+
+    #[test]
+    fn calls_are_told_by_the_programs_numbers_and_the_names_of_algorithms() {
+        let status = Status::default();
+        status.discount(50);
+        status.begin(&Call { algorithm: 1, ..call(57) });
+        let name = unisum_algorithms::algorithms(plan_of(Collective::AllReduce, 0))[1].name();
+        let text = status.snapshot().to_string();
+        assert!(text.contains("all_reduce #7 (") && text.contains(&format!(", {name})")), "{text}");
+        // What this version does not know is told as it is.
+        let text = describe(&Call { algorithm: 200, ..call(57) }, 0);
+        assert!(text.contains("#57 (") && text.contains("algorithm 200)"), "{text}");
     }
 
     #[test]

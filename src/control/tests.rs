@@ -293,8 +293,9 @@ fn a_verdict_wakes_who_sleeps_in_a_link() {
     let (controls, _) = start(2, &[]);
     let (bell, rung) = mpsc::channel();
     controls[0].add_waker(0, Arc::new(Bell(bell.clone())));
-    let text = "this rank called a, the peer called b".to_owned();
-    controls[1].accuse(Report { against: 0, finding: Finding::Mismatch, text });
+    let text = "rank 1 called a, rank 0 called b".to_owned();
+    let finding = Finding::Mismatch;
+    controls[1].accuse(Report { communicator: 0, against: 0, finding, text });
     rung.recv_timeout(PATIENCE).unwrap();
     expect_verdict(&controls, PATIENCE, VerdictKind::Mismatch, &[0, 1]);
     controls[0].add_waker(0, Arc::new(Bell(bell)));
@@ -313,7 +314,8 @@ fn leaving_is_seen_by_others_and_blamed_only_when_somebody_still_waits() {
     }
     assert!(controls.iter().all(|control| control.verdict().is_none()));
     let text = "link to rank 3: closed by the peer".to_owned();
-    controls[1].accuse(Report { against: 3, finding: Finding::LinkFailed, text });
+    let finding = Finding::LinkFailed;
+    controls[1].accuse(Report { communicator: 0, against: 3, finding, text });
     expect_verdict(&controls, PATIENCE, VerdictKind::Left, &[3]);
 }
 
@@ -343,6 +345,17 @@ fn a_rank_that_left_is_known_by_what_it_did_last() {
         assert!(text.contains("waits in all_reduce #6"), "{text}");
         assert!(text.contains("its last call was all_reduce #5"), "{text}");
     }
+}
+
+#[test]
+fn deaths_are_noticed_also_when_the_coordinator_has_left_in_order() {
+    let (mut controls, rendezvous) = start(4, &[3]);
+    let dying = join_by_hand(3, 4, &rendezvous);
+    let started = Instant::now();
+    drop(controls.remove(0));
+    assert!(started.elapsed() < PATIENCE, "nobody waits for the others for long");
+    drop(dying);
+    expect_verdict(&controls, PATIENCE, VerdictKind::Died, &[3]);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The control thread: an event loop that owns the listening port and the control connections.
 
+mod succession;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{TcpListener, TcpStream};
@@ -14,6 +16,7 @@ use unisum_link::Rank;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Hello, Purpose, Refusal, Secret};
 
+use self::succession::Dialing;
 use super::connection::{Connection, Received};
 use super::coordinator::{Coordinator, Output};
 use super::door::{Admitted, Door};
@@ -34,6 +37,9 @@ const FIRST_GUEST: usize = 4;
 /// How long the thread stays after its goodbye for the others to close first: closing earlier
 /// could destroy the goodbye on its way (RFC 2525, 2.17).
 const LINGER: Duration = Duration::from_secs(1);
+/// How long leaving waits, on the coordinator, for the others to leave as well: at the end of a job
+/// that spares them looking for another one.
+const FAREWELL: Duration = Duration::from_millis(200);
 /// How a process that is killed looks from outside.
 const NO_GOODBYE: &str = "its control connection ended without a goodbye";
 
@@ -41,6 +47,7 @@ const NO_GOODBYE: &str = "its control connection ended without a goodbye";
 pub(super) struct Identity {
     pub(super) rank: Rank,
     pub(super) world: usize,
+    pub(super) session: [u8; 16],
     pub(super) job: [u8; 16],
     pub(super) secret: Secret,
 }
@@ -53,10 +60,15 @@ pub(super) struct ControlThread {
     door: Option<Door>,
     connections: BTreeMap<usize, (Rank, Connection)>,
     pulses: Pulses,
-    /// On rank 0.
+    /// On the rank that coordinates: rank 0, until it has left and its process has ended.
     coordinator: Option<Coordinator>,
+    /// While another rank is to coordinate.
+    dialing: Option<Dialing>,
     member: Member,
     published: Option<Published>,
+    /// Since when this rank has left and only coordinates.
+    only_coordinates_since: Option<Instant>,
+    has_said_goodbye: bool,
     /// After the goodbye: when the thread ends at the latest.
     linger_until: Option<Instant>,
 }
@@ -79,6 +91,9 @@ impl ControlThread {
             connections: BTreeMap::new(),
             pulses,
             coordinator: None,
+            dialing: None,
+            only_coordinates_since: None,
+            has_said_goodbye: false,
             published: None,
             linger_until: None,
         })
@@ -93,18 +108,19 @@ impl ControlThread {
     /// Takes this rank's connection to the coordinator over, and the pulse beside it.
     pub(super) fn join(
         &mut self,
+        coordinator: Rank,
         stream: ParentOnly<TcpStream>,
         pulse: Option<ParentOnly<TcpStream>>,
     ) -> io::Result<()> {
         if let Some(stream) = pulse {
             pulse::register(self.poll.registry(), &stream, PULSE)?;
-            self.pulses.add(PULSE, 0, stream)?;
+            self.pulses.add(PULSE, coordinator, stream)?;
         }
         let connection = Connection::new(stream, self.pulses.limit())?;
         let interest = Interest::READABLE | Interest::WRITABLE;
         let socket = connection.stream().as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&socket), Token(COORDINATOR), interest)?;
-        self.connections.insert(COORDINATOR, (0, connection));
+        self.connections.insert(COORDINATOR, (coordinator, connection));
         self.send(COORDINATOR, encode(&[Message::Joined]));
         Ok(())
     }
@@ -133,6 +149,7 @@ impl ControlThread {
             for command in self.shared.take_commands() {
                 self.obey(command, now);
             }
+            self.look_for_heir(now);
             self.tick(now);
         }
     }
@@ -272,38 +289,59 @@ impl ControlThread {
         }
         match &mut self.coordinator {
             Some(coordinator) => coordinator.lost(rank, how),
-            None => self.member.lost(how),
+            None if self.member.lost(how) => self.succeed(Instant::now()),
+            None => {}
         }
     }
 
     fn obey(&mut self, command: Command, now: Instant) {
-        if self.linger_until.is_some() {
+        if self.linger_until.is_some() || self.only_coordinates_since.is_some() {
             return;
         }
         let is_goodbye = matches!(command, Command::Leave);
         let messages = self.member.command(command, now);
         match &mut self.coordinator {
             Some(coordinator) => {
-                messages.into_iter().for_each(|message| coordinator.heard(0, message, now));
+                let own = self.identity.rank;
+                messages.into_iter().for_each(|message| coordinator.heard(own, message, now));
             }
             None if messages.is_empty() => {}
             None => self.send(COORDINATOR, encode(&messages)),
         }
         self.deliver(now);
-        if is_goodbye {
+        if is_goodbye && self.coordinator.is_some() {
+            self.only_coordinates_since = Some(now);
+        } else if is_goodbye {
             self.leave(now);
         }
     }
 
-    /// Nothing is said after the goodbye, and nobody is let in.
+    /// Nothing is said after the goodbye.
     fn leave(&mut self, now: Instant) {
         self.linger_until = Some(now + LINGER);
+        self.close_door();
+        for (_, connection) in self.connections.values_mut() {
+            connection.finish();
+        }
+    }
+
+    /// Nobody is let in any more.
+    fn close_door(&mut self) {
         self.published = None;
         if let Some(mut door) = self.door.take() {
             door.close(self.poll.registry());
         }
-        for (_, connection) in self.connections.values_mut() {
-            connection.finish();
+    }
+
+    /// Leaves for good when nobody needs a coordinator any more.
+    fn only_coordinate(&mut self, now: Instant) {
+        let Some(coordinator) = &self.coordinator else { return };
+        if coordinator.is_needed() {
+            if coordinator.all_came() {
+                self.close_door();
+            }
+        } else if self.linger_until.is_none() {
+            self.leave(now);
         }
     }
 
@@ -323,6 +361,14 @@ impl ControlThread {
     fn tick(&mut self, now: Instant) {
         self.look_who_is_lost(now);
         self.member.tick(now);
+        if self.linger_until.is_none()
+            && let Some(message) = self.member.news()
+        {
+            match &mut self.coordinator {
+                Some(coordinator) => coordinator.heard(self.identity.rank, message, now),
+                None => self.send(COORDINATOR, encode(&[message])),
+            }
+        }
         if let Some(coordinator) = &mut self.coordinator {
             coordinator.tick(now);
             if coordinator.all_came() {
@@ -330,10 +376,14 @@ impl ControlThread {
             }
         }
         self.deliver(now);
+        if self.only_coordinates_since.is_some() {
+            self.only_coordinate(now);
+        }
     }
 
     /// Carries the coordinator's messages to the ranks; this process's own rank answers at once.
     fn deliver(&mut self, now: Instant) {
+        let own = self.identity.rank;
         while let Some(coordinator) = &mut self.coordinator
             && let Some(Output { audience, messages }) = coordinator.poll()
         {
@@ -343,12 +393,12 @@ impl ControlThread {
                     connection.queue(encoded.clone());
                 }
             }
-            if !audience.includes(0) {
+            if !audience.includes(own) {
                 continue;
             }
             for message in messages {
                 match self.member.heard(message) {
-                    Ok(Some(answer)) => coordinator.heard(0, answer, now),
+                    Ok(Some(answer)) => coordinator.heard(own, answer, now),
                     Ok(None) => {}
                     Err(what) => self.member.violated(what),
                 }
@@ -372,16 +422,27 @@ impl ControlThread {
                 return;
             };
             self.broke(token, &error);
-            self.deliver(Instant::now());
+            self.tick(Instant::now());
         }
     }
 
     /// Tells who waits for the goodbye that the kernel has it.
     fn settle(&mut self) {
         let mut connections = self.connections.values();
-        if self.linger_until.is_some() && connections.all(|(_, each)| each.is_flushed()) {
+        let is_farewell = self.farewell().is_some_and(|until| until <= Instant::now());
+        let is_over = self.linger_until.is_some() || is_farewell;
+        if is_over && connections.all(|(_, each)| each.is_flushed()) {
             self.shared.said_goodbye();
+            self.has_said_goodbye = true;
         }
+    }
+
+    /// Until when a coordinator that leaves waits for the others.
+    fn farewell(&self) -> Option<Instant> {
+        let since = self.only_coordinates_since.filter(|_| !self.has_said_goodbye)?;
+        // Those who were with another coordinator a moment ago have nobody else to ask.
+        let awaits = self.coordinator.as_ref().is_some_and(Coordinator::awaits_ranks);
+        Some(since + if awaits { LINGER } else { FAREWELL })
     }
 
     fn is_over(&self, now: Instant) -> bool {
@@ -391,8 +452,9 @@ impl ControlThread {
     fn timeout(&self, now: Instant) -> Option<Duration> {
         let door = self.door.as_ref().and_then(|door| door.deadline(now));
         let coordinator = self.coordinator.as_ref().and_then(Coordinator::deadline);
-        let due = [door, coordinator, self.member.deadline(), self.linger_until];
-        let due = due.into_iter().chain([self.pulses.deadline()]);
+        let farewell = self.farewell().filter(|until| *until > now);
+        let due = [door, coordinator, self.member.deadline(), self.linger_until, farewell];
+        let due = due.into_iter().chain([self.pulses.deadline(), self.look_at(now)]);
         let due = due.flatten().min()?;
         Some(due.saturating_duration_since(now))
     }
@@ -413,10 +475,9 @@ impl Identity {
         }
         // Data connections belong to a communicator, in which ranks have numbers of their own.
         let (rank, world) = match hello.purpose {
-            Purpose::Data | Purpose::Pulse => {
-                shared.channel(&hello.session).ok_or(Refusal::Session)?
-            }
-            Purpose::Control => (self.rank, self.world),
+            Purpose::Data => shared.channel(&hello.session).ok_or(Refusal::Session)?,
+            Purpose::Pulse if hello.session != self.session => return Err(Refusal::Session),
+            Purpose::Pulse | Purpose::Control => (self.rank, self.world),
         };
         let (dialer, ours) = (from as Rank, world as u32);
         if hello.world != ours {

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use unisum_link::Rank;
 
+use super::status::Snapshot;
+
 /// Most ranks that a sentence names.
 const RANKS_SHOWN: usize = 16;
 
@@ -82,8 +84,13 @@ impl Verdict {
         Self::new(VerdictKind::Died, vec![rank], text)
     }
 
-    pub(super) fn left(rank: Rank) -> Self {
-        let text = format!("rank {rank} left the communicator while others still waited for it");
+    /// `last` is what the rank did there last, if that is known.
+    pub(super) fn left(rank: Rank, last: Option<&Snapshot>) -> Self {
+        let mut text =
+            format!("rank {rank} left the communicator while others still waited for it");
+        if let Some(last) = last {
+            text += &format!("\n  rank {rank}: left; at that time {last}");
+        }
         Self::new(VerdictKind::Left, vec![rank], text)
     }
 
@@ -108,12 +115,12 @@ impl Verdict {
     }
 
     /// What a member concludes on its own when the coordinator is silent.
-    pub(super) fn coordinator_silent(why: &str) -> Self {
+    pub(super) fn coordinator_silent(coordinator: Rank, why: &str) -> Self {
         let text = format!(
-            "rank 0, the coordinator, does not answer: its process is stopped, or its host or \
-             network is lost ({why})"
+            "rank {coordinator}, the coordinator, does not answer: its process is stopped, or its \
+             host or network is lost ({why})"
         );
-        Self::new(VerdictKind::Unresponsive, vec![0], text)
+        Self::new(VerdictKind::Unresponsive, vec![coordinator], text)
     }
 }
 
@@ -126,11 +133,13 @@ impl fmt::Display for Verdict {
 /// What a rank found out about another one, or about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Report {
+    /// The communicator in which it found that out.
+    pub(crate) communicator: u16,
     /// The rank at the other end of the link, or the one that reports.
     pub(crate) against: Rank,
     /// What it is that was found.
     pub(crate) finding: Finding,
-    /// The link's words; of a mismatch they describe both calls.
+    /// The link's words; of a mismatch they describe both ranks' calls.
     pub(crate) text: String,
 }
 
@@ -161,19 +170,23 @@ impl Finding {
 impl Report {
     /// What follows from the report when the accused neither died nor left.
     pub(super) fn verdict(&self, by: Rank) -> Verdict {
-        let text = match by == self.against && !self.text.is_empty() {
-            true => self.text.clone(),
-            false => format!("rank {by} reports: {}", self.text),
-        };
         match self.finding {
             Finding::Mismatch => {
                 // Either of the two may be the one whose program is wrong.
                 let mut pair = vec![by.min(self.against), by.max(self.against)];
                 pair.dedup();
-                Verdict::new(VerdictKind::Mismatch, pair, text)
+                Verdict::new(VerdictKind::Mismatch, pair, self.text.clone())
             }
-            Finding::LinkFailed => Verdict::new(VerdictKind::LinkFailed, vec![self.against], text),
-            Finding::Panicked => Verdict::new(VerdictKind::Panicked, vec![self.against], text),
+            Finding::LinkFailed => {
+                let text = match by == self.against {
+                    true => self.text.clone(),
+                    false => format!("rank {by} reports: {}", self.text),
+                };
+                Verdict::new(VerdictKind::LinkFailed, vec![self.against], text)
+            }
+            Finding::Panicked => {
+                Verdict::new(VerdictKind::Panicked, vec![self.against], self.text.clone())
+            }
         }
     }
 }

@@ -121,6 +121,7 @@ impl Engine {
         }
         let memories = Memories { regions: *regions, scratch: self.scratch(program.scratch) };
         let spreads_marks = fold.watch && call.collective == Collective::AllReduce;
+        self.tools.scoreboard.begin();
         let (folding, is_mapped, action) = (Folding::new(fold), false, 0);
         self.found_nonfinite = false;
         if !self.program.as_ref().is_some_and(|last| Arc::ptr_eq(last, program)) {
@@ -262,7 +263,7 @@ impl Engine {
         }
     }
 
-    /// Payload bytes that pairwise transfers moved so far.
+    /// Payload bytes that the collective's pairwise transfers have moved.
     pub(crate) const fn bytes_moved(&self) -> u64 {
         self.tools.scoreboard.bytes_moved()
     }

@@ -105,9 +105,14 @@ impl Scoreboard {
         self.retired
     }
 
-    /// Payload bytes sent and received by this rank since it was created.
+    /// Payload bytes of the collective's messages that have been sent or have arrived whole.
     pub(crate) const fn bytes_moved(&self) -> u64 {
         self.bytes_moved
+    }
+
+    /// A collective begins, of one or more segments.
+    pub(crate) const fn begin(&mut self) {
+        self.bytes_moved = 0;
     }
 
     /// Tickets under way on each link: which links to wait for.
@@ -231,7 +236,6 @@ impl Scoreboard {
             }
             self.unposted[peer][direction].pop_front();
             self.in_flight[bench.links.route[peer]] += 1;
-            self.bytes_moved += transfer.bytes as u64;
             post(transfer, index, peer, bench)?;
         }
         Ok(())
@@ -239,6 +243,7 @@ impl Scoreboard {
 
     fn ticket_done(&mut self, done: Ticket, bench: &mut Bench<'_>) -> Result<(), LinkError> {
         let index = transfer_of(done);
+        self.bytes_moved += bench.segment.transfers[index].bytes as u64;
         self.missing[index] -= 1;
         if self.missing[index] > 0 {
             return Ok(());

@@ -21,8 +21,10 @@ use std::time::Instant;
 
 use unisum_link::{Backoff, LinkError, Pause, Rank, Wake};
 
+use super::header::Envelope;
 use super::office::{CallNumber, Failure, Office, Posted};
-use crate::judgement::from_verdict;
+use crate::control::Waiting;
+use crate::judgement::{GRACE, from_verdict};
 use crate::membership::Membership;
 use crate::runner::NAP;
 use crate::{Error, ErrorKind};
@@ -51,6 +53,8 @@ pub(super) struct State {
     is_driven: bool,
     at_turnstile: bool,
     sleepers: usize,
+    /// Whether this rank has said that it waits for a message.
+    has_told: bool,
     failed: Option<Error>,
 }
 
@@ -68,6 +72,7 @@ impl Desk {
             is_driven: false,
             at_turnstile: false,
             sleepers: 0,
+            has_told: false,
             failed: None,
         };
         Self {
@@ -124,6 +129,10 @@ impl Desk {
         loop {
             if state.office.is_done(call) {
                 state.office.close(call);
+                if state.has_told && state.office.is_idle() {
+                    state.has_told = false;
+                    self.membership.iter().for_each(|membership| membership.status().end());
+                }
                 return Ok(());
             }
             if let Some(error) = &state.failed {
@@ -156,7 +165,7 @@ impl Desk {
             self.turnstile.notify_one();
         }
         let looks_itself = !state.is_driven && !state.office.is_done(call);
-        if looks_itself && let Err(failure) = self.check(&state) {
+        if looks_itself && let Err(failure) = self.check(&mut state) {
             self.fail(&mut state, failure);
         }
         Ok(state)
@@ -226,8 +235,9 @@ impl Desk {
         state.office.park(until.min(deadline))
     }
 
-    /// Whether waiting still makes sense.
-    fn check(&self, state: &State) -> Result<(), Failure> {
+    /// Says what this rank waits for, and looks whether that still makes sense.
+    fn check(&self, state: &mut State) -> Result<(), Failure> {
+        self.tell(state);
         if self.membership.as_ref().is_some_and(|membership| membership.verdict().is_some()) {
             return Err(Failure::Verdict);
         }
@@ -235,6 +245,23 @@ impl Desk {
             Some((deadline, call)) if deadline <= Instant::now() => Err(Failure::Deadline(call)),
             _ => Ok(()),
         }
+    }
+
+    /// Says which message this rank waits for: of the call whose time is up first.
+    fn tell(&self, state: &mut State) {
+        let Some(membership) = &self.membership else { return };
+        let (office, next) = (&state.office, state.office.next_deadline());
+        if let Some(posted) = next.and_then(|(_, call)| office.oldest(call)) {
+            membership.status().wait_for_message(&self.waiting(posted));
+            state.has_told = true;
+        }
+    }
+
+    fn waiting(&self, posted: &Posted) -> Waiting {
+        let Posted { peer, receives, envelope, .. } = *posted;
+        let communicator = self.membership.as_ref().map_or(0, Membership::communicator);
+        let Envelope { tag, dtype, bytes } = envelope;
+        Waiting { communicator, peer: self.in_job(peer), receives, dtype, bytes, tag }
     }
 
     /// Wakes those whose calls are done.
@@ -255,7 +282,7 @@ impl Desk {
         if state.failed.is_some() {
             return;
         }
-        state.office.abort();
+        // The links only end when all know why: see `Runner::fail`.
         let error = match (failure, &self.membership) {
             (Failure::Link(error), Some(membership)) => membership.judge(error),
             (Failure::Link(error), None) => Error::new(ErrorKind::Aborted, error.to_string()),
@@ -278,18 +305,28 @@ impl Desk {
                 verdict.unwrap_or_else(|| unreachable!("only a verdict fails like this"))
             }
         };
+        state.office.abort();
+        self.membership.iter().for_each(|membership| membership.status().end());
         state.failed = Some(error.on(self.job_rank()));
     }
 
+    /// Finds out why a message does not end.
     fn overdue(&self, posted: Option<&Posted>) -> Error {
-        let Some(Posted { peer, receives, envelope, .. }) = posted else {
+        let Some(posted) = posted else {
             return Error::new(ErrorKind::Timeout, "a call without messages is overdue");
         };
-        let (what, way) = if *receives { ("receive", "from") } else { ("send", "to") };
-        let peer = self.in_job(*peer);
+        let waiting = self.waiting(posted);
+        let verdict = self.membership.as_ref().and_then(|membership| {
+            membership.overdue_message(&waiting);
+            membership.await_verdict(Instant::now() + 2 * GRACE)
+        });
+        if let Some(verdict) = verdict {
+            return from_verdict(&verdict);
+        }
+        let Waiting { peer, receives, dtype, bytes, tag, .. } = waiting;
+        let (what, way) = if receives { ("receive", "from") } else { ("send", "to") };
         let text = format!(
-            "the {what} of {} bytes of {} {way} rank {peer} with tag {} is overdue",
-            envelope.bytes, envelope.dtype, envelope.tag
+            "the {what} of {bytes} bytes of {dtype} {way} rank {peer} with tag {tag} is overdue"
         );
         Error::new(ErrorKind::Timeout, text).caused_by(vec![peer])
     }

@@ -165,9 +165,10 @@ impl Messenger {
     /// # Errors
     /// [`ErrorKind::Configuration`] if there is no such rank: nothing was sent, and the messenger
     /// stays usable. [`ErrorKind::Mismatch`] if the two ends of a message differ in length or
-    /// type, [`ErrorKind::RankLost`] if a rank is gone, both on all ranks of the job;
-    /// [`ErrorKind::Timeout`] if a message took longer than the job's timeout, on this rank. What
-    /// was to be received is then unspecified.
+    /// type, [`ErrorKind::RankLost`] if a rank is gone, [`ErrorKind::Timeout`] if a message took
+    /// longer than the job's timeout: these on all ranks of the job, and the last names the rank
+    /// that the others wait for, which need not be one of the message's. What was to be received
+    /// is then unspecified.
     pub fn exchange<T: Element>(&self, messages: &mut [Message<'_, T>]) -> Result<(), Error> {
         let desk = self.desk.as_ref().expect("it is there until the messenger is dropped");
         if self.is_forked() {

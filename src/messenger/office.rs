@@ -181,6 +181,11 @@ impl Office {
         self.operations.iter().map(|(_, posted)| posted).find(|posted| posted.call == call)
     }
 
+    /// Whether no call is under way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.calls.is_empty()
+    }
+
     /// The ranks that operations wait for.
     pub(super) fn awaited(&self) -> impl Iterator<Item = Rank> {
         let pending = |rank: &Rank| self.correspondents[*rank].pending > 0;

@@ -98,6 +98,8 @@ fn wire(
     let Node { members, link, topology } = offer.join(&circle, settings)?;
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA registers memory"))]
     let mut job = Job::new(settings, secret, &detected.job, &cards, link.as_ref())?;
+    let addresses = cards.iter().map(|card| card.address.into_iter().collect());
+    membership.control().set_addresses(addresses.collect());
     let mut links = Assembly::new(world);
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA has devices"))]
     let mut devices = String::new();

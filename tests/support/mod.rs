@@ -265,6 +265,12 @@ impl Running {
         self.ranks[rank].child.id() as i32
     }
 
+    /// Whether a rank's process has not ended.
+    pub fn lives(&self, rank: usize) -> bool {
+        std::fs::read_to_string(format!("/proc/{}/stat", self.pid(rank)))
+            .is_ok_and(|stat| !stat.contains(") Z "))
+    }
+
     pub fn signal(&self, rank: usize, signal: i32) {
         // SAFETY: plain system call on a child that has not been waited for.
         let result = unsafe { libc::kill(self.pid(rank), signal) };

@@ -1,4 +1,5 @@
 use super::*;
+use crate::control::status::{Status, Waiting};
 use crate::control::tests::call;
 
 const WORLD: usize = 4;
@@ -32,14 +33,21 @@ impl Job {
 
     fn accuse(&mut self, from: Rank, against: Rank, finding: Finding) {
         let text = format!("link to rank {against}: closed by the peer");
-        self.say(from, Message::Accuse(Report { against, finding, text }));
+        self.say(from, Message::Accuse(Report { communicator: 0, against, finding, text }));
     }
 
     fn answer(&mut self, from: Rank, number: u64, inside: bool) {
         let query = self.coordinator.query.number;
         let call = Some(call(number));
-        let snapshot = Snapshot { call, inside, step: 1, steps: 2, bytes: 3 };
+        let snapshot =
+            Snapshot { call, inside, step: 1, steps: 2, bytes: 3, ..Snapshot::default() };
         self.say(from, Message::Status { query, snapshot });
+    }
+
+    /// The rank's connection ends.
+    fn lose(&mut self, rank: Rank) {
+        self.coordinator.lost(rank, "its connection ended");
+        self.wait(Duration::ZERO);
     }
 
     fn wait(&mut self, time: Duration) {
@@ -64,7 +72,8 @@ impl Job {
             })
             .collect();
         assert_eq!(verdicts, [(kind, culprits.to_vec())]);
-        assert_eq!(self.coordinator.deadline(), None, "nothing is awaited after a verdict");
+        // Nothing is awaited after a verdict but those who are to be told.
+        assert_eq!(self.coordinator.deadline(), self.coordinator.awaits_until);
     }
 
     #[track_caller]
@@ -80,15 +89,15 @@ fn blob(round: u32) -> Message {
 #[test]
 fn a_connection_that_ends_without_goodbye_is_a_death() {
     let mut job = Job::new();
-    job.coordinator.lost(2, "its connection ended");
+    job.lose(2);
     job.expect(VerdictKind::Died, &[2]);
 }
 
 #[test]
 fn the_first_verdict_wins() {
     let mut job = Job::new();
-    job.coordinator.lost(2, "its connection ended");
-    job.coordinator.lost(3, "its connection ended");
+    job.lose(2);
+    job.lose(3);
     job.accuse(0, 1, Finding::Mismatch);
     job.wait(CONNECT_TIMEOUT);
     job.expect(VerdictKind::Died, &[2]);
@@ -111,7 +120,7 @@ fn a_failed_link_to_a_rank_that_dies_is_a_death() {
     job.accuse(1, 3, Finding::LinkFailed);
     job.wait(GRACE / 2);
     job.expect_nothing();
-    job.coordinator.lost(3, "its connection ended");
+    job.lose(3);
     job.expect(VerdictKind::Died, &[3]);
 }
 
@@ -180,7 +189,7 @@ fn a_rank_that_does_not_answer_is_unresponsive() {
 fn a_death_during_the_question_is_the_answer() {
     let mut job = Job::new();
     job.say(1, Message::Overdue(call(5).into()));
-    job.coordinator.lost(3, "its connection ended");
+    job.lose(3);
     job.expect(VerdictKind::Died, &[3]);
 }
 
@@ -293,6 +302,7 @@ fn nonsense_ends_the_job_with_its_author_named() {
         blob(1),
         Message::Blob { round: 0, to: Some(1), blob: Bytes::new() },
         Message::Accuse(Report {
+            communicator: 0,
             against: WORLD,
             finding: Finding::LinkFailed,
             text: String::new(),
@@ -303,4 +313,144 @@ fn nonsense_ends_the_job_with_its_author_named() {
         job.say(2, message);
         job.expect(VerdictKind::Protocol, &[2]);
     }
+}
+
+#[test]
+fn who_left_a_group_is_not_one_whose_link_failed() {
+    let report = || {
+        let text = "link to rank 3: closed by the peer".to_owned();
+        Message::Accuse(Report { communicator: 5, against: 3, finding: Finding::LinkFailed, text })
+    };
+    let part = |communicator| Message::Parted { communicator, last: Snapshot::default() };
+    for accused_first in [false, true] {
+        let mut job = Job::new();
+        job.say(3, part(4));
+        if accused_first {
+            job.say(1, report());
+            job.expect_nothing();
+            job.say(3, part(5));
+        } else {
+            job.say(3, part(5));
+            job.expect_nothing();
+            job.say(1, report());
+        }
+        let text = &job.coordinator.verdict.as_ref().unwrap().text;
+        assert!(text.contains("rank 3: left; at that time has called nothing yet"), "{text}");
+        job.expect(VerdictKind::Left, &[3]);
+    }
+}
+
+/// Ranks that have given up close their links; the question, not these, tells who is late.
+#[test]
+fn links_that_end_while_ranks_are_asked_are_nobodys_fault() {
+    let mut job = Job::new();
+    job.say(1, Message::Overdue(call(5).into()));
+    job.accuse(2, 1, Finding::LinkFailed);
+    job.wait(GRACE);
+    job.expect_nothing();
+    for rank in [0, 1, 2] {
+        job.answer(rank, 5, true);
+    }
+    job.wait(ANSWER_TIMEOUT);
+    job.expect(VerdictKind::Unresponsive, &[3]);
+}
+
+/// While this process was stopped the others came to a verdict without it.
+#[test]
+fn a_verdict_of_the_ranks_own_counts_before_deaths_seen_in_the_same_moment() {
+    let mut job = Job::new();
+    job.coordinator.lost(2, "its connection ended");
+    job.say(1, Message::Concluded(Verdict::coordinator_silent(0, "stopped")));
+    job.say(3, Message::Bye(Snapshot::default()));
+    job.wait(Duration::ZERO);
+    job.expect(VerdictKind::Unresponsive, &[0]);
+}
+
+#[test]
+fn a_message_that_is_overdue_is_asked_about_along_the_chain() {
+    let mut job = Job::new();
+    let waiting = |peer| {
+        let (communicator, receives, dtype) = (5, true, unisum_link::Dtype::U8);
+        let waiting = Waiting { communicator, peer, receives, dtype, bytes: 9, tag: 1 };
+        let status = Status::default();
+        status.wait_for_message(&waiting);
+        (waiting.call(), status.snapshot())
+    };
+    let concern = Concern { call: waiting(2).0, uncounted: 0, ranks: vec![0, 2, 3] };
+    job.say(0, Message::Overdue(concern));
+    let query = job.coordinator.query.number;
+    for (rank, snapshot) in [(0, waiting(2).1), (2, waiting(3).1), (3, Snapshot::default())] {
+        job.say(rank, Message::Status { query, snapshot });
+    }
+    job.wait(ANSWER_TIMEOUT);
+    // Rank 1 did not answer either, but is not in the communicator.
+    job.expect(VerdictKind::NotEntered, &[3]);
+}
+
+/// Rank 1 coordinates after rank 0 has left and its process has ended.
+fn heir() -> Job {
+    let now = Instant::now();
+    let last = Snapshot { call: Some(call(9)), ..Snapshot::default() };
+    let gone = vec![Some(Some(last)), None, None, None];
+    let mut job = Job { coordinator: Coordinator::heir([7; 16], 1, gone, now), now };
+    assert!(!job.coordinator.is_vacant(0) && !job.coordinator.is_vacant(1));
+    job.coordinator.connected(3);
+    job.say(3, Message::Joined);
+    job
+}
+
+#[test]
+fn an_heir_notices_deaths_of_those_who_came_to_it() {
+    let mut job = heir();
+    job.outputs();
+    job.lose(3);
+    job.expect(VerdictKind::Died, &[3]);
+}
+
+#[test]
+fn who_comes_to_an_heir_while_ranks_are_asked_is_asked_too() {
+    let mut job = heir();
+    job.say(1, Message::Overdue(call(5).into()));
+    job.outputs();
+    job.coordinator.connected(2);
+    let told = job.outputs().remove(0).messages;
+    assert!(matches!(told[..], [Message::Welcome { .. }, Message::StatusRequest { .. }]));
+    job.say(2, Message::Joined);
+    job.answer(1, 5, true);
+    job.answer(2, 4, false);
+    job.answer(3, 5, true);
+    job.expect(VerdictKind::NotEntered, &[2]);
+}
+
+#[test]
+fn who_never_comes_to_an_heir_is_no_death_but_blamed_if_it_is_waited_for() {
+    let mut job = heir();
+    assert!(!job.coordinator.all_came());
+    job.wait(HEIR_TIMEOUT);
+    job.expect_nothing();
+    assert!(job.coordinator.all_came() && !job.coordinator.is_vacant(2));
+    job.outputs();
+    job.say(1, Message::Overdue(call(5).into()));
+    job.answer(1, 5, true);
+    job.answer(3, 5, true);
+    job.expect(VerdictKind::Left, &[2]);
+}
+
+#[test]
+fn a_coordinator_is_needed_until_all_others_are_gone() {
+    let mut job = heir();
+    job.say(1, Message::Bye(Snapshot::default()));
+    assert!(job.coordinator.is_needed());
+    job.say(3, Message::Bye(Snapshot::default()));
+    assert!(job.coordinator.is_needed(), "rank 2 may come");
+    job.wait(HEIR_TIMEOUT);
+    assert!(!job.coordinator.is_needed());
+    let mut ended = heir();
+    ended.lose(3);
+    assert!(ended.coordinator.is_needed(), "rank 2 is to be told the verdict");
+    ended.coordinator.connected(2);
+    let told = ended.outputs().pop().unwrap().messages;
+    assert!(matches!(told[..], [Message::Welcome { .. }, Message::Verdict(_)]), "{told:?}");
+    ended.say(2, Message::Joined);
+    assert!(!ended.coordinator.is_needed(), "all have been told");
 }
