@@ -8,8 +8,8 @@ use unisum_link::Rank;
 ///
 /// After a failed collective the communicator is aborted: every later call returns an error of
 /// kind [`ErrorKind::Aborted`], on every rank. The contents of the buffers of the failed
-/// collective are unspecified, and they are the program's again: no rank writes to them any more, and
-/// what the program writes there is in no other rank's result.
+/// collective are unspecified, and they are the program's again: no rank writes to them any
+/// more, and what the program writes there is in no other rank's result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     kind: ErrorKind,
