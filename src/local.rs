@@ -11,19 +11,20 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod meeting;
+
 use std::ffi::OsString;
 use std::fmt::{self, Write as _};
-use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+
+use meeting::Meeting;
 
 /// Starts `ranks` processes that can find each other; `command` makes the command of each rank.
 ///
@@ -35,15 +36,16 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 /// Unless the environment names interfaces, the ranks listen on the loopback interface only.
 ///
 /// The processes are killed when the returned value is dropped, and by the kernel when the
-/// *thread* that called this ends, however it ends: no rank outlives its launcher.
+/// *thread* that called this ends, however it ends: no rank outlives its launcher. The directory is
+/// removed with the returned value; one that a killed launcher left, by the next launcher.
 ///
 /// # Errors
 /// If the directory cannot be made or a process cannot be started; what had started is killed.
 pub fn spawn(ranks: usize, mut command: impl FnMut(usize) -> Command) -> io::Result<LocalRanks> {
     let token = random_hex()?;
-    let mut local = LocalRanks { meeting: meeting_directory()?, ranks: Vec::new(), failure: None };
+    let mut local = LocalRanks { meeting: Meeting::new()?, ranks: Vec::new(), failure: None };
     let mut rendezvous = OsString::from("file://");
-    rendezvous.push(local.meeting.join("world"));
+    rendezvous.push(local.meeting.path().join("world"));
     for rank in 0..ranks {
         let mut command = command(rank);
         command
@@ -68,7 +70,7 @@ const INTERFACE: &str = "UNISUM_INTERFACE";
 /// Processes started by [`spawn`]. Dropping it kills those that still run.
 #[derive(Debug)]
 pub struct LocalRanks {
-    meeting: PathBuf,
+    meeting: Meeting,
     ranks: Vec<LocalRank>,
     failure: Option<RankFailure>,
 }
@@ -169,8 +171,6 @@ impl Drop for LocalRanks {
             // Nobody is left to tell that it failed.
             let _ = rank.child.wait();
         }
-        // The same: a directory that stays behind is harmless.
-        let _ = fs::remove_dir_all(&self.meeting);
     }
 }
 
@@ -225,14 +225,6 @@ impl fmt::Display for RankFailure {
 }
 
 impl std::error::Error for RankFailure {}
-
-/// A fresh directory that nobody but this user can enter.
-fn meeting_directory() -> io::Result<PathBuf> {
-    let name = format!("unisum-{}", &random_hex()?[..16]);
-    let path = std::path::absolute(std::env::temp_dir())?.join(name);
-    DirBuilder::new().mode(0o700).create(&path)?;
-    Ok(path)
-}
 
 /// 128 random bits.
 fn random_hex() -> io::Result<String> {
@@ -305,12 +297,12 @@ mod tests {
     #[test]
     fn dropping_kills_the_ranks_and_removes_their_directory() {
         let ranks = spawn(2, |_| shell("exec sleep 60")).unwrap();
-        let (pids, meeting) = (ranks.pids(), ranks.meeting.clone());
+        let (pids, meeting) = (ranks.pids(), ranks.meeting.path().to_owned());
         assert!(meeting.exists());
         drop(ranks);
         assert!(!meeting.exists());
         for pid in pids {
-            assert!(!PathBuf::from(format!("/proc/{pid}")).exists());
+            assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
         }
     }
 

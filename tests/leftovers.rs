@@ -1,0 +1,72 @@
+//! What launchers of local ranks leave behind: nothing, or the next one removes it.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+mod support;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use support::{World, reach, tell};
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[("launch", launch), ("launch_and_wait", launch_and_wait)]);
+}
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A launcher of ranks that never end.
+fn launch() {
+    let ranks = unisum::local::spawn(2, |_| {
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        command
+    });
+    let mut ranks = ranks.unwrap();
+    ranks.pids().iter().for_each(tell);
+    reach("launched");
+    let _ = ranks.wait();
+}
+
+fn launch_and_wait() {
+    unisum::local::spawn(2, |_| Command::new("true")).unwrap().wait().unwrap();
+}
+
+fn is_running(pid: &str) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    // What has ended may wait for somebody to collect it.
+    status.is_ok_and(|status| !status.contains(") Z "))
+}
+
+#[test]
+fn launchers_ended_by_any_signal_leave_no_rank_and_no_file_to_the_next() {
+    let place = format!("unisum-leftovers-{}", std::process::id());
+    let place = std::env::temp_dir().join(place);
+    std::fs::create_dir(&place).unwrap();
+    let entries = || std::fs::read_dir(&place).unwrap().count();
+    let world = |scenario| World::new(1, scenario).set("TMPDIR", place.display());
+
+    // One that lives on all the while keeps what is its.
+    let living = world("launch").start();
+    living.wait_for("launched", 1, LIMIT);
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGKILL] {
+        let launcher = world("launch").start();
+        launcher.wait_for("launched", 1, LIMIT);
+        assert_eq!(entries(), 2, "of the one that lives, and of this one");
+        launcher.signal(0, signal);
+        let ended = launcher.wait(LIMIT);
+        assert_eq!(ended[0].status, 128 + signal);
+        let deadline = Instant::now() + LIMIT;
+        while ended[0].told.iter().any(|pid| is_running(pid)) {
+            assert!(Instant::now() < deadline, "ranks outlive their launcher: {:?}", ended[0]);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    world("launch_and_wait").succeed(LIMIT);
+    assert_eq!(entries(), 1, "of the one that lives");
+    drop(living);
+    world("launch_and_wait").succeed(LIMIT);
+    assert_eq!(entries(), 0);
+    std::fs::remove_dir(&place).unwrap();
+}
