@@ -28,7 +28,7 @@ impl Scratch {
     fn region(&mut self, arena: &Arena, bytes: usize) -> Result<Region, String> {
         if self.0.as_ref().is_none_or(|(_, size)| *size < bytes) {
             let size = bytes.max(2 * PACK_BYTES_MAX);
-            self.0 = Some((arena.allocate(size)?, size));
+            self.0 = Some((arena.allocate_anywhere(size)?, size));
         }
         let Some((memory, _)) = &self.0 else { unreachable!("it was just put there") };
         // SAFETY: the memory is at least so large, and only the batch whose turn it is uses it.

@@ -24,10 +24,14 @@ pub(crate) struct Choice {
     fixed: AtomicUsize,
     /// By kind and size class, the algorithms with their modelled seconds, the fastest first;
     /// filled when first asked for.
-    ranked: [[OnceLock<Ranking>; CLASSES]; KINDS],
+    ranked: ByKind<OnceLock<Ranking>>,
     /// Likewise, what was found by trying it; filled by the first call.
-    settled: [[OnceLock<usize>; CLASSES]; KINDS],
+    settled: ByKind<OnceLock<usize>>,
 }
+
+/// By kind and size class; not in place, for all of it moves with its owner over stacks that may be
+/// small.
+type ByKind<T> = Vec<[T; CLASSES]>;
 
 /// Modelled seconds and the numbers of the algorithms.
 type Ranking = Vec<(f64, usize)>;
@@ -100,8 +104,8 @@ impl Choice {
         fixed: Option<usize>,
     ) -> Self {
         let fixed = AtomicUsize::new(fixed.unwrap_or(AUTO));
-        let ranked = [const { [const { OnceLock::new() }; CLASSES] }; KINDS];
-        let settled = [const { [const { OnceLock::new() }; CLASSES] }; KINDS];
+        let ranked = (0..KINDS).map(|_| [const { OnceLock::new() }; CLASSES]).collect();
+        let settled = (0..KINDS).map(|_| [const { OnceLock::new() }; CLASSES]).collect();
         Self { topology, model, node, fixed, ranked, settled }
     }
 

@@ -59,13 +59,28 @@ impl Arena {
     /// # Errors
     /// The system's reason.
     pub(crate) fn allocate(&self, bytes: usize) -> Result<Memory, String> {
-        let kind = self.allocate_kind(bytes.max(1))?;
-        Ok(Memory {
+        self.allocate_kind(bytes.max(1)).map(|kind| self.memory(kind, bytes))
+    }
+
+    /// The same where the node's ranks have no memory left to share: then in memory of this process
+    /// alone, which peers reach by copies.
+    ///
+    /// # Errors
+    /// The system's reason.
+    pub(crate) fn allocate_anywhere(&self, bytes: usize) -> Result<Memory, String> {
+        let kind = self.allocate_kind(bytes.max(1)).or_else(|_| Kind::private(bytes.max(1)));
+        kind.map(|kind| self.memory(kind, bytes))
+    }
+
+    fn memory(&self, kind: Kind, bytes: usize) -> Memory {
+        #[cfg(not(feature = "verbs"))]
+        let _ = bytes;
+        Memory {
             #[cfg(feature = "verbs")]
             // SAFETY: the registration is dropped before the memory.
             _adopted: unsafe { self.adopt(kind.start(), bytes.max(1)) },
             kind,
-        })
+        }
     }
 
     /// Registers memory, if there are devices to register it with.
@@ -89,13 +104,7 @@ impl Arena {
         if let Some(heap) = &self.heap {
             return heap.allocate(bytes).map(Kind::Shared).map_err(|error| error.to_string());
         }
-        // Whole pages: nothing else shares what devices may be given.
-        let bytes = bytes.checked_next_multiple_of(4096).ok_or("out of memory")?;
-        let layout = Layout::from_size_align(bytes, 4096).map_err(|error| error.to_string())?;
-        // SAFETY: the layout's size is at least 1.
-        let start = unsafe { alloc_zeroed(layout) };
-        let start = NonNull::new(start).ok_or("out of memory")?;
-        Ok(Kind::Private { start, layout })
+        Kind::private(bytes)
     }
 
     /// The region of a slice.
@@ -144,6 +153,16 @@ impl Memory {
 }
 
 impl Kind {
+    fn private(bytes: usize) -> Result<Self, String> {
+        // Whole pages: nothing else shares what devices may be given.
+        let bytes = bytes.checked_next_multiple_of(4096).ok_or("out of memory")?;
+        let layout = Layout::from_size_align(bytes, 4096).map_err(|error| error.to_string())?;
+        // SAFETY: the layout's size is at least 1: no caller asks for 0 bytes.
+        let start = unsafe { alloc_zeroed(layout) };
+        let start = NonNull::new(start).ok_or("out of memory")?;
+        Ok(Self::Private { start, layout })
+    }
+
     fn start(&self) -> NonNull<u8> {
         match self {
             Self::Private { start, .. } => *start,

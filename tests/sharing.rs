@@ -10,11 +10,17 @@ use std::time::{Duration, Instant};
 
 use support::{Ended, Random, World, reach, setting, tell, tell_error};
 use unisum::buckets::{Buckets, Parameter};
-use unisum::{Communicator, Dtype, Messenger, ReduceOp};
+use unisum::{Buffers, Collective, Communicator, Dtype, Messenger, ReduceOp};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("sum", sum), ("fall_at_start", fall_at_start), ("make", make)]);
+    support::run_if_rank(&[
+        ("sum", sum),
+        ("fall_at_start", fall_at_start),
+        ("make", make),
+        ("full_heap", full_heap),
+        ("small_stack", small_stack),
+    ]);
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -245,5 +251,57 @@ fn a_rank_that_dies_while_a_group_shares_memory_is_named_at_once() {
         assert!(start.elapsed() < MOMENTS, "{case}: {:?} {ended:#?}", start.elapsed());
         ended.remove(victim);
         expect(&ended, &case, |_, told| told.contains(&format!(" [{victim}] ")));
+    }
+}
+
+/// Batches of private tensors while one rank has no registered memory left.
+fn full_heap() {
+    let communicator = Communicator::from_environment().unwrap();
+    let (rank, world) = (communicator.rank() as u64, communicator.world() as u64);
+    let mut held = Vec::new();
+    if setting("VICTIM") == rank.to_string() {
+        for bytes in [1 << 20, 1 << 16, 1 << 12, 1] {
+            held.extend(std::iter::from_fn(|| communicator.allocate::<u8>(bytes).ok()));
+        }
+        assert!(held.len() > 3, "nothing to hold: the test tests nothing");
+    }
+    for round in 0..3 {
+        let mut tensors: Vec<Vec<u64>> = (1..20).map(|len| vec![rank + round; len * 10]).collect();
+        let mut batch: Vec<_> =
+            tensors.iter_mut().map(|it| Buffers::InPlace(&mut it[..])).collect();
+        communicator.run_batch(&Collective::all_reduce(ReduceOp::Sum), &mut batch).unwrap();
+        let expected = world * round + (0..world).sum::<u64>();
+        assert!(tensors.iter().flatten().all(|&sum| sum == expected), "round {round}");
+    }
+}
+
+#[test]
+fn a_batch_of_private_tensors_needs_no_registered_memory() {
+    for victim in 0..3 {
+        World::new(3, "full_heap")
+            .set("UNISUM_SHM_HEAP", 4 << 20)
+            .set("VICTIM", victim)
+            .set("UNISUM_TIMEOUT", 10)
+            .succeed(LIMIT);
+    }
+}
+
+/// All that makes links, on a thread with a stack as small as some C libraries give.
+fn small_stack() {
+    let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(|| {
+        let communicator = Communicator::from_environment().unwrap();
+        let group = communicator.split(Some(0), 0).unwrap().unwrap();
+        Messenger::new(&communicator).unwrap();
+        group.all_reduce(&mut vec![1_f32; 5000], ReduceOp::Sum).unwrap();
+    });
+    thread.unwrap().join().unwrap();
+}
+
+const STACK_BYTES: usize = 48 << 10;
+
+#[test]
+fn joining_needs_little_stack() {
+    for transport in ["shm", "tcp"] {
+        World::new(2, "small_stack").set("UNISUM_TRANSPORT", transport).succeed(LIMIT);
     }
 }

@@ -43,7 +43,7 @@ impl Meeting {
 
 impl Drop for Meeting {
     fn drop(&mut self) {
-        // Nobody is left to tell; and a directory that stays behind is removed by the next launcher.
+        // Nobody is left to tell, and what stays behind is removed by the next launcher.
         let _ = fs::remove_dir_all(&self.path);
     }
 }

@@ -56,7 +56,7 @@ pub(crate) fn measure(
     limit: Limit<'_>,
 ) -> Result<LinkCost, LinkError> {
     let memory = arena
-        .allocate(LARGE)
+        .allocate_anywhere(LARGE)
         .map_err(|error| LinkError::os(peer, "allocating memory to measure with", error))?;
     // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the
     // link drops its posts before `memory` is freed.
