@@ -8,9 +8,9 @@
 mod sequence;
 mod support;
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
+use support::hosts::{Hosts, inside, namespace, sh};
 use support::{World, reach, tell};
 use unisum::{Collective, Communicator, ReduceOp};
 
@@ -26,76 +26,12 @@ fn rank_process() {
 
 const LIMIT: Duration = Duration::from_secs(100);
 
-fn namespace(host: usize) -> String {
-    format!("unisum-{}-{host}", std::process::id())
-}
-
-/// Runs a command to set up hosts.
-fn sh(command: &str) -> Result<(), String> {
-    let output = Command::new("sh").args(["-c", command]).output().unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    if output.status.success() { Ok(()) } else { Err(format!("{command}: {error}")) }
-}
-
-/// Hosts 0..n with addresses 10.77.0.1… and fd77::1… on `eth0`; deleted when dropped.
-struct Hosts(usize);
-
-impl Hosts {
-    fn new(hosts: usize) -> Option<Self> {
-        let this = Self(hosts);
-        match this.set_up() {
-            Ok(()) => Some(this),
-            Err(why) => {
-                let required =
-                    std::env::var("UNISUM_TEST_NAMESPACES").is_ok_and(|v| v == "required");
-                assert!(!required, "no network namespaces: {why}");
-                println!("skipped: no network namespaces: {why}");
-                None
-            }
-        }
-    }
-
-    fn set_up(&self) -> Result<(), String> {
-        let switch = namespace(self.0);
-        sh(&format!("ip netns add {switch} && ip -n {switch} link add br0 type bridge"))?;
-        sh(&format!("ip -n {switch} link set br0 up"))?;
-        for host in 0..self.0 {
-            let (name, number) = (namespace(host), host + 1);
-            sh(&format!("ip netns add {name} && ip -n {name} link set lo up"))?;
-            let peer = format!("peer name port{host} netns {switch}");
-            sh(&format!("ip -n {name} link add eth0 type veth {peer}"))?;
-            sh(&format!("ip -n {switch} link set port{host} master br0 up"))?;
-            sh(&format!("ip -n {name} addr add 10.77.0.{number}/24 dev eth0"))?;
-            sh(&format!("ip -n {name} addr add fd77::{number}/64 dev eth0 nodad"))?;
-            sh(&format!("ip -n {name} link set eth0 up"))?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Hosts {
-    fn drop(&mut self) {
-        for host in 0..=self.0 {
-            // It may not exist if setting up failed half-way.
-            let _ = sh(&format!("ip netns del {}", namespace(host)));
-        }
-    }
-}
-
-fn inside(host: usize) -> Vec<String> {
-    ["ip", "netns", "exec", &namespace(host)].map(str::to_owned).to_vec()
-}
-
-/// One test at a time: the namespaces have fixed names within this process.
-static HOSTS: std::sync::Mutex<()> = std::sync::Mutex::new(());
-
 fn world(ranks: usize, scenario: &'static str, rendezvous: &str) -> World {
     World::new(ranks, scenario).set("UNISUM_RENDEZVOUS", rendezvous).set("UNISUM_INTERFACE", "")
 }
 
 #[test]
 fn ranks_on_several_hosts_share_memory_inside_and_use_tcp_across() {
-    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let Some(_hosts) = Hosts::new(3) else { return };
     for rendezvous in ["tcp://10.77.0.1:7001", "tcp://[fd77::1]:7001"] {
         // Uneven: two ranks on host 0, three on host 1, one on host 2.
@@ -108,7 +44,6 @@ fn ranks_on_several_hosts_share_memory_inside_and_use_tcp_across() {
 
 #[test]
 fn ranks_placed_in_turn_on_the_hosts_are_grouped_by_host() {
-    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let Some(_hosts) = Hosts::new(2) else { return };
     let told =
         world(5, "sums", "tcp://10.77.0.1:7001").through(|rank| inside(rank % 2)).succeed(LIMIT);
@@ -118,7 +53,6 @@ fn ranks_placed_in_turn_on_the_hosts_are_grouped_by_host() {
 /// Hierarchical plans of all collectives, uneven, and with ranks that take turns on the hosts.
 #[test]
 fn sequences_are_right_on_several_hosts() {
-    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let Some(_hosts) = Hosts::new(3) else { return };
     let seed = sequence::seed();
     let uneven = |rank: usize| inside([0, 0, 1, 1, 1, 2][rank]);
@@ -155,7 +89,6 @@ fn sums() {
 /// Ranks of a host share no memory here, so that only where they are tells which links cross.
 #[test]
 fn a_slow_link_between_hosts_is_measured_and_named() {
-    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let Some(_hosts) = Hosts::new(3) else { return };
     let shape = "tc qdisc add dev eth0 root tbf rate 500mbit burst 128kb latency 100ms";
     sh(&format!("ip netns exec {} {shape}", namespace(2))).unwrap();
@@ -180,14 +113,13 @@ fn describe() {
 
 #[test]
 fn an_unplugged_host_is_named_by_the_deadline() {
-    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let Some(hosts) = Hosts::new(3) else { return };
     let running = world(3, "lose_a_host", "tcp://10.77.0.1:7001")
         .through(inside)
         .set("UNISUM_TIMEOUT", 2)
         .start();
     running.wait_for("reducing", 3, LIMIT);
-    sh(&format!("ip -n {} link set port2 down", namespace(hosts.0))).unwrap();
+    sh(&format!("ip -n {} link set port2 down", hosts.switch())).unwrap();
     let cut = Instant::now();
     for ended in &running.wait(LIMIT)[..2] {
         let told = &ended.told[0];

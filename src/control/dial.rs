@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
+use unisum_link::dial::{Failure, Unreached, dial};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, HandshakeError, Hello, Secret};
 
@@ -14,8 +15,9 @@ use super::file;
 use super::message::Message;
 use super::pulse;
 use crate::address::{self, Rendezvous};
+use crate::interface::Paths;
 
-/// Longest time for one connection and its handshake.
+/// Longest time for the connections of one attempt, and for each handshake.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
@@ -129,44 +131,47 @@ fn attempt(
     until: Instant,
 ) -> Result<Reached, Failed> {
     let target = rendezvous.to_string();
-    let failed = |error: io::Error| Failed {
+    let found = match rendezvous {
+        Rendezvous::Tcp { host, port } => address::resolve(host, *port),
+        Rendezvous::File(path) => file::read(path),
+    };
+    // A link-local address may be behind any of this host's interfaces.
+    let found = found.and_then(|found| Ok(Paths::new(None)?.to(&found, true)));
+    let addresses = found.map_err(|error| Failed {
         target: target.clone(),
         is_refusal: false,
         error: error.to_string(),
-    };
-    let addresses = match rendezvous {
-        Rendezvous::Tcp { host, port } => address::resolve(host, *port),
-        Rendezvous::File(path) => file::read(path).map(|address| vec![address]),
-    };
-    let mut last = failed(io::Error::other("no address"));
-    for address in addresses.map_err(failed)? {
-        last = match knock(address, hello, secret, until) {
-            Ok(reached) => return Ok(reached),
-            Err(error) => Failed {
-                target: format!("{target} ({address})"),
-                is_refusal: error.is_answer(),
-                error: error.to_string(),
-            },
-        };
-    }
-    Err(last)
+    })?;
+    // A timeout of zero is not allowed.
+    let time = until.saturating_duration_since(Instant::now());
+    let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
+    let meet = |stream, address| knock(stream, address, hello, secret, time);
+    dial(&addresses, Instant::now() + time, |_, _| {}, meet).map_err(|unreached| {
+        let Unreached { tried } = &unreached;
+        let is_refusal = tried.iter().any(|(_, failure)| match failure {
+            // Another program on the port may yet make room for rank 0.
+            Failure::Met(HandshakeError::NotUnisum) => false,
+            Failure::Met(error) => error.is_answer(),
+            _ => false,
+        });
+        match &tried[..] {
+            [(address, failure)] => {
+                let target = format!("{target} ({address})");
+                Failed { target, is_refusal, error: failure.to_string() }
+            }
+            _ => Failed { target, is_refusal, error: unreached.to_string() },
+        }
+    })
 }
 
 fn knock(
+    stream: TcpStream,
     address: SocketAddr,
     hello: &Hello,
     secret: &Secret,
-    until: Instant,
+    time: Duration,
 ) -> Result<Reached, HandshakeError> {
-    let time = until.saturating_duration_since(Instant::now());
-    // A timeout of zero is not allowed.
-    let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
-    let mut stream = ParentOnly::new(TcpStream::connect_timeout(&address, time)?);
-    if stream.local_addr()? == stream.peer_addr()? {
-        // Nobody listens on a port from which the kernel let this very socket connect: it has
-        // connected to itself (RFC 9293, 3.5: simultaneous open).
-        return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
-    }
+    let mut stream = ParentOnly::new(stream);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(time))?;
     stream.set_write_timeout(Some(time))?;

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, Heard, Hello, Listening, Refusal, Secret};
 
 use super::guests::{self, Guest, Guests};
+use super::listen::Listeners;
 
 /// How long a guest may take to prove the token.
 const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,9 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const LOG_LINES: u32 = 10;
 const LOG_PERIOD: Duration = Duration::from_secs(10);
 
-/// The listening socket and the guests that have proven nothing yet.
+/// The listening sockets and the guests that have proven nothing yet.
 pub(super) struct Door {
-    listener: ParentOnly<TcpListener>,
+    listeners: Listeners,
     guests: Guests,
     next_token: usize,
     /// Whether somebody may be waiting to be accepted.
@@ -58,18 +59,20 @@ enum Fate {
 }
 
 impl Door {
-    /// Opens the door: `listener` is registered under `token`, guests under tokens from
+    /// Opens the door: the listeners are registered under `token`, guests under tokens from
     /// `first_token` on.
     pub(super) fn new(
-        listener: ParentOnly<TcpListener>,
+        listeners: Listeners,
         token: usize,
         first_token: usize,
         world: usize,
         registry: &Registry,
     ) -> io::Result<Self> {
-        register(registry, &*listener, token, Interest::READABLE)?;
+        for listener in listeners.iter() {
+            register(registry, listener, token, Interest::READABLE)?;
+        }
         Ok(Self {
-            listener,
+            listeners,
             guests: Guests::new(guests::most(world)),
             next_token: first_token,
             is_knocking: false,
@@ -80,7 +83,7 @@ impl Door {
         })
     }
 
-    /// The listener is readable.
+    /// A listener is readable.
     pub(super) const fn knock(&mut self) {
         self.is_knocking = true;
     }
@@ -100,7 +103,7 @@ impl Door {
             if !self.is_knocking || self.paused_until.is_some() {
                 return;
             }
-            match self.listener.accept() {
+            match self.listeners.accept() {
                 Ok((stream, address)) => {
                     self.exhausted_since = None;
                     self.admit_guest(ParentOnly::new(stream), address, registry, now);
@@ -136,7 +139,7 @@ impl Door {
             self.reserve = reserve();
             return false;
         }
-        let Ok((mut stream, address)) = self.listener.accept() else {
+        let Ok((mut stream, address)) = self.listeners.accept() else {
             self.reserve = reserve();
             return false;
         };
@@ -226,8 +229,10 @@ impl Door {
 
     /// Closes: nobody comes in any more.
     pub(super) fn close(&mut self, registry: &Registry) {
-        // It is deregistered by the end of the epoll instance at the latest.
-        let _ = registry.deregister(&mut SourceFd(&self.listener.as_raw_fd()));
+        for listener in self.listeners.iter() {
+            // It is deregistered by the end of the epoll instance at the latest.
+            let _ = registry.deregister(&mut SourceFd(&listener.as_raw_fd()));
+        }
     }
 
     fn refuse(&mut self, guest: &Guest, reason: &str, registry: &Registry, now: Instant) {

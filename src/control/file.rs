@@ -1,17 +1,21 @@
 //! The rendezvous file: how ranks find rank 0 through a file system they share.
 //!
-//! One line, `unisum1 SESSION ADDRESS`, the session in hex. The final newline shows that it is
-//! whole, on file systems that show others a file before it is.
+//! One line, `unisum2 SESSION ADDRESS…`, the session in hex, the best address first. The final
+//! newline shows that it is whole, on file systems that show others a file before it is.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use unisum_link::handshake;
 
+use crate::interface::{ADDRESSES_MAX, without_scope};
+
 /// Longest line; what is longer is no rendezvous file.
-const LINE_BYTES_MAX: u64 = 256;
+const LINE_BYTES_MAX: u64 = 2048;
+const MAGIC: &str = "unisum2";
 
 /// The file that this process has published, removed when dropped.
 #[derive(Debug)]
@@ -28,10 +32,12 @@ pub(super) struct Published {
 pub(super) fn publish(
     path: &Path,
     session: [u8; 16],
-    address: SocketAddr,
+    addresses: &[SocketAddr],
 ) -> io::Result<Published> {
-    let hex: String = session.iter().map(|byte| format!("{byte:02x}")).collect();
-    let line = format!("unisum1 {hex} {address}\n");
+    let mut line = format!("{MAGIC} ");
+    session.iter().for_each(|byte| line.push_str(&format!("{byte:02x}")));
+    addresses.iter().for_each(|&address| line.push_str(&format!(" {}", without_scope(address))));
+    line.push('\n');
     let name = path.file_name().ok_or_else(|| io::Error::other("the path names no file"))?;
     let suffix = u64::from_le_bytes(handshake::random()?);
     let draft = path.with_file_name(format!(".{}.{suffix:016x}", name.to_string_lossy()));
@@ -55,26 +61,35 @@ fn write(path: &Path, line: &str) -> io::Result<()> {
 ///
 /// # Errors
 /// If the file can't be read, or is not (yet) whole.
-pub(super) fn read(path: &Path) -> io::Result<SocketAddr> {
+pub(super) fn read(path: &Path) -> io::Result<Vec<SocketAddr>> {
     let line = read_line(path)?;
-    parse(&line).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidData, "it is not a whole rendezvous file (yet)")
-    })
+    let why = match line.split(' ').next() {
+        Some(word) if word.starts_with("unisum") && word != MAGIC => {
+            "another version of unisum has written it"
+        }
+        _ => "it is not a whole rendezvous file (yet)",
+    };
+    parse(&line).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, why))
 }
 
+/// Blocks for no writer of a pipe that somebody has put there.
 fn read_line(path: &Path) -> io::Result<String> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+    }
     let mut line = String::new();
-    File::open(path)?.take(LINE_BYTES_MAX).read_to_string(&mut line)?;
+    file.take(LINE_BYTES_MAX).read_to_string(&mut line)?;
     Ok(line)
 }
 
-pub(super) fn parse(line: &str) -> Option<SocketAddr> {
+pub(super) fn parse(line: &str) -> Option<Vec<SocketAddr>> {
     let mut words = line.strip_suffix('\n')?.split(' ');
-    let (magic, _session, address) = (words.next()?, words.next()?, words.next()?);
-    if magic != "unisum1" || words.next().is_some() {
-        return None;
-    }
-    address.parse().ok()
+    let (magic, _session) = (words.next()?, words.next()?);
+    let addresses: Vec<SocketAddr> = words.map(|word| word.parse().ok()).collect::<Option<_>>()?;
+    let is_known = magic == MAGIC && (1..=ADDRESSES_MAX).contains(&addresses.len());
+    is_known.then_some(addresses)
 }
 
 impl Drop for Published {
@@ -92,7 +107,9 @@ mod tests {
     use super::*;
     use crate::control::tests::Scratch;
 
-    const ADDRESS: &str = "[fe80::1%3]:4000";
+    fn addresses(texts: &[&str]) -> Vec<SocketAddr> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
 
     #[test]
     fn what_is_published_is_read_until_it_is_dropped() {
@@ -100,20 +117,33 @@ mod tests {
         let path = scratch.path().join("meeting");
         fs::write(&path, "stale").unwrap();
         assert!(read(&path).is_err());
-        let published = publish(&path, [7; 16], ADDRESS.parse().unwrap()).unwrap();
-        assert_eq!(read(&path).unwrap(), ADDRESS.parse().unwrap());
+        let told = addresses(&["10.0.0.1:4000", "[2001:db8::1]:4000", "[fe80::1%3]:4000"]);
+        let published = publish(&path, [7; 16], &told).unwrap();
+        // The number of an interface is the writer's.
+        let expected = addresses(&["10.0.0.1:4000", "[2001:db8::1]:4000", "[fe80::1]:4000"]);
+        assert_eq!(read(&path).unwrap(), expected);
         drop(published);
         assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0, "nothing is left behind");
+    }
+
+    #[test]
+    fn the_most_addresses_fit() {
+        let scratch = Scratch::new();
+        let path = scratch.path().join("meeting");
+        let long = "[2001:db8:1111:2222:3333:4444:5555:6666]:40000";
+        let told = addresses(&[long; ADDRESSES_MAX]);
+        let _published = publish(&path, [7; 16], &told).unwrap();
+        assert_eq!(read(&path).unwrap(), told);
     }
 
     #[test]
     fn a_later_jobs_file_is_left_alone() {
         let scratch = Scratch::new();
         let path = scratch.path().join("meeting");
-        let ours = publish(&path, [1; 16], "127.0.0.1:1".parse().unwrap()).unwrap();
-        let theirs = publish(&path, [2; 16], "127.0.0.1:2".parse().unwrap()).unwrap();
+        let ours = publish(&path, [1; 16], &addresses(&["127.0.0.1:1"])).unwrap();
+        let theirs = publish(&path, [2; 16], &addresses(&["127.0.0.1:2"])).unwrap();
         drop(ours);
-        assert_eq!(read(&path).unwrap(), "127.0.0.1:2".parse().unwrap());
+        assert_eq!(read(&path).unwrap(), addresses(&["127.0.0.1:2"]));
         drop(theirs);
     }
 
@@ -121,7 +151,34 @@ mod tests {
     fn a_missing_directory_is_an_error() {
         let scratch = Scratch::new();
         let path = scratch.path().join("missing/meeting");
-        let error = publish(&path, [1; 16], "127.0.0.1:1".parse().unwrap()).unwrap_err();
+        let error = publish(&path, [1; 16], &addresses(&["127.0.0.1:1"])).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    /// Each of them has held a reader for ever, or is read in vain.
+    #[test]
+    fn what_is_no_rendezvous_file_is_an_error_at_once() {
+        let scratch = Scratch::new();
+        let path = scratch.path().join("meeting");
+        let check = |why: &str| {
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+            // Whoever publishes takes its place.
+            drop(publish(&path, [1; 16], &addresses(&["127.0.0.1:1"])));
+        };
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, Mode::RWXU).unwrap();
+        check("not a regular file");
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        check("not a regular file");
+        for (line, why) in [
+            ("unisum1 00 127.0.0.1:1\n", "another version"),
+            ("unisum2 00 127.0.0.1:1", "not a whole"),
+            ("unisum2 00\n", "not a whole"),
+            ("unisum2 00 127.0.0.1:1 x\n", "not a whole"),
+            ("", "not a whole"),
+        ] {
+            fs::write(&path, line).unwrap();
+            check(why);
+        }
     }
 }

@@ -211,18 +211,21 @@ fn coordinator_seeds() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// A file that is accepted names the address that publishing it would, and no part of it is taken
-/// for the whole.
+/// A file that is accepted names the addresses that publishing them would, and no part of it is
+/// taken for the whole.
 fn check_file(bytes: &[u8]) {
     let Ok(line) = std::str::from_utf8(bytes) else { return };
-    let Some(address) = file::parse(line) else { return };
-    assert_eq!(file::parse(&format!("unisum1 00 {address}\n")), Some(address));
+    let Some(addresses) = file::parse(line) else { return };
+    let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    assert_eq!(file::parse(&format!("unisum2 00 {}\n", texts.join(" "))), Some(addresses));
     let parts = line.char_indices().map(|(end, _)| &line[..end]);
     parts.for_each(|part| assert_eq!(file::parse(part), None, "{part:?}"));
 }
 
 fn file_seeds() -> Vec<Vec<u8>> {
-    ["unisum1 00ff 10.0.0.1:40000\n", "unisum1 00 [fe80::1%3]:4000\n"].map(Vec::from).to_vec()
+    ["unisum2 00ff 10.0.0.1:40000\n", "unisum2 00 [fe80::1%3]:4000 [::1]:4000\n"]
+        .map(Vec::from)
+        .to_vec()
 }
 
 fn call(number: u64) -> Call {

@@ -33,7 +33,7 @@ mod tests;
 
 use std::fmt;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -93,7 +93,10 @@ pub(crate) struct Control {
     /// None in a world of one, which has no thread.
     waker: Option<Waker>,
     session: [u8; 16],
-    address: SocketAddr,
+    /// Where this process listens.
+    addresses: Vec<SocketAddr>,
+    /// Where it reached rank 0.
+    coordinator: Option<SocketAddr>,
     connect_timeout: Duration,
     /// Held during an exchange: they go one by one.
     exchanging: Mutex<()>,
@@ -106,6 +109,7 @@ pub(crate) struct Control {
 struct Joined {
     listening: Listening,
     session: [u8; 16],
+    coordinator: Option<SocketAddr>,
     role: Role,
 }
 
@@ -130,22 +134,22 @@ impl Control {
         }
         let shared = Arc::new(Shared::new(rank, world));
         if world == 1 {
-            let session = new_session()?;
-            let nowhere = (Ipv4Addr::UNSPECIFIED, 0).into();
-            return Ok(Self::new(shared, None, session, nowhere, connect_timeout));
+            let nowhere = (Vec::new(), None);
+            return Ok(Self::new(shared, None, new_session()?, nowhere, connect_timeout));
         }
         let joined = if rank == 0 { open(&config)? } else { dial(&config)? };
-        let (session, address) = (joined.session, joined.listening.address);
+        let places = (joined.listening.addresses.clone(), joined.coordinator);
+        let session = joined.session;
         let waker = spawn(config, joined, &shared)
             .map_err(|error| ControlError::system("starting the control thread", error))?;
-        Ok(Self::new(shared, Some(waker), session, address, connect_timeout))
+        Ok(Self::new(shared, Some(waker), session, places, connect_timeout))
     }
 
     fn new(
         shared: Arc<Shared>,
         waker: Option<Waker>,
         session: [u8; 16],
-        address: SocketAddr,
+        (addresses, coordinator): (Vec<SocketAddr>, Option<SocketAddr>),
         connect_timeout: Duration,
     ) -> Self {
         let status = shared.enroll(0);
@@ -153,7 +157,8 @@ impl Control {
             shared,
             waker,
             session,
-            address,
+            addresses,
+            coordinator,
             connect_timeout,
             exchanging: Mutex::new(()),
             has_left: AtomicBool::new(false),
@@ -167,9 +172,14 @@ impl Control {
         self.session
     }
 
-    /// Where other ranks reach this process. Unspecified in a world of one.
-    pub(crate) const fn local_addr(&self) -> SocketAddr {
-        self.address
+    /// Where other ranks reach this process, the best address first. None in a world of one.
+    pub(crate) fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// Where this process reached rank 0; none on rank 0 itself.
+    pub(crate) const fn coordinator(&self) -> Option<SocketAddr> {
+        self.coordinator
     }
 
     /// Gives every rank's blobs to the ranks that they are for: what each rank has for this one,
@@ -317,7 +327,7 @@ impl fmt::Debug for Control {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct("Control");
         debug.field("rank", &self.shared.rank).field("world", &self.shared.world());
-        debug.field("address", &self.address).finish_non_exhaustive()
+        debug.field("addresses", &self.addresses).finish_non_exhaustive()
     }
 }
 
@@ -336,15 +346,15 @@ fn open(config: &ControlConfig) -> Result<Joined, ControlError> {
         }
         Rendezvous::File(path) => {
             let listening = listen::at_free_port(filter, None, config.port_range)?;
-            let published = file::publish(path, session, listening.address)
+            let published = file::publish(path, session, &listening.addresses)
                 .map_err(|source| ControlError::File { path: path.clone(), source })?;
             (listening, Some(published))
         }
     };
-    Ok(Joined { listening, session, role: Role::Coordinator(published) })
+    Ok(Joined { listening, session, coordinator: None, role: Role::Coordinator(published) })
 }
 
-/// Other ranks: reach rank 0, then listen on the address that the route to it suggests.
+/// Other ranks: reach rank 0, then listen, best on the address that the route to it suggests.
 fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
     let hello = Hello {
         purpose: Purpose::Control,
@@ -358,21 +368,29 @@ fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
     let Reached { stream, coordinator, session, pulse } =
         dial::reach(&config.rendezvous, &hello, &config.secret, config.connect_timeout)?;
     let filter = config.interface.as_ref();
-    let listening = listen::at_free_port(filter, Some(coordinator), config.port_range)?;
-    Ok(Joined { listening, session, role: Role::Member(stream, pulse) })
+    let is_name = match &config.rendezvous {
+        Rendezvous::Tcp { host, .. } => !listen::is_literal(host),
+        Rendezvous::File(_) => false,
+    };
+    // On its own host a name may be a loopback address, by which nobody else reaches this rank.
+    let misleads = is_name && coordinator.ip().is_loopback();
+    let towards = (!misleads).then_some(coordinator);
+    let listening = listen::at_free_port(filter, towards, config.port_range)?;
+    let role = Role::Member(stream, pulse);
+    Ok(Joined { listening, session, coordinator: Some(coordinator), role })
 }
 
 fn spawn(config: ControlConfig, joined: Joined, shared: &Arc<Shared>) -> io::Result<Waker> {
     let ControlConfig { rank, world, job, secret, connect_timeout, .. } = config;
     let pulses = Pulses::new(config.heartbeat_timeout);
-    let Joined { listening, session, role } = joined;
+    let Joined { listening, session, role, .. } = joined;
     // Before anybody learns where this rank listens.
     shared.open_channel(0, session, (rank, world));
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), thread::WAKER)?;
     let identity = Identity { rank, world, session, job: job_hash(&job), secret };
-    let (shared, listener) = (Arc::clone(shared), listening.listener);
-    let mut thread = ControlThread::new(poll, identity, shared.clone(), listener, pulses)?;
+    let (shared, listeners) = (Arc::clone(shared), listening.listeners);
+    let mut thread = ControlThread::new(poll, identity, shared.clone(), listeners, pulses)?;
     match role {
         Role::Coordinator(published) => {
             thread.coordinate(Coordinator::new(session, world, connect_timeout), published);

@@ -73,7 +73,7 @@ fn at(port: u16) -> Rendezvous {
 
 fn coordinator(world: usize) -> (Control, Rendezvous) {
     let control = Control::start(config(0, world, at(0))).unwrap();
-    let rendezvous = at(control.local_addr().port());
+    let rendezvous = at(control.addresses()[0].port());
     (control, rendezvous)
 }
 
@@ -144,7 +144,7 @@ fn await_close(mut stream: &TcpStream) {
 #[test]
 fn strangers_neither_come_in_nor_keep_ranks_out() {
     let (first, rendezvous) = coordinator(3);
-    let address = first.local_addr();
+    let address = first.addresses()[0];
     let connect = || TcpStream::connect(address).unwrap();
     let (mut http, mut garbage, silent) = (connect(), connect(), connect());
     http.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
@@ -169,7 +169,7 @@ fn strangers_neither_come_in_nor_keep_ranks_out() {
 #[test]
 fn a_slow_stranger_is_turned_away() {
     let (control, _) = coordinator(2);
-    let mut slow = TcpStream::connect(control.local_addr()).unwrap();
+    let mut slow = TcpStream::connect(control.addresses()[0]).unwrap();
     slow.write_all(b"usmH").unwrap();
     let started = Instant::now();
     await_close(&slow);
@@ -380,7 +380,7 @@ fn data_connections_reach_the_inbox_early_or_late() {
         let purpose = Purpose::Data;
         let session = controls[1].session();
         let hello = Hello { purpose, socket, session, ..hello(1, 2) };
-        let mut stream = TcpStream::connect(controls[0].local_addr()).unwrap();
+        let mut stream = TcpStream::connect(controls[0].addresses()[0]).unwrap();
         handshake::dial(&mut stream, &hello, &secret()).unwrap();
         stream.write_all(&[socket]).unwrap();
         stream
@@ -421,7 +421,7 @@ fn a_stale_rendezvous_file_is_outlived() {
     let scratch = Scratch::new();
     let path = scratch.path().join("meeting");
     let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    fs::write(&path, format!("unisum1 00 {gone}\n")).unwrap();
+    fs::write(&path, format!("unisum2 00 {gone}\n")).unwrap();
     let meeting = || Rendezvous::File(path.clone());
     let second = config(1, 2, meeting());
     let second = thread::spawn(|| Control::start(second).unwrap());

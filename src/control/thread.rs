@@ -4,7 +4,7 @@ mod succession;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use super::connection::{Connection, Received};
 use super::coordinator::{Coordinator, Output};
 use super::door::{Admitted, Door};
 use super::file::Published;
+use super::listen::Listeners;
 use super::member::Member;
 use super::message::Message;
 use super::pulse::{self, Pulses};
@@ -78,10 +79,10 @@ impl ControlThread {
         poll: Poll,
         identity: Identity,
         shared: Arc<Shared>,
-        listener: ParentOnly<TcpListener>,
+        listeners: Listeners,
         pulses: Pulses,
     ) -> io::Result<Self> {
-        let door = Door::new(listener, LISTENER, FIRST_GUEST, identity.world, poll.registry())?;
+        let door = Door::new(listeners, LISTENER, FIRST_GUEST, identity.world, poll.registry())?;
         Ok(Self {
             poll,
             identity,

@@ -1,13 +1,16 @@
-//! The address this rank tells the others, chosen by route or by the user's filter.
+//! The addresses this rank tells the others, by route or by the user's filter, and those of the
+//! others as they are dialled from here.
 //!
 //! Wrong guesses here are what users of other libraries complain of most (docker0, loopback, the
-//! slow network), so nothing is guessed: the kernel's route to the rendezvous host decides, a
-//! filter overrides it, and the choice with its reason is there to be logged.
+//! slow network), so little is guessed: the kernel's route to the rendezvous host decides which
+//! address comes first, all others that may serve follow, a filter overrides both, and the choice
+//! with its reason is there to be logged.
 
 mod filter;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod netlink;
+mod paths;
 
 use std::cmp::Reverse;
 use std::fmt::Write as _;
@@ -16,6 +19,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 
 pub(crate) use filter::InterfaceFilter;
 use netlink::{Address, Interface};
+pub(crate) use paths::{Paths, without_scope};
 
 /// The source address chosen, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +73,12 @@ impl Choice {
     }
 }
 
-/// Chooses the address of this host by which the other ranks reach it.
+/// The most addresses that a rank tells.
+pub(crate) const ADDRESSES_MAX: usize = 16;
+
+/// The addresses of this host by which other ranks may reach it, at most [`ADDRESSES_MAX`], the
+/// best first. Those that follow it are on interfaces that the filter allows and that have
+/// something at their other ends; none follows a loopback address.
 ///
 /// `towards` is the rendezvous host, if it is known. Without a filter the kernel's route to it
 /// decides (or the default route if it is not known); with one, the best address among the
@@ -81,12 +90,47 @@ impl Choice {
 ///
 /// # Errors
 /// [`InterfaceError`], whose text lists the interfaces that exist.
-pub(crate) fn source_address(
+pub(crate) fn source_addresses(
     filter: Option<&InterfaceFilter>,
     towards: Option<SocketAddr>,
-) -> Result<Choice, InterfaceError> {
+) -> Result<Vec<Choice>, InterfaceError> {
     let interfaces = netlink::interfaces().map_err(InterfaceError::List)?;
-    choose(&interfaces, filter, towards, routed_source)
+    let best = choose(&interfaces, filter, towards, routed_source)?;
+    Ok(with_others(&interfaces, filter, best))
+}
+
+/// The best choice and those that may serve where it does not.
+fn with_others(
+    interfaces: &[Interface],
+    filter: Option<&InterfaceFilter>,
+    best: Choice,
+) -> Vec<Choice> {
+    let mut choices = vec![best];
+    if choices[0].address.is_loopback() {
+        return choices;
+    }
+    let serves = |(interface, _): &(&Interface, Address)| {
+        let is_allowed = filter.is_none_or(|filter| filter.allows(&interface.name));
+        interface.running && !interface.loopback && is_allowed
+    };
+    let mut others: Vec<_> = candidates(interfaces).filter(serves).collect();
+    others.sort_by_key(|(interface, address)| {
+        (
+            is_link_local(address.ip),
+            filter.and_then(|filter| filter.position(&interface.name)),
+            interface.name != choices[0].interface,
+            address.ip.is_ipv6(),
+            interface.index,
+        )
+    });
+    for (interface, address) in others {
+        let reason = "another address of this host".to_owned();
+        // Link-local ones that are on several interfaces are told once.
+        if choices.len() < ADDRESSES_MAX && choices.iter().all(|it| it.address != address.ip) {
+            choices.push(on_interface(interface, address.ip, reason));
+        }
+    }
+    choices
 }
 
 type Route = fn(SocketAddr) -> io::Result<IpAddr>;
@@ -143,17 +187,20 @@ fn default_route(interfaces: &[Interface], route: Route) -> Result<Choice, Inter
             _ => {}
         }
     }
-    let best = candidates(interfaces).min_by_key(|(interface, address)| {
+    let running = candidates(interfaces).filter(|(interface, _)| interface.running);
+    let best = running.min_by_key(|(interface, address)| {
         (interface.loopback, is_link_local(address.ip), address.ip.is_ipv6(), interface.index)
     });
     let Some((interface, address)) = best else {
-        let error = io::Error::other("no interface is up");
+        let error = io::Error::other("no interface is up and connected");
         let existing = describe(interfaces);
         return Err(InterfaceError::NoRoute { towards: OUTSIDE[0].ip(), error, existing });
     };
     let reason = match interface.loopback {
-        true => "no other interface is up: ranks on other hosts cannot reach this one",
-        false => "first interface that is up, as there is no default route",
+        true => {
+            "no other interface is up and connected: ranks on other hosts cannot reach this one"
+        }
+        false => "first interface that is connected, as there is no default route",
     };
     Ok(on_interface(interface, address.ip, reason.to_owned()))
 }
@@ -172,6 +219,7 @@ fn allowed(
         (
             Reverse(Some(address.ip) == by_route),
             Reverse(towards.is_some_and(|towards| same_network(*address, towards.ip()))),
+            !interface.running,
             // Only for the case that `towards` is not known and `lo` is among what is allowed.
             interface.loopback,
             is_link_local(address.ip) != towards.is_some_and(|towards| is_link_local(towards.ip())),

@@ -17,6 +17,9 @@ pub(super) struct Interface {
     pub(super) name: String,
     pub(super) index: u32,
     pub(super) up: bool,
+    /// Whether something is at its other end, as far as the driver knows: a carrier, for a bridge
+    /// an interface in it that has one.
+    pub(super) running: bool,
     pub(super) loopback: bool,
     pub(super) addresses: Vec<Address>,
 }
@@ -109,8 +112,8 @@ fn read_link(body: &[u8], found: &mut Found) -> io::Result<()> {
             name = String::from_utf8_lossy(text).into_owned();
         }
     })?;
-    let (up, loopback) = (flags & IFF_UP != 0, flags & IFF_LOOPBACK != 0);
-    found.insert(index, Interface { name, index, up, loopback, addresses: Vec::new() });
+    let [up, running, loopback] = [IFF_UP, IFF_RUNNING, IFF_LOOPBACK].map(|flag| flags & flag != 0);
+    found.insert(index, Interface { name, index, up, running, loopback, addresses: Vec::new() });
     Ok(())
 }
 
@@ -192,6 +195,7 @@ const IFA_F_DADFAILED: u32 = 0x08;
 const IFA_F_TENTATIVE: u32 = 0x40;
 const IFF_UP: u32 = 0x1;
 const IFF_LOOPBACK: u32 = 0x8;
+const IFF_RUNNING: u32 = 0x40;
 const AF_INET: u16 = AddressFamily::INET.as_raw();
 const AF_INET6: u16 = AddressFamily::INET6.as_raw();
 

@@ -3,7 +3,8 @@ use super::*;
 fn interface(index: u32, name: &str, up: bool, addresses: &[(&str, u8)]) -> Interface {
     let parsed = |&(ip, prefix): &(&str, u8)| Address { ip: ip.parse().unwrap(), prefix };
     let addresses = addresses.iter().map(parsed).collect();
-    Interface { name: name.to_owned(), index, up, loopback: name == "lo", addresses }
+    let running = up && name != "docker0";
+    Interface { name: name.to_owned(), index, up, running, loopback: name == "lo", addresses }
 }
 
 fn host() -> Vec<Interface> {
@@ -53,7 +54,8 @@ fn the_route_and_the_filter_decide() {
         ("ib", at("10.0.0.1:1"), "192.168.7.5", "ib0"),
         ("ib,eth", at("10.0.0.1:1"), "10.0.0.5", "eth0"),
         ("ib,eth", at("8.8.8.8:1"), "10.0.0.5", "eth0"),
-        ("docker,ib", None, "172.17.0.1", "docker0"),
+        ("docker,ib", None, "192.168.7.5", "ib0"),
+        ("docker", None, "172.17.0.1", "docker0"),
         ("=ib0,docker0", None, "192.168.7.5", "ib0"),
         ("^docker", None, "10.0.0.5", "eth0"),
         ("^docker,eth", at("10.0.0.1:1"), "192.168.7.5", "ib0"),
@@ -93,7 +95,7 @@ fn loopback_never_stands_in_for_a_missing_route() {
 #[test]
 fn without_a_default_route_the_first_real_interface_serves() {
     let choice = choose(&host(), None, None, no_route).unwrap();
-    assert_eq!((choice.interface.as_str(), choice.address), ("docker0", [172, 17, 0, 1].into()));
+    assert_eq!((choice.interface.as_str(), choice.address), ("eth0", [10, 0, 0, 5].into()));
     let alone = choose(&host()[..1], None, None, no_route).unwrap();
     assert!(alone.address.is_loopback() && alone.reason.contains("cannot reach"), "{alone:?}");
     assert!(choose(&[], None, None, no_route).is_err());
@@ -112,9 +114,10 @@ fn link_local_choices_carry_the_scope_of_their_interface() {
 #[test]
 fn this_host_chooses_loopback_towards_itself_only() {
     let towards = at("127.0.0.1:9");
-    assert_eq!(source_address(None, towards).unwrap().interface, "lo");
-    let anywhere = source_address(None, None).unwrap();
-    assert!(!anywhere.interface.is_empty() && !anywhere.reason.is_empty());
+    let towards_itself = source_addresses(None, towards).unwrap();
+    assert_eq!((towards_itself.len(), towards_itself[0].interface.as_str()), (1, "lo"));
+    let anywhere = source_addresses(None, None).unwrap();
+    assert!(!anywhere[0].interface.is_empty() && !anywhere[0].reason.is_empty());
 }
 
 #[test]
@@ -131,4 +134,53 @@ fn networks_compare_by_prefix() {
     ] {
         assert_eq!(same_network(ours, theirs.parse().unwrap()), same, "{ours:?} {theirs}");
     }
+}
+
+fn told(filter: &str, towards: Option<SocketAddr>, host: &[Interface]) -> Vec<String> {
+    let filter = (!filter.is_empty()).then(|| filter.parse().unwrap());
+    let best = choose(host, filter.as_ref(), towards, route).unwrap();
+    let choices = with_others(host, filter.as_ref(), best);
+    choices.iter().map(|choice| choice.address.to_string()).collect()
+}
+
+#[test]
+fn all_addresses_that_may_serve_are_told_the_routed_one_first() {
+    let all = ["10.0.0.5", "2001:db8:1::5", "192.168.7.5", "fe80::5"];
+    assert_eq!(told("", None, &host()), all);
+    assert_eq!(told("", at("10.0.0.1:1"), &host()), all);
+    let [eth, eth6, ib, link_local] = all;
+    assert_eq!(told("", at("192.168.7.1:1"), &host()), [ib, eth, eth6, link_local]);
+    assert_eq!(told("", at("[2001:db8:1::1]:1"), &host()), [eth6, eth, ib, link_local]);
+    assert_eq!(told("^eth,docker", at("10.0.0.1:1"), &host()), [ib, link_local]);
+    assert_eq!(told("ib,eth", at("192.168.7.1:1"), &host()), [ib, eth, eth6, link_local]);
+    assert_eq!(told("", at("127.0.0.1:1"), &host()), ["127.0.0.1"]);
+    // Only if the filter names it, an interface without anything behind it.
+    assert_eq!(told("=docker0", None, &host()), ["172.17.0.1"]);
+}
+
+#[test]
+fn of_many_addresses_some_are_told() {
+    let mut host = host();
+    let ips: Vec<String> = (1..60).map(|n| format!("10.8.{n}.1")).collect();
+    let ips: Vec<(&str, u8)> = ips.iter().map(|ip| (ip.as_str(), 24)).collect();
+    host.push(interface(9, "eth8", true, &ips));
+    let told = told("", None, &host);
+    assert_eq!((told.len(), told[0].as_str()), (ADDRESSES_MAX, "10.0.0.5"));
+}
+
+#[test]
+fn others_are_dialled_over_this_hosts_interfaces_and_never_at_its_own_addresses() {
+    let to = |filter: &str, told: &[&str], is_here| {
+        let filter = (!filter.is_empty()).then(|| filter.parse().unwrap());
+        let told: Vec<SocketAddr> = told.iter().map(|told| told.parse().unwrap()).collect();
+        let paths = Paths::of(&host(), filter.as_ref()).to(&told, is_here);
+        paths.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let told = ["172.17.0.1:5", "10.0.0.6:5", "[fe80::6]:5"];
+    let elsewhere = ["10.0.0.6:5", "[fe80::6%3]:5", "[fe80::6%4]:5"];
+    assert_eq!(to("", &told, false), elsewhere);
+    assert_eq!(to("=ib0", &told, false), ["10.0.0.6:5", "[fe80::6%4]:5"]);
+    assert_eq!(to("", &told, true), [&["172.17.0.1:5"], &elsewhere[..]].concat());
+    // Who told nothing else may still be behind a proxy.
+    assert_eq!(to("", &["172.17.0.1:5"], false), ["172.17.0.1:5"]);
 }

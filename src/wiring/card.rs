@@ -5,12 +5,14 @@ use std::net::SocketAddr;
 use bytes::{Buf, BufMut};
 
 use super::cores::Cores;
+use crate::interface::without_scope;
 
 /// A rank's card. Its encoding begins with a version, so that mixed versions are noticed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Card {
-    /// Where the rank accepts connections.
-    pub(crate) address: Option<SocketAddr>,
+    /// Where the rank accepts connections, the best address first. The numbers of its interfaces
+    /// are not told: they mean nothing on other hosts.
+    pub(crate) addresses: Vec<SocketAddr>,
     /// Which host it is on, as far as names go; sharing memory proves it.
     pub(crate) host: String,
     /// Process id, for messages.
@@ -30,9 +32,10 @@ impl Card {
         let mut bytes = Vec::new();
         bytes.put_u32_le(VERSION);
         bytes.put_u32_le(self.pid);
-        let address = self.address.map_or_else(String::new, |address| address.to_string());
+        let told = |&address: &SocketAddr| without_scope(address).to_string();
+        let addresses = self.addresses.iter().map(told).collect::<Vec<_>>().join(" ");
         let (host, settings) = (self.host.as_bytes(), self.settings.as_bytes());
-        for field in [address.as_bytes(), host, settings, &self.shm, &self.cores.encode()] {
+        for field in [addresses.as_bytes(), host, settings, &self.shm, &self.cores.encode()] {
             bytes.put_u32_le(u32::try_from(field.len()).expect("cards are small"));
             bytes.put_slice(field);
         }
@@ -46,19 +49,20 @@ impl Card {
             return Err(format!("version {version} of unisum's protocol, this rank has {VERSION}"));
         }
         let pid = bytes.try_get_u32_le().map_err(|_| "a card without process id")?;
-        let address = text(&mut bytes)?;
-        let address = if address.is_empty() {
-            None
-        } else {
-            Some(address.parse().map_err(|_| format!("{address:?} is not an address"))?)
-        };
+        let addresses = text(&mut bytes)?;
+        let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not an address"));
+        let addresses = addresses
+            .split(' ')
+            .filter(|text| !text.is_empty())
+            .map(parse)
+            .collect::<Result<_, _>>()?;
         let (host, settings) = (text(&mut bytes)?, text(&mut bytes)?);
         let shm = field(&mut bytes)?.to_vec();
         let cores = Cores::decode(field(&mut bytes)?).ok_or("a card that tells no cores")?;
         if !bytes.is_empty() {
             return Err("a card with something behind it".into());
         }
-        Ok(Self { address, host, pid, cores, settings, shm })
+        Ok(Self { addresses, host, pid, cores, settings, shm })
     }
 }
 
@@ -78,14 +82,17 @@ mod tests {
     #[test]
     fn cards_survive_the_wire() {
         let card = Card {
-            address: Some("[::1]:4000".parse().unwrap()),
+            addresses: vec!["[fe80::1]:4000".parse().unwrap(), "10.0.0.1:4000".parse().unwrap()],
             host: "boot/net".into(),
             pid: 7,
             cores: Cores::own(),
             settings: "transport=auto".into(),
             shm: vec![1, 2, 3],
         };
-        assert_eq!(Card::decode(&card.encode()), Ok(card));
+        assert_eq!(Card::decode(&card.encode()).as_ref(), Ok(&card));
+        let scoped = Card { addresses: vec!["[fe80::1%7]:4000".parse().unwrap()], ..card };
+        let told = Card::decode(&scoped.encode()).unwrap().addresses;
+        assert_eq!(told, ["[fe80::1]:4000".parse().unwrap()]);
         assert_eq!(Card::decode(&Card::default().encode()), Ok(Card::default()));
     }
 }

@@ -13,22 +13,23 @@ pub(crate) const TARGETS: &[Target] = &[
 ];
 
 /// A card that is accepted encodes to one that says the same, and to the same bytes but for the
-/// address, which may be written in several ways.
+/// addresses, which may be written in several ways.
 fn check_card(bytes: &[u8]) {
     let Ok(card) = Card::decode(bytes) else { return };
     let encoded = card.encode();
-    let without_address = |card: &[u8]| {
+    let without_addresses = |card: &[u8]| {
         let (head, rest) = card.split_at(8);
         let (length, rest) = rest.split_first_chunk().expect("it was accepted");
         [head, &rest[u32::from_le_bytes(*length) as usize..]].concat()
     };
-    assert_eq!(without_address(&encoded), without_address(bytes));
-    assert_eq!(Card::decode(&encoded), Ok(card));
+    assert_eq!(without_addresses(&encoded), without_addresses(bytes));
+    // The numbers of interfaces are not told on.
+    assert_eq!(Card::decode(&encoded).map(|card| card.encode()), Ok(encoded));
 }
 
 fn card_seeds() -> Vec<Vec<u8>> {
     let card = Card {
-        address: Some(([10, 0, 0, 1], 4000).into()),
+        addresses: vec![([10, 0, 0, 1], 4000).into(), ([127, 0, 0, 1], 4000).into()],
         host: "boot/net".into(),
         pid: 7,
         cores: Cores::own(),

@@ -1,6 +1,8 @@
 //! What joining a job leaves behind for the groups that are made of its ranks later.
 
 use std::net::SocketAddr;
+#[cfg(feature = "tcp")]
+use std::sync::Arc;
 use std::sync::atomic::AtomicU16;
 
 use unisum_link::Rank;
@@ -8,7 +10,10 @@ use unisum_link::handshake::{Secret, job_hash};
 
 use super::card::Card;
 use super::cores::Cores;
-use super::node::Shared;
+use super::node::{self, Shared};
+use crate::control::Control;
+use crate::interface::Paths;
+use crate::launcher::Detected;
 use crate::memory::Arena;
 use crate::settings::Settings;
 use crate::{Error, ErrorKind};
@@ -34,20 +39,34 @@ pub(crate) struct Job {
 /// Where a rank of the job is.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
-    #[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "for connections"))]
-    pub(super) address: SocketAddr,
+    /// As they are dialled from here.
+    pub(super) addresses: Vec<SocketAddr>,
+    #[cfg(feature = "tcp")]
+    pub(super) route: Arc<unisum_tcp::Route>,
     /// Which host it is on, as far as names go.
     pub(super) host: String,
     cores: Cores,
+}
+
+impl Place {
+    fn new(addresses: Vec<SocketAddr>, card: &Card) -> Self {
+        Self {
+            #[cfg(feature = "tcp")]
+            route: Arc::new(unisum_tcp::Route::new(addresses.clone())),
+            addresses,
+            host: card.host.clone(),
+            cores: card.cores.clone(),
+        }
+    }
 }
 
 impl Job {
     pub(super) fn new(
         settings: &Settings,
         secret: &Secret,
-        name: &str,
+        detected: &Detected,
         cards: &[Card],
-        shared: Option<&Shared>,
+        (control, shared): (&Control, Option<&Shared>),
     ) -> Result<Self, Error> {
         #[cfg(feature = "shm")]
         let heaps = shared.map(|shared| shared.heaps.clone());
@@ -55,19 +74,29 @@ impl Job {
         let arena = heaps.as_ref().map_or_else(Arena::default, |it| Arena::shared(it.own()));
         #[cfg(not(feature = "shm"))]
         let (arena, _) = (Arena::default(), shared);
+        let paths = Paths::new(settings.interface.as_ref()).map_err(|error| {
+            let text = format!("listing the network interfaces: {error}");
+            Error::new(ErrorKind::Rendezvous, text).on(detected.rank)
+        })?;
+        let here = node::network_of(&cards[detected.rank].host);
         let place = |(rank, card): (usize, &Card)| {
-            let told_none = || {
+            if card.addresses.is_empty() && cards.len() > 1 {
                 let text = format!("rank {rank} told no address");
-                Error::new(ErrorKind::Rendezvous, text).caused_by(vec![rank])
-            };
-            let address = card.address.ok_or_else(told_none)?;
-            Ok(Place { address, host: card.host.clone(), cores: card.cores.clone() })
+                return Err(Error::new(ErrorKind::Rendezvous, text).caused_by(vec![rank]));
+            }
+            let addresses = paths.to(&card.addresses, node::network_of(&card.host) == here);
+            Ok(Place::new(addresses, card))
         };
+        let places: Vec<Place> = cards.iter().enumerate().map(place).collect::<Result<_, _>>()?;
+        #[cfg(feature = "tcp")]
+        if let Some(address) = control.coordinator() {
+            places[0].route.worked_at(address);
+        }
         Ok(Self {
             settings: settings.clone(),
             secret: secret.clone(),
-            name: job_hash(name),
-            places: cards.iter().enumerate().map(place).collect::<Result<_, _>>()?,
+            name: job_hash(&detected.job),
+            places,
             arena,
             next_communicator: AtomicU16::new(1),
             #[cfg(feature = "shm")]

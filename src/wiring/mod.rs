@@ -97,9 +97,8 @@ fn wire(
     };
     let Node { members, link, topology } = offer.join(&circle, settings)?;
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA registers memory"))]
-    let mut job = Job::new(settings, secret, &detected.job, &cards, link.as_ref())?;
-    let addresses = cards.iter().map(|card| card.address.into_iter().collect());
-    membership.control().set_addresses(addresses.collect());
+    let mut job = Job::new(settings, secret, detected, &cards, (control, link.as_ref()))?;
+    control.set_addresses(job.places.iter().map(|place| place.addresses.clone()).collect());
     let mut links = Assembly::new(world);
     #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA has devices"))]
     let mut devices = String::new();
@@ -201,7 +200,7 @@ fn exchange_cards(
     offer: &Offer,
 ) -> Result<Vec<Card>, Error> {
     let card = Card {
-        address: Some(control.local_addr()),
+        addresses: control.addresses().to_vec(),
         host: node::host_name(),
         pid: std::process::id(),
         cores: Cores::own(),
@@ -277,7 +276,8 @@ fn describe(
         if nodes == 1 { "" } else { "s" },
     );
     for (rank, card) in cards.iter().enumerate() {
-        let address = card.address.map_or_else(|| "-".to_owned(), |address| address.to_string());
+        let addresses: Vec<_> = card.addresses.iter().map(ToString::to_string).collect();
+        let address = if addresses.is_empty() { "-".to_owned() } else { addresses.join(" or ") };
         let node = topology.node_of(rank);
         text += &format!("  rank {rank}: node {node}, pid {}, {address}\n", card.pid);
     }

@@ -246,6 +246,11 @@ pub(super) fn host_name() -> String {
     format!("{}/{}/{}", name.nodename().to_string_lossy(), boot.trim(), network.display())
 }
 
+/// The part of a host's name that says in which network namespace the process is.
+pub(super) fn network_of(host: &str) -> &str {
+    host.split_once('/').map_or("", |(_, network)| network)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

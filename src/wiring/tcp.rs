@@ -47,12 +47,14 @@ pub(super) fn connect(
     let settings = &job.settings;
     let config = unisum_tcp::TcpConfig {
         rank,
-        addresses: membership.ranks().iter().map(|&rank| job.places[rank].address).collect(),
+        routes: membership.ranks().iter().map(|&rank| job.places[rank].route.clone()).collect(),
         session,
         job: job.name,
         secret: job.secret.clone(),
         sockets_per_peer: settings.sockets_per_peer as u8,
-        connect_timeout: settings.connect_timeout,
+        // The others, which wait for this rank as long as the whole, are to hear who can't be
+        // reached.
+        connect_timeout: settings.connect_timeout / 2,
         heartbeat_timeout: settings.heartbeat_timeout,
     };
     let link = unisum_tcp::TcpLink::new(config).map_err(|error| {

@@ -211,7 +211,7 @@ fn tcp_links(world: usize) -> Result<Vec<TcpLink>> {
 fn tcp_link(rank: Rank, listener: TcpListener, addresses: &[SocketAddr]) -> Result<TcpLink> {
     let link = TcpLink::new(TcpConfig {
         rank,
-        addresses: addresses.to_vec(),
+        routes: addresses.iter().map(|&address| Arc::new(address.into())).collect(),
         session: [7; 16],
         job: [8; 16],
         secret: secret(),

@@ -53,7 +53,7 @@ fn running_out_of_descriptors_neither_spins_nor_ends_the_job() {
         return;
     }
     let (control, rendezvous) = coordinator(2);
-    let dialer = TcpStream::connect(control.local_addr());
+    let dialer = TcpStream::connect(control.addresses()[0]);
     let mut hoard = Vec::new();
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let few = rustix::process::Rlimit { current: Some(64), ..limit };
@@ -65,7 +65,7 @@ fn running_out_of_descriptors_neither_spins_nor_ends_the_job() {
     // coordinator takes that for the dialer, whom it had not accepted yet.
     let stranger = loop {
         drop(hoard.pop().expect("one of these is enough"));
-        if let Ok(stranger) = TcpStream::connect(control.local_addr()) {
+        if let Ok(stranger) = TcpStream::connect(control.addresses()[0]) {
             break stranger;
         }
     };

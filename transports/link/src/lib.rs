@@ -9,6 +9,7 @@ mod boolean;
 mod call;
 pub mod conformance;
 mod custom;
+pub mod dial;
 mod dtype;
 mod error;
 mod float8;

@@ -11,12 +11,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{SockRef, Socket};
+use unisum_link::dial::{Failure, Unreached, dial};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, HandshakeError, Hello, Secret};
 use unisum_link::{LinkError, LinkErrorKind, Rank, Wake};
 
 use crate::congestion;
+use crate::route::Route;
 
 /// How long the first attempt at a peer may take until it asks for the proof; the next ones may
 /// take twice as long each, up to the second of these.
@@ -57,8 +59,9 @@ pub(crate) struct Arrived {
 /// A connection to open.
 #[derive(Debug)]
 pub(crate) struct Dial {
-    pub(crate) address: SocketAddr,
-    pub(crate) is_on_this_host: bool,
+    pub(crate) route: Arc<Route>,
+    /// This rank's own.
+    pub(crate) own: Arc<Route>,
     pub(crate) hello: Hello,
     pub(crate) secret: Secret,
     /// How long that may take, with all attempts.
@@ -74,13 +77,9 @@ struct Pending {
     next: Instant,
 }
 
-/// Why an attempt ended without a connection.
-struct Failed {
-    doing: &'static str,
-    error: String,
-    /// Another attempt would end in the same way.
-    is_final: bool,
-}
+/// Said where no address gave any answer.
+const FIREWALL: &str = ": is there a firewall between the two? UNISUM_PORT_RANGE says on which \
+                        ports ranks listen";
 
 impl Inbox {
     pub(crate) fn new(waker: Arc<dyn Wake>) -> Self {
@@ -137,11 +136,9 @@ impl Inbox {
             let mut state = self.lock();
             state.dialling = None;
             match result {
-                Err(failed) if !failed.is_final && now < pending.until() => {
-                    tracing::debug!(
-                        address = %pending.dial.address, doing = failed.doing, error = failed.error,
-                        "a connection is not open yet"
-                    );
+                Err(unreached) if !is_final(&unreached) && now < pending.until() => {
+                    let rank = pending.dial.hello.to;
+                    tracing::debug!(rank, error = %unreached, "a connection is not open yet");
                     pending.next =
                         (now + pending.doubled(PAUSE_MIN, PAUSE_MAX)).min(pending.until());
                     state.to_dial.push(pending);
@@ -149,7 +146,7 @@ impl Inbox {
                 result => {
                     drop(state);
                     let Hello { to, socket, .. } = pending.dial.hello;
-                    let result = result.map_err(|failed| pending.given_up(&failed));
+                    let result = result.map_err(|unreached| pending.given_up(&unreached));
                     self.put(Arrived { peer: to as Rank, socket, result });
                 }
             }
@@ -174,22 +171,27 @@ impl Inbox {
         }
     }
 
-    /// One attempt at a connection. Before the proof it may be broken off, for the peer takes
-    /// nothing over that has not proven the token; after it there is time until the deadline, or
-    /// the peer could have the same connection twice.
-    fn open(&self, pending: &Pending) -> Result<ParentOnly<TcpStream>, Failed> {
-        let dial = &pending.dial;
-        let left = pending.left();
-        let time = pending.doubled(ATTEMPT_MIN, ATTEMPT_MAX).min(left);
-        let broken = |doing| move |error| Failed::io(doing, &error);
-        let answered = |error| Failed::handshake(&error);
-        let mut stream =
-            connect(dial, time).map(ParentOnly::new).map_err(broken("connecting to"))?;
-        self.prepare(&stream, time).map_err(broken("preparing the socket to"))?;
-        let challenged = handshake::greet(&mut *stream, &dial.hello).map_err(answered)?;
-        set_timeouts(&stream, pending.left()).map_err(broken("preparing the socket to"))?;
-        challenged.prove(&mut *stream, &dial.secret).map_err(answered)?;
-        Ok(stream)
+    /// One attempt at a connection, at all addresses. Before the proof it may be broken off, for
+    /// the peer takes nothing over that has not proven the token; after it there is time until the
+    /// deadline, or the peer could have the same connection twice.
+    fn open(&self, pending: &Pending) -> Result<ParentOnly<TcpStream>, Unreached<HandshakeError>> {
+        let wanted = &pending.dial;
+        let time = pending.doubled(ATTEMPT_MIN, ATTEMPT_MAX).min(pending.left());
+        let prepare = |socket: &Socket, address: SocketAddr| {
+            if wanted.own.has(address.ip()) {
+                congestion::inside(&SockRef::from(socket));
+            }
+        };
+        let meet = |stream, address| {
+            let mut stream = ParentOnly::new(stream);
+            self.prepare(&stream, time)?;
+            let challenged = handshake::greet(&mut *stream, &wanted.hello)?;
+            set_timeouts(&stream, pending.left())?;
+            challenged.prove(&mut *stream, &wanted.secret)?;
+            wanted.route.worked_at(address);
+            Ok(stream)
+        };
+        dial(&wanted.route.in_order(), Instant::now() + time, prepare, meet)
     }
 
     fn prepare(&self, stream: &TcpStream, timeout: Duration) -> io::Result<()> {
@@ -239,29 +241,34 @@ impl Pending {
         first.saturating_mul(1 << self.attempts.saturating_sub(1).min(16)).min(most)
     }
 
-    fn given_up(&self, Failed { doing, error, .. }: &Failed) -> LinkError {
+    fn given_up(&self, unreached: &Unreached<HandshakeError>) -> LinkError {
+        let peer = self.dial.hello.to as Rank;
         let seconds = self.since.elapsed().as_secs_f64();
         let attempts = match self.attempts {
             1 => String::new(),
             attempts => format!(" and {attempts} attempts, the last one"),
         };
-        let address = self.dial.address;
-        let why = format!("{doing} {address} failed after {seconds:.1} s{attempts}: {error}");
-        LinkError { peer: self.dial.hello.to as Rank, kind: LinkErrorKind::Unreachable(why) }
+        let all_silent = unreached.tried.iter().all(|(_, failure)| is_silence(failure));
+        let hint = if all_silent { FIREWALL } else { "" };
+        let why = format!("connecting failed after {seconds:.1} s{attempts}: {unreached}{hint}");
+        LinkError { peer, kind: LinkErrorKind::Unreachable(why) }
     }
 }
 
-impl Failed {
-    fn io(doing: &'static str, error: &io::Error) -> Self {
-        Self { doing, error: error.to_string(), is_final: !may_pass(error) }
-    }
+/// Whether another attempt would end in the same way, at each address.
+fn is_final(unreached: &Unreached<HandshakeError>) -> bool {
+    unreached.tried.iter().all(|(_, failure)| match failure {
+        Failure::Silent(_) => false,
+        Failure::Connect(error) | Failure::Met(HandshakeError::Io(error)) => !may_pass(error),
+        Failure::Met(error) => error.is_answer(),
+    })
+}
 
-    fn handshake(error: &HandshakeError) -> Self {
-        let is_final = match error {
-            HandshakeError::Io(error) => !may_pass(error),
-            error => error.is_answer(),
-        };
-        Self { doing: "the handshake with", error: error.to_string(), is_final }
+fn is_silence(failure: &Failure<HandshakeError>) -> bool {
+    match failure {
+        Failure::Silent(_) => true,
+        Failure::Connect(error) => error.kind() == io::ErrorKind::TimedOut,
+        Failure::Met(_) => false,
     }
 }
 
@@ -294,15 +301,6 @@ fn may_pass(error: &io::Error) -> bool {
 fn set_timeouts(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))
-}
-
-fn connect(dial: &Dial, timeout: Duration) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(dial.address), Type::STREAM, None)?;
-    if dial.is_on_this_host {
-        congestion::inside(&SockRef::from(&socket));
-    }
-    socket.connect_timeout(&dial.address.into(), timeout)?;
-    Ok(socket.into())
 }
 
 #[cfg(test)]

@@ -9,9 +9,11 @@ mod congestion;
 mod inbox;
 mod lane;
 mod link;
+mod route;
 mod sleep;
 mod slots;
 
 pub use congestion::prepare_listener;
 pub use inbox::Inbox;
 pub use link::{TcpConfig, TcpLink};
+pub use route::Route;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use unisum_link::{
 use crate::congestion;
 use crate::inbox::{Arrived, Dial, Inbox};
 use crate::lane::{Lane, Moving, Span};
+use crate::route::Route;
 use crate::sleep::{FEW, Ready, Sleeper, Watched};
 use crate::slots::Slots;
 
@@ -25,8 +26,8 @@ use crate::slots::Slots;
 pub struct TcpConfig {
     /// This rank.
     pub rank: Rank,
-    /// Where each rank listens, by rank.
-    pub addresses: Vec<SocketAddr>,
+    /// Where each rank listens, by rank, this one included.
+    pub routes: Vec<Arc<Route>>,
     /// The session that rank 0 opened: connections of another one are refused.
     pub session: [u8; 16],
     /// Fingerprint of the job's name.
@@ -92,7 +93,7 @@ impl TcpLink {
     /// If the system gives no event queue (descriptors exhausted).
     pub fn new(config: TcpConfig) -> io::Result<Self> {
         let sleeper = Sleeper::new()?;
-        let world = config.addresses.len();
+        let world = config.routes.len();
         let lanes = world * usize::from(config.sockets_per_peer);
         Ok(Self {
             inbox: Arc::new(Inbox::new(sleeper.bell())),
@@ -126,21 +127,20 @@ impl TcpLink {
         if std::mem::replace(&mut self.opened[peer], true) || peer > self.config.rank {
             return Ok(());
         }
-        let addresses = &self.config.addresses;
-        let is_on_this_host = addresses[peer].ip() == addresses[self.config.rank].ip();
+        let routes = &self.config.routes;
         for socket in 0..self.config.sockets_per_peer {
             let hello = Hello {
                 purpose: Purpose::Data,
                 socket,
                 from: self.config.rank as u32,
                 to: peer as u32,
-                world: self.config.addresses.len() as u32,
+                world: routes.len() as u32,
                 session: self.config.session,
                 job: self.config.job,
             };
             self.inbox.dial(Dial {
-                address: self.config.addresses[peer],
-                is_on_this_host,
+                route: routes[peer].clone(),
+                own: routes[self.config.rank].clone(),
                 hello,
                 secret: self.config.secret.clone(),
                 timeout: self.config.connect_timeout,

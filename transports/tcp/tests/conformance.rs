@@ -85,7 +85,7 @@ fn ends(world: usize, sockets_per_peer: u8, address: &str) -> Vec<End> {
     let connect = |(rank, listener): (usize, TcpListener)| {
         let config = TcpConfig {
             rank,
-            addresses: addresses.clone(),
+            routes: addresses.iter().map(|&address| Arc::new(address.into())).collect(),
             session: [7; 16],
             job: [8; 16],
             secret: secret.clone(),

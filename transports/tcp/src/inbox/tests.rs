@@ -26,7 +26,8 @@ fn inbox() -> Arc<Inbox> {
 fn dial(address: SocketAddr, to: u32, timeout: Duration) -> Dial {
     let (purpose, session, job) = (Purpose::Data, [1; 16], [2; 16]);
     let hello = Hello { purpose, socket: 0, from: 9, to, world: 10, session, job };
-    Dial { address, is_on_this_host: true, hello, secret: secret(), timeout }
+    let own = Arc::new(Route::from(SocketAddr::from(([127, 0, 0, 1], 1))));
+    Dial { route: Arc::new(address.into()), own, hello, secret: secret(), timeout }
 }
 
 fn next_arrival(inbox: &Inbox) -> Arrived {

@@ -1,0 +1,75 @@
+use std::net::TcpListener;
+
+use super::*;
+
+/// Nothing answers there: the backlog of its listener is full.
+struct Silent {
+    address: SocketAddr,
+    _listener: Socket,
+    _crowd: Vec<Socket>,
+}
+
+impl Silent {
+    fn new() -> Self {
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        listener.bind(&any.into()).unwrap();
+        listener.listen(0).unwrap();
+        let address = listener.local_addr().unwrap().as_socket().unwrap();
+        let crowd = (0..4).map(|_| begin(address, &|_, _| {}).unwrap()).collect();
+        Self { address, _listener: listener, _crowd: crowd }
+    }
+}
+
+fn refusing() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+fn met(stream: TcpStream, _: SocketAddr) -> Result<SocketAddr, String> {
+    Ok(stream.peer_addr().unwrap())
+}
+
+#[test]
+fn the_address_that_works_is_found_wherever_it_stands() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (silent, works) = (Silent::new(), listener.local_addr().unwrap());
+    // No route leads to a documentation address's scope that does not exist.
+    let nowhere: SocketAddr = "[fe80::1%4000000]:9".parse().unwrap();
+    for place in 0..4 {
+        let mut addresses = vec![silent.address, refusing(), nowhere];
+        addresses.insert(place, works);
+        assert_eq!(dial(&addresses, soon(), |_, _| {}, met).unwrap(), works);
+    }
+}
+
+#[test]
+fn who_is_not_the_one_is_left_for_the_next() {
+    let strangers = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let works = listener.local_addr().unwrap();
+    let mut addresses: Vec<_> = strangers.iter().map(|it| it.local_addr().unwrap()).collect();
+    addresses.push(works);
+    let meet = |_, address| if address == works { Ok(address) } else { Err("a stranger") };
+    assert_eq!(dial(&addresses, soon(), |_, _| {}, meet).unwrap(), works);
+}
+
+#[test]
+fn all_that_was_tried_is_told() {
+    let (silent, refusing) = (Silent::new(), refusing());
+    let stranger = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addresses = [silent.address, refusing, stranger.local_addr().unwrap()];
+    let until = Instant::now() + Duration::from_secs(1);
+    let unreached = dial(&addresses, until, |_, _| {}, |_, _| Err::<(), _>("a stranger"));
+    let text = unreached.unwrap_err().to_string();
+    for (address, why) in addresses.iter().zip(["no answer", "refused", "a stranger"]) {
+        let part = text.split(", ").find(|part| part.starts_with(&address.to_string()));
+        assert!(part.is_some_and(|part| part.contains(why)), "{text}");
+    }
+    assert!(Instant::now() >= until, "the silent one had its time");
+    let none = dial(&[], soon(), |_, _| {}, met).unwrap_err();
+    assert_eq!(none.to_string(), "no address");
+}
