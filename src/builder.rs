@@ -113,8 +113,8 @@ impl Builder {
         }
         let token = Token::from_environment(&environment).map_err(configuration)?;
         tracing::debug!("the job token comes from {}", token.origin());
-        let (membership, joined) =
-            wiring::join(&detected, &settings, &Secret::new(token.as_bytes()))?;
+        let secret = Secret::new(token.as_bytes());
+        let (membership, joined) = wiring::join(&detected, &settings, (&secret, token.origin()))?;
         Ok(communicator(&detected, &settings, membership, joined))
     }
 }

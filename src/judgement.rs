@@ -82,7 +82,7 @@ impl Membership {
 
     fn report(&self, against: Rank, finding: Finding, text: String) -> Error {
         let kind = match finding {
-            Finding::LinkFailed => ErrorKind::RankLost,
+            Finding::LinkFailed | Finding::CannotJoin => ErrorKind::RankLost,
             Finding::Mismatch => ErrorKind::Mismatch,
             Finding::Panicked => ErrorKind::Panicked,
         };

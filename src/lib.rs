@@ -52,6 +52,7 @@ mod runner;
 mod settings;
 mod trial;
 mod turns;
+mod version;
 mod wiring;
 mod work;
 

@@ -15,7 +15,7 @@ const LIMIT: Duration = Duration::from_secs(100);
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("meet", meet)]);
+    support::run_if_rank(&[("meet", meet), ("fail", fail), ("join", join)]);
 }
 
 /// Every pair of ranks opens a connection, in the job and in a group.
@@ -98,7 +98,7 @@ fn bridges_that_lead_to_no_other_host_are_passed_by() {
     let Some(hosts) = Hosts::without_addresses(2) else { return };
     for host in 0..2 {
         for bridge in ["docker0", "br-1"] {
-            hosts.on(host, &format!("ip link add {bridge} index {} type bridge", bridge.len()));
+            hosts.on(host, &format!("ip link add {bridge} type bridge"));
             hosts.on(host, &format!("ip link set {bridge} addrgenmode none up"));
         }
         hosts.on(host, "ip addr add 172.17.0.1/16 dev docker0");
@@ -134,4 +134,55 @@ fn each_pair_uses_the_network_that_both_are_on() {
             world(ranks, "").through(through).succeed(LIMIT);
         }
     }
+}
+
+fn fail() {
+    let error = Communicator::from_environment().unwrap_err();
+    let text = error.to_string().replace('\n', " | ");
+    tell(format!("{:?} {text}", error.culprits()));
+}
+
+/// As behind a firewall that drops packets: rank 0 is reached by all, and two others not by each
+/// other.
+#[test]
+fn all_that_was_tried_is_told_when_two_ranks_can_not_reach_each_other() {
+    let Some(hosts) = Hosts::new(3) else { return };
+    for address in ["10.77.0.2", "fd77::2"] {
+        hosts.on(2, &format!("ip neigh replace {address} lladdr 02:00:00:00:00:99 dev eth0"));
+    }
+    let running = World::new(3, "fail")
+        .set("UNISUM_INTERFACE", "")
+        .set("UNISUM_CONNECT_TIMEOUT", 10)
+        .set("UNISUM_RENDEZVOUS", "tcp://10.77.0.1:7100")
+        .through(inside)
+        .start();
+    for ended in running.wait(LIMIT) {
+        let told = &ended.told[0];
+        assert!(told.starts_with("[1] "), "{told}");
+        for text in ["rank 2", "10.77.0.2:", "[fd77::2]:", "no answer", "firewall"] {
+            assert!(told.contains(text), "{text}: {told}");
+        }
+    }
+}
+
+/// 8 Mbit/s: a megabyte there and back takes two seconds.
+#[test]
+fn a_slow_link_does_not_hold_the_start_up() {
+    let Some(hosts) = Hosts::new(2) else { return };
+    for host in 0..2 {
+        hosts.on(host, "tc qdisc add dev eth0 root tbf rate 8mbit burst 32kb latency 400ms");
+    }
+    let world = World::new(2, "join").set("UNISUM_INTERFACE", "");
+    let world = world.set("UNISUM_RENDEZVOUS", "tcp://10.77.0.1:7100").through(inside);
+    for told in world.succeed(LIMIT) {
+        let millis: u64 = told[0].parse().unwrap();
+        assert!(millis < 8000, "{millis} ms");
+    }
+}
+
+fn join() {
+    let begun = std::time::Instant::now();
+    let communicator = Communicator::from_environment().unwrap();
+    tell(begun.elapsed().as_millis());
+    communicator.barrier().unwrap();
 }

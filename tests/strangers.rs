@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use socket2::SockRef;
 use support::{World, open_files_and_threads, reach, setting, tell};
 use unisum::{Communicator, Message, Messenger, ReduceOp};
-use unisum_link::handshake::{self, Hello, Purpose, job_hash};
+use unisum_link::handshake::{self, Build, Hello, Purpose, job_hash};
 
 #[test]
 fn rank_process() {
@@ -154,7 +154,15 @@ fn hello() -> Vec<u8> {
         }
     }
     let (purpose, job) = (Purpose::Control, job_hash("flooded"));
-    let hello = Hello { purpose, socket: 0, from: 1, to: 0, world: 4, session: [0; 16], job };
+    let part = |text: &str| text.parse().unwrap();
+    let version = [
+        part(env!("CARGO_PKG_VERSION_MAJOR")),
+        part(env!("CARGO_PKG_VERSION_MINOR")),
+        part(env!("CARGO_PKG_VERSION_PATCH")),
+    ];
+    let sources = u64::from_str_radix(env!("UNISUM_SOURCES"), 16).unwrap();
+    let (session, build) = ([0; 16], Build { version, sources });
+    let hello = Hello { purpose, socket: 0, from: 1, to: 0, world: 4, session, job, build };
     let mut wire = Wire(Vec::new());
     let _ = handshake::greet(&mut wire, &hello);
     wire.0

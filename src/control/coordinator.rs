@@ -1,6 +1,8 @@
 //! The coordinator's decisions (sans-IO): what ranks say and what happens to their connections
 //! goes in, messages come out, and time is an argument.
 
+mod waited;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -8,11 +10,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use unisum_link::{Collective, Rank};
 
+use self::waited::Waited;
 use super::inquest::{self, Account};
 use super::message::{Concern, Message};
 use super::round::Round;
 use super::status::Snapshot;
-use super::verdict::{Finding, Report, Verdict, VerdictKind, name};
+use super::verdict::{Finding, Report, Verdict};
 
 /// How long a rank that is accused of a failed link may take to turn out dead, or gone.
 const GRACE: Duration = Duration::from_millis(300);
@@ -67,6 +70,8 @@ pub(super) struct Coordinator {
     waiting: HashMap<(u16, Rank), (Rank, Concern)>,
     /// Until when ranks may come, if this coordinates in another's place.
     awaits_until: Option<Instant>,
+    /// How long an exchange has been waiting, and what is known of those that it waits for.
+    waited: Waited,
     verdict: Option<Verdict>,
     outputs: VecDeque<Output>,
 }
@@ -132,6 +137,7 @@ impl Coordinator {
             parted: BTreeMap::new(),
             waiting: HashMap::new(),
             awaits_until: None,
+            waited: Waited::default(),
             verdict: None,
             outputs: VecDeque::new(),
         }
@@ -205,7 +211,10 @@ impl Coordinator {
     /// stopped for a while, they may have come to a verdict without it.
     pub(super) fn lost(&mut self, rank: Rank, how: &str) {
         match self.presence[rank] {
-            Presence::Connected => self.presence[rank] = Presence::Absent,
+            Presence::Connected => {
+                self.presence[rank] = Presence::Absent;
+                self.waited.note(rank, format!("connected, but did not join: {how}"));
+            }
             Presence::Joined => {
                 self.presence[rank] = Presence::Dead;
                 self.deaths.push((rank, how.to_owned()));
@@ -245,6 +254,7 @@ impl Coordinator {
             (Message::Stalled(concern), _) => self.ask(from, concern, true, now),
             (Message::Status { query, snapshot }, _) => self.answered(from, query, snapshot),
             (Message::Parted { communicator, last }, _) => self.parted(from, communicator, last),
+            (Message::Missing { round, millis }, _) => self.given_up(round, millis, now),
             (Message::Bye(last), _) => self.left(from, last),
             (message, _) => self.violated(from, format_args!("it sent {message:?}")),
         }
@@ -260,8 +270,8 @@ impl Coordinator {
             let absent = self.presence.iter_mut().filter(|it| **it == Presence::Absent);
             absent.for_each(|presence| *presence = Presence::Gone);
         }
-        if self.round.until.is_some_and(|until| until <= now) {
-            self.conclude(self.nobody_came());
+        if self.round.until.is_some() {
+            self.look_who_is_missing(now);
         }
         if self.query.open.as_ref().is_some_and(|overdue| overdue.until <= now) {
             self.decide();
@@ -284,7 +294,8 @@ impl Coordinator {
         let accusations = self.accusations.iter().filter(|_| !is_asking);
         let accusations = accusations.map(|accusation| accusation.until);
         let query = self.query.open.as_ref().map(|overdue| overdue.until);
-        accusations.chain(query).chain(self.round.until).chain(self.awaits_until).min()
+        let awaited = self.waited.deadline(&self.round);
+        accusations.chain(query).chain(awaited).chain(self.awaits_until).min()
     }
 
     /// The next messages to send.
@@ -305,6 +316,7 @@ impl Coordinator {
         self.verdict = Some(verdict.clone());
         self.round.until = None;
         self.deaths.clear();
+        self.waited = Waited::default();
         self.accusations.clear();
         self.query.open = None;
         self.tell_all(vec![Message::Verdict(verdict)]);
@@ -324,7 +336,7 @@ impl Coordinator {
             let what = "it took part twice, out of order, or with too much";
             return self.violated(from, format_args!("in exchange {round} {what}"));
         }
-        self.round.until.get_or_insert(now + self.connect_timeout);
+        self.waited.began(&mut self.round, self.connect_timeout, now);
         if let Some(gone) = self.find(|presence| matches!(presence, Presence::Left)) {
             return self.conclude(self.has_left(0, gone));
         }
@@ -334,27 +346,6 @@ impl Coordinator {
                 self.outputs.push_back(Output { audience, messages });
             }
         }
-    }
-
-    fn nobody_came(&self) -> Verdict {
-        let seconds = self.connect_timeout.as_secs_f64();
-        let missing = |joined: bool| -> Vec<Rank> {
-            let ranks = 0..self.presence.len();
-            let is_joined = |rank: &Rank| self.presence[*rank] == Presence::Joined;
-            let lacks = |rank: &Rank| !self.round.has(*rank);
-            ranks.filter(|rank| lacks(rank) && is_joined(rank) == joined).collect()
-        };
-        let absent = missing(false);
-        if !absent.is_empty() {
-            let text = format!("{} did not join within {seconds} s", name(&absent));
-            return Verdict::new(VerdictKind::Absent, absent, text);
-        }
-        let late = missing(true);
-        let text = format!(
-            "{} joined, but did not go on setting up the communicator within {seconds} s",
-            name(&late)
-        );
-        Verdict::new(VerdictKind::NotEntered, late, text)
     }
 
     fn accused(&mut self, by: Rank, report: Report, now: Instant) {

@@ -1,19 +1,23 @@
 //! How a rank reaches the coordinator. Blocks; runs before the control thread.
 
-use std::io::{self, Read};
-use std::net::{SocketAddr, TcpStream};
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use unisum_link::dial::{Failure, Unreached, dial};
+use unisum_link::Rank;
+use unisum_link::dial::{Failure, dial};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, HandshakeError, Hello, Secret};
 
-use super::ControlError;
+use super::error::Reasons;
 use super::file;
 use super::message::Message;
 use super::pulse;
+use super::verdict::{Finding, Report};
+use super::{ControlError, GOODBYE_TIMEOUT};
 use crate::address::{self, Rendezvous};
 use crate::interface::Paths;
 
@@ -21,9 +25,11 @@ use crate::interface::Paths;
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
-/// How long a coordinator at a fixed address may refuse this rank before that is final: it may
-/// still be that of an earlier start of the job, or not have noticed this rank's last attempt end.
+/// How long a coordinator may refuse this rank before that is final: it may still be that of an
+/// earlier start of the job, or not have noticed this rank's last attempt end.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same where a file leads to it, which may yet be replaced by this job's.
+const FILE_REFUSAL_TIMEOUT: Duration = Duration::from_secs(15);
 /// Bytes of the encoded welcome.
 const WELCOME_BYTES: usize = 21;
 
@@ -39,9 +45,8 @@ pub(super) struct Reached {
 
 /// One attempt's failure.
 struct Failed {
-    target: String,
-    /// Somebody was there and said no.
-    is_refusal: bool,
+    /// Who was there and said no.
+    refused_by: Option<SocketAddr>,
     error: String,
 }
 
@@ -54,32 +59,34 @@ pub(super) fn reach(
 ) -> Result<Reached, ControlError> {
     let started = Instant::now();
     let mut until = started + timeout;
-    let (mut attempts, mut pause, mut refused_since) = (0, PAUSE_MIN, None);
+    let (mut reasons, mut pause) = (Reasons::default(), PAUSE_MIN);
+    let mut refused: Option<(SocketAddr, Instant)> = None;
     loop {
-        attempts += 1;
-        let Failed { target, is_refusal, error: last } =
-            match attempt(rendezvous, hello, secret, until) {
-                Ok(reached) => return Ok(reached),
-                Err(failed) => failed,
-            };
+        let failed = match attempt(rendezvous, hello, secret, until) {
+            Ok(reached) => return Ok(reached),
+            Err(failed) => failed,
+        };
         let now = Instant::now();
-        // A file may yet be replaced by this job's; who listens at a fixed address stays.
-        if is_refusal && matches!(rendezvous, Rendezvous::Tcp { .. }) {
-            let since = *refused_since.get_or_insert(now);
-            until = (started + timeout).min(since + REFUSAL_TIMEOUT);
+        if let Some(by) = failed.refused_by {
+            let (known, since) = *refused.get_or_insert((by, now));
+            // Somebody else may refuse for other reasons.
+            let since = if known == by { since } else { now };
+            refused = Some((by, since));
+            let patience = match rendezvous {
+                Rendezvous::Tcp { .. } => REFUSAL_TIMEOUT,
+                Rendezvous::File(_) => FILE_REFUSAL_TIMEOUT,
+            };
+            until = (started + timeout).min(since + patience);
         } else {
             // A refusal that does not last was another start's, or this rank's own last attempt's.
-            (refused_since, until) = (None, started + timeout);
+            (refused, until) = (None, started + timeout);
         }
+        tracing::debug!(%rendezvous, error = failed.error, "rank 0 is not reached yet");
+        reasons.add(failed.error);
         if now >= until {
-            return Err(ControlError::Unreachable {
-                target,
-                waited: now - started,
-                attempts,
-                last,
-            });
+            let (target, waited) = (rendezvous.to_string(), now - started);
+            return Err(ControlError::Unreachable { target, waited, reasons, hint: String::new() });
         }
-        tracing::debug!(%target, error = %last, "rank 0 is not reached yet");
         thread::sleep(jittered(pause).min(until - now));
         pause = (pause * 2).min(PAUSE_MAX);
     }
@@ -100,17 +107,20 @@ pub(super) fn heir(
     until: Instant,
 ) -> Option<Reached> {
     loop {
-        let mut is_there = false;
-        for &address in addresses {
-            match knock(address, hello, secret, until) {
-                Ok(reached) => return Some(reached),
-                Err(HandshakeError::Io(error)) if !is_cut(&error) => {
-                    tracing::debug!(%address, %error, "the next coordinator is gone");
-                }
-                // It has not heard yet that it is the heir.
-                Err(_) => is_there = true,
-            }
-        }
+        let time = until.saturating_duration_since(Instant::now());
+        let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
+        let meet = |stream, address| knock(stream, address, hello, secret, time);
+        let unreached = match dial(addresses, Instant::now() + time, |_, _| {}, meet) {
+            Ok(reached) => return Some(reached),
+            Err(unreached) => unreached,
+        };
+        let is_there = unreached.tried.iter().any(|(_, failure)| match failure {
+            Failure::Silent(_) => false,
+            Failure::Connect(error) | Failure::Met(HandshakeError::Io(error)) => is_cut(error),
+            // It has not heard yet that it is the heir.
+            Failure::Met(_) => true,
+        });
+        tracing::debug!(error = %unreached, is_there, "the next coordinator is not reached");
         if !is_there || Instant::now() >= until {
             return None;
         }
@@ -130,38 +140,48 @@ fn attempt(
     secret: &Secret,
     until: Instant,
 ) -> Result<Reached, Failed> {
-    let target = rendezvous.to_string();
     let found = match rendezvous {
         Rendezvous::Tcp { host, port } => address::resolve(host, *port),
         Rendezvous::File(path) => file::read(path),
     };
     // A link-local address may be behind any of this host's interfaces.
     let found = found.and_then(|found| Ok(Paths::new(None)?.to(&found, true)));
-    let addresses = found.map_err(|error| Failed {
-        target: target.clone(),
-        is_refusal: false,
-        error: error.to_string(),
-    })?;
+    let addresses = found.map_err(|error| Failed { refused_by: None, error: error.to_string() })?;
     // A timeout of zero is not allowed.
     let time = until.saturating_duration_since(Instant::now());
     let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
-    let meet = |stream, address| knock(stream, address, hello, secret, time);
+    let meet = |stream, address| knock(stream, address, hello, secret, time).map_err(NotRank0);
     dial(&addresses, Instant::now() + time, |_, _| {}, meet).map_err(|unreached| {
-        let Unreached { tried } = &unreached;
-        let is_refusal = tried.iter().any(|(_, failure)| match failure {
-            // Another program on the port may yet make room for rank 0.
-            Failure::Met(HandshakeError::NotUnisum) => false,
-            Failure::Met(error) => error.is_answer(),
+        let refusal = unreached.tried.iter().find(|(_, failure)| match failure {
+            Failure::Met(it) => it.is_refusal(),
             _ => false,
         });
-        match &tried[..] {
-            [(address, failure)] => {
-                let target = format!("{target} ({address})");
-                Failed { target, is_refusal, error: failure.to_string() }
-            }
-            _ => Failed { target, is_refusal, error: unreached.to_string() },
-        }
+        let refused_by = refusal.map(|(address, _)| *address);
+        Failed { refused_by, error: unreached.to_string() }
     })
+}
+
+/// Somebody took a connection, and was not rank 0, or would not have this rank.
+struct NotRank0(HandshakeError);
+
+impl NotRank0 {
+    fn is_refusal(&self) -> bool {
+        // Another program on the port may yet make room for rank 0.
+        self.0.is_answer() && !matches!(self.0, HandshakeError::NotUnisum)
+    }
+}
+
+impl fmt::Display for NotRank0 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use io::ErrorKind::{TimedOut, WouldBlock};
+        match &self.0 {
+            // How a socket's time-out is told.
+            HandshakeError::Io(error) if matches!(error.kind(), TimedOut | WouldBlock) => {
+                f.write_str("somebody took the connection and said nothing")
+            }
+            error => error.fmt(f),
+        }
+    }
 }
 
 fn knock(
@@ -179,6 +199,22 @@ fn knock(
     let session = read_welcome(&mut stream)?;
     let pulse = pulse::open(&stream, hello, session, (secret, time))?;
     Ok(Reached { stream, coordinator: address, session, pulse })
+}
+
+/// Tells the coordinator, which has admitted this rank, that it can't join, and why. Blocks until
+/// the coordinator knows, a second at most.
+pub(super) fn give_up(mut stream: &TcpStream, rank: Rank, why: &ControlError) {
+    let (against, finding, text) = (rank, Finding::CannotJoin, why.to_string());
+    let mut encoded = BytesMut::new();
+    Message::Joined.encode(&mut encoded);
+    Message::Accuse(Report { communicator: 0, against, finding, text }).encode(&mut encoded);
+    // Best effort: who hears nothing sees the connection end.
+    let _ = stream.write_all(&encoded);
+    let _ = stream.shutdown(Shutdown::Write);
+    let _ = stream.set_nonblocking(false);
+    let _ = stream.set_read_timeout(Some(GOODBYE_TIMEOUT));
+    // Closing earlier could destroy the words on their way (RFC 2525, 2.17).
+    let _ = stream.read(&mut [0; 1024]);
 }
 
 fn read_welcome(stream: &mut TcpStream) -> io::Result<[u8; 16]> {

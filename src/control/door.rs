@@ -40,6 +40,16 @@ pub(super) struct Door {
     reserve: Option<File>,
     exhausted_since: Option<Instant>,
     log: RefusalLog,
+    /// Who was refused last after saying who it is.
+    refused: Option<Refused>,
+}
+
+/// A dialer that was refused, and who it said it was.
+#[derive(Debug)]
+pub(super) struct Refused {
+    pub(super) claim: Hello,
+    pub(super) address: SocketAddr,
+    pub(super) reason: String,
 }
 
 /// A guest that was admitted; its stream is registered under `token` still.
@@ -80,6 +90,7 @@ impl Door {
             reserve: reserve(),
             exhausted_since: None,
             log: RefusalLog::default(),
+            refused: None,
         })
     }
 
@@ -191,6 +202,7 @@ impl Door {
         now: Instant,
     ) -> Option<Admitted> {
         let guest = self.guests.get_mut(token)?;
+        let claim = guest.listening.claim().copied();
         match hear(guest, secret, &admit) {
             Fate::Stays => {
                 let is_expected = |claim: &Hello| admit(claim).is_ok();
@@ -206,9 +218,16 @@ impl Door {
             Fate::Refused(reason) => {
                 let guest = self.guests.remove(token)?;
                 self.refuse(&guest, &reason, registry, now);
+                let address = guest.address;
+                self.refused = claim.map(|claim| Refused { claim, address, reason });
                 None
             }
         }
+    }
+
+    /// Whom the last [`Door::visit`] refused, if it had said who it is.
+    pub(super) const fn take_refused(&mut self) -> Option<Refused> {
+        self.refused.take()
     }
 
     /// Turns guests away whose time is up.

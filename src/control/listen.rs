@@ -365,6 +365,7 @@ mod tests {
             scope_id: 0,
             interface: "lo".into(),
             reason: String::new(),
+            caution: None,
         };
         let choices = [choice("127.0.0.1"), choice("127.0.0.2")];
         let taken = bind("127.0.0.2:0".parse().unwrap()).unwrap();

@@ -123,6 +123,10 @@ impl Member {
                 };
                 return share.blobs().map(blob).collect();
             }
+            Command::Missing(waited) => {
+                let millis = u32::try_from(waited.as_millis()).unwrap_or(u32::MAX);
+                Some(Message::Missing { round: self.round, millis })
+            }
             Command::Accuse(report) => self.ask(Asked::Accused(report), now),
             Command::Overdue(concern) => self.ask(Asked::Overdue(concern), now),
             Command::Stalled(concern) => {

@@ -55,6 +55,8 @@ pub(super) enum Message {
     Left { rank: Rank, last: Snapshot },
     /// Rank: it is no longer in this communicator, where it did this last.
     Parted { communicator: u16, last: Snapshot },
+    /// Rank: it has waited so long, all it may, for others to take part in the exchange.
+    Missing { round: u32, millis: u32 },
     /// Rank: I leave in order.
     Bye(Snapshot),
 }
@@ -142,6 +144,10 @@ impl Message {
                 to.put_u16_le(*communicator);
                 put_snapshot(to, last);
             }
+            Self::Missing { round, millis } => {
+                to.put_u32_le(*round);
+                to.put_u32_le(*millis);
+            }
             Self::Bye(snapshot) => put_snapshot(to, snapshot),
         }
     }
@@ -162,6 +168,7 @@ impl Message {
             Self::Stalled(_) => 12,
             Self::Parted { .. } => 13,
             Self::Concluded(_) => 14,
+            Self::Missing { .. } => 15,
         }
     }
 
@@ -207,6 +214,7 @@ impl Message {
             12 => parse_concern(body).map(Self::Stalled),
             13 => parse_parted(body),
             14 => parse_verdict(body).map(Self::Concluded),
+            15 => parse_missing(body),
             kind => return Err(MessageError::Kind(kind)),
         })
     }
@@ -331,6 +339,10 @@ fn parse_parted(body: &mut Bytes) -> Option<Message> {
     Some(Message::Parted { communicator, last: parse_snapshot(body)? })
 }
 
+fn parse_missing(body: &mut Bytes) -> Option<Message> {
+    Some(Message::Missing { round: word(body)?, millis: word(body)? })
+}
+
 fn parse_status(body: &mut Bytes) -> Option<Message> {
     Some(Message::Status { query: word(body)?, snapshot: parse_snapshot(body)? })
 }
@@ -392,7 +404,7 @@ mod tests {
 
     fn messages() -> impl Strategy<Value = Message> {
         let culprits = prop::collection::vec(ranks(), 0..9);
-        let verdict = (1..=11_u8, culprits, any::<String>(), any::<bool>());
+        let verdict = (1..=13_u8, culprits, any::<String>(), any::<bool>());
         prop_oneof![
             any::<[u8; 16]>().prop_map(|session| Message::Welcome { session }),
             Just(Message::Joined),
@@ -403,7 +415,7 @@ mod tests {
                 rank,
                 blob
             }),
-            (any::<u16>(), ranks(), 0..3_u8, any::<String>()).prop_map(
+            (any::<u16>(), ranks(), 0..4_u8, any::<String>()).prop_map(
                 |(communicator, against, code, text)| {
                     let finding = Finding::from_code(code).unwrap();
                     Message::Accuse(Report { communicator, against, finding, text })
@@ -423,6 +435,7 @@ mod tests {
             (ranks(), snapshots()).prop_map(|(rank, last)| Message::Left { rank, last }),
             (any::<u16>(), snapshots())
                 .prop_map(|(communicator, last)| Message::Parted { communicator, last }),
+            any::<(u32, u32)>().prop_map(|(round, millis)| Message::Missing { round, millis }),
             snapshots().prop_map(Message::Bye),
         ]
     }

@@ -51,6 +51,7 @@ use self::shared::{Command, Shared};
 use self::thread::{ControlThread, Identity};
 use crate::address::{PortRange, Rendezvous};
 use crate::interface::InterfaceFilter;
+use crate::version::BUILD;
 
 pub(crate) use self::error::ControlError;
 pub(crate) use self::member::LINK_VERDICT_TIMEOUT;
@@ -62,7 +63,7 @@ pub(crate) use self::verdict::{Finding, Report, Verdict, VerdictKind};
 
 /// Largest world.
 const WORLD_MAX: usize = 1 << 16;
-/// How much later than the coordinator a rank gives up an exchange.
+/// How long the coordinator may take to say who is missing in an exchange.
 const EXCHANGE_SPARE: Duration = Duration::from_secs(5);
 /// How long leaving may wait for the goodbye to be with the kernel.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -76,6 +77,8 @@ pub(crate) struct ControlConfig {
     /// The job's name, the same on all ranks.
     pub(crate) job: String,
     pub(crate) secret: Secret,
+    /// Where the secret is from, in words.
+    pub(crate) secret_origin: String,
     /// Which network interfaces other ranks may reach this one by.
     pub(crate) interface: Option<InterfaceFilter>,
     /// Which ports this rank may listen on; rank 0 listens on the rendezvous port instead if
@@ -140,8 +143,15 @@ impl Control {
         let joined = if rank == 0 { open(&config)? } else { dial(&config)? };
         let places = (joined.listening.addresses.clone(), joined.coordinator);
         let session = joined.session;
-        let waker = spawn(config, joined, &shared)
-            .map_err(|error| ControlError::system("starting the control thread", error))?;
+        let spare = match &joined.role {
+            Role::Coordinator(_) => None,
+            Role::Member(stream, _) => stream.try_clone().ok().map(ParentOnly::new),
+        };
+        let waker = spawn(config, joined, &shared).map_err(|error| {
+            let error = ControlError::system("starting the control thread", error);
+            spare.iter().for_each(|stream| dial::give_up(stream, rank, &error));
+            error
+        })?;
         Ok(Self::new(shared, Some(waker), session, places, connect_timeout))
     }
 
@@ -205,8 +215,13 @@ impl Control {
             return Err(ControlError::HasLeft);
         }
         self.command(Command::Exchange(share));
-        let until = Instant::now() + self.connect_timeout + EXCHANGE_SPARE;
-        if let Some(blobs) = self.shared.await_gathered(until) {
+        let mut gathered = self.shared.await_gathered(Instant::now() + self.connect_timeout);
+        if gathered.is_none() && self.verdict().is_none() {
+            // The coordinator may be more patient; it knows who is missing.
+            self.command(Command::Missing(self.connect_timeout));
+            gathered = self.shared.await_gathered(Instant::now() + EXCHANGE_SPARE);
+        }
+        if let Some(blobs) = gathered {
             return Ok(blobs.into_iter().map(Vec::from).collect());
         }
         // The first verdict counts: this one only if there is none.
@@ -364,9 +379,11 @@ fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
         world: config.world as u32,
         session: [0; 16],
         job: job_hash(&config.job),
+        build: BUILD,
     };
+    let reached = dial::reach(&config.rendezvous, &hello, &config.secret, config.connect_timeout);
     let Reached { stream, coordinator, session, pulse } =
-        dial::reach(&config.rendezvous, &hello, &config.secret, config.connect_timeout)?;
+        reached.map_err(|error| error.with_origin(&config.secret_origin))?;
     let filter = config.interface.as_ref();
     let is_name = match &config.rendezvous {
         Rendezvous::Tcp { host, .. } => !listen::is_literal(host),
@@ -375,20 +392,21 @@ fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
     // On its own host a name may be a loopback address, by which nobody else reaches this rank.
     let misleads = is_name && coordinator.ip().is_loopback();
     let towards = (!misleads).then_some(coordinator);
-    let listening = listen::at_free_port(filter, towards, config.port_range)?;
+    let listening = listen::at_free_port(filter, towards, config.port_range)
+        .inspect_err(|error| dial::give_up(&stream, config.rank, error))?;
     let role = Role::Member(stream, pulse);
     Ok(Joined { listening, session, coordinator: Some(coordinator), role })
 }
 
 fn spawn(config: ControlConfig, joined: Joined, shared: &Arc<Shared>) -> io::Result<Waker> {
-    let ControlConfig { rank, world, job, secret, connect_timeout, .. } = config;
+    let ControlConfig { rank, world, job, secret, secret_origin, connect_timeout, .. } = config;
     let pulses = Pulses::new(config.heartbeat_timeout);
     let Joined { listening, session, role, .. } = joined;
     // Before anybody learns where this rank listens.
     shared.open_channel(0, session, (rank, world));
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), thread::WAKER)?;
-    let identity = Identity { rank, world, session, job: job_hash(&job), secret };
+    let identity = Identity { rank, world, session, job: job_hash(&job), secret, secret_origin };
     let (shared, listeners) = (Arc::clone(shared), listening.listeners);
     let mut thread = ControlThread::new(poll, identity, shared.clone(), listeners, pulses)?;
     match role {

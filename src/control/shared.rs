@@ -3,7 +3,7 @@
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use unisum_link::fork::ParentOnly;
@@ -24,6 +24,8 @@ pub(crate) type Inbox = Arc<dyn Fn(Rank, u8, ParentOnly<TcpStream>) + Send + Syn
 #[derive(Debug)]
 pub(super) enum Command {
     Exchange(Share),
+    /// The exchange has lasted so long, which is all that it may.
+    Missing(Duration),
     Accuse(Report),
     Overdue(Concern),
     Stalled(Concern),

@@ -10,7 +10,7 @@ use std::thread;
 
 use bytes::BytesMut;
 use unisum_link::Dtype;
-use unisum_link::handshake::{Heard, Listening as Handshake};
+use unisum_link::handshake::{Build, Heard, Listening as Handshake};
 
 use super::message::Message;
 use unisum_link::Call;
@@ -60,6 +60,7 @@ fn config(rank: Rank, world: usize, rendezvous: Rendezvous) -> ControlConfig {
         rendezvous,
         job: "tests".into(),
         secret: secret(),
+        secret_origin: "these tests".into(),
         interface: None,
         port_range: None,
         connect_timeout: PATIENCE,
@@ -79,7 +80,8 @@ fn coordinator(world: usize) -> (Control, Rendezvous) {
 
 fn hello(rank: u32, world: u32) -> Hello {
     let (purpose, job) = (Purpose::Control, job_hash("tests"));
-    Hello { purpose, socket: 0, from: rank, to: 0, world, session: [0; 16], job }
+    let (session, build) = ([0; 16], BUILD);
+    Hello { purpose, socket: 0, from: rank, to: 0, world, session, job, build }
 }
 
 /// All ranks but those in `without`, which the test plays itself.
@@ -192,6 +194,9 @@ fn ranks_that_do_not_belong_are_told_why() {
     assert!(refused(hello(2, 4), token).contains("world of 4, but this job's is 3"));
     assert!(refused(hello(3, 3), token).contains("from rank 3"));
     assert!(refused(Hello { job: [0; 16], ..hello(2, 3) }, token).contains("another job"));
+    let newer = Build { sources: !BUILD.sources, ..BUILD };
+    let told = refused(Hello { build: newer, ..hello(2, 3) }, token);
+    assert!(told.contains(&format!("rank 2 runs unisum {newer}, rank 0 runs {BUILD}")), "{told}");
     let data = Hello { purpose: Purpose::Data, ..hello(2, 3) };
     assert!(refused(data, token).contains("another session"));
 }
@@ -204,6 +209,12 @@ fn a_rank_with_the_wrong_token_gives_up_with_the_reason() {
     let timeout = Duration::from_secs(1);
     let error = dial::reach(&rendezvous, &hello(1, 2), &wrong, timeout).unwrap_err().to_string();
     assert!(error.contains("wrong token") && error.contains("127.0.0.1"), "{error}");
+    let error = dial::reach(&rendezvous, &hello(1, 2), &wrong, timeout).unwrap_err();
+    let error = error.with_origin("its file").to_string();
+    assert!(
+        error.ends_with("this rank's token is from its file: all ranks need the same"),
+        "{error}"
+    );
     assert!(started.elapsed() < PATIENCE);
 }
 
@@ -212,10 +223,10 @@ fn nobody_at_the_rendezvous_is_an_error_with_address_time_and_attempts() {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let timeout = Duration::from_millis(200);
     let error = dial::reach(&at(free), &hello(1, 2), &secret(), timeout).unwrap_err();
-    let ControlError::Unreachable { target, waited, attempts, .. } = error else {
+    let ControlError::Unreachable { target, waited, reasons, .. } = error else {
         panic!("{error}");
     };
-    assert!(target.contains(&free.to_string()) && waited >= timeout && attempts > 1);
+    assert!(target.contains(&free.to_string()) && waited >= timeout && reasons.attempts() > 1);
 }
 
 #[test]
@@ -486,4 +497,44 @@ fn a_half_closed_connection_is_a_death_too() {
     let dying = join_by_hand(1, 2, &rendezvous);
     dying.shutdown(Shutdown::Write).unwrap();
     expect_verdict(&controls, PATIENCE, VerdictKind::Died, &[1]);
+}
+
+#[test]
+fn another_program_on_the_port_is_outlived() {
+    let stranger = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = stranger.local_addr().unwrap().port();
+    let second = thread::spawn(move || Control::start(config(1, 2, at(port))).unwrap());
+    // Longer than a refusal would be borne.
+    let until = Instant::now() + Duration::from_secs(6);
+    while Instant::now() < until {
+        let (mut dialer, _) = stranger.accept().unwrap();
+        let _ = dialer.write_all(b"SSH-2.0-OpenSSH_9.9\r\n");
+    }
+    drop(stranger);
+    let first = Control::start(config(0, 2, at(port))).unwrap();
+    exchange(&[first, second.join().unwrap()], 0);
+}
+
+#[test]
+fn a_rank_that_can_not_listen_tells_all_others() {
+    let (controls, rendezvous) = start(3, &[2]);
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let _taken = TcpListener::bind(taken).unwrap();
+    let range = format!("{0}-{0}", taken.port()).parse().unwrap();
+    let config = ControlConfig { port_range: Some(range), ..config(2, 3, rendezvous) };
+    let error = Control::start(config).unwrap_err().to_string();
+    expect_verdict(&controls, PATIENCE, VerdictKind::Failed, &[2]);
+    let verdict = controls[1].verdict().unwrap();
+    assert_eq!(verdict.text, format!("rank 2 can't join: {error}"));
+    assert!(error.contains(&taken.port().to_string()), "{error}");
+}
+
+#[test]
+fn a_silent_server_is_called_that() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let rendezvous = at(silent.local_addr().unwrap().port());
+    let timeout = Duration::from_millis(500);
+    let error = dial::reach(&rendezvous, &hello(1, 2), &secret(), timeout).unwrap_err().to_string();
+    assert!(error.contains("took the connection and said nothing"), "{error}");
+    assert!(!error.contains("temporarily unavailable"), "{error}");
 }

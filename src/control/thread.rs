@@ -19,13 +19,14 @@ use unisum_link::handshake::{Hello, Purpose, Refusal, Secret};
 use self::succession::Dialing;
 use super::connection::{Connection, Received};
 use super::coordinator::{Coordinator, Output};
-use super::door::{Admitted, Door};
+use super::door::{Admitted, Door, Refused};
 use super::file::Published;
 use super::listen::Listeners;
 use super::member::Member;
 use super::message::Message;
 use super::pulse::{self, Pulses};
 use super::shared::{Command, Shared};
+use crate::version::BUILD;
 
 const LISTENER: usize = 0;
 /// The token of the waker that the handle uses.
@@ -51,6 +52,7 @@ pub(super) struct Identity {
     pub(super) session: [u8; 16],
     pub(super) job: [u8; 16],
     pub(super) secret: Secret,
+    pub(super) secret_origin: String,
 }
 
 pub(super) struct ControlThread {
@@ -175,6 +177,16 @@ impl ControlThread {
         let admit =
             |hello: &Hello| identity.admit(hello, coordinator.as_ref(), shared, is_connected);
         let admitted = door.visit(token, &identity.secret, admit, poll.registry(), now);
+        let refused = door.take_refused();
+        if let (Some(refused), Some(coordinator)) = (refused, coordinator) {
+            let Refused { claim, address, mut reason } = refused;
+            if reason == Refusal::Token.to_string() {
+                reason += &format!(" (rank 0's is from {})", identity.secret_origin);
+            }
+            if claim.purpose == Purpose::Control {
+                coordinator.refused(claim.from as Rank, address, &reason);
+            }
+        }
         let Some(admitted) = admitted else { return };
         match admitted.hello.purpose {
             Purpose::Data => self.hand_over(admitted),
@@ -473,6 +485,9 @@ impl Identity {
         let Hello { from, to, .. } = *hello;
         if hello.job != self.job {
             return Err(Refusal::Job);
+        }
+        if hello.purpose == Purpose::Control && hello.build != BUILD {
+            return Err(Refusal::Build { from, to, theirs: hello.build, ours: BUILD });
         }
         // Data connections belong to a communicator, in which ranks have numbers of their own.
         let (rank, world) = match hello.purpose {

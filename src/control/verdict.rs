@@ -49,6 +49,8 @@ pub(crate) enum VerdictKind {
     Protocol = 10,
     /// Code of the program panicked on the rank, where the library called it.
     Panicked = 11,
+    /// The rank could not go on joining, and said why.
+    Failed = 12,
     /// The rank's host, or the network there, has not answered for too long.
     Unreachable = 13,
 }
@@ -68,6 +70,7 @@ impl VerdictKind {
             9 => Self::Behind,
             10 => Self::Protocol,
             11 => Self::Panicked,
+            12 => Self::Failed,
             13 => Self::Unreachable,
             _ => return None,
         })
@@ -153,6 +156,8 @@ pub(crate) enum Finding {
     Mismatch = 1,
     /// Code of the program panicked on the rank that reports.
     Panicked = 2,
+    /// The rank that reports can't go on joining, for its own reasons or another's.
+    CannotJoin = 3,
 }
 
 impl Finding {
@@ -162,6 +167,7 @@ impl Finding {
             0 => Self::LinkFailed,
             1 => Self::Mismatch,
             2 => Self::Panicked,
+            3 => Self::CannotJoin,
             _ => return None,
         })
     }
@@ -186,6 +192,10 @@ impl Report {
             }
             Finding::Panicked => {
                 Verdict::new(VerdictKind::Panicked, vec![self.against], self.text.clone())
+            }
+            Finding::CannotJoin => {
+                let text = format!("rank {by} can't join: {}", self.text);
+                Verdict::new(VerdictKind::Failed, vec![self.against], text)
             }
         }
     }

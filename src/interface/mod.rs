@@ -32,6 +32,8 @@ pub(crate) struct Choice {
     pub(crate) interface: String,
     /// Why this one, for the log.
     pub(crate) reason: String,
+    /// What the user should know of it.
+    pub(crate) caution: Option<String>,
 }
 
 /// Why no source address could be chosen. The text lists the interfaces there are.
@@ -96,6 +98,9 @@ pub(crate) fn source_addresses(
 ) -> Result<Vec<Choice>, InterfaceError> {
     let interfaces = netlink::interfaces().map_err(InterfaceError::List)?;
     let best = choose(&interfaces, filter, towards, routed_source)?;
+    if let Some(caution) = &best.caution {
+        tracing::warn!("{caution}");
+    }
     Ok(with_others(&interfaces, filter, best))
 }
 
@@ -230,7 +235,10 @@ fn allowed(
     });
     match best {
         Some((interface, address)) => {
-            Ok(on_interface(interface, address.ip, format!("interface filter `{filter}`")))
+            let choice =
+                on_interface(interface, address.ip, format!("interface filter `{filter}`"));
+            let caution = by_route.and_then(|ip| leaves_elsewhere(interfaces, address, ip));
+            Ok(Choice { caution, ..choice })
         }
         None => Err(InterfaceError::NoneAllowed {
             filter: filter.to_string(),
@@ -238,6 +246,25 @@ fn allowed(
             existing: describe(interfaces),
         }),
     }
+}
+
+/// What is wrong if the kernel sends what is for the network of `chosen` by the interface that
+/// holds `routed`, as it does for one of two interfaces in a network, whatever address a socket
+/// has.
+fn leaves_elsewhere(interfaces: &[Interface], chosen: Address, routed: IpAddr) -> Option<String> {
+    if chosen.ip == routed || !same_network(chosen, routed) {
+        return None;
+    }
+    let holds = |ip| candidates(interfaces).find(|(_, address)| address.ip == ip);
+    let ((theirs, _), (ours, _)) = (holds(routed)?, holds(chosen.ip)?);
+    (theirs.index != ours.index).then(|| {
+        format!(
+            "{0} ({1}) and {2} ({routed}) are in one network: what this host sends there leaves by \
+             {2}, though {0} is chosen; give them networks of their own, or a route by source \
+             (ip rule)",
+            ours.name, chosen.ip, theirs.name
+        )
+    })
 }
 
 /// Whether a socket bound to `address` can talk to `towards` at all.
@@ -281,13 +308,16 @@ fn choice(interfaces: &[Interface], ip: IpAddr, towards: SocketAddr, reason: Str
         Some((interface, _)) => on_interface(interface, ip, reason),
         // Any address of 127.0.0.0/8, and of a network routed as local, is ours without being
         // listed.
-        None => Choice { address: ip, scope_id: scope, interface: "unlisted".to_owned(), reason },
+        None => {
+            let interface = "unlisted".to_owned();
+            Choice { address: ip, scope_id: scope, interface, reason, caution: None }
+        }
     }
 }
 
 fn on_interface(interface: &Interface, ip: IpAddr, reason: String) -> Choice {
     let scope_id = if is_link_local(ip) && ip.is_ipv6() { interface.index } else { 0 };
-    Choice { address: ip, scope_id, interface: interface.name.clone(), reason }
+    Choice { address: ip, scope_id, interface: interface.name.clone(), reason, caution: None }
 }
 
 fn is_link_local(ip: IpAddr) -> bool {

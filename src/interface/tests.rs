@@ -184,3 +184,19 @@ fn others_are_dialled_over_this_hosts_interfaces_and_never_at_its_own_addresses(
     // Who told nothing else may still be behind a proxy.
     assert_eq!(to("", &["172.17.0.1:5"], false), ["172.17.0.1:5"]);
 }
+
+#[test]
+fn of_two_interfaces_in_one_network_the_one_that_does_not_send_is_told() {
+    let mut host = host();
+    host.push(interface(6, "eth1", true, &[("10.0.0.6", 24)]));
+    let caution = |filter: &str, towards: Option<SocketAddr>| {
+        choose(&host, Some(&filter.parse().unwrap()), towards, route).unwrap().caution
+    };
+    let told = caution("=eth1", at("10.0.0.1:1")).unwrap();
+    assert!(told.starts_with("eth1 (10.0.0.6) and eth0 (10.0.0.5) are in one network"), "{told}");
+    for (filter, towards) in
+        [("=eth0", "10.0.0.1:1"), ("=ib0", "10.0.0.1:1"), ("lo", "127.0.0.1:1")]
+    {
+        assert_eq!(caution(filter, at(towards)), None, "{filter}");
+    }
+}

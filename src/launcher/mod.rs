@@ -46,6 +46,20 @@ pub(crate) struct Detected {
     pub(crate) note: Option<String>,
 }
 
+impl Detected {
+    /// What may help ranks that do not find each other: those that different processes started go
+    /// by different files if the job is named after the process that started them.
+    pub(crate) fn hint(&self) -> Option<String> {
+        let is_local = matches!(self.rendezvous, Some(Rendezvous::File(_)));
+        let is_named_after_process = self.job.ends_with(&local::launcher_process("UNISUM_RANK"));
+        (self.source == Source::Own && is_local && is_named_after_process).then(|| {
+            "ranks that one process has started meet there: set UNISUM_JOB to the same name for \
+             all if several have, as subshells"
+                .to_owned()
+        })
+    }
+}
+
 /// Whose variables gave the rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Source {

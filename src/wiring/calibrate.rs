@@ -22,6 +22,13 @@ const ROUNDS: usize = 12;
 /// Messages of one size go there and back for no longer, once the first has, however slow the link.
 const SPELL: Duration = Duration::from_millis(10);
 
+/// If a message of [`CACHED`] bytes takes longer one way, the link is so slow that those of
+/// [`LARGE`] bytes are reckoned from it: at 8 Mbit/s a dozen of them would take as many seconds.
+const SLOW: Duration = Duration::from_millis(20);
+/// In a message's first byte: no more of this size; no more at all.
+const LAST: u8 = 1;
+const END: u8 = 2;
+
 /// How long a measurement waits for the others.
 #[derive(Clone, Copy)]
 pub(crate) struct Limit<'a> {
@@ -31,15 +38,16 @@ pub(crate) struct Limit<'a> {
 }
 
 impl Limit<'_> {
-    fn check(self, peer: Rank) -> Result<(), LinkError> {
+    /// An error when the job has ended, or the time is up; `doing` says what then had no answer.
+    fn check(self, peer: Rank, doing: impl FnOnce() -> String) -> Result<(), LinkError> {
         let text = if self.membership.verdict().is_some() {
-            "the job ended meanwhile"
+            "the job ended meanwhile".to_owned()
         } else if Instant::now() >= self.until {
-            "no answer while measuring"
+            format!("no answer while measuring{}", doing())
         } else {
             return Ok(());
         };
-        Err(LinkError { peer, kind: LinkErrorKind::Unreachable(text.into()) })
+        Err(LinkError { peer, kind: LinkErrorKind::Unreachable(text) })
     }
 }
 
@@ -61,7 +69,7 @@ pub(crate) fn measure(
     // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the
     // link drops its posts before `memory` is freed.
     let region = unsafe { arena.region_at(memory.start(), LARGE) };
-    let mut pair = Pair { link, peer, first, limit };
+    let mut pair = Pair { link, peer, first, limit, went: None };
     let times = pair.run(region);
     if times.is_err() {
         pair.link.abort();
@@ -108,7 +116,7 @@ fn finish(engine: &mut Engine, limit: Limit<'_>) -> Result<(), LinkError> {
             Advance::Done => return Ok(()),
             Advance::Moved => backoff.reset(),
             Advance::Waiting if backoff.pause(engine.patience()) == Pause::Park => {
-                limit.check(engine.waiting_for().first().copied().unwrap_or(0))?;
+                limit.check(engine.waiting_for().first().copied().unwrap_or(0), String::new)?;
                 engine.park(limit.until)?;
                 backoff.reset();
             }
@@ -117,11 +125,30 @@ fn finish(engine: &mut Engine, limit: Limit<'_>) -> Result<(), LinkError> {
     }
 }
 
+/// The times with that of the largest messages, if it was not measured, reckoned from the others.
+fn with_large([small, cached, large]: [f64; 3]) -> [f64; 3] {
+    let reckoned = small + (cached - small).max(0.0) * (LARGE as f64 / CACHED as f64);
+    [small, cached, if large.is_finite() { large } else { reckoned }]
+}
+
+/// What is known of a message that had no answer.
+fn unanswered(went: Option<usize>, bytes: usize) -> String {
+    match went {
+        Some(went) if went < bytes => format!(
+            ": messages of {went} B went through, one of {bytes} B did not; does a part of the \
+             network drop large packets (MTU)?"
+        ),
+        _ => String::new(),
+    }
+}
+
 struct Pair<'a> {
     link: &'a mut dyn Link,
     peer: Rank,
     first: bool,
     limit: Limit<'a>,
+    /// The bytes of the last message that went there and back.
+    went: Option<usize>,
 }
 
 impl Pair<'_> {
@@ -132,41 +159,55 @@ impl Pair<'_> {
         let mut seconds = [f64::INFINITY; 3];
         // Twice, as what starting processes disturbs may be over the second time.
         for _ in 0..2 {
-            for (seconds, bytes) in seconds.iter_mut().zip([SMALL, CACHED, LARGE]) {
+            for (at, bytes) in [SMALL, CACHED, LARGE].into_iter().enumerate() {
                 let part = region.part(&(0..bytes));
-                *seconds = seconds.min(self.fastest_half_trip(part)?.as_secs_f64());
+                let (trip, is_end) = self.fastest_half_trip(part)?;
+                seconds[at] = seconds[at].min(trip.as_secs_f64());
+                if is_end {
+                    return Ok(with_large(seconds));
+                }
             }
         }
         Ok(seconds)
     }
 
-    fn fastest_half_trip(&mut self, memory: Region) -> Result<Duration, LinkError> {
+    /// And whether nothing more is to be measured.
+    fn fastest_half_trip(&mut self, memory: Region) -> Result<(Duration, bool), LinkError> {
         let (mut fastest, begun) = (Duration::MAX, Instant::now());
+        let bytes = memory.bytes();
         for round in 1.. {
             let start = Instant::now();
             if self.first {
                 let is_last = round == ROUNDS || begun.elapsed() > SPELL;
+                let is_slow = round > 1 && bytes == CACHED && fastest > SLOW;
+                let told = match (is_last, is_slow) {
+                    (false, _) => 0,
+                    (true, false) => LAST,
+                    (true, true) => LAST | END,
+                };
                 // SAFETY: the region has more bytes, and no transfer is under way.
-                unsafe { memory.base().write(u8::from(is_last)) };
+                unsafe { memory.base().write(told) };
                 self.link.send(self.peer, memory, Ticket(0))?;
-                self.finish()?;
+                self.finish(bytes)?;
             }
             self.link.receive(self.peer, memory, Landing::Place, Ticket(0))?;
-            self.finish()?;
+            self.finish(bytes)?;
             if !self.first {
                 self.link.send(self.peer, memory, Ticket(0))?;
-                self.finish()?;
+                self.finish(bytes)?;
             }
+            self.went = Some(bytes);
             fastest = fastest.min(start.elapsed() / 2);
             // SAFETY: as above; what the first wrote has gone there and back.
-            if unsafe { memory.base().read() } != 0 {
-                break;
+            let told = unsafe { memory.base().read() };
+            if told & LAST != 0 {
+                return Ok((fastest, told & END != 0));
             }
         }
-        Ok(fastest)
+        unreachable!("rounds are counted without end")
     }
 
-    fn finish(&mut self) -> Result<(), LinkError> {
+    fn finish(&mut self, bytes: usize) -> Result<(), LinkError> {
         let mut done = Vec::new();
         let mut backoff = Backoff::new();
         loop {
@@ -175,9 +216,30 @@ impl Pair<'_> {
                 return Ok(());
             }
             if backoff.pause(self.link.patience()) == Pause::Park {
-                self.limit.check(self.peer)?;
+                self.limit.check(self.peer, || unanswered(self.went, bytes))?;
                 self.link.park(self.limit.until, 1)?;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_large_messages_take_on_a_slow_link_is_reckoned() {
+        let [_, _, large] = with_large([0.001, 0.066, f64::INFINITY]);
+        let expected = 0.001 + 0.065 * (LARGE / CACHED) as f64;
+        assert!((large - expected).abs() < 1e-9, "{large}");
+        assert_eq!(with_large([0.001, 0.066, 0.5])[2], 0.5);
+    }
+
+    #[test]
+    fn a_network_that_drops_large_packets_is_suspected_only_where_small_ones_went() {
+        let text = unanswered(Some(SMALL), LARGE);
+        assert!(text.contains("8 B went") && text.contains("1048576 B did not"), "{text}");
+        assert_eq!(unanswered(None, SMALL), "");
+        assert_eq!(unanswered(Some(LARGE), SMALL), "");
     }
 }

@@ -7,7 +7,7 @@ use bytes::{Buf, BufMut};
 use super::cores::Cores;
 use crate::interface::without_scope;
 
-/// A rank's card. Its encoding begins with a version, so that mixed versions are noticed.
+/// A rank's card. Its encoding needs no version: ranks of other builds are refused before.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Card {
     /// Where the rank accepts connections, the best address first. The numbers of its interfaces
@@ -25,12 +25,9 @@ pub(crate) struct Card {
     pub(crate) shm: Vec<u8>,
 }
 
-const VERSION: u32 = 3;
-
 impl Card {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        bytes.put_u32_le(VERSION);
         bytes.put_u32_le(self.pid);
         let told = |&address: &SocketAddr| without_scope(address).to_string();
         let addresses = self.addresses.iter().map(told).collect::<Vec<_>>().join(" ");
@@ -44,10 +41,6 @@ impl Card {
 
     /// Reads a card; the error says what is wrong with it.
     pub(crate) fn decode(mut bytes: &[u8]) -> Result<Self, String> {
-        let version = bytes.try_get_u32_le().map_err(|_| "an empty card")?;
-        if version != VERSION {
-            return Err(format!("version {version} of unisum's protocol, this rank has {VERSION}"));
-        }
         let pid = bytes.try_get_u32_le().map_err(|_| "a card without process id")?;
         let addresses = text(&mut bytes)?;
         let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not an address"));

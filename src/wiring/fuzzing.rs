@@ -18,7 +18,7 @@ fn check_card(bytes: &[u8]) {
     let Ok(card) = Card::decode(bytes) else { return };
     let encoded = card.encode();
     let without_addresses = |card: &[u8]| {
-        let (head, rest) = card.split_at(8);
+        let (head, rest) = card.split_at(4);
         let (length, rest) = rest.split_first_chunk().expect("it was accepted");
         [head, &rest[u32::from_le_bytes(*length) as usize..]].concat()
     };

@@ -25,7 +25,7 @@ use unisum_link::handshake::Secret;
 use unisum_link::{Link, Rank};
 
 use crate::choice::{self, Choice};
-use crate::control::{Control, ControlError, Share};
+use crate::control::{Control, ControlError, Share, Verdict, VerdictKind};
 use crate::engine::program::Tuning;
 use crate::engine::{Engine, Links};
 use crate::launcher::Detected;
@@ -55,21 +55,32 @@ pub(crate) struct Joined {
 /// equally often, and all with the same for everybody or all with something for each.
 pub(crate) type Exchange<'a> = dyn Fn(Share) -> Result<Vec<Vec<u8>>, Error> + 'a;
 
-/// Joins the job. Blocks until every rank has come. What goes wrong on this rank alone is told to
-/// the others, which wait for it.
+/// Joins the job, with the token's secret and where that is from. Blocks until every rank has come.
+/// What goes wrong on this rank alone is told to the others, which wait for it.
 pub(crate) fn join(
     detected: &Detected,
     settings: &Settings,
-    secret: &Secret,
+    (secret, origin): (&Secret, &str),
 ) -> Result<(Membership, Joined), Error> {
     let (rank, world, start) = (detected.rank, detected.world, Instant::now());
-    let fixed = settings.algorithm.as_deref().map(choice::index_of).transpose()?;
-    let control = Arc::new(tcp::start_control(detected, settings, secret)?);
+    let control = Arc::new(tcp::start_control(detected, settings, (secret, origin))?);
     let membership = Membership::of_job(control, rank, world);
-    match wire(detected, settings, secret, &membership, (fixed, start)) {
+    match wire(detected, settings, secret, &membership, start) {
         Ok(joined) => Ok((membership, joined)),
-        Err(error) => Err(membership.own_failure(error)),
+        Err(error) => {
+            let error = membership.own_failure(error);
+            let is_absent = |verdict: Verdict| verdict.kind == VerdictKind::Absent;
+            let are_absent = membership.verdict().is_some_and(is_absent);
+            Err(if are_absent { with_hint(error, detected) } else { error })
+        }
     }
+}
+
+/// The error of ranks that did not find each other, with what may help.
+fn with_hint(error: Error, detected: &Detected) -> Error {
+    let Some(hint) = detected.hint() else { return error };
+    let culprits = error.culprits().to_vec();
+    Error::new(error.kind(), format!("{error}\n  {hint}")).caused_by(culprits)
 }
 
 /// Makes the links of the job's own communicator.
@@ -78,9 +89,10 @@ fn wire(
     settings: &Settings,
     secret: &Secret,
     membership: &Membership,
-    (fixed, start): (Option<usize>, Instant),
+    start: Instant,
 ) -> Result<Joined, Error> {
     let (rank, world, control) = (detected.rank, detected.world, membership.control());
+    let fixed = settings.algorithm.as_deref().map(choice::index_of).transpose()?;
     let offer = Offer::new(settings.transport, secret);
     let cards = exchange_cards(control, rank, settings, &offer)?;
     let hosts: Vec<&str> = cards.iter().map(|card| card.host.as_str()).collect();
@@ -124,7 +136,9 @@ fn wire(
     let mut engine = links.engine(rank, job.ranks_and_cores(&members));
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
     let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
-    let limit = Limit { until: Instant::now() + settings.connect_timeout, membership };
+    // Less than ranks wait that measure nothing: who measures knows more of what is wrong.
+    let until = Instant::now() + settings.connect_timeout * 3 / 4;
+    let limit = Limit { until, membership };
     let site = Site { rank, members: &members, job: &job, topology: &topology, tuning, limit };
     let costs = costs::agree(&mut engine, site)?;
     let seconds = start.elapsed().as_secs_f64();
@@ -252,12 +266,7 @@ fn starting_failed(judged: &Error, doing: &str) -> Error {
 }
 
 fn rendezvous_error(error: ControlError) -> Error {
-    let text = error.to_string();
-    let culprits = match error {
-        ControlError::Ended(verdict) => verdict.culprits,
-        _ => Vec::new(),
-    };
-    Error::new(ErrorKind::Rendezvous, text).caused_by(culprits)
+    Error::new(ErrorKind::Rendezvous, error.to_string()).caused_by(error.culprits())
 }
 
 fn describe(

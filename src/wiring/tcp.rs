@@ -7,7 +7,7 @@ use unisum_link::handshake::Secret;
 use unisum_link::{Link, Rank};
 
 use super::job::Job;
-use super::rendezvous_error;
+use super::{rendezvous_error, with_hint};
 use crate::control::{Control, ControlConfig};
 use crate::launcher::Detected;
 use crate::membership::Membership;
@@ -17,7 +17,7 @@ use crate::{Error, ErrorKind};
 pub(super) fn start_control(
     detected: &Detected,
     settings: &Settings,
-    secret: &Secret,
+    (secret, origin): (&Secret, &str),
 ) -> Result<Control, Error> {
     let rendezvous = detected.rendezvous.clone().ok_or_else(|| {
         let text = "no rendezvous address; set UNISUM_RENDEZVOUS=tcp://HOST:PORT";
@@ -29,12 +29,17 @@ pub(super) fn start_control(
         rendezvous,
         job: detected.job.clone(),
         secret: secret.clone(),
+        secret_origin: origin.to_owned(),
         interface: settings.interface.clone(),
         port_range: settings.port_range,
         connect_timeout: settings.connect_timeout,
         heartbeat_timeout: settings.heartbeat_timeout,
     };
-    Control::start(config).map_err(rendezvous_error)
+    Control::start(config).map_err(|error| {
+        let error = rendezvous_error(error);
+        let is_own = error.culprits().is_empty();
+        if is_own { error.caused_by(vec![detected.rank]) } else { with_hint(error, detected) }
+    })
 }
 
 /// The link of a communicator to the ranks that share no memory with this one.

@@ -1,6 +1,7 @@
 use super::*;
 use crate::control::status::{Status, Waiting};
 use crate::control::tests::call;
+use crate::control::verdict::VerdictKind;
 
 const WORLD: usize = 4;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -249,6 +250,8 @@ fn a_rank_with_blobs_for_some_only_is_named() {
     }
     job.say(3, Message::Blob { round: 0, to: Some(0), blob: Bytes::new() });
     job.wait(CONNECT_TIMEOUT);
+    job.answer(3, 0, false);
+    job.wait(ANSWER_TIMEOUT);
     job.expect(VerdictKind::NotEntered, &[3]);
 }
 
@@ -273,6 +276,8 @@ fn a_rank_that_joins_and_sets_nothing_up_is_named() {
         job.say(rank, blob(0));
     }
     job.wait(CONNECT_TIMEOUT);
+    job.answer(3, 0, false);
+    job.wait(ANSWER_TIMEOUT);
     job.expect(VerdictKind::NotEntered, &[3]);
 }
 
@@ -453,4 +458,95 @@ fn a_coordinator_is_needed_until_all_others_are_gone() {
     assert!(matches!(told[..], [Message::Welcome { .. }, Message::Verdict(_)]), "{told:?}");
     ended.say(2, Message::Joined);
     assert!(!ended.coordinator.is_needed(), "all have been told");
+}
+
+#[test]
+fn of_those_who_do_not_go_on_the_one_that_is_stopped_is_named() {
+    let mut job = Job::new();
+    job.say(0, blob(0));
+    job.wait(CONNECT_TIMEOUT);
+    job.expect_nothing();
+    // Ranks 1 and 3 wait for 2 themselves, to share memory.
+    job.answer(1, 0, false);
+    job.answer(3, 0, false);
+    job.wait(ANSWER_TIMEOUT);
+    job.expect(VerdictKind::Unresponsive, &[2]);
+}
+
+#[test]
+fn who_goes_on_at_the_last_moment_is_not_asked_in_the_next_exchange() {
+    let mut job = Job::new();
+    (0..3).for_each(|rank| job.say(rank, blob(0)));
+    job.wait(CONNECT_TIMEOUT);
+    job.say(3, blob(0));
+    job.say(0, blob(1));
+    job.wait(ANSWER_TIMEOUT);
+    job.expect_nothing();
+    (1..4).for_each(|rank| job.say(rank, blob(1)));
+    job.wait(CONNECT_TIMEOUT);
+    job.expect_nothing();
+}
+
+#[test]
+fn a_rank_whose_time_is_up_ends_the_wait_of_all_by_naming_who_is_missing() {
+    let mut job = Job::empty();
+    for rank in [1, 2] {
+        job.coordinator.connected(rank);
+        job.say(rank, Message::Joined);
+        job.say(rank, blob(0));
+    }
+    job.say(0, blob(0));
+    job.outputs();
+    job.wait(CONNECT_TIMEOUT / 10);
+    // Of an exchange that is over nobody is missing.
+    job.say(1, Message::Missing { round: 7, millis: 3000 });
+    job.expect_nothing();
+    job.say(1, Message::Missing { round: 0, millis: 3000 });
+    assert_eq!(job.coordinator.verdict.as_ref().unwrap().text, "rank 3 did not join within 3 s");
+    job.expect(VerdictKind::Absent, &[3]);
+}
+
+#[test]
+fn what_is_known_of_a_rank_that_does_not_join_is_told() {
+    let mut job = Job::empty();
+    job.say(0, blob(0));
+    let from = "10.0.0.2:5".parse().unwrap();
+    (0..14).for_each(|_| job.coordinator.refused(1, from, "wrong token"));
+    // Its address may be anybody's, and its number somebody's who is there.
+    job.coordinator.refused(0, from, "wrong token");
+    job.coordinator.refused(99, from, "wrong token");
+    job.coordinator.connected(2);
+    job.coordinator.lost(2, "its connection ended");
+    job.outputs();
+    job.wait(CONNECT_TIMEOUT);
+    let text = job.coordinator.verdict.as_ref().unwrap().text.clone();
+    let expected = "ranks 1, 2 and 3 did not join within 30 s\n  rank 1: 10.0.0.2 said it was this \
+                    rank and was refused: wrong token (14 times)\n  rank 2: connected, but did not \
+                    join: its connection ended";
+    assert_eq!(text, expected);
+    job.expect(VerdictKind::Absent, &[1, 2, 3]);
+}
+
+#[test]
+fn who_is_waited_for_is_said_after_a_while_and_ever_more_seldom() {
+    let mut job = Job::empty();
+    job.say(0, blob(0));
+    let start = job.now;
+    let mut due = Vec::new();
+    while job.coordinator.verdict.is_none() {
+        job.now = job.coordinator.deadline().unwrap();
+        due.push((job.now - start).as_secs());
+        job.coordinator.tick(job.now);
+    }
+    assert_eq!(due, [10, 20, 30]);
+}
+
+#[test]
+fn a_rank_that_can_not_join_is_named_at_once() {
+    let mut job = Job::new();
+    job.say(0, blob(0));
+    job.accuse(2, 2, Finding::CannotJoin);
+    let text = job.coordinator.verdict.as_ref().unwrap().text.clone();
+    assert!(text.starts_with("rank 2 can't join: "), "{text}");
+    job.expect(VerdictKind::Failed, &[2]);
 }

@@ -15,6 +15,7 @@ use unisum_link::handshake::{Hello, Purpose};
 use super::{COORDINATOR, ControlThread, encode};
 use crate::control::coordinator::Coordinator;
 use crate::control::dial::{self, Reached};
+use crate::version::BUILD;
 
 /// How long an heir may take to hear that it is one.
 const HEIR_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,6 +44,7 @@ impl ControlThread {
                 world: self.identity.world as u32,
                 session: self.identity.session,
                 job: self.identity.job,
+                build: BUILD,
             };
             let (secret, addresses) = (self.identity.secret.clone(), addresses[heir].clone());
             let (sender, reached) = mpsc::channel();

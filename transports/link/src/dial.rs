@@ -117,17 +117,16 @@ impl<E> Attempts<E> {
         let left = Timespec::try_from(left).ok();
         // Whatever ends it early, the caller looks at the time and comes back.
         let _ = poll(&mut polled, left.as_ref());
-        let has_news: Vec<bool> = polled.iter().map(|it| !it.revents().is_empty()).collect();
-        for at in (0..has_news.len()).filter(|&at| has_news[at]) {
-            let (socket, address) = self.under_way.remove(at);
-            match finish(&socket) {
-                Ok(()) => return Some((socket.into(), address)),
-                Err(error) => self.tried.push((address, Failure::Connect(error))),
+        // One at a time: the others' news is still there next time.
+        let at = polled.iter().position(|it| !it.revents().is_empty())?;
+        let (socket, address) = self.under_way.remove(at);
+        match finish(&socket) {
+            Ok(()) => Some((socket.into(), address)),
+            Err(error) => {
+                self.tried.push((address, Failure::Connect(error)));
+                None
             }
-            // The others have moved up: they are looked at next time.
-            return None;
         }
-        None
     }
 }
 

@@ -5,7 +5,7 @@
 use std::io::{self, Read, Write};
 
 use crate::frame::{HEADER_BYTES, Header};
-use crate::handshake::{HandshakeError, Heard, Hello, Listening, Purpose, Refusal, Secret};
+use crate::handshake::{Build, HandshakeError, Heard, Hello, Listening, Purpose, Refusal, Secret};
 use crate::handshake::{dial, mac};
 use crate::{Call, Dtype, ReduceOp};
 
@@ -145,7 +145,7 @@ fn proof_seeds() -> Vec<Vec<u8>> {
 fn listening_seeds() -> Vec<Vec<u8>> {
     let hello = [DIALER_HEAD, &[1; HELLO_BODY_BYTES]].concat();
     let proof = [&hello[..], &[0; 32]].concat();
-    vec![[&[7], &hello[..]].concat(), [&[84], &proof[..]].concat()]
+    vec![[&[7], &hello[..]].concat(), [&[98], &proof[..]].concat()]
 }
 
 /// Whatever answers, a dialer is never satisfied without the proof, reads no more than the
@@ -159,6 +159,7 @@ fn check_dialing(bytes: &[u8]) {
         world: 2,
         session: [1; 16],
         job: [2; 16],
+        build: Build::default(),
     };
     let mut stream = Answers(bytes);
     match dial(&mut stream, &hello, &secret()) {
@@ -220,9 +221,9 @@ fn secret() -> Secret {
 const EDITS_MAX: usize = 16;
 const NONCE: [u8; 32] = [5; 32];
 /// What a hello begins with: magic and version.
-const DIALER_HEAD: &[u8] = b"usmH\x01\x00";
+const DIALER_HEAD: &[u8] = b"usmH\x03\x00";
 const HELLO_BODY_BYTES: usize = HELLO_BYTES - DIALER_HEAD.len();
-const HELLO_BYTES: usize = 84;
+const HELLO_BYTES: usize = 98;
 const LISTENER: &[u8] = b"usmL";
 /// A challenge or an acceptance.
 const ANSWER_BYTES: usize = 37;

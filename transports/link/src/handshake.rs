@@ -1,7 +1,7 @@
 //! The mutual proof of the job token that opens every connection.
 //!
 //! ```text
-//! dialer    Hello      "usmH" version purpose socket from to world session job nonce   (84 bytes)
+//! dialer    Hello      "usmH" version purpose socket from to world session job build nonce (98)
 //! listener  Challenge  "usmL" 1 nonce                                                  (37)
 //! dialer    Proof      mac("dialer", hello, nonce)                                     (32)
 //! listener  Accepted   "usmL" 2 mac("listener", hello, nonce)                          (37)
@@ -25,14 +25,17 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 
 /// Bytes of an encoded hello.
-const HELLO_BYTES: usize = 84;
+const HELLO_BYTES: usize = 84 + BUILD_BYTES;
+/// Bytes of a build in it.
+const BUILD_BYTES: usize = 14;
 /// Bytes of an answer's head: magic and kind.
 const HEAD_BYTES: usize = 5;
 /// Most bytes of a refusal's text.
 const REASON_BYTES_MAX: usize = 200;
 const NONCE_BYTES: usize = 32;
 const MAC_BYTES: usize = 32;
-const VERSION: u16 = 2;
+/// Of the bytes of the handshake itself; what comes after it is told apart by [`Build`].
+const VERSION: u16 = 3;
 const DIALER: &[u8; 4] = b"usmH";
 const LISTENER: &[u8; 4] = b"usmL";
 const CHALLENGE: u8 = 1;
@@ -125,6 +128,25 @@ pub struct Hello {
     pub session: [u8; 16],
     /// [`job_hash`] of the job's name.
     pub job: [u8; 16],
+    /// What the dialer runs; none on a data connection, whose session says that it is the same.
+    pub build: Build,
+}
+
+/// Which unisum a process runs. Plans, cards and messages are made for one build: another may
+/// differ in any of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Build {
+    /// Major, minor and patch.
+    pub version: [u16; 3],
+    /// Fingerprint of the sources.
+    pub sources: u64,
+}
+
+impl fmt::Display for Build {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { version: [major, minor, patch], sources } = self;
+        write!(f, "{major}.{minor}.{patch} (sources {sources:016x})")
+    }
 }
 
 impl Hello {
@@ -140,6 +162,8 @@ impl Hello {
         to.put_u32_le(self.world);
         to.put_slice(&self.session);
         to.put_slice(&self.job);
+        self.build.version.iter().for_each(|part| to.put_u16_le(*part));
+        to.put_u64_le(self.build.sources);
         to.put_slice(nonce);
         encoded
     }
@@ -158,7 +182,9 @@ impl Hello {
         let (mut session, mut job) = ([0; 16], [0; 16]);
         from.copy_to_slice(&mut session);
         from.copy_to_slice(&mut job);
-        Ok(Self { purpose, socket, from: rank, to, world, session, job })
+        let version = [(); 3].map(|()| from.get_u16_le());
+        let build = Build { version, sources: from.get_u64_le() };
+        Ok(Self { purpose, socket, from: rank, to, world, session, job, build })
     }
 }
 
@@ -184,6 +210,18 @@ pub enum Refusal {
     /// The dialer belongs to another job.
     #[error("another job")]
     Job,
+    /// The dialer runs another build of unisum, which may differ in its plans or messages.
+    #[error("rank {from} runs unisum {theirs}, rank {to} runs {ours}: all need the same build")]
+    Build {
+        /// The dialer's rank.
+        from: u32,
+        /// The listener's.
+        to: u32,
+        /// What the dialer runs.
+        theirs: Build,
+        /// What the listener runs.
+        ours: Build,
+    },
     /// The dialer's world has another size.
     #[error("world of {theirs}, but this job's is {ours}")]
     World {

@@ -77,7 +77,7 @@ struct Pending {
     next: Instant,
 }
 
-/// Said where no address gave any answer.
+/// Said where an address gave no answer.
 const FIREWALL: &str = ": is there a firewall between the two? UNISUM_PORT_RANGE says on which \
                         ports ranks listen";
 
@@ -248,8 +248,8 @@ impl Pending {
             1 => String::new(),
             attempts => format!(" and {attempts} attempts, the last one"),
         };
-        let all_silent = unreached.tried.iter().all(|(_, failure)| is_silence(failure));
-        let hint = if all_silent { FIREWALL } else { "" };
+        let is_silent = unreached.tried.iter().any(|(_, failure)| is_silence(failure));
+        let hint = if is_silent { FIREWALL } else { "" };
         let why = format!("connecting failed after {seconds:.1} s{attempts}: {unreached}{hint}");
         LinkError { peer, kind: LinkErrorKind::Unreachable(why) }
     }

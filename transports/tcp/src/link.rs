@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use socket2::{SockRef, TcpKeepalive};
-use unisum_link::handshake::{Hello, Purpose, Secret};
+use unisum_link::handshake::{Build, Hello, Purpose, Secret};
 use unisum_link::{
     Call, Group, Landing, Link, LinkError, Patience, Rank, Region, Regions, Ticket, Wake,
 };
@@ -137,6 +137,7 @@ impl TcpLink {
                 world: routes.len() as u32,
                 session: self.config.session,
                 job: self.config.job,
+                build: Build::default(),
             };
             self.inbox.dial(Dial {
                 route: routes[peer].clone(),

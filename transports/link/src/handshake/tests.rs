@@ -10,6 +10,7 @@ const HELLO: Hello = Hello {
     world: 4,
     session: [7; 16],
     job: [9; 16],
+    build: Build { version: [1, 2, 3], sources: 0x0807_0605_0403_0201 },
 };
 
 /// Plays the listener to a [`dial`]: each write is fed, each answer is there to be read.
@@ -147,6 +148,22 @@ fn another_version_is_named_and_a_stranger_gets_no_answer() {
     assert_eq!(heard, Heard::Refused(Refusal::Garbage, Vec::new()));
 }
 
+/// Who changes these bytes moves `VERSION`, too: a listener looks at it before all else.
+#[test]
+fn the_bytes_of_this_version_are_these() {
+    let build = [1, 0, 2, 0, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    let numbers = [1, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0];
+    let parts: [&[u8]; 8] =
+        [b"usmH", &[3, 0], &[2, 3], &numbers, &[7; 16], &[9; 16], &build, &[5; 32]];
+    assert_eq!(HELLO.encode(&[5; 32])[..], parts.concat());
+    assert_eq!((DIALER, CHALLENGE, ACCEPTED, REFUSED, LATER), (b"usmH", 1, 2, 3, 4));
+    assert_eq!(answer(CHALLENGE, &[6; 32]), [&b"usmL\x01"[..], &[6; 32]].concat());
+    assert_eq!(Refusal::Job.encode(), b"usmL\x03\x0banother job");
+    let proof = mac(&Secret::new(b"token"), "dialer", &[b"hello", b"nonce"]);
+    assert_eq!(job_hash("job")[..4], [94, 140, 153, 2]);
+    assert_eq!(proof[..4], [67, 4, 22, 9]);
+}
+
 #[test]
 fn a_recorded_proof_is_worth_nothing_later() {
     let mut wire = Wire::new("token", [1; 32], &|_, _| {});
@@ -175,12 +192,14 @@ fn parts_do_not_run_into_each_other() {
 
 #[test]
 fn every_refusal_fits_its_message() {
+    let largest = Build { version: [u16::MAX; 3], sources: u64::MAX };
     let all = [
         Refusal::Token,
         Refusal::Version { theirs: u16::MAX },
         Refusal::World { theirs: u32::MAX, ours: u32::MAX },
         Refusal::Rank { from: u32::MAX, to: u32::MAX },
         Refusal::RankTaken(u32::MAX),
+        Refusal::Build { from: u32::MAX, to: u32::MAX, theirs: largest, ours: largest },
     ];
     for refusal in all {
         assert!(refusal.to_string().len() <= REASON_BYTES_MAX, "{refusal}");
@@ -237,9 +256,12 @@ proptest! {
 
     #[test]
     fn hellos_survive_the_wire(
-        from: u32, to: u32, world: u32, socket: u8, session: [u8; 16], job: [u8; 16]
+        from: u32, to: u32, world: u32, socket: u8, session: [u8; 16], job: [u8; 16],
+        version: [u16; 3], sources: u64
     ) {
-        let hello = Hello { purpose: Purpose::Control, socket, from, to, world, session, job };
+        let build = Build { version, sources };
+        let purpose = Purpose::Control;
+        let hello = Hello { purpose, socket, from, to, world, session, job, build };
         prop_assert_eq!(Hello::decode(&hello.encode(&[0; 32])), Ok(hello));
     }
 }

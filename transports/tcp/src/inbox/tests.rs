@@ -1,7 +1,7 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
-use unisum_link::handshake::{Heard, Listening, Purpose, Refusal, random};
+use unisum_link::handshake::{Build, Heard, Listening, Purpose, Refusal, random};
 
 use super::*;
 
@@ -25,7 +25,8 @@ fn inbox() -> Arc<Inbox> {
 
 fn dial(address: SocketAddr, to: u32, timeout: Duration) -> Dial {
     let (purpose, session, job) = (Purpose::Data, [1; 16], [2; 16]);
-    let hello = Hello { purpose, socket: 0, from: 9, to, world: 10, session, job };
+    let build = Build::default();
+    let hello = Hello { purpose, socket: 0, from: 9, to, world: 10, session, job, build };
     let own = Arc::new(Route::from(SocketAddr::from(([127, 0, 0, 1], 1))));
     Dial { route: Arc::new(address.into()), own, hello, secret: secret(), timeout }
 }

@@ -1,0 +1,112 @@
+//! Starts that fail: who is missing, and why, is told by all ranks, at once where it is known.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+mod support;
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use support::{Ended, World, tell};
+use unisum::Communicator;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[("join", join)]);
+}
+
+fn join() {
+    let started = Instant::now();
+    let error = Communicator::from_environment().unwrap_err();
+    let text = error.to_string().replace('\n', " | ");
+    tell(format!("{:?} after {} s: {text}", error.culprits(), started.elapsed().as_secs()));
+}
+
+/// A world on this host that meets at a port that nobody has yet.
+fn world(ranks: usize) -> World {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    World::new(ranks, "join").set("UNISUM_RENDEZVOUS", format!("tcp://127.0.0.1:{port}"))
+}
+
+#[track_caller]
+fn check(ended: &[Ended], culprits: &str, texts: &[&str]) {
+    for rank in ended {
+        let [told] = &rank.told[..] else { panic!("{ended:#?}") };
+        assert!(told.starts_with(culprits), "{ended:#?}");
+        assert!(texts.iter().all(|text| told.contains(text)), "{ended:#?}");
+    }
+}
+
+#[test]
+fn the_rank_that_never_comes_is_named_by_all_and_by_the_log_before() {
+    let ended = world(4).set("UNISUM_CONNECT_TIMEOUT", 12).start_ranks(&[0, 1, 2]).wait(LIMIT);
+    check(&ended, "[3]", &["rank 3 did not join within 12 s"]);
+    assert!(ended[0].log.contains("waiting for rank 3 of 4 (10 s)"), "{}", ended[0].log);
+}
+
+#[test]
+fn of_timeouts_that_differ_the_shortest_ends_the_wait_of_all() {
+    let world = world(4);
+    for impatient in 0..3 {
+        let patient: Vec<usize> = (0..3).filter(|&rank| rank != impatient).collect();
+        let mut running = world.start_ranks(&patient);
+        running.add(&world.clone().set("UNISUM_CONNECT_TIMEOUT", 3), impatient);
+        check(&running.wait(Duration::from_secs(30)), "[3]", &["rank 3 did not join within 3 s"]);
+    }
+}
+
+#[test]
+fn a_rank_that_can_not_listen_is_named_by_all_with_the_reason() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let world = world(3);
+    let mut running = world.start_ranks(&[0, 1]);
+    running.add(&world.set("UNISUM_PORT_RANGE", port), 2);
+    let ended = running.wait(LIMIT);
+    check(&ended, "[2] after ", &["ports", &port.to_string(), "in use"]);
+}
+
+#[test]
+fn a_rank_with_another_setting_or_an_unknown_one_is_named_by_all() {
+    for (name, value, texts) in [
+        ("UNISUM_WINDOW", "3", ["UNISUM_WINDOW=3", "rank 1"]),
+        ("UNISUM_ALGORITHM", "fastest", ["fastest", "rank 1"]),
+    ] {
+        let world = world(3);
+        let mut running = world.start_ranks(&[0, 2]);
+        running.add(&world.clone().set(name, value), 1);
+        let ended = running.wait(LIMIT);
+        // The one itself may say so without its own name.
+        check(&ended[..2], "[1]", &texts);
+        check(&ended[2..], "", &texts[..1]);
+    }
+}
+
+#[test]
+fn a_wrong_token_is_told_on_both_sides_with_where_it_is_from() {
+    let world = world(2).set("UNISUM_CONNECT_TIMEOUT", 8);
+    let mut running = world.start_ranks(&[0]);
+    running.add(&world.set("UNISUM_TOKEN", "quite another token, long enough"), 1);
+    let ended = running.wait(LIMIT);
+    check(
+        &ended[..1],
+        "[1]",
+        &["127.0.0.1 said it was this rank", "wrong token (rank 0's is from"],
+    );
+    check(&ended[1..], "[0]", &["times 127.0.0.1:", "wrong token", "is from UNISUM_TOKEN"]);
+}
+
+/// As `(UNISUM_RANK=0 ./program) & (UNISUM_RANK=1 ./program)`.
+#[test]
+fn ranks_that_different_processes_start_are_told_how_to_meet() {
+    let subshell = |rank: usize| {
+        let run = format!("UNISUM_RANK={rank} \"$@\"; exit $?");
+        let words = ["env", "-u", "UNISUM_RANK", "-u", "UNISUM_RENDEZVOUS", "sh", "-c", &run, "sh"];
+        words.map(str::to_owned).to_vec()
+    };
+    let world = World::new(2, "join").set("UNISUM_LOCAL_SIZE", 2).through(subshell);
+    let ended = world.set("UNISUM_CONNECT_TIMEOUT", 3).run(LIMIT);
+    check(&ended, "", &["set UNISUM_JOB"]);
+}
