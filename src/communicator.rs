@@ -19,8 +19,8 @@ use crate::{Builder, Error, ErrorKind};
 ///
 /// All ranks call the same collectives in the same order. Calls may come from several threads;
 /// they then run one after another, and it is the program's business that the order is the same
-/// on all ranks. Dropping a communicator leaves the job; asynchronous collectives under way end
-/// first.
+/// on all ranks. Dropping a communicator leaves the job; it blocks until asynchronous collectives
+/// under way have ended.
 ///
 /// After an error the communicator is aborted on every rank: make a new one, or end.
 #[derive(Debug)]

@@ -37,7 +37,7 @@ pub enum ErrorKind {
     Rendezvous,
     /// A rank's process ended, or its host or network went away.
     RankLost,
-    /// The deadline passed: a rank is stopped, too late, or never called.
+    /// The deadline passed: a rank is stopped, too late, too slow, or never called.
     Timeout,
     /// Ranks called different collectives, or the same with different arguments.
     Mismatch,
@@ -126,3 +126,21 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rank_is_named_once_before_what_was_found_there() {
+        let found = |rank: Rank| {
+            let text = format!("rank {rank}: the buffer has 3 elements");
+            Error::new(ErrorKind::Mismatch, text).on(1)
+        };
+        assert_eq!(found(1).to_string(), "rank 1: the buffer has 3 elements");
+        assert_eq!(found(0).to_string(), "rank 1: rank 0: the buffer has 3 elements");
+        assert_eq!(found(11).to_string(), "rank 1: rank 11: the buffer has 3 elements");
+        let again = Error::new(ErrorKind::RankLost, "rank 0 died").on(1).repeated().to_string();
+        assert_eq!(again.matches("rank 1: ").count(), 1, "{again}");
+    }
+}

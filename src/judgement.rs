@@ -107,3 +107,22 @@ pub(crate) fn from_verdict(verdict: &Verdict) -> Error {
     };
     Error::new(kind, verdict.text.clone()).caused_by(verdict.culprits.clone())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_lives_and_is_late_is_not_lost() {
+        let kind = |kind| {
+            let culprits = vec![2];
+            from_verdict(&Verdict { kind, culprits, text: String::new() }).kind()
+        };
+        for late in [VerdictKind::Behind, VerdictKind::NotEntered, VerdictKind::Unresponsive] {
+            assert_eq!(kind(late), ErrorKind::Timeout, "{late:?}");
+        }
+        for lost in [VerdictKind::Died, VerdictKind::Left, VerdictKind::LinkFailed] {
+            assert_eq!(kind(lost), ErrorKind::RankLost, "{lost:?}");
+        }
+    }
+}
