@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use unisum_algorithms::{
-    Algorithm, Collective, CostModel, PairCounts, Shape, Space, Topology, algorithms, cost,
+    Algorithm, Collective, CostModel, LinkCost, PairCounts, Shape, Space, Topology, algorithms,
+    cost,
 };
 
 use crate::programs::Key;
@@ -18,6 +19,8 @@ use crate::{Error, ErrorKind};
 pub(crate) struct Choice {
     topology: Topology,
     model: CostModel,
+    /// The same where every link between nodes is like the slowest.
+    worst: CostModel,
     /// The figures of the shared memory that spans the whole world, if one does.
     node: Option<NodeCost>,
     /// An index into the names of all algorithms, or [`AUTO`].
@@ -35,6 +38,14 @@ type ByKind<T> = Vec<[T; CLASSES]>;
 
 /// Modelled seconds and the numbers of the algorithms.
 type Ranking = Vec<(f64, usize)>;
+
+/// An algorithm that may be tried.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Candidate {
+    pub(crate) algorithm: usize,
+    /// How many times as long as the first it may take, by the model: also over the slowest link.
+    pub(crate) times: f32,
+}
 
 /// What collectives of group steps cost in a node's shared memory, as measured there.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -97,16 +108,20 @@ pub(crate) fn index_of(name: &str) -> Result<usize, Error> {
 }
 
 impl Choice {
+    /// Of ranks that are `topology`, with links like `model`'s; `slowest` is the slowest of those
+    /// between nodes.
     pub(crate) fn new(
         topology: Topology,
         model: CostModel,
+        slowest: LinkCost,
         node: Option<NodeCost>,
         fixed: Option<usize>,
     ) -> Self {
+        let worst = CostModel { across: slowest, ..model };
         let fixed = AtomicUsize::new(fixed.unwrap_or(AUTO));
         let ranked = (0..KINDS).map(|_| [const { OnceLock::new() }; CLASSES]).collect();
         let settled = (0..KINDS).map(|_| [const { OnceLock::new() }; CLASSES]).collect();
-        Self { topology, model, node, fixed, ranked, settled }
+        Self { topology, model, worst, node, fixed, ranked, settled }
     }
 
     /// The choice of a group of these ranks: by the same figures, with `shares_memory` if all of
@@ -114,7 +129,7 @@ impl Choice {
     pub(crate) fn for_group(&self, topology: Topology, shares_memory: bool) -> Self {
         let node = self.node.filter(|_| shares_memory);
         let fixed = Some(self.fixed()).filter(|&fixed| fixed != AUTO);
-        Self::new(topology, self.model, node, fixed)
+        Self::new(topology, self.model, self.worst.across, node, fixed)
     }
 
     pub(crate) const fn topology(&self) -> &Topology {
@@ -155,7 +170,7 @@ impl Choice {
     /// The algorithms to try out before the first call of this kind and size, the modelled best
     /// first; `None` if it is settled, or fixed, or nothing that trying could change. All ranks get
     /// the same answer.
-    pub(crate) fn open(&self, shape: &Shape, key: &Key) -> Option<Vec<usize>> {
+    pub(crate) fn open(&self, shape: &Shape, key: &Key) -> Option<Vec<Candidate>> {
         // Each rank knows lengths of its own: it can't tell what the others' calls take.
         let is_known = !matches!(shape.space, Space::Pairs(PairCounts::Own { .. }));
         let (collective, class) = (shape.collective, class_of(shape, key));
@@ -179,7 +194,14 @@ impl Choice {
         while timed.iter().map(|(seconds, _)| seconds).sum::<f64>() > ROUND_S_MAX {
             timed.pop();
         }
-        (timed.len() > 1).then(|| timed.into_iter().map(|(_, index)| index).collect())
+        let (best_s, best) = *timed.first()?;
+        let worst = |index| self.worst_seconds(collective, index, typical_bytes(class));
+        let worst_s = worst(best);
+        let candidate = |(seconds, algorithm): (f64, usize)| {
+            let times = (seconds / best_s).max(worst(algorithm) / worst_s) as f32;
+            Candidate { algorithm, times }
+        };
+        (timed.len() > 1).then(|| timed.into_iter().map(candidate).collect())
     }
 
     /// Fixes what all later calls of this kind and size take.
@@ -211,14 +233,29 @@ impl Choice {
     /// The modelled time; infinite for a plan that can't be costed. Where all ranks share memory
     /// only group steps count: nothing else moves as few bytes and wakes as few ranks.
     fn seconds(&self, collective: Collective, index: usize, bytes: usize) -> f64 {
+        self.seconds_by(&self.model, collective, index, bytes)
+    }
+
+    /// Likewise, over the slowest of the links.
+    fn worst_seconds(&self, collective: Collective, index: usize, bytes: usize) -> f64 {
+        self.seconds_by(&self.worst, collective, index, bytes)
+    }
+
+    fn seconds_by(
+        &self,
+        model: &CostModel,
+        collective: Collective,
+        index: usize,
+        bytes: usize,
+    ) -> f64 {
         let algorithm = algorithms(collective)[index];
         if let Some(node) = &self.node {
             return node.seconds(collective, algorithm, bytes).unwrap_or(f64::INFINITY);
         }
-        let count = (bytes / self.model.bytes_per_element).max(1);
+        let count = (bytes / model.bytes_per_element).max(1);
         let shape = typical_shape(self.topology.clone(), collective, count);
         match algorithm.supports(&shape) {
-            true => cost(algorithm, &shape, &self.model).unwrap_or(f64::INFINITY),
+            true => cost(algorithm, &shape, model).unwrap_or(f64::INFINITY),
             false => f64::INFINITY,
         }
     }
@@ -317,6 +354,11 @@ impl fmt::Display for Choice {
 mod tests {
     use super::*;
 
+    fn choice(node: Option<NodeCost>) -> Choice {
+        let model = CostModel::default();
+        Choice::new(Topology::flat(8), model, model.across, node, None)
+    }
+
     #[test]
     fn size_classes_end_at_powers_of_two() {
         assert_eq!([0, 1, 2, 3, 4, 5, 8, 9, 1 << 20].map(class), [0, 0, 1, 2, 2, 3, 3, 4, 20]);
@@ -331,11 +373,13 @@ mod tests {
 
     #[test]
     fn what_was_tried_out_is_settled_for_its_size_and_open_for_others() {
-        let choice = Choice::new(Topology::flat(8), CostModel::default(), None, None);
+        let choice = choice(None);
         let (shape, key) = (Shape::flat(8, 1000), Key::all_reduce(1000, 4));
         let candidates = choice.open(&shape, &key).unwrap();
-        assert_eq!(candidates[0], choice.algorithm(&shape, &key), "the modelled best");
-        let other = candidates[1];
+        let Candidate { algorithm, times } = candidates[0];
+        assert_eq!((algorithm, times), (choice.algorithm(&shape, &key), 1.0), "the modelled best");
+        let Candidate { algorithm: other, times } = candidates[1];
+        assert!((1.0..=NEAR as f32).contains(&times), "{times}");
         choice.settle(&shape, &key, other);
         assert_eq!(choice.open(&shape, &key), None);
         let (same, longer) = (Shape::flat(8, 1024), Shape::flat(8, 1025));
@@ -347,7 +391,7 @@ mod tests {
 
     #[test]
     fn nothing_is_tried_that_takes_long() {
-        let choice = Choice::new(Topology::flat(8), CostModel::default(), None, None);
+        let choice = choice(None);
         let count = 64 << 20;
         assert_eq!(choice.open(&Shape::flat(8, count), &Key::all_reduce(count, 4)), None);
     }
@@ -357,7 +401,7 @@ mod tests {
         let one_shot = Line::through((8, 5e-6), (8 << 10, 8e-6));
         let two_shot = Line::through((4 << 10, 10e-6), (256 << 10, 30e-6));
         let node = NodeCost { one_shot, two_shot, slot_bytes: 16 << 10 };
-        let choice = Choice::new(Topology::flat(8), CostModel::default(), Some(node), None);
+        let choice = choice(Some(node));
         let name = |count| {
             let shape = Shape::flat(8, count);
             let key = Key::all_reduce(count, 4);

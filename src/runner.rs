@@ -66,11 +66,21 @@ pub(crate) enum Failure {
     Deadline,
 }
 
-/// What is known of a collective's waiting.
+/// What is known of a call's waiting, in the trial before it as well.
 #[derive(Debug, Default)]
-struct Wait {
+pub(crate) struct Wait {
+    /// When the call first had to: its deadline counts from there.
+    first: Option<Instant>,
+    /// When the collective that is under way had to.
     since: Option<Instant>,
     asked: bool,
+}
+
+impl Wait {
+    /// Another collective begins, for the same call.
+    fn again(&mut self) {
+        *self = Self { first: self.first, ..Self::default() };
+    }
 }
 
 /// How long a rank waits before it asks whether all ranks are in the same call.
@@ -134,11 +144,21 @@ impl Runner {
     pub(crate) fn run(&self, state: &mut State, request: &Request) -> Result<Outcome, Error> {
         self.enter(state)?;
         let call = self.next_call(state, request);
-        let result = match self.ready(state, request, call) {
-            Ok(ready) => {
-                self.membership.status().discount(state.next_number - call.number);
+        let mut wait = Wait::default();
+        let result = match self.ready(state, request, call, &mut wait) {
+            Ok((ready, made)) => {
+                // Of the collectives that tried algorithms one may have been the call.
+                let tried = state.next_number - call.number - u64::from(made.is_some());
+                self.membership.status().discount(tried);
                 let State { engine, next_number, last, .. } = state;
-                self.make(last.insert(ready), next_number, engine, &request.regions)
+                let ready = last.insert(ready);
+                match made {
+                    Some(outcome) => {
+                        self.membership.status().end();
+                        Ok(outcome)
+                    }
+                    None => self.make(ready, next_number, engine, &request.regions, &mut wait),
+                }
             }
             Err(failure) => self.end(&mut state.engine, call, Err(failure)),
         };
@@ -159,7 +179,7 @@ impl Runner {
         self.enter(state)?;
         let State { engine, next_number, last, .. } = state;
         let ready = last.as_ref().expect("it was looked at in the same turn");
-        let result = self.make(ready, next_number, engine, regions);
+        let result = self.make(ready, next_number, engine, regions, &mut Wait::default());
         state.inside = false;
         result
     }
@@ -230,22 +250,33 @@ impl Runner {
         }
     }
 
-    /// Gets all ready that a call needs: an algorithm, and its program.
-    fn ready(&self, state: &mut State, request: &Request, call: Call) -> Result<Ready, Failure> {
+    /// Gets all ready that a call needs: an algorithm, and its program. With the outcome if trying
+    /// algorithms made the call.
+    fn ready(
+        &self,
+        state: &mut State,
+        request: &Request,
+        call: Call,
+        wait: &mut Wait,
+    ) -> Result<(Ready, Option<Outcome>), Failure> {
         let State { engine, programs, next_number, .. } = state;
+        let mut made = None;
         // Read first: if another is fixed meanwhile, the call is not taken for one by that.
         let fixed = self.choice.fixed();
         let compiled =
             programs.program(&request.key, &self.choice, engine, |programs, engine| {
-                self.try_out(engine, programs, request, call, next_number)
+                let tried = self.try_out(engine, programs, request, call, (next_number, wait))?;
+                made = tried.and_then(|tried| tried.made);
+                Ok::<_, Failure>(tried.is_some())
             })?;
-        Ok(Ready {
+        let ready = Ready {
             known: request.known.clone(),
             fixed,
             call: Call { algorithm: compiled.algorithm as u16, ..call },
             fold: self.fold(request),
             program: compiled.program.clone(),
-        })
+        };
+        Ok((ready, made))
     }
 
     fn make(
@@ -254,12 +285,13 @@ impl Runner {
         next_number: &mut u64,
         engine: &mut Engine,
         regions: &Regions,
+        wait: &mut Wait,
     ) -> Result<Outcome, Error> {
         let call = Call { number: *next_number, ..ready.call };
         *next_number += 1;
         self.membership.status().begin(&call);
         engine.start(&call, ready.fold, regions, &ready.program);
-        let result = self.drive(engine, &call);
+        let result = self.drive(engine, &call, wait);
         self.end(engine, call, result)
     }
 
@@ -286,7 +318,13 @@ impl Runner {
         Fold { divide_by, ..*fold }
     }
 
-    pub(crate) fn drive(&self, engine: &mut Engine, call: &Call) -> Result<(), Failure> {
+    /// Runs what the engine began, for `call`, whose waiting so far is `wait`.
+    pub(crate) fn drive(
+        &self,
+        engine: &mut Engine,
+        call: &Call,
+        wait: &mut Wait,
+    ) -> Result<(), Failure> {
         // Nothing may be missing here of a call that has failed on all others by now.
         if self.membership.is_over()
             && let Some(verdict) = self.membership.verdict()
@@ -294,7 +332,7 @@ impl Runner {
             return Err(Failure::Verdict(verdict));
         }
         let mut backoff = Backoff::new();
-        let mut wait = Wait::default();
+        wait.again();
         loop {
             let advance = engine.advance().map_err(Failure::Link)?;
             if advance == Advance::Done {
@@ -316,20 +354,26 @@ impl Runner {
                 Pause::Again => {}
                 Pause::Yielded => engine.yielded(),
                 Pause::Park => {
-                    self.park(engine, call, &mut wait)?;
+                    self.park(engine, call, wait)?;
                     backoff.reset();
                 }
             }
         }
     }
 
-    /// Sleeps for a while. The deadline counts from the first time a collective has to. Who has
+    /// What is left until the deadline of a call that has waited like this.
+    pub(crate) fn left(&self, wait: &Wait) -> Duration {
+        let waited = wait.first.map_or(Duration::ZERO, |first| first.elapsed());
+        self.timeout.saturating_sub(waited)
+    }
+
+    /// Sleeps for a while. The deadline counts from the first time a call has to. Who has
     /// waited for some seconds asks, once, whether all ranks are in the same call: calls that
     /// differ may take different ways and then never meet.
     fn park(&self, engine: &mut Engine, call: &Call, wait: &mut Wait) -> Result<(), Failure> {
         let now = Instant::now();
         let since = *wait.since.get_or_insert(now);
-        let deadline = since + self.timeout;
+        let deadline = *wait.first.get_or_insert(now) + self.timeout;
         if now >= deadline {
             return Err(Failure::Deadline);
         }

@@ -20,6 +20,8 @@ fn rank_process() {
         ("sums", sums),
         ("lose_a_host", lose_a_host),
         ("describe", describe),
+        ("first_calls", first_calls),
+        ("too_slow", too_slow),
         ("sequence", sequence::run_sequence),
     ]);
 }
@@ -109,6 +111,51 @@ fn describe() {
     let communicator = Communicator::from_environment().unwrap();
     communicator.describe().lines().filter(|line| line.contains("nodes")).for_each(tell);
     communicator.describe().lines().filter(|line| line.starts_with("slowest")).for_each(tell);
+}
+
+/// Over 10 Mbit/s to one of four hosts, where trying every algorithm would take minutes: one call in
+/// which some may be tried, and one that takes longer than trying may.
+#[test]
+fn a_first_call_over_a_slow_link_takes_a_second_more_than_a_call() {
+    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(hosts) = Hosts::new(4) else { return };
+    let shape = "root tbf rate 10mbit burst 64kb latency 2s";
+    sh(&format!("ip netns exec {} tc qdisc add dev port3 {shape}", namespace(hosts.0))).unwrap();
+    let world = |scenario| world(4, scenario, "tcp://10.77.0.1:7001").through(inside);
+    for told in world("first_calls").set("UNISUM_TIMEOUT", 8).succeed(LIMIT) {
+        for line in told {
+            let seconds: Vec<f64> = line.split(' ').map(|word| word.parse().unwrap()).collect();
+            let call = seconds[1].max(seconds[2]);
+            assert!(seconds[0] < 1.2 * call + 1.0, "{seconds:?}");
+        }
+    }
+    for ended in world("too_slow").set("UNISUM_TIMEOUT", 2).run(LIMIT) {
+        // The deadline, and until all know what it means.
+        assert!(ended.told[0].parse::<f64>().unwrap() < 10.0, "{ended:?}");
+    }
+}
+
+fn first_calls() {
+    let communicator = Communicator::from_environment().unwrap();
+    let rank = communicator.rank() as f32;
+    for count in [16_000, 400_000] {
+        let seconds = [0, 1, 2].map(|_| {
+            let mut data = vec![rank; count];
+            let begun = Instant::now();
+            communicator.all_reduce(&mut data, ReduceOp::Sum).unwrap();
+            let seconds = begun.elapsed().as_secs_f64();
+            assert!(data.iter().all(|&it| it == 6.0), "{count}");
+            seconds
+        });
+        tell(format!("{} {} {}", seconds[0], seconds[1], seconds[2]));
+    }
+}
+
+fn too_slow() {
+    let communicator = Communicator::from_environment().unwrap();
+    let begun = Instant::now();
+    communicator.all_reduce(&mut vec![1_f32; 2_000_000], ReduceOp::Sum).unwrap_err();
+    tell(begun.elapsed().as_secs_f64());
 }
 
 #[test]

@@ -144,7 +144,7 @@ fn unsafe_code_stays_where_it_is_allowed() {
         "src/local.rs",
         "src/memory.rs",
         "src/messenger/",
-        "src/trial.rs",
+        "src/trial/mod.rs",
         "src/turns.rs",
         "src/wiring/calibrate.rs",
         "src/wiring/costs.rs",

@@ -290,7 +290,8 @@ impl Costs {
             group_steps: self.has_groups,
             ..CostModel::default()
         };
-        Choice::new(topology, model, node, fixed)
+        let slowest = self.nodes.map_or(model.across, |nodes| nodes.slowest.cost);
+        Choice::new(topology, model, slowest, node, fixed)
     }
 
     /// Says so where one link between nodes is much slower than most.
