@@ -65,6 +65,20 @@ impl Builder {
         self.set("UNISUM_ALGORITHM", name)
     }
 
+    /// Whether algorithms are chosen by the model alone, from figures that do not come from clocks:
+    /// so the same program with the same worlds, placement and sizes gives the same bits on any
+    /// machines. It is slower where the model is wrong (`UNISUM_REPRODUCIBLE`).
+    pub fn reproducible(self, reproducible: bool) -> Self {
+        self.set("UNISUM_REPRODUCIBLE", u8::from(reproducible))
+    }
+
+    /// A file that keeps what was measured at the start and tried by first calls, so that the next
+    /// run of the same job on the same hosts begins with it and gives the same bits. Rank 0 reads
+    /// it, tells all ranks, and writes it; all ranks name one (`UNISUM_TUNING`).
+    pub fn tuning(self, file: &str) -> Self {
+        self.set("UNISUM_TUNING", file)
+    }
+
     /// Which ports this rank may listen on: `LOW-HIGH` or one (`UNISUM_PORT_RANGE`).
     pub fn port_range(self, ports: &str) -> Self {
         self.set("UNISUM_PORT_RANGE", ports)

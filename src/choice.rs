@@ -2,15 +2,17 @@
 //! the first call of its size tried some, or as the user fixed.
 
 use std::fmt;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use unisum_algorithms::{
     Algorithm, Collective, CostModel, LinkCost, PairCounts, Shape, Space, Topology, algorithms,
     cost,
 };
+use unisum_link::Rank;
 
 use crate::programs::Key;
+use crate::tunings::{Settled, Tunings, Which};
 use crate::{Error, ErrorKind};
 
 /// The choice of one communicator, the same on all its ranks: it follows from the topology and
@@ -30,6 +32,10 @@ pub(crate) struct Choice {
     ranked: ByKind<OnceLock<Ranking>>,
     /// Likewise, what was found by trying it; filled by the first call.
     settled: ByKind<OnceLock<usize>>,
+    /// Whether anything may be tried.
+    tries: bool,
+    /// Where what is settled is kept for later runs.
+    keeps: Option<(Arc<Tunings>, Which)>,
 }
 
 /// By kind and size class; not in place, for all of it moves with its owner over stacks that may be
@@ -121,15 +127,41 @@ impl Choice {
         let fixed = AtomicUsize::new(fixed.unwrap_or(AUTO));
         let ranked = (0..KINDS).map(|_| [const { OnceLock::new() }; CLASSES]).collect();
         let settled = (0..KINDS).map(|_| [const { OnceLock::new() }; CLASSES]).collect();
-        Self { topology, model, worst, node, fixed, ranked, settled }
+        let (tries, keeps) = (true, None);
+        Self { topology, model, worst, node, fixed, ranked, settled, tries, keeps }
     }
 
-    /// The choice of a group of these ranks: by the same figures, with `shares_memory` if all of
-    /// the group's ranks share memory.
-    pub(crate) fn for_group(&self, topology: Topology, shares_memory: bool) -> Self {
+    /// The same, by the model alone: nothing is tried.
+    pub(crate) fn by_model_alone(self) -> Self {
+        Self { tries: false, ..self }
+    }
+
+    /// The same of the communicator `which`: with what earlier runs settled there, to which it
+    /// adds.
+    pub(crate) fn keeping(self, tunings: Arc<Tunings>, which: Which) -> Self {
+        for &Settled { kind, class, algorithm } in tunings.of(&which) {
+            // Of two findings the first holds, as it did in the run that found both.
+            let _ = self.settled[kind][class].set(algorithm);
+        }
+        Self { keeps: Some((tunings, which)), ..self }
+    }
+
+    /// On the first of the ranks of a new group: how many groups of the same were before.
+    pub(crate) fn next_ordinal(&self, ranks: &Arc<[Rank]>) -> u32 {
+        self.keeps.as_ref().map_or(0, |(tunings, _)| tunings.next_ordinal(ranks))
+    }
+
+    /// The choice of a group, `which`: by the same figures, with `shares_memory` if all of the
+    /// group's ranks share memory.
+    pub(crate) fn for_group(&self, topology: Topology, shares_memory: bool, which: Which) -> Self {
         let node = self.node.filter(|_| shares_memory);
         let fixed = Some(self.fixed()).filter(|&fixed| fixed != AUTO);
-        Self::new(topology, self.model, self.worst.across, node, fixed)
+        let choice = Self::new(topology, self.model, self.worst.across, node, fixed);
+        let choice = Self { tries: self.tries, ..choice };
+        match &self.keeps {
+            Some((tunings, _)) => choice.keeping(tunings.clone(), which),
+            None => choice,
+        }
     }
 
     pub(crate) const fn topology(&self) -> &Topology {
@@ -161,7 +193,10 @@ impl Choice {
             return fixed;
         }
         let class = class_of(shape, key);
-        let settled = self.settled[kind(shape.collective)][class].get().copied();
+        // A function of the user is never tried: what other calls of its size settle must not
+        // change its bits in the middle of a run.
+        let settled = self.settled[kind(shape.collective)][class].get().filter(|_| !key.custom);
+        let settled = settled.copied();
         let ranked = self.ranked(shape.collective, class).iter().map(|(_, index)| *index);
         let mut all = settled.into_iter().chain(ranked);
         all.find(fits).expect("some algorithm folds any shape in rank order")
@@ -176,7 +211,13 @@ impl Choice {
         let (collective, class) = (shape.collective, class_of(shape, key));
         let is_open = self.settled[kind(collective)][class].get().is_none();
         let is_tried = (TRIED_FROM..=TRIED_TO).contains(&typical_bytes(class));
-        if self.fixed() != AUTO || !is_known || !is_open || !is_tried || key.is_empty() {
+        if !self.tries
+            || self.fixed() != AUTO
+            || !is_known
+            || !is_open
+            || !is_tried
+            || key.is_empty()
+        {
             return None;
         }
         let list = algorithms(collective);
@@ -204,10 +245,20 @@ impl Choice {
         (timed.len() > 1).then(|| timed.into_iter().map(candidate).collect())
     }
 
-    /// Fixes what all later calls of this kind and size take.
-    pub(crate) fn settle(&self, shape: &Shape, key: &Key, algorithm: usize) {
+    /// Fixes what all later calls of this kind and size take; what rank 0 is to be told to keep.
+    /// This is the job's rank `rank`.
+    pub(crate) fn settle(
+        &self,
+        shape: &Shape,
+        key: &Key,
+        algorithm: usize,
+        rank: Rank,
+    ) -> Option<String> {
+        let (kind, class) = (kind(shape.collective), class_of(shape, key));
         // One call at a time tries, and only what is open.
-        let _ = self.settled[kind(shape.collective)][class_of(shape, key)].set(algorithm);
+        let _ = self.settled[kind][class].set(algorithm);
+        let (tunings, which) = self.keeps.as_ref()?;
+        tunings.keep(which, Settled { kind, class, algorithm }, rank)
     }
 
     /// What the model says an all-reduce of so many bytes takes.
@@ -284,6 +335,37 @@ const fn kind(collective: Collective) -> usize {
         Collective::Gather { .. } => 6,
         Collective::Scatter { .. } => 7,
     }
+}
+
+/// By the numbers of [`kind`], names, and a collective of each.
+const NAMED: [(&str, Collective); KINDS] = [
+    ("all-reduce", Collective::AllReduce),
+    ("reduce", Collective::Reduce { root: 0 }),
+    ("broadcast", Collective::Broadcast { root: 0 }),
+    ("all-gather", Collective::AllGather),
+    ("reduce-scatter", Collective::ReduceScatter),
+    ("all-to-all", Collective::AllToAll),
+    ("gather", Collective::Gather { root: 0 }),
+    ("scatter", Collective::Scatter { root: 0 }),
+];
+
+/// The names of what was settled: the kind of collective, the bytes up to which its class goes, and
+/// the algorithm.
+pub(crate) fn names(Settled { kind, class, algorithm }: Settled) -> [String; 3] {
+    let (name, collective) = NAMED[kind];
+    let algorithm = algorithms(collective)[algorithm].name();
+    [name.to_owned(), typical_bytes(class).to_string(), algorithm.to_owned()]
+}
+
+/// What has these names, if anything does.
+pub(crate) fn named([kind, bytes, algorithm]: [&str; 3]) -> Option<Settled> {
+    let kind = NAMED.iter().position(|(name, _)| *name == kind)?;
+    let bytes: usize = bytes.parse().ok()?;
+    let class = class(bytes);
+    let is_class = typical_bytes(class) == bytes;
+    let list = algorithms(NAMED[kind].1);
+    let algorithm = list.iter().position(|known| known.name() == algorithm)?;
+    is_class.then_some(Settled { kind, class, algorithm })
 }
 
 impl NodeCost {
@@ -380,7 +462,7 @@ mod tests {
         assert_eq!((algorithm, times), (choice.algorithm(&shape, &key), 1.0), "the modelled best");
         let Candidate { algorithm: other, times } = candidates[1];
         assert!((1.0..=NEAR as f32).contains(&times), "{times}");
-        choice.settle(&shape, &key, other);
+        choice.settle(&shape, &key, other, 0);
         assert_eq!(choice.open(&shape, &key), None);
         let (same, longer) = (Shape::flat(8, 1024), Shape::flat(8, 1025));
         assert_eq!(choice.algorithm(&same, &Key::all_reduce(1024, 4)), other);

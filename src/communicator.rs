@@ -459,8 +459,8 @@ impl Communicator {
     /// The algorithm that such a collective takes on buffers of `count` elements (the longer of
     /// input and output): the same on all ranks. Before the first call of a size (up to the next
     /// power of two of bytes) it is what the cost model takes; that call tries those that come into
-    /// question on its own buffers, for 0.75 s at most, and settles it; if it takes so long itself that
-    /// no other run fits, it settles what the model takes.
+    /// question on its own buffers, for 0.75 s at most, and settles it; if it takes so long itself
+    /// that no other run fits, it settles what the model takes.
     pub fn choice<T: Element>(&self, collective: &Collective, count: usize) -> &'static str {
         self.member.as_ref().map_or("none", |member| {
             let choice = &member.core.runner.choice;

@@ -51,6 +51,7 @@ mod reduction;
 mod runner;
 mod settings;
 mod trial;
+mod tunings;
 mod turns;
 mod version;
 mod wiring;

@@ -113,8 +113,8 @@ fn describe() {
     communicator.describe().lines().filter(|line| line.starts_with("slowest")).for_each(tell);
 }
 
-/// Over 10 Mbit/s to one of four hosts, where trying every algorithm would take minutes: one call in
-/// which some may be tried, and one that takes longer than trying may.
+/// Over 10 Mbit/s to one of four hosts, where trying every algorithm would take minutes: one call
+/// in which some may be tried, and one that takes longer than trying may.
 #[test]
 fn a_first_call_over_a_slow_link_takes_a_second_more_than_a_call() {
     let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -68,6 +68,7 @@ fn message_seeds() -> Vec<Vec<u8>> {
         Message::Verdict(Verdict { kind, culprits: vec![1, 2], text }),
         Message::Left { rank: 1, last: snapshot(1, 5) },
         Message::Parted { communicator: 3, last: snapshot(1, 5) },
+        Message::Keep("settled".into()),
         Message::Bye(Snapshot::default()),
     ];
     let mut seeds: Vec<_> = all.iter().map(|message| encode(&[message])).collect();

@@ -144,6 +144,7 @@ impl Member {
                 let bye = Message::Bye(self.shared.snapshot(0));
                 return self.news().into_iter().chain([bye]).collect();
             }
+            Command::Keep(line) => Some(Message::Keep(line)),
         };
         message.into_iter().collect()
     }

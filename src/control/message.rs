@@ -57,6 +57,8 @@ pub(super) enum Message {
     Parted { communicator: u16, last: Snapshot },
     /// Rank: it has waited so long, all it may, for others to take part in the exchange.
     Missing { round: u32, millis: u32 },
+    /// Rank: keep this line.
+    Keep(String),
     /// Rank: I leave in order.
     Bye(Snapshot),
 }
@@ -148,6 +150,7 @@ impl Message {
                 to.put_u32_le(*round);
                 to.put_u32_le(*millis);
             }
+            Self::Keep(line) => put_text(to, line),
             Self::Bye(snapshot) => put_snapshot(to, snapshot),
         }
     }
@@ -169,6 +172,7 @@ impl Message {
             Self::Parted { .. } => 13,
             Self::Concluded(_) => 14,
             Self::Missing { .. } => 15,
+            Self::Keep(_) => 16,
         }
     }
 
@@ -215,6 +219,7 @@ impl Message {
             13 => parse_parted(body),
             14 => parse_verdict(body).map(Self::Concluded),
             15 => parse_missing(body),
+            16 => text(body).map(Self::Keep),
             kind => return Err(MessageError::Kind(kind)),
         })
     }
@@ -436,6 +441,7 @@ mod tests {
             (any::<u16>(), snapshots())
                 .prop_map(|(communicator, last)| Message::Parted { communicator, last }),
             any::<(u32, u32)>().prop_map(|(round, millis)| Message::Missing { round, millis }),
+            any::<String>().prop_map(Message::Keep),
             snapshots().prop_map(Message::Bye),
         ]
     }

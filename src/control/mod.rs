@@ -17,6 +17,7 @@ mod file;
 pub(crate) mod fuzzing;
 mod guests;
 mod inquest;
+mod kept;
 mod listen;
 mod member;
 mod message;
@@ -54,6 +55,7 @@ use crate::interface::InterfaceFilter;
 use crate::version::BUILD;
 
 pub(crate) use self::error::ControlError;
+pub(crate) use self::kept::Kept;
 pub(crate) use self::member::LINK_VERDICT_TIMEOUT;
 pub(crate) use self::message::Concern;
 pub(crate) use self::share::Share;
@@ -268,6 +270,17 @@ impl Control {
     pub(crate) fn withdraw(&self, communicator: u16) {
         let last = self.shared.withdraw(communicator);
         self.command(Command::Part(communicator, last));
+    }
+
+    /// Tells rank 0 a line to keep; this is another rank. What is told after rank 0 has left is
+    /// lost.
+    pub(crate) fn keep(&self, line: String) {
+        self.command(Command::Keep(line));
+    }
+
+    /// What other ranks told this one to keep, on rank 0.
+    pub(crate) fn kept(&self) -> Arc<Kept> {
+        self.shared.kept.clone()
     }
 
     /// Why the communicator has ended, if it has. One load until then.

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use unisum_link::fork::ParentOnly;
 use unisum_link::{Rank, Wake};
 
+use super::kept::Kept;
 use super::message::Concern;
 use super::share::Share;
 use super::status::{Snapshot, Status};
@@ -31,6 +32,8 @@ pub(super) enum Command {
     Stalled(Concern),
     /// This rank is no longer in a communicator, where it did this last.
     Part(u16, Snapshot),
+    /// Rank 0 is to keep a line.
+    Keep(String),
     Leave,
 }
 
@@ -47,6 +50,7 @@ pub(super) struct Shared {
     addresses: OnceLock<Vec<Vec<SocketAddr>>>,
     commands: Mutex<Vec<Command>>,
     news: Mutex<News>,
+    pub(super) kept: Arc<Kept>,
     changed: Condvar,
 }
 
@@ -86,6 +90,7 @@ impl Shared {
             addresses: OnceLock::new(),
             commands: Mutex::default(),
             news: Mutex::default(),
+            kept: Arc::default(),
             changed: Condvar::new(),
         }
     }

@@ -267,6 +267,10 @@ impl ControlThread {
         }
         match &mut self.coordinator {
             Some(coordinator) => {
+                let message = match message {
+                    Message::Keep(line) => return self.shared.kept.put(line),
+                    message => message,
+                };
                 coordinator.heard(from, message, now);
                 self.deliver(now);
             }

@@ -5,6 +5,7 @@ mod environment;
 mod variables;
 mod verbs;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 pub use bytes::{ByteSizeError, parse_bytes};
@@ -26,6 +27,10 @@ pub(crate) struct Settings {
     pub(crate) heartbeat_timeout: Duration,
     /// Name of the algorithm to use for every operation; `None` chooses by size.
     pub(crate) algorithm: Option<String>,
+    /// Whether algorithms are chosen by nothing that was measured.
+    pub(crate) reproducible: bool,
+    /// Where what is measured and tried is kept for later runs.
+    pub(crate) tuning: Option<PathBuf>,
     /// Which transport carries the data.
     pub(crate) transport: TransportChoice,
     /// Which network interfaces may be used; `None` goes by the route to the rendezvous host.
@@ -84,6 +89,7 @@ impl Settings {
         }
         let defaults = Self::default();
         let read = Reader(environment);
+        let reproducible = read.switch("UNISUM_REPRODUCIBLE")?.unwrap_or(defaults.reproducible);
         Ok(Self {
             timeout: read.seconds("UNISUM_TIMEOUT")?.unwrap_or(defaults.timeout),
             connect_timeout: read
@@ -93,6 +99,8 @@ impl Settings {
                 .seconds_from(1.0, "UNISUM_HEARTBEAT_TIMEOUT")?
                 .unwrap_or(defaults.heartbeat_timeout),
             algorithm: read.algorithm("UNISUM_ALGORITHM")?,
+            reproducible,
+            tuning: read.tuning("UNISUM_TUNING", reproducible)?,
             transport: read.parsed("UNISUM_TRANSPORT")?.unwrap_or_default(),
             interface: read.interface()?,
             port_range: read.parsed("UNISUM_PORT_RANGE")?,
@@ -119,6 +127,8 @@ impl Default for Settings {
             connect_timeout: Duration::from_secs(120),
             heartbeat_timeout: Duration::from_secs(10),
             algorithm: None,
+            reproducible: false,
+            tuning: None,
             transport: TransportChoice::Auto,
             interface: None,
             port_range: None,
@@ -237,6 +247,15 @@ impl Reader<'_> {
             }
         })?;
         Ok(name.filter(|name| name != "auto"))
+    }
+
+    fn tuning(&self, variable: &'static str, reproducible: bool) -> Read<PathBuf> {
+        self.read(variable, |path| match reproducible {
+            false => Ok(path.into()),
+            true => {
+                Err("nothing beside UNISUM_REPRODUCIBLE, which measures and tries nothing".into())
+            }
+        })
     }
 
     /// Users of NCCL and Gloo have said once already which network to use.

@@ -35,6 +35,8 @@ fn every_setting_is_read() {
         ("UNISUM_CONNECT_TIMEOUT", " 7 "),
         ("UNISUM_HEARTBEAT_TIMEOUT", "2.5"),
         ("UNISUM_ALGORITHM", "Ring"),
+        ("UNISUM_REPRODUCIBLE", "0"),
+        ("UNISUM_TUNING", "/tmp/tuning"),
         ("UNISUM_TRANSPORT", "shm"),
         ("UNISUM_INTERFACE", "^docker"),
         ("UNISUM_PORT_RANGE", "20000-20010"),
@@ -54,6 +56,8 @@ fn every_setting_is_read() {
         ("UNISUM_VERBS_SERVICE_LEVEL", "5"),
     ]);
     let expected = Settings {
+        reproducible: false,
+        tuning: Some("/tmp/tuning".into()),
         timeout: Duration::from_millis(1500),
         connect_timeout: Duration::from_secs(7),
         heartbeat_timeout: Duration::from_millis(2500),

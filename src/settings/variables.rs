@@ -50,6 +50,12 @@ pub(crate) const VARIABLES: &[Variable] = &[
         "seconds without a sign of life from another host, 1 or more, until it is lost",
     ),
     variable("UNISUM_ALGORITHM", "auto", "algorithm for every operation, or `auto`"),
+    variable(
+        "UNISUM_REPRODUCIBLE",
+        "0",
+        "1 chooses algorithms by nothing that was measured or tried",
+    ),
+    variable("UNISUM_TUNING", "", "file on rank 0's host that keeps what was measured and tried"),
     variable("UNISUM_TRANSPORT", "auto", "`auto`, `tcp`, `shm` or `verbs`"),
     variable(
         "UNISUM_INTERFACE",

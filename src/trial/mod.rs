@@ -133,16 +133,19 @@ impl Runner {
             left_s: TRIAL_S,
         };
         let (best, made) = trial.best()?;
-        self.choice.settle(&shape, key, trial.candidates[best].0.algorithm);
+        let best = trial.candidates[best].0.algorithm;
+        if let Some(line) = self.choice.settle(&shape, key, best, self.membership.job_rank()) {
+            self.membership.control().keep(line);
+        }
         Ok(Some(Tried { made }))
     }
 }
 
 impl Trial<'_> {
-    /// Which of the candidates is fastest, and the outcome if the first run was the call; the same on
-    /// all ranks. There is always an answer: were a size left open because trying takes too long,
-    /// ranks would try again, and not all of them, as each keeps the programs of its own calls (in
-    /// place or apart, say).
+    /// Which of the candidates is fastest, and the outcome if the first run was the call; the same
+    /// on all ranks. There is always an answer: were a size left open because trying takes too
+    /// long, ranks would try again, and not all of them, as each keeps the programs of its own
+    /// calls (in place or apart, say).
     fn best(&mut self) -> Result<(usize, Option<Outcome>), Failure> {
         // Ranks come late: that is no candidate's fault, and no time for trying.
         self.take_slowest(&mut [0.0])?;

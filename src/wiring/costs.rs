@@ -1,6 +1,7 @@
 //! What the links cost: measured between few ranks, then agreed by all.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut};
@@ -10,6 +11,7 @@ use unisum_link::kernels::{Fold, Folded};
 use unisum_link::{Call, Dtype, LinkError, Rank, ReduceOp, Regions};
 
 use super::calibrate::{self, Limit};
+use super::earlier::{Earlier, look_up};
 use super::pairs::{self, Across, Measured};
 use super::{Job, rendezvous_error, starting_failed};
 use crate::choice::{Choice, Line, NodeCost};
@@ -17,6 +19,7 @@ use crate::engine::Engine;
 use crate::engine::program::Tuning;
 use crate::membership::Membership;
 use crate::programs::{Key, Programs};
+use crate::tunings::{Tunings, Which};
 use crate::{Error, ErrorKind};
 
 /// The figures that all ranks share.
@@ -53,19 +56,93 @@ pub(super) struct Site<'a> {
     pub(super) members: &'a [Rank],
     pub(super) job: &'a Job,
     pub(super) topology: &'a Topology,
+    /// What this rank reaches others by.
+    pub(super) transport: &'a str,
     pub(super) tuning: Tuning,
     pub(super) limit: Limit<'a>,
 }
 
-/// Measures: rank 0 with a rank of its node, each two nodes that follow each other with a rank of
-/// each, and all ranks together where they share memory. Then all tell, and everybody knows.
-pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Costs, Error> {
-    let Site { rank, members, topology, .. } = site;
+/// What all ranks know alike.
+pub(super) struct Agreed {
+    costs: Costs,
+    /// Whether algorithms may be tried.
+    tries: bool,
+    /// What was settled in earlier runs, and where this one's goes.
+    tunings: Option<Arc<Tunings>>,
+    /// The costs and where they come from, to be read.
+    pub(super) text: String,
+}
+
+impl Agreed {
+    /// The choice of the job's communicator.
+    pub(super) fn choice(
+        self,
+        topology: Topology,
+        engine: &mut Engine,
+        tuning: Tuning,
+        fixed: Option<usize>,
+    ) -> Choice {
+        let ranks: Arc<[Rank]> = (0..topology.world()).collect();
+        let choice = self.costs.choice(topology, engine, tuning, fixed);
+        match self.tunings {
+            _ if !self.tries => choice.by_model_alone(),
+            Some(tunings) => {
+                let ordinal = tunings.next_ordinal(&ranks);
+                choice.keeping(tunings, Which { ranks, ordinal })
+            }
+            None => choice,
+        }
+    }
+}
+
+/// Takes the costs from rank 0's tuning file, if that has them, or measures; or takes round figures
+/// where choices must not hang on clocks.
+pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Agreed, Error> {
+    let Site { rank, topology, .. } = site;
     let control = site.limit.membership.control();
-    let told = control.exchange(tell(engine)).map_err(rendezvous_error)?;
-    let has_groups = told.iter().any(|told| told.last() == Some(&1));
+    let told = control.exchange(tell(engine, site)).map_err(rendezvous_error)?;
+    let told: Vec<Told<'_>> = told.iter().map(|told| Told::new(told)).collect();
+    let has_groups = told.iter().any(|told| told.has_group);
+    if site.job.settings.reproducible {
+        let costs = Costs { has_groups, ..Costs::of_kinds(topology, &told) };
+        let text = "links as any of their kinds, not measured (UNISUM_REPRODUCIBLE)\n".to_owned();
+        return Ok(Agreed { costs, tries: false, tunings: None, text });
+    }
+    let earlier = if told[0].keeps { Some(look_up(site, &told)?) } else { None };
+    let known = earlier.as_ref().and_then(|earlier| earlier.measured.clone());
+    let is_known = known.is_some();
+    let blobs = match known {
+        Some(blobs) => blobs,
+        None => measure_all(engine, site, &told)?,
+    };
+    let costs = combine(topology, &blobs).map_err(|from| {
+        let text = format!("rank {from} told no costs that this version understands");
+        Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![from])
+    })?;
+    if rank == 0 && !is_known {
+        costs.warn();
+    }
+    let mut text = costs.to_string();
+    if let Some(Earlier { tunings, note, .. }) = &earlier {
+        if !is_known {
+            tunings.keep_measured(&blobs);
+        }
+        text += &format!("{note}\n");
+    }
+    let tunings = earlier.map(|earlier| earlier.tunings);
+    Ok(Agreed { costs: Costs { has_groups, ..costs }, tries: true, tunings, text })
+}
+
+/// Measures: rank 0 with a rank of its node, each two nodes that follow each other with a rank of
+/// each, and all ranks together where they share memory. Then all tell: what each told, by rank.
+fn measure_all(
+    engine: &mut Engine,
+    site: Site<'_>,
+    told: &[Told<'_>],
+) -> Result<Vec<Vec<u8>>, Error> {
+    let Site { rank, members, topology, .. } = site;
     let mut measured = Vec::new();
-    for round in pairs::rounds(topology, |rank| told[rank].first_chunk::<4>()) {
+    for round in pairs::rounds(topology, |rank| told[rank].core) {
         let Some(peer) = pairs::partner(&round, rank) else { continue };
         let cost = measure(engine, peer, site)?;
         if rank < peer {
@@ -76,15 +153,7 @@ pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Costs, Error>
     let (_, cores) = site.job.ranks_and_cores(members);
     let figures = || Figures { gamma_s_per_byte: gamma_s_per_byte(), cores: cores as f64, group };
     let blob = encode(&measured, (rank == 0).then(figures));
-    let blobs = control.exchange(blob).map_err(rendezvous_error)?;
-    let costs = combine(topology, &blobs).map_err(|from| {
-        let text = format!("rank {from} told no costs that this version understands");
-        Error::new(ErrorKind::Rendezvous, text).on(rank).caused_by(vec![from])
-    })?;
-    if rank == 0 {
-        costs.warn();
-    }
-    Ok(Costs { has_groups, ..costs })
+    site.limit.membership.control().exchange(blob).map_err(rendezvous_error)
 }
 
 fn measure(engine: &mut Engine, peer: Rank, site: Site<'_>) -> Result<LinkCost, Error> {
@@ -145,11 +214,32 @@ fn measuring_failed(error: LinkError, membership: &Membership) -> Error {
     starting_failed(&membership.judge(error), "measuring the links")
 }
 
-/// Which core a rank is on, and whether it has a group.
-fn tell(engine: &mut Engine) -> Vec<u8> {
+/// What a rank says of itself.
+pub(super) struct Told<'a> {
+    /// Which one it is on.
+    core: Option<[u8; 4]>,
+    has_group: bool,
+    /// Whether it was given a tuning file.
+    pub(super) keeps: bool,
+    /// What it reaches others by.
+    pub(super) transport: &'a [u8],
+}
+
+impl<'a> Told<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        let flag = |at: usize| bytes.get(at) == Some(&1);
+        let core = bytes.first_chunk().copied();
+        let transport = bytes.get(6..).unwrap_or_default();
+        Self { core, has_group: flag(4), keeps: flag(5), transport }
+    }
+}
+
+fn tell(engine: &mut Engine, site: Site<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.put_u32_le(sched_getcpu() as u32);
     bytes.put_u8(u8::from(engine.group().is_some()));
+    bytes.put_u8(u8::from(site.job.settings.tuning.is_some()));
+    bytes.put_slice(site.transport.as_bytes());
     bytes
 }
 
@@ -240,8 +330,39 @@ fn gamma_s_per_byte() -> f64 {
 }
 
 impl Costs {
+    /// Round figures of the kinds of links that there are: the same on all machines.
+    fn of_kinds(topology: &Topology, told: &[Told<'_>]) -> Self {
+        let world = topology.world();
+        let shares = told.iter().any(|told| told.has_group);
+        let has_rdma = told.iter().any(|told| told.transport.ends_with(b"verbs"));
+        // Shared memory, or TCP inside a host; RDMA of 100 Gbit/s, or TCP of 10.
+        let inside = match shares {
+            true => LinkCost::new(1e-6, 1.0 / 10e9),
+            false => LinkCost::new(15e-6, 1.0 / 2e9),
+        };
+        let across = match has_rdma {
+            true => LinkCost::new(3e-6, 1.0 / 12.5e9),
+            false => LinkCost::new(25e-6, 1.0 / 1.25e9),
+        };
+        let is_one_node = topology.node_count() == 1;
+        // Whoever reduces reads what all ranks have.
+        let (ranks, s_per_byte) = (world as f64, 1.0 / 10e9);
+        let one_shot = Line { start_s: 0.5e-6 * ranks, s_per_byte: ranks * s_per_byte };
+        let two_shot = Line { start_s: 1e-6 * ranks, s_per_byte: 3.0 * s_per_byte };
+        Self {
+            inside,
+            across: if is_one_node { inside } else { across },
+            nodes: None,
+            gamma_s_per_byte: 1.0 / 20e9,
+            // Each rank has one.
+            cores: ranks,
+            group: (is_one_node && shares).then_some([one_shot, two_shot]),
+            has_groups: shares,
+        }
+    }
+
     /// The choice that follows from the figures.
-    pub(super) fn choice(
+    fn choice(
         &self,
         topology: Topology,
         engine: &mut Engine,
@@ -346,6 +467,25 @@ impl fmt::Display for Costs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_of_kinds_hang_on_the_shape_alone() {
+        let told = |core: u8, group: u8, transport: &'static [u8]| {
+            [&[core, 0, 0, 0, group, 0], transport].concat()
+        };
+        let of = |nodes: &[usize], blobs: &[Vec<u8>]| {
+            let told: Vec<Told<'_>> = blobs.iter().map(|blob| Told::new(blob)).collect();
+            Costs::of_kinds(&Topology::nodes(nodes), &told)
+        };
+        let shared = of(&[2], &[told(0, 1, b"shm"), told(1, 1, b"shm")]);
+        assert_eq!(shared, of(&[2], &[told(7, 1, b"shm"), told(7, 1, b"shm")]), "any cores");
+        assert!(shared.group.is_some() && shared.inside == shared.across);
+        let apart =
+            of(&[2, 1], &[told(0, 1, b"shm+tcp"), told(0, 1, b"shm+tcp"), told(0, 0, b"tcp")]);
+        assert!(apart.group.is_none() && apart.has_groups && apart.across.alpha_s > 10e-6);
+        let rdma = of(&[1, 1], &[told(0, 0, b"verbs"), told(0, 0, b"verbs")]);
+        assert!(rdma.across.alpha_s < 10e-6 && !rdma.has_groups);
+    }
 
     #[test]
     fn one_kind_of_link_stands_for_the_other() {

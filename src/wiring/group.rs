@@ -17,6 +17,7 @@ use crate::choice::Choice;
 use crate::control::Share;
 use crate::engine::Engine;
 use crate::membership::Membership;
+use crate::tunings::Which;
 use crate::{Error, ErrorKind};
 
 /// A group as its ranks agreed on it.
@@ -59,7 +60,8 @@ impl Parent<'_> {
             Error::new(ErrorKind::Rendezvous, format!("drawing a session: {error}"))
         })?;
         let card = offer.as_ref().map_or_else(Vec::new, Offer::card);
-        let blobs = (self.exchange)([&drawn[..], &card].concat().into())?;
+        let ordinal = group.map_or(0, |group| self.ordinal(group));
+        let blobs = (self.exchange)([&drawn[..], &ordinal.to_le_bytes(), &card].concat().into())?;
         let rounds = Rounds::new(self);
         let member = match (group, offer) {
             (Some(group), Some(offer)) => self.connect(group, offer, &blobs, &rounds).map(Some),
@@ -92,6 +94,13 @@ impl Parent<'_> {
         Offer::new(self.job.settings.transport, &self.job.secret)
     }
 
+    /// How many groups of the same ranks were before, if this is the first of them: it tells all.
+    fn ordinal(&self, group: &Group) -> u32 {
+        let is_first = group.ranks.first() == Some(&self.rank);
+        let ranks = || self.membership.job_ranks(&group.ranks).into();
+        if is_first { self.choice.next_ordinal(&ranks()) } else { 0 }
+    }
+
     fn connect(
         &self,
         group: &Group,
@@ -102,9 +111,13 @@ impl Parent<'_> {
         let rank = group.ranks.iter().position(|&rank| rank == self.rank);
         let rank = rank.expect("a rank joins only groups that it is in");
         let ranks: Arc<[Rank]> = self.membership.job_ranks(&group.ranks).into();
-        let told = |&rank: &Rank| blobs[rank].split_first_chunk().unwrap_or((&[0; 16], &[]));
-        let cards: Vec<(&[u8; 16], &[u8])> = group.ranks.iter().map(told).collect();
-        let session = *cards[0].0;
+        let told = |&rank: &Rank| {
+            let (session, rest) = blobs[rank].split_first_chunk().unwrap_or((&[0; 16], &[]));
+            let (ordinal, card) = rest.split_first_chunk().unwrap_or((&[0; 4], &[]));
+            (*session, u32::from_le_bytes(*ordinal), card)
+        };
+        let cards: Vec<([u8; 16], u32, &[u8])> = group.ranks.iter().map(told).collect();
+        let (session, ordinal, _) = cards[0];
         let control = self.membership.control().clone();
         let membership =
             Membership::of_group(control, group.communicator, session, ranks.clone(), rank);
@@ -112,7 +125,7 @@ impl Parent<'_> {
         let circle = Circle {
             rank,
             hosts: &self.job.hosts(&ranks),
-            cards: cards.iter().map(|(_, card)| card.to_vec()).collect(),
+            cards: cards.iter().map(|(_, _, card)| card.to_vec()).collect(),
             session,
             exchange: &exchange,
             membership: &membership,
@@ -147,7 +160,8 @@ impl Parent<'_> {
         let sharing: Vec<Rank> = members.iter().map(|&member| ranks[member]).collect();
         let engine = links.engine(rank, self.job.ranks_and_cores(&sharing));
         engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
-        let choice = self.choice.for_group(topology, members.len() == ranks.len());
+        let shares_memory = members.len() == ranks.len();
+        let choice = self.choice.for_group(topology, shares_memory, Which { ranks, ordinal });
         Ok(Member { membership, engine, choice, transport })
     }
 }

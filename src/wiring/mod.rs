@@ -7,6 +7,7 @@ mod calibrate;
 mod card;
 mod cores;
 mod costs;
+mod earlier;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod group;
@@ -139,13 +140,14 @@ fn wire(
     // Less than ranks wait that measure nothing: who measures knows more of what is wrong.
     let until = Instant::now() + settings.connect_timeout * 3 / 4;
     let limit = Limit { until, membership };
-    let site = Site { rank, members: &members, job: &job, topology: &topology, tuning, limit };
-    let costs = costs::agree(&mut engine, site)?;
+    let (members, of_job, nodes, by) = (&members[..], &job, &topology, &transport[..]);
+    let site = Site { rank, members, job: of_job, topology: nodes, transport: by, tuning, limit };
+    let agreed = costs::agree(&mut engine, site)?;
     let seconds = start.elapsed().as_secs_f64();
     let description =
-        describe(detected, &cards, &topology, &transport, seconds) + &devices + &costs.to_string();
+        describe(detected, &cards, &topology, &transport, seconds) + &devices + &agreed.text;
     tracing::info!("rank {rank} of {world} joined over {transport} in {seconds:.3} s");
-    let choice = costs.choice(topology, &mut engine, tuning, fixed);
+    let choice = agreed.choice(topology, &mut engine, tuning, fixed);
     Ok(Joined { job: Arc::new(job), engine, choice, tuning, transport, description })
 }
 
@@ -240,10 +242,14 @@ fn exchange_cards(
 fn common_settings(settings: &Settings) -> String {
     let algorithm = settings.algorithm.as_deref().unwrap_or("auto");
     let Settings { transport, slice_bytes, window, sockets_per_peer, .. } = settings;
+    let reproducible = u8::from(settings.reproducible);
+    // Rank 0's file counts, whatever it is called elsewhere.
+    let tuning = if settings.tuning.is_some() { "set" } else { "" };
     format!(
         "UNISUM_TRANSPORT={transport} UNISUM_ALGORITHM={algorithm} \
          UNISUM_SLICE_BYTES={slice_bytes} UNISUM_WINDOW={window} \
-         UNISUM_TCP_SOCKETS={sockets_per_peer}"
+         UNISUM_TCP_SOCKETS={sockets_per_peer} UNISUM_REPRODUCIBLE={reproducible} \
+         UNISUM_TUNING={tuning}"
     )
 }
 
