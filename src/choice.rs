@@ -104,10 +104,11 @@ const CLASSES: usize = 48;
 /// Kinds of collectives that have algorithms of their own.
 const KINDS: usize = 8;
 
-/// The number of the algorithm called `name` among all names.
+/// The number of the algorithm called `name` among all names; `_` stands for `-`.
 pub(crate) fn index_of(name: &str) -> Result<usize, Error> {
     let names = crate::algorithms();
-    names.iter().position(|known| *known == name).ok_or_else(|| {
+    let spelt = name.replace('_', "-");
+    names.iter().position(|known| *known == spelt).ok_or_else(|| {
         let text = format!("no algorithm is called {name:?}; there are {}", names.join(", "));
         Error::new(ErrorKind::Configuration, text)
     })
@@ -449,6 +450,7 @@ mod tests {
 
     #[test]
     fn unknown_algorithms_are_refused_with_the_known_ones() {
+        assert_eq!(index_of("double_tree").unwrap(), index_of("double-tree").unwrap());
         let error = index_of("rign").unwrap_err();
         assert!(error.to_string().contains("\"rign\"") && error.to_string().contains("ring"));
     }

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use clap::builder::{
-    BoolishValueParser, PossibleValuesParser, RangedU64ValueParser, TypedValueParser,
+    BoolishValueParser, PossibleValue, PossibleValuesParser, RangedU64ValueParser, TypedValueParser,
 };
 use clap::{ArgAction, Parser, ValueEnum};
 use unisum::{Dtype, ReduceOp};
@@ -278,21 +278,46 @@ static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
     text
 });
 
-/// Reads names separated by commas.
+/// Reads names separated by commas, with `-` or `_` between their words.
 pub(crate) fn list<T>(text: &str, all: &[T]) -> Result<List<T>, String>
 where
-    T: Copy + FromStr<Err: Display>,
+    T: Copy + Display + FromStr<Err: Display>,
 {
     if text == "all" {
         return Ok(List(all.to_vec()));
     }
-    let values =
-        text.split(',').map(|name| name.parse().map_err(|error: T::Err| error.to_string()));
-    values.collect::<Result<_, _>>().map(List)
+    let one = |name: &str| {
+        let spelt = name.replace('-', "_");
+        spelt.parse().or_else(|_| name.parse()).map_err(|error: T::Err| {
+            let near = all.iter().map(T::to_string).find(|known| is_near(&spelt, known));
+            let hint = near.map_or_else(String::new, |near| format!("; did you mean {near}?"));
+            format!("{error}{hint}")
+        })
+    };
+    text.split(',').map(one).collect::<Result<_, _>>().map(List)
 }
 
-fn algorithm_parser() -> PossibleValuesParser {
-    PossibleValuesParser::new(["auto", "all"].into_iter().chain(unisum::algorithms()))
+/// Whether one name is the other but for a letter or two that are other, missing or too many.
+fn is_near(name: &str, known: &str) -> bool {
+    let mut row: Vec<usize> = (0..=known.len()).collect();
+    for (at, letter) in name.bytes().enumerate() {
+        let mut before = std::mem::replace(&mut row[0], at + 1);
+        for (column, other) in known.bytes().enumerate() {
+            let replaced = before + usize::from(letter != other);
+            before = row[column + 1];
+            row[column + 1] = replaced.min(before + 1).min(row[column] + 1);
+        }
+    }
+    row[known.len()] <= known.len().min(6) / 3
+}
+
+/// Takes `_` for `-`, and says what is meant by a name that is nearly right.
+fn algorithm_parser() -> impl TypedValueParser<Value = String> {
+    let names = ["auto", "all"].into_iter().chain(unisum::algorithms());
+    // Few names, once.
+    let alias = |name: &str| -> &'static str { name.replace('-', "_").leak() };
+    let spelt = |name: &'static str| PossibleValue::new(name).alias(alias(name));
+    PossibleValuesParser::new(names.map(spelt)).map(|name| name.replace('_', "-"))
 }
 
 fn roots(text: &str) -> Result<Roots, String> {
@@ -359,6 +384,23 @@ mod tests {
         let args = parse("-d f16,u8 -o all").unwrap();
         assert_eq!(args.dtype.0, [Dtype::F16, Dtype::U8]);
         assert_eq!(args.op.0, ReduceOp::ALL);
+    }
+
+    #[test]
+    fn names_may_be_spelt_with_either_sign_and_nearly_right_ones_are_told() {
+        let args = parse("--collective all-reduce,all_gather_v -a double_tree").unwrap();
+        assert_eq!(args.collective.0.len(), 2);
+        assert_eq!(args.algorithm, "double-tree");
+        for (line, hint) in [
+            ("--collective allreduce", "did you mean all_reduce?"),
+            ("--collective all-gatherv", "did you mean all_gather_v?"),
+            ("-o summ", "did you mean sum?"),
+            ("-a rings", "'ring'"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(hint), "{line}: {error}");
+        }
+        assert!(!parse("--collective vgg").unwrap_err().contains("did you mean"));
     }
 
     #[test]

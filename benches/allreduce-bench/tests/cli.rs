@@ -132,7 +132,7 @@ fn bandwidths_of_all_collectives_are_those_of_nccl_tests() {
     for (object, (name, factor)) in objects.iter().zip(factors) {
         assert_eq!((&object["collective"], &object["bytes"]), (&name.into(), &65536.into()));
         let rate = |key: &str| object[key].as_f64().unwrap();
-        assert!((rate("busbw_GBps") / rate("algbw_GBps") - factor).abs() < 1e-9, "{name}");
+        assert!((rate("busbw_GBps") / rate("algbw_GBps") - factor).abs() < 1e-4, "{name}");
     }
 }
 

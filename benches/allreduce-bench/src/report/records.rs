@@ -37,10 +37,11 @@ impl Records {
         match self.format {
             // In the order of the fields, which a `serde_json::Map` would lose.
             Format::Json => {
-                let members = joined(fields, ",", |name, value| format!("\"{name}\":{value}"));
+                let member = |name: &str, value: &Value| format!("\"{name}\":{}", brief(value));
+                let members = joined(fields, ",", member);
                 say(&format!("{{{members}}}"))
             }
-            Format::Csv => say(&joined(fields, ",", |_, value| plain(value))),
+            Format::Csv => say(&joined(fields, ",", |_, value| plain(&brief(value)))),
             Format::Table => say(&joined(fields, "  ", |name, value| {
                 format!("{:>width$}", rounded(value), width = name.len())
             })),
@@ -83,9 +84,28 @@ fn plain(value: &Value) -> String {
     }
 }
 
+/// With six digits that count: no measurement has more.
+fn brief(value: &Value) -> Value {
+    let number = value.as_f64().filter(|_| value.is_f64());
+    let short = number.and_then(|number| format!("{number:.5e}").parse::<f64>().ok());
+    short.map_or_else(|| value.clone(), Value::from)
+}
+
 fn rounded(value: &Value) -> String {
     match value.as_f64() {
         Some(number) if value.is_f64() => significant(number),
         _ => plain(value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_six_digits_that_count() {
+        let short = |number: f64| brief(&number.into()).to_string();
+        assert_eq!([1.0 / 3.0, 0.1 + 0.2, 2.0 / 3e-7].map(short), ["0.333333", "0.3", "6666670.0"]);
+        assert_eq!(brief(&12_345_678.into()).to_string(), "12345678", "counts are whole");
     }
 }
