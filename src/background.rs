@@ -45,7 +45,9 @@ impl Background {
             match self.start_thread() {
                 Ok(thread) => queue.thread = Some(thread),
                 Err(error) => {
-                    tracing::warn!("no thread for asynchronous collectives, they block: {error}");
+                    crate::warning::warning!(
+                        "no thread for asynchronous collectives, they block: {error}"
+                    );
                     let jobs = std::mem::take(&mut queue.jobs);
                     drop(queue);
                     jobs.into_iter().for_each(|job| job());

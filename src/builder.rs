@@ -122,6 +122,9 @@ impl Builder {
         let detected = launcher::detect(&environment).map_err(configuration)?;
         tracing::info!("{detected}");
         if detected.world == 1 {
+            if let Some(note) = &detected.note {
+                crate::warning::warning!("each such process trains alone, a world of one: {note}");
+            }
             let description = format!("a world of one rank ({})\n", detected.source);
             return Ok(Communicator::new(0, 1, None, "none".into(), description));
         }

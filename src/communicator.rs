@@ -42,6 +42,7 @@ impl Communicator {
     /// # Errors
     /// [`ErrorKind::Configuration`] if variables are missing, malformed or contradict each other,
     /// [`ErrorKind::Rendezvous`] if the job can't be joined in time.
+    #[doc(alias = "init")]
     pub fn from_environment() -> Result<Self, Error> {
         Self::builder().connect()
     }
@@ -67,8 +68,33 @@ impl Communicator {
     }
 
     /// How many ranks there are.
+    #[doc(alias = "size")]
+    #[doc(alias = "world_size")]
     pub const fn world(&self) -> usize {
         self.world
+    }
+
+    /// This rank's place among the communicator's ranks on its host, from 0, as they are numbered
+    /// here: which of the host's devices it may take.
+    pub fn local_rank(&self) -> Rank {
+        self.on_this_host().filter(|&rank| rank < self.rank).count()
+    }
+
+    /// How many of the communicator's ranks are on this rank's host. Containers with a host name or
+    /// a network of their own are hosts of their own.
+    pub fn local_size(&self) -> usize {
+        self.on_this_host().count().max(1)
+    }
+
+    /// The ranks on this rank's host; none in a world of one.
+    fn on_this_host(&self) -> impl Iterator<Item = Rank> {
+        let hosts = self.member.as_ref().map(|member| {
+            let ranks = member.core.runner.membership.ranks();
+            member.core.job.hosts(ranks)
+        });
+        let hosts = hosts.unwrap_or_default();
+        let own = self.rank;
+        (0..hosts.len()).filter(move |&rank| hosts[rank] == hosts[own])
     }
 
     /// Runs a collective on borrowed buffers, in place or apart.
@@ -240,6 +266,7 @@ impl Communicator {
     ///
     /// # Errors
     /// As [`Communicator::run`].
+    #[doc(alias = "allreduce")]
     pub fn all_reduce<T: Element>(
         &self,
         data: &mut [T],
@@ -283,6 +310,7 @@ impl Communicator {
     ///
     /// # Errors
     /// As [`Communicator::run`].
+    #[doc(alias = "bcast")]
     pub fn broadcast<T: Element>(&self, data: &mut [T], root: Rank) -> Result<(), Error> {
         self.run(&Collective::broadcast(root), Buffers::InPlace(data)).map(drop)
     }
@@ -292,6 +320,7 @@ impl Communicator {
     ///
     /// # Errors
     /// As [`Communicator::run`].
+    #[doc(alias = "allgather")]
     pub fn all_gather<T: Element>(&self, input: &[T], output: &mut [T]) -> Result<(), Error> {
         self.run(&Collective::all_gather(), Buffers::Apart(input, output)).map(drop)
     }
@@ -301,6 +330,7 @@ impl Communicator {
     ///
     /// # Errors
     /// As [`Communicator::run`].
+    #[doc(alias = "reducescatter")]
     pub fn reduce_scatter<T: Element>(
         &self,
         input: &[T],
@@ -315,6 +345,7 @@ impl Communicator {
     ///
     /// # Errors
     /// As [`Communicator::run`].
+    #[doc(alias = "alltoall")]
     pub fn all_to_all<T: Element>(&self, input: &[T], output: &mut [T]) -> Result<(), Error> {
         self.run(&Collective::all_to_all(), Buffers::Apart(input, output)).map(drop)
     }

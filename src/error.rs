@@ -10,7 +10,7 @@ use unisum_link::Rank;
 /// kind [`ErrorKind::Aborted`], on every rank. The contents of the buffers of the failed
 /// collective are unspecified, and they are the program's again: no rank writes to them any
 /// more, and what the program writes there is in no other rank's result.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Error {
     kind: ErrorKind,
     rank: Option<Rank>,
@@ -122,6 +122,13 @@ impl fmt::Display for Error {
             write!(f, "{call} failed at step {step} of {steps}: ")?;
         }
         f.write_str(&self.detail)
+    }
+}
+
+/// As [`Display`](fmt::Display): what `main() -> Result<(), Error>` prints is for people.
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 

@@ -100,6 +100,7 @@ impl Communicator {
     /// # Errors
     /// [`ErrorKind::Configuration`] if a rank is named twice or does not exist, and as
     /// [`Communicator::split`].
+    #[doc(alias = "new_group")]
     pub fn subset(&self, ranks: &[Rank]) -> Result<Option<Self>, Error> {
         let mut sorted = ranks.to_vec();
         sorted.sort_unstable();
@@ -119,6 +120,7 @@ impl Communicator {
     ///
     /// # Errors
     /// As [`Communicator::split`].
+    #[doc(alias = "dup")]
     pub fn duplicate(&self) -> Result<Self, Error> {
         let same = self.split(Some(0), self.rank() as i64)?;
         Ok(same.unwrap_or_else(|| unreachable!("every rank gave the color")))

@@ -54,6 +54,7 @@ mod trial;
 mod tunings;
 mod turns;
 mod version;
+mod warning;
 mod wiring;
 mod work;
 

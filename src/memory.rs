@@ -96,7 +96,9 @@ impl Arena {
         let registry = self.registry.as_ref().filter(|_| bytes > 0)?;
         // SAFETY: the caller promised it.
         let adopted = unsafe { registry.adopt(start, bytes) };
-        adopted.inspect_err(|error| tracing::warn!("a buffer is not registered: {error}")).ok()
+        adopted
+            .inspect_err(|error| crate::warning::warning!("a buffer is not registered: {error}"))
+            .ok()
     }
 
     fn allocate_kind(&self, bytes: usize) -> Result<Kind, String> {

@@ -24,8 +24,9 @@ pub(crate) enum LauncherError {
     },
     /// A variable is set, but not the one that belongs to it.
     #[error(
-        "{set} is set but {missing} is not ({launcher}): set both or neither, or set UNISUM_RANK \
-         and UNISUM_WORLD"
+        "{set} is set but {missing} is not ({}): set both or neither, or set UNISUM_RANK \
+         and UNISUM_WORLD",
+        whose(*launcher)
     )]
     HalfSet {
         /// Whose convention the variables belong to.
@@ -71,6 +72,14 @@ pub(crate) enum LauncherError {
         #[source]
         error: io::Error,
     },
+}
+
+/// Whose variables these are: some are of several launchers.
+fn whose(launcher: Source) -> String {
+    match launcher {
+        Source::Kubeflow => "as torchrun or a Kubeflow PyTorchJob sets them".into(),
+        other => other.to_string(),
+    }
 }
 
 impl LauncherError {

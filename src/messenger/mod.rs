@@ -60,6 +60,9 @@ use office::{Office, Posted};
 /// [`ErrorKind::Aborted`]. Messages that nobody has received when it is dropped are lost, so a
 /// rank drops it after it has received what was sent to it.
 #[derive(Debug)]
+#[doc(alias = "send")]
+#[doc(alias = "recv")]
+#[doc(alias = "point-to-point")]
 pub struct Messenger {
     rank: Rank,
     world: usize,
@@ -155,6 +158,7 @@ impl Messenger {
     ///
     /// # Errors
     /// As [`Messenger::exchange`].
+    #[doc(alias = "recv")]
     pub fn receive<T: Element>(&self, data: &mut [T], from: Rank, tag: u64) -> Result<(), Error> {
         self.exchange(&mut [Message::Receive { data, from, tag }])
     }

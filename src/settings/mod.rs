@@ -85,7 +85,7 @@ impl Settings {
     pub(crate) fn from_environment(environment: &Environment) -> Result<Self, SettingsError> {
         let unknown = unknown_variables(environment);
         if !unknown.is_empty() {
-            tracing::warn!("unknown variables, misspelt? {}", unknown.join(", "));
+            crate::warning::warning!("unknown variables, misspelt? {}", unknown.join(", "));
         }
         let defaults = Self::default();
         let read = Reader(environment);

@@ -97,7 +97,7 @@ pub(crate) fn open(path: &Path, head: Head, kept: Arc<Kept>) -> Result<Found, St
                 "UNISUM_TUNING={name} is another job's and neither used nor changed: {why}; \
                  remove it, or name another file"
             );
-            tracing::warn!("{note}");
+            crate::warning::warning!("{note}");
             Ok(Found { body: String::new(), note, store: None })
         }
     }
@@ -209,7 +209,7 @@ impl Store {
         if let Err(why) = written {
             self.has_failed = true;
             let path = self.path.display();
-            tracing::warn!("UNISUM_TUNING={path} is not written any more: {why}");
+            crate::warning::warning!("UNISUM_TUNING={path} is not written any more: {why}");
         }
     }
 }

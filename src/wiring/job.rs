@@ -123,7 +123,7 @@ impl Job {
     }
 
     /// The hosts of some of its ranks.
-    pub(super) fn hosts(&self, ranks: &[usize]) -> Vec<&str> {
+    pub(crate) fn hosts(&self, ranks: &[usize]) -> Vec<&str> {
         ranks.iter().map(|&rank| self.places[rank].host.as_str()).collect()
     }
 }

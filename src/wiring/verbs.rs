@@ -127,7 +127,9 @@ impl Asking<'_> {
                 0 => String::new(),
                 number => format!(" in group {number}"),
             };
-            tracing::warn!("TCP is used between hosts{whose}, as RDMA can't be: {reasons}");
+            crate::warning::warning!(
+                "TCP is used between hosts{whose}, as RDMA can't be: {reasons}"
+            );
         }
         Ok(())
     }

@@ -1,0 +1,222 @@
+//! What somebody meets who writes a first program: README's lines, errors, warnings, names.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+mod support;
+
+use std::collections::BTreeSet;
+use std::process::Command;
+use std::time::Duration;
+
+use support::{World, tell};
+use unisum::{
+    Apart, Buffers, Collective, Communicator, CustomOp, Error, LossScaler, Mesh, Message,
+    Messenger, ReduceOp, Reduction,
+};
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[("lines", lines), ("places", places)]);
+}
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn every_line_of_the_readme_s_table_compiles_and_does_what_it_says() {
+    let readme = include_str!("../README.md");
+    let rows = readme.lines().skip_while(|line| !line.starts_with("| collective |"));
+    let cells =
+        rows.take_while(|line| line.starts_with('|')).filter_map(|row| row.split('|').nth(2));
+    let mut written = BTreeSet::new();
+    for cell in cells {
+        let code = cell.split('`').skip(1).step_by(2).filter(|code| code.contains('('));
+        written.extend(code.map(bare));
+    }
+    assert!(written.len() > 20, "the table is where this test looks: {written:?}");
+    for told in World::new(2, "lines").succeed(LIMIT) {
+        let run: BTreeSet<String> = told.into_iter().collect();
+        assert_eq!(run, written);
+    }
+}
+
+/// Without what does not matter.
+fn bare(code: &str) -> String {
+    code.split_whitespace().collect()
+}
+
+/// Runs a line of README's table, and tells it.
+macro_rules! line {
+    ($($code:tt)*) => {
+        $($code)*;
+        tell(bare(stringify!($($code)*)));
+    };
+}
+
+struct Optimizer(u32);
+
+impl Optimizer {
+    fn step(&mut self) {
+        self.0 += 1;
+    }
+}
+
+fn lines() {
+    collectives().unwrap();
+    beyond_collectives().unwrap();
+    messages().unwrap();
+}
+
+fn collectives() -> Result<(), Error> {
+    let comm = Communicator::from_environment()?;
+    let (rank, root) = (comm.rank(), 1);
+    let mut data = [rank as f32 + 1.0; 4];
+    line!(comm.all_reduce(&mut data, ReduceOp::Sum)?);
+    assert_eq!(data, [3.0; 4]);
+    data = [rank as f32; 4];
+    line!(comm.reduce(&mut data, ReduceOp::Max, root)?);
+    assert_eq!(data, [rank as f32; 4]);
+    line!(comm.broadcast(&mut data, root)?);
+    assert_eq!(data, [1.0; 4]);
+    let (mut block, mut all) = ([rank as f32 + 1.0; 2], [0.0; 4]);
+    line!(comm.all_gather(&block, &mut all)?);
+    assert_eq!(all, [1.0, 1.0, 2.0, 2.0]);
+    line!(comm.reduce_scatter(&all, &mut block, ReduceOp::Sum)?);
+    assert_eq!(block, [2.0 * (rank as f32 + 1.0); 2]);
+    let (blocks, mut received) = ([rank as f32, 10.0 + rank as f32], [0.0; 2]);
+    line!(comm.all_to_all(&blocks, &mut received)?);
+    assert_eq!(received, [10.0 * rank as f32, 10.0 * rank as f32 + 1.0]);
+    line!(comm.gather(&block, &mut all, root)?);
+    assert!(rank != root || all == [2.0, 2.0, 4.0, 4.0]);
+    line!(comm.scatter(&all, &mut block, root)?);
+    assert_eq!(block, [2.0 * (rank as f32 + 1.0); 2]);
+    line!(comm.barrier()?);
+    let counts = [1, 3];
+    let block = &[7.0, 8.0, 9.0][..counts[rank]];
+    line!(
+        comm.run(&Collective::all_gather().with_counts(&counts), Buffers::Apart(&block, &mut all))?
+    );
+    assert_eq!(all, [7.0, 7.0, 8.0, 9.0]);
+    all = [1.0, 2.0, 3.0, 4.0];
+    line!(comm.run(&Collective::reduce_scatter(ReduceOp::Sum), Buffers::InPlace(&mut all))?);
+    assert_eq!(all[2 * rank..][..2], [[2.0, 4.0], [6.0, 8.0]][rank]);
+    Ok(())
+}
+
+fn beyond_collectives() -> Result<(), Error> {
+    let comm = Communicator::from_environment()?;
+    let rank = comm.rank();
+    let (block, all) = (vec![rank as f32], vec![0.0; 2]);
+    line!(comm.start::<f32, _>(Collective::all_gather(), Apart(block, all)).wait()?);
+    let collective = Collective::all_reduce(ReduceOp::Sum);
+    let (mut bias, mut weight) = ([1_f32; 2], [2_f32; 3]);
+    line!(comm.run_batch(
+        &collective,
+        &mut [Buffers::InPlace(&mut bias), Buffers::InPlace(&mut weight)]
+    )?);
+    assert_eq!((bias, weight), ([2.0; 2], [4.0; 3]));
+    let mut data = [8.0, f32::INFINITY];
+    let (mut scaler, mut optimizer) = (LossScaler::default(), Optimizer(0));
+    line!(let outcome = comm.run(&Collective::all_reduce(Reduction::sum_scaled_by(0.125).watched()), Buffers::InPlace(&mut data))?);
+    assert!(outcome.nonfinite && data[0] == 2.0);
+    line!(if scaler.update(outcome.nonfinite) {
+        optimizer.step()
+    });
+    assert_eq!(optimizer.0, 0, "a step with an infinite gradient is skipped");
+    let fold = |into: &mut [f32], from: &[f32]| {
+        into.iter_mut().zip(from).for_each(|(into, from)| *into = into.max(*from));
+    };
+    let mut data = [rank as f32];
+    line!(comm.all_reduce(&mut data, CustomOp::commutative(fold))?);
+    assert_eq!(data, [1.0]);
+    Ok(())
+}
+
+fn messages() -> Result<(), Error> {
+    let comm = Communicator::from_environment()?;
+    let (rank, color, key, ranks) = (comm.rank(), 0, 0, [1, 0]);
+    line!(comm.split(Some(color), key)?);
+    line!(comm.subset(&ranks)?);
+    line!(comm.duplicate()?);
+    let (rows, columns) = (1, 2);
+    line!(Mesh::new(&comm, rows, columns)?);
+    let (from, to, tag) = (1 - rank, 1 - rank, 7);
+    let (mut data, out, mut inn) = ([rank as f32; 3], [rank as f32], [9_f32]);
+    line!(let post = Messenger::new(&comm)?);
+    line!(post.send(&data, to, tag)?);
+    line!(post.receive(&mut data, from, tag)?);
+    assert_eq!(data, [from as f32; 3]);
+    line!(post.exchange(&mut [
+        Message::Send { data: &out, to, tag },
+        Message::Receive { data: &mut inn, from, tag }
+    ])?);
+    assert_eq!(inn, [from as f32]);
+    let count = 5;
+    line!(comm.allocate::<f32>(count)?);
+    Ok(())
+}
+
+#[test]
+fn an_error_prints_itself_alike_by_debug_and_display() {
+    // What `main() -> Result<(), unisum::Error>` prints.
+    let error = Communicator::builder().rank(3).connect().unwrap_err();
+    assert_eq!(format!("{error:?}"), error.to_string());
+    assert!(error.to_string().contains("UNISUM_WORLD"), "{error}");
+}
+
+#[test]
+fn ranks_know_their_place_on_their_host() {
+    for told in World::new(3, "places").succeed(LIMIT) {
+        assert_eq!(told[0], told[1]);
+    }
+}
+
+fn places() {
+    let communicator = Communicator::from_environment().unwrap();
+    let (rank, world) = (communicator.rank(), communicator.world());
+    assert_eq!((communicator.local_rank(), communicator.local_size()), (rank, world));
+    // In a group by the group's numbers: here the other way round.
+    let group = communicator.split(Some(u32::from(rank > 0)), -(rank as i64)).unwrap().unwrap();
+    tell(format!("{} of {}", group.local_rank(), group.local_size()));
+    tell(format!("{} of {}", group.rank(), group.world()));
+}
+
+/// The body of a program that has no subscriber for events.
+#[test]
+fn plain_program() {
+    if std::env::var("TEST_PLAIN").is_ok() {
+        let communicator = Communicator::from_environment().unwrap();
+        assert_eq!((communicator.world(), communicator.local_size()), (1, 1));
+    }
+}
+
+/// What such a program says on standard error.
+fn said(variables: &[(&str, &str)]) -> String {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "plain_program", "--nocapture"])
+        .env("TEST_PLAIN", "1")
+        .env_remove("UNISUM_LOG")
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn warnings_reach_standard_error_where_nobody_else_takes_them() {
+    assert_eq!(said(&[]).matches("unisum:").count(), 0);
+    let misspelt = ("UNISUM_TIMEOUTS", "1");
+    assert!(
+        said(&[misspelt]).contains("unisum: warning: unknown variables, misspelt? UNISUM_TIMEOUTS")
+    );
+    assert_eq!(said(&[misspelt, ("UNISUM_LOG", "off")]).matches("unisum:").count(), 0);
+}
+
+#[test]
+fn a_process_that_is_alone_though_it_seems_one_of_many_is_warned() {
+    for variable in ["SLURM_JOB_ID", "JOB_COMPLETION_INDEX"] {
+        let said = said(&[(variable, "0")]);
+        assert!(said.contains("warning") && said.contains("alone"), "{variable}: {said}");
+        assert!(said.contains("srun") || said.contains("UNISUM_WORLD"), "{variable}: {said}");
+    }
+}
