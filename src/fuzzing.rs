@@ -4,7 +4,7 @@ use unisum_link::fuzzing::Target;
 
 use crate::address::{PortRange, Rendezvous};
 use crate::settings::{Environment, Settings, parse_bytes};
-use crate::{buckets, control, interface, launcher, wiring};
+use crate::{buckets, control, interface, launcher, tunings, wiring};
 
 /// The targets of this crate.
 pub fn targets() -> Vec<Target> {
@@ -13,6 +13,7 @@ pub fn targets() -> Vec<Target> {
         control::fuzzing::TARGETS,
         interface::fuzzing::TARGETS,
         launcher::fuzzing::TARGETS,
+        tunings::fuzzing::TARGETS,
         wiring::fuzzing::TARGETS,
     ];
     [&modules.concat(), TARGETS].concat()

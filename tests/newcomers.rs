@@ -116,7 +116,10 @@ fn beyond_collectives() -> Result<(), Error> {
     assert_eq!((bias, weight), ([2.0; 2], [4.0; 3]));
     let mut data = [8.0, f32::INFINITY];
     let (mut scaler, mut optimizer) = (LossScaler::default(), Optimizer(0));
-    line!(let outcome = comm.run(&Collective::all_reduce(Reduction::sum_scaled_by(0.125).watched()), Buffers::InPlace(&mut data))?);
+    line!(let outcome = comm.run(
+        &Collective::all_reduce(Reduction::sum_scaled_by(0.125).watched()),
+        Buffers::InPlace(&mut data)
+    )?);
     assert!(outcome.nonfinite && data[0] == 2.0);
     line!(if scaler.update(outcome.nonfinite) {
         optimizer.step()

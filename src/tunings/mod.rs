@@ -4,6 +4,8 @@
 //! that they can't differ; the first rank of a group tells rank 0 what the group has settled.
 
 mod file;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
