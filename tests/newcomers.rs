@@ -91,7 +91,7 @@ fn collectives() -> Result<(), Error> {
     assert_eq!(block, [2.0 * (rank as f32 + 1.0); 2]);
     line!(comm.barrier()?);
     let counts = [1, 3];
-    let block = &[7.0, 8.0, 9.0][..counts[rank]];
+    let block = [7.0, 8.0, 9.0][..counts[rank]].to_vec();
     line!(
         comm.run(&Collective::all_gather().with_counts(&counts), Buffers::Apart(&block, &mut all))?
     );

@@ -35,12 +35,10 @@ pub(super) fn look_up(site: Site<'_>, told: &[Told<'_>]) -> Result<Earlier, Erro
         Some(Err(why)) => format!("-{why}"),
     };
     let text = tell_all(control, &text)?;
-    let (note, body) = match text.strip_prefix('+').and_then(|text| text.split_once('\n')) {
-        Some(parts) => parts,
-        None => {
-            let why = text.get(1..).unwrap_or("rank 0 told nothing of its tuning file");
-            return Err(failed(why.to_owned()).caused_by(vec![0]));
-        }
+    let parts = text.strip_prefix('+').and_then(|text| text.split_once('\n'));
+    let Some((note, body)) = parts else {
+        let why = text.get(1..).unwrap_or("rank 0 told nothing of its tuning file");
+        return Err(failed(why.to_owned()).caused_by(vec![0]));
     };
     let unknown = |why: String| failed(format!("the tuning file: {why}")).caused_by(vec![0]);
     let store = found.and_then(Result::ok).and_then(|found| found.store);
