@@ -157,18 +157,18 @@ fn a_file_of_another_job_is_told_and_neither_used_nor_changed() {
     let written = fs::read_to_string(&file).unwrap();
     let later = written.replace("form 1", "form 9");
     let worlds = [
-        (3, "tcp", written.clone(), "it has world `2`, this job `3`"),
-        (2, "shm", written.clone(), "it has transports `tcp tcp`, this job `shm shm`"),
-        (2, "tcp", later, "form 9"),
+        (3, "tcp", &written, "it has world `2`, this job `3`"),
+        (2, "shm", &written, "it has transports `tcp tcp`, this job `shm shm`"),
+        (2, "tcp", &later, "form 9"),
     ];
     for (ranks, transport, text, why) in worlds {
-        fs::write(&file, &text).unwrap();
+        fs::write(&file, text).unwrap();
         let ended = world(ranks, "described", transport, &file).run(LIMIT);
         assert!(ended.iter().all(|ended| ended.status == 0), "{ended:#?}");
         let is_warning = |line: &str| line.contains("WARN") && line.contains(why);
         assert!(ended[0].log.lines().any(is_warning), "{why}: {}", ended[0].log);
         assert!(ended.iter().all(|ended| ended.told[0].contains(why)), "{ended:#?}");
-        assert_eq!(fs::read_to_string(&file).unwrap(), text);
+        assert_eq!(fs::read_to_string(&file).unwrap(), *text);
     }
 }
 
