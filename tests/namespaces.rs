@@ -117,10 +117,9 @@ fn describe() {
 /// in which some may be tried, and one that takes longer than trying may.
 #[test]
 fn a_first_call_over_a_slow_link_takes_a_second_more_than_a_call() {
-    let _one = HOSTS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let Some(hosts) = Hosts::new(4) else { return };
-    let shape = "root tbf rate 10mbit burst 64kb latency 2s";
-    sh(&format!("ip netns exec {} tc qdisc add dev port3 {shape}", namespace(hosts.0))).unwrap();
+    let shape = "tc qdisc add dev port3 root tbf rate 10mbit burst 64kb latency 2s";
+    sh(&format!("ip netns exec {} {shape}", hosts.switch())).unwrap();
     let world = |scenario| world(4, scenario, "tcp://10.77.0.1:7001").through(inside);
     for told in world("first_calls").set("UNISUM_TIMEOUT", 8).succeed(LIMIT) {
         for line in told {
