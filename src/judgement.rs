@@ -18,6 +18,11 @@ impl Membership {
         let error = self.in_job(error);
         let finding = match &error.kind {
             LinkErrorKind::Panicked(what) => return self.panicked(what),
+            LinkErrorKind::Lacking { context, error: why } => {
+                let (own, peer) = (self.job_rank(), error.peer);
+                let text = format!("rank {own} can't reach rank {peer}: {context}: {why}");
+                return self.report(own, Finding::LinkFailed, text);
+            }
             LinkErrorKind::Mismatch { .. } => Finding::Mismatch,
             _ => Finding::LinkFailed,
         };

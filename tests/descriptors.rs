@@ -90,8 +90,8 @@ fn a_rank_that_runs_out_later_is_named_with_the_reason() {
         for ended in world.run(Duration::from_secs(30)) {
             assert_eq!(ended.status, 0, "{ended:#?}");
             let told = &ended.told[0];
-            assert!(told.starts_with(&format!("{:?}", ErrorKind::RankLost)), "{told}");
-            assert!(told.contains(&format!("rank {without}")), "{told}");
+            let named = format!("{:?} [{without}] ", ErrorKind::RankLost);
+            assert!(told.starts_with(&named), "rank {without} has none: {told}");
             assert!(told.contains("open files"), "{told}");
         }
     }

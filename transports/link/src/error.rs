@@ -41,6 +41,14 @@ pub enum LinkErrorKind {
     /// The connection could not be set up in time.
     #[error("not connected: {0}")]
     Unreachable(String),
+    /// This rank lacks what the link takes, descriptors or threads, say: the peer is not to blame.
+    #[error("{context}: {error}")]
+    Lacking {
+        /// What was tried, with the address where one is involved.
+        context: String,
+        /// The system's words.
+        error: String,
+    },
     /// No link failed: a function of the program on this rank, which `peer` names, panicked.
     #[error("{0}")]
     Panicked(String),
@@ -50,6 +58,12 @@ impl LinkError {
     /// An error of the operating system while `context` was tried.
     pub fn os(peer: Rank, context: impl Into<String>, error: impl ToString) -> Self {
         let kind = LinkErrorKind::Os { context: context.into(), error: error.to_string() };
+        Self { peer, kind }
+    }
+
+    /// This rank lacks what `context` takes.
+    pub fn lacking(peer: Rank, context: impl Into<String>, error: impl ToString) -> Self {
+        let kind = LinkErrorKind::Lacking { context: context.into(), error: error.to_string() };
         Self { peer, kind }
     }
 

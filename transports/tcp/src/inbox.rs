@@ -11,6 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use socket2::{SockRef, Socket};
 use unisum_link::dial::{Failure, Unreached, dial};
 use unisum_link::fork::ParentOnly;
@@ -122,7 +123,7 @@ impl Inbox {
             thread::Builder::new()
                 .name("unisum-dial".into())
                 .spawn(move || inbox.run_dialler())
-                .map_err(|error| LinkError::os(peer, "starting a thread to dial", error))?;
+                .map_err(|error| LinkError::lacking(peer, "starting a thread to dial", error))?;
             state.dialler_runs = true;
         }
         Ok(())
@@ -243,6 +244,9 @@ impl Pending {
 
     fn given_up(&self, unreached: &Unreached<HandshakeError>) -> LinkError {
         let peer = self.dial.hello.to as Rank;
+        if unreached.tried.iter().any(|(_, failure)| is_lack(failure)) {
+            return LinkError::lacking(peer, "connecting failed", unreached);
+        }
         let seconds = self.since.elapsed().as_secs_f64();
         let attempts = match self.attempts {
             1 => String::new(),
@@ -270,6 +274,16 @@ fn is_silence(failure: &Failure<HandshakeError>) -> bool {
         Failure::Connect(error) => error.kind() == io::ErrorKind::TimedOut,
         Failure::Met(_) => false,
     }
+}
+
+/// Whether this process, or its host, has used something up that a connection takes: whoever is at
+/// the other end has no part in that.
+fn is_lack(failure: &Failure<HandshakeError>) -> bool {
+    let (Failure::Connect(error) | Failure::Met(HandshakeError::Io(error))) = failure else {
+        return false;
+    };
+    let lacks = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    Errno::from_io_error(error).is_some_and(|error| lacks.contains(&error))
 }
 
 /// Whether an error says that the network, or the other end, has no time for this rank now:
