@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use unisum_link::{Collective as Kind, Dtype, Element, Rank, Region, Regions};
 
-use crate::collective::{Blocks, Buffers, Collective, Extent, Extents, fingerprint};
+use crate::collective::{Blocks, Buffers, Collective, Extent, Extents};
 use crate::memory::{Arena, Memory};
 
 /// The largest tensor that is packed: all its blocks, in bytes.
@@ -92,13 +92,6 @@ impl<'a> Pack<'a> {
             Blocks::Even(_) => Blocks::Even(self.block_len(0)),
             _ => Blocks::Given((0..self.blocks).map(|block| self.block_len(block)).collect()),
         }
-    }
-
-    /// A fingerprint of the tensors' lengths: all ranks have to make the same pack.
-    pub(crate) fn fingerprint(&self) -> u32 {
-        let lens: Vec<usize> =
-            self.tensors.iter().map(|it| it.blocks.agreed().0 as usize).collect();
-        fingerprint(&lens)
     }
 
     fn block_len(&self, block: usize) -> usize {

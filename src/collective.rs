@@ -6,6 +6,7 @@ use std::sync::Arc;
 use unisum_link::kernels::Fold;
 use unisum_link::{Collective as Kind, Dtype, Element, Rank, ReduceOp};
 
+use crate::agreement::Purpose;
 use crate::programs::Key;
 use crate::reduction::Reduction;
 use crate::{Error, ErrorKind};
@@ -32,6 +33,7 @@ pub struct Collective {
     reduction: Reduction,
     root: Rank,
     counts: Counts,
+    purpose: Purpose,
 }
 
 /// How long the blocks are, in elements.
@@ -49,7 +51,7 @@ enum Counts {
 impl Collective {
     const fn new(kind: Kind) -> Self {
         let reduction = Reduction::new(ReduceOp::Sum);
-        Self { kind, reduction, root: 0, counts: Counts::Even }
+        Self { kind, reduction, root: 0, counts: Counts::Even, purpose: Purpose::User }
     }
 
     /// Reduces all ranks' elements and gives every rank the result.
@@ -112,6 +114,11 @@ impl Collective {
         Self::new(Kind::Barrier)
     }
 
+    /// The same, not called by the program.
+    pub(crate) fn with_purpose(self, purpose: Purpose) -> Self {
+        Self { purpose, ..self }
+    }
+
     /// The names of the algorithms there are for it, as
     /// [`set_algorithm`](crate::Communicator::set_algorithm) takes them.
     pub fn algorithms(&self) -> Vec<&'static str> {
@@ -128,6 +135,10 @@ impl Collective {
 
     pub(crate) const fn reduction(&self) -> &Reduction {
         &self.reduction
+    }
+
+    pub(crate) const fn purpose(&self) -> Purpose {
+        self.purpose
     }
 
     /// Whether the lengths of the buffers say how long the blocks are.
@@ -233,22 +244,19 @@ pub(crate) enum Blocks {
 }
 
 impl Blocks {
-    /// What a call tells of them: elements, and a fingerprint of what else has to agree.
-    pub(crate) fn agreed(&self) -> (u64, u32) {
+    /// The elements that all ranks agree on: of a block, or of all blocks that were given.
+    pub(crate) fn count(&self) -> usize {
         match self {
-            Self::Even(each) => (*each as u64, 0),
-            Self::Given(counts) => (counts.iter().sum::<usize>() as u64, fingerprint(counts)),
-            Self::Pairs(..) => (0, 1),
+            Self::Even(each) => *each,
+            Self::Given(counts) => counts.iter().sum(),
+            Self::Pairs(..) => 0,
         }
     }
-}
 
-/// FNV-1a over the numbers; never 0.
-pub(crate) fn fingerprint(numbers: &[usize]) -> u32 {
-    let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
-    bytes
-        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
-        .max(1)
+    /// Whether all ranks know that there are no elements.
+    pub(crate) fn is_empty(&self) -> bool {
+        !matches!(self, Self::Pairs(..)) && self.count() == 0
+    }
 }
 
 /// How much of the elements a rank puts in, or gets.

@@ -1,10 +1,12 @@
 //! Groups: communicators of some of a communicator's ranks, for hybrid parallelism.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::atomic::Ordering;
 
 use unisum_link::{LinkError, Rank};
 
+use crate::agreement::Purpose;
 use crate::background::Background;
 use crate::collective::{Buffers, Collective};
 use crate::control::Share;
@@ -14,12 +16,24 @@ use crate::runner::Runner;
 use crate::wiring::{self, Group, Parent};
 use crate::{Communicator, Error, ErrorKind};
 
+/// What a rank calls to make groups, with the arguments that all ranks have to give alike.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Making {
+    Split,
+    Duplicate,
+    Subset(Vec<Rank>),
+    Mesh { rows: usize, columns: usize },
+    Messenger,
+    Buckets,
+}
+
 /// What a rank tells the others when a communicator is split.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Wish {
+    making: Making,
     color: Option<u32>,
     key: i64,
-    next_communicator: u16,
+    next_communicator: u32,
 }
 
 impl Communicator {
@@ -40,15 +54,27 @@ impl Communicator {
     /// group shares memory or connects queue pairs.
     ///
     /// # Errors
-    /// As [`Communicator::run`]. If a rank's memory or descriptors run out, or ranks of a group
-    /// do not share the memory that was asked for, the call fails on all ranks, with
-    /// [`ErrorKind::Rendezvous`] or [`ErrorKind::Configuration`], and this communicator stays as it
-    /// was.
+    /// As [`Communicator::run`]. [`ErrorKind::Mismatch`] if ranks make groups in different ways, as
+    /// by this and by [`Communicator::subset`]. If a rank's memory or descriptors run out, or ranks
+    /// of a group do not share the memory that was asked for, the call fails with
+    /// [`ErrorKind::Rendezvous`] or [`ErrorKind::Configuration`]. All of these come on all ranks,
+    /// and this communicator stays as it was.
     pub fn split(&self, color: Option<u32>, key: i64) -> Result<Option<Self>, Error> {
+        self.make(&Making::Split, color, key)
+    }
+
+    /// The group of this rank, if it gives a color.
+    pub(crate) fn make(
+        &self,
+        making: &Making,
+        color: Option<u32>,
+        key: i64,
+    ) -> Result<Option<Self>, Error> {
         if self.member.is_none() {
+            self.check_making(making)?;
             return Ok(color.map(|_| Self::of_one(self.description().into())));
         }
-        let (joined, group) = self.regroup(color, key)?;
+        let (joined, group) = self.regroup(making, color, key)?;
         let Some(group) = group else { return Ok(None) };
         let world = group.ranks.len();
         let rank = group.ranks.iter().position(|&rank| rank == self.rank());
@@ -63,6 +89,7 @@ impl Communicator {
     /// does, up to the links. Nothing in a world of one.
     pub(crate) fn regroup(
         &self,
+        making: &Making,
         color: Option<u32>,
         key: i64,
     ) -> Result<(Option<wiring::Member>, Option<Group>), Error> {
@@ -71,13 +98,16 @@ impl Communicator {
         let numbers = &core.job.next_communicator;
         // Relaxed: splits of one communicator come one after another, and of several at once the
         // later of two that draw a number finds out below.
-        let wish = Wish { color, key, next_communicator: numbers.load(Ordering::Relaxed) };
+        let next_communicator = numbers.load(Ordering::Relaxed);
+        let wish = Wish { making: making.clone(), color, key, next_communicator };
         let blobs = self.exchange(wish.encode())?;
         let wishes: Option<Vec<Wish>> = blobs.iter().map(|blob| Wish::decode(blob)).collect();
         let refuse = |text: &str| Error::new(ErrorKind::Rendezvous, text).on(self.rank());
         let wishes = wishes.ok_or_else(|| refuse("a rank told no wish that this version knows"))?;
+        self.compare(core.runner.membership.ranks(), &wishes)?;
+        self.check_making(making)?;
         let (group, next) = divide(&wishes, self.rank())
-            .ok_or_else(|| refuse("there have been 65,535 groups, and there can be no more"))?;
+            .ok_or_else(|| refuse("there have been 2^32 groups, and there can be no more"))?;
         // Relaxed: as above.
         numbers.fetch_max(next, Ordering::Relaxed);
         let exchange = |share: Share| self.exchange(share);
@@ -95,24 +125,58 @@ impl Communicator {
     /// The group of these ranks, in this order: rank `ranks[i]` is number i in it. `None` on the
     /// ranks that are not in it.
     ///
-    /// Collective: every rank calls it with the same list; see [`Communicator::split`].
+    /// Collective: every rank calls it with the same list; see [`Communicator::split`]. Who wants
+    /// several groups at once, each rank its own, splits.
     ///
     /// # Errors
-    /// [`ErrorKind::Configuration`] if a rank is named twice or does not exist, and as
-    /// [`Communicator::split`].
+    /// [`ErrorKind::Mismatch`] if ranks give different lists, [`ErrorKind::Configuration`] if a
+    /// rank is named twice or does not exist, both on all ranks; and as [`Communicator::split`].
     #[doc(alias = "new_group")]
     pub fn subset(&self, ranks: &[Rank]) -> Result<Option<Self>, Error> {
-        let mut sorted = ranks.to_vec();
-        sorted.sort_unstable();
-        let twice = sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
-        let beyond = sorted.last().copied().filter(|&rank| rank >= self.world());
-        if let Some(rank) = twice.or(beyond) {
-            let world = self.world();
-            let text = format!("subset {ranks:?} of {world} ranks: rank {rank} can't be in it");
-            return Err(Error::new(ErrorKind::Configuration, text).on(self.rank()));
-        }
         let place = ranks.iter().position(|&rank| rank == self.rank());
-        self.split(place.map(|_| 0), place.unwrap_or(0) as i64)
+        let making = Making::Subset(ranks.to_vec());
+        self.make(&making, place.map(|_| 0), place.unwrap_or(0) as i64)
+    }
+
+    /// Whether groups can be made so: the same answer on all ranks that give the same arguments.
+    fn check_making(&self, making: &Making) -> Result<(), Error> {
+        let world = self.world();
+        let refuse = |text| Err(Error::new(ErrorKind::Configuration, text).on(self.rank()));
+        match making {
+            Making::Subset(ranks) => {
+                let mut sorted = ranks.clone();
+                sorted.sort_unstable();
+                let twice = sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
+                let beyond = sorted.last().copied().filter(|&rank| rank >= world);
+                match twice.or(beyond) {
+                    Some(rank) => {
+                        refuse(format!("{making} of {world} ranks: rank {rank} can't be in it"))
+                    }
+                    None => Ok(()),
+                }
+            }
+            Making::Mesh { rows, columns } if rows.checked_mul(*columns) != Some(world) => {
+                refuse(format!("{world} ranks make no {rows} rows of {columns}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether all ranks make groups in the same way: the same answer on all. `ranks` are their
+    /// numbers in the job.
+    fn compare(&self, ranks: &[Rank], wishes: &[Wish]) -> Result<(), Error> {
+        let making = |rank: Rank| &wishes[rank].making;
+        let Some(other) = (1..wishes.len()).find(|&rank| making(rank) != making(0)) else {
+            return Ok(());
+        };
+        let (first, second) = (ranks[0], ranks[other]);
+        let text = format!(
+            "ranks make groups in different ways: rank {first} called {}, rank {second} {}",
+            making(0),
+            making(other)
+        );
+        let error = Error::new(ErrorKind::Mismatch, text).on(ranks[self.rank()]);
+        Err(error.caused_by(vec![first, second]))
     }
 
     /// A communicator of the same ranks with an order of calls of its own; see
@@ -122,7 +186,12 @@ impl Communicator {
     /// As [`Communicator::split`].
     #[doc(alias = "dup")]
     pub fn duplicate(&self) -> Result<Self, Error> {
-        let same = self.split(Some(0), self.rank() as i64)?;
+        self.duplicate_for(&Making::Duplicate)
+    }
+
+    /// The same for what is built on it.
+    pub(crate) fn duplicate_for(&self, making: &Making) -> Result<Self, Error> {
+        let same = self.make(making, Some(0), self.rank() as i64)?;
         Ok(same.unwrap_or_else(|| unreachable!("every rank gave the color")))
     }
 
@@ -154,21 +223,26 @@ impl Communicator {
             None => Ok(to_counts(lengths)),
             Some(rank) => Err(self.refuse_share(rank, lengths[rank])),
         };
+        let tell = |collective: Collective, own: &[u64], all: &mut [u64]| {
+            // No call of the program passes for it.
+            self.run(&collective.with_purpose(Purpose::Exchange), Buffers::Apart(own, all))
+        };
         let (own, collective, counts) = match share.into() {
             Share::Same(blob) => {
-                self.all_gather(&[blob.len() as u64], &mut lengths)?;
+                tell(Collective::all_gather(), &[blob.len() as u64], &mut lengths)?;
                 let counts = checked(&lengths)?;
                 (blob, Collective::all_gather().with_counts(&counts), counts)
             }
             Share::Each(blobs) => {
                 let sends: Vec<u64> = blobs.iter().map(|blob| blob.len() as u64).collect();
-                self.all_to_all(&sends, &mut lengths)?;
+                tell(Collective::all_to_all(), &sends, &mut lengths)?;
                 let counts = checked(&lengths)?;
                 let collective = Collective::all_to_all_v(&to_counts(&sends), &counts);
                 (blobs.concat(), collective, counts)
             }
         };
         let mut all = vec![0_u8; counts.iter().sum()];
+        let collective = collective.with_purpose(Purpose::Exchange);
         self.run(&collective, Buffers::Apart(&own, &mut all))?;
         if let Some(member) = &self.member {
             member.core.runner.membership.status().discount(2);
@@ -204,7 +278,7 @@ fn too_long(lengths: &[u64]) -> Option<Rank> {
 
 /// The group that a rank is in, and the lowest communicator number that none of the ranks had yet;
 /// `None` if the numbers are used up.
-fn divide(wishes: &[Wish], rank: Rank) -> Option<(Option<Group>, u16)> {
+fn divide(wishes: &[Wish], rank: Rank) -> Option<(Option<Group>, u32)> {
     let mut colors: BTreeMap<u32, Vec<Rank>> = BTreeMap::new();
     for (rank, wish) in wishes.iter().enumerate() {
         if let Some(color) = wish.color {
@@ -212,7 +286,7 @@ fn divide(wishes: &[Wish], rank: Rank) -> Option<(Option<Group>, u16)> {
         }
     }
     let first = wishes.iter().map(|wish| wish.next_communicator).max()?;
-    let next = first.checked_add(u16::try_from(colors.len()).ok()?)?;
+    let next = first.checked_add(u32::try_from(colors.len()).ok()?)?;
     let group = (first..).zip(colors).find_map(|(communicator, (_, mut ranks))| {
         ranks.sort_by_key(|&rank| wishes[rank].key); // stable: by rank where keys are equal
         ranks.contains(&rank).then_some(Group { communicator, ranks })
@@ -220,20 +294,63 @@ fn divide(wishes: &[Wish], rank: Rank) -> Option<(Option<Group>, u16)> {
     Some((group, next))
 }
 
+impl Making {
+    /// As words: what it is, and its arguments.
+    fn words(&self) -> Vec<u64> {
+        match self {
+            Self::Split => vec![0],
+            Self::Duplicate => vec![1],
+            Self::Subset(ranks) => {
+                [2].into_iter().chain(ranks.iter().map(|&it| it as u64)).collect()
+            }
+            Self::Mesh { rows, columns } => vec![3, *rows as u64, *columns as u64],
+            Self::Messenger => vec![4],
+            Self::Buckets => vec![5],
+        }
+    }
+
+    fn from_words(words: &[u64]) -> Option<Self> {
+        Some(match *words {
+            [0] => Self::Split,
+            [1] => Self::Duplicate,
+            [2, ref ranks @ ..] => Self::Subset(ranks.iter().map(|&it| it as usize).collect()),
+            [3, rows, columns] => Self::Mesh { rows: rows as usize, columns: columns as usize },
+            [4] => Self::Messenger,
+            [5] => Self::Buckets,
+            _ => return None,
+        })
+    }
+}
+
+impl fmt::Display for Making {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Split => f.write_str("split"),
+            Self::Duplicate => f.write_str("duplicate"),
+            Self::Subset(ranks) => write!(f, "subset {ranks:?}"),
+            Self::Mesh { rows, columns } => write!(f, "Mesh of {rows} rows of {columns}"),
+            Self::Messenger => f.write_str("Messenger"),
+            Self::Buckets => f.write_str("Buckets"),
+        }
+    }
+}
+
 impl Wish {
-    fn encode(self) -> Vec<u8> {
-        let color = self.color.map_or(u64::MAX, u64::from).to_le_bytes();
-        [&color[..], &self.key.to_le_bytes(), &self.next_communicator.to_le_bytes()].concat()
+    fn encode(&self) -> Vec<u8> {
+        let color = self.color.map_or(u64::MAX, u64::from);
+        let first = [color, self.key as u64, u64::from(self.next_communicator)];
+        first.into_iter().chain(self.making.words()).flat_map(u64::to_le_bytes).collect()
     }
 
     fn decode(blob: &[u8]) -> Option<Self> {
-        let (color, rest) = blob.split_first_chunk()?;
-        let (key, rest) = rest.split_first_chunk()?;
-        let color = u64::from_le_bytes(*color);
+        let (words, rest) = blob.as_chunks::<8>();
+        let words: Vec<u64> = words.iter().map(|&word| u64::from_le_bytes(word)).collect();
+        let [color, key, next_communicator, ref making @ ..] = words[..] else { return None };
         Some(Self {
+            making: Making::from_words(making).filter(|_| rest.is_empty())?,
             color: if color == u64::MAX { None } else { Some(u32::try_from(color).ok()?) },
-            key: i64::from_le_bytes(*key),
-            next_communicator: u16::from_le_bytes(rest.try_into().ok()?),
+            key: key as i64,
+            next_communicator: u32::try_from(next_communicator).ok()?,
         })
     }
 }
@@ -244,7 +361,7 @@ mod tests {
 
     #[test]
     fn ranks_of_a_color_are_numbered_by_key_and_then_by_rank() {
-        let wish = |color, key| Wish { color, key, next_communicator: 3 };
+        let wish = |color, key| Wish { making: Making::Split, color, key, next_communicator: 3 };
         let wishes = [wish(Some(7), 1), wish(None, 0), wish(Some(2), 0), wish(Some(7), -4)];
         let of = |rank| divide(&wishes, rank).unwrap();
         let (group, next) = of(0);
@@ -252,7 +369,7 @@ mod tests {
         assert_eq!((group.communicator, group.ranks, next), (4, vec![3, 0], 5));
         assert!(of(1).0.is_none());
         assert_eq!(of(2).0.unwrap().communicator, 3);
-        assert!(divide(&[Wish { next_communicator: u16::MAX, ..wish(Some(1), 0) }], 0).is_none());
+        assert!(divide(&[Wish { next_communicator: u32::MAX, ..wish(Some(1), 0) }], 0).is_none());
     }
 
     #[test]
@@ -264,10 +381,23 @@ mod tests {
 
     #[test]
     fn wishes_survive_the_wire() {
-        for color in [None, Some(0), Some(u32::MAX)] {
-            let wish = Wish { color, key: -5, next_communicator: 9 };
-            assert_eq!(Wish::decode(&wish.encode()), Some(wish));
-            assert_eq!(Wish::decode(&wish.encode()[1..]), None);
+        let makings = [
+            Making::Split,
+            Making::Duplicate,
+            Making::Subset(vec![]),
+            Making::Subset(vec![3, usize::MAX]),
+            Making::Mesh { rows: 0, columns: usize::MAX },
+            Making::Messenger,
+            Making::Buckets,
+        ];
+        for (making, color) in
+            makings.iter().flat_map(|it| [None, Some(0), Some(u32::MAX)].map(|color| (it, color)))
+        {
+            let wish = Wish { making: making.clone(), color, key: -5, next_communicator: u32::MAX };
+            let encoded = wish.encode();
+            assert_eq!(Wish::decode(&encoded), Some(wish));
+            assert_eq!(Wish::decode(&encoded[1..]), None);
+            assert_eq!(Wish::decode(&encoded[..24]), None);
         }
     }
 }

@@ -21,6 +21,7 @@
 compile_error!("unisum needs at least one of the features `tcp`, `shm` and `verbs`");
 
 mod address;
+mod agreement;
 mod alone;
 mod background;
 mod batch;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use unisum_link::{Collective as Kind, Element, Panic, Rank, ReduceOp, Regions};
 
 use crate::Error;
+use crate::agreement::{Batch, Terms};
 use crate::background::Background;
 use crate::batch::{self, Pack};
 use crate::collective::{Blocks, Buffers, Collective, Extents};
@@ -65,7 +66,7 @@ impl Core {
         collective.checked(T::DTYPE, (self.rank, self.world))?;
         match collective.size(T::DTYPE, (self.rank, self.world), lengths) {
             // SAFETY: the caller promised it.
-            Ok(extents) => unsafe { self.launch(&mut state, collective, buffers, extents) },
+            Ok(extents) => unsafe { self.launch(&mut state, collective, buffers, (extents, None)) },
             Err(text) => Err(self.runner.refuse(&mut state, &text)),
         }
     }
@@ -112,16 +113,26 @@ impl Core {
             Err(text) => return Err(self.runner.refuse(&mut state, &text)),
         };
         let blocks = if collective.has_blocks() { self.world } else { 1 };
+        let tensors: Arc<[usize]> = extents.iter().map(|it| it.blocks.count()).collect();
+        let launches = batch::launches(&extents, blocks, T::DTYPE);
+        if launches.is_empty() {
+            // The others may have tensors.
+            let batch = Some(Batch { tensors, launch: 0 });
+            let terms = terms::<T>(collective, &Blocks::Even(0)).of_batch(batch);
+            return self.launch_nothing::<T>(&mut state, collective, terms, None);
+        }
         let mut outcome = Outcome::default();
-        for launch in batch::launches(&extents, blocks, T::DTYPE) {
+        for (number, launch) in launches.into_iter().enumerate() {
+            let of_batch = Some(Batch { tensors: tensors.clone(), launch: number });
             let told = if let [index] = launch[..] {
                 let (buffers, extents) = (batch[index].reborrow(), extents[index].clone());
                 // SAFETY: the caller promised it.
-                unsafe { self.launch(&mut state, collective, buffers, extents) }?
+                unsafe { self.launch(&mut state, collective, buffers, (extents, of_batch)) }?
             } else {
                 let tensors = launch.iter().map(|&index| &extents[index]).collect();
                 let pack = Pack::new(tensors, collective, place);
-                self.launch_pack(&mut state, collective, &pack, (&mut *batch, &launch))?
+                let which = (&mut *batch, &launch[..]);
+                self.launch_pack(&mut state, collective, (&pack, of_batch), which)?
             };
             outcome.nonfinite |= told.nonfinite;
         }
@@ -135,9 +146,10 @@ impl Core {
         state: &mut State,
         collective: &Collective,
         buffers: Buffers<'_, T>,
-        extents: Extents,
+        (extents, batch): (Extents, Option<Batch>),
     ) -> Result<Outcome, Error> {
-        let form = Form::new(collective, T::DTYPE, buffers.lengths());
+        // What is one of a batch is no call by itself.
+        let form = Form::new(collective, T::DTYPE, buffers.lengths()).filter(|_| batch.is_none());
         let known = form.map(|form| Known::new(form, &extents));
         let copy;
         let buffers = match buffers {
@@ -149,14 +161,15 @@ impl Core {
             buffers => buffers,
         };
         let in_place = matches!(buffers, Buffers::InPlace(_));
-        if extents.blocks == Blocks::Even(0) {
-            return self.launch_nothing::<T>(state, collective, known);
+        let terms = terms::<T>(collective, &extents.blocks).of_batch(batch);
+        if extents.blocks.is_empty() {
+            return self.launch_nothing::<T>(state, collective, terms, known);
         }
         let (input, output) = extents.bytes(T::DTYPE);
         // SAFETY: the caller promised it, and the copy is owned.
         let regions = unsafe { self.regions(buffers, &input, &output) };
         let request = request::<T>(collective, extents.blocks, in_place, regions);
-        self.runner.run(state, &Request { known, ..request })
+        self.runner.run(state, &Request { terms, known, ..request })
     }
 
     /// A collective without elements: its message carries one element that nobody reads.
@@ -164,13 +177,14 @@ impl Core {
         &self,
         state: &mut State,
         collective: &Collective,
+        terms: Terms,
         known: Option<Known>,
     ) -> Result<Outcome, Error> {
         let mut spare = Spare::default();
         // SAFETY: this function owns it.
         let regions = unsafe { self.spare_regions(&mut spare) };
         let request = request::<T>(collective, Blocks::Even(0), true, regions);
-        let mut request = Request { known, ..request };
+        let mut request = Request { terms, known, ..request };
         request.fold.custom = None;
         (request.key.custom, request.key.ordered) = (false, false);
         self.runner.run(state, &request)
@@ -181,7 +195,7 @@ impl Core {
         &self,
         state: &mut State,
         collective: &Collective,
-        pack: &Pack<'_>,
+        (pack, of_batch): (&Pack<'_>, Option<Batch>),
         (batch, which): (&mut [Buffers<'_, T>], &[usize]),
     ) -> Result<Outcome, Error> {
         let regions = match pack.regions::<T>(&mut state.scratch, &self.job.arena) {
@@ -189,14 +203,14 @@ impl Core {
             Err(text) => return Err(self.runner.refuse(state, &text)),
         };
         let blocks = pack.blocks();
-        if blocks == Blocks::Even(0) {
-            return self.launch_nothing::<T>(state, collective, None);
+        let terms = terms::<T>(collective, &blocks).of_batch(of_batch);
+        if blocks.is_empty() {
+            return self.launch_nothing::<T>(state, collective, terms, None);
         }
         pack.fill(batch, which, regions.input);
         let in_place = collective.kind() != Kind::AllToAll;
         let request = request::<T>(collective, blocks, in_place, pack.used::<T>(regions));
-        let detail = pack.fingerprint();
-        let outcome = self.runner.run(state, &Request { detail, ..request })?;
+        let outcome = self.runner.run(state, &Request { terms, ..request })?;
         pack.empty(regions.output, batch, which);
         Ok(outcome)
     }
@@ -258,7 +272,12 @@ fn request<T: Element>(
         custom: fold.custom.is_some(),
         in_place,
     };
-    Request { key, fold, regions, detail: 0, known: None }
+    Request { key, fold, regions, terms: Terms::default(), known: None }
+}
+
+/// What ranks agree on for a collective of these blocks.
+fn terms<T: Element>(collective: &Collective, blocks: &Blocks) -> Terms {
+    Terms::new(&collective.fold(T::DTYPE), blocks, collective.purpose())
 }
 
 impl fmt::Debug for Member {

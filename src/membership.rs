@@ -12,7 +12,7 @@ use crate::control::{Concern, Control, Inbox, Report, Status, Verdict, Waiting, 
 #[derive(Debug)]
 pub(crate) struct Membership {
     control: Arc<Control>,
-    communicator: u16,
+    communicator: u32,
     /// The job's number of each rank.
     ranks: Arc<[Rank]>,
     rank: Rank,
@@ -30,7 +30,7 @@ impl Membership {
     /// which this rank is number `rank`.
     pub(crate) fn of_group(
         control: Arc<Control>,
-        communicator: u16,
+        communicator: u32,
         session: [u8; 16],
         ranks: Arc<[Rank]>,
         rank: Rank,
@@ -43,7 +43,7 @@ impl Membership {
         &self.control
     }
 
-    pub(crate) const fn communicator(&self) -> u16 {
+    pub(crate) const fn communicator(&self) -> u32 {
         self.communicator
     }
 

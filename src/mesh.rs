@@ -1,6 +1,7 @@
 //! A two-dimensional mesh of ranks: data parallel one way, model parallel the other.
 
-use crate::{Communicator, Error, ErrorKind};
+use crate::groups::Making;
+use crate::{Communicator, Error};
 
 /// The ranks of a communicator in rows and columns, with a group along each.
 ///
@@ -21,17 +22,15 @@ impl Mesh {
     /// Collective, like [`Communicator::split`]; it is called twice.
     ///
     /// # Errors
-    /// [`ErrorKind::Configuration`] if there are not rows times columns ranks, and as
-    /// [`Communicator::split`].
+    /// [`ErrorKind::Mismatch`](crate::ErrorKind::Mismatch) if ranks give different numbers,
+    /// [`ErrorKind::Configuration`](crate::ErrorKind::Configuration) if there are not rows times
+    /// columns ranks, both on all ranks; and as [`Communicator::split`].
     pub fn new(communicator: &Communicator, rows: usize, columns: usize) -> Result<Self, Error> {
-        let (rank, world) = (communicator.rank(), communicator.world());
-        if rows.checked_mul(columns) != Some(world) {
-            let text = format!("{world} ranks make no {rows} rows of {columns}");
-            return Err(Error::new(ErrorKind::Configuration, text).on(rank));
-        }
-        let (row, column) = (rank / columns, rank % columns);
+        let (rank, making) = (communicator.rank(), Making::Mesh { rows, columns });
+        // Without columns it is refused, by all ranks alike.
+        let (row, column) = (rank / columns.max(1), rank % columns.max(1));
         let group = |color: usize, key: usize| {
-            let group = communicator.split(Some(color as u32), key as i64)?;
+            let group = communicator.make(&making, Some(color as u32), key as i64)?;
             Ok(group.unwrap_or_else(|| unreachable!("every rank gave a color")))
         };
         Ok(Self { row: group(row, column)?, column: group(column, row)? })

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use unisum_link::kernels::Fold;
 use unisum_link::{Call, Collective as Kind, Dtype, Rank, ReduceOp};
 
-use crate::collective::{Blocks, Collective, Extents, Lengths};
+use crate::agreement::Purpose;
+use crate::collective::{Collective, Extents, Lengths};
 use crate::engine::program::Program;
 
 /// A call that can be made: all of it but its number and its memory.
@@ -17,6 +18,8 @@ pub(crate) struct Ready {
     /// Which algorithm was fixed when the call got ready.
     pub(crate) fixed: usize,
     pub(crate) call: Call,
+    /// The call's own part of its history.
+    pub(crate) fingerprint: u64,
     pub(crate) fold: Fold,
     pub(crate) program: Arc<Program>,
 }
@@ -40,7 +43,8 @@ impl Form {
         let (op, watch) = collective.reduction().plain()?;
         let copies = kind == Kind::AllToAll && matches!(lengths, Lengths::InPlace(_));
         let form = Self { kind, root, op, watch, dtype, lengths };
-        (collective.has_even_counts() && !copies).then_some(form)
+        let is_users = collective.purpose() == Purpose::User;
+        (collective.has_even_counts() && !copies && is_users).then_some(form)
     }
 }
 
@@ -57,7 +61,7 @@ pub(crate) struct Known {
 impl Known {
     pub(crate) fn new(form: Form, extents: &Extents) -> Self {
         let (input, output) = extents.bytes(form.dtype);
-        Self { form, input, output, is_empty: extents.blocks == Blocks::Even(0) }
+        Self { form, input, output, is_empty: extents.blocks.is_empty() }
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use unisum_link::kernels::Fold;
 use unisum_link::{Backoff, Call, LinkError, Pause, Rank, ReduceOp, Regions, fork};
 
+use crate::agreement::{Terms, after};
 use crate::batch::Scratch;
 use crate::choice::Choice;
 use crate::control::Verdict;
@@ -28,8 +29,8 @@ pub(crate) struct Request {
     pub(crate) key: Key,
     pub(crate) fold: Fold,
     pub(crate) regions: Regions,
-    /// A fingerprint of what else has to be the same on all ranks, or 0.
-    pub(crate) detail: u32,
+    /// What else has to be the same on all ranks.
+    pub(crate) terms: Terms,
     /// How the call is known when it comes again, if it is.
     pub(crate) known: Option<Known>,
 }
@@ -50,6 +51,8 @@ pub(crate) struct Runner {
 pub(crate) struct State {
     engine: Engine,
     next_number: u64,
+    /// The fingerprint of all calls so far.
+    history: u64,
     programs: Programs,
     /// The call that was made last.
     last: Option<Ready>,
@@ -90,8 +93,15 @@ pub(crate) const NAP: Duration = Duration::from_secs(1);
 
 impl State {
     fn new(engine: Engine, programs: Programs) -> Self {
-        let (next_number, last, inside) = (0, None, false);
-        Self { engine, next_number, programs, last, scratch: Scratch::default(), inside }
+        Self {
+            engine,
+            next_number: 0,
+            history: 0,
+            programs,
+            last: None,
+            scratch: Scratch::default(),
+            inside: false,
+        }
     }
 }
 
@@ -144,6 +154,7 @@ impl Runner {
     pub(crate) fn run(&self, state: &mut State, request: &Request) -> Result<Outcome, Error> {
         self.enter(state)?;
         let call = self.next_call(state, request);
+        state.history = call.history;
         let mut wait = Wait::default();
         let result = match self.ready(state, request, call, &mut wait) {
             Ok((ready, made)) => {
@@ -177,8 +188,10 @@ impl Runner {
     /// If there is none.
     pub(crate) fn repeat(&self, state: &mut State, regions: &Regions) -> Result<Outcome, Error> {
         self.enter(state)?;
-        let State { engine, next_number, last, .. } = state;
-        let ready = last.as_ref().expect("it was looked at in the same turn");
+        let State { engine, next_number, history, last, .. } = state;
+        let ready = last.as_mut().expect("it was looked at in the same turn");
+        *history = after(*history, ready.fingerprint);
+        ready.call.history = *history;
         let result = self.make(ready, next_number, engine, regions, &mut Wait::default());
         state.inside = false;
         result
@@ -227,27 +240,20 @@ impl Runner {
 
     /// What the next call says of itself, but for its algorithm.
     fn next_call(&self, state: &State, request: &Request) -> Call {
-        let Request { key, fold, detail, .. } = request;
-        let (count, agreed) = key.blocks.agreed();
-        let mut detail = agreed ^ detail;
-        if let Some(factor) = fold.factor {
-            detail ^= (factor.to_bits() ^ (factor.to_bits() >> 32)) as u32;
-        }
-        if let Some(custom) = fold.custom {
-            // Which function it is can't be compared between processes; that it is one, can.
-            detail ^= if custom.is_commutative() { 0xf0f0_0f0f } else { 0x0f0f_f0f0 };
-        }
-        Call {
+        let Request { key, fold, terms, .. } = request;
+        let call = Call {
             communicator: self.membership.communicator(),
             number: state.next_number,
             collective: key.kind,
             dtype: fold.dtype,
             op: fold.op,
-            count,
-            root: key.root as u32,
-            detail,
+            watched: fold.watch,
+            count: key.blocks.count() as u64,
+            root: key.root as u16, // worlds have 2^16 ranks at most
+            history: 0,
             algorithm: 0,
-        }
+        };
+        Call { history: after(state.history, terms.fingerprint(&call)), ..call }
     }
 
     /// Gets all ready that a call needs: an algorithm, and its program. With the outcome if trying
@@ -272,7 +278,8 @@ impl Runner {
         let ready = Ready {
             known: request.known.clone(),
             fixed,
-            call: Call { algorithm: compiled.algorithm as u16, ..call },
+            fingerprint: request.terms.fingerprint(&call),
+            call: Call { algorithm: compiled.algorithm as u8, ..call },
             fold: self.fold(request),
             program: compiled.program.clone(),
         };

@@ -7,17 +7,20 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::{World, setting, tell};
-use unisum::{Buffers, Collective, Communicator, CustomOp, Error, ErrorKind, ReduceOp, Reduction};
+use unisum::{
+    Buffers, Collective, Communicator, CustomOp, Error, ErrorKind, Mesh, Messenger, ReduceOp,
+    Reduction,
+};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("differ", differ), ("refused", refused)]);
+    support::run_if_rank(&[("differ", differ), ("refused", refused), ("makings", makings)]);
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// What rank 1 does otherwise than the others, and what every rank's error begins with and says.
-const DIFFERENCES: [(&str, &str, &[&str]); 12] = [
+const DIFFERENCES: [(&str, &str, &[&str]); 14] = [
     ("kind", "Mismatch", &["all_gather", "all_reduce"]),
     ("root", "Mismatch", &["broadcast"]),
     ("counts", "Mismatch", &["all_gather"]),
@@ -26,7 +29,9 @@ const DIFFERENCES: [(&str, &str, &[&str]); 12] = [
     ("short", "Mismatch [1]", &["rank 1", "the output has 8 elements where 9 are needed"]),
     ("indivisible", "Mismatch [1]", &["rank 1", "can't be divided into 3 blocks"]),
     ("own block", "Mismatch [1]", &["rank 1", "sends itself 1 elements and receives 2"]),
-    ("pair", "", &["rank 0", "rank 1", " 4 bytes", " 20"]),
+    ("pair", "Mismatch [0, 1]", &["all_to_all", "f32 x 1", "f32 x 5"]),
+    ("no pair", "Mismatch [0, 1]", &["all_to_all", "f32 x 1", "f32 x 0"]),
+    ("long pair", "Mismatch [0, 1]", &["all_to_all", "f32 x 65536", "f32 x 131072"]),
     ("batch", "Mismatch", &["all_reduce"]),
     ("tensor", "Mismatch [1]", &["rank 1", "tensor 1 of a batch: ", "where 9 are needed"]),
     ("panic", "Panicked [1]", &["on rank 1 the reduction function panicked: as the test has it"]),
@@ -80,13 +85,10 @@ fn call(comm: &Communicator, how: &str, is_odd: bool) -> Result<(), Error> {
             let gets = receives.iter().sum();
             comm.run(&to_all, Buffers::Apart(&input, &mut output[..gets])).map(drop)
         }
-        "pair" => {
-            // Rank 1 expects more of rank 0 than that has for it.
-            let receives = pick(is_odd, [5, 1, 1], [1; 3]);
-            let to_all = Collective::all_to_all_v(&[1; 3], &receives);
-            let gets = receives.iter().sum();
-            comm.run(&to_all, Buffers::Apart(&input, &mut output[..gets])).map(drop)
-        }
+        "pair" => pairs(comm, pick(is_odd, 5, 1), 1),
+        "no pair" => pairs(comm, pick(is_odd, 0, 1), 1),
+        // By a whole slice, of which the first is alike.
+        "long pair" => pairs(comm, pick(is_odd, 1 << 17, 1 << 16), 1 << 16),
         "batch" => {
             // As many elements in all.
             let (first, second) = data.split_at_mut(pick(is_odd, 100, 200));
@@ -107,6 +109,14 @@ fn call(comm: &Communicator, how: &str, is_odd: bool) -> Result<(), Error> {
         }
         _ => comm.all_reduce(&mut data, ReduceOp::Sum),
     }
+}
+
+/// Every rank has `each` elements for every other, and rank 1 expects `expected` of rank 0.
+fn pairs(comm: &Communicator, expected: usize, each: usize) -> Result<(), Error> {
+    let receives = [expected, each, each];
+    let to_all = Collective::all_to_all_v(&[each; 3], &receives);
+    let (input, mut output) = (vec![1_f32; 3 * each], vec![0_f32; receives.iter().sum()]);
+    comm.run(&to_all, Buffers::Apart(&input, &mut output)).map(drop)
 }
 
 fn pick<T>(is_odd: bool, odd: T, other: T) -> T {
@@ -158,4 +168,49 @@ fn refused() {
     let error = comm.all_reduce(&mut [1_i32; 3], scaled).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Configuration, "{error}");
     comm.barrier().unwrap();
+}
+
+#[test]
+fn groups_that_ranks_make_in_different_ways_are_refused_on_all_with_both_ways() {
+    for transport in ["tcp", "shm"] {
+        World::new(4, "makings").set("UNISUM_TRANSPORT", transport).succeed(LIMIT);
+    }
+}
+
+fn makings() {
+    let comm = Communicator::from_environment().unwrap();
+    let is_odd = comm.rank() == 2;
+    let refuse = |made: Result<(), Error>, kind: ErrorKind, says: [&str; 2]| {
+        let error = made.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(says.iter().all(|part| error.to_string().contains(part)), "{error}");
+        if kind == ErrorKind::Mismatch {
+            assert_eq!(error.culprits(), [0, 2], "{error}");
+        }
+        let mut data = [1_u32; 5];
+        comm.all_reduce(&mut data, ReduceOp::Sum).unwrap();
+        assert_eq!(data, [4; 5]);
+    };
+    let lists: [&[usize]; 4] = [&[2, 3], &[1, 0], &[0, 1, 2], &[0, 7]];
+    for list in lists {
+        let made = comm.subset(if is_odd { list } else { &[0, 1] }).map(drop);
+        refuse(made, ErrorKind::Mismatch, ["subset [0, 1]", &format!("subset {list:?}")]);
+    }
+    let made = comm.subset(&[0, 7]).map(drop);
+    refuse(made, ErrorKind::Configuration, ["subset [0, 7]", "rank 7"]);
+    let (rows, columns) = if is_odd { (4, 1) } else { (2, 2) };
+    let made = Mesh::new(&comm, rows, columns).map(drop);
+    refuse(made, ErrorKind::Mismatch, ["2 rows of 2", "4 rows of 1"]);
+    let made = Mesh::new(&comm, 0, 0).map(drop);
+    refuse(made, ErrorKind::Configuration, ["no 0 rows", "of 0"]);
+    let made = match is_odd {
+        true => Messenger::new(&comm).map(drop),
+        false => comm.duplicate().map(drop),
+    };
+    refuse(made, ErrorKind::Mismatch, ["duplicate", "Messenger"]);
+    let made = match is_odd {
+        true => comm.split(Some(0), 2).map(drop),
+        false => comm.subset(&[0, 1, 2, 3]).map(drop),
+    };
+    refuse(made, ErrorKind::Mismatch, ["subset [0, 1, 2, 3]", "split"]);
 }

@@ -15,6 +15,7 @@ use super::plan::Plan;
 use super::shard::ReduceScatter;
 use super::worker::{Core, Settings};
 use super::{Buckets, Compressed, LowRank};
+use crate::groups::Making;
 use crate::{Communicator, Error, ErrorKind};
 
 /// Settings of [`Buckets`], the same on all ranks.
@@ -131,7 +132,7 @@ impl<'c> Builder<'c> {
     /// (the first difference is named) or can't be; [`ErrorKind::Panicked`] if the hook did on a
     /// rank; as [`Communicator::split`].
     pub fn build(self, parameters: &[Parameter]) -> Result<Buckets, Error> {
-        let communicator = self.communicator.duplicate()?;
+        let communicator = self.communicator.duplicate_for(&Making::Buckets)?;
         let rank = communicator.rank();
         let name = Panic::catch(|| self.hook.name());
         let name = name.map_err(|panic| communicator.panicked(&panicked_in("name", &panic)))?;

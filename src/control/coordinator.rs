@@ -64,10 +64,10 @@ pub(super) struct Coordinator {
     accusations: Vec<Accusation>,
     query: Query,
     /// What ranks did last in the communicators that they are no longer in.
-    parted: BTreeMap<u16, BTreeMap<Rank, Snapshot>>,
+    parted: BTreeMap<u32, BTreeMap<Rank, Snapshot>>,
     /// The newest call that somebody has waited in for a while, and who: by communicator and, as
     /// groups without common ranks may have one number, the lowest rank.
-    waiting: HashMap<(u16, Rank), (Rank, Concern)>,
+    waiting: HashMap<(u32, Rank), (Rank, Concern)>,
     /// Until when ranks may come, if this coordinates in another's place.
     awaits_until: Option<Instant>,
     /// How long an exchange has been waiting, and what is known of those that it waits for.
@@ -370,12 +370,12 @@ impl Coordinator {
     }
 
     /// What a rank did last in a communicator that it is no longer in.
-    fn last_of(&self, communicator: u16, rank: Rank) -> Option<Snapshot> {
+    fn last_of(&self, communicator: u32, rank: Rank) -> Option<Snapshot> {
         self.parted.get(&communicator)?.get(&rank).copied()
     }
 
     /// The verdict of a rank that others need in a communicator that it has left.
-    fn has_left(&self, communicator: u16, rank: Rank) -> Verdict {
+    fn has_left(&self, communicator: u32, rank: Rank) -> Verdict {
         Verdict::left(rank, self.last_of(communicator, rank).as_ref())
     }
 
@@ -394,7 +394,7 @@ impl Coordinator {
     }
 
     /// A rank is no longer in a communicator, where it did this last.
-    fn parted(&mut self, rank: Rank, communicator: u16, last: Snapshot) {
+    fn parted(&mut self, rank: Rank, communicator: u32, last: Snapshot) {
         self.parted.entry(communicator).or_default().insert(rank, last);
         if self.parted.len() > PARTED_MAX {
             // The oldest group; the job's own communicator is number 0 and stays.
@@ -412,7 +412,7 @@ impl Coordinator {
 
     /// Ends the job if somebody waits for a rank that has parted. What is known to be waited for
     /// may have ended meanwhile: then whoever parts has taken part in it.
-    fn look_who_is_gone(&mut self, communicator: u16) {
+    fn look_who_is_gone(&mut self, communicator: u32) {
         let Some(parted) = self.parted.get(&communicator) else { return };
         let gone = |(by, concern): &(Rank, Concern)| {
             let is_concerned = |rank: &Rank| match concern.ranks.is_empty() {

@@ -45,7 +45,7 @@ pub(super) struct Member {
     /// By rank, whether it is gone, and what it did last if it left in order.
     gone: Vec<Option<Option<Snapshot>>>,
     /// What this rank did last in communicators that it is no longer in.
-    parted: BTreeMap<u16, Snapshot>,
+    parted: BTreeMap<u32, Snapshot>,
     /// The newest call that it has waited in for a while.
     stalled: Option<Concern>,
 }

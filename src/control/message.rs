@@ -46,7 +46,7 @@ pub(super) enum Message {
     /// Rank: it has waited in this call for a while: is everybody in the same one?
     Stalled(Concern),
     /// Coordinator: what are you doing in this communicator?
-    StatusRequest { query: u32, communicator: u16 },
+    StatusRequest { query: u32, communicator: u32 },
     /// Rank: this.
     Status { query: u32, snapshot: Snapshot },
     /// Coordinator: the communicator is over.
@@ -54,7 +54,7 @@ pub(super) enum Message {
     /// Coordinator: a rank has left in order, doing this last in the job's own communicator.
     Left { rank: Rank, last: Snapshot },
     /// Rank: it is no longer in this communicator, where it did this last.
-    Parted { communicator: u16, last: Snapshot },
+    Parted { communicator: u32, last: Snapshot },
     /// Rank: it has waited so long, all it may, for others to take part in the exchange.
     Missing { round: u32, millis: u32 },
     /// Rank: keep this line.
@@ -116,7 +116,7 @@ impl Message {
                 to.put_slice(blob);
             }
             Self::Accuse(report) => {
-                to.put_u16_le(report.communicator);
+                to.put_u32_le(report.communicator);
                 to.put_u8(report.finding as u8);
                 put_rank(to, report.against);
                 put_text(to, &report.text);
@@ -131,7 +131,7 @@ impl Message {
             }
             Self::StatusRequest { query, communicator } => {
                 to.put_u32_le(*query);
-                to.put_u16_le(*communicator);
+                to.put_u32_le(*communicator);
             }
             Self::Status { query, snapshot } => {
                 to.put_u32_le(*query);
@@ -143,7 +143,7 @@ impl Message {
                 put_snapshot(to, last);
             }
             Self::Parted { communicator, last } => {
-                to.put_u16_le(*communicator);
+                to.put_u32_le(*communicator);
                 put_snapshot(to, last);
             }
             Self::Missing { round, millis } => {
@@ -314,7 +314,7 @@ fn parse_gathered(body: &mut Bytes) -> Option<Message> {
 }
 
 fn parse_report(body: &mut Bytes) -> Option<Report> {
-    let communicator = u16::from_le_bytes(take(body)?);
+    let communicator = word(body)?;
     let [code] = take(body)?;
     let finding = Finding::from_code(code)?;
     Some(Report { communicator, finding, against: rank(body)?, text: text(body)? })
@@ -332,7 +332,7 @@ fn parse_concern(body: &mut Bytes) -> Option<Concern> {
 
 fn parse_request(body: &mut Bytes) -> Option<Message> {
     let query = word(body)?;
-    Some(Message::StatusRequest { query, communicator: u16::from_le_bytes(take(body)?) })
+    Some(Message::StatusRequest { query, communicator: u32::from_le_bytes(take(body)?) })
 }
 
 fn parse_left(body: &mut Bytes) -> Option<Message> {
@@ -340,7 +340,7 @@ fn parse_left(body: &mut Bytes) -> Option<Message> {
 }
 
 fn parse_parted(body: &mut Bytes) -> Option<Message> {
-    let communicator = u16::from_le_bytes(take(body)?);
+    let communicator = word(body)?;
     Some(Message::Parted { communicator, last: parse_snapshot(body)? })
 }
 
@@ -386,7 +386,7 @@ mod tests {
         let steps = (any::<u32>(), any::<u32>());
         let parts = (any::<Option<u64>>(), any::<bool>(), steps, any::<u64>(), any::<u64>());
         parts.prop_map(|(number, inside, (step, steps), bytes, uncounted)| {
-            let call = number.map(call);
+            let call = number.map(|number| call(number >> 16));
             Snapshot { call, inside, step, steps, bytes, uncounted }
         })
     }
@@ -394,7 +394,7 @@ mod tests {
     fn concerns() -> impl Strategy<Value = Concern> {
         let parts = (any::<u64>(), any::<u64>(), prop::collection::vec(ranks(), 0..9));
         parts.prop_map(|(number, uncounted, ranks)| {
-            let call = call(number);
+            let call = call(number >> 16);
             Concern { call, uncounted, ranks }
         })
     }
@@ -420,7 +420,7 @@ mod tests {
                 rank,
                 blob
             }),
-            (any::<u16>(), ranks(), 0..4_u8, any::<String>()).prop_map(
+            (any::<u32>(), ranks(), 0..4_u8, any::<String>()).prop_map(
                 |(communicator, against, code, text)| {
                     let finding = Finding::from_code(code).unwrap();
                     Message::Accuse(Report { communicator, against, finding, text })
@@ -428,7 +428,7 @@ mod tests {
             ),
             concerns().prop_map(Message::Overdue),
             concerns().prop_map(Message::Stalled),
-            any::<(u32, u16)>()
+            any::<(u32, u32)>()
                 .prop_map(|(query, communicator)| Message::StatusRequest { query, communicator }),
             (any::<u32>(), snapshots())
                 .prop_map(|(query, snapshot)| Message::Status { query, snapshot }),
@@ -438,7 +438,7 @@ mod tests {
                 if is_own { Message::Concluded(verdict) } else { Message::Verdict(verdict) }
             }),
             (ranks(), snapshots()).prop_map(|(rank, last)| Message::Left { rank, last }),
-            (any::<u16>(), snapshots())
+            (any::<u32>(), snapshots())
                 .prop_map(|(communicator, last)| Message::Parted { communicator, last }),
             any::<(u32, u32)>().prop_map(|(round, millis)| Message::Missing { round, millis }),
             any::<String>().prop_map(Message::Keep),

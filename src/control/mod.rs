@@ -239,13 +239,13 @@ impl Control {
     /// Gives data connections that have proven the token and name this session to `inbox`, on the
     /// control thread: peer, socket index, and the stream (non-blocking). Those that came before
     /// are delivered at once, on this thread. `inbox` must not block.
-    pub(crate) fn set_inbox(&self, communicator: u16, inbox: Inbox) {
+    pub(crate) fn set_inbox(&self, communicator: u32, inbox: Inbox) {
         self.shared.set_inbox(communicator, inbox);
     }
 
     /// Has `waker` woken when the verdict comes, as long as this rank is in the communicator; at
     /// once if it is there.
-    pub(crate) fn add_waker(&self, communicator: u16, waker: Arc<dyn Wake>) {
+    pub(crate) fn add_waker(&self, communicator: u32, waker: Arc<dyn Wake>) {
         self.shared.add_waker(communicator, waker);
     }
 
@@ -258,7 +258,7 @@ impl Control {
     /// connections of `session` are its. Gives the place where its engine says what it is doing.
     pub(crate) fn enroll(
         &self,
-        communicator: u16,
+        communicator: u32,
         session: [u8; 16],
         (rank, world): (Rank, usize),
     ) -> Arc<Status> {
@@ -267,7 +267,7 @@ impl Control {
     }
 
     /// This rank is no longer in a communicator.
-    pub(crate) fn withdraw(&self, communicator: u16) {
+    pub(crate) fn withdraw(&self, communicator: u32) {
         let last = self.shared.withdraw(communicator);
         self.command(Command::Part(communicator, last));
     }

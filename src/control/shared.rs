@@ -31,7 +31,7 @@ pub(super) enum Command {
     Overdue(Concern),
     Stalled(Concern),
     /// This rank is no longer in a communicator, where it did this last.
-    Part(u16, Snapshot),
+    Part(u32, Snapshot),
     /// Rank 0 is to keep a line.
     Keep(String),
     Leave,
@@ -40,11 +40,11 @@ pub(super) enum Command {
 pub(super) struct Shared {
     pub(super) rank: Rank,
     /// What this rank does in each of its communicators.
-    statuses: Mutex<Vec<(u16, Arc<Status>)>>,
+    statuses: Mutex<Vec<(u32, Arc<Status>)>>,
     verdict: OnceLock<Verdict>,
     left: Box<[AtomicBool]>,
     /// Who is woken by the verdict, with the communicator it belongs to.
-    wakers: Mutex<Vec<(u16, Arc<dyn Wake>)>>,
+    wakers: Mutex<Vec<(u32, Arc<dyn Wake>)>>,
     arrivals: Mutex<Arrivals>,
     /// By rank, where it listens.
     addresses: OnceLock<Vec<Vec<SocketAddr>>>,
@@ -62,7 +62,7 @@ struct Arrivals {
 
 /// A communicator that takes data connections; those that come too early wait.
 struct Channel {
-    communicator: u16,
+    communicator: u32,
     session: [u8; 16],
     /// This rank's number in it, and how many ranks it has.
     rank: Rank,
@@ -115,7 +115,7 @@ impl Shared {
     }
 
     /// Registers who is woken by the verdict, at once if there is one.
-    pub(super) fn add_waker(&self, communicator: u16, waker: Arc<dyn Wake>) {
+    pub(super) fn add_waker(&self, communicator: u32, waker: Arc<dyn Wake>) {
         lock(&self.wakers).push((communicator, Arc::clone(&waker)));
         // After the push: either `conclude` sees the waker, or this sees the verdict.
         if self.verdict().is_some() {
@@ -124,7 +124,7 @@ impl Shared {
     }
 
     /// The status of a communicator that this rank is in from now on.
-    pub(super) fn enroll(&self, communicator: u16) -> Arc<Status> {
+    pub(super) fn enroll(&self, communicator: u32) -> Arc<Status> {
         let status = Arc::new(Status::default());
         lock(&self.statuses).push((communicator, Arc::clone(&status)));
         status
@@ -132,7 +132,7 @@ impl Shared {
 
     /// The rank is no longer in a communicator; what it did there last. That of the job's own
     /// communicator is still told when the rank leaves the job.
-    pub(super) fn withdraw(&self, communicator: u16) -> Snapshot {
+    pub(super) fn withdraw(&self, communicator: u32) -> Snapshot {
         let last = self.snapshot(communicator);
         if communicator != 0 {
             lock(&self.statuses).retain(|(known, _)| *known != communicator);
@@ -144,7 +144,7 @@ impl Shared {
 
     /// What this rank does in a communicator, or did last in the job's own; nothing if it is not in
     /// it.
-    pub(super) fn snapshot(&self, communicator: u16) -> Snapshot {
+    pub(super) fn snapshot(&self, communicator: u32) -> Snapshot {
         let statuses = lock(&self.statuses);
         let status = statuses.iter().find(|(known, _)| *known == communicator);
         status.map_or_else(Snapshot::default, |(_, status)| status.snapshot())
@@ -173,7 +173,7 @@ impl Shared {
     /// Takes data connections of a communicator from now on.
     pub(super) fn open_channel(
         &self,
-        communicator: u16,
+        communicator: u32,
         session: [u8; 16],
         (rank, world): (Rank, usize),
     ) {
@@ -215,7 +215,7 @@ impl Shared {
         has_room
     }
 
-    pub(super) fn set_inbox(&self, communicator: u16, inbox: Inbox) {
+    pub(super) fn set_inbox(&self, communicator: u32, inbox: Inbox) {
         let mut arrivals = lock(&self.arrivals);
         let mut channels = arrivals.channels.iter_mut();
         let Some(channel) = channels.find(|channel| channel.communicator == communicator) else {

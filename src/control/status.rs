@@ -150,7 +150,7 @@ impl Status {
 /// A message that a rank waits in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Waiting {
-    pub(crate) communicator: u16,
+    pub(crate) communicator: u32,
     /// The rank at the other end, by its number in the job.
     pub(crate) peer: Rank,
     pub(crate) receives: bool,
@@ -163,7 +163,7 @@ impl Waiting {
     /// The call that stands for it.
     pub(crate) fn call(&self) -> Call {
         let Self { communicator, peer, dtype, bytes, .. } = *self;
-        let root = peer as u32; // ranks are numbered in 32 bits
+        let root = peer as u16; // worlds have 2^16 ranks at most
         Call {
             communicator,
             collective: Collective::Message,

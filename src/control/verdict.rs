@@ -137,7 +137,7 @@ impl fmt::Display for Verdict {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Report {
     /// The communicator in which it found that out.
-    pub(crate) communicator: u16,
+    pub(crate) communicator: u32,
     /// The rank at the other end of the link, or the one that reports.
     pub(crate) against: Rank,
     /// What it is that was found.

@@ -17,6 +17,7 @@ mod segment;
 mod simulation;
 mod taking;
 mod together;
+mod token;
 mod weave;
 
 use std::ptr::NonNull;
@@ -35,6 +36,7 @@ use program::{Action, Program};
 use running::{Running, State, Tools};
 use scoreboard::Scoreboard;
 use together::{Sources, part_bytes};
+use token::Pair;
 
 /// What [`Engine::advance`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +120,9 @@ impl Engine {
     ) {
         for link in &mut self.tools.links.all {
             link.begin(call, regions);
+        }
+        for &Pair { peer, sends, receives } in &program.pairs {
+            self.tools.links.to(peer).pair_counts(peer, sends as u64, receives as u64);
         }
         let memories = Memories { regions: *regions, scratch: self.scratch(program.scratch) };
         let spreads_marks = fold.watch && call.collective == Collective::AllReduce;

@@ -8,6 +8,7 @@ use super::folding::Extras;
 use super::placement::{Move, Overlay, Placement};
 use super::pull::{Pull, Puller};
 use super::segment::Segment;
+use super::token::{self, Pair};
 use super::weave::Weaving;
 
 /// One action. Each ends before the next begins; the work inside a segment is pipelined.
@@ -64,6 +65,8 @@ pub(crate) struct Program {
     pub(crate) mapped: Option<Vec<Action>>,
     /// Bytes of scratch memory that it needs.
     pub(crate) scratch: usize,
+    /// What each two ranks compare, where it differs by pair.
+    pub(crate) pairs: Vec<Pair>,
 }
 
 /// How plans are turned into programs: the same on all ranks.
@@ -112,26 +115,34 @@ impl Program {
         let divides = source.average && puller.first.is_only;
         let mut builder = Builder { source, actions: Vec::new(), scales: scales_folds, divides };
         builder.copy(&placement.first, renames_all);
+        let pairs = token::pairs(source.shape);
+        let mut segment = Segment::new(source.tuning.window);
+        let size = source.element_bytes;
+        let tokens = token::add(&mut segment, &pairs, placement.scratch, size);
         let mut located = &placement.located[..];
         for item in &items {
             let (of_item, rest) = located.split_at(item.transfers());
             located = rest;
             match item {
                 Item::Pairs(steps) => {
-                    let (size, window) = (source.element_bytes, source.tuning.window);
-                    let overlay = source.overlay();
-                    let segment = Segment::compile(steps, of_item, size, window, overlay);
+                    let mut segment =
+                        std::mem::replace(&mut segment, Segment::new(source.tuning.window));
+                    segment.compile(steps, of_item, size, source.overlay());
                     builder.actions.push(Action::Transfers(segment));
                 }
                 Item::Group(_, step) if is_exchange(step) => builder.exchange(step),
                 Item::Group(round, step) => builder.pull(puller.pull(*round, step, of_item)),
             }
         }
+        if segment.steps() > 0 {
+            // Tokens are all there is.
+            builder.actions.push(Action::Transfers(segment));
+        }
         let mapped = builder.weave(placement.last.is_empty());
         builder.copy(&placement.last, false);
         builder.divide();
-        let scratch = placement.scratch * source.element_bytes;
-        Self { actions: builder.actions, mapped, scratch }
+        let scratch = (placement.scratch + tokens) * size;
+        Self { actions: builder.actions, mapped, scratch, pairs }
     }
 
     /// What is executed: before the group was entered, or after, when it is known whether all

@@ -65,18 +65,23 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
-    /// Compiles sliced steps for elements of `element_bytes` bytes, each transfer with its entry
-    /// of `located`.
+    /// A segment without steps.
+    pub(crate) fn new(window: usize) -> Self {
+        Self { window, step_starts: vec![0], transfers: Vec::new() }
+    }
+
+    /// Adds sliced steps for elements of `element_bytes` bytes, each transfer with its entry of
+    /// `located`.
     pub(crate) fn compile(
+        &mut self,
         steps: &[Step],
         located: &[Located],
         element_bytes: usize,
-        window: usize,
         overlay: Overlay,
-    ) -> Self {
-        let mut segment = Self { window, step_starts: vec![0], ..Self::default() };
+    ) {
+        let before = self.steps();
         let mut located = located.iter();
-        for (index, step) in steps.iter().enumerate() {
+        for (index, step) in (before..).zip(steps) {
             for ((work, elements), located) in works(step).zip(&mut located) {
                 let place = |place: Option<Place>| place.map(|it| it.in_bytes(element_bytes));
                 let transfer = Transfer {
@@ -88,11 +93,10 @@ impl Segment {
                     waits_for: 0,
                     followers: vec![],
                 };
-                segment.add(transfer, overlay);
+                self.add(transfer, overlay);
             }
-            segment.step_starts.push(segment.transfers.len());
+            self.step_starts.push(self.transfers.len());
         }
-        segment
     }
 
     /// Steps of the segment.
@@ -169,7 +173,9 @@ mod tests {
         };
         let located: Vec<Located> =
             steps.iter().flat_map(|step| -> Vec<_> { located(step) }).collect();
-        Segment::compile(steps, &located, 4, window, Overlay::APART)
+        let mut segment = Segment::new(window);
+        segment.compile(steps, &located, 4, Overlay::APART);
+        segment
     }
 
     fn waits(segment: &Segment) -> Vec<u32> {

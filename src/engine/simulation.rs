@@ -77,6 +77,7 @@ struct SimulatedLink {
     rank: Rank,
     network: Arc<Mutex<Network>>,
     current: Option<Call>,
+    counts: HashMap<Rank, [u64; 2]>,
     posted: HashMap<Rank, VecDeque<(Region, Landing, Ticket)>>,
     /// Sends that are done and not reported yet.
     sent: Vec<Ticket>,
@@ -121,10 +122,16 @@ impl SimulatedLink {
 impl Link for SimulatedLink {
     fn begin(&mut self, call: &Call, _regions: &Regions) {
         (self.current, self.marked) = (Some(*call), false);
+        self.counts.clear();
+    }
+
+    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64) {
+        self.counts.insert(peer, [sends, receives]);
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
-        let (call, marked) = (self.current(), self.marked);
+        let (mut call, marked) = (self.current(), self.marked);
+        call.count = self.counts.get(&to).map_or(call.count, |[sends, _]| *sends);
         // SAFETY: the region is that long and the engine sends only what is quiet.
         let payload = unsafe { std::slice::from_raw_parts(memory.base(), memory.bytes()) }.to_vec();
         let mut network = self.network();
@@ -168,7 +175,8 @@ impl Link for SimulatedLink {
         let peers: Vec<Rank> = self.posted.keys().copied().collect();
         for peer in peers {
             while !self.posted[&peer].is_empty() {
-                let ours = self.current();
+                let mut ours = self.current();
+                ours.count = self.counts.get(&peer).map_or(ours.count, |[_, receives]| *receives);
                 let mut network = self.network();
                 let now = network.now;
                 let line = network.lines.entry((peer, rank)).or_default();
@@ -259,6 +267,7 @@ impl World {
             rank,
             network: network.clone(),
             current: None,
+            counts: HashMap::new(),
             posted: HashMap::new(),
             sent: Vec::new(),
             awaited: HashMap::new(),

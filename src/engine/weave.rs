@@ -53,8 +53,7 @@ impl<'a> Weaving<'a> {
         let cuts = self.cuts(across);
         let (first, last) = uses(across, &cuts);
         let scales = self.scatter.scales;
-        let mut woven =
-            Segment { window: across.window, step_starts: vec![0], ..Segment::default() };
+        let mut woven = Segment::new(across.window);
         for step in 0..across.steps() {
             let pieces = |uses: &[usize]| -> Vec<Range<usize>> {
                 let here = (0..uses.len()).filter(|&piece| uses[piece] == step);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use unisum_link::{Element, Patience, Rank, fork};
 
 use crate::engine::Links;
+use crate::groups::Making;
 use crate::memory::Arena;
 use crate::{Communicator, Error, ErrorKind};
 use desk::Desk;
@@ -107,7 +108,7 @@ impl Messenger {
     /// As [`Communicator::split`].
     pub fn new(communicator: &Communicator) -> Result<Self, Error> {
         let (rank, world) = (communicator.rank(), communicator.world());
-        let (joined, _) = communicator.regroup(Some(0), rank as i64)?;
+        let (joined, _) = communicator.regroup(&Making::Messenger, Some(0), rank as i64)?;
         let mut transport = "none".to_owned();
         let (desk, timeout, arena) = match (joined, &communicator.member) {
             (Some(joined), Some(member)) => {

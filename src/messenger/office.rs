@@ -93,7 +93,7 @@ impl Office {
     pub(super) fn new(
         rank: Rank,
         world: usize,
-        communicator: u16,
+        communicator: u32,
         mut links: Links,
         patience: Patience,
     ) -> Self {

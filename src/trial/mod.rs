@@ -216,7 +216,7 @@ impl Trial<'_> {
     fn run(&mut self, candidate: usize) -> Result<f32, Failure> {
         let Compiled { algorithm, program } = self.candidates[candidate].1.clone();
         let start = Instant::now();
-        let call = Call { algorithm: algorithm as u16, ..self.next_call() };
+        let call = Call { algorithm: algorithm as u8, ..self.next_call() };
         self.engine.start(&call, self.fold, &self.regions, &program);
         self.runner.drive(self.engine, &self.call, self.wait)?;
         Ok(start.elapsed().as_secs_f32())
@@ -259,7 +259,7 @@ impl Trial<'_> {
             op: ReduceOp::Max,
             count: seconds.len() as u64,
             root: 0,
-            algorithm: algorithm as u16,
+            algorithm: algorithm as u8,
             ..self.next_call()
         };
         let memory = NonNull::from(&mut *seconds).cast();

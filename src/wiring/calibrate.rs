@@ -154,7 +154,7 @@ struct Pair<'a> {
 impl Pair<'_> {
     /// Seconds that a message of each size takes one way.
     fn run(&mut self, region: Region) -> Result<[f64; 3], LinkError> {
-        let call = Call::all_reduce(u64::MAX, Dtype::U8, 0);
+        let call = Call::all_reduce(Call::NUMBER_MAX, Dtype::U8, 0);
         self.link.begin(&call, &Regions::in_place(region));
         let mut seconds = [f64::INFINITY; 3];
         // Twice, as what starting processes disturbs may be over the second time.

@@ -191,8 +191,8 @@ fn measure_collectives(
         let count = bytes / size_of::<f32>();
         let key = Key::all_reduce(count, size_of::<f32>());
         let call = Call {
-            algorithm: algorithm as u16,
-            ..Call::all_reduce(u64::MAX, Dtype::F32, count as u64)
+            algorithm: algorithm as u8,
+            ..Call::all_reduce(Call::NUMBER_MAX, Dtype::F32, count as u64)
         };
         let program = programs.build_by(algorithm, &key, site.topology, engine);
         // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the

@@ -24,7 +24,7 @@ use crate::{Error, ErrorKind};
 #[derive(Clone, Debug)]
 pub(crate) struct Group {
     /// Unique among the groups of each of its ranks.
-    pub(crate) communicator: u16,
+    pub(crate) communicator: u32,
     /// Its ranks as the parent numbers them, in the order of their numbers in the group.
     pub(crate) ranks: Vec<Rank>,
 }

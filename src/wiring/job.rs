@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 #[cfg(feature = "tcp")]
 use std::sync::Arc;
-use std::sync::atomic::AtomicU16;
+use std::sync::atomic::AtomicU32;
 
 use unisum_link::Rank;
 use unisum_link::handshake::{Secret, job_hash};
@@ -30,7 +30,7 @@ pub(crate) struct Job {
     pub(super) places: Vec<Place>,
     pub(crate) arena: Arena,
     /// The lowest number that no communicator of this rank had yet.
-    pub(crate) next_communicator: AtomicU16,
+    pub(crate) next_communicator: AtomicU32,
     /// Where the registered memory of the ranks that share memory with this one lies.
     #[cfg(feature = "shm")]
     pub(super) heaps: Option<unisum_shm::Heaps>,
@@ -98,7 +98,7 @@ impl Job {
             name: job_hash(&detected.job),
             places,
             arena,
-            next_communicator: AtomicU16::new(1),
+            next_communicator: AtomicU32::new(1),
             #[cfg(feature = "shm")]
             heaps,
         })

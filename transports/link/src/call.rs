@@ -88,10 +88,11 @@ impl fmt::Display for Collective {
 /// differ find out from the first bytes they exchange, at no extra round trip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Call {
-    /// The communicator: 0 is the whole job's.
-    pub communicator: u16,
+    /// The communicator: 0 is the whole job's. No other of a rank ever had its number.
+    pub communicator: u32,
     /// The how-manieth collective of the communicator this is, counted from 0, with those that only
-    /// try out algorithms.
+    /// try out algorithms, up to [`NUMBER_MAX`](Self::NUMBER_MAX): at a million calls a second
+    /// that takes nine years.
     pub number: u64,
     /// Which collective.
     pub collective: Collective,
@@ -99,44 +100,84 @@ pub struct Call {
     pub dtype: Dtype,
     /// Reduction; of no meaning where nothing is reduced.
     pub op: ReduceOp,
-    /// Elements, the same on every rank: of one block, or of all where the blocks differ.
+    /// Whether infinities and NaNs among the results are told.
+    pub watched: bool,
+    /// Elements, the same on every rank: of one block, or of all where the blocks differ. In an
+    /// all-to-all whose ranks know lengths of their own only, what the sender of a message has for
+    /// its receiver (see [`Link::pair_counts`](crate::Link::pair_counts)).
     pub count: u64,
     /// The root, or 0.
-    pub root: u32,
-    /// A fingerprint of what else has to be the same on all ranks (the blocks' counts, a factor),
-    /// 0 where there is nothing.
-    pub detail: u32,
+    pub root: u16,
+    /// A fingerprint of all that was ever asked of the communicator, this call included with what
+    /// no other field tells (the blocks' counts, a factor): ranks that once called different things
+    /// find out from the next bytes they exchange, whatever these are about.
+    pub history: u64,
     /// The number of the algorithm that executes it: ranks that differ in it would otherwise
     /// exchange bytes of different meaning.
-    pub algorithm: u16,
+    pub algorithm: u8,
 }
+
+/// Bits of a number on the wire.
+const NUMBER_BITS: u32 = 48;
+/// Bits of the codes of collectives, element types and operations.
+const COLLECTIVE_BITS: u32 = 5;
+const DTYPE_BITS: u32 = 6;
+const OP_BITS: u32 = 4;
 
 impl Call {
     /// Bytes of an encoded call.
     pub const ENCODED: usize = 32;
+    /// The largest number.
+    pub const NUMBER_MAX: u64 = (1 << NUMBER_BITS) - 1;
+    /// Which of its words the count is.
+    pub const COUNT_WORD: usize = 1;
 
-    /// Algorithm 0's sum of `count` elements on all ranks of the job, with nothing else to agree
-    /// on.
+    /// Algorithm 0's sum of `count` elements on all ranks of the job, with nothing before it.
     pub const fn all_reduce(number: u64, dtype: Dtype, count: u64) -> Self {
         let (collective, op) = (Collective::AllReduce, ReduceOp::Sum);
-        let (communicator, root, detail, algorithm) = (0, 0, 0, 0);
-        Self { communicator, number, collective, dtype, op, count, root, detail, algorithm }
+        Self {
+            communicator: 0,
+            number,
+            collective,
+            dtype,
+            op,
+            watched: false,
+            count,
+            root: 0,
+            history: 0,
+            algorithm: 0,
+        }
     }
 
-    /// The call as words, for who tells it word by word.
+    /// The call as words, for who tells it word by word. The last byte is spare, and 0.
     pub const fn words(&self) -> [u64; Self::ENCODED / 8] {
-        let codes = self.collective as u64 | (self.dtype as u64) << 8 | (self.op as u64) << 16;
-        let who = self.algorithm as u64 | (self.communicator as u64) << 16;
-        [self.number, self.count, who | (self.root as u64) << 32, self.detail as u64 | codes << 32]
+        let number = self.number & Self::NUMBER_MAX;
+        let how = self.op as u64 | (self.watched as u64) << OP_BITS;
+        let what = self.collective as u64 | (self.dtype as u64) << COLLECTIVE_BITS;
+        let codes = what | how << (COLLECTIVE_BITS + DTYPE_BITS);
+        let who = self.communicator as u64 | (self.algorithm as u64) << 32;
+        let place = number | (self.root as u64) << NUMBER_BITS;
+        [self.history, self.count, place, who | codes << 40]
     }
 
     /// The call that these words mean; `None` if a code is unknown or the spare byte is not 0.
     pub fn from_words(words: &[u64; Self::ENCODED / 8]) -> Option<Self> {
-        let mut bytes = [0; Self::ENCODED];
-        for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
-            chunk.copy_from_slice(&word.to_le_bytes());
-        }
-        Self::decode(&bytes)
+        let [history, count, place, who] = *words;
+        let codes = u32::try_from(who >> 40).ok().filter(|codes| *codes < 1 << 16)?;
+        let code = |from: u32, bits: u32| (codes >> from & ((1 << bits) - 1)) as u8;
+        let how_from = COLLECTIVE_BITS + DTYPE_BITS;
+        Some(Self {
+            communicator: who as u32,
+            number: place & Self::NUMBER_MAX,
+            collective: Collective::from_code(code(0, COLLECTIVE_BITS))?,
+            dtype: Dtype::try_from(code(COLLECTIVE_BITS, DTYPE_BITS)).ok()?,
+            op: ReduceOp::try_from(code(how_from, OP_BITS)).ok()?,
+            watched: code(how_from + OP_BITS, 1) == 1,
+            count,
+            root: (place >> NUMBER_BITS) as u16,
+            history,
+            algorithm: (who >> 32) as u8,
+        })
     }
 
     /// The wire form: little endian, fixed size.
@@ -150,45 +191,47 @@ impl Call {
 
     /// Reads the wire form; `None` if a code is unknown or the spare byte is not 0.
     pub fn decode(bytes: &[u8; Self::ENCODED]) -> Option<Self> {
-        let [n @ .., collective, dtype, op, 0] = bytes else {
-            return None;
-        };
-        let wide = |at: usize| n[at..at + 8].try_into().map(u64::from_le_bytes).ok();
-        let half = |at: usize| n[at..at + 2].try_into().map(u16::from_le_bytes).ok();
-        let word = |at: usize| n[at..at + 4].try_into().map(u32::from_le_bytes).ok();
-        Some(Self {
-            number: wide(0)?,
-            count: wide(8)?,
-            algorithm: half(16)?,
-            communicator: half(18)?,
-            root: word(20)?,
-            detail: word(24)?,
-            collective: Collective::from_code(*collective)?,
-            dtype: Dtype::try_from(*dtype).ok()?,
-            op: ReduceOp::try_from(*op).ok()?,
-        })
+        let mut words = [0; Self::ENCODED / 8];
+        for (chunk, word) in bytes.chunks_exact(8).zip(&mut words) {
+            *word = u64::from_le_bytes(chunk.try_into().ok()?);
+        }
+        Self::from_words(&words)
     }
+
+    /// For people, with the algorithm's name.
+    pub fn by<'a>(&'a self, algorithm: &'a dyn fmt::Display) -> impl fmt::Display + 'a {
+        Told { call: self, algorithm }
+    }
+}
+
+struct Told<'a> {
+    call: &'a Call,
+    algorithm: &'a dyn fmt::Display,
 }
 
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { communicator, number, collective, dtype, op, count, root, detail, algorithm } =
-            self;
+        let algorithm = format_args!("algorithm {}", self.algorithm);
+        Told { call: self, algorithm: &algorithm }.fmt(f)
+    }
+}
+
+impl fmt::Display for Told<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { call, algorithm } = self;
+        let Call { communicator, number, collective, dtype, op, watched, count, root, .. } = call;
         write!(f, "{collective} #{number} ")?;
         if *communicator != 0 {
             write!(f, "of group {communicator} ")?;
         }
         write!(f, "({dtype} x {count}")?;
         if collective.reduces() {
-            write!(f, ", {op}")?;
+            write!(f, ", {op}{}", if *watched { " watched" } else { "" })?;
         }
         if collective.has_root() {
             write!(f, ", root {root}")?;
         }
-        if *detail != 0 {
-            write!(f, ", blocks or factor {detail:08x}")?;
-        }
-        write!(f, ", algorithm {algorithm})")
+        write!(f, ", {algorithm})")
     }
 }
 
@@ -204,30 +247,56 @@ mod tests {
             op: ReduceOp::Max,
             count: 1 << 40,
             root: 3,
-            detail: 0xfeed,
-            algorithm: 0xdead,
+            history: 0xfeed,
+            algorithm: 0xde,
             communicator: 5,
+            watched: false,
         }
     }
 
     #[test]
     fn calls_survive_the_wire() {
-        assert_eq!(Call::decode(&call().encode()), Some(call()));
-        assert_eq!(Call::from_words(&call().words()), Some(call()));
+        let largest = Call {
+            number: Call::NUMBER_MAX,
+            count: u64::MAX,
+            root: u16::MAX,
+            history: u64::MAX,
+            algorithm: u8::MAX,
+            communicator: u32::MAX,
+            watched: true,
+            ..call()
+        };
+        for call in [call(), largest] {
+            assert_eq!(Call::decode(&call.encode()), Some(call));
+            assert_eq!(Call::from_words(&call.words()), Some(call));
+            assert_eq!(call.encode()[31], 0, "the spare byte");
+        }
+        let codes = 2 | (Dtype::Bf16 as u16) << 5 | (ReduceOp::Max as u16) << 11;
+        let [low, high] = codes.to_le_bytes();
         let wire = [
-            [7, 0, 0, 0, 0, 0, 0, 0],
+            [0xed, 0xfe, 0, 0, 0, 0, 0, 0],
             [0, 0, 0, 0, 0, 1, 0, 0],
-            [0xad, 0xde, 5, 0, 3, 0, 0, 0],
-            [0xed, 0xfe, 0, 0, 2, Dtype::Bf16 as u8, ReduceOp::Max as u8, 0],
+            [7, 0, 0, 0, 0, 0, 3, 0],
+            [5, 0, 0, 0, 0xde, low, high, 0],
         ];
         assert_eq!(call().encode(), wire.concat()[..]);
     }
 
     #[test]
+    fn every_code_fits_its_bits() {
+        for dtype in Dtype::ALL {
+            for (collective, op) in Collective::ALL.into_iter().zip(ReduceOp::ALL) {
+                let call = Call { collective, dtype, op, ..call() };
+                assert_eq!(Call::decode(&call.encode()), Some(call));
+            }
+        }
+    }
+
+    #[test]
     fn unknown_codes_are_refused() {
-        for at in 28..32 {
+        for at in 29..32 {
             let mut bytes = call().encode();
-            bytes[at] = 0xee;
+            bytes[at] = 0xff;
             assert_eq!(Call::decode(&bytes), None, "byte {at}");
         }
     }

@@ -86,12 +86,13 @@ mod tests {
     proptest! {
         #[test]
         fn headers_survive_the_wire(
-            marked: bool, bytes: u64, number: u64, count: u64, algorithm: u16,
+            marked: bool, bytes: u64, number: u32, count: u64, algorithm: u8,
         ) {
             let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-            let (communicator, root, detail) = (2, 3, 4);
+            let (communicator, root, history) = (2, 3, 4);
             let call = Call {
-                communicator, number, collective, dtype, op, count, root, detail, algorithm,
+                communicator, number: number.into(), collective, dtype, op, watched: marked, count, root,
+                history, algorithm,
             };
             let header = Header { marked, bytes, call };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));

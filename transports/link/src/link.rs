@@ -42,6 +42,12 @@ pub trait Link: Send + fmt::Debug {
     /// Starts a collective on `regions`. All transfers of the one before it are done.
     fn begin(&mut self, call: &Call, regions: &Regions);
 
+    /// Says of the collective that was begun how many elements this rank has for `peer` and expects
+    /// of it, where a rank knows only its own lengths: until the next one they take the place of
+    /// the call's count in all that goes from one to the other, so that both ends compare them
+    /// before anything lands. Before the first transfer.
+    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64);
+
     /// Sends `memory`, which is not empty, to `to`. It may be written again once the ticket is
     /// done.
     ///

@@ -54,6 +54,8 @@ pub struct ShmLink {
 struct Pair {
     inbox: Inbox,
     outbox: Outbox,
+    /// What the call under way has for the peer and expects of it, where it does not say so itself.
+    counts: Option<[u64; 2]>,
 }
 
 impl ShmLink {
@@ -75,6 +77,7 @@ impl ShmLink {
         let pair = |peer: &Peer| Pair {
             inbox: Inbox::new(&mapping, me.seat, *peer, heaps.of(peer.rank)),
             outbox: Outbox::new(&mapping, me.seat, *peer),
+            counts: None,
         };
         Self {
             peers: others.clone().map(|peer| peer.rank).collect(),
@@ -154,18 +157,37 @@ impl ShmLink {
     }
 }
 
+/// A call, of another count if there is one.
+const fn of_count(call: CallWords, count: Option<u64>) -> CallWords {
+    let mut call = call;
+    if let Some(count) = count {
+        call[Call::COUNT_WORD] = count;
+    }
+    call
+}
+
 impl Link for ShmLink {
     fn begin(&mut self, call: &Call, regions: &Regions) {
         self.call = call.words();
         self.output = Some(regions.output);
         self.marked = false;
-        self.pairs.iter_mut().for_each(|pair| pair.inbox.marked = false);
+        for pair in &mut self.pairs {
+            (pair.inbox.marked, pair.counts) = (false, None);
+        }
         self.team.begin(self.call, regions);
+    }
+
+    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64) {
+        if let Ok(index) = self.pair(peer) {
+            self.pairs[index].counts = Some([sends, receives]);
+        }
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
         let index = self.pair(to)?;
-        self.pairs[index].outbox.push(self.call, memory, ticket);
+        let pair = &mut self.pairs[index];
+        let count = pair.counts.map(|[sends, _]| sends);
+        pair.outbox.push(of_count(self.call, count), memory, ticket);
         self.posted = true;
         self.push_out(index)
     }
@@ -178,7 +200,9 @@ impl Link for ShmLink {
         ticket: Ticket,
     ) -> Result<(), LinkError> {
         let index = self.pair(from)?;
-        self.pairs[index].inbox.push(self.call, memory, landing, ticket);
+        let pair = &mut self.pairs[index];
+        let count = pair.counts.map(|[_, receives]| receives);
+        pair.inbox.push(of_count(self.call, count), memory, landing, ticket);
         self.posted = true;
         Ok(())
     }

@@ -71,6 +71,8 @@ pub struct TcpLink {
     arrived: HashMap<Ticket, Vec<u8>>,
     slots: Slots,
     current: Option<Call>,
+    /// By rank, what the call under way has for it and expects of it; empty where the call says it.
+    counts: Vec<[u64; 2]>,
     moving: Moving,
 }
 
@@ -107,6 +109,7 @@ impl TcpLink {
             arrived: HashMap::new(),
             slots: Slots::default(),
             current: None,
+            counts: Vec::new(),
             moving: Moving::default(),
             config,
         })
@@ -239,6 +242,18 @@ impl TcpLink {
         self.current.expect("the engine begins a collective before it posts transfers")
     }
 
+    /// The call as a rank hears it.
+    fn call_to(&self, peer: Rank) -> Call {
+        let call = self.current();
+        self.counts.get(peer).map_or(call, |&[count, _]| Call { count, ..call })
+    }
+
+    /// The call as a rank has to say it.
+    fn call_from(&self, peer: Rank) -> Call {
+        let call = self.current();
+        self.counts.get(peer).map_or(call, |&[_, count]| Call { count, ..call })
+    }
+
     fn peer_of(&self, lane: usize) -> Rank {
         lane / self.sockets()
     }
@@ -263,11 +278,11 @@ impl TcpLink {
     }
 
     fn move_lanes(&mut self) -> Result<(), LinkError> {
-        let call = self.current();
         let mut result = Ok(());
         for at in (0..self.busy.len()).rev() {
             let index = self.busy[at];
             let peer = self.peer_of(index);
+            let call = self.call_from(peer);
             let lane = &mut self.lanes[index];
             if result.is_ok() {
                 result = lane
@@ -286,11 +301,17 @@ impl TcpLink {
 impl Link for TcpLink {
     fn begin(&mut self, call: &Call, _regions: &Regions) {
         (self.current, self.moving.marked) = (Some(*call), false);
+        self.counts.clear();
+    }
+
+    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64) {
+        self.counts.resize(self.opened.len(), [0; 2]);
+        self.counts[peer] = [sends, receives];
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
         self.open(to)?;
-        let (call, marked) = (self.current(), self.moving.marked);
+        let (call, marked) = (self.call_to(to), self.moving.marked);
         let span = Span { start: memory.base(), bytes: memory.bytes() };
         let transfer = Transfer { ticket, parts_left: 0, slot: None };
         let mut lanes = self.post(to, span, transfer, |lane, index, span| {

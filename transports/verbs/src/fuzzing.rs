@@ -40,16 +40,17 @@ fn check_ready(bytes: &[u8]) {
 
 fn ready_seeds() -> Vec<Vec<u8>> {
     let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-    let (communicator, root, detail) = (0, 0, 0);
+    let (communicator, root, history) = (0, 0, 0);
     let call = Call {
         communicator,
         number: 7,
         collective,
         dtype,
         op,
+        watched: true,
         count: 1 << 20,
         root,
-        detail,
+        history,
         algorithm: 3,
     };
     vec![Ready { address: 1 << 40, bytes: 4096, keys: [1; 4], call }.encode().to_vec()]

@@ -350,10 +350,16 @@ impl Link for VerbsLink {
     fn begin(&mut self, call: &Call, regions: &Regions) {
         self.desk.begin(call, regions);
         for peer in 0..self.peers.len() {
+            self.peers[peer].counts = None;
             if self.peers[peer].is_ahead() {
                 self.list(peer);
             }
         }
+    }
+
+    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64) {
+        let peer = self.place(peer);
+        self.peers[peer].counts = Some([sends, receives]);
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {

@@ -37,6 +37,8 @@ pub(crate) struct Peer {
     area: Area,
     /// Whether the link looks after it at its next progress.
     pub(crate) is_listed: bool,
+    /// What the call under way has for the peer and expects of it, where it does not say so itself.
+    pub(crate) counts: Option<[u64; 2]>,
     ending: Ending,
 
     /// Small messages that wait for a cell.
@@ -84,6 +86,7 @@ impl Peer {
             lanes,
             area,
             is_listed: false,
+            counts: None,
             ending: Ending::default(),
             small_out: VecDeque::new(),
             sent: 0,
@@ -230,7 +233,7 @@ impl Peer {
                 return;
             }
             let at = self.area.layout.cell(self.sent as usize % self.area.layout.cells);
-            let mut encoded = desk.current().encoded;
+            let mut encoded = self.encoded_call(desk);
             encoded[MARK_AT] = u8::from(desk.marked);
             // SAFETY: the write from this cell is reported, and the array is that long.
             unsafe { self.area.copy_out(at, encoded.as_ptr(), encoded.len()) };
@@ -249,7 +252,7 @@ impl Peer {
             let at = self.area.layout.cell(self.taken as usize % self.area.layout.cells);
             let Receive { ticket, bytes, landing, into } = *receive;
             let (call, marked) = self.small_call(length)?;
-            self.check_call(call.as_ref(), desk)?;
+            self.check_call(call.as_ref(), self.call_from(desk))?;
             desk.marked |= marked;
             if length != Call::ENCODED + bytes {
                 let what = format!("a message of {length} bytes with its call, and not of {bytes}");
@@ -291,7 +294,7 @@ impl Peer {
             && let Some(send) = self.large_out.pop_front()
         {
             let ready = self.oldest_ready();
-            self.check_call(ready.as_ref().map(|ready| &ready.call), desk)?;
+            self.check_call(ready.as_ref().map(|ready| &ready.call), self.call_to(desk))?;
             let Some(ready) = ready.filter(|ready| ready.bytes == send.bytes as u64) else {
                 let what = format!("an announcement that is not of {} bytes", send.bytes);
                 return Err(LinkError::protocol(self.rank, what));
@@ -358,7 +361,7 @@ impl Peer {
                 Landing::Slot => Hold::Slot(desk.take_slot(receive.bytes)?),
             };
             let into = hold.slot().map_or(receive.into, |slot| slot.start());
-            let (bytes, call) = (receive.bytes as u64, desk.current().call);
+            let (bytes, call) = (receive.bytes as u64, self.call_from(desk));
             let ready = Ready { address: into as u64, bytes, keys: hold.keys().remote, call };
             let encoded = ready.encode();
             let at = self.area.layout.ready(place);

@@ -172,16 +172,17 @@ mod tests {
     #[test]
     fn announcements_survive_the_wire() {
         let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
-        let (communicator, root, detail) = (1, 2, 3);
+        let (communicator, root, history) = (1, 2, 3);
         let call = Call {
             communicator,
             number: 7,
             collective,
             dtype,
             op,
+            watched: true,
             count: 1 << 20,
             root,
-            detail,
+            history,
             algorithm: 3,
         };
         let ready = Ready { address: 1 << 47, bytes: 4096, keys: [1, 2, 3, 4], call };

@@ -9,21 +9,44 @@ impl Peer {
     /// Looks at what came that nothing was posted for. If it is of the running collective's number
     /// and not of its call, nothing ever will be.
     pub(super) fn check_ahead(&self, desk: &Desk) -> Result<(), LinkError> {
-        let Some(current) = &desk.current else { return Ok(()) };
+        if desk.current.is_none() {
+            return Ok(());
+        }
+        // A message says what the peer has for this rank, an announcement what it expects of it.
         let mut calls = Vec::new();
         if let Some(&length) = self.lengths.front() {
-            calls.extend(self.small_call(length)?.0);
+            calls.extend(self.small_call(length)?.0.map(|call| (self.call_from(desk), call)));
         }
         if self.heard != self.used {
-            calls.extend(self.oldest_ready().map(|ready| ready.call));
+            calls.extend(self.oldest_ready().map(|ready| (self.call_to(desk), ready.call)));
         }
-        let ours = current.call;
-        let differs = |call: &Call| call.number == ours.number && *call != ours;
-        calls.iter().find(|call| differs(call)).map_or(Ok(()), |call| self.mismatch(ours, *call))
+        let differs =
+            |(ours, theirs): &&(Call, Call)| theirs.number == ours.number && theirs != ours;
+        let different = calls.iter().find(differs);
+        different.map_or(Ok(()), |(ours, theirs)| self.mismatch(*ours, *theirs))
     }
 
-    pub(super) fn check_call(&self, theirs: Option<&Call>, desk: &Desk) -> Result<(), LinkError> {
-        let ours = desk.current().call;
+    /// The call under way as the peer hears it with what is sent.
+    pub(super) fn call_to(&self, desk: &Desk) -> Call {
+        let call = desk.current().call;
+        self.counts.map_or(call, |[count, _]| Call { count, ..call })
+    }
+
+    /// The call under way as the peer has to say it with what it sends.
+    pub(super) fn call_from(&self, desk: &Desk) -> Call {
+        let call = desk.current().call;
+        self.counts.map_or(call, |[_, count]| Call { count, ..call })
+    }
+
+    /// What goes before a small message.
+    pub(super) fn encoded_call(&self, desk: &Desk) -> [u8; Call::ENCODED] {
+        match self.counts {
+            Some(_) => self.call_to(desk).encode(),
+            None => desk.current().encoded,
+        }
+    }
+
+    pub(super) fn check_call(&self, theirs: Option<&Call>, ours: Call) -> Result<(), LinkError> {
         match theirs {
             Some(theirs) if *theirs == ours => Ok(()),
             Some(theirs) => self.mismatch(ours, *theirs),
