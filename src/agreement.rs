@@ -1,7 +1,7 @@
 //! What all ranks have to give alike for a call, and how they find out that they did not.
 //!
-//! A [`Call`] says most of it. The rest are its [`Terms`]: they, and the call itself, are mixed into
-//! the fingerprint of all calls so far that every message and every arrival of a group carries
+//! A [`Call`] says most of it. The rest are its [`Terms`]: they, and the call itself, are mixed
+//! into the fingerprint of all calls so far that every message and every arrival of a group carries
 //! ([`Call::history`]). What they were in words is kept for the last calls, for the error.
 
 use std::fmt;

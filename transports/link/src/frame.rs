@@ -91,8 +91,8 @@ mod tests {
             let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
             let (communicator, root, history) = (2, 3, 4);
             let call = Call {
-                communicator, number: number.into(), collective, dtype, op, watched: marked, count, root,
-                history, algorithm,
+                communicator, number: number.into(), collective, dtype, op, watched: marked, count,
+                root, history, algorithm,
             };
             let header = Header { marked, bytes, call };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
