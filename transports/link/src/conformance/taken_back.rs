@@ -6,7 +6,30 @@ use std::time::{Duration, Instant};
 use super::Mesh;
 use super::memory::{copy, pattern};
 use super::port::{Kind, PATIENCE, Port, call, run, run_on};
-use crate::{Landing, LinkError, Part, Ticket};
+use crate::{Landing, LinkError, Part, Regions, Ticket};
+
+/// Where inputs and outputs lie: apart, so that what is done about the pages of an output on an abort
+/// does nothing for an input.
+const OUTPUT: usize = 256 << 10;
+const MEMORY: usize = 2 * OUTPUT;
+/// What nobody sends.
+static OTHER: [u8; MEMORY] = [0xee; MEMORY];
+
+fn begin(port: &mut Port<'_>, bytes: usize) {
+    let region = port.memory.region();
+    let (input, output) = (region.part(&(0..bytes)), region.part(&(OUTPUT..OUTPUT + bytes)));
+    port.link.begin(&call(0, bytes), &Regions { input, output });
+}
+
+/// Aborts, and does with the memory what its owner may do then.
+fn take_back(port: &mut Port<'_>) {
+    port.link.abort();
+    port.memory.write(0, &OTHER);
+}
+
+fn check_unchanged(port: &Port<'_>) {
+    assert!(port.memory.read(0, MEMORY) == OTHER, "memory changed after an abort");
+}
 
 /// When the sender takes its memory back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,8 +54,8 @@ pub fn nothing_taken_back_is_received(mesh: &Mesh) {
     for bytes in [100, 100_000] {
         for (landing, moment) in ways {
             let has_landed = AtomicBool::new(false);
-            run(mesh, 2, bytes, |port| {
-                port.begin(call(0, bytes));
+            run(mesh, 2, MEMORY, |port| {
+                begin(port, bytes);
                 if port.rank == 0 {
                     send_and_take_back(port, bytes, moment, &has_landed);
                 } else {
@@ -59,11 +82,10 @@ fn send_and_take_back(port: &mut Port<'_>, bytes: usize, moment: Moment, has_lan
             std::thread::yield_now();
         }
     }
-    port.link.abort();
-    port.memory.write(0, &vec![0xee; bytes]);
+    take_back(port);
     port.meet();
     port.meet();
-    assert!(port.memory.read(0, bytes) == vec![0xee; bytes], "the sender's memory changed");
+    check_unchanged(port);
 }
 
 /// What was received; nothing if the link says that it does not count.
@@ -77,7 +99,7 @@ fn take(
     if moment == Moment::Sent {
         port.meet();
     }
-    let received = port.receive(0, 0..bytes, landing);
+    let received = port.receive(0, OUTPUT..OUTPUT + bytes, landing);
     let landed = wait(port, received, moment);
     has_landed.store(true, Ordering::SeqCst);
     if moment != Moment::Sent {
@@ -91,7 +113,7 @@ fn take(
         port.look().ok()?;
     }
     match landing {
-        Landing::Place => Some(port.memory.read(0, bytes)),
+        Landing::Place => Some(port.memory.read(OUTPUT, bytes)),
         Landing::Slot => {
             let taken = copy(port.link.arrived(received), bytes);
             port.link.release(received).ok().map(|()| taken)
@@ -115,23 +137,21 @@ fn wait(port: &mut Port<'_>, received: Ticket, moment: Moment) -> Result<bool, L
 pub fn nothing_taken_back_is_an_input(mesh: &Mesh) {
     const BYTES: usize = 100_000;
     for world in [2, 4] {
-        run_on(mesh, world, BYTES, Kind::Registered, &|port: &mut Port<'_>| {
+        run_on(mesh, world, MEMORY, Kind::Registered, &|port: &mut Port<'_>| {
             if port.link.group().is_none() {
                 return;
             }
-            port.begin(call(0, BYTES));
+            begin(port, BYTES);
             port.memory.write(0, &pattern(port.rank as u64, BYTES));
             let entered = port.group().enter(false);
             port.complete(entered).expect("all enter");
             assert_eq!(port.group().confirm(), Ok(()), "nobody has aborted");
             port.meet();
             if port.rank == 0 {
-                port.link.abort();
-                port.memory.write(0, &[0xee; BYTES]);
+                take_back(port);
                 port.meet();
                 port.meet();
-                assert!(port.memory.read(0, BYTES) == [0xee; BYTES], "rank 0's memory changed");
-                return;
+                return check_unchanged(port);
             }
             port.meet();
             let source = port.group().source(0, Part::Input, 0..BYTES);
