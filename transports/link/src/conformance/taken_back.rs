@@ -8,8 +8,8 @@ use super::memory::{copy, pattern};
 use super::port::{Kind, PATIENCE, Port, call, run, run_on};
 use crate::{Landing, LinkError, Part, Regions, Ticket};
 
-/// Where inputs and outputs lie: apart, so that what is done about the pages of an output on an abort
-/// does nothing for an input.
+/// Where inputs and outputs lie: apart, so that what is done about the pages of an output on an
+/// abort does nothing for an input.
 const OUTPUT: usize = 256 << 10;
 const MEMORY: usize = 2 * OUTPUT;
 /// What nobody sends.
