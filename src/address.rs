@@ -170,8 +170,9 @@ fn parse_file(path: &str) -> Result<Rendezvous, &'static str> {
     if !path.starts_with('/') {
         return Err("the path is not absolute (three slashes after `file:`)");
     }
-    if path.ends_with('/') {
-        return Err("the path ends in `/`: it must name a file, not a directory");
+    let last = path.rsplit('/').next().unwrap_or_default();
+    if ["", ".", ".."].contains(&last) {
+        return Err("the path ends in `/`, `.` or `..`: it must name a file, not a directory");
     }
     if path.contains('\0') {
         return Err("the path contains a NUL byte");
@@ -232,6 +233,8 @@ mod tests {
             "tcp://[fe80::1%eth0]:4000",
             "tcp://my_pod-0.svc.cluster.local:80",
             "file:///shared/run 7/unisum",
+            "file:///shared/../.unisum",
+            "file:///...",
         ] {
             assert_eq!(text.parse::<Rendezvous>().unwrap().to_string(), text);
         }
@@ -256,6 +259,11 @@ mod tests {
             ("tcp://a b:1", "no host name has"),
             ("file://shared/x", "not absolute"),
             ("file:///", "must name a file"),
+            ("file:///.", "must name a file"),
+            ("file:///..", "must name a file"),
+            ("file:///shared/", "must name a file"),
+            ("file:///shared/.", "must name a file"),
+            ("file:///shared/run/..", "must name a file"),
         ] {
             let error = text.parse::<Rendezvous>().unwrap_err().to_string();
             assert!(error.contains(problem), "{text}: {error}");
@@ -295,7 +303,7 @@ mod tests {
         }
 
         #[test]
-        fn file_addresses_round_trip(path in "(/[^/\0]{1,12}){1,4}") {
+        fn file_addresses_round_trip(path in "(/[^/\0]{1,12}){0,3}/[^/\0.]{1,12}") {
             let address = Rendezvous::File(PathBuf::from(path));
             prop_assert_eq!(address.to_string().parse::<Rendezvous>(), Ok(address));
         }

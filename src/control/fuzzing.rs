@@ -116,7 +116,7 @@ fn said(what: u8, number: u8) -> Message {
         }
         10 => {
             let finding = Finding::from_code(number % 4).unwrap_or(Finding::LinkFailed);
-            Message::Accuse(Report { communicator: 0, against, finding, text: String::new() })
+            Message::Accuse(Report { communicator: 0, against, finding, text: "why".to_owned() })
         }
         11 if number > 127 => Message::Stalled(call(u64::from(number & 7)).into()),
         11 => Message::Overdue(call(u64::from(number)).into()),
