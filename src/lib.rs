@@ -40,6 +40,7 @@ mod groups;
 mod interface;
 mod judgement;
 mod launcher;
+mod leftovers;
 pub mod local;
 mod member;
 mod membership;

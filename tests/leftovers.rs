@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -11,7 +13,11 @@ use support::{World, reach, tell};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("launch", launch), ("launch_and_wait", launch_and_wait)]);
+    support::run_if_rank(&[
+        ("launch", launch),
+        ("launch_and_wait", launch_and_wait),
+        ("join", join),
+    ]);
 }
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -69,4 +75,46 @@ fn launchers_ended_by_any_signal_leave_no_rank_and_no_file_to_the_next() {
     world("launch_and_wait").succeed(LIMIT);
     assert_eq!(entries(), 0);
     std::fs::remove_dir(&place).unwrap();
+}
+
+fn join() {
+    unisum::Communicator::from_environment().unwrap();
+}
+
+#[test]
+fn jobs_killed_at_the_start_leave_no_rendezvous_file_to_the_next() {
+    let place = std::env::temp_dir().join(format!("unisum-starts-{}", std::process::id()));
+    DirBuilder::new().mode(0o700).create(&place).unwrap();
+    let files = || std::fs::read_dir(place.join("unisum")).map_or(0, Iterator::count);
+    let await_files = |expected| {
+        let deadline = Instant::now() + LIMIT;
+        while files() != expected {
+            assert!(Instant::now() < deadline, "{} files, not {expected}", files());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let job = |name: &str, ranks: usize| {
+        World::new(ranks, "join")
+            .set("XDG_RUNTIME_DIR", place.display())
+            .set("UNISUM_RENDEZVOUS", "")
+            .set("UNISUM_JOB", name)
+            .set("UNISUM_WORLD", 2)
+            .set("UNISUM_LOCAL_SIZE", 2)
+    };
+    // Rank 0 alone, which waits for the other one.
+    let living = job("living", 1).start();
+    await_files(1);
+    for name in ["one", "two", "two"] {
+        let killed = job(name, 1).start();
+        // The file that the one before has left is removed by this one.
+        await_files(2);
+        killed.signal(0, libc::SIGKILL);
+        killed.wait(LIMIT);
+    }
+    job("last", 2).succeed(LIMIT);
+    await_files(1);
+    drop(living);
+    job("last", 2).succeed(LIMIT);
+    await_files(0);
+    std::fs::remove_dir_all(&place).unwrap();
 }

@@ -9,9 +9,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
+use unisum_link::fork::ParentOnly;
 use unisum_link::handshake;
 
 use crate::interface::{ADDRESSES_MAX, without_scope};
+use crate::leftovers;
 
 /// Longest line; what is longer is no rendezvous file.
 const LINE_BYTES_MAX: u64 = 2048;
@@ -22,6 +24,8 @@ const MAGIC: &str = "unisum2";
 pub(super) struct Published {
     path: PathBuf,
     line: String,
+    /// Tells others that its process lives.
+    _file: ParentOnly<File>,
 }
 
 /// Publishes where rank 0 listens, in place of what the file said before. Others see the old
@@ -41,20 +45,26 @@ pub(super) fn publish(
     let name = path.file_name().ok_or_else(|| io::Error::other("the path names no file"))?;
     let suffix = u64::from_le_bytes(handshake::random()?);
     let draft = path.with_file_name(format!(".{}.{suffix:016x}", name.to_string_lossy()));
-    let published = write(&draft, &line).and_then(|()| fs::rename(&draft, path));
-    if let Err(error) = published {
-        // There may be no draft to remove; the first error is the one to tell.
-        let _ = fs::remove_file(&draft);
-        return Err(error);
+    let _kept = path.parent().map(leftovers::keep).transpose()?;
+    let published = write(&draft, &line).and_then(|file| fs::rename(&draft, path).map(|()| file));
+    match published {
+        Ok(file) => Ok(Published { path: path.to_owned(), line, _file: file }),
+        Err(error) => {
+            // There may be no draft to remove; the first error is the one to tell.
+            let _ = fs::remove_file(&draft);
+            Err(error)
+        }
     }
-    Ok(Published { path: path.to_owned(), line })
 }
 
-fn write(path: &Path, line: &str) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).open(path)?;
+fn write(path: &Path, line: &str) -> io::Result<ParentOnly<File>> {
+    let file = OpenOptions::new().write(true).create_new(true).open(path)?;
+    let mut file = ParentOnly::new(file);
+    leftovers::mark(&file);
     file.write_all(line.as_bytes())?;
     // Network file systems report a full disk only here.
-    file.sync_all()
+    file.sync_all()?;
+    Ok(file)
 }
 
 /// Where the file says that rank 0 listens.

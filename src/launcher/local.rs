@@ -6,13 +6,18 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::LauncherError;
+use crate::leftovers;
 use crate::settings::Environment;
 
-/// The path of the meeting file for `job`, in a private directory that exists when this returns.
+/// The path of the meeting file for `job`, in a private directory that exists when this returns,
+/// without what killed jobs left there.
 pub(super) fn meeting_file(environment: &Environment, job: &str) -> Result<PathBuf, LauncherError> {
     let directory = directory_for(environment);
     match make_private(&directory) {
-        Ok(()) => Ok(directory.join(file_name(job))),
+        Ok(()) => {
+            leftovers::remove(&directory, is_file_name);
+            Ok(directory.join(file_name(job)))
+        }
         Err(error) => Err(LauncherError::PrivateDirectory { path: directory, error }),
     }
 }
@@ -91,6 +96,17 @@ fn file_name(job: &str) -> String {
     };
     let readable: String = job.chars().map(plain).take(MAX_NAME_CHARS).collect();
     format!("{readable}-{:016x}", fnv1a(job))
+}
+
+/// Whether [`file_name`] made a name, or it is that of a draft of such a file.
+fn is_file_name(name: &str) -> bool {
+    let (name, mark) = match name.strip_prefix('.').and_then(|name| name.rsplit_once('.')) {
+        Some((name, suffix)) => (name, Some(suffix)),
+        None => (name, None),
+    };
+    let hash = name.rsplit_once('-').map(|(_, hash)| hash);
+    let is_hex = |it: &str| it.len() == 16 && it.bytes().all(|byte| byte.is_ascii_hexdigit());
+    hash.is_some_and(is_hex) && mark.is_none_or(is_hex)
 }
 
 struct Status {
@@ -178,6 +194,36 @@ mod tests {
         for path in [scratch.path(), Path::new("relative"), Path::new("/nonexistent")] {
             assert!(directory_for(&in_session(path)).starts_with("/tmp"), "{path:?}");
         }
+    }
+
+    #[test]
+    fn only_what_dead_processes_left_is_removed() {
+        let scratch = Scratch::new();
+        let environment = in_session(scratch.path());
+        let meeting = |job| meeting_file(&environment, job).unwrap();
+        let [left, living] = ["left", "living"].map(meeting);
+        let draft = |path: &Path| {
+            let name = path.file_name().unwrap().to_str().unwrap();
+            path.with_file_name(format!(".{name}.0123456789abcdef"))
+        };
+        let others = ["notes", ".notes.0123456789abcdef", "notes-0123456789abcdef"];
+        let others = others.map(|name| living.with_file_name(name));
+        fs::create_dir(&others[2]).unwrap();
+        let [_living, _draft] = [living.clone(), draft(&living)].map(|path| {
+            let file = File::create(&path).unwrap();
+            leftovers::mark(&file);
+            file
+        });
+        for path in [&left, &draft(&left), &others[0], &others[1]] {
+            fs::write(path, "").unwrap();
+        }
+        // Somebody is about to put a file there, and may not have locked it yet.
+        let kept = leftovers::keep(living.parent().unwrap()).unwrap();
+        assert!(kept.is_some() && meeting("next") != left && left.exists());
+        drop(kept);
+        meeting("next");
+        assert!(!left.exists() && !draft(&left).exists());
+        assert!([&living, &draft(&living)].into_iter().chain(&others).all(|path| path.exists()));
     }
 
     /// Run by the next test in processes of their own; alone it has nothing to do.
