@@ -69,6 +69,11 @@ impl Terms {
         Self { batch, ..self }
     }
 
+    /// Whether the call says everything.
+    pub(crate) fn is_plain(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// A fingerprint of `call`, its number and what came before apart, on these terms.
     pub(crate) fn fingerprint(&self, call: &Call) -> u64 {
         let call = Call { number: 0, algorithm: 0, history: 0, ..*call };

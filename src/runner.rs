@@ -2,7 +2,7 @@
 //! the rank, the operation and how far it got.
 
 use std::num::NonZeroU32;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use unisum_link::kernels::Fold;
@@ -155,6 +155,9 @@ impl Runner {
         self.enter(state)?;
         let call = self.next_call(state, request);
         state.history = call.history;
+        if !request.terms.is_plain() {
+            self.membership.status().note(call.history, Arc::new(request.terms.clone()));
+        }
         let mut wait = Wait::default();
         let result = match self.ready(state, request, call, &mut wait) {
             Ok((ready, made)) => {

@@ -189,13 +189,15 @@ fn ranks_with_another_token_or_another_world_are_refused() {
 }
 
 #[test]
-fn settings_that_differ_are_named() {
+fn settings_that_differ_are_named_and_others_are_not() {
     let world = World::new(2, "join_only").set("UNISUM_TRANSPORT", "tcp");
-    let mut running = world.start_ranks(&[0]);
-    running.add(&world.set("UNISUM_ALGORITHM", "ring"), 1);
-    for ended in running.wait(LIMIT) {
-        let told = &ended.told[0];
-        assert!(told.contains("UNISUM_ALGORITHM=ring") && told.contains("rank 1"), "{told}");
+    for (name, usual, other) in [("ALGORITHM", "auto", "ring"), ("TIMEOUT", "60", "7.5")] {
+        let mut running = world.start_ranks(&[0]);
+        running.add(&world.clone().set(&format!("UNISUM_{name}"), other), 1);
+        let says = format!("rank 0 has UNISUM_{name}={usual}, rank 1 has UNISUM_{name}={other}");
+        for ended in running.wait(LIMIT) {
+            assert!(ended.told[0].contains(&says), "{}", ended.told[0]);
+        }
     }
 }
 

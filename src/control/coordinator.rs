@@ -11,6 +11,7 @@ use bytes::Bytes;
 use unisum_link::{Collective, Rank};
 
 use self::waited::Waited;
+use super::hearing::Hearing;
 use super::inquest::{self, Account};
 use super::message::{Concern, Message};
 use super::round::Round;
@@ -63,6 +64,8 @@ pub(super) struct Coordinator {
     deaths: Vec<(Rank, String)>,
     accusations: Vec<Accusation>,
     query: Query,
+    /// What ranks are asked whose calls differ, or may.
+    hearing: Option<Hearing>,
     /// What ranks did last in the communicators that they are no longer in.
     parted: BTreeMap<u32, BTreeMap<Rank, Snapshot>>,
     /// The newest call that somebody has waited in for a while, and who: by communicator and, as
@@ -134,6 +137,7 @@ impl Coordinator {
             deaths: Vec::new(),
             accusations: Vec::new(),
             query: Query { number: 0, answers: vec![None; world], open: None },
+            hearing: None,
             parted: BTreeMap::new(),
             waiting: HashMap::new(),
             awaits_until: None,
@@ -249,15 +253,21 @@ impl Coordinator {
                 self.take_blob(from, round, (to, blob), now);
             }
             (Message::Accuse(report), _) => self.accused(from, report, now),
+            (Message::Recounted { communicator, calls }, _) => {
+                if let Some(hearing) = &mut self.hearing {
+                    hearing.heard(from, communicator, calls);
+                }
+                self.hear_out();
+            }
             (Message::Concluded(verdict), _) => self.conclude(verdict),
             (Message::Overdue(concern), _) => self.ask(from, concern, false, now),
             (Message::Stalled(concern), _) => self.ask(from, concern, true, now),
-            (Message::Status { query, snapshot }, _) => self.answered(from, query, snapshot),
+            (Message::Status { query, snapshot }, _) => self.answered(from, query, snapshot, now),
             (Message::Parted { communicator, last }, _) => self.parted(from, communicator, last),
             (Message::Missing { round, millis }, _) => self.given_up(round, millis, now),
             // What others send the thread of rank 0 has taken; nobody keeps lines in its place.
             (Message::Keep(_), _) => {}
-            (Message::Bye(last), _) => self.left(from, last),
+            (Message::Bye(last), _) => self.left(from, last, now),
             (message, _) => self.violated(from, format_args!("it sent {message:?}")),
         }
     }
@@ -276,7 +286,10 @@ impl Coordinator {
             self.look_who_is_missing(now);
         }
         if self.query.open.as_ref().is_some_and(|overdue| overdue.until <= now) {
-            self.decide();
+            self.decide(now);
+        }
+        if let Some(hearing) = self.hearing.take_if(|hearing| hearing.until <= now) {
+            self.end(hearing);
         }
         let due = self.accusations.iter().find(|accusation| accusation.until <= now);
         if let Some(due) = due.filter(|_| !self.is_asking()) {
@@ -297,7 +310,9 @@ impl Coordinator {
         let accusations = accusations.map(|accusation| accusation.until);
         let query = self.query.open.as_ref().map(|overdue| overdue.until);
         let awaited = self.waited.deadline(&self.round);
-        accusations.chain(query).chain(awaited).chain(self.awaits_until).min()
+        let hearing = self.hearing.as_ref().map(|hearing| hearing.until);
+        let asked = query.into_iter().chain(hearing);
+        accusations.chain(asked).chain(awaited).chain(self.awaits_until).min()
     }
 
     /// The next messages to send.
@@ -315,6 +330,9 @@ impl Coordinator {
         if self.verdict.is_some() {
             return;
         }
+        // Calls that differ come before what follows from them.
+        let certain = self.hearing.take().filter(Hearing::is_certain);
+        let verdict = certain.and_then(Hearing::verdict).unwrap_or(verdict);
         self.verdict = Some(verdict.clone());
         self.round.until = None;
         self.deaths.clear();
@@ -355,6 +373,10 @@ impl Coordinator {
         match self.presence.get(against) {
             None => self.violated(by, format_args!("it accused rank {against}")),
             Some(_) if self.verdict.is_some() => {}
+            Some(_) if report.finding == Finding::Mismatch && against != by => {
+                let communicator = report.communicator;
+                self.ask_what(communicator, &[by, against], Some(report.verdict(by)), now);
+            }
             // What a rank says of itself needs no other explanation.
             Some(_) if report.finding != Finding::LinkFailed || against == by => {
                 self.conclude(report.verdict(by));
@@ -369,6 +391,44 @@ impl Coordinator {
         }
     }
 
+    /// Asks ranks what they called last in a communicator; `verdict` is concluded if nothing more
+    /// comes of it. Does nothing while others are asked that differ for certain.
+    fn ask_what(
+        &mut self,
+        communicator: u32,
+        ranks: &[Rank],
+        verdict: Option<Verdict>,
+        now: Instant,
+    ) {
+        let open = self.hearing.as_ref();
+        let goes_on = open.is_some_and(|open| open.is_certain() || verdict.is_none());
+        if self.verdict.is_some() || goes_on {
+            return;
+        }
+        let here = ranks.iter().filter(|&&rank| self.presence[rank] == Presence::Joined);
+        let until = now + ANSWER_TIMEOUT;
+        let hearing = Hearing::new(communicator, here.copied(), verdict, until);
+        for rank in hearing.ranks() {
+            let messages = vec![Message::Recount { communicator }];
+            self.outputs.push_back(Output { audience: Audience::One(rank), messages });
+        }
+        self.hearing = Some(hearing);
+        self.hear_out();
+    }
+
+    /// Ends a hearing if all have answered.
+    fn hear_out(&mut self) {
+        if let Some(hearing) = self.hearing.take_if(|hearing| hearing.is_whole()) {
+            self.end(hearing);
+        }
+    }
+
+    fn end(&mut self, hearing: Hearing) {
+        if let Some(verdict) = hearing.verdict() {
+            self.conclude(verdict);
+        }
+    }
+
     /// What a rank did last in a communicator that it is no longer in.
     fn last_of(&self, communicator: u32, rank: Rank) -> Option<Snapshot> {
         self.parted.get(&communicator)?.get(&rank).copied()
@@ -379,7 +439,7 @@ impl Coordinator {
         Verdict::left(rank, self.last_of(communicator, rank).as_ref())
     }
 
-    fn left(&mut self, rank: Rank, last: Snapshot) {
+    fn left(&mut self, rank: Rank, last: Snapshot, now: Instant) {
         self.presence[rank] = Presence::Left;
         self.tell_all(vec![Message::Left { rank, last }]);
         self.parted(rank, 0, last);
@@ -390,7 +450,11 @@ impl Coordinator {
         if self.round.until.is_some() && !self.round.has(rank) {
             self.conclude(self.has_left(0, rank));
         }
-        self.decide_if_all_answered();
+        self.decide_if_all_answered(now);
+        if let Some(hearing) = &mut self.hearing {
+            hearing.gone(rank);
+        }
+        self.hear_out();
     }
 
     /// A rank is no longer in a communicator, where it did this last.
@@ -459,22 +523,22 @@ impl Coordinator {
         self.tell_all(vec![Message::StatusRequest { query: number, communicator }]);
     }
 
-    fn answered(&mut self, from: Rank, query: u32, snapshot: Snapshot) {
+    fn answered(&mut self, from: Rank, query: u32, snapshot: Snapshot, now: Instant) {
         if query == self.query.number {
             self.query.answers[from] = Some(snapshot);
-            self.decide_if_all_answered();
+            self.decide_if_all_answered(now);
         }
     }
 
-    fn decide_if_all_answered(&mut self) {
+    fn decide_if_all_answered(&mut self, now: Instant) {
         let mut ranks = self.presence.iter().zip(&self.query.answers);
         let is_away = |presence: &Presence| matches!(presence, Presence::Left | Presence::Gone);
         if ranks.all(|(presence, answer)| answer.is_some() || is_away(presence)) {
-            self.decide();
+            self.decide(now);
         }
     }
 
-    fn decide(&mut self) {
+    fn decide(&mut self, now: Instant) {
         let Some(Overdue { concern, by, patient, .. }) = self.query.open.take() else {
             return;
         };
@@ -494,9 +558,11 @@ impl Coordinator {
             apart.for_each(|(_, account)| *account = Account::Apart);
         }
         if patient {
-            if let Some(verdict) = inquest::contradiction(by, &accounts) {
-                self.conclude(verdict);
-            }
+            // Who has all it waited for may be in a later call than the one that differs.
+            let verdict = inquest::contradiction(by, &accounts);
+            let here = |rank: &Rank| matches!(accounts[*rank], Account::Here(_));
+            let ranks: Vec<Rank> = (0..accounts.len()).filter(here).collect();
+            self.ask_what(concern.call.communicator, &ranks, verdict, now);
             return;
         }
         // If everybody has left, nobody waits for anybody.

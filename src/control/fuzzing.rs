@@ -9,7 +9,7 @@ use unisum_link::{Call, Dtype, Rank};
 use super::coordinator::{Audience, Coordinator};
 use super::file;
 use super::message::{FRAME_BYTES_MAX, Message, MessageError};
-use super::status::Snapshot;
+use super::status::{self, Snapshot};
 use super::verdict::{Finding, Report, Verdict, VerdictKind};
 
 pub(crate) const TARGETS: &[Target] = &[
@@ -91,7 +91,7 @@ fn check_coordinator(bytes: &[u8]) {
     let (mut now, mut told) = (Instant::now(), Told::default());
     for operation in bytes.chunks_exact(3) {
         let (rank, number) = (usize::from(operation[1]) % WORLD, operation[2]);
-        match operation[0] % 16 {
+        match operation[0] % 17 {
             0 if coordinator.is_vacant(rank) => coordinator.connected(rank),
             1 if rank > 0 => coordinator.lost(rank, "its connection ended"),
             2 => coordinator.violated(rank, "nonsense"),
@@ -128,6 +128,11 @@ fn said(what: u8, number: u8) -> Message {
             Message::Parted { communicator: 0, last: snapshot(u64::from(number & 7), 0) }
         }
         14 => Message::Bye(snapshot(u64::from(number), 0)),
+        15 => {
+            let (number, history) = (u64::from(number >> 4), u64::from(number & 3));
+            let calls = vec![status::Told { number, history, text: "a call".into() }];
+            Message::Recounted { communicator: 0, calls }
+        }
         _ => Message::StatusRequest { query: u32::from(number), communicator: 0 },
     }
 }
@@ -151,6 +156,10 @@ impl Told {
                 }
                 ([Message::Gathered { .. }, ..], audience) => {
                     self.gathered(&output.messages, audience);
+                    continue;
+                }
+                ([Message::Recount { .. }], Audience::One(_)) => {
+                    assert!(!self.verdict);
                     continue;
                 }
                 (_, audience) => assert_eq!((audience, self.ranks), (Audience::All, 0)),
@@ -203,11 +212,13 @@ fn coordinator_seeds() -> Vec<Vec<u8>> {
     let grace = [&joined[..], &[10, 1, 2, 5, 0, 0]];
     let farewell = [&joined[..], &[14, 2, 9, 1, 2, 0, 8, 1, 0]];
     let stalled = [&joined[..], &[11, 1, 0x85], &everybody(12, world.clone(), 0b0110_1010)];
+    let differ = [&joined[..], &[10, 1, 17], &[15, 1, 0x11], &[15, 2, 0x12]];
     // All leave a call that one of them said was overdue.
     let moot = [&joined[..], &[11, 1, 5], &everybody(14, world, 9)];
     [exchange, query, stalled, moot]
         .map(|seed| seed.concat())
         .into_iter()
+        .chain([differ.concat()])
         .chain([each.concat(), grace.concat(), farewell.concat()])
         .collect()
 }

@@ -95,6 +95,10 @@ impl Member {
                 let snapshot = self.shared.snapshot(communicator);
                 return Ok(Some(Message::Status { query, snapshot }));
             }
+            Message::Recount { communicator } => {
+                let calls = self.shared.told(communicator);
+                return Ok(Some(Message::Recounted { communicator, calls }));
+            }
             Message::Verdict(verdict) => {
                 self.has_told_verdict = true;
                 self.conclude(verdict);

@@ -9,7 +9,7 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use unisum_link::{Call, Rank};
 
-use super::status::Snapshot;
+use super::status::{Snapshot, Told};
 use super::verdict::{Finding, Report, Verdict, VerdictKind};
 
 /// Largest blob of an exchange in bytes.
@@ -49,6 +49,10 @@ pub(super) enum Message {
     StatusRequest { query: u32, communicator: u32 },
     /// Rank: this.
     Status { query: u32, snapshot: Snapshot },
+    /// Coordinator: what did you call last in this communicator?
+    Recount { communicator: u32 },
+    /// Rank: this, the oldest first.
+    Recounted { communicator: u32, calls: Vec<Told> },
     /// Coordinator: the communicator is over.
     Verdict(Verdict),
     /// Coordinator: a rank has left in order, doing this last in the job's own communicator.
@@ -115,12 +119,7 @@ impl Message {
                 put_rank(to, *rank);
                 to.put_slice(blob);
             }
-            Self::Accuse(report) => {
-                to.put_u32_le(report.communicator);
-                to.put_u8(report.finding as u8);
-                put_rank(to, report.against);
-                put_text(to, &report.text);
-            }
+            Self::Accuse(report) => put_report(to, report),
             Self::Overdue(Concern { call, uncounted, ranks })
             | Self::Stalled(Concern { call, uncounted, ranks }) => {
                 to.put_slice(&call.encode());
@@ -136,6 +135,11 @@ impl Message {
             Self::Status { query, snapshot } => {
                 to.put_u32_le(*query);
                 put_snapshot(to, snapshot);
+            }
+            Self::Recount { communicator } => to.put_u32_le(*communicator),
+            Self::Recounted { communicator, calls } => {
+                to.put_u32_le(*communicator);
+                calls.iter().for_each(|call| put_told(to, call));
             }
             Self::Verdict(verdict) | Self::Concluded(verdict) => put_verdict(to, verdict),
             Self::Left { rank, last } => {
@@ -173,6 +177,8 @@ impl Message {
             Self::Concluded(_) => 14,
             Self::Missing { .. } => 15,
             Self::Keep(_) => 16,
+            Self::Recount { .. } => 17,
+            Self::Recounted { .. } => 18,
         }
     }
 
@@ -220,6 +226,8 @@ impl Message {
             14 => parse_verdict(body).map(Self::Concluded),
             15 => parse_missing(body),
             16 => text(body).map(Self::Keep),
+            17 => word(body).map(|communicator| Self::Recount { communicator }),
+            18 => parse_recounted(body),
             kind => return Err(MessageError::Kind(kind)),
         })
     }
@@ -253,6 +261,20 @@ fn put_verdict(to: &mut BytesMut, verdict: &Verdict) {
         put_rank(to, *culprit);
     }
     put_text(to, &verdict.text);
+}
+
+fn put_report(to: &mut BytesMut, report: &Report) {
+    to.put_u32_le(report.communicator);
+    to.put_u8(report.finding as u8);
+    put_rank(to, report.against);
+    put_text(to, &report.text);
+}
+
+fn put_told(to: &mut BytesMut, told: &Told) {
+    to.put_u64_le(told.number);
+    to.put_u64_le(told.history);
+    to.put_u32_le(u32::try_from(told.text.len()).expect("texts are bounded"));
+    to.put_slice(told.text.as_bytes());
 }
 
 fn put_snapshot(to: &mut BytesMut, snapshot: &Snapshot) {
@@ -318,6 +340,18 @@ fn parse_report(body: &mut Bytes) -> Option<Report> {
     let [code] = take(body)?;
     let finding = Finding::from_code(code)?;
     Some(Report { communicator, finding, against: rank(body)?, text: text(body)? })
+}
+
+fn parse_recounted(body: &mut Bytes) -> Option<Message> {
+    let communicator = word(body)?;
+    let mut calls = Vec::new();
+    while !body.is_empty() {
+        let [number, history] = [take(body)?, take(body)?].map(u64::from_le_bytes);
+        let length = word(body)? as usize;
+        let text = (length <= body.len()).then(|| body.split_to(length))?;
+        calls.push(Told { number, history, text: String::from_utf8(text.into()).ok()? });
+    }
+    Some(Message::Recounted { communicator, calls })
 }
 
 fn parse_concern(body: &mut Bytes) -> Option<Concern> {
@@ -424,6 +458,14 @@ mod tests {
                 |(communicator, against, code, text)| {
                     let finding = Finding::from_code(code).unwrap();
                     Message::Accuse(Report { communicator, against, finding, text })
+                }
+            ),
+            any::<u32>().prop_map(|communicator| Message::Recount { communicator }),
+            (any::<u32>(), prop::collection::vec(any::<(u64, u64, String)>(), 0..4)).prop_map(
+                |(communicator, calls)| {
+                    let told = |(number, history, text)| Told { number, history, text };
+                    let calls = calls.into_iter().map(told).collect();
+                    Message::Recounted { communicator, calls }
                 }
             ),
             concerns().prop_map(Message::Overdue),

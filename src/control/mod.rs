@@ -16,6 +16,7 @@ mod file;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod guests;
+mod hearing;
 mod inquest;
 mod kept;
 mod listen;

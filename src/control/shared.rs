@@ -12,7 +12,7 @@ use unisum_link::{Rank, Wake};
 use super::kept::Kept;
 use super::message::Concern;
 use super::share::Share;
-use super::status::{Snapshot, Status};
+use super::status::{Snapshot, Status, Told};
 use super::verdict::{Report, Verdict};
 
 /// Most data connections between two ranks.
@@ -148,6 +148,13 @@ impl Shared {
         let statuses = lock(&self.statuses);
         let status = statuses.iter().find(|(known, _)| *known == communicator);
         status.map_or_else(Snapshot::default, |(_, status)| status.snapshot())
+    }
+
+    /// The newest calls of this rank in a communicator; none if it is not in it.
+    pub(super) fn told(&self, communicator: u32) -> Vec<Told> {
+        let statuses = lock(&self.statuses);
+        let status = statuses.iter().find(|(known, _)| *known == communicator);
+        status.map_or_else(Vec::new, |(_, status)| status.told())
     }
 
     pub(super) fn set_left(&self, rank: Rank) {

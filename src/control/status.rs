@@ -1,7 +1,10 @@
 //! What this rank is doing right now, written by the thread that drives a collective and read by
 //! the control thread at any moment.
 
+use std::collections::VecDeque;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use unisum_link::{Call, Collective, Dtype, Rank};
 
@@ -13,17 +16,36 @@ const CALL_WORDS: usize = Call::ENCODED / 8;
 /// This rank's progress, as others are told it when a deadline expires.
 ///
 /// One thread at a time writes: the one that drives the collective. Nobody ever waits: a call is
-/// written into the slot that is not current and then made current, so that a writer which is
-/// preempted half-way leaves the current slot whole.
-#[derive(Debug, Default)]
+/// written into the slot of the oldest and then made current, so that a writer which is preempted
+/// half-way leaves the current slot whole.
+#[derive(Default)]
 pub(crate) struct Status {
-    /// How many calls have begun; its lowest bit chooses the slot.
+    /// How many calls have begun; it chooses the slot.
     begun: AtomicU64,
     /// How many calls have ended.
     ended: AtomicU64,
     /// How many collectives so far are none of the program's calls, but parts of those.
     uncounted: AtomicU64,
-    slots: [Slot; 2],
+    slots: [Slot; KEPT],
+    /// What newest calls agreed on beside what they say themselves, by their histories.
+    terms: Mutex<VecDeque<(u64, Terms)>>,
+}
+
+/// Calls that are remembered.
+const KEPT: usize = 16;
+/// Longest text of a call, in characters.
+const TOLD_MAX: usize = 400;
+
+/// What a call agreed on beside what it says itself, in words.
+pub(crate) type Terms = Arc<dyn fmt::Display + Send + Sync>;
+
+/// A call in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Told {
+    pub(crate) number: u64,
+    /// See [`Call::history`].
+    pub(crate) history: u64,
+    pub(crate) text: String,
 }
 
 #[derive(Debug, Default)]
@@ -32,6 +54,8 @@ struct Slot {
     /// Steps done in the upper half, all steps in the lower.
     steps: AtomicU64,
     bytes: AtomicU64,
+    /// How many collectives before it were none of the program's calls.
+    uncounted: AtomicU64,
 }
 
 /// A [`Status`] at one moment.
@@ -67,6 +91,7 @@ impl Status {
         for (place, word) in slot.call.iter().zip(call.words()) {
             place.store(word, Ordering::Relaxed);
         }
+        slot.uncounted.store(self.uncounted(), Ordering::Relaxed);
         slot.steps.store(0, Ordering::Relaxed);
         slot.bytes.store(0, Ordering::Relaxed);
         // Release: pairs with the Acquire load in `snapshot`, which then sees the slot.
@@ -142,8 +167,52 @@ impl Status {
         }
     }
 
+    /// Says what the call of a history agrees on beside what it says itself. For calls that are no
+    /// hot path.
+    pub(crate) fn note(&self, history: u64, terms: Terms) {
+        let mut all = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() == KEPT {
+            all.pop_front();
+        }
+        all.push_back((history, terms));
+    }
+
+    /// The newest calls in words, the oldest first. From any thread.
+    pub(super) fn told(&self) -> Vec<Told> {
+        // Acquire: as in `snapshot`.
+        let begun = self.begun.load(Ordering::Acquire);
+        let oldest = begun.saturating_sub(KEPT as u64 - 1).max(1);
+        // Relaxed: as in `read`.
+        let before = |begun: u64| self.slot(begun).uncounted.load(Ordering::Relaxed);
+        let read = |begun: u64| (begun, self.read(begun).call, before(begun));
+        let calls: Vec<_> = (oldest..=begun).map(read).collect();
+        // As in `snapshot`.
+        fence(Ordering::Acquire);
+        let now = self.begun.load(Ordering::Relaxed);
+        let terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
+        let told = |(begun, call, uncounted): (u64, Option<Call>, u64)| {
+            // The one after `now` may be written already.
+            let call = call.filter(|_| begun + KEPT as u64 > now + 1)?;
+            if call.collective == Collective::Message {
+                return None; // it stands for one of those that a rank waits in
+            }
+            let terms = terms.iter().find(|(history, _)| *history == call.history);
+            let terms = terms.map_or_else(String::new, |(_, terms)| terms.to_string());
+            let text =
+                format!("{}{terms}", describe(&call, uncounted)).chars().take(TOLD_MAX).collect();
+            Some(Told { number: call.number, history: call.history, text })
+        };
+        calls.into_iter().filter_map(told).collect()
+    }
+
     fn slot(&self, begun: u64) -> &Slot {
-        &self.slots[(begun & 1) as usize]
+        &self.slots[(begun % KEPT as u64) as usize]
+    }
+}
+
+impl fmt::Debug for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.snapshot().fmt(f)
     }
 }
 
@@ -217,8 +286,8 @@ pub(crate) fn describe(call: &Call, uncounted: u64) -> String {
     told.map(|(rest, name)| format!("{rest}{name})")).unwrap_or(text)
 }
 
-impl std::fmt::Display for Snapshot {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { call, inside, step, steps, bytes, uncounted } = self;
         match call {
             None => f.write_str("has called nothing yet"),
@@ -270,6 +339,35 @@ mod tests {
         // What this version does not know is told as it is.
         let text = describe(&Call { algorithm: 200, ..call(57) }, 0);
         assert!(text.contains("#57 (") && text.contains("algorithm 200)"), "{text}");
+    }
+
+    #[test]
+    fn the_newest_calls_are_told_with_what_they_agreed_on() {
+        let status = Status::default();
+        assert_eq!(status.told(), []);
+        for number in 0..40 {
+            status.begin(&Call { history: number + 100, ..call(number) });
+            status.note(number + 100, Arc::new(format!(", of {number}")));
+            status.end();
+            let told = status.told();
+            let last = told.last().unwrap();
+            assert_eq!((last.number, last.history), (number, number + 100));
+            assert!(last.text.ends_with(&format!(", of {number}")), "{}", last.text);
+            let numbers: Vec<u64> = told.iter().map(|told| told.number).collect();
+            let kept = number.min(KEPT as u64 - 2);
+            assert_eq!(numbers, (number - kept..=number).collect::<Vec<_>>());
+        }
+    }
+
+    /// What was no call of the program's is none for the calls after it only.
+    #[test]
+    fn older_calls_are_told_by_the_numbers_that_they_had() {
+        let status = Status::default();
+        status.begin(&call(3));
+        status.discount(50);
+        status.begin(&call(54));
+        let texts: Vec<String> = status.told().into_iter().map(|told| told.text).collect();
+        assert!(texts[0].contains("#3 (") && texts[1].contains("#4 ("), "{texts:?}");
     }
 
     #[test]

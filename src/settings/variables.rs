@@ -42,7 +42,11 @@ pub(crate) const VARIABLES: &[Variable] = &[
     ),
     variable("UNISUM_TOKEN", "", "secret that every connection must prove, 16 bytes or more"),
     variable("UNISUM_TOKEN_FILE", "", "file that holds the secret, readable by its owner only"),
-    variable("UNISUM_TIMEOUT", "300", "seconds an operation may take, fractions allowed"),
+    variable(
+        "UNISUM_TIMEOUT",
+        "300",
+        "seconds an operation may take, fractions allowed; the same on all ranks",
+    ),
     variable("UNISUM_CONNECT_TIMEOUT", "120", "seconds the ranks wait for each other at the start"),
     variable(
         "UNISUM_HEARTBEAT_TIMEOUT",

@@ -220,7 +220,11 @@ fn exchange_cards(
         host: node::host_name(),
         pid: std::process::id(),
         cores: Cores::own(),
-        settings: common_settings(settings),
+        settings: format!(
+            "{} UNISUM_TIMEOUT={}",
+            common_settings(settings),
+            settings.timeout.as_secs_f64()
+        ),
         shm: offer.card(),
     };
     let cards = control.exchange(card.encode()).map_err(rendezvous_error)?;
@@ -238,7 +242,8 @@ fn exchange_cards(
     Ok(cards)
 }
 
-/// The settings that have to be the same on all ranks, as a user would write them.
+/// The settings that have to be the same on all ranks, as a user would write them, but for the
+/// time limit of calls: that changes nothing of what a file says.
 fn common_settings(settings: &Settings) -> String {
     let algorithm = settings.algorithm.as_deref().unwrap_or("auto");
     let Settings { transport, slice_bytes, window, sockets_per_peer, .. } = settings;
@@ -257,10 +262,12 @@ fn check_settings(rank: Rank, cards: &[Card]) -> Result<(), Error> {
     let first = &cards[0].settings;
     let differs = |card: &Card| card.settings != *first;
     let Some(other) = cards.iter().position(differs) else { return Ok(()) };
+    let both = first.split(' ').zip(cards[other].settings.split(' '));
+    let (ours, theirs): (Vec<&str>, Vec<&str>) = both.filter(|(a, b)| a != b).unzip();
     let text = format!(
-        "settings that must be the same on all ranks differ: rank 0 has {first}, \
-         rank {other} has {}",
-        cards[other].settings
+        "settings that must be the same on all ranks differ: rank 0 has {}, rank {other} has {}",
+        ours.join(" "),
+        theirs.join(" ")
     );
     Err(Error::new(ErrorKind::Configuration, text).on(rank).caused_by(vec![other]))
 }

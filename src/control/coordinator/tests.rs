@@ -1,3 +1,5 @@
+mod differ;
+
 use super::*;
 use crate::control::status::{Status, Waiting};
 use crate::control::tests::call;
@@ -149,9 +151,13 @@ fn a_failed_link_to_a_rank_that_leaves_or_left_is_its_leaving() {
 }
 
 #[test]
-fn a_mismatch_counts_at_once_and_names_both() {
+fn a_mismatch_counts_once_both_were_asked_and_names_both() {
     let mut job = Job::new();
     job.accuse(3, 1, Finding::Mismatch);
+    for rank in [3, 1] {
+        job.expect_nothing();
+        job.say(rank, Message::Recounted { communicator: 0, calls: Vec::new() });
+    }
     job.expect(VerdictKind::Mismatch, &[1, 3]);
 }
 

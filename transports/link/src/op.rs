@@ -46,7 +46,12 @@ pub enum ReduceOp {
     Min = 3,
     /// Keeps the greatest element.
     Max = 4,
-    /// Adds the elements and divides by their count.
+    /// Adds the elements and divides by their count, once, at the end. Floats of 8 and 16 bits are
+    /// added in `f32` within each fold and rounded between the folds of an algorithm: where it has
+    /// several (ring, tree), a sum beyond the type's range is infinite though the average is not
+    /// (of four times 40000 in `f16`, say), and where all ranks' elements are folded at once
+    /// (one-shot, two-shot, direct) it is not. A sum of inputs scaled by 1/n stays in range
+    /// everywhere.
     Average = 5,
     /// Keeps the bits that are set in all elements.
     BitAnd = 6,
