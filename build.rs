@@ -1,4 +1,4 @@
-//! Gives the crate a fingerprint of the sources, in `UNISUM_SOURCES`.
+//! Gives the crate a fingerprint of the sources, in `SOURCES_OF_UNISUM`.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
@@ -28,7 +28,7 @@ fn main() -> io::Result<()> {
         hash.add(name.to_string_lossy().as_bytes());
         hash.add(&fs::read(&file)?);
     }
-    println!("cargo::rustc-env=UNISUM_SOURCES={:016x}", hash.0);
+    println!("cargo::rustc-env=SOURCES_OF_UNISUM={:016x}", hash.0);
     Ok(())
 }
 

@@ -10,7 +10,7 @@ pub(crate) const BUILD: Build = Build {
         number(env!("CARGO_PKG_VERSION_MINOR"), 10) as u16,
         number(env!("CARGO_PKG_VERSION_PATCH"), 10) as u16,
     ],
-    sources: number(env!("UNISUM_SOURCES"), 16),
+    sources: number(env!("SOURCES_OF_UNISUM"), 16),
 };
 
 const fn number(text: &str, radix: u32) -> u64 {

@@ -160,7 +160,7 @@ fn hello() -> Vec<u8> {
         part(env!("CARGO_PKG_VERSION_MINOR")),
         part(env!("CARGO_PKG_VERSION_PATCH")),
     ];
-    let sources = u64::from_str_radix(env!("UNISUM_SOURCES"), 16).unwrap();
+    let sources = u64::from_str_radix(env!("SOURCES_OF_UNISUM"), 16).unwrap();
     let (session, build) = ([0; 16], Build { version, sources });
     let hello = Hello { purpose, socket: 0, from: 1, to: 0, world: 4, session, job, build };
     let mut wire = Wire(Vec::new());

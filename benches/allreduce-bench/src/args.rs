@@ -289,7 +289,11 @@ where
     let one = |name: &str| {
         let spelt = name.replace('-', "_");
         spelt.parse().or_else(|_| name.parse()).map_err(|error: T::Err| {
-            let near = all.iter().map(T::to_string).find(|known| is_near(&spelt, known));
+            let names = all.iter().map(T::to_string);
+            let near = names.filter(|known| is_near(&spelt, known)).min_by_key(|known| {
+                let letters = |name: &str| name.replace('_', "");
+                (letters(&spelt) != letters(known), letter_changes(&spelt, known))
+            });
             let hint = near.map_or_else(String::new, |near| format!("; did you mean {near}?"));
             format!("{error}{hint}")
         })
@@ -299,6 +303,11 @@ where
 
 /// Whether one name is the other but for a letter or two that are other, missing or too many.
 fn is_near(name: &str, known: &str) -> bool {
+    letter_changes(name, known) <= known.len().min(6) / 3
+}
+
+/// How many letters of a name are other, missing or too many (Levenshtein's distance).
+fn letter_changes(name: &str, known: &str) -> usize {
     let mut row: Vec<usize> = (0..=known.len()).collect();
     for (at, letter) in name.bytes().enumerate() {
         let mut before = std::mem::replace(&mut row[0], at + 1);
@@ -308,7 +317,7 @@ fn is_near(name: &str, known: &str) -> bool {
             row[column + 1] = replaced.min(before + 1).min(row[column] + 1);
         }
     }
-    row[known.len()] <= known.len().min(6) / 3
+    row[known.len()]
 }
 
 /// Takes `_` for `-`, and says what is meant by a name that is nearly right.
