@@ -281,7 +281,10 @@ pub(crate) fn describe(call: &Call, uncounted: u64) -> String {
     // A call without elements takes an all-reduce's algorithms.
     let kind = if call.count == 0 { Collective::AllReduce } else { call.collective };
     let list = unisum_algorithms::algorithms(plan_of(kind, call.root as Rank));
-    let name = list.get(usize::from(call.algorithm)).map(|algorithm| algorithm.name());
+    let name = match call.algorithm {
+        Call::BETWEEN_TRIALS => Some("trying algorithms"),
+        number => list.get(usize::from(number)).map(|algorithm| algorithm.name()),
+    };
     let told = text.strip_suffix(&format!("algorithm {})", call.algorithm)).zip(name);
     told.map(|(rest, name)| format!("{rest}{name})")).unwrap_or(text)
 }
@@ -339,6 +342,8 @@ mod tests {
         // What this version does not know is told as it is.
         let text = describe(&Call { algorithm: 200, ..call(57) }, 0);
         assert!(text.contains("#57 (") && text.contains("algorithm 200)"), "{text}");
+        let text = describe(&Call { algorithm: Call::BETWEEN_TRIALS, ..call(57) }, 0);
+        assert!(text.ends_with(", trying algorithms)"), "{text}");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::ptr::NonNull;
 use std::time::Instant;
 
 use unisum_link::kernels::Fold;
-use unisum_link::{Call, Collective as Kind, Dtype, ReduceOp, Region, Regions};
+use unisum_link::{Call, Dtype, ReduceOp, Region, Regions};
 
 use self::race::{Race, calls_in_a_row, fastest_at_once};
 use crate::choice::Candidate;
@@ -253,20 +253,13 @@ impl Trial<'_> {
         let shape = self.programs.shape(&key, choice.topology());
         let algorithm = choice.algorithm(&shape, &key);
         let program = self.programs.build_by(algorithm, &key, choice.topology(), self.engine);
-        let call = Call {
-            collective: Kind::AllReduce,
-            dtype: Dtype::F32,
-            op: ReduceOp::Max,
-            count: seconds.len() as u64,
-            root: 0,
-            algorithm: algorithm as u8,
-            ..self.next_call()
-        };
+        // Told as the call that algorithms are tried for: who called something else hears of that.
+        let call = Call { algorithm: Call::BETWEEN_TRIALS, ..self.next_call() };
         let memory = NonNull::from(&mut *seconds).cast();
         // SAFETY: nobody else touches the slice until this function ends, and by then the engine
         // has done with it or was aborted.
         let region = unsafe { Region::new(memory, size_of_val(seconds), None) };
-        let fold = Fold::new(call.dtype, call.op);
+        let fold = Fold::new(Dtype::F32, ReduceOp::Max);
         self.engine.start(&call, fold, &Regions::in_place(region), &program);
         let result = self.runner.drive(self.engine, &self.call, self.wait);
         if result.is_err() {

@@ -127,6 +127,8 @@ const OP_BITS: u32 = 4;
 impl Call {
     /// Bytes of an encoded call.
     pub const ENCODED: usize = 32;
+    /// In place of an algorithm: what ranks tell each other between the runs of several.
+    pub const BETWEEN_TRIALS: u8 = u8::MAX;
     /// The largest number.
     pub const NUMBER_MAX: u64 = (1 << NUMBER_BITS) - 1;
     /// Which of its words the count is.
