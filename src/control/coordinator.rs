@@ -20,6 +20,8 @@ use super::verdict::{Finding, Report, Verdict};
 
 /// How long a rank that is accused of a failed link may take to turn out dead, or gone.
 const GRACE: Duration = Duration::from_millis(300);
+/// How long ranks that had not come when the start failed may come to hear why.
+const LATECOMER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long ranks may take to say what they are doing.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -71,8 +73,10 @@ pub(super) struct Coordinator {
     /// The newest call that somebody has waited in for a while, and who: by communicator and, as
     /// groups without common ranks may have one number, the lowest rank.
     waiting: HashMap<(u32, Rank), (Rank, Concern)>,
-    /// Until when ranks may come, if this coordinates in another's place.
+    /// Until when ranks may come, if this coordinates in another's place or the start has failed.
     awaits_until: Option<Instant>,
+    /// Whether the start has failed and those who had not come were awaited, once.
+    awaited_latecomers: bool,
     /// How long an exchange has been waiting, and what is known of those that it waits for.
     waited: Waited,
     verdict: Option<Verdict>,
@@ -141,6 +145,7 @@ impl Coordinator {
             parted: BTreeMap::new(),
             waiting: HashMap::new(),
             awaits_until: None,
+            awaited_latecomers: false,
             waited: Waited::default(),
             verdict: None,
             outputs: VecDeque::new(),
@@ -183,7 +188,8 @@ impl Coordinator {
         needs_verdict || self.awaits_ranks()
     }
 
-    /// Whether ranks may yet come to this coordinator, who were with another one before.
+    /// Whether ranks may yet come to this coordinator: who were with another one before, or who are
+    /// to hear why the start has failed.
     pub(super) fn awaits_ranks(&self) -> bool {
         self.awaits_until.is_some() && !self.all_came()
     }
@@ -276,6 +282,12 @@ impl Coordinator {
     pub(super) fn tick(&mut self, now: Instant) {
         for (rank, how) in std::mem::take(&mut self.deaths) {
             self.conclude(Verdict::died(rank, &how));
+        }
+        if self.verdict.is_some() && !self.all_came() && !self.awaited_latecomers {
+            // Ranks are started together: who is a moment late hears why, and not only that nobody
+            // is here.
+            self.awaited_latecomers = true;
+            self.awaits_until.get_or_insert(now + LATECOMER_TIMEOUT);
         }
         if self.awaits_until.is_some_and(|until| until <= now) {
             self.awaits_until = None;

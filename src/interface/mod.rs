@@ -79,8 +79,8 @@ impl Choice {
 pub(crate) const ADDRESSES_MAX: usize = 16;
 
 /// The addresses of this host by which other ranks may reach it, at most [`ADDRESSES_MAX`], the
-/// best first. Those that follow it are on interfaces that the filter allows and that have
-/// something at their other ends; none follows a loopback address.
+/// best first. Those that follow it are on interfaces that the filter allows, last those that have
+/// nothing at their other ends as yet; none follows a loopback address.
 ///
 /// `towards` is the rendezvous host, if it is known. Without a filter the kernel's route to it
 /// decides (or the default route if it is not known); with one, the best address among the
@@ -115,12 +115,13 @@ fn with_others(
         return choices;
     }
     let serves = |(interface, _): &(&Interface, Address)| {
-        let is_allowed = filter.is_none_or(|filter| filter.allows(&interface.name));
-        interface.running && !interface.loopback && is_allowed
+        !interface.loopback && filter.is_none_or(|filter| filter.allows(&interface.name))
     };
     let mut others: Vec<_> = candidates(interfaces).filter(serves).collect();
     others.sort_by_key(|(interface, address)| {
         (
+            // Last what leads nowhere, or not yet: a link may be coming up just now.
+            !interface.running,
             is_link_local(address.ip),
             filter.and_then(|filter| filter.position(&interface.name)),
             interface.name != choices[0].interface,

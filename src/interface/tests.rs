@@ -145,16 +145,16 @@ fn told(filter: &str, towards: Option<SocketAddr>, host: &[Interface]) -> Vec<St
 
 #[test]
 fn all_addresses_that_may_serve_are_told_the_routed_one_first() {
-    let all = ["10.0.0.5", "2001:db8:1::5", "192.168.7.5", "fe80::5"];
+    let all = ["10.0.0.5", "2001:db8:1::5", "192.168.7.5", "fe80::5", "172.17.0.1"];
     assert_eq!(told("", None, &host()), all);
     assert_eq!(told("", at("10.0.0.1:1"), &host()), all);
-    let [eth, eth6, ib, link_local] = all;
-    assert_eq!(told("", at("192.168.7.1:1"), &host()), [ib, eth, eth6, link_local]);
-    assert_eq!(told("", at("[2001:db8:1::1]:1"), &host()), [eth6, eth, ib, link_local]);
+    let [eth, eth6, ib, link_local, idle] = all;
+    assert_eq!(told("", at("192.168.7.1:1"), &host()), [ib, eth, eth6, link_local, idle]);
+    assert_eq!(told("", at("[2001:db8:1::1]:1"), &host()), [eth6, eth, ib, link_local, idle]);
     assert_eq!(told("^eth,docker", at("10.0.0.1:1"), &host()), [ib, link_local]);
     assert_eq!(told("ib,eth", at("192.168.7.1:1"), &host()), [ib, eth, eth6, link_local]);
     assert_eq!(told("", at("127.0.0.1:1"), &host()), ["127.0.0.1"]);
-    // Only if the filter names it, an interface without anything behind it.
+    // Last an interface without anything behind it, or without it yet.
     assert_eq!(told("=docker0", None, &host()), ["172.17.0.1"]);
 }
 

@@ -118,6 +118,22 @@ fn a_dialer_that_gave_up_may_come_again() {
 }
 
 #[test]
+fn ranks_that_come_just_after_the_start_has_failed_hear_why() {
+    let mut job = Job::empty();
+    job.coordinator.connected(1);
+    job.say(1, Message::Joined);
+    job.lose(1);
+    job.wait(LATECOMER_TIMEOUT / 2);
+    assert!(job.coordinator.is_needed() && job.coordinator.is_vacant(2));
+    job.outputs();
+    job.coordinator.connected(2);
+    let told = job.outputs();
+    assert!(matches!(&told[0].messages[1], Message::Verdict(verdict) if verdict.culprits == [1]));
+    job.wait(LATECOMER_TIMEOUT / 2);
+    assert!(!job.coordinator.is_needed() && job.coordinator.deadline().is_none());
+}
+
+#[test]
 fn a_failed_link_to_a_rank_that_dies_is_a_death() {
     let mut job = Job::new();
     job.accuse(1, 3, Finding::LinkFailed);
