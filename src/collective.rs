@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use unisum_link::kernels::Fold;
-use unisum_link::{Collective as Kind, Dtype, Element, Rank, ReduceOp};
+use unisum_link::{Call, Collective as Kind, Dtype, Element, Rank, ReduceOp};
 
 use crate::agreement::Purpose;
 use crate::programs::Key;
@@ -250,6 +250,14 @@ impl Blocks {
             Self::Even(each) => *each,
             Self::Given(counts) => counts.iter().sum(),
             Self::Pairs(..) => 0,
+        }
+    }
+
+    /// What a call says of it.
+    pub(crate) fn told(&self) -> u64 {
+        match self {
+            Self::Pairs(..) => Call::COUNT_BY_PAIR,
+            _ => self.count() as u64,
         }
     }
 

@@ -251,7 +251,7 @@ impl Runner {
             dtype: fold.dtype,
             op: fold.op,
             watched: fold.watch,
-            count: key.blocks.count() as u64,
+            count: key.blocks.told(),
             root: key.root as u16, // worlds have 2^16 ranks at most
             history: 0,
             algorithm: 0,

@@ -129,6 +129,8 @@ impl Call {
     pub const ENCODED: usize = 32;
     /// In place of an algorithm: what ranks tell each other between the runs of several.
     pub const BETWEEN_TRIALS: u8 = u8::MAX;
+    /// In place of a count, where each two ranks have their own.
+    pub const COUNT_BY_PAIR: u64 = u64::MAX;
     /// The largest number.
     pub const NUMBER_MAX: u64 = (1 << NUMBER_BITS) - 1;
     /// Which of its words the count is.
@@ -226,7 +228,10 @@ impl fmt::Display for Told<'_> {
         if *communicator != 0 {
             write!(f, "of group {communicator} ")?;
         }
-        write!(f, "({dtype} x {count}")?;
+        match *count {
+            Call::COUNT_BY_PAIR => write!(f, "({dtype} by pair")?,
+            count => write!(f, "({dtype} x {count}")?,
+        }
         if collective.reduces() {
             write!(f, ", {op}{}", if *watched { " watched" } else { "" })?;
         }
