@@ -59,6 +59,7 @@ impl Membership {
     /// Tells all ranks that rank `against` of this communicator, which may be this one, did not do
     /// its part in something else than a call; the error for the caller. Blocks as
     /// [`Membership::judge`].
+    #[cfg_attr(not(feature = "shm"), expect(dead_code, reason = "only sharing memory is no call"))]
     pub(crate) fn blame(&self, against: Rank, text: String) -> Error {
         if let Some(verdict) = self.verdict() {
             return from_verdict(&verdict);

@@ -191,6 +191,7 @@ impl Control {
     }
 
     /// Where this process reached rank 0; none on rank 0 itself.
+    #[cfg_attr(not(feature = "tcp"), expect(dead_code, reason = "only TCP dials others as well"))]
     pub(crate) const fn coordinator(&self) -> Option<SocketAddr> {
         self.coordinator
     }

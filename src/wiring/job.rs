@@ -88,6 +88,8 @@ impl Job {
             Ok(Place::new(addresses, card))
         };
         let places: Vec<Place> = cards.iter().enumerate().map(place).collect::<Result<_, _>>()?;
+        #[cfg(not(feature = "tcp"))]
+        let _ = control;
         #[cfg(feature = "tcp")]
         if let Some(address) = control.coordinator() {
             places[0].route.worked_at(address);

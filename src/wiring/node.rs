@@ -8,8 +8,10 @@ use unisum_algorithms::Topology;
 use unisum_link::handshake::Secret;
 use unisum_link::{Link, Rank};
 
+use super::Exchange;
 use super::report::{Refusal, Report, not_all_share};
-use super::{Exchange, starting_failed};
+#[cfg(feature = "shm")]
+use super::starting_failed;
 use crate::Error;
 use crate::membership::Membership;
 use crate::settings::{Settings, TransportChoice};
