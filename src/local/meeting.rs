@@ -29,8 +29,9 @@ impl Meeting {
         loop {
             let path = parent.join(format!("{PREFIX}{}", &random_hex()?[..DIGITS]));
             DirBuilder::new().mode(0o700).create(&path)?;
-            // Before it is locked, another launcher may take it for one that was left.
-            if let Some(lock) = lock(&path)? {
+            // Before it is locked, another launcher may take it for one that was left. Shared, as
+            // ranks that publish a file there lock it, too.
+            if let Some(lock) = lock(&path, FlockOperation::NonBlockingLockShared)? {
                 return Ok(Self { path, _lock: lock });
             }
         }
@@ -48,15 +49,15 @@ impl Drop for Meeting {
     }
 }
 
-/// Locks a directory, which this process then holds as long as the file; `None` if it is locked by
-/// a launcher that lives, or was removed meanwhile.
-fn lock(path: &Path) -> io::Result<Option<File>> {
+/// Locks a directory, which this process then holds as long as the file; `None` if another's lock
+/// is in the way, or if it was removed meanwhile.
+fn lock(path: &Path, operation: FlockOperation) -> io::Result<Option<File>> {
     let flags = (OFlags::DIRECTORY | OFlags::NOFOLLOW).bits() as i32;
     let directory = match File::options().read(true).custom_flags(flags).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened?,
     };
-    match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+    match flock(&directory, operation) {
         Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
         locked => locked?,
     }
@@ -71,8 +72,10 @@ fn remove_left(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten().filter(|entry| is_name(&entry.file_name().to_string_lossy())) {
         let is_own = entry.metadata().is_ok_and(|it| it.uid() == geteuid().as_raw());
-        // Held until it is removed, so that two launchers don't remove one directory.
-        if let Some(_lock) = is_own.then(|| lock(&entry.path()).ok().flatten()).flatten() {
+        // Alone, so not while its launcher lives; and held until it is removed, so that two
+        // launchers don't remove one directory.
+        let alone = |path: &Path| lock(path, FlockOperation::NonBlockingLockExclusive).ok();
+        if let Some(_lock) = is_own.then(|| alone(&entry.path()).flatten()).flatten() {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -90,6 +93,8 @@ mod tests {
     #[test]
     fn what_is_in_use_stays_and_what_was_left_is_removed() {
         let used = Meeting::new().unwrap();
+        // As a rank does that publishes a file there.
+        drop(crate::leftovers::keep(used.path()).unwrap().unwrap());
         fs::write(used.path().join("world"), "here").unwrap();
         // As a killed launcher leaves it: without a lock.
         let left = used.path().with_file_name(format!("{PREFIX}{}", &random_hex().unwrap()[..16]));
