@@ -324,7 +324,8 @@ impl Coordinator {
         let awaited = self.waited.deadline(&self.round);
         let hearing = self.hearing.as_ref().map(|hearing| hearing.until);
         let asked = query.into_iter().chain(hearing);
-        accusations.chain(asked).chain(awaited).chain(self.awaits_until).min()
+        let ranks = self.awaits_until.filter(|_| self.awaits_ranks());
+        accusations.chain(asked).chain(awaited).chain(ranks).min()
     }
 
     /// The next messages to send.
