@@ -15,7 +15,7 @@ use super::hearing::Hearing;
 use super::inquest::{self, Account};
 use super::message::{Concern, Message};
 use super::round::Round;
-use super::status::Snapshot;
+use super::status::{Lasts, Snapshot};
 use super::verdict::{Finding, Report, Verdict};
 
 /// How long a rank that is accused of a failed link may take to turn out dead, or gone.
@@ -153,11 +153,11 @@ impl Coordinator {
     }
 
     /// The coordinator on rank `own`, after others have left: of each rank, whether it is gone, and
-    /// what it did last in the job's own communicator if it left in order.
+    /// what it did last in its communicators if it left in order.
     pub(super) fn heir(
         session: [u8; 16],
         own: Rank,
-        gone: Vec<Option<Option<Snapshot>>>,
+        gone: Vec<Option<Option<Lasts>>>,
         now: Instant,
     ) -> Self {
         // Exchanges, which take a connect timeout, belong to the start.
@@ -168,8 +168,10 @@ impl Coordinator {
             heir.presence[rank] = match gone {
                 None => Presence::Absent,
                 Some(None) => Presence::Gone,
-                Some(Some(last)) => {
-                    heir.parted.entry(0).or_default().insert(rank, last);
+                Some(Some(lasts)) => {
+                    for (communicator, last) in lasts {
+                        heir.parted.entry(communicator).or_default().insert(rank, last);
+                    }
                     Presence::Left
                 }
             };
@@ -454,7 +456,12 @@ impl Coordinator {
 
     fn left(&mut self, rank: Rank, last: Snapshot, now: Instant) {
         self.presence[rank] = Presence::Left;
-        self.tell_all(vec![Message::Left { rank, last }]);
+        let told = self.parted.iter().filter(|(communicator, _)| **communicator != 0);
+        let of_rank = |(&communicator, lasts): (&u32, &BTreeMap<Rank, Snapshot>)| {
+            lasts.get(&rank).map(|&last| (communicator, last))
+        };
+        let parted = told.filter_map(of_rank).collect();
+        self.tell_all(vec![Message::Left { rank, last, parted }]);
         self.parted(rank, 0, last);
         let accused = self.accusations.iter().find(|accusation| accusation.report.against == rank);
         if let Some(communicator) = accused.map(|accusation| accusation.report.communicator) {

@@ -66,7 +66,7 @@ fn message_seeds() -> Vec<Vec<u8>> {
         Message::StatusRequest { query: 3, communicator: 0 },
         Message::Status { query: 3, snapshot: snapshot(1, 5) },
         Message::Verdict(Verdict { kind, culprits: vec![1, 2], text }),
-        Message::Left { rank: 1, last: snapshot(1, 5) },
+        Message::Left { rank: 1, last: snapshot(1, 5), parted: vec![(3, snapshot(2, 4))] },
         Message::Parted { communicator: 3, last: snapshot(1, 5) },
         Message::Keep("settled".into()),
         Message::Bye(Snapshot::default()),

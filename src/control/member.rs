@@ -11,7 +11,7 @@ use unisum_link::Rank;
 
 use super::message::{Concern, Message};
 use super::shared::{Command, Shared};
-use super::status::{Snapshot, describe};
+use super::status::{Lasts, describe};
 use super::verdict::{Finding, Report, Verdict, VerdictKind};
 
 /// How long the coordinator may take to a verdict on a call that is overdue: its own second for the
@@ -42,10 +42,11 @@ pub(super) struct Member {
     is_connected: bool,
     /// Whether there is no coordinator, and never will be.
     is_alone: bool,
-    /// By rank, whether it is gone, and what it did last if it left in order.
-    gone: Vec<Option<Option<Snapshot>>>,
+    /// By rank, whether it is gone, and what it did last if it left in order: what it has said of
+    /// that it can't say again to another coordinator.
+    gone: Vec<Option<Option<Lasts>>>,
     /// What this rank did last in communicators that it is no longer in.
-    parted: BTreeMap<u32, Snapshot>,
+    parted: Lasts,
     /// The newest call that it has waited in for a while.
     stalled: Option<Concern>,
 }
@@ -103,9 +104,10 @@ impl Member {
                 self.has_told_verdict = true;
                 self.conclude(verdict);
             }
-            Message::Left { rank, last } if rank < self.shared.world() => {
+            Message::Left { rank, last, parted } if rank < self.shared.world() => {
                 self.shared.set_left(rank);
-                self.gone[rank] = Some(Some(last));
+                let lasts = parted.into_iter().chain([(0, last)]);
+                self.gone[rank] = Some(Some(lasts.collect()));
             }
             other => return Err(format!("it sent {other:?}")),
         }
@@ -116,8 +118,9 @@ impl Member {
     pub(super) fn command(&mut self, command: Command, now: Instant) -> Vec<Message> {
         let message = match command {
             Command::Exchange(share) => {
-                if let Some(last) = self.gone[self.coordinator] {
-                    self.conclude(Verdict::left(self.coordinator, last.as_ref()));
+                if let Some(lasts) = &self.gone[self.coordinator] {
+                    let last = lasts.as_ref().and_then(|lasts| lasts.get(&0));
+                    self.conclude(Verdict::left(self.coordinator, last));
                 }
                 let round = self.round;
                 let blob = |(to, blob): (Option<Rank>, Vec<u8>)| Message::Blob {
@@ -181,7 +184,7 @@ impl Member {
     }
 
     /// By rank, whether it is gone, and what it did last if it left in order.
-    pub(super) fn gone(&self) -> Vec<Option<Option<Snapshot>>> {
+    pub(super) fn gone(&self) -> Vec<Option<Option<Lasts>>> {
         self.gone.clone()
     }
 
@@ -253,8 +256,12 @@ impl Member {
             Asked::Accused(report) => {
                 let against = report.against;
                 let is_link = report.finding == Finding::LinkFailed;
-                match self.gone.get(against).copied().flatten().filter(|_| is_link) {
-                    Some(last) => Verdict::left(against, last.as_ref()),
+                let gone = self.gone.get(against).and_then(Option::as_ref).filter(|_| is_link);
+                match gone {
+                    Some(lasts) => {
+                        let last = lasts.as_ref().and_then(|it| it.get(&report.communicator));
+                        Verdict::left(against, last)
+                    }
                     None => report.verdict(self.shared.rank),
                 }
             }
@@ -292,6 +299,7 @@ impl Member {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::status::Snapshot;
     use crate::control::tests::call;
 
     fn member() -> Member {
@@ -328,8 +336,12 @@ mod tests {
         expect(&member, VerdictKind::Unresponsive, 0);
     }
 
+    fn left(rank: Rank) -> Message {
+        Message::Left { rank, last: Snapshot::default(), parted: Vec::new() }
+    }
+
     fn leave(member: &mut Member, rank: Rank) {
-        assert_eq!(member.heard(Message::Left { rank, last: Snapshot::default() }), Ok(None));
+        assert_eq!(member.heard(left(rank)), Ok(None));
     }
 
     #[test]
@@ -447,6 +459,6 @@ mod tests {
     #[test]
     fn what_only_ranks_say_is_refused() {
         assert!(member().heard(Message::Joined).is_err());
-        assert!(member().heard(Message::Left { rank: 3, last: Snapshot::default() }).is_err());
+        assert!(member().heard(left(3)).is_err());
     }
 }

@@ -22,6 +22,8 @@ pub(super) const FRAME_BYTES_MAX: usize = BLOB_BYTES_MAX + 1024;
 const CULPRITS_MAX: usize = 4096;
 /// Most ranks that a concern names on the wire.
 const RANKS_MAX: usize = 16_000;
+/// Of most communicators it is said on the wire what a rank did last there.
+const LASTS_MAX: usize = 512;
 /// Longest text in bytes.
 const TEXT_BYTES_MAX: usize = 16 << 10;
 
@@ -55,8 +57,9 @@ pub(super) enum Message {
     Recounted { communicator: u32, calls: Vec<Told> },
     /// Coordinator: the communicator is over.
     Verdict(Verdict),
-    /// Coordinator: a rank has left in order, doing this last in the job's own communicator.
-    Left { rank: Rank, last: Snapshot },
+    /// Coordinator: a rank has left in order, doing this last in the job's own communicator, and
+    /// this in those it had parted from before.
+    Left { rank: Rank, last: Snapshot, parted: Vec<(u32, Snapshot)> },
     /// Rank: it is no longer in this communicator, where it did this last.
     Parted { communicator: u32, last: Snapshot },
     /// Rank: it has waited so long, all it may, for others to take part in the exchange.
@@ -142,9 +145,14 @@ impl Message {
                 calls.iter().for_each(|call| put_told(to, call));
             }
             Self::Verdict(verdict) | Self::Concluded(verdict) => put_verdict(to, verdict),
-            Self::Left { rank, last } => {
+            Self::Left { rank, last, parted } => {
                 put_rank(to, *rank);
                 put_snapshot(to, last);
+                // The newest count most.
+                for (communicator, last) in &parted[parted.len().saturating_sub(LASTS_MAX)..] {
+                    to.put_u32_le(*communicator);
+                    put_snapshot(to, last);
+                }
             }
             Self::Parted { communicator, last } => {
                 to.put_u32_le(*communicator);
@@ -370,7 +378,12 @@ fn parse_request(body: &mut Bytes) -> Option<Message> {
 }
 
 fn parse_left(body: &mut Bytes) -> Option<Message> {
-    Some(Message::Left { rank: rank(body)?, last: parse_snapshot(body)? })
+    let (rank, last) = (rank(body)?, parse_snapshot(body)?);
+    let mut parted = Vec::new();
+    while !body.is_empty() {
+        parted.push((word(body)?, parse_snapshot(body)?));
+    }
+    Some(Message::Left { rank, last, parted })
 }
 
 fn parse_parted(body: &mut Bytes) -> Option<Message> {
@@ -479,7 +492,8 @@ mod tests {
                 let verdict = Verdict { kind, culprits, text };
                 if is_own { Message::Concluded(verdict) } else { Message::Verdict(verdict) }
             }),
-            (ranks(), snapshots()).prop_map(|(rank, last)| Message::Left { rank, last }),
+            (ranks(), snapshots(), prop::collection::vec((any::<u32>(), snapshots()), 0..4))
+                .prop_map(|(rank, last, parted)| Message::Left { rank, last, parted }),
             (any::<u32>(), snapshots())
                 .prop_map(|(communicator, last)| Message::Parted { communicator, last }),
             any::<(u32, u32)>().prop_map(|(round, millis)| Message::Missing { round, millis }),
@@ -510,6 +524,16 @@ mod tests {
     fn no_length_field_makes_room_for_more_than_a_frame() {
         let mut wire = BytesMut::from(&u32::MAX.to_le_bytes()[..]);
         assert_eq!(Message::decode(&mut wire), Err(MessageError::Length(u32::MAX)));
+    }
+
+    #[test]
+    fn of_more_communicators_than_fit_the_newest_are_told() {
+        let last = Snapshot { call: Some(call(1)), ..Snapshot::default() };
+        let parted: Vec<_> = (0..=LASTS_MAX as u32).map(|number| (number, last)).collect();
+        let mut wire = BytesMut::new();
+        Message::Left { rank: 1, last, parted: parted.clone() }.encode(&mut wire);
+        let told = Message::decode(&mut wire).unwrap().unwrap();
+        assert_eq!(told, Message::Left { rank: 1, last, parted: parted[1..].to_vec() });
     }
 
     #[test]

@@ -79,6 +79,9 @@ pub(crate) struct Snapshot {
     pub(crate) uncounted: u64,
 }
 
+/// What a rank did last in each communicator that it is no longer in, by number.
+pub(super) type Lasts = std::collections::BTreeMap<u32, Snapshot>;
+
 impl Status {
     /// A collective begins. A handful of plain stores.
     pub(crate) fn begin(&self, call: &Call) {

@@ -418,7 +418,8 @@ fn a_message_that_is_overdue_is_asked_about_along_the_chain() {
 fn heir() -> Job {
     let now = Instant::now();
     let last = Snapshot { call: Some(call(9)), ..Snapshot::default() };
-    let gone = vec![Some(Some(last)), None, None, None];
+    let in_group = Snapshot { call: Some(call(3)), ..Snapshot::default() };
+    let gone = vec![Some(Some([(0, last), (7, in_group)].into())), None, None, None];
     let mut job = Job { coordinator: Coordinator::heir([7; 16], 1, gone, now), now };
     assert!(!job.coordinator.is_vacant(0) && !job.coordinator.is_vacant(1));
     job.coordinator.connected(3);
@@ -461,6 +462,26 @@ fn who_never_comes_to_an_heir_is_no_death_but_blamed_if_it_is_waited_for() {
     job.answer(1, 5, true);
     job.answer(3, 5, true);
     job.expect(VerdictKind::Left, &[2]);
+}
+
+/// What a rank did last in a group nobody but it can tell, and it is gone.
+#[test]
+fn an_heir_knows_what_who_left_did_last_in_its_groups() {
+    let stalled = |number| {
+        let call = unisum_link::Call { communicator: 7, ..call(number) };
+        Message::Stalled(Concern { call, uncounted: 0, ranks: vec![0, 1, 3] })
+    };
+    let mut job = heir();
+    job.say(3, stalled(3));
+    job.expect_nothing();
+    job.say(3, stalled(4));
+    job.expect(VerdictKind::Left, &[0]);
+    // And so does the heir's heir.
+    let mut job = Job::new();
+    job.say(3, Message::Parted { communicator: 7, last: Snapshot::default() });
+    job.say(3, Message::Bye(Snapshot::default()));
+    let told = job.outputs().remove(0).messages;
+    assert!(matches!(&told[..], [Message::Left { rank: 3, parted, .. }] if parted.len() == 1));
 }
 
 #[test]
