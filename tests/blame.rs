@@ -85,6 +85,18 @@ impl Case {
         !(self.cause == "other call" && self.phase == "buckets")
     }
 
+    /// Whether the coordinator changes while the victim is stopped: the next one never knows it, and
+    /// has ended with all others when the victim goes on, so that nobody can tell it.
+    fn victim_meets_nobody(&self) -> bool {
+        let is_away = self.cause == "stopped" && self.phase == "remainder";
+        is_away && self.leaver() == 0 && self.leaver_stays()
+    }
+
+    /// Whether the leaver's process lives on for a while.
+    const fn leaver_stays(&self) -> bool {
+        self.after_us % 2 == 1
+    }
+
     /// What a rank did last in a group the next coordinator can't ask it any more.
     fn coordinator_leaves(&self) -> bool {
         let is_group = ["group", "remainder"].contains(&self.phase);
@@ -114,7 +126,8 @@ impl Case {
             .set("VICTIM", self.victim)
             .set("LEAVER", self.leaver())
             .set("COUNT", self.count)
-            .set("AFTER_US", self.after_us);
+            .set("AFTER_US", self.after_us)
+            .set("LEAVER_STAYS_MS", u64::from(self.leaver_stays()) * 2000);
         let running = world.start();
         if self.cause == "stopped" {
             let deadline = Instant::now() + LIMIT;
@@ -152,7 +165,8 @@ impl Case {
                 return assert!(kind == "Mismatch" && names, "{context}");
             }
         };
-        assert!(told.starts_with(&expected), "{context}");
+        let is_alone = is_victim && self.victim_meets_nobody() && told.starts_with("RankLost [");
+        assert!(is_alone || told.starts_with(&expected), "{context}");
     }
 }
 
@@ -263,7 +277,7 @@ fn suffer() {
             drop(communicator);
             // The leaver's process ends, or lives on for a while.
             let Some(group) = group else {
-                thread::sleep(Duration::from_millis((number("AFTER_US") as u64 % 2) * 2000));
+                thread::sleep(Duration::from_millis(number("LEAVER_STAYS_MS") as u64));
                 return tell("left before");
             };
             thread::sleep(Duration::from_millis(500));

@@ -99,33 +99,54 @@ fn jittered(pause: Duration) -> Duration {
     pause / 2 + pause * u32::from(random) / 256
 }
 
-/// Dials the rank that is to coordinate, until it does; `None` if it is gone.
+/// What became of an attempt to reach the rank that is to coordinate.
+pub(super) enum Heir {
+    /// It coordinates.
+    Reached(Reached),
+    /// It is there, but does not coordinate: it has not heard that it is to, or is stopped.
+    Waits,
+    /// Nobody is there.
+    Gone,
+}
+
+/// Dials the rank that is to coordinate, until it does, or until `until`.
 pub(super) fn heir(
     addresses: &[SocketAddr],
     hello: &Hello,
     secret: &Secret,
     until: Instant,
-) -> Option<Reached> {
+) -> Heir {
+    let mut pause = PAUSE_MIN;
     loop {
         let time = until.saturating_duration_since(Instant::now());
         let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
         let meet = |stream, address| knock(stream, address, hello, secret, time);
         let unreached = match dial(addresses, Instant::now() + time, |_, _| {}, meet) {
-            Ok(reached) => return Some(reached),
+            Ok(reached) => return Heir::Reached(reached),
             Err(unreached) => unreached,
         };
         let is_there = unreached.tried.iter().any(|(_, failure)| match failure {
             Failure::Silent(_) => false,
-            Failure::Connect(error) | Failure::Met(HandshakeError::Io(error)) => is_cut(error),
-            // It has not heard yet that it is the heir.
+            Failure::Connect(error) => is_cut(error),
+            Failure::Met(HandshakeError::Io(error)) => is_cut(error) || is_silence(error),
+            // Among these: it said no, or nothing in all that time.
             Failure::Met(_) => true,
         });
         tracing::debug!(error = %unreached, is_there, "the next coordinator is not reached");
-        if !is_there || Instant::now() >= until {
-            return None;
+        if !is_there {
+            return Heir::Gone;
         }
-        thread::sleep(jittered(PAUSE_MIN));
+        if Instant::now() >= until {
+            return Heir::Waits;
+        }
+        thread::sleep(jittered(pause));
+        pause = (pause * 2).min(PAUSE_MAX);
     }
+}
+
+/// Whether a connection is there on which nothing came.
+fn is_silence(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
 /// Whether a connection was there, and ended.

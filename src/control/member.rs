@@ -222,13 +222,11 @@ impl Member {
     /// Does what is due.
     pub(super) fn tick(&mut self, now: Instant) {
         if self.verdict_by.is_some_and(|by| by <= now) {
-            match self.asked.take().filter(|_| !self.is_connected) {
-                Some(asked) => self.judge_alone(asked),
-                None => {
-                    let why = "no verdict when one was asked for";
-                    self.conclude(Verdict::coordinator_silent(self.coordinator, why));
-                }
-            }
+            let (silent, why) = match self.heir().filter(|_| !self.is_connected) {
+                Some(heir) => (heir, "others left, and it is to take their place"),
+                None => (self.coordinator, "no verdict when one was asked for"),
+            };
+            self.conclude(Verdict::coordinator_silent(silent, why));
         }
     }
 
@@ -342,6 +340,16 @@ mod tests {
 
     fn leave(member: &mut Member, rank: Rank) {
         assert_eq!(member.heard(left(rank)), Ok(None));
+    }
+
+    #[test]
+    fn an_heir_that_is_silent_is_unresponsive() {
+        let (mut member, now) = (Member::new(Arc::new(Shared::new(2, 3))), Instant::now());
+        leave(&mut member, 0);
+        assert!(member.lost("its connection ended"), "another one is sought");
+        member.command(Command::Overdue(call(1).into()), now);
+        member.tick(now + VERDICT_TIMEOUT);
+        expect(&member, VerdictKind::Unresponsive, 1);
     }
 
     #[test]

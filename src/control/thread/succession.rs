@@ -14,10 +14,11 @@ use unisum_link::handshake::{Hello, Purpose};
 
 use super::{COORDINATOR, ControlThread, encode};
 use crate::control::coordinator::Coordinator;
-use crate::control::dial::{self, Reached};
+use crate::control::dial::{self, Heir};
 use crate::version::BUILD;
 
-/// How long an heir may take to hear that it is one.
+/// How long a thread tries to reach an heir. One that is there, and stopped, is tried again: another
+/// one in its place would be a second coordinator when it goes on.
 const HEIR_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often to look whether an heir has been reached.
 const LOOK: Duration = Duration::from_millis(10);
@@ -25,7 +26,7 @@ const LOOK: Duration = Duration::from_millis(10);
 /// An attempt to reach the rank that is to coordinate.
 pub(super) struct Dialing {
     heir: Rank,
-    reached: Receiver<Option<Reached>>,
+    reached: Receiver<Heir>,
 }
 
 impl ControlThread {
@@ -79,17 +80,19 @@ impl ControlThread {
             return;
         }
         self.dialing = None;
-        let reached = reached.ok().flatten();
-        let reached = reached.filter(|reached| reached.session == self.identity.session);
-        match reached.map(|reached| self.join(heir, reached.stream, reached.pulse)) {
-            Some(Ok(())) => {
-                let said = self.member.coordinated_by(heir, now);
-                self.send(COORDINATOR, encode(&said));
+        let joined = match reached.unwrap_or(Heir::Gone) {
+            Heir::Waits => return self.succeed(now),
+            Heir::Reached(it) if it.session == self.identity.session => {
+                self.join(heir, it.stream, it.pulse).is_ok()
             }
-            _ => {
-                self.member.is_unreachable(heir);
-                self.succeed(now);
-            }
+            Heir::Reached(_) | Heir::Gone => false,
+        };
+        if joined {
+            let said = self.member.coordinated_by(heir, now);
+            self.send(COORDINATOR, encode(&said));
+        } else {
+            self.member.is_unreachable(heir);
+            self.succeed(now);
         }
     }
 
