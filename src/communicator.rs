@@ -1,6 +1,7 @@
 //! The communicator: the collectives as a program calls them.
 
 use std::fmt;
+use std::sync::OnceLock;
 
 use unisum_link::{Dtype, Element, Panic, Rank};
 
@@ -31,6 +32,8 @@ pub struct Communicator {
     pub(crate) member: Option<Member>,
     description: String,
     transport: String,
+    /// Why a world of one was aborted, if it was.
+    aborted: OnceLock<Error>,
 }
 
 impl Communicator {
@@ -59,7 +62,8 @@ impl Communicator {
         transport: String,
         description: String,
     ) -> Self {
-        Self { rank, world, member, description, transport }
+        let aborted = OnceLock::new();
+        Self { rank, world, member, description, transport, aborted }
     }
 
     /// This process's number in the world, from 0.
@@ -386,6 +390,23 @@ impl Communicator {
         self.run::<u8>(&Collective::barrier(), Buffers::InPlace(&mut [])).map(drop)
     }
 
+    /// Ends the job on all ranks, for reasons of the program's: calls that are under way or wait
+    /// their turn, here and elsewhere, in this communicator and all others of the job, end within
+    /// moments with an error of kind [`ErrorKind::Aborted`] that names this rank and says `why`.
+    /// Later calls repeat it.
+    ///
+    /// Not collective: any thread of any rank may call it, while others are in calls. Blocks until
+    /// this rank knows that the job has ended, which is at once unless the network is stuck. Gives
+    /// the error that all ranks get: an earlier one if there was one.
+    pub fn abort(&self, why: &str) -> Error {
+        let Some(member) = &self.member else {
+            let text = format!("rank {} aborted the job: {why}", self.rank);
+            let error = || Error::new(ErrorKind::Aborted, text).on(self.rank);
+            return self.aborted.get_or_init(|| error().caused_by(vec![self.rank])).clone();
+        };
+        member.core.runner.abort(why)
+    }
+
     /// What the cost model says an all-reduce of so many bytes takes.
     pub(crate) fn all_reduce_seconds(&self, bytes: usize) -> f64 {
         self.member.as_ref().map_or(0.0, |it| it.core.runner.choice.all_reduce_seconds(bytes))
@@ -434,6 +455,9 @@ impl Communicator {
         collective: &Collective,
         buffers: Buffers<'_, T>,
     ) -> Result<Outcome, Error> {
+        if let Some(error) = self.aborted.get() {
+            return Err(error.repeated());
+        }
         let refuse = |text| Error::new(ErrorKind::Configuration, text).on(self.rank);
         collective.size(T::DTYPE, (0, 1), buffers.lengths()).map_err(refuse)?;
         Ok(alone::run(collective, buffers))

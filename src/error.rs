@@ -49,7 +49,8 @@ pub enum ErrorKind {
     Panicked,
     /// Memory could not be had.
     Memory,
-    /// An earlier error aborted the communicator; the text repeats it.
+    /// An earlier error aborted the communicator, and the text repeats it; or the program aborted
+    /// the job ([`Communicator::abort`](crate::Communicator::abort)).
     Aborted,
     /// The process was forked after the communicator was made: only the parent may use it.
     Forked,

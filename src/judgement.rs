@@ -50,6 +50,14 @@ impl Membership {
         self.report(against, Finding::Panicked, text)
     }
 
+    /// Tells all ranks that the program of this one ends the job; the error for the caller. Blocks as
+    /// [`Membership::judge`].
+    pub(crate) fn abandoned(&self, why: &str) -> Error {
+        let against = self.job_rank();
+        let text = format!("rank {against} aborted the job: {why}");
+        self.report(against, Finding::Aborted, text)
+    }
+
     /// Tells all ranks that what was asked for here does not fit, or not what rank `against` (of
     /// the job) asked for; the error for the caller. Blocks as [`Membership::judge`].
     pub(crate) fn contradict(&self, against: Rank, text: String) -> Error {
@@ -91,6 +99,7 @@ impl Membership {
             Finding::LinkFailed | Finding::CannotJoin => ErrorKind::RankLost,
             Finding::Mismatch => ErrorKind::Mismatch,
             Finding::Panicked => ErrorKind::Panicked,
+            Finding::Aborted => ErrorKind::Aborted,
         };
         let communicator = self.communicator();
         self.accuse(Report { communicator, against, finding, text: text.clone() });
@@ -109,6 +118,7 @@ pub(crate) fn from_verdict(verdict: &Verdict) -> Error {
             ErrorKind::Timeout
         }
         VerdictKind::Panicked => ErrorKind::Panicked,
+        VerdictKind::Aborted => ErrorKind::Aborted,
         _ => ErrorKind::RankLost,
     };
     Error::new(kind, verdict.text.clone()).caused_by(verdict.culprits.clone())

@@ -28,6 +28,7 @@ mod batch;
 pub mod buckets;
 mod buffer;
 mod builder;
+mod callbacks;
 mod choice;
 mod collective;
 mod communicator;

@@ -229,13 +229,22 @@ impl Runner {
     /// is in `what`. The error for the caller; an earlier one, if there is one, which may be why.
     /// Needs no turn: a call under way is ended by the verdict. Blocks for that, 3 s at most.
     pub(crate) fn panicked(&self, what: &str) -> Error {
+        self.end_job(|membership| membership.panicked(what))
+    }
+
+    /// Ends the job on all ranks for the program's reasons, as [`Runner::panicked`] does.
+    pub(crate) fn abort(&self, why: &str) -> Error {
+        self.end_job(|membership| membership.abandoned(why))
+    }
+
+    fn end_job(&self, tell: impl FnOnce(&Membership) -> Error) -> Error {
         if self.is_forked() {
             return Error::forked().on(self.rank());
         }
         if let Some(failed) = self.failed.get() {
             return failed.clone();
         }
-        let error = self.membership.panicked(what).on(self.rank());
+        let error = tell(&self.membership).on(self.rank());
         // If a call under way was faster, it had its verdict from this report.
         let _ = self.failed.set(error.clone());
         error

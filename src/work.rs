@@ -5,7 +5,9 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
+use crate::callbacks::Callbacks;
 use crate::{Error, ErrorKind};
 
 /// A collective under way, which owns its buffer until it ends.
@@ -32,12 +34,19 @@ struct State<B> {
     result: Option<Result<B, Error>>,
     has_ended: bool,
     waker: Option<Waker>,
+    /// What is to be called at the end, and by which thread.
+    callbacks: Vec<(Callbacks, Box<dyn FnOnce() + Send>)>,
 }
 
 impl<B> Promise<B> {
     /// Both ends.
     pub(crate) fn pair() -> (Self, Work<B>) {
-        let state = Mutex::new(State { result: None, has_ended: false, waker: None });
+        let state = Mutex::new(State {
+            result: None,
+            has_ended: false,
+            waker: None,
+            callbacks: Vec::new(),
+        });
         let shared = Arc::new(Completion { state, ended: Condvar::new() });
         (Self(Some(shared.clone())), Work { shared })
     }
@@ -64,8 +73,10 @@ impl<B> Completion<B> {
         state.result = Some(result);
         state.has_ended = true;
         let waker = state.waker.take();
+        let callbacks = std::mem::take(&mut state.callbacks);
         drop(state);
         self.ended.notify_all();
+        callbacks.into_iter().for_each(|(thread, callback)| thread.run(callback));
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -102,6 +113,49 @@ impl<B> Work<B> {
             }
             state = self.shared.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Blocks until the collective has ended or the time is up, and gives the result, or `None` if
+    /// the collective is still under way. That does nothing to it: wait again, poll, or drop it.
+    ///
+    /// # Errors
+    /// As [`Work::wait`].
+    pub fn wait_timeout(&mut self, timeout: Duration) -> Option<Result<B, Error>> {
+        let until = Instant::now().checked_add(timeout);
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(result) = state.take() {
+                return Some(result);
+            }
+            let left =
+                until.map_or(Duration::MAX, |it| it.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return None;
+            }
+            let waited = self.shared.ended.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Has `callback` called when the collective has ended, well or not; at once if it has. The
+    /// result stays with the work.
+    ///
+    /// A thread of its own calls all callbacks of the process, one after another, and never one that
+    /// makes progress or the one that calls this: a callback may wait for collectives, but others
+    /// wait behind it. A panic is caught and warned of.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] if the system gives no thread; the callback is then dropped.
+    pub fn on_end(&self, callback: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+        let thread = Callbacks::of_process()?;
+        let mut state = self.shared.lock();
+        if state.has_ended {
+            drop(state);
+            thread.run(Box::new(callback));
+        } else {
+            state.callbacks.push((thread, Box::new(callback)));
+        }
+        Ok(())
     }
 
     /// Whether the collective has ended, so that neither waiting nor polling would block.

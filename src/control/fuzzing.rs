@@ -116,7 +116,7 @@ fn said(what: u8, number: u8) -> Message {
             Message::Blob { round: u32::from(number % 4), to, blob: Bytes::from_static(b"blob") }
         }
         10 => {
-            let finding = Finding::from_code(number % 4).unwrap_or(Finding::LinkFailed);
+            let finding = Finding::from_code(number % 5).unwrap_or(Finding::LinkFailed);
             Message::Accuse(Report { communicator: 0, against, finding, text: "why".to_owned() })
         }
         11 if number > 127 => Message::Stalled(call(u64::from(number & 7)).into()),

@@ -467,7 +467,7 @@ mod tests {
                 rank,
                 blob
             }),
-            (any::<u32>(), ranks(), 0..4_u8, any::<String>()).prop_map(
+            (any::<u32>(), ranks(), 0..5_u8, any::<String>()).prop_map(
                 |(communicator, against, code, text)| {
                     let finding = Finding::from_code(code).unwrap();
                     Message::Accuse(Report { communicator, against, finding, text })

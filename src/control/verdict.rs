@@ -53,6 +53,8 @@ pub(crate) enum VerdictKind {
     Failed = 12,
     /// The rank's host, or the network there, has not answered for too long.
     Unreachable = 13,
+    /// The rank's program has ended the job.
+    Aborted = 14,
 }
 
 impl VerdictKind {
@@ -72,6 +74,7 @@ impl VerdictKind {
             11 => Self::Panicked,
             12 => Self::Failed,
             13 => Self::Unreachable,
+            14 => Self::Aborted,
             _ => return None,
         })
     }
@@ -158,6 +161,8 @@ pub(crate) enum Finding {
     Panicked = 2,
     /// The rank that reports can't go on joining, for its own reasons or another's.
     CannotJoin = 3,
+    /// The program of the rank that reports ends the job.
+    Aborted = 4,
 }
 
 impl Finding {
@@ -168,6 +173,7 @@ impl Finding {
             1 => Self::Mismatch,
             2 => Self::Panicked,
             3 => Self::CannotJoin,
+            4 => Self::Aborted,
             _ => return None,
         })
     }
@@ -192,6 +198,9 @@ impl Report {
             }
             Finding::Panicked => {
                 Verdict::new(VerdictKind::Panicked, vec![self.against], self.text.clone())
+            }
+            Finding::Aborted => {
+                Verdict::new(VerdictKind::Aborted, vec![self.against], self.text.clone())
             }
             Finding::CannotJoin => {
                 let text = format!("rank {by} can't join: {}", self.text);
