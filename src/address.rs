@@ -9,8 +9,9 @@ use std::str::FromStr;
 
 /// The one place all ranks of a job know before they know each other.
 ///
-/// Written `tcp://HOST:PORT`, `tcp://[IPV6%SCOPE]:PORT` or `file:///ABSOLUTE/PATH`; `Display` gives
-/// back a text that parses to the same value.
+/// Written `tcp://HOST:PORT`, `tcp://[IPV6%SCOPE]:PORT`, `file:///ABSOLUTE/PATH` or, where the
+/// program hands in a store, `store://KEY`; `Display` gives back a text that parses to the same
+/// value, but for addresses that were looked up.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Rendezvous {
     /// Rank 0 listens on `port` of `host`; everybody else connects.
@@ -22,6 +23,13 @@ pub(crate) enum Rendezvous {
     },
     /// The ranks find each other through this path on a file system they all see.
     File(PathBuf),
+    /// The ranks find each other by the program's key-value store.
+    Store {
+        /// Under which key, never empty.
+        key: String,
+        /// Where rank 0 listens, once that was looked up.
+        addresses: Vec<SocketAddr>,
+    },
 }
 
 /// A text that is no rendezvous address, and why.
@@ -97,6 +105,8 @@ impl FromStr for Rendezvous {
             parse_tcp(rest)
         } else if let Some(path) = text.strip_prefix("file://") {
             parse_file(path)
+        } else if let Some(key) = text.strip_prefix("store://") {
+            parse_key(key)
         } else {
             Err("it starts with neither tcp:// nor file://")
         };
@@ -110,6 +120,7 @@ impl fmt::Display for Rendezvous {
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
             Self::File(path) => write!(f, "file://{}", path.display()),
+            Self::Store { key, .. } => write!(f, "store://{key}"),
         }
     }
 }
@@ -180,6 +191,13 @@ fn parse_file(path: &str) -> Result<Rendezvous, &'static str> {
     Ok(Rendezvous::File(PathBuf::from(path)))
 }
 
+fn parse_key(key: &str) -> Result<Rendezvous, &'static str> {
+    if key.is_empty() || key.contains('\0') {
+        return Err("the key of the store is missing, or contains a NUL byte");
+    }
+    Ok(Rendezvous::Store { key: key.to_owned(), addresses: Vec::new() })
+}
+
 fn parse_port(text: &str) -> Result<u16, &'static str> {
     // `u16::from_str` takes a leading `+`; a port has digits only.
     if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -235,6 +253,7 @@ mod tests {
             "file:///shared/run 7/unisum",
             "file:///shared/../.unisum",
             "file:///...",
+            "store://run 7/unisum",
         ] {
             assert_eq!(text.parse::<Rendezvous>().unwrap().to_string(), text);
         }
@@ -257,6 +276,7 @@ mod tests {
             ("tcp://node:+80", "not a number"),
             ("tcp://node:65536", "above 65535"),
             ("tcp://a b:1", "no host name has"),
+            ("store://", "key of the store is missing"),
             ("file://shared/x", "not absolute"),
             ("file:///", "must name a file"),
             ("file:///.", "must name a file"),

@@ -1,27 +1,29 @@
 //! How a communicator is set up in code.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use unisum_link::Rank;
-use unisum_link::handshake::Secret;
 
 use crate::background::Background;
-use crate::launcher::{self, Detected, Token};
+use crate::launcher::{self, Detected};
 use crate::member::{Core, Member};
 use crate::membership::Membership;
 use crate::runner::Runner;
 use crate::settings::{Environment, Settings};
-use crate::wiring::{self, Joined};
-use crate::{Communicator, Error, ErrorKind};
+use crate::wiring::{self, Joined, Meeting};
+use crate::{Communicator, Error, ErrorKind, Store};
 
 /// Collects settings for a [`Communicator`]: the process environment, with what is said here on
 /// top. Each method stands for the variable it names in docs/configuration.md, and takes what
 /// that variable takes.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 #[must_use = "a builder does nothing until `connect`"]
 pub struct Builder {
     overrides: BTreeMap<&'static str, String>,
+    store: Option<Arc<dyn Store>>,
 }
 
 impl Builder {
@@ -42,7 +44,19 @@ impl Builder {
     /// Where the ranks meet: `tcp://HOST:PORT` of rank 0, or `file:///PATH` on a file system that
     /// all ranks see (`UNISUM_RENDEZVOUS`).
     pub fn rendezvous(self, address: &str) -> Self {
-        self.set("UNISUM_RENDEZVOUS", address)
+        self.set(RENDEZVOUS, address)
+    }
+
+    /// A key-value store by which the ranks meet, unless the environment or
+    /// [`Builder::rendezvous`] says where: rank 0 writes its addresses and a fresh token under one
+    /// key, the others read it. A token that is given, by [`Builder::token`] or the environment, is
+    /// not written: all ranks have to be given it.
+    ///
+    /// The key is `unisum`, or the KEY of [`Builder::rendezvous`] with `store://KEY`. Starts one after
+    /// another may use the same key, starts at the same time need different ones. Rank and world are
+    /// given or detected as ever.
+    pub fn store(self, store: impl Store + 'static) -> Self {
+        Self { store: Some(Arc::new(store)), ..self }
     }
 
     /// The secret that every connection of the job has to prove (`UNISUM_TOKEN`).
@@ -117,9 +131,12 @@ impl Builder {
     /// # Errors
     /// As [`Communicator::from_environment`].
     pub fn connect(self) -> Result<Communicator, Error> {
-        let environment = Environment::from_process().with(self.overrides);
+        let mut environment = Environment::from_process().with(self.overrides);
+        if self.store.is_some() && environment.get(RENDEZVOUS).is_none() {
+            environment = environment.with([(RENDEZVOUS, STORE_RENDEZVOUS.to_owned())].into());
+        }
         let settings = Settings::from_environment(&environment).map_err(configuration)?;
-        let detected = launcher::detect(&environment).map_err(configuration)?;
+        let mut detected = launcher::detect(&environment).map_err(configuration)?;
         tracing::info!("{detected}");
         if detected.world == 1 {
             if let Some(note) = &detected.note {
@@ -128,11 +145,24 @@ impl Builder {
             let description = format!("a world of one rank ({})\n", detected.source);
             return Ok(Communicator::new(0, 1, None, "none".into(), description));
         }
-        let token = Token::from_environment(&environment).map_err(configuration)?;
-        tracing::debug!("the job token comes from {}", token.origin());
-        let secret = Secret::new(token.as_bytes());
-        let (membership, joined) = wiring::join(&detected, &settings, (&secret, token.origin()))?;
+        let known = (&environment, &settings);
+        let meeting = Meeting::prepare(&mut detected, known, self.store.as_ref())?;
+        let (membership, joined) = wiring::join(&detected, &settings, &meeting)?;
         Ok(communicator(&detected, &settings, membership, joined))
+    }
+}
+
+const RENDEZVOUS: &str = "UNISUM_RENDEZVOUS";
+const STORE_RENDEZVOUS: &str = "store://unisum";
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut overrides = self.overrides.clone();
+        if let Some(token) = overrides.get_mut("UNISUM_TOKEN") {
+            "(hidden)".clone_into(token);
+        }
+        let mut debug = f.debug_struct("Builder");
+        debug.field("overrides", &overrides).field("has_store", &self.store.is_some()).finish()
     }
 }
 

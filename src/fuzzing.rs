@@ -34,6 +34,7 @@ fn check_rendezvous(bytes: &[u8]) {
     match address {
         Rendezvous::Tcp { host, port } => assert!(port > 0 && !host.is_empty()),
         Rendezvous::File(path) => assert!(path.is_absolute() && path.file_name().is_some()),
+        Rendezvous::Store { key, addresses } => assert!(!key.is_empty() && addresses.is_empty()),
     }
 }
 

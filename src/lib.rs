@@ -53,6 +53,7 @@ mod ready;
 mod reduction;
 mod runner;
 mod settings;
+mod store;
 mod trial;
 mod tunings;
 mod turns;
@@ -71,6 +72,7 @@ pub use mesh::Mesh;
 pub use messenger::{Message, Messenger};
 pub use reduction::{Outcome, Reduction};
 pub use settings::{ByteSizeError, parse_bytes};
+pub use store::Store;
 pub use unisum_link::{Bool, CustomOp, Dtype, Element, Rank, ReduceOp, f8e4m3, f8e5m2};
 pub use work::Work;
 

@@ -73,7 +73,7 @@ pub(super) fn reach(
             let since = if known == by { since } else { now };
             refused = Some((by, since));
             let patience = match rendezvous {
-                Rendezvous::Tcp { .. } => REFUSAL_TIMEOUT,
+                Rendezvous::Tcp { .. } | Rendezvous::Store { .. } => REFUSAL_TIMEOUT,
                 Rendezvous::File(_) => FILE_REFUSAL_TIMEOUT,
             };
             until = (started + timeout).min(since + patience);
@@ -164,6 +164,7 @@ fn attempt(
     let found = match rendezvous {
         Rendezvous::Tcp { host, port } => address::resolve(host, *port),
         Rendezvous::File(path) => file::read(path),
+        Rendezvous::Store { addresses, .. } => Ok(addresses.clone()),
     };
     // A link-local address may be behind any of this host's interfaces.
     let found = found.and_then(|found| Ok(Paths::new(None)?.to(&found, true)));

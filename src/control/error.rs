@@ -53,6 +53,14 @@ pub(crate) enum ControlError {
         /// The system's words.
         source: io::Error,
     },
+    /// Rank 0 could not say in the program's store where it listens.
+    #[error("writing `{key}` in the store: {why}")]
+    Store {
+        /// Under which key.
+        key: String,
+        /// The store's words.
+        why: String,
+    },
     /// The system refused something else.
     #[error("{what}: {source}")]
     System {

@@ -91,6 +91,19 @@ pub(crate) struct ControlConfig {
     pub(crate) connect_timeout: Duration,
     /// How long another host may give no sign of life before it is lost.
     pub(crate) heartbeat_timeout: Duration,
+    /// How rank 0 tells the others where it listens, if they meet by a store of the program.
+    pub(crate) publish: Option<Publish>,
+}
+
+/// Tells the ranks that look for it where rank 0 listens. An error is the store's words.
+pub(crate) struct Publish(pub(crate) Box<PublishAddresses>);
+
+type PublishAddresses = dyn Fn(&[SocketAddr]) -> Result<(), String> + Send;
+
+impl fmt::Debug for Publish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Publish")
+    }
 }
 
 /// This rank's membership in the control plane. Dropping it leaves.
@@ -380,6 +393,12 @@ fn open(config: &ControlConfig) -> Result<Joined, ControlError> {
                 .map_err(|source| ControlError::File { path: path.clone(), source })?;
             (listening, Some(published))
         }
+        Rendezvous::Store { key, .. } => {
+            let listening = listen::at_free_port(filter, None, config.port_range)?;
+            let published = config.publish.as_ref().map(|publish| publish.0(&listening.addresses));
+            published.transpose().map_err(|why| ControlError::Store { key: key.clone(), why })?;
+            (listening, None)
+        }
     };
     Ok(Joined { listening, session, coordinator: None, role: Role::Coordinator(published) })
 }
@@ -402,7 +421,7 @@ fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
     let filter = config.interface.as_ref();
     let is_name = match &config.rendezvous {
         Rendezvous::Tcp { host, .. } => !listen::is_literal(host),
-        Rendezvous::File(_) => false,
+        Rendezvous::File(_) | Rendezvous::Store { .. } => false,
     };
     // On its own host a name may be a loopback address, by which nobody else reaches this rank.
     let misleads = is_name && coordinator.ip().is_loopback();

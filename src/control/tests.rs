@@ -65,6 +65,7 @@ fn config(rank: Rank, world: usize, rendezvous: Rendezvous) -> ControlConfig {
         port_range: None,
         connect_timeout: PATIENCE,
         heartbeat_timeout: PATIENCE,
+        publish: None,
     }
 }
 

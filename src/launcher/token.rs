@@ -77,6 +77,33 @@ impl Token {
         Self::from_file(&path)
     }
 
+    /// A token that was never used before.
+    ///
+    /// # Errors
+    /// If the system gives no random bytes.
+    pub(crate) fn fresh() -> io::Result<Self> {
+        Ok(Self { secret: random_hex::<32>()?, origin: "the program's store".to_owned() })
+    }
+
+    /// A token that rank 0 told.
+    ///
+    /// # Errors
+    /// [`TokenError::Length`] if it is too short or too long.
+    pub(crate) fn told(secret: &str) -> Result<Self, TokenError> {
+        Self::new(secret, "the program's store".to_owned())
+    }
+
+    /// Whether the environment gives a token, so that none is to be made.
+    pub(crate) fn is_given(environment: &Environment) -> bool {
+        let given = |name| environment.get(name).is_some();
+        given("UNISUM_TOKEN") || given("UNISUM_TOKEN_FILE")
+    }
+
+    /// The token in words, for others to be told.
+    pub(crate) fn secret(&self) -> &str {
+        &self.secret
+    }
+
     /// The secret's bytes, for the proof a connection gives. Never log them.
     pub(crate) fn as_bytes(&self) -> &[u8] {
         self.secret.as_bytes()

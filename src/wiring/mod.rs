@@ -12,6 +12,7 @@ mod earlier;
 pub(crate) mod fuzzing;
 mod group;
 mod job;
+mod meeting;
 mod node;
 mod pairs;
 mod report;
@@ -22,7 +23,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use unisum_algorithms::Topology;
-use unisum_link::handshake::Secret;
 use unisum_link::{Link, Rank};
 
 use crate::choice::{self, Choice};
@@ -39,6 +39,7 @@ use cores::Cores;
 use costs::Site;
 pub(crate) use group::{Group, Member, Parent};
 pub(crate) use job::Job;
+pub(crate) use meeting::Meeting;
 use node::{Circle, Node, Offer};
 
 /// What joining gave.
@@ -56,19 +57,21 @@ pub(crate) struct Joined {
 /// equally often, and all with the same for everybody or all with something for each.
 pub(crate) type Exchange<'a> = dyn Fn(Share) -> Result<Vec<Vec<u8>>, Error> + 'a;
 
-/// Joins the job, with the token's secret and where that is from. Blocks until every rank has come.
+/// Joins the job. Blocks until every rank has come.
 /// What goes wrong on this rank alone is told to the others, which wait for it.
 pub(crate) fn join(
     detected: &Detected,
     settings: &Settings,
-    (secret, origin): (&Secret, &str),
+    meeting: &Meeting,
 ) -> Result<(Membership, Joined), Error> {
     let (rank, world, start) = (detected.rank, detected.world, Instant::now());
-    let control = Arc::new(tcp::start_control(detected, settings, (secret, origin))?);
+    let control = tcp::start_control(detected, settings, meeting);
+    let control = Arc::new(control.inspect_err(|error| meeting.failed(error))?);
     let membership = Membership::of_job(control, rank, world);
-    match wire(detected, settings, secret, &membership, start) {
+    match wire(detected, settings, meeting, &membership, start) {
         Ok(joined) => Ok((membership, joined)),
         Err(error) => {
+            meeting.close();
             let error = membership.own_failure(error);
             let is_absent = |verdict: Verdict| verdict.kind == VerdictKind::Absent;
             let are_absent = membership.verdict().is_some_and(is_absent);
@@ -88,14 +91,17 @@ fn with_hint(error: Error, detected: &Detected) -> Error {
 fn wire(
     detected: &Detected,
     settings: &Settings,
-    secret: &Secret,
+    meeting: &Meeting,
     membership: &Membership,
     start: Instant,
 ) -> Result<Joined, Error> {
     let (rank, world, control) = (detected.rank, detected.world, membership.control());
+    let secret = &meeting.secret;
     let fixed = settings.algorithm.as_deref().map(choice::index_of).transpose()?;
     let offer = Offer::new(settings.transport, secret);
     let cards = exchange_cards(control, rank, settings, &offer)?;
+    // All are there, and none goes on without rank 0, which gives them what comes next.
+    meeting.close();
     let hosts: Vec<&str> = cards.iter().map(|card| card.host.as_str()).collect();
     let exchange = |share: Share| control.exchange(share).map_err(rendezvous_error);
     let circle = Circle {

@@ -3,11 +3,10 @@
 #[cfg(feature = "tcp")]
 use std::sync::Arc;
 
-use unisum_link::handshake::Secret;
 use unisum_link::{Link, Rank};
 
 use super::job::Job;
-use super::{rendezvous_error, with_hint};
+use super::{Meeting, rendezvous_error, with_hint};
 use crate::control::{Control, ControlConfig};
 use crate::launcher::Detected;
 use crate::membership::Membership;
@@ -17,7 +16,7 @@ use crate::{Error, ErrorKind};
 pub(super) fn start_control(
     detected: &Detected,
     settings: &Settings,
-    (secret, origin): (&Secret, &str),
+    meeting: &Meeting,
 ) -> Result<Control, Error> {
     let rendezvous = detected.rendezvous.clone().ok_or_else(|| {
         let text = "no rendezvous address; set UNISUM_RENDEZVOUS=tcp://HOST:PORT";
@@ -28,12 +27,13 @@ pub(super) fn start_control(
         world: detected.world,
         rendezvous,
         job: detected.job.clone(),
-        secret: secret.clone(),
-        secret_origin: origin.to_owned(),
+        secret: meeting.secret.clone(),
+        secret_origin: meeting.secret_origin.clone(),
         interface: settings.interface.clone(),
         port_range: settings.port_range,
         connect_timeout: settings.connect_timeout,
         heartbeat_timeout: settings.heartbeat_timeout,
+        publish: meeting.publish(),
     };
     Control::start(config).map_err(|error| {
         let error = rendezvous_error(error);
