@@ -107,6 +107,21 @@ impl Error {
     pub fn culprits(&self) -> &[Rank] {
         &self.culprits
     }
+
+    /// The rank that reports it, where that is known.
+    pub const fn rank(&self) -> Option<Rank> {
+        self.rank
+    }
+
+    /// The collective that failed, as words, if one did.
+    pub fn operation(&self) -> Option<&str> {
+        self.operation.as_ref().map(|operation| operation.call.as_str())
+    }
+
+    /// How many steps of how many the failed collective had done on this rank.
+    pub fn step(&self) -> Option<(usize, usize)> {
+        self.operation.as_ref().map(|operation| (operation.step, operation.steps))
+    }
 }
 
 impl fmt::Display for Error {

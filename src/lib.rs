@@ -39,6 +39,7 @@ mod error;
 pub mod fuzzing;
 mod groups;
 mod interface;
+pub mod interrupt;
 mod judgement;
 mod launcher;
 mod leftovers;

@@ -15,6 +15,7 @@ use crate::control::Verdict;
 use crate::engine::program::Tuning;
 use crate::engine::{Advance, Engine};
 use crate::error::Operation;
+use crate::interrupt;
 use crate::judgement::{GRACE, from_verdict};
 use crate::membership::Membership;
 use crate::programs::{Key, Programs};
@@ -67,6 +68,8 @@ pub(crate) enum Failure {
     Link(LinkError),
     Verdict(Verdict),
     Deadline,
+    /// The thread was asked to give up.
+    Interrupted,
 }
 
 /// What is known of a call's waiting, in the trial before it as well.
@@ -396,11 +399,14 @@ impl Runner {
         if now >= deadline {
             return Err(Failure::Deadline);
         }
+        if interrupt::is_asked(now) {
+            return Err(Failure::Interrupted);
+        }
         if now - since >= STALL && !std::mem::replace(&mut wait.asked, true) {
             self.membership.stalled(call);
         }
         self.tell_progress(engine);
-        engine.park(deadline.min(now + NAP)).map_err(Failure::Link)
+        engine.park(deadline.min(now + interrupt::nap(NAP))).map_err(Failure::Link)
     }
 
     /// Says how far the collective is.
@@ -419,6 +425,7 @@ impl Runner {
             Failure::Verdict(verdict) => from_verdict(&verdict),
             Failure::Link(error) => self.membership.judge(error),
             Failure::Deadline => self.judge_deadline(&call, waiting_for),
+            Failure::Interrupted => self.membership.abandoned("a signal ended the call"),
         };
         engine.abort();
         let operation = Operation { call: self.membership.describe(&call), step, steps };

@@ -24,6 +24,7 @@ use unisum_link::{Backoff, LinkError, Pause, Rank, Wake};
 use super::header::Envelope;
 use super::office::{CallNumber, Failure, Office, Posted};
 use crate::control::Waiting;
+use crate::interrupt;
 use crate::judgement::{GRACE, from_verdict};
 use crate::membership::Membership;
 use crate::runner::NAP;
@@ -158,7 +159,8 @@ impl Desk {
     fn sleep<'a>(&self, mut state: Guard<'a>, call: CallNumber) -> Result<Guard<'a>, Error> {
         state.sleepers += 1;
         state.office.falls_asleep(call);
-        (state, _) = self.changed.wait_timeout(state, NAP).map_err(|_| self.undefined())?;
+        (state, _) =
+            self.changed.wait_timeout(state, interrupt::nap(NAP)).map_err(|_| self.undefined())?;
         state.sleepers -= 1;
         state.office.wakes_up(call);
         if state.at_turnstile {
@@ -230,7 +232,7 @@ impl Desk {
         if self.asked.load(Ordering::SeqCst) > state.entered {
             return Ok(());
         }
-        let until = Instant::now() + NAP;
+        let until = Instant::now() + interrupt::nap(NAP);
         let deadline = state.office.next_deadline().map_or(until, |(deadline, _)| deadline);
         state.office.park(until.min(deadline))
     }
@@ -241,8 +243,12 @@ impl Desk {
         if self.membership.as_ref().is_some_and(|membership| membership.verdict().is_some()) {
             return Err(Failure::Verdict);
         }
+        let now = Instant::now();
+        if interrupt::is_asked(now) {
+            return Err(Failure::Interrupted);
+        }
         match state.office.next_deadline() {
-            Some((deadline, call)) if deadline <= Instant::now() => Err(Failure::Deadline(call)),
+            Some((deadline, call)) if deadline <= now => Err(Failure::Deadline(call)),
             _ => Ok(()),
         }
     }
@@ -297,6 +303,12 @@ impl Desk {
                     Some(membership) => membership.contradict(them, text),
                     None => Error::new(ErrorKind::Mismatch, text).caused_by(vec![them]),
                 }
+            }
+            (Failure::Interrupted, Some(membership)) => {
+                membership.abandoned("a signal ended the wait for a message")
+            }
+            (Failure::Interrupted, None) => {
+                Error::new(ErrorKind::Aborted, "a signal ended the wait for a message")
             }
             (Failure::Deadline(call), _) => self.overdue(state.office.oldest(call)),
             (Failure::Verdict, membership) => {

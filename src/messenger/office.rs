@@ -23,6 +23,8 @@ pub(super) enum Failure {
     Deadline(CallNumber),
     /// Somebody else knows: the job has a verdict.
     Verdict,
+    /// The thread was asked to give up.
+    Interrupted,
 }
 
 /// A call's place in the office.
