@@ -1,0 +1,29 @@
+"""unisum as a backend of ``torch.distributed``.
+
+From PyTorch 2.14 on nothing needs to be imported: the entry point finds it. Before, import this
+module first::
+
+    torch.distributed.init_process_group("unisum")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from ._group import UnisumProcessGroup, create
+
+__all__ = ["UnisumProcessGroup", "register"]
+
+
+def register(name: str = "unisum", **options: Any) -> None:
+    """Registers the backend. PyTorch calls it by the entry point, and importing this module does."""
+    if name.upper() not in dist.Backend._plugins or options:
+        dist.Backend.register_backend(
+            name, create, extended_api=True, devices=["cpu"], **options
+        )
+
+
+if dist.is_available():
+    register()

@@ -1,0 +1,59 @@
+"""The monitored barrier: it names the ranks that do not come.
+
+It goes by the store, not by collectives: that a rank is missing harms nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any, List
+
+from .. import _errors
+
+
+def monitored_barrier(
+    store: Any, rank: int, world: int, number: int, timeout: float, wait_all_ranks: bool
+) -> None:
+    """Returns when rank 0 has seen all ranks come, else raises on those that did."""
+    key = f"unisum/monitored_barrier/{number}"
+    until = time.monotonic() + timeout
+    if rank != 0:
+        store.set(f"{key}/{rank}", "here")
+        try:
+            store.wait([f"{key}/outcome"], timedelta(seconds=timeout))
+            outcome = store.get(f"{key}/outcome").decode()
+        except RuntimeError as error:
+            text = f"Rank {rank} successfully reached monitoredBarrier, but received errors "
+            text += f"while waiting for send/recv from rank 0: {error}"
+            raise _errors.TimeoutError(text, "timeout", [0]) from None
+        if outcome:
+            raise _errors.TimeoutError(f"monitoredBarrier failed: {outcome}", "timeout")
+        return
+    if timeout <= 0:
+        text = f"Rank 0 timed out in monitoredBarrier after {round(1000 * timeout)} ms"
+        store.set(f"{key}/outcome", text)
+        raise _errors.TimeoutError(text, "timeout", [0])
+    missing = _missing(store, key, world, until, wait_all_ranks)
+    if not missing:
+        store.set(f"{key}/outcome", "")
+        return
+    names = ", ".join(str(rank) for rank in missing)
+    text = f"Rank {names} failed to pass monitoredBarrier in {round(1000 * timeout)} ms"
+    if wait_all_ranks:
+        text = f"Ranks {names} failed to pass monitoredBarrier in {round(1000 * timeout)} ms"
+    store.set(f"{key}/outcome", text)
+    raise _errors.TimeoutError(text, "timeout", missing)
+
+
+def _missing(store: Any, key: str, world: int, until: float, wait_all: bool) -> List[int]:
+    missing = []
+    for rank in range(1, world):
+        left = max(until - time.monotonic(), 0.001)
+        try:
+            store.wait([f"{key}/{rank}"], timedelta(seconds=left))
+        except RuntimeError:
+            missing.append(rank)
+            if not wait_all:
+                break
+    return missing

@@ -1,0 +1,454 @@
+"""A process group whose collectives are unisum's."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Callable, List, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import ProcessGroup
+
+from .. import _completion, _errors
+from .._communicator import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BARRIER, BROADCAST, GATHER
+from .._communicator import REDUCE, REDUCE_SCATTER, SCATTER
+from .._connect import connect
+from . import _options, _profiling
+from ._barrier import monitored_barrier
+from ._options import counts, flat, nested, single
+from ._sparse import all_reduce_sparse
+from ._work import UnisumWork, overdue, seconds
+
+
+#: What PyTorch calls the collectives in profiles, by their numbers.
+_NAMES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "gather",
+    "scatter",
+    "barrier",
+)
+
+
+def create(
+    options: Any, _backend_options: Any = None, name: str = "unisum"
+) -> "UnisumProcessGroup":
+    """Makes a group: what PyTorch calls for ``init_process_group`` and ``new_group``."""
+    return UnisumProcessGroup(
+        options.store,
+        options.group_rank,
+        options.group_size,
+        options.timeout,
+        is_default=not options.global_ranks_in_group,
+        name=name,
+    )
+
+
+class UnisumProcessGroup(ProcessGroup):
+    """A ``torch.distributed`` process group over unisum.
+
+    Made by ``init_process_group("unisum")`` and ``new_group``; its ranks meet by PyTorch's store.
+    """
+
+    # Each collective travels by itself or in batches of unisum's own.
+    supports_coalescing = False
+    supports_splitting = False
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world: int,
+        timeout: timedelta,
+        is_default: bool = False,
+        name: str = "unisum",
+    ) -> None:
+        super().__init__(rank, world)
+        self._backend_name = name
+        self._store = store
+        self._rank, self._world = rank, world
+        self._timeout = seconds(timeout) or 1800.0
+        self._default_timeout = self._timeout
+        self._name = self._desc = ""
+        self._barriers = self._sequence = 0
+        self._error: Optional[BaseException] = None
+        settings = _options.settings(self._timeout, is_default)
+        self._communicator = connect(
+            rank=rank, world=world, store=store, key="unisum/rendezvous", **settings
+        )
+        self._native = self._communicator._native
+        self._messenger = self._native._messenger()
+        self._done = UnisumWork([], [])
+
+    # What PyTorch asks of every group.
+
+    def getBackendName(self) -> str:
+        # Under whatever name it is registered: PyTorch's C++ knows others by theirs.
+        return "unisum"
+
+    name = getBackendName
+
+    def getGroupName(self) -> str:
+        return self._name
+
+    def setGroupName(self, name: str) -> None:
+        self._name = name
+
+    def getGroupDesc(self) -> str:
+        return self._desc
+
+    def setGroupDesc(self, desc: str) -> None:
+        self._desc = desc
+
+    def getRank(self) -> int:
+        return self._rank
+
+    def getSize(self) -> int:
+        return self._world
+
+    rank = getRank
+    size = getSize
+
+    @property
+    def _device_types(self) -> List[torch.device]:
+        # While PyTorch makes the group it must not attach its flight recorder, which needs a group
+        # that is not written in Python; it asks here whether it can.
+        is_made = self in dist.distributed_c10d._world.pg_map
+        return [torch.device("cpu")] if is_made else []
+
+    def _get_backend(self, _device: Any) -> "UnisumProcessGroup":
+        return self
+
+    def get_group_store(self) -> Any:
+        return self._store
+
+    def _set_sequence_number_for_group(self) -> None:
+        self._sequence = 0
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._sequence
+
+    def _set_default_timeout(self, timeout: Any) -> None:
+        self._default_timeout = seconds(timeout) or self._default_timeout
+
+    set_timeout = _set_default_timeout
+
+    def _start_coalescing(self, _device: Any) -> None:
+        pass
+
+    def _end_coalescing(self, _device: Any = None) -> Any:
+        return self._done
+
+    def _has_hooks(self) -> bool:
+        return False
+
+    def get_error(self) -> Any:
+        """What went wrong in this group, as PyTorch's ``ErrorType``."""
+        kinds = torch._C._distributed_c10d.ErrorType
+        if self._error is None:
+            return kinds.SUCCESS
+        if isinstance(self._error, _errors.TimeoutError):
+            return kinds.TIMEOUT
+        return kinds.REMOTE_ERROR
+
+    getError = get_error
+
+    @property
+    def communicator(self) -> Any:
+        """The group as a ``unisum.Communicator``, for what PyTorch has no name for."""
+        return self._communicator
+
+    # Calling unisum.
+
+    def _call(
+        self,
+        kind: int,
+        data: Any,
+        out: Any,
+        opts: Any,
+        result: List[torch.Tensor],
+        op: int = 0,
+        scale: Optional[float] = None,
+        root: int = 0,
+        by_rank: Optional[List[int]] = None,
+        received: Optional[List[int]] = None,
+        after: Optional[Callable[[], None]] = None,
+    ) -> Any:
+        request = (kind, op, root, scale, False, by_rank, received, data, out)
+        limit = seconds(getattr(opts, "timeout", None)) or self._default_timeout
+        self._sequence += 1
+        is_async = getattr(opts, "asyncOp", True) or limit < self._timeout
+        if _profiling.is_on():
+            is_async = True
+            shown = data if isinstance(data, list) else [data] if data is not None else result
+            after = self._profiled(_NAMES[kind], shown, after)
+        try:
+            if is_async:
+                _completion.starts_collective()
+                return self._watched([self._native._start(request)], result, after, limit)
+            self._native._run(request)
+        except _errors.Error as error:
+            self._error = overdue(error)
+            raise self._error from None
+        if after is not None:
+            after()
+        return self._done
+
+    def _profiled(
+        self, name: str, tensors: List[torch.Tensor], after: Optional[Callable[[], None]]
+    ) -> Callable[[], None]:
+        end = _profiling.record(f"{self._backend_name}:{name}", tensors)
+
+        def both() -> None:
+            end()
+            if after is not None:
+                after()
+
+        return both
+
+    def _watched(
+        self,
+        works: List[Any],
+        result: List[torch.Tensor],
+        after: Optional[Callable[[], None]],
+        limit: float,
+    ) -> UnisumWork:
+        # The group's own deadline says more about who is missing.
+        own = limit if limit < self._timeout else None
+        return UnisumWork(works, result, after, own)
+
+    def _batch(
+        self,
+        kind: int,
+        pairs: Sequence[Any],
+        opts: Any,
+        result: List[torch.Tensor],
+        op: int = 0,
+        scale: Optional[float] = None,
+    ) -> Any:
+        """One collective on several tensors: a batch for each type among them."""
+        by_type: dict = {}
+        for data, out in pairs:
+            request = (kind, op, 0, scale, False, None, None, data, out)
+            by_type.setdefault(data.dtype, []).append(request)
+        limit = seconds(getattr(opts, "timeout", None)) or self._default_timeout
+        self._sequence += 1
+        _completion.starts_collective()
+        after = None
+        if _profiling.is_on():
+            after = self._profiled(f"{_NAMES[kind]}_coalesced", [data for data, _ in pairs], None)
+        works = [self._native._start_batch(requests) for requests in by_type.values()]
+        work = self._watched(works, result, after, limit)
+        if not getattr(opts, "asyncOp", True):
+            work.wait()
+        return work
+
+    # Collectives.
+
+    def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> Any:
+        tensor = single(tensors)
+        opts = _reduce_options(opts, timeout)
+        if tensor.is_sparse:
+            all_reduce_sparse(self, tensor, opts.reduceOp)
+            return UnisumWork([], [tensor])
+        op, scale = _options.reduction(opts.reduceOp, tensor.dtype)
+        return self._call(ALL_REDUCE, tensor, None, opts, [tensor], op, scale)
+
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
+        opts = _reduce_options(opts)
+        op, scale = _options.reduction(opts.reduceOp, tensors[0].dtype)
+        pairs = [(tensor, None) for tensor in tensors]
+        return self._batch(ALL_REDUCE, pairs, opts, list(tensors), op, scale)
+
+    def reduce(self, tensors: Any, opts: Any = None, op: Any = None, timeout: Any = None) -> Any:
+        tensor = single(tensors)
+        if isinstance(opts, int):
+            opts = _with(dist.ReduceOptions(), rootRank=opts, reduceOp=op)
+        number, scale = _options.reduction(opts.reduceOp, tensor.dtype)
+        root = opts.rootRank
+        return self._call(REDUCE, tensor, None, opts, [tensor], number, scale, root)
+
+    def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None, root: int = 0) -> Any:
+        tensor = single(tensors)
+        if opts is None or isinstance(opts, int):
+            opts = _with(dist.BroadcastOptions(), rootRank=root if opts is None else opts)
+        return self._call(BROADCAST, tensor, None, opts, [tensor], root=opts.rootRank)
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        out, tensor = flat(nested(outputs)), single(inputs)
+        if len(out) != self._world:
+            raise ValueError(f"all_gather needs {self._world} outputs, not {len(out)}")
+        flat([tensor])
+        return self._call(ALL_GATHER, tensor, out, opts, out, by_rank=counts(out))
+
+    def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:
+        flat([output, input])
+        if output.numel() != input.numel() * self._world:
+            raise ValueError("output tensor size must be equal to world_size times input tensor size")
+        return self._call(ALL_GATHER, input, output, opts, [output])
+
+    _allgather_base = all_gather_single
+
+    def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        pairs = list(zip(flat(list(inputs)), flat(list(outputs))))
+        return self._batch(ALL_GATHER, pairs, opts, list(outputs))
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        # The lists are by rank, then by tensor.
+        result = [flat([by_rank[index] for by_rank in outputs]) for index in range(len(inputs))]
+        after = None
+        if _profiling.is_on():
+            after = self._profiled("all_gather", list(inputs), None)
+        self._sequence += 1
+        _completion.starts_collective()
+        works = [
+            self._native._start((ALL_GATHER, 0, 0, None, False, counts(out), None, tensor, out))
+            for tensor, out in zip(inputs, result)
+        ]
+        gathered = [tensor for out in result for tensor in out]
+        return self._watched(works, gathered, after, self._default_timeout)
+
+    def reduce_scatter(
+        self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None
+    ) -> Any:
+        out, parts = single(outputs), flat(nested(inputs))
+        opts = _reduce_options(opts, timeout, dist.ReduceScatterOptions)
+        op, scale = _options.reduction(opts.reduceOp, out.dtype)
+        flat([out])
+        by_rank = counts(parts)
+        return self._call(REDUCE_SCATTER, parts, out, opts, [out], op, scale, by_rank=by_rank)
+
+    def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:
+        flat([output, input])
+        if output.numel() * self._world != input.numel():
+            raise ValueError("input tensor size must be equal to world_size times output tensor size")
+        opts = _reduce_options(opts, None, dist.ReduceScatterOptions)
+        op, scale = _options.reduction(opts.reduceOp, output.dtype)
+        return self._call(REDUCE_SCATTER, input, output, opts, [output], op, scale)
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        opts = _reduce_options(opts, None, dist.ReduceScatterOptions)
+        op, scale = _options.reduction(opts.reduceOp, outputs[0].dtype)
+        pairs = list(zip(flat(list(inputs)), flat(list(outputs))))
+        return self._batch(REDUCE_SCATTER, pairs, opts, list(outputs), op, scale)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def gather(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None) -> Any:
+        out, tensor = flat(nested(outputs)), single(inputs)
+        flat([tensor])
+        if isinstance(opts, int):
+            opts = _with(dist.GatherOptions(), rootRank=opts)
+        root = opts.rootRank
+        if self._rank == root and len(out) != self._world:
+            raise ValueError(f"gather needs {self._world} outputs at its root, not {len(out)}")
+        return self._call(GATHER, tensor, out, opts, out, root=root)
+
+    def gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:
+        out = [output] if self._rank == opts.rootRank else []
+        return self._call(GATHER, input, flat(out), opts, out, root=opts.rootRank)
+
+    gather_into_tensor = gather_single
+
+    def scatter(self, outputs: Any, inputs: Any, opts: Any = None, timeout: Any = None) -> Any:
+        out, parts = single(outputs), flat(nested(inputs))
+        flat([out])
+        if isinstance(opts, int):
+            opts = _with(dist.ScatterOptions(), rootRank=opts)
+        root = opts.rootRank
+        if self._rank == root and len(parts) != self._world:
+            raise ValueError(f"scatter needs {self._world} inputs at its root, not {len(parts)}")
+        return self._call(SCATTER, parts if self._rank == root else None, out, opts, [out], root=root)
+
+    def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        out, parts = flat(list(outputs)), flat(list(inputs))
+        sent, received = [it.numel() for it in parts], [it.numel() for it in out]
+        return self._call(
+            ALL_TO_ALL, parts, out, opts, out, by_rank=sent, received=received
+        )
+
+    def all_to_all_single(
+        self, output: Any, input: Any, output_splits: Any = (), input_splits: Any = (), opts: Any = None
+    ) -> Any:
+        flat([output, input])
+        if not output_splits and not input_splits:
+            for tensor in (output, input):
+                _options.split_counts([], tensor, self._world)
+            return self._call(ALL_TO_ALL, input, output, opts, [output])
+        sent = _options.split_counts(input_splits, input, self._world)
+        received = _options.split_counts(output_splits, output, self._world)
+        return self._call(
+            ALL_TO_ALL, input, output, opts, [output], by_rank=sent, received=received
+        )
+
+    alltoall_base = all_to_all_single
+
+    def barrier(self, opts: Any = None, timeout: Any = None) -> Any:
+        return self._call(BARRIER, None, None, opts, [])
+
+    def monitored_barrier(self, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+        """A barrier that names the ranks that did not come."""
+        self._barriers += 1
+        limit = self._default_timeout
+        if timeout is not None:
+            limit = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+        number = self._barriers
+        monitored_barrier(self._store, self._rank, self._world, number, limit, wait_all_ranks)
+
+    # Messages.
+
+    def send(self, tensors: Any, to: int, tag: int = 0) -> UnisumWork:
+        return self._message(False, single(tensors), to, tag)
+
+    def recv(self, tensors: Any, source: int, tag: int = 0) -> UnisumWork:
+        return self._message(True, single(tensors), source, tag)
+
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> UnisumWork:
+        raise NotImplementedError("receives from any rank")
+
+    def _message(self, receives: bool, tensor: torch.Tensor, peer: int, tag: int) -> UnisumWork:
+        _completion.starts_collective()
+        flat([tensor])
+        after = None
+        if _profiling.is_on():
+            after = self._profiled("recv" if receives else "send", [tensor], None)
+        work = self._messenger._start(receives, tensor, peer, tag)
+        made = UnisumWork([work], [tensor], after)
+        if receives:
+            made._source = lambda: peer
+        return made
+
+    # The end.
+
+    def shutdown(self) -> None:
+        """Leaves the job after what is under way; ``destroy_process_group`` calls it."""
+        self._messenger.close()
+        self._communicator.close()
+
+    def abort(self) -> None:
+        """Ends the job of this group on all its ranks: calls under way fail."""
+        if not self._communicator.closed:
+            self._error = self._communicator.abort("the process group was aborted")
+
+
+def _with(options: Any, **values: Any) -> Any:
+    for name, value in values.items():
+        if value is not None:
+            setattr(options, name, value)
+    return options
+
+
+def _reduce_options(opts: Any, timeout: Any = None, kind: Any = None) -> Any:
+    """Options; some callers give an operation in their place."""
+    if hasattr(opts, "reduceOp"):
+        return opts
+    options = (kind or dist.AllreduceOptions)()
+    return _with(options, reduceOp=opts, timeout=timeout)

@@ -1,0 +1,29 @@
+//! The native part of unisum's Python package: what `unisum._unisum` has. It is thin: tensors
+//! become memory, errors become exceptions, blocking calls leave the interpreter to others. What a
+//! program sees is written in Python on top of it (`bindings/python/python/unisum`).
+
+mod array;
+mod communicator;
+mod dlpack;
+mod elements;
+mod errors;
+mod messenger;
+mod operands;
+mod store;
+mod tensor;
+mod work;
+
+use pyo3::prelude::*;
+
+/// The native module.
+#[pymodule]
+mod _unisum {
+    #[pymodule_export]
+    use super::array::Array;
+    #[pymodule_export]
+    use super::communicator::{Communicator, connect};
+    #[pymodule_export]
+    use super::messenger::Messenger;
+    #[pymodule_export]
+    use super::work::{Work, next_completed};
+}
