@@ -423,7 +423,7 @@ impl Runner {
         let waiting_for = self.membership.job_ranks(&engine.waiting_for());
         let error = match failure {
             Failure::Verdict(verdict) => from_verdict(&verdict),
-            Failure::Link(error) => self.membership.judge(error),
+            Failure::Link(error) => self.membership.judge(error.in_words(&call)),
             Failure::Deadline => self.judge_deadline(&call, waiting_for),
             Failure::Interrupted => self.membership.abandoned("a signal ended the call"),
         };

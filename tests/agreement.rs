@@ -10,7 +10,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use support::{World, setting, tell};
+use support::{World, await_others, reach, setting, tell};
 use unisum::buckets::{Buckets, Compressed, Encoding, Hook as _, Parameter};
 use unisum::{
     Buffers, Collective, Communicator, CustomOp, Dtype, Element, Error, ErrorKind, Mesh, Message,
@@ -19,7 +19,7 @@ use unisum::{
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("drawn", drawn)]);
+    support::run_if_rank(&[("drawn", drawn), ("pairs", pairs)]);
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -63,6 +63,53 @@ fn check(what: What, transport: &str, seed: u64) {
         assert!(culprits.split(", ").any(|rank| rank == odd), "{context}");
         let seconds: f64 = told[1].parse().unwrap();
         assert!(seconds < SOON.as_secs_f64(), "{context}: took {seconds} s");
+        let at_once = told[2] == "in that call";
+        assert!(at_once || !difference.meets(rank), "{context}: it was Ok before");
+    }
+}
+
+/// Rounds of a draw: each draws what differs, how long that is, and who comes late.
+const ROUNDS: usize = 25;
+
+/// Two ranks of which one has another length for the other than that expects. Whoever comes late
+/// finds all that it waits for, and still neither of them, whichever is wrong, leaves with Ok.
+#[test]
+fn both_of_two_ranks_that_disagree_on_a_length_hear_so_in_that_call() {
+    for transport in support::transports() {
+        for draw in 0..number("UNISUM_TEST_DRAWS").unwrap_or(2) {
+            let world = World::new(2, "pairs").set("UNISUM_TRANSPORT", transport);
+            world.set("SEED", support::seed() + draw).succeed_as(transport, LIMIT);
+        }
+    }
+}
+
+/// A job for each round, as an error ends one.
+fn pairs() {
+    let mut random = Random(setting("SEED").parse().unwrap());
+    for round in 0..ROUNDS {
+        let place = format!("{}.{round}", setting("UNISUM_RENDEZVOUS"));
+        let comm = Communicator::builder().rendezvous(&place).connect().unwrap();
+        let (sent, expected) = random.two(&LENGTHS);
+        let (back, from, late) = (random.of(&LENGTHS), random.below(2), random.below(2));
+        let is_from = comm.rank() == from;
+        let (sends, receives) = if is_from { (sent, back) } else { (back, expected) };
+        let for_peer = |count| if comm.rank() == 0 { [0, count] } else { [count, 0] };
+        let collective = Collective::all_to_all_v(&for_peer(sends), &for_peer(receives));
+        let (input, mut output) = (vec![1_f32; sends], vec![0_f32; receives]);
+        comm.barrier().unwrap();
+        let point = format!("round{round}");
+        if comm.rank() == late {
+            await_others(&point, 1, LIMIT);
+        } else {
+            reach(&point);
+        }
+        let result = comm.run(&collective, Buffers::Apart(&input, &mut output));
+        let context = format!("{sent} for {expected} from {from}, {back} back, {late} is late");
+        let error = result.map(|_| context.clone()).unwrap_err();
+        let (text, kind) = (format!("{context}: {error}"), error.kind());
+        assert_eq!(kind, ErrorKind::Mismatch, "{text}");
+        let counts = [sent, expected].map(|count| format!("x {count},"));
+        assert!(counts.iter().all(|count| text.contains(count)), "{text}");
     }
 }
 
@@ -76,11 +123,14 @@ fn drawn() {
     comm.barrier().unwrap();
     let start = Instant::now();
     let own = if comm.rank() == odd { &other } else { &usual };
+    let result = own.call(&comm);
+    let is_at_once = result.is_err();
     // Who has all it waits for hears of it in the next call.
-    let error = own.call(&comm).and_then(|()| comm.barrier()).unwrap_err();
+    let error = result.and_then(|()| comm.barrier()).unwrap_err();
     let took = start.elapsed();
     tell(format!("{:?} {:?} {error}", error.kind(), error.culprits()).replace('\n', " / "));
     tell(took.as_secs_f64());
+    tell(if is_at_once { "in that call" } else { "in the next" });
     // Where nothing was sent yet the communicator stays usable; what is made of it tells it of its
     // own errors at its next call.
     if let Err(again) = comm.all_reduce(&mut [1_f32], ReduceOp::Sum) {
@@ -232,6 +282,14 @@ impl Difference {
             _ => Self::of_collectives(what, odd, r),
         };
         Self { usual, other, odd, says }
+    }
+
+    /// Whether a rank has to hear of it in that very call: it is one of two that compare lengths.
+    fn meets(&self, rank: usize) -> bool {
+        let (Call::Run(usual), Call::Run(other)) = (&self.usual, &self.other) else { return false };
+        let (Some(usual), Some(other)) = (&usual.pairs, &other.pairs) else { return false };
+        let differs = |from: usize, to: usize| usual[from][to] != other[from][to];
+        (0..RANKS).any(|peer| differs(rank, peer) || differs(peer, rank))
     }
 
     fn of_collectives(what: What, odd: usize, r: &mut Random) -> (Call, Call, Vec<String>) {

@@ -26,7 +26,8 @@ use std::time::Instant;
 
 use unisum_link::kernels::Fold;
 use unisum_link::{
-    Call, Collective, Group, Link, LinkError, Patience, Rank, Region, Regions, said_by_reduction,
+    Call, Collective, Group, Link, LinkError, Patience, PeerCounts, Rank, Region, Regions,
+    said_by_reduction,
 };
 
 use folding::Folding;
@@ -122,7 +123,8 @@ impl Engine {
             link.begin(call, regions);
         }
         for &Pair { peer, sends, receives } in &program.pairs {
-            self.tools.links.to(peer).pair_counts(peer, sends as u64, receives as u64);
+            let counts = PeerCounts { sends: sends as u64, receives: receives as u64 };
+            self.tools.links.to(peer).pair_counts(peer, counts);
         }
         let memories = Memories { regions: *regions, scratch: self.scratch(program.scratch) };
         let spreads_marks = fold.watch && call.collective == Collective::AllReduce;

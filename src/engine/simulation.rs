@@ -12,7 +12,8 @@ use std::time::Instant;
 use unisum_algorithms::{self as plans, Algorithm, Shape, Topology, algorithms, all};
 use unisum_link::kernels::Fold;
 use unisum_link::{
-    Call, Dtype, Group, Landing, Link, LinkError, Rank, ReduceOp, Region, Regions, Ticket, Wake,
+    Call, Dtype, Group, Landing, Link, LinkError, PeerCounts, Rank, ReduceOp, Region, Regions,
+    Ticket, Wake,
 };
 
 use super::program::{Program, Source, Tuning};
@@ -77,7 +78,7 @@ struct SimulatedLink {
     rank: Rank,
     network: Arc<Mutex<Network>>,
     current: Option<Call>,
-    counts: HashMap<Rank, [u64; 2]>,
+    counts: HashMap<Rank, PeerCounts>,
     posted: HashMap<Rank, VecDeque<(Region, Landing, Ticket)>>,
     /// Sends that are done and not reported yet.
     sent: Vec<Ticket>,
@@ -125,13 +126,13 @@ impl Link for SimulatedLink {
         self.counts.clear();
     }
 
-    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64) {
-        self.counts.insert(peer, [sends, receives]);
+    fn pair_counts(&mut self, peer: Rank, counts: PeerCounts) {
+        self.counts.insert(peer, counts);
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
-        let (mut call, marked) = (self.current(), self.marked);
-        call.count = self.counts.get(&to).map_or(call.count, |[sends, _]| *sends);
+        let (call, marked) = (self.current(), self.marked);
+        let call = self.counts.get(&to).map_or(call, |counts| counts.told(call));
         // SAFETY: the region is that long and the engine sends only what is quiet.
         let payload = unsafe { std::slice::from_raw_parts(memory.base(), memory.bytes()) }.to_vec();
         let mut network = self.network();
@@ -175,8 +176,8 @@ impl Link for SimulatedLink {
         let peers: Vec<Rank> = self.posted.keys().copied().collect();
         for peer in peers {
             while !self.posted[&peer].is_empty() {
-                let mut ours = self.current();
-                ours.count = self.counts.get(&peer).map_or(ours.count, |[_, receives]| *receives);
+                let ours = self.current();
+                let ours = self.counts.get(&peer).map_or(ours, |counts| counts.heard(ours));
                 let mut network = self.network();
                 let now = network.now;
                 let line = network.lines.entry((peer, rank)).or_default();

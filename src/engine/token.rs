@@ -1,10 +1,10 @@
 //! What makes ranks that know lengths of their own only compare them before anything moves.
 //!
-//! Both ends of a message compare how many elements the sender has for the receiver, as every
-//! message says so. So there has to be a message for each pair of ranks, and both ends have to meet
-//! in it whatever each of them thinks of its length: where nothing is to be sent, or something so
-//! long that a transport may have it asked for first, a *token* goes ahead, an element that nobody
-//! reads.
+//! Every message says how many elements its sender has for its receiver, and how many it expects
+//! back: who receives one finds out whether the two differ in either. So each of two ranks has to
+//! receive a message from the other, and both ends have to meet in it whatever each of them thinks
+//! of its length: where nothing is to be sent, or something so long that a transport may have it
+//! asked for first, a *token* goes ahead, an element that nobody reads.
 
 use unisum_algorithms::{PairCounts, Rank, Shape, Space};
 

@@ -102,9 +102,8 @@ pub struct Call {
     pub op: ReduceOp,
     /// Whether infinities and NaNs among the results are told.
     pub watched: bool,
-    /// Elements, the same on every rank: of one block, or of all where the blocks differ. In an
-    /// all-to-all whose ranks know lengths of their own only, what the sender of a message has for
-    /// its receiver (see [`Link::pair_counts`](crate::Link::pair_counts)).
+    /// Elements, the same on every rank: of one block, or of all where the blocks differ. Where
+    /// ranks know lengths of their own only, each two tell each other theirs: see [`PeerCounts`].
     pub count: u64,
     /// The root, or 0.
     pub root: u16,
@@ -133,8 +132,6 @@ impl Call {
     pub const COUNT_BY_PAIR: u64 = u64::MAX;
     /// The largest number.
     pub const NUMBER_MAX: u64 = (1 << NUMBER_BITS) - 1;
-    /// Which of its words the count is.
-    pub const COUNT_WORD: usize = 1;
 
     /// Algorithm 0's sum of `count` elements on all ranks of the job, with nothing before it.
     pub const fn all_reduce(number: u64, dtype: Dtype, count: u64) -> Self {
@@ -205,6 +202,52 @@ impl Call {
     /// For people, with the algorithm's name.
     pub fn by<'a>(&'a self, algorithm: &'a dyn fmt::Display) -> impl fmt::Display + 'a {
         Told { call: self, algorithm }
+    }
+}
+
+/// What a rank has for a peer and expects of it, in elements, in a collective whose ranks know
+/// lengths of their own only.
+///
+/// Whatever goes from one of the two to the other says both, so that each of them finds out by
+/// itself that they differ in either, from the first that it receives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeerCounts {
+    /// What this rank has for the peer.
+    pub sends: u64,
+    /// What it expects of the peer.
+    pub receives: u64,
+}
+
+/// More elements than any memory holds.
+const COUNT_LIMIT: u64 = 1 << 48;
+
+impl PeerCounts {
+    /// What has come of `call` when the peer hears it: the count is what this rank has for the
+    /// peer, and what it expects of the peer is in the history.
+    pub const fn told(self, call: Call) -> Call {
+        Call { count: self.sends, history: call.history ^ self.receives, ..call }
+    }
+
+    /// The same as the peer has to tell it.
+    pub const fn heard(self, call: Call) -> Call {
+        Self { sends: self.receives, receives: self.sends }.told(call)
+    }
+
+    /// The two calls of a mismatch as people are told them, where both ranks called `call`: each
+    /// with its count in the direction in which the two differ. Calls without such counts, and
+    /// those of another history, are as they were.
+    pub(crate) const fn in_words(call: &Call, ours: Call, theirs: Call) -> (Call, Call) {
+        let expects = [ours.history ^ call.history, theirs.history ^ call.history];
+        if expects[0] >= COUNT_LIMIT || expects[1] >= COUNT_LIMIT {
+            return (ours, theirs);
+        }
+        let are_alike = ours.count == theirs.count;
+        let ours = Call { history: call.history, ..ours };
+        let theirs = Call { history: call.history, ..theirs };
+        match are_alike && expects[0] != expects[1] {
+            true => (Call { count: expects[0], ..ours }, Call { count: expects[1], ..theirs }),
+            false => (ours, theirs),
+        }
     }
 }
 
@@ -287,6 +330,39 @@ mod tests {
             [5, 0, 0, 0, 0xde, low, high, 0],
         ];
         assert_eq!(call().encode(), wire.concat()[..]);
+    }
+
+    /// Neither of two ranks that differ in what one has for the other hears what it has to, and
+    /// both are told the two counts, whichever of them finds out.
+    #[test]
+    fn counts_of_a_pair_are_compared_by_both() {
+        let base = call();
+        let pair = |sends, receives| PeerCounts { sends, receives };
+        let counts = |(ours, theirs): (Call, Call)| {
+            assert_eq!((ours.history, theirs.history), (base.history, base.history));
+            (ours.count, theirs.count)
+        };
+        assert_eq!(pair(5, 9).told(base), pair(9, 5).heard(base));
+        for (one, other, expected) in [
+            (pair(5, 9), pair(9, 7), (5, 7)),
+            (pair(5, 9), pair(8, 5), (9, 8)),
+            (pair(0, 9), pair(9, 1 << 40), (0, 1 << 40)),
+        ] {
+            for (ours, theirs, expected) in
+                [(one, other, expected), (other, one, (expected.1, expected.0))]
+            {
+                let (due, came) = (ours.heard(base), theirs.told(base));
+                assert_ne!(due, came);
+                assert_eq!(counts(PeerCounts::in_words(&base, due, came)), expected);
+                // Who asks for what it is due to be sent compares what it has to tell.
+                let (due, came) = (ours.told(base), theirs.heard(base));
+                assert_ne!(due, came);
+                assert_eq!(counts(PeerCounts::in_words(&base, due, came)), expected);
+            }
+        }
+        let earlier = pair(9, 5).told(Call { history: u64::MAX / 3, ..base });
+        let due = pair(5, 9).heard(base);
+        assert_eq!(PeerCounts::in_words(&base, due, earlier), (due, earlier));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What can go wrong on a link. The engine adds rank, operation and step.
 
-use crate::{Call, Rank};
+use crate::{Call, PeerCounts, Rank};
 
 /// A link's failure, with the peer it concerns.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -75,6 +75,16 @@ impl LinkError {
     /// Code of the program panicked on this rank: whose it is, and what the panic said.
     pub fn panicked(rank: Rank, what: impl Into<String>) -> Self {
         Self { peer: rank, kind: LinkErrorKind::Panicked(what.into()) }
+    }
+
+    /// The same as people are told it, where this rank called `call`: a mismatch of what one of two
+    /// ranks has for the other shows the counts that differ (see [`PeerCounts`]).
+    #[must_use]
+    pub fn in_words(mut self, call: &Call) -> Self {
+        if let LinkErrorKind::Mismatch { ours, theirs } = &mut self.kind {
+            (*ours, *theirs) = PeerCounts::in_words(call, *ours, *theirs);
+        }
+        self
     }
 
     /// The peer broke the protocol.

@@ -25,7 +25,7 @@ mod region;
 mod wait;
 
 pub use boolean::Bool;
-pub use call::{Call, Collective};
+pub use call::{Call, Collective, PeerCounts};
 pub use custom::{Custom, CustomOp, Function};
 pub use dtype::{Dtype, Element};
 pub use error::{LinkError, LinkErrorKind};

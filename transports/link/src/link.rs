@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::{Call, LinkError, Patience, Rank, Region, Regions};
+use crate::{Call, LinkError, Patience, PeerCounts, Rank, Region, Regions};
 
 /// The engine's name for a transfer it posted. Links hand it back and give it no meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -43,10 +43,10 @@ pub trait Link: Send + fmt::Debug {
     fn begin(&mut self, call: &Call, regions: &Regions);
 
     /// Says of the collective that was begun how many elements this rank has for `peer` and expects
-    /// of it, where a rank knows only its own lengths: until the next one they take the place of
-    /// the call's count in all that goes from one to the other, so that both ends compare them
-    /// before anything lands. Before the first transfer.
-    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64);
+    /// of it, where a rank knows only its own lengths: until the next one all that goes from one to
+    /// the other tells both, so that both ends compare them before anything lands. Before the first
+    /// transfer.
+    fn pair_counts(&mut self, peer: Rank, counts: PeerCounts);
 
     /// Sends `memory`, which is not empty, to `to`. It may be written again once the ticket is
     /// done.

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
-use unisum_link::{Call, Group, Landing, Link, LinkError, Rank, Region, Regions, Ticket, Wake};
+use unisum_link::{
+    Call, Group, Landing, Link, LinkError, PeerCounts, Rank, Region, Regions, Ticket, Wake,
+};
 
 use crate::bell::{Bell, URGENT};
 use crate::group::Team;
@@ -55,7 +57,7 @@ struct Pair {
     inbox: Inbox,
     outbox: Outbox,
     /// What the call under way has for the peer and expects of it, where it does not say so itself.
-    counts: Option<[u64; 2]>,
+    counts: Option<PeerCounts>,
 }
 
 impl ShmLink {
@@ -157,13 +159,20 @@ impl ShmLink {
     }
 }
 
-/// A call, of another count if there is one.
-const fn of_count(call: CallWords, count: Option<u64>) -> CallWords {
-    let mut call = call;
-    if let Some(count) = count {
-        call[Call::COUNT_WORD] = count;
+impl Pair {
+    /// A call of this rank as the peer hears it.
+    fn told(&self, call: CallWords) -> CallWords {
+        self.counts.map_or(call, |counts| counts.told(own(&call)).words())
     }
-    call
+
+    /// The same as the peer has to tell it.
+    fn heard(&self, call: CallWords) -> CallWords {
+        self.counts.map_or(call, |counts| counts.heard(own(&call)).words())
+    }
+}
+
+fn own(call: &CallWords) -> Call {
+    Call::from_words(call).expect("this rank's call was one before it was words")
 }
 
 impl Link for ShmLink {
@@ -177,17 +186,16 @@ impl Link for ShmLink {
         self.team.begin(self.call, regions);
     }
 
-    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64) {
+    fn pair_counts(&mut self, peer: Rank, counts: PeerCounts) {
         if let Ok(index) = self.pair(peer) {
-            self.pairs[index].counts = Some([sends, receives]);
+            self.pairs[index].counts = Some(counts);
         }
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
         let index = self.pair(to)?;
         let pair = &mut self.pairs[index];
-        let count = pair.counts.map(|[sends, _]| sends);
-        pair.outbox.push(of_count(self.call, count), memory, ticket);
+        pair.outbox.push(pair.told(self.call), memory, ticket);
         self.posted = true;
         self.push_out(index)
     }
@@ -201,8 +209,7 @@ impl Link for ShmLink {
     ) -> Result<(), LinkError> {
         let index = self.pair(from)?;
         let pair = &mut self.pairs[index];
-        let count = pair.counts.map(|[_, receives]| receives);
-        pair.inbox.push(of_count(self.call, count), memory, landing, ticket);
+        pair.inbox.push(pair.heard(self.call), memory, landing, ticket);
         self.posted = true;
         Ok(())
     }

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::handshake::{Build, Hello, Purpose, Secret};
 use unisum_link::{
-    Call, Group, Landing, Link, LinkError, Patience, Rank, Region, Regions, Ticket, Wake,
+    Call, Group, Landing, Link, LinkError, Patience, PeerCounts, Rank, Region, Regions, Ticket,
+    Wake,
 };
 
 use crate::congestion;
@@ -72,7 +73,7 @@ pub struct TcpLink {
     slots: Slots,
     current: Option<Call>,
     /// By rank, what the call under way has for it and expects of it; empty where the call says it.
-    counts: Vec<[u64; 2]>,
+    counts: Vec<PeerCounts>,
     moving: Moving,
 }
 
@@ -245,13 +246,13 @@ impl TcpLink {
     /// The call as a rank hears it.
     fn call_to(&self, peer: Rank) -> Call {
         let call = self.current();
-        self.counts.get(peer).map_or(call, |&[count, _]| Call { count, ..call })
+        self.counts.get(peer).map_or(call, |counts| counts.told(call))
     }
 
     /// The call as a rank has to say it.
     fn call_from(&self, peer: Rank) -> Call {
         let call = self.current();
-        self.counts.get(peer).map_or(call, |&[_, count]| Call { count, ..call })
+        self.counts.get(peer).map_or(call, |counts| counts.heard(call))
     }
 
     fn peer_of(&self, lane: usize) -> Rank {
@@ -304,9 +305,9 @@ impl Link for TcpLink {
         self.counts.clear();
     }
 
-    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64) {
-        self.counts.resize(self.opened.len(), [0; 2]);
-        self.counts[peer] = [sends, receives];
+    fn pair_counts(&mut self, peer: Rank, counts: PeerCounts) {
+        self.counts.resize(self.opened.len(), PeerCounts::default());
+        self.counts[peer] = counts;
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {

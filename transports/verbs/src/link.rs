@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use unisum_link::{
-    Call, Group, Landing, Link, LinkError, LinkErrorKind, Patience, Rank, Region, Regions, Ticket,
-    Wake,
+    Call, Group, Landing, Link, LinkError, LinkErrorKind, Patience, PeerCounts, Rank, Region,
+    Regions, Ticket, Wake,
 };
 
 use crate::completions::{Completions, Notice};
@@ -357,9 +357,9 @@ impl Link for VerbsLink {
         }
     }
 
-    fn pair_counts(&mut self, peer: Rank, sends: u64, receives: u64) {
+    fn pair_counts(&mut self, peer: Rank, counts: PeerCounts) {
         let peer = self.place(peer);
-        self.peers[peer].counts = Some([sends, receives]);
+        self.peers[peer].counts = Some(counts);
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {

@@ -14,7 +14,7 @@ mod ending;
 use std::collections::VecDeque;
 use std::io;
 
-use unisum_link::{Call, Landing, LinkError, Rank, Ticket};
+use unisum_link::{Call, Landing, LinkError, PeerCounts, Rank, Ticket};
 
 use crate::area::{Area, CELL_BYTES};
 use crate::desk::{Desk, Hold, Receive, Send, UnderWay};
@@ -38,7 +38,7 @@ pub(crate) struct Peer {
     /// Whether the link looks after it at its next progress.
     pub(crate) is_listed: bool,
     /// What the call under way has for the peer and expects of it, where it does not say so itself.
-    pub(crate) counts: Option<[u64; 2]>,
+    pub(crate) counts: Option<PeerCounts>,
     ending: Ending,
 
     /// Small messages that wait for a cell.

@@ -29,13 +29,13 @@ impl Peer {
     /// The call under way as the peer hears it with what is sent.
     pub(super) fn call_to(&self, desk: &Desk) -> Call {
         let call = desk.current().call;
-        self.counts.map_or(call, |[count, _]| Call { count, ..call })
+        self.counts.map_or(call, |counts| counts.told(call))
     }
 
     /// The call under way as the peer has to say it with what it sends.
     pub(super) fn call_from(&self, desk: &Desk) -> Call {
         let call = desk.current().call;
-        self.counts.map_or(call, |[_, count]| Call { count, ..call })
+        self.counts.map_or(call, |counts| counts.heard(call))
     }
 
     /// What goes before a small message.
