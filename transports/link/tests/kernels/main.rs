@@ -1,6 +1,7 @@
 //! Every kernel against a plain scalar reference, bit by bit; the encodings against their bounds.
 
 mod custom;
+mod edges;
 mod encodings;
 mod floats;
 mod harness;
