@@ -30,7 +30,6 @@ pub unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
 struct Copy {
     from: *const u8,
     to: *mut u8,
-    /// At least [`FROM`].
     bytes: usize,
 }
 
@@ -75,6 +74,23 @@ mod tests {
             assert_eq!(to[shift..shift + bytes], from[70 - shift..70 - shift + bytes]);
             let around = to[..shift].iter().chain(&to[shift + bytes..]);
             assert!(around.into_iter().all(|&byte| byte == 0), "{bytes} bytes at {shift}");
+        }
+    }
+
+    /// Shorter ones than are left to it, too.
+    #[test]
+    fn every_instruction_set_copies_every_byte_and_no_other() {
+        let from: Vec<u8> = (0..1500_u32).map(|at| (at % 251) as u8 + 1).collect();
+        for isa in Isa::available() {
+            for bytes in (0..=130).chain(FROM - 2..=FROM + 130) {
+                let (shift, other) = (bytes * 7 % 70, bytes * 3 % 64);
+                let mut to = vec![0xa5; 1500];
+                let (source, target) = (from[other..].as_ptr(), to[shift..].as_mut_ptr());
+                isa.run(Copy { from: source, to: target, bytes });
+                assert_eq!(to[shift..shift + bytes], from[other..other + bytes], "{isa}: {bytes}");
+                let around = to[..shift].iter().chain(&to[shift + bytes..]);
+                assert!(around.into_iter().all(|&byte| byte == 0xa5), "{isa}: {bytes}");
+            }
         }
     }
 }
