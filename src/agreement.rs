@@ -7,8 +7,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use unisum_kernels::Fold;
 use unisum_link::Call;
-use unisum_link::kernels::Fold;
 
 use crate::collective::Blocks;
 
@@ -157,7 +157,7 @@ impl fmt::Display for Few<'_> {
 
 #[cfg(test)]
 mod tests {
-    use unisum_link::{CustomOp, Dtype, ReduceOp};
+    use unisum_kernels::{CustomOp, Dtype, ReduceOp};
 
     use super::*;
 

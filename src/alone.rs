@@ -1,7 +1,7 @@
 //! Collectives in a world of one: copies, times a factor.
 
-use unisum_link::Element;
-use unisum_link::kernels::Folded;
+use unisum_kernels::Element;
+use unisum_kernels::Folded;
 
 use crate::collective::{Buffers, Collective};
 use crate::reduction::Outcome;

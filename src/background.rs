@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-use unisum_link::Panic;
+use unisum_kernels::Panic;
 
 use crate::turns::{Number, Turns};
 

@@ -6,7 +6,8 @@
 
 use std::ops::Range;
 
-use unisum_link::{Collective as Kind, Dtype, Element, Rank, Region, Regions};
+use unisum_kernels::{Dtype, Element};
+use unisum_link::{Collective as Kind, Rank, Region, Regions};
 
 use crate::collective::{Blocks, Buffers, Collective, Extent, Extents};
 use crate::memory::{Arena, Memory};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-use unisum_link::Element;
+use unisum_kernels::Element;
 
 use crate::memory::Memory;
 

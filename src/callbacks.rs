@@ -5,7 +5,8 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use unisum_link::{Panic, fork};
+use unisum_kernels::Panic;
+use unisum_link::fork;
 
 use crate::{Error, ErrorKind};
 

@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use unisum_link::kernels::Fold;
-use unisum_link::{Call, Collective as Kind, Dtype, Element, Rank, ReduceOp};
+use unisum_kernels::Fold;
+use unisum_kernels::{Dtype, Element, ReduceOp};
+use unisum_link::{Call, Collective as Kind, Rank};
 
 use crate::agreement::Purpose;
 use crate::programs::Key;

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::sync::OnceLock;
 
-use unisum_link::{Dtype, Element, Panic, Rank};
+use unisum_kernels::{Dtype, Element, Panic};
+use unisum_link::Rank;
 
 use crate::alone;
 use crate::buffer::Buffer;

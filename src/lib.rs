@@ -74,7 +74,8 @@ pub use messenger::{Message, Messenger};
 pub use reduction::{Outcome, Reduction};
 pub use settings::{ByteSizeError, parse_bytes};
 pub use store::Store;
-pub use unisum_link::{Bool, CustomOp, Dtype, Element, Rank, ReduceOp, f8e4m3, f8e5m2};
+pub use unisum_kernels::{Bool, CustomOp, Dtype, Element, ReduceOp, f8e4m3, f8e5m2};
+pub use unisum_link::Rank;
 pub use work::Work;
 
 /// The names of all algorithms, as [`Communicator::set_algorithm`] takes them: those of the
@@ -118,7 +119,7 @@ pub fn rdma_devices() -> Vec<String> {
 
 /// The instruction set that the reduction kernels use on this machine.
 pub fn isa() -> &'static str {
-    unisum_link::kernels::isa()
+    unisum_kernels::isa()
 }
 
 /// The README's example, compiled with the documentation's.

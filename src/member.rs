@@ -4,7 +4,8 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use unisum_link::{Collective as Kind, Element, Panic, Rank, ReduceOp, Regions};
+use unisum_kernels::{Element, Panic, ReduceOp};
+use unisum_link::{Collective as Kind, Rank, Regions};
 
 use crate::Error;
 use crate::agreement::{Batch, Terms};

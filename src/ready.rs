@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use unisum_link::kernels::Fold;
-use unisum_link::{Call, Collective as Kind, Dtype, Rank, ReduceOp};
+use unisum_kernels::Fold;
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_link::{Call, Collective as Kind, Rank};
 
 use crate::agreement::Purpose;
 use crate::collective::{Collective, Extents, Lengths};
@@ -74,7 +75,7 @@ impl Ready {
 
 #[cfg(test)]
 mod tests {
-    use unisum_link::CustomOp;
+    use unisum_kernels::CustomOp;
 
     use super::*;
     use crate::reduction::Reduction;

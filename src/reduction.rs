@@ -1,7 +1,7 @@
 //! How elements are reduced, and what a reduction tells beside its result.
 
-use unisum_link::kernels::Fold;
-use unisum_link::{CustomOp, Dtype, Element, ReduceOp};
+use unisum_kernels::Fold;
+use unisum_kernels::{CustomOp, Dtype, Element, ReduceOp};
 
 /// How elements are reduced: an operation, a factor for the inputs, whether to look for infinities
 /// and NaNs.

@@ -5,8 +5,9 @@ use std::num::NonZeroU32;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use unisum_link::kernels::Fold;
-use unisum_link::{Backoff, Call, LinkError, Pause, Rank, ReduceOp, Regions, fork};
+use unisum_kernels::Fold;
+use unisum_kernels::ReduceOp;
+use unisum_link::{Backoff, Call, LinkError, Pause, Rank, Regions, fork};
 
 use crate::agreement::{Terms, after};
 use crate::batch::Scratch;

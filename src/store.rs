@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use unisum_link::Panic;
+use unisum_kernels::Panic;
 
 use crate::interface::{ADDRESSES_MAX, without_scope};
 use crate::launcher::Token;

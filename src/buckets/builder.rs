@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
 
-use unisum_link::Panic;
+use unisum_kernels::Panic;
 use unisum_link::handshake::job_hash;
 
 use super::hook::{AllReduce, Hook, panicked_in};

@@ -3,8 +3,9 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use unisum_link::kernels::Encoding;
-use unisum_link::{Dtype, Rank};
+use unisum_kernels::Dtype;
+use unisum_kernels::Encoding;
+use unisum_link::Rank;
 
 use super::codec::Kept;
 use super::codec::feedback::{ErrorFeedback, Piece};

@@ -9,7 +9,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Instant;
 
-use unisum_link::{Panic, Rank};
+use unisum_kernels::Panic;
+use unisum_link::Rank;
 
 use super::plan::Plan;
 use crate::{Error, ErrorKind};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 
 use half::{bf16, f16};
-use unisum_link::{Dtype, Element, Panic, ReduceOp};
+use unisum_kernels::{Dtype, Element, Panic, ReduceOp};
 
 use super::parameter::Parameter;
 use super::plan::Plan;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use bytes::{Buf, BufMut};
-use unisum_link::Dtype;
+use unisum_kernels::Dtype;
 
 use super::parameter::Parameter;
 

@@ -1,6 +1,6 @@
 //! Buckets whose matrices travel as products of narrow ones.
 
-use unisum_link::Dtype;
+use unisum_kernels::Dtype;
 
 use super::hook::{AllReduce, Bucket, Hook};
 use super::power::{PowerSgd, Settings, State, Tensor};

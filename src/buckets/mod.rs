@@ -68,7 +68,8 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
-use unisum_link::{Element, Panic, fork};
+use unisum_kernels::{Element, Panic};
+use unisum_link::fork;
 
 pub use builder::Builder;
 pub use compressed::Compressed;
@@ -82,7 +83,7 @@ pub use shard::{Gathering, ShardPiece, Weights};
 pub use step::{BucketWork, Step, StepWork, View};
 pub use trace::Trace;
 pub use tuner::Advice;
-pub use unisum_link::kernels::Encoding;
+pub use unisum_kernels::Encoding;
 
 use crate::{Buffers, Collective, Communicator, Error, ErrorKind};
 use flight::{Cycle, Flight, Purpose};

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use unisum_link::Dtype;
+use unisum_kernels::Dtype;
 
 /// A parameter of a model: its name, its shape, and the type of its gradient.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use unisum_link::{Dtype, Element};
+use unisum_kernels::{Dtype, Element};
 
 use super::layout::Layout;
 use super::parameter::Parameter;

@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use unisum_link::Element;
+use unisum_kernels::Element;
 
 use super::hook::{Bucket, Hook};
 use super::plan::Plan;
@@ -281,7 +281,7 @@ impl Gather {
 
 #[cfg(test)]
 mod tests {
-    use unisum_link::Dtype;
+    use unisum_kernels::Dtype;
 
     use super::*;
     use crate::buckets::Parameter;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use unisum_link::Element;
+use unisum_kernels::Element;
 
 use super::flight::Flight;
 use super::report::StepReport;

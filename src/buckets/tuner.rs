@@ -185,7 +185,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use unisum_link::Dtype;
+    use unisum_kernels::Dtype;
 
     use super::super::report::BucketReport;
     use super::*;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use unisum_link::Panic;
+use unisum_kernels::Panic;
 
 use super::flight::{Flight, Outcome, Purpose};
 use super::hook::{Bucket, Hook, panicked_in};

@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use unisum_kernels::Dtype;
 use unisum_link::fuzzing::Target;
-use unisum_link::{Call, Dtype, Rank};
+use unisum_link::{Call, Rank};
 
 use super::coordinator::{Audience, Coordinator};
 use super::file;

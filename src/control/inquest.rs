@@ -227,7 +227,7 @@ fn list(text: &mut String, accounts: &[Account], culprits: &[Rank]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use unisum_link::Dtype;
+    use unisum_kernels::Dtype;
 
     use crate::control::status::{Status, Waiting};
     use crate::control::tests::call;

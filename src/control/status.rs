@@ -6,7 +6,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use unisum_link::{Call, Collective, Dtype, Rank};
+use unisum_kernels::Dtype;
+use unisum_link::{Call, Collective, Rank};
 
 use crate::programs::plan_of;
 

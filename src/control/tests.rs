@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use bytes::BytesMut;
-use unisum_link::Dtype;
+use unisum_kernels::Dtype;
 use unisum_link::handshake::{Build, Heard, Listening as Handshake};
 
 use super::message::Message;

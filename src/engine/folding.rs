@@ -1,6 +1,6 @@
 //! Folds, and what they find on the way.
 
-use unisum_link::kernels::{Fold, Folded};
+use unisum_kernels::{Fold, Folded};
 
 /// How the elements of one collective are folded, and what was found so far.
 #[derive(Clone, Copy, Debug)]

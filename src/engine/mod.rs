@@ -24,10 +24,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Instant;
 
-use unisum_link::kernels::Fold;
+use unisum_kernels::Fold;
+use unisum_kernels::said_by_reduction;
 use unisum_link::{
     Call, Collective, Group, Link, LinkError, Patience, PeerCounts, Rank, Region, Regions,
-    said_by_reduction,
 };
 
 use folding::Folding;

@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use unisum_algorithms::{self as plans, Algorithm, Shape, Topology, algorithms, all};
-use unisum_link::kernels::Fold;
+use unisum_kernels::Fold;
+use unisum_kernels::{Dtype, ReduceOp};
 use unisum_link::{
-    Call, Dtype, Group, Landing, Link, LinkError, PeerCounts, Rank, ReduceOp, Region, Regions,
-    Ticket, Wake,
+    Call, Group, Landing, Link, LinkError, PeerCounts, Rank, Region, Regions, Ticket, Wake,
 };
 
 use super::program::{Program, Source, Tuning};

@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use unisum_link::kernels::copy;
+use unisum_kernels::copy;
 use unisum_link::{LinkError, Part};
 
 use super::folding::Extras;

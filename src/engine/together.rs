@@ -13,7 +13,7 @@
 
 use std::ops::Range;
 
-use unisum_link::kernels::copy;
+use unisum_kernels::copy;
 use unisum_link::{Arrival, Group, LinkError, Part, Rank};
 
 use super::folding::{Extras, Folding};

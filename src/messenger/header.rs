@@ -13,7 +13,7 @@
 //! All integers are little endian.
 
 use bytes::{Buf, BufMut};
-use unisum_link::Dtype;
+use unisum_kernels::Dtype;
 
 /// Bytes of an encoded header.
 pub(super) const HEADER_BYTES: usize = 40;

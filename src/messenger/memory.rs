@@ -2,7 +2,8 @@
 
 use std::ptr::NonNull;
 
-use unisum_link::{Element, Region};
+use unisum_kernels::Element;
+use unisum_link::Region;
 
 use super::peer::EAGER_BYTES;
 use crate::memory::Arena;

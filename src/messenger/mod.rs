@@ -8,7 +8,8 @@ mod peer;
 
 use std::time::{Duration, Instant};
 
-use unisum_link::{Element, Patience, Rank, fork};
+use unisum_kernels::Element;
+use unisum_link::{Patience, Rank, fork};
 
 use crate::engine::Links;
 use crate::groups::Making;

@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use slab::Slab;
+use unisum_kernels::Dtype;
 use unisum_link::{
-    Call, Collective, Dtype, Landing, LinkError, LinkErrorKind, Patience, Rank, Region, Regions,
-    Ticket,
+    Call, Collective, Landing, LinkError, LinkErrorKind, Patience, Rank, Region, Regions, Ticket,
 };
 
 use super::header::{Envelope, HEADER_BYTES, Header};

@@ -14,8 +14,9 @@ mod race;
 use std::ptr::NonNull;
 use std::time::Instant;
 
-use unisum_link::kernels::Fold;
-use unisum_link::{Call, Dtype, ReduceOp, Region, Regions};
+use unisum_kernels::Fold;
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_link::{Call, Region, Regions};
 
 use self::race::{Race, calls_in_a_row, fastest_at_once};
 use crate::choice::Candidate;

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use unisum_algorithms::LinkCost;
-use unisum_link::kernels::Fold;
+use unisum_kernels::Dtype;
+use unisum_kernels::Fold;
 use unisum_link::{
-    Backoff, Call, Dtype, Landing, Link, LinkError, LinkErrorKind, Pause, Rank, Region, Regions,
-    Ticket,
+    Backoff, Call, Landing, Link, LinkError, LinkErrorKind, Pause, Rank, Region, Regions, Ticket,
 };
 
 use crate::engine::program::Program;

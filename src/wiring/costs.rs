@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut};
 use rustix::thread::sched_getcpu;
 use unisum_algorithms::{Algorithm, CostModel, LinkCost, Topology, all};
-use unisum_link::kernels::{Fold, Folded};
-use unisum_link::{Call, Dtype, LinkError, Rank, ReduceOp, Regions};
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_kernels::{Fold, Folded};
+use unisum_link::{Call, LinkError, Rank, Regions};
 
 use super::calibrate::{self, Limit};
 use super::earlier::{Earlier, look_up};

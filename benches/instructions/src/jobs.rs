@@ -7,8 +7,8 @@ use std::str::FromStr;
 use unisum_algorithms::{
     Algorithm, Collective, CostModel, Shape, Topology, all, by_name, cost, prove, slice,
 };
-use unisum_link::kernels::{Fold, Folded, Isa, isa};
-use unisum_link::{Dtype, ReduceOp};
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_kernels::{Fold, Folded, Isa, isa};
 
 use crate::Result;
 use crate::allocator::allocations;

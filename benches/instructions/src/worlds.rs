@@ -9,10 +9,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use unisum_algorithms::{Algorithm, Shape, Topology};
+use unisum_kernels::Dtype;
+use unisum_kernels::Fold;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Heard, Hello, Listening, Secret, random};
-use unisum_link::kernels::Fold;
-use unisum_link::{Call, Dtype, Link, Rank, Region, Regions};
+use unisum_link::{Call, Link, Rank, Region, Regions};
 use unisum_shm::{Block, Offer, ShmLink};
 use unisum_tcp::{Inbox, TcpConfig, TcpLink};
 

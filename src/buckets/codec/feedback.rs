@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use unisum_link::kernels::Encoding;
+use unisum_kernels::Encoding;
 
 use super::Kept;
 

@@ -11,7 +11,7 @@ pub(crate) use kept::{Kept, UnreadableState, take, take_u64};
 
 #[cfg(test)]
 mod tests {
-    use unisum_link::kernels::Encoding;
+    use unisum_kernels::Encoding;
 
     /// What the sum of encoded gradients relies on, of any encoding: a piece at a multiple of the
     /// block is a range of bytes, and adding is decoding and adding.

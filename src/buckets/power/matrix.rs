@@ -4,7 +4,7 @@
 //! all loops run over what lies together. Sums are made in a fixed order, the same on every
 //! instruction set.
 
-use unisum_link::kernels::{Isa, Work};
+use unisum_kernels::{Isa, Work};
 
 /// How many sums a dot product is made of: two cache lines of `f32`.
 const LANES: usize = 32;

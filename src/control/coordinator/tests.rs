@@ -397,7 +397,7 @@ fn a_verdict_of_the_ranks_own_counts_before_deaths_seen_in_the_same_moment() {
 fn a_message_that_is_overdue_is_asked_about_along_the_chain() {
     let mut job = Job::new();
     let waiting = |peer| {
-        let (communicator, receives, dtype) = (5, true, unisum_link::Dtype::U8);
+        let (communicator, receives, dtype) = (5, true, unisum_kernels::Dtype::U8);
         let waiting = Waiting { communicator, peer, receives, dtype, bytes: 9, tag: 1 };
         let status = Status::default();
         status.wait_for_message(&waiting);

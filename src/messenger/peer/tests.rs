@@ -1,5 +1,5 @@
 use proptest::prelude::*;
-use unisum_link::Dtype;
+use unisum_kernels::Dtype;
 
 use super::*;
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Dtype, ReduceOp};
+use unisum_kernels::{Dtype, ReduceOp};
 
 /// The collective operations unisum knows, and the messages between two ranks.
 ///

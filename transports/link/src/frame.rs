@@ -81,7 +81,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Collective, Dtype, ReduceOp};
+    use crate::Collective;
+    use unisum_kernels::{Dtype, ReduceOp};
 
     proptest! {
         #[test]

@@ -4,10 +4,11 @@
 
 use std::io::{self, Read, Write};
 
+use crate::Call;
 use crate::frame::{HEADER_BYTES, Header};
 use crate::handshake::{Build, HandshakeError, Heard, Hello, Listening, Purpose, Refusal, Secret};
 use crate::handshake::{dial, mac};
-use crate::{Call, Dtype, ReduceOp};
+use unisum_kernels::{Dtype, ReduceOp};
 
 /// One parser under test.
 #[derive(Clone, Copy, Debug)]

@@ -10,10 +10,9 @@ mod processes;
 
 use std::time::{Duration, Instant};
 
-use unisum_link::kernels::{Fold, Folded};
-use unisum_link::{
-    Arrival, Backoff, Call, Dtype, Group, Link, Part, Patience, Pause, ReduceOp, Region, Regions,
-};
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_kernels::{Fold, Folded};
+use unisum_link::{Arrival, Backoff, Call, Group, Link, Part, Patience, Pause, Region, Regions};
 use unisum_shm::ShmLink;
 
 const FOLD: Fold = Fold::new(Dtype::F32, ReduceOp::Sum);

@@ -3,8 +3,9 @@
 
 mod peer;
 
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_link::Call;
 use unisum_link::fuzzing::Target;
-use unisum_link::{Call, Dtype, ReduceOp};
 
 use crate::card::{Card, candidates};
 use crate::join::fuzzing::{check_leader, check_member, leader_seeds, member_seeds};

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::Instant;
 
-use unisum_link::kernels::copy;
+use unisum_kernels::copy;
 use unisum_link::{Arrival, Group, LinkError, Part, Rank, Region, Regions};
 
 use crate::bell::Bell;

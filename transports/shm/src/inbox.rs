@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
-use unisum_link::kernels::copy;
+use unisum_kernels::copy;
 use unisum_link::{Call, Landing, LinkError, LinkErrorKind, Rank, Region, Ticket};
 
 use crate::bell::{Bell, URGENT};

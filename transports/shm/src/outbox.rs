@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use unisum_link::kernels::copy;
+use unisum_kernels::copy;
 use unisum_link::{LinkError, Region, Ticket};
 
 use crate::bell::{Bell, URGENT};

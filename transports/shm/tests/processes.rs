@@ -8,7 +8,8 @@ mod processes;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use unisum_link::{Arrival, Call, Dtype, Landing, Link, Part, Region, Regions, Ticket};
+use unisum_kernels::Dtype;
+use unisum_link::{Arrival, Call, Landing, Link, Part, Region, Regions, Ticket};
 use unisum_shm::ShmLink;
 
 const WORLD: usize = 3;

@@ -292,7 +292,7 @@ mod tests {
     use std::net::TcpListener;
     use std::time::{Duration, Instant};
 
-    use unisum_link::Dtype;
+    use unisum_kernels::Dtype;
 
     use super::*;
 

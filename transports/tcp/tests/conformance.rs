@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use unisum_kernels::Dtype;
 use unisum_link::conformance::{End, Mesh};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Heard, Hello, Listening, Secret, random};
-use unisum_link::{Call, Dtype, Landing, LinkError, Region, Regions, Ticket};
+use unisum_link::{Call, Landing, LinkError, Region, Regions, Ticket};
 use unisum_tcp::{Inbox, TcpConfig, TcpLink};
 
 unisum_link::conformance_tests!(Mesh {

@@ -13,7 +13,8 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use unisum_link::{Call, Dtype, Landing, Link as _, Region, Regions, Ticket};
+use unisum_kernels::Dtype;
+use unisum_link::{Call, Landing, Link as _, Region, Regions, Ticket};
 use unisum_verbs::{Offer, VerbsConfig, VerbsLink};
 
 const SLICE: usize = 256 << 10;

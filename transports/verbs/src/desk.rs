@@ -351,7 +351,7 @@ impl Desk {
 
 #[cfg(test)]
 mod tests {
-    use unisum_link::Dtype;
+    use unisum_kernels::Dtype;
 
     use super::*;
 

@@ -1,7 +1,8 @@
 //! What must hold of everything that peers tell, whatever they tell.
 
+use unisum_kernels::{Dtype, ReduceOp};
 use unisum_link::fuzzing::Target;
-use unisum_link::{Call, Collective, Dtype, ReduceOp};
+use unisum_link::{Call, Collective};
 
 use crate::card::{Card, RailCard};
 use crate::filter::DeviceFilter;

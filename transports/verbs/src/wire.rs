@@ -144,7 +144,8 @@ const PART_BYTES_MAX: usize = 1 << 30;
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use unisum_link::{Collective, Dtype, ReduceOp};
+    use unisum_kernels::{Dtype, ReduceOp};
+    use unisum_link::Collective;
 
     use super::*;
 

@@ -10,7 +10,8 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
-use unisum_link::{Call, Dtype, Landing, Link as _, Region, Regions, Ticket};
+use unisum_kernels::Dtype;
+use unisum_link::{Call, Landing, Link as _, Region, Regions, Ticket};
 use unisum_verbs::VerbsLink;
 
 const KIB: usize = 1 << 10;

@@ -9,7 +9,8 @@ use std::process::Command;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use unisum_link::{Call, Dtype, Landing, Link as _, Rank, Region, Regions, Ticket};
+use unisum_kernels::Dtype;
+use unisum_link::{Call, Landing, Link as _, Rank, Region, Regions, Ticket};
 use unisum_verbs::{Counts, VerbsConfig, VerbsLink};
 
 const LARGE: usize = 1 << 20;

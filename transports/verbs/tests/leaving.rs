@@ -7,9 +7,8 @@ mod common;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use unisum_link::{
-    Call, Collective, Dtype, Landing, Link, LinkError, Rank, Region, Regions, Ticket,
-};
+use unisum_kernels::Dtype;
+use unisum_link::{Call, Collective, Landing, Link, LinkError, Rank, Region, Regions, Ticket};
 use unisum_verbs::{VerbsConfig, VerbsLink};
 
 const LIMIT: Duration = Duration::from_secs(30);

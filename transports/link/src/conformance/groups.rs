@@ -6,8 +6,9 @@ use super::Mesh;
 use super::memory::copy;
 use super::parking::idle;
 use super::port::{Kind, PATIENCE, Port, call, run_on};
-use crate::kernels::{Fold, Folded};
-use crate::{Call, Dtype, LinkErrorKind, Part, Rank, ReduceOp};
+use crate::{Call, LinkErrorKind, Part, Rank};
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_kernels::{Fold, Folded};
 
 const WORLDS: [usize; 3] = [2, 3, 5];
 const FOLD: Fold = Fold::new(Dtype::U32, ReduceOp::Sum);

@@ -5,8 +5,9 @@ use std::ops::Range;
 use super::Mesh;
 use super::memory::pattern;
 use super::port::{Port, call, run};
-use crate::kernels::{Fold, Folded};
-use crate::{Call, Dtype, Landing, Rank, ReduceOp, Ticket};
+use crate::{Call, Landing, Rank, Ticket};
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_kernels::{Fold, Folded};
 
 const LANDINGS: [Landing; 2] = [Landing::Place, Landing::Slot];
 

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use super::memory::{Memory, copy};
 use super::{End, Mesh};
 use crate::{
-    Arrival, Backoff, Call, Dtype, Group, Landing, Link, LinkError, Patience, Pause, Rank, Regions,
-    Ticket,
+    Arrival, Backoff, Call, Group, Landing, Link, LinkError, Patience, Pause, Rank, Regions, Ticket,
 };
+use unisum_kernels::Dtype;
 
 /// How long any wait of the suite may take before it counts as a hang.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);

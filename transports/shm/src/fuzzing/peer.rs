@@ -9,9 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use unisum_link::{
-    Arrival, Call, Dtype, Landing, Link as _, LinkError, Part, Region, Regions, Ticket,
-};
+use unisum_kernels::Dtype;
+use unisum_link::{Arrival, Call, Landing, Link as _, LinkError, Part, Region, Regions, Ticket};
 
 use crate::bell::Bell;
 use crate::group::Team;

@@ -1,7 +1,7 @@
 //! Folds that a user's function does.
 
-use unisum_link::kernels::{Fold, Folded};
-use unisum_link::{Bool, CustomOp, Dtype, Element, ReduceOp};
+use unisum_kernels::{Bool, CustomOp, Dtype, Element, ReduceOp};
+use unisum_kernels::{Fold, Folded};
 
 use crate::harness::Misaligned;
 use crate::reference::{Reference, samples};

@@ -8,8 +8,8 @@ use std::hint::black_box;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
-use unisum_link::kernels::{Fold, Folded, Isa};
-use unisum_link::{Dtype, ReduceOp};
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_kernels::{Fold, Folded, Isa};
 
 fn main() {
     let mut arguments = std::env::args().skip(1).map(|word| word.parse().expect("a number"));

@@ -11,8 +11,8 @@ mod watch;
 use std::num::NonZeroU32;
 
 use proptest::prelude::*;
-use unisum_link::kernels::{Fold, Isa};
-use unisum_link::{Dtype, ReduceOp};
+use unisum_kernels::{Dtype, ReduceOp};
+use unisum_kernels::{Fold, Isa};
 
 use crate::harness::{Destination, check, folds, inputs, run};
 use crate::reference::{Reference, for_each_element, samples};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::Dtype;
-use crate::dtype::{UnknownCode, UnknownName};
+use crate::element::{UnknownCode, UnknownName};
 
 /// How the elements of the ranks become one.
 ///
@@ -33,7 +33,7 @@ use crate::dtype::{UnknownCode, UnknownName};
 /// the default floating-point environment, as Rust requires: if a host flushes subnormals on some
 /// ranks only, their bits differ.
 ///
-/// [`Fold::check_defined`]: crate::kernels::Fold::check_defined
+/// [`Fold::check_defined`]: crate::Fold::check_defined
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 #[non_exhaustive]

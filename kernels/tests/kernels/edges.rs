@@ -2,8 +2,8 @@
 //! or written, whatever the length, the alignment and the instruction set.
 
 use half::{bf16, f16};
-use unisum_link::kernels::{Encoding, Fold, Folded, Isa, copy};
-use unisum_link::{f8e4m3, f8e5m2};
+use unisum_kernels::{Encoding, Fold, Folded, Isa, copy};
+use unisum_kernels::{f8e4m3, f8e5m2};
 
 use crate::harness::folds;
 use crate::reference::{Reference, for_each_element, samples};

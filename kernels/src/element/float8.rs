@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::fmt;
 
-use crate::kernels::float8::{e4m3_to_f32, e5m2_to_f32, f32_to_e4m3, f32_to_e5m2};
+use crate::float8::{e4m3_to_f32, e5m2_to_f32, f32_to_e4m3, f32_to_e5m2};
 
 macro_rules! float8 {
     ($(#[$doc:meta])* $name:ident, $widen:ident, $narrow:ident, $nan:expr, $max:expr) => {

@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 use proptest::prelude::*;
-use unisum_link::kernels::{Encoding, Isa};
+use unisum_kernels::{Encoding, Isa};
 
 /// Numbers of all magnitudes, many of one, and what is no number.
 fn value() -> impl Strategy<Value = f32> {

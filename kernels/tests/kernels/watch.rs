@@ -1,8 +1,8 @@
 //! Watching for what is not finite.
 
 use half::{bf16, f16};
-use unisum_link::kernels::Fold;
-use unisum_link::{ReduceOp, f8e4m3, f8e5m2};
+use unisum_kernels::Fold;
+use unisum_kernels::{ReduceOp, f8e4m3, f8e5m2};
 
 use crate::harness::{Destination, check};
 use crate::reference::Reference;

@@ -6,7 +6,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use unisum_link::kernels::{Encoding, Isa};
+use unisum_kernels::{Encoding, Isa};
 
 fn main() {
     let kib = std::env::args().nth(1).map_or(256, |word| word.parse().expect("a number"));

@@ -2,8 +2,8 @@
 
 use std::num::NonZeroU32;
 
-use unisum_link::kernels::{Fold, Folded, Isa};
-use unisum_link::{Dtype, Element, ReduceOp};
+use unisum_kernels::{Dtype, Element, ReduceOp};
+use unisum_kernels::{Fold, Folded, Isa};
 
 use crate::reference::{Reference, samples};
 

@@ -3,8 +3,8 @@
 use std::num::NonZeroU32;
 
 use half::{bf16, f16};
-use unisum_link::kernels::{Fold, Folded, Isa};
-use unisum_link::{Dtype, ReduceOp, f8e4m3, f8e5m2};
+use unisum_kernels::{Dtype, ReduceOp, f8e4m3, f8e5m2};
+use unisum_kernels::{Fold, Folded, Isa};
 
 use crate::harness::{Destination, check, folds, run};
 use crate::reference::Reference;

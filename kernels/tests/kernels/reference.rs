@@ -4,8 +4,8 @@ use std::fmt::{Debug, LowerHex};
 use std::num::NonZeroU32;
 
 use half::{bf16, f16};
-use unisum_link::kernels::Fold;
-use unisum_link::{Bool, Element, ReduceOp, f8e4m3, f8e5m2};
+use unisum_kernels::Fold;
+use unisum_kernels::{Bool, Element, ReduceOp, f8e4m3, f8e5m2};
 
 /// The reference: what `ReduceOp` documents, one element at a time.
 pub(crate) trait Reference: Element + Debug {
@@ -137,9 +137,9 @@ impl Reference for Bool {
 /// Calls the generic function for every element type.
 macro_rules! for_each_element {
     ($check:ident($($argument:expr),*)) => {
-        $check::<unisum_link::f8e4m3>($($argument),*);
-        $check::<unisum_link::f8e5m2>($($argument),*);
-        $check::<unisum_link::Bool>($($argument),*);
+        $check::<unisum_kernels::f8e4m3>($($argument),*);
+        $check::<unisum_kernels::f8e5m2>($($argument),*);
+        $check::<unisum_kernels::Bool>($($argument),*);
         $check::<half::f16>($($argument),*);
         $check::<half::bf16>($($argument),*);
         $check::<f32>($($argument),*);

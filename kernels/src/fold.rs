@@ -1,43 +1,16 @@
-//! Reduction kernels: fold the elements of several buffers into one.
-//!
-//! The loops are written once (`loops`), generic over the element type (`number`, `floats`), the
-//! operation (`operator`) and the instruction set (`isa`). Each instruction set compiles them again
-//! with its features switched on, and the compiler vectorises them; only floats of 16 and 8 bits
-//! are converted by hand (`x86`). No step may be fused or reordered, so all of them give the same
-//! bits. Users' functions are called piece by piece (`pieces`). Conversions between `f32` and what
-//! travels of it are loops of the same kind (`encoding`), and so is what only copies (`copy`).
-
-mod buffers;
-mod copy;
-mod encoding;
-mod float16;
-pub(crate) mod float8;
-mod floats;
-mod isa;
-mod loops;
-mod number;
-mod operator;
-mod pieces;
-mod reciprocal;
-mod watch;
-#[cfg(target_arch = "x86_64")]
-mod x86;
+//! A pass of a reduction, and which kernel does it.
 
 use std::num::NonZeroU32;
 
 use half::{bf16, f16};
 
-pub use copy::copy;
-pub use encoding::Encoding;
-pub use isa::{Isa, Work, isa};
-
-use self::isa::{Kernel, Task};
-use self::number::{Arithmetic, Bits, Float, Ordered};
-use self::operator::{And, Average, Extreme, Or, Product, Scaled, Sum, Weighted, Xor};
-use self::watch::{Blind, Nonfinite};
 use crate::custom::Custom;
+use crate::isa::{Isa, Kernel, Task};
+use crate::number::{Arithmetic, Bits, Float, Ordered};
 use crate::op::Undefined;
-use crate::{Bool, Dtype, ReduceOp, f8e4m3, f8e5m2};
+use crate::operator::{And, Average, Extreme, Or, Product, Scaled, Sum, Weighted, Xor};
+use crate::watch::{self, Blind, Nonfinite};
+use crate::{Bool, Dtype, ReduceOp, f8e4m3, f8e5m2, pieces};
 
 /// One pass of a reduction: `dst[i] = source 0[i] ∘ source 1[i] ∘ …`, element by element.
 ///
