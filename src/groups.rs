@@ -10,11 +10,11 @@ use crate::agreement::Purpose;
 use crate::background::Background;
 use crate::collective::{Buffers, Collective};
 use crate::control::Share;
-use crate::engine::program::Tuning;
 use crate::member::{Core, Member};
 use crate::runner::Runner;
 use crate::wiring::{self, Group, Parent};
 use crate::{Communicator, Error, ErrorKind};
+use unisum_engine::Tuning;
 
 /// What a rank calls to make groups, with the arguments that all ranks have to give alike.
 #[derive(Clone, Debug, PartialEq, Eq)]

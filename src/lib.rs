@@ -33,7 +33,6 @@ mod choice;
 mod collective;
 mod communicator;
 mod control;
-mod engine;
 mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;

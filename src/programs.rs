@@ -9,8 +9,7 @@ use unisum_link::{Collective as Kind, Rank};
 
 use crate::choice::Choice;
 use crate::collective::Blocks;
-use crate::engine::Engine;
-use crate::engine::program::{GroupShape, Program, Source, Tuning};
+use unisum_engine::{Engine, GroupShape, Program, Source, Tuning};
 
 /// What a program depends on within one communicator.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -9,7 +9,7 @@ use unisum_link::{Call, Collective as Kind, Rank};
 
 use crate::agreement::Purpose;
 use crate::collective::{Collective, Extents, Lengths};
-use crate::engine::program::Program;
+use unisum_engine::Program;
 
 /// A call that can be made: all of it but its number and its memory.
 #[derive(Debug)]

@@ -13,8 +13,6 @@ use crate::agreement::{Terms, after};
 use crate::batch::Scratch;
 use crate::choice::Choice;
 use crate::control::Verdict;
-use crate::engine::program::Tuning;
-use crate::engine::{Advance, Engine};
 use crate::error::Operation;
 use crate::interrupt;
 use crate::judgement::{GRACE, from_verdict};
@@ -24,6 +22,7 @@ use crate::ready::{Form, Known, Ready};
 use crate::reduction::Outcome;
 use crate::turns::Turns;
 use crate::{Error, ErrorKind};
+use unisum_engine::{Advance, Engine, Tuning};
 
 /// What a caller asks for.
 #[derive(Clone, Debug)]

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use unisum_kernels::Element;
 use unisum_link::{Patience, Rank, fork};
 
-use crate::engine::Links;
 use crate::groups::Making;
 use crate::memory::Arena;
 use crate::{Communicator, Error, ErrorKind};
 use desk::Desk;
 use header::Envelope;
 use office::{Office, Posted};
+use unisum_engine::Links;
 
 /// Sends and receives messages between the ranks of a communicator.
 ///

@@ -11,7 +11,7 @@ use unisum_link::{
 use super::header::{Envelope, HEADER_BYTES, Header};
 use super::memory;
 use super::peer::{Fault, Next, Operation, Output, Peer};
-use crate::engine::Links;
+use unisum_engine::Links;
 
 /// Why the office closes.
 #[derive(Debug)]

@@ -20,10 +20,10 @@ use unisum_link::{Call, Region, Regions};
 
 use self::race::{Race, calls_in_a_row, fastest_at_once};
 use crate::choice::Candidate;
-use crate::engine::Engine;
 use crate::programs::{Compiled, Key, Programs};
 use crate::reduction::Outcome;
 use crate::runner::{Failure, Request, Runner, Wait};
+use unisum_engine::Engine;
 
 /// How long trying may take, in seconds, the first run included. So where a call takes longer than
 /// a tenth of this, that is less than ten of them.

@@ -10,10 +10,9 @@ use unisum_link::{
     Backoff, Call, Landing, Link, LinkError, LinkErrorKind, Pause, Rank, Region, Regions, Ticket,
 };
 
-use crate::engine::program::Program;
-use crate::engine::{Advance, Engine};
 use crate::membership::Membership;
 use crate::memory::Arena;
+use unisum_engine::{Advance, Engine, Program};
 
 const SMALL: usize = 8;
 const CACHED: usize = LinkCost::CACHED_BYTES / 4;

@@ -16,12 +16,11 @@ use super::earlier::{Earlier, look_up};
 use super::pairs::{self, Across, Measured};
 use super::{Job, rendezvous_error, starting_failed};
 use crate::choice::{Choice, Line, NodeCost};
-use crate::engine::Engine;
-use crate::engine::program::Tuning;
 use crate::membership::Membership;
 use crate::programs::{Key, Programs};
 use crate::tunings::{Tunings, Which};
 use crate::{Error, ErrorKind};
+use unisum_engine::{Engine, Tuning};
 
 /// The figures that all ranks share.
 #[derive(Clone, Copy, Debug, PartialEq)]

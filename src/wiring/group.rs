@@ -15,10 +15,10 @@ use super::node::{Circle, Node, Offer};
 use super::{Assembly, Exchange, Job, others, verbs};
 use crate::choice::Choice;
 use crate::control::Share;
-use crate::engine::Engine;
 use crate::membership::Membership;
 use crate::tunings::Which;
 use crate::{Error, ErrorKind};
+use unisum_engine::Engine;
 
 /// A group as its ranks agreed on it.
 #[derive(Clone, Debug)]

@@ -27,8 +27,6 @@ use unisum_link::{Link, Rank};
 
 use crate::choice::{self, Choice};
 use crate::control::{Control, ControlError, Share, Verdict, VerdictKind};
-use crate::engine::program::Tuning;
-use crate::engine::{Engine, Links};
 use crate::launcher::Detected;
 use crate::membership::Membership;
 use crate::settings::Settings;
@@ -41,6 +39,7 @@ pub(crate) use group::{Group, Member, Parent};
 pub(crate) use job::Job;
 pub(crate) use meeting::Meeting;
 use node::{Circle, Node, Offer};
+use unisum_engine::{Engine, Links, Tuning};
 
 /// What joining gave.
 #[derive(Debug)]

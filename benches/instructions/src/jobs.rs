@@ -12,8 +12,8 @@ use unisum_kernels::{Fold, Folded, Isa, isa};
 
 use crate::Result;
 use crate::allocator::allocations;
-use crate::engine::program::{Program, Source, Tuning};
 use crate::worlds::{Memory, Transport, World};
+use unisum_engine::{Program, Source, Tuning};
 
 /// Does a job's work once.
 type Work = Box<dyn FnMut()>;

@@ -14,11 +14,6 @@ mod check;
 mod jobs;
 mod worlds;
 
-/// The engine is private to the facade; this is the same source, compiled into this program.
-#[path = "../../../src/engine/mod.rs"]
-#[allow(dead_code, reason = "jobs use what counts")]
-mod engine;
-
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};

@@ -18,8 +18,7 @@ use unisum_shm::{Block, Offer, ShmLink};
 use unisum_tcp::{Inbox, TcpConfig, TcpLink};
 
 use crate::Result;
-use crate::engine::program::{GroupShape, Program, Source, Tuning};
-use crate::engine::{Advance, Engine, Links};
+use unisum_engine::{Advance, Engine, GroupShape, Links, Program, Source, Tuning};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Transport {

@@ -58,7 +58,7 @@ impl Exchange {
 
 /// What a rank executes for one shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Program {
+pub struct Program {
     pub(crate) actions: Vec<Action>,
     /// What is executed instead, from after the enter on, if all members' regions turn out to be
     /// registered.
@@ -71,41 +71,49 @@ pub(crate) struct Program {
 
 /// How plans are turned into programs: the same on all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Tuning {
+pub struct Tuning {
     /// Largest message.
-    pub(crate) slice_bytes: usize,
+    pub slice_bytes: usize,
     /// Steps open at once.
-    pub(crate) window: usize,
+    pub window: usize,
 }
 
 /// The ranks this one shares memory with, and how much a deposit may hold.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct GroupShape<'a> {
-    pub(crate) members: &'a [Rank],
-    pub(crate) slot_bytes: usize,
+pub struct GroupShape<'a> {
+    /// Who they are, this rank among them, ascending.
+    pub members: &'a [Rank],
+    /// Bytes of a deposit.
+    pub slot_bytes: usize,
 }
 
 /// What a program is made from.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Source<'a> {
-    pub(crate) algorithm: &'a dyn Algorithm,
-    pub(crate) shape: &'a Shape,
-    pub(crate) rank: Rank,
-    pub(crate) element_bytes: usize,
+pub struct Source<'a> {
+    /// Whose plan it is.
+    pub algorithm: &'a dyn Algorithm,
+    /// World, counts and root.
+    pub shape: &'a Shape,
+    /// The rank that executes it.
+    pub rank: Rank,
+    /// Bytes of an element.
+    pub element_bytes: usize,
     /// Whether the sum is divided by the number of ranks.
-    pub(crate) average: bool,
+    pub average: bool,
     /// Whether inputs are multiplied by a factor first.
-    pub(crate) scales: bool,
+    pub scales: bool,
     /// Whether input and output are one memory.
-    pub(crate) in_place: bool,
-    pub(crate) tuning: Tuning,
-    pub(crate) group: Option<GroupShape<'a>>,
+    pub in_place: bool,
+    /// Slices and window.
+    pub tuning: Tuning,
+    /// Whom it shares memory with; none if with nobody.
+    pub group: Option<GroupShape<'a>>,
 }
 
 impl Program {
     /// Builds the program: steps that the whole group takes together become group actions, runs
     /// of pairwise steps become segments. Without a group everything is pairwise.
-    pub(crate) fn build(source: &Source<'_>) -> Self {
+    pub fn build(source: &Source<'_>) -> Self {
         let mut puller = Puller::new(source);
         let items = source.items(source.rank, &puller);
         let scales_folds = source.scales && puller.first.takes_all;

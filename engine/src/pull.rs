@@ -225,7 +225,7 @@ mod tests {
     use unisum_algorithms::{Shape, Topology, algorithms};
 
     use super::*;
-    use crate::engine::program::{Action, GroupShape, Program, Tuning};
+    use crate::program::{Action, GroupShape, Program, Tuning};
 
     /// Members decide alike how they take, by where all of them have what is taken.
     #[test]

@@ -1,5 +1,11 @@
 //! The engine: executes one collective at a time over the links.
 //!
+//! It uses plans (`unisum-algorithms`), links (`unisum-link`) and kernels (`unisum-kernels`), and
+//! knows nothing of processes, joining or the public API. Start at [`Program::build`], which turns a
+//! rank's steps of a plan into actions, and [`Engine::start`] and [`Engine::advance`], which execute
+//! them; then `running` (action after action), `scoreboard` (transfers between pairs) and
+//! `together`, `pull` (what ranks that share memory do as a group).
+//!
 //! A collective is started and then advanced until it is done. Advancing never blocks, so the
 //! same code runs under a caller's thread, a progress thread, and a simulation of many ranks.
 
@@ -8,7 +14,7 @@ mod folding;
 mod links;
 mod memories;
 mod placement;
-pub(crate) mod program;
+mod program;
 mod pull;
 mod running;
 mod scoreboard;
@@ -24,16 +30,14 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Instant;
 
-use unisum_kernels::Fold;
-use unisum_kernels::said_by_reduction;
-use unisum_link::{
-    Call, Collective, Group, Link, LinkError, Patience, PeerCounts, Rank, Region, Regions,
-};
+use unisum_kernels::{Fold, said_by_reduction};
+use unisum_link::{Call, Collective, Group, Link, LinkError, Patience, PeerCounts, Rank, Region, Regions};
 
 use folding::Folding;
-pub(crate) use links::Links;
+pub use links::Links;
 use memories::Memories;
-use program::{Action, Program};
+use program::Action;
+pub use program::{GroupShape, Program, Source, Tuning};
 use running::{Running, State, Tools};
 use scoreboard::Scoreboard;
 use together::{Sources, part_bytes};
@@ -41,7 +45,7 @@ use token::Pair;
 
 /// What [`Engine::advance`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Advance {
+pub enum Advance {
     /// Something moved: advance again.
     Moved,
     /// Nothing can move until a peer does something.
@@ -52,7 +56,7 @@ pub(crate) enum Advance {
 
 /// Executes programs over the links of one communicator.
 #[derive(Debug)]
-pub(crate) struct Engine {
+pub struct Engine {
     tools: Tools,
     /// Memory for what passes through this rank; grows to what the programs need.
     scratch: Vec<u64>,
@@ -71,7 +75,7 @@ pub(crate) struct Engine {
 impl Engine {
     /// `ranks_per_core` is about all ranks of the job on this host, and the same for all members of
     /// the group.
-    pub(crate) fn new(rank: Rank, mut links: Links, ranks_per_core: f64) -> Self {
+    pub fn new(rank: Rank, mut links: Links, ranks_per_core: f64) -> Self {
         let of_group = |group: &mut dyn Group| {
             part_bytes(group.members().len(), group.bench_bytes(), ranks_per_core)
         };
@@ -93,32 +97,28 @@ impl Engine {
         }
     }
 
-    pub(crate) fn links(&self) -> &[Box<dyn Link>] {
+    /// The links, as they were given.
+    pub fn links(&self) -> &[Box<dyn Link>] {
         &self.tools.links.all
     }
 
     /// The links, for who has another use for them, and how long waiting in memory pays.
-    pub(crate) fn into_links(self) -> (Links, Patience) {
+    pub fn into_links(self) -> (Links, Patience) {
         (self.tools.links, self.patience)
     }
 
     /// The link that reaches a peer, for use between collectives.
-    pub(crate) fn link_to(&mut self, peer: Rank) -> &mut dyn Link {
+    pub fn link_to(&mut self, peer: Rank) -> &mut dyn Link {
         self.tools.links.to(peer)
     }
 
-    pub(crate) fn group(&mut self) -> Option<&mut dyn Group> {
+    /// The group of those who share this rank's memory, if there is one.
+    pub fn group(&mut self) -> Option<&mut dyn Group> {
         self.tools.links.group()
     }
 
     /// Begins a collective. The regions are the engine's until [`Advance::Done`] or an abort.
-    pub(crate) fn start(
-        &mut self,
-        call: &Call,
-        fold: Fold,
-        regions: &Regions,
-        program: &Arc<Program>,
-    ) {
+    pub fn start(&mut self, call: &Call, fold: Fold, regions: &Regions, program: &Arc<Program>) {
         for link in &mut self.tools.links.all {
             link.begin(call, regions);
         }
@@ -150,7 +150,7 @@ impl Engine {
     }
 
     /// Does what can be done now. After an error only [`Engine::abort`] is left.
-    pub(crate) fn advance(&mut self) -> Result<Advance, LinkError> {
+    pub fn advance(&mut self) -> Result<Advance, LinkError> {
         let (Some(running), Some(program)) = (&mut self.running, &self.program) else {
             return Ok(Advance::Done);
         };
@@ -170,12 +170,12 @@ impl Engine {
 
     /// Whether the collective that ended last had a result that is infinite or NaN; only if its
     /// fold watched for that.
-    pub(crate) const fn found_nonfinite(&self) -> bool {
+    pub const fn found_nonfinite(&self) -> bool {
         self.found_nonfinite
     }
 
     /// How often looking again pays for what is under way, and how long, before it parks.
-    pub(crate) fn patience(&mut self) -> Patience {
+    pub fn patience(&mut self) -> Patience {
         match self.running.as_ref().map(|running| running.state) {
             Some(State::InSegment) => self.patience_for_links(),
             Some(state) if self.is_crowded => self.patience_among_many(state),
@@ -206,14 +206,14 @@ impl Engine {
     }
 
     /// Hears that the thread gave its core away while it waited.
-    pub(crate) fn yielded(&mut self) {
+    pub fn yielded(&mut self) {
         if let Some(group) = self.tools.links.group() {
             group.yielded();
         }
     }
 
     /// Sleeps until something may have moved, until woken, or until `until`.
-    pub(crate) fn park(&mut self, until: Instant) -> Result<(), LinkError> {
+    pub fn park(&mut self, until: Instant) -> Result<(), LinkError> {
         let start = Instant::now();
         self.sleep(until)?;
         if !self.is_crowded {
@@ -244,7 +244,7 @@ impl Engine {
     }
 
     /// How far the running collective is: (steps done, steps in all).
-    pub(crate) fn position(&self) -> (usize, usize) {
+    pub fn position(&self) -> (usize, usize) {
         let (Some(running), Some(program)) = (&self.running, &self.program) else { return (0, 0) };
         let steps = |action: &Action| match action {
             Action::Transfers(segment) => segment.steps(),
@@ -258,7 +258,7 @@ impl Engine {
     }
 
     /// The ranks without which the running collective can't go on.
-    pub(crate) fn waiting_for(&mut self) -> Vec<Rank> {
+    pub fn waiting_for(&mut self) -> Vec<Rank> {
         let Some(running) = &self.running else { return Vec::new() };
         match (running.state, self.action(running)) {
             (State::InSegment, Some(Action::Transfers(segment))) => {
@@ -271,12 +271,12 @@ impl Engine {
     }
 
     /// Payload bytes that the collective's pairwise transfers have moved.
-    pub(crate) const fn bytes_moved(&self) -> u64 {
+    pub const fn bytes_moved(&self) -> u64 {
         self.tools.scoreboard.bytes_moved()
     }
 
     /// Ends everything: afterwards no link touches any region.
-    pub(crate) fn abort(&mut self) {
+    pub fn abort(&mut self) {
         self.running = None;
         self.tools.links.abort();
     }

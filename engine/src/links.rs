@@ -8,39 +8,43 @@ use unisum_link::{Group, Link, LinkError, Rank};
 
 /// The links and which of them reaches each rank.
 #[derive(Debug)]
-pub(crate) struct Links {
-    pub(crate) all: Vec<Box<dyn Link>>,
+pub struct Links {
+    /// Each transport's link, one at most.
+    pub all: Vec<Box<dyn Link>>,
     /// By rank; this rank's own entry is unused.
-    pub(crate) route: Vec<usize>,
+    pub route: Vec<usize>,
     /// Which of them has the group that takes the group actions.
-    pub(crate) group: Option<usize>,
+    pub group: Option<usize>,
 }
 
 impl Links {
-    pub(crate) fn to(&mut self, peer: Rank) -> &mut dyn Link {
+    /// The link that reaches `peer`.
+    pub fn to(&mut self, peer: Rank) -> &mut dyn Link {
         self.all[self.route[peer]].as_mut()
     }
 
-    pub(crate) fn group(&mut self) -> Option<&mut dyn Group> {
+    /// The group that takes the group actions, if there is one.
+    pub fn group(&mut self) -> Option<&mut dyn Group> {
         self.all[self.group?].group()
     }
 
     /// The group that a program with group actions means.
-    pub(crate) fn the_group(&mut self) -> &mut dyn Group {
+    pub fn the_group(&mut self) -> &mut dyn Group {
         self.group().expect("programs have group actions only where a group is")
     }
 
     /// Marks the collective on all links.
-    pub(crate) fn mark(&mut self) {
+    pub fn mark(&mut self) {
         self.all.iter_mut().for_each(|link| link.mark());
     }
 
-    pub(crate) fn is_marked(&self) -> bool {
+    /// Whether the collective is marked on any of them.
+    pub fn is_marked(&self) -> bool {
         self.all.iter().any(|link| link.is_marked())
     }
 
     /// Ends everything: afterwards no link touches any memory.
-    pub(crate) fn abort(&mut self) {
+    pub fn abort(&mut self) {
         self.all.iter_mut().for_each(|link| link.abort());
     }
 
@@ -50,7 +54,7 @@ impl Links {
     ///
     /// # Errors
     /// Only if sleeping itself is impossible.
-    pub(crate) fn park(
+    pub fn park(
         &mut self,
         in_flight: &[usize],
         until: Instant,
