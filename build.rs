@@ -3,11 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
-/// What decides how ranks talk and what they plan. Of a published crate only the first is there: the
-/// others' versions are then pinned by this one's.
-const FOLDERS: [&str; 6] = [
+/// What decides how ranks talk and what they plan. Of a published crate only the first is there:
+/// the others' versions are then pinned by this one's.
+const FOLDERS: [&str; 9] = [
     "src",
     "algorithms/src",
+    "kernels/src",
+    "engine/src",
+    "control/src",
     "transports/link/src",
     "transports/shm/src",
     "transports/tcp/src",

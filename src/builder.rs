@@ -8,13 +8,14 @@ use std::time::Duration;
 use unisum_link::Rank;
 
 use crate::background::Background;
-use crate::launcher::{self, Detected};
 use crate::member::{Core, Member};
 use crate::membership::Membership;
 use crate::runner::Runner;
-use crate::settings::{Environment, Settings};
+use crate::settings::Settings;
 use crate::wiring::{self, Joined, Meeting};
 use crate::{Communicator, Error, ErrorKind, Store};
+use unisum_control::Environment;
+use unisum_control::launcher::{self, Detected};
 
 /// Collects settings for a [`Communicator`]: the process environment, with what is said here on
 /// top. Each method stands for the variable it names in docs/configuration.md, and takes what
@@ -52,9 +53,9 @@ impl Builder {
     /// key, the others read it. A token that is given, by [`Builder::token`] or the environment, is
     /// not written: all ranks have to be given it.
     ///
-    /// The key is `unisum`, or the KEY of [`Builder::rendezvous`] with `store://KEY`. Starts one after
-    /// another may use the same key, starts at the same time need different ones. Rank and world are
-    /// given or detected as ever.
+    /// The key is `unisum`, or the KEY of [`Builder::rendezvous`] with `store://KEY`. Starts one
+    /// after another may use the same key, starts at the same time need different ones. Rank and
+    /// world are given or detected as ever.
     pub fn store(self, store: impl Store + 'static) -> Self {
         Self { store: Some(Arc::new(store)), ..self }
     }

@@ -2,57 +2,24 @@
 
 use unisum_link::fuzzing::Target;
 
-use crate::address::{PortRange, Rendezvous};
-use crate::settings::{Environment, Settings, parse_bytes};
-use crate::{buckets, control, interface, launcher, tunings, wiring};
+use crate::settings::{Settings, parse_bytes};
+use crate::{buckets, tunings, wiring};
+use unisum_control::Environment;
 
 /// The targets of this crate.
 pub fn targets() -> Vec<Target> {
-    let modules = [
-        buckets::fuzzing::TARGETS,
-        control::fuzzing::TARGETS,
-        interface::fuzzing::TARGETS,
-        launcher::fuzzing::TARGETS,
-        tunings::fuzzing::TARGETS,
-        wiring::fuzzing::TARGETS,
-    ];
-    [&modules.concat(), TARGETS].concat()
+    let modules = [buckets::fuzzing::TARGETS, tunings::fuzzing::TARGETS, wiring::fuzzing::TARGETS];
+    let targets = [&modules.concat(), TARGETS].concat();
+    // Its tests attack them.
+    #[cfg(not(test))]
+    let targets = [targets, unisum_control::fuzzing::targets()].concat();
+    targets
 }
 
 const TARGETS: &[Target] = &[
-    Target { name: "rendezvous", check: check_rendezvous, seeds: rendezvous_seeds },
-    Target { name: "port_range", check: check_port_range, seeds: port_range_seeds },
     Target { name: "byte_size", check: check_byte_size, seeds: byte_size_seeds },
     Target { name: "settings", check: check_settings, seeds: settings_seeds },
 ];
-
-/// An address that is accepted prints as one that means the same, and has a port that others can
-/// know.
-fn check_rendezvous(bytes: &[u8]) {
-    let Ok(address) = String::from_utf8_lossy(bytes).parse::<Rendezvous>() else { return };
-    assert_eq!(address.to_string().parse().as_ref(), Ok(&address));
-    match address {
-        Rendezvous::Tcp { host, port } => assert!(port > 0 && !host.is_empty()),
-        Rendezvous::File(path) => assert!(path.is_absolute() && path.file_name().is_some()),
-        Rendezvous::Store { key, addresses } => assert!(!key.is_empty() && addresses.is_empty()),
-    }
-}
-
-fn rendezvous_seeds() -> Vec<Vec<u8>> {
-    let texts = ["tcp://node-1.x:29500", "tcp://[fe80::1%eth0]:4000", "file:///shared/run 7/meet"];
-    texts.map(Vec::from).to_vec()
-}
-
-/// A range that is accepted is not empty and prints as the same range.
-fn check_port_range(bytes: &[u8]) {
-    let Ok(range) = String::from_utf8_lossy(bytes).parse::<PortRange>() else { return };
-    assert_eq!(range.to_string().parse(), Ok(range));
-    assert!(!range.ports().is_empty() && !range.ports().contains(&0));
-}
-
-fn port_range_seeds() -> Vec<Vec<u8>> {
-    ["20000-20999", "1-65535", "7"].map(Vec::from).to_vec()
-}
 
 /// A size that is accepted is the number at its start times a power of 1024.
 fn check_byte_size(bytes: &[u8]) {
@@ -70,7 +37,8 @@ fn byte_size_seeds() -> Vec<Vec<u8>> {
 
 /// Settings that are accepted are within the limits that are documented.
 fn check_settings(bytes: &[u8]) {
-    let environment = environment(bytes);
+    let text = String::from_utf8_lossy(bytes);
+    let environment: Environment = text.lines().filter_map(|line| line.split_once('=')).collect();
     let Ok(settings) = Settings::from_environment(&environment) else { return };
     for timeout in [settings.timeout, settings.connect_timeout] {
         assert!((0.001..=1e6).contains(&timeout.as_secs_f64()));
@@ -89,13 +57,6 @@ fn settings_seeds() -> Vec<Vec<u8>> {
                UNISUM_CMA=off";
     let others = "NCCL_SOCKET_IFNAME=eth,ib\nGLOO_SOCKET_IFNAME=eth0";
     [all, others].map(Vec::from).to_vec()
-}
-
-/// An environment of lines `NAME=VALUE`. It must not say where to make directories.
-pub(crate) fn environment(bytes: &[u8]) -> Environment {
-    let text = String::from_utf8_lossy(bytes);
-    let pairs = text.lines().filter_map(|line| line.split_once('='));
-    pairs.filter(|(name, _)| *name != "XDG_RUNTIME_DIR").collect()
 }
 
 #[cfg(test)]

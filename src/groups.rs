@@ -9,11 +9,11 @@ use unisum_link::{LinkError, Rank};
 use crate::agreement::Purpose;
 use crate::background::Background;
 use crate::collective::{Buffers, Collective};
-use crate::control::Share;
 use crate::member::{Core, Member};
 use crate::runner::Runner;
 use crate::wiring::{self, Group, Parent};
 use crate::{Communicator, Error, ErrorKind};
+use unisum_control::Share;
 use unisum_engine::Tuning;
 
 /// What a rank calls to make groups, with the arguments that all ranks have to give alike.

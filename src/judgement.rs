@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use unisum_link::{LinkError, LinkErrorKind, Rank};
 
-use crate::control::{Finding, LINK_VERDICT_TIMEOUT, Report, Verdict, VerdictKind, describe};
 use crate::membership::Membership;
 use crate::{Error, ErrorKind};
+use unisum_control::{Finding, LINK_VERDICT_TIMEOUT, Report, Verdict, VerdictKind, describe};
 
 /// How much longer than the control thread a rank waits for a verdict before it judges by itself.
 pub(crate) const GRACE: Duration = Duration::from_secs(3);
@@ -50,8 +50,8 @@ impl Membership {
         self.report(against, Finding::Panicked, text)
     }
 
-    /// Tells all ranks that the program of this one ends the job; the error for the caller. Blocks as
-    /// [`Membership::judge`].
+    /// Tells all ranks that the program of this one ends the job; the error for the caller. Blocks
+    /// as [`Membership::judge`].
     pub(crate) fn abandoned(&self, why: &str) -> Error {
         let against = self.job_rank();
         let text = format!("rank {against} aborted the job: {why}");

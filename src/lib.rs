@@ -20,7 +20,6 @@
 #[cfg(not(any(feature = "tcp", feature = "shm", feature = "verbs")))]
 compile_error!("unisum needs at least one of the features `tcp`, `shm` and `verbs`");
 
-mod address;
 mod agreement;
 mod alone;
 mod background;
@@ -32,16 +31,12 @@ mod callbacks;
 mod choice;
 mod collective;
 mod communicator;
-mod control;
 mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod groups;
-mod interface;
 pub mod interrupt;
 mod judgement;
-mod launcher;
-mod leftovers;
 pub mod local;
 mod member;
 mod membership;
@@ -93,7 +88,7 @@ pub fn algorithms() -> Vec<&'static str> {
 
 /// The names of the algorithms that a kind of collective has.
 fn algorithms_of(kind: unisum_link::Collective) -> Vec<&'static str> {
-    let list = unisum_algorithms::algorithms(programs::plan_of(kind, 0));
+    let list = unisum_algorithms::algorithms(unisum_control::plan_of(kind, 0));
     list.iter().map(|algorithm| algorithm.name()).collect()
 }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use unisum_link::{Call, LinkError, Rank, Wake};
 
-use crate::control::{Concern, Control, Inbox, Report, Status, Verdict, Waiting, describe};
+use unisum_control::{Concern, Control, Inbox, Report, Status, Verdict, Waiting, describe};
 
 /// This rank's membership in one communicator of the job. The job's control connection ends with
 /// the last of them.

@@ -9,6 +9,7 @@ use unisum_link::{Collective as Kind, Rank};
 
 use crate::choice::Choice;
 use crate::collective::Blocks;
+use unisum_control::plan_of;
 use unisum_engine::{Engine, GroupShape, Program, Source, Tuning};
 
 /// What a program depends on within one communicator.
@@ -145,20 +146,6 @@ fn collective(key: &Key) -> plans::Collective {
     match key.blocks {
         Blocks::Even(0) => plans::Collective::AllReduce,
         _ => plan_of(key.kind, key.root),
-    }
-}
-
-/// The plans' name of a kind of collective.
-pub(crate) const fn plan_of(kind: Kind, root: Rank) -> plans::Collective {
-    match kind {
-        Kind::Reduce => plans::Collective::Reduce { root },
-        Kind::Broadcast => plans::Collective::Broadcast { root },
-        Kind::AllGather => plans::Collective::AllGather,
-        Kind::ReduceScatter => plans::Collective::ReduceScatter,
-        Kind::AllToAll => plans::Collective::AllToAll,
-        Kind::Gather => plans::Collective::Gather { root },
-        Kind::Scatter => plans::Collective::Scatter { root },
-        _ => plans::Collective::AllReduce,
     }
 }
 

@@ -12,7 +12,6 @@ use unisum_link::{Backoff, Call, LinkError, Pause, Rank, Regions, fork};
 use crate::agreement::{Terms, after};
 use crate::batch::Scratch;
 use crate::choice::Choice;
-use crate::control::Verdict;
 use crate::error::Operation;
 use crate::interrupt;
 use crate::judgement::{GRACE, from_verdict};
@@ -22,6 +21,7 @@ use crate::ready::{Form, Known, Ready};
 use crate::reduction::Outcome;
 use crate::turns::Turns;
 use crate::{Error, ErrorKind};
+use unisum_control::Verdict;
 use unisum_engine::{Advance, Engine, Tuning};
 
 /// What a caller asks for.

@@ -1,9 +1,9 @@
 //! Rendezvous by a key-value store of the program: rank 0 writes one key, the others read it.
 //!
-//! The value is one line: `unisum-store1 at TOKEN ADDRESS…` once rank 0 listens (the token is `-` if
-//! rank 0 has one that is not to be told), `unisum-store1 failed WHY` if it could not, and
-//! `unisum-store1 over` once all ranks have read it, so that a later start with the same store
-//! does not take it for its own.
+//! The value is one line: `unisum-store1 at TOKEN ADDRESS…` once rank 0 listens (the token is `-`
+//! if rank 0 has one that is not to be told), `unisum-store1 failed WHY` if it could not, and
+//! `unisum-store1 over` once all ranks have read it, so that a later start with the same store does
+//! not take it for its own.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use unisum_kernels::Panic;
 
-use crate::interface::{ADDRESSES_MAX, without_scope};
-use crate::launcher::Token;
 use crate::{Error, ErrorKind};
+use unisum_control::interface::{ADDRESSES_MAX, without_scope};
+use unisum_control::launcher::Token;
 
 /// A key-value store that all ranks of a job reach, for [`Builder::store`](crate::Builder::store):
 /// the store of a launcher or of a framework, such as torch's `TCPStore`.

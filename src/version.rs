@@ -40,7 +40,8 @@ mod tests {
         let transports = fs::read_dir(root.join("transports")).unwrap();
         let transports = transports.map(|it| it.unwrap().file_name().into_string().unwrap());
         let folders = transports.map(|name| format!("\"transports/{name}/src\""));
-        for folder in folders.chain(["\"src\"".into(), "\"algorithms/src\"".into()]) {
+        let others = ["src", "algorithms/src", "kernels/src", "engine/src", "control/src"];
+        for folder in folders.chain(others.map(|folder| format!("\"{folder}\""))) {
             assert!(script.contains(&folder), "{folder}");
         }
     }

@@ -140,9 +140,9 @@ impl<B> Work<B> {
     /// Has `callback` called when the collective has ended, well or not; at once if it has. The
     /// result stays with the work.
     ///
-    /// A thread of its own calls all callbacks of the process, one after another, and never one that
-    /// makes progress or the one that calls this: a callback may wait for collectives, but others
-    /// wait behind it. A panic is caught and warned of.
+    /// A thread of its own calls all callbacks of the process, one after another, and never one
+    /// that makes progress or the one that calls this: a callback may wait for collectives, but
+    /// others wait behind it. A panic is caught and warned of.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] if the system gives no thread; the callback is then dropped.

@@ -41,9 +41,9 @@ struct Case {
     after_us: usize,
 }
 
-/// `UNISUM_TEST_DRAWS` cases for each transport, drawn anew in each run, or `all` of them; and those
-/// in which the coordinator leaves a group and its process ends. Only those that `UNISUM_TEST_CASE`
-/// fits, a part of what is printed of a case.
+/// `UNISUM_TEST_DRAWS` cases for each transport, drawn anew in each run, or `all` of them; and
+/// those in which the coordinator leaves a group and its process ends. Only those that
+/// `UNISUM_TEST_CASE` fits, a part of what is printed of a case.
 #[test]
 fn every_rank_names_the_one_it_happened_to() {
     let draws = std::env::var("UNISUM_TEST_DRAWS").unwrap_or_else(|_| "8".into());
@@ -85,8 +85,8 @@ impl Case {
         !(self.cause == "other call" && self.phase == "buckets")
     }
 
-    /// Whether the coordinator changes while the victim is stopped: the next one never knows it, and
-    /// has ended with all others when the victim goes on, so that nobody can tell it.
+    /// Whether the coordinator changes while the victim is stopped: the next one never knows it,
+    /// and has ended with all others when the victim goes on, so that nobody can tell it.
     fn victim_meets_nobody(&self) -> bool {
         let is_away = self.cause == "stopped" && self.phase == "remainder";
         is_away && self.leaver() == 0 && self.leaver_stays()

@@ -1,9 +1,9 @@
 //! The engine: executes one collective at a time over the links.
 //!
 //! It uses plans (`unisum-algorithms`), links (`unisum-link`) and kernels (`unisum-kernels`), and
-//! knows nothing of processes, joining or the public API. Start at [`Program::build`], which turns a
-//! rank's steps of a plan into actions, and [`Engine::start`] and [`Engine::advance`], which execute
-//! them; then `running` (action after action), `scoreboard` (transfers between pairs) and
+//! knows nothing of processes, joining or the public API. Start at [`Program::build`], which turns
+//! a rank's steps of a plan into actions, and [`Engine::start`] and [`Engine::advance`], which
+//! execute them; then `running` (action after action), `scoreboard` (transfers between pairs) and
 //! `together`, `pull` (what ranks that share memory do as a group).
 //!
 //! A collective is started and then advanced until it is done. Advancing never blocks, so the

@@ -1,5 +1,5 @@
-//! What unisum computes with: the element types and reduction operations, and the kernels that fold,
-//! copy, encode and decode buffers of them.
+//! What unisum computes with: the element types and reduction operations, and the kernels that
+//! fold, copy, encode and decode buffers of them.
 //!
 //! The crate uses nothing else of unisum. It knows no ranks, links or plans: it is given pointers.
 //! Start at [`Fold`], one pass of a reduction, and [`Encoding`], what travels instead of `f32`.

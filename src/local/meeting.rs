@@ -94,7 +94,7 @@ mod tests {
     fn what_is_in_use_stays_and_what_was_left_is_removed() {
         let used = Meeting::new().unwrap();
         // As a rank does that publishes a file there.
-        drop(crate::leftovers::keep(used.path()).unwrap().unwrap());
+        drop(unisum_control::leftovers::keep(used.path()).unwrap().unwrap());
         fs::write(used.path().join("world"), "here").unwrap();
         // As a killed launcher leaves it: without a lock.
         let left = used.path().with_file_name(format!("{PREFIX}{}", &random_hex().unwrap()[..16]));

@@ -23,12 +23,12 @@ use unisum_link::{Backoff, LinkError, Pause, Rank, Wake};
 
 use super::header::Envelope;
 use super::office::{CallNumber, Failure, Office, Posted};
-use crate::control::Waiting;
 use crate::interrupt;
 use crate::judgement::{GRACE, from_verdict};
 use crate::membership::Membership;
 use crate::runner::NAP;
 use crate::{Error, ErrorKind};
+use unisum_control::Waiting;
 
 /// The office behind its lock.
 pub(super) struct Desk {

@@ -1,7 +1,6 @@
 //! What a user can set by environment, in one table, read once and checked.
 
 mod bytes;
-mod environment;
 mod variables;
 mod verbs;
 
@@ -9,12 +8,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use bytes::{ByteSizeError, parse_bytes};
-pub(crate) use environment::Environment;
+use unisum_control::Environment;
 use variables::VARIABLES;
 use verbs::VerbsSettings;
 
-use crate::address::PortRange;
-use crate::interface::InterfaceFilter;
+use unisum_control::address::PortRange;
+use unisum_control::interface::InterfaceFilter;
 
 /// Everything about a communicator that the environment can set.
 #[derive(Debug, Clone, PartialEq)]

@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use unisum_link::Rank;
 
 use crate::choice;
-use crate::control::Kept;
 pub(crate) use file::Head;
 use file::Unfit;
+use unisum_control::Kept;
 
 /// A communicator of the job, as it is found again in another run.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

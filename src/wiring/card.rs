@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use bytes::{Buf, BufMut};
 
 use super::cores::Cores;
-use crate::interface::without_scope;
+use unisum_control::interface::without_scope;
 
 /// A rank's card. Its encoding needs no version: ranks of other builds are refused before.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::costs::{Site, Told};
 use super::{common_settings, rendezvous_error};
-use crate::control::Control;
 use crate::tunings::{self, Head, Tunings};
 use crate::{Error, ErrorKind};
+use unisum_control::Control;
 
 /// The same on all ranks.
 pub(super) struct Earlier {

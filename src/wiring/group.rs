@@ -14,10 +14,10 @@ use unisum_link::handshake::random;
 use super::node::{Circle, Node, Offer};
 use super::{Assembly, Exchange, Job, others, verbs};
 use crate::choice::Choice;
-use crate::control::Share;
 use crate::membership::Membership;
 use crate::tunings::Which;
 use crate::{Error, ErrorKind};
+use unisum_control::Share;
 use unisum_engine::Engine;
 
 /// A group as its ranks agreed on it.

@@ -11,12 +11,12 @@ use unisum_link::handshake::{Secret, job_hash};
 use super::card::Card;
 use super::cores::Cores;
 use super::node::{self, Shared};
-use crate::control::Control;
-use crate::interface::Paths;
-use crate::launcher::Detected;
 use crate::memory::Arena;
 use crate::settings::Settings;
 use crate::{Error, ErrorKind};
+use unisum_control::Control;
+use unisum_control::interface::Paths;
+use unisum_control::launcher::Detected;
 
 /// The job as all its communicators know it.
 #[derive(Debug)]

@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use unisum_link::handshake::Secret;
 
-use crate::address::Rendezvous;
-use crate::control::Publish;
-use crate::launcher::{Detected, Token};
-use crate::settings::{Environment, Settings};
+use crate::settings::Settings;
 use crate::store::StoreEntry;
 use crate::{Error, ErrorKind, Store};
+use unisum_control::Environment;
+use unisum_control::Publish;
+use unisum_control::address::Rendezvous;
+use unisum_control::launcher::{Detected, Token};
 
 /// The job's secret, and the entry of the program's store if the ranks meet by that.
 #[derive(Debug)]
@@ -52,8 +53,8 @@ impl Meeting {
         let published = entry.look_up(settings.connect_timeout)?;
         *addresses = published.addresses;
         let token = given.or(published.token).ok_or_else(|| {
-            let text = "rank 0 has a token of its own (UNISUM_TOKEN or UNISUM_TOKEN_FILE), and this \
-                        rank has none: give it to all ranks or to none";
+            let text = "rank 0 has a token of its own (UNISUM_TOKEN or UNISUM_TOKEN_FILE), and \
+                        this rank has none: give it to all ranks or to none";
             Error::new(ErrorKind::Configuration, text).on(detected.rank)
         })?;
         Ok(Self::new(&token, None))

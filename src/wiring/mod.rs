@@ -26,8 +26,6 @@ use unisum_algorithms::Topology;
 use unisum_link::{Link, Rank};
 
 use crate::choice::{self, Choice};
-use crate::control::{Control, ControlError, Share, Verdict, VerdictKind};
-use crate::launcher::Detected;
 use crate::membership::Membership;
 use crate::settings::Settings;
 use crate::{Error, ErrorKind};
@@ -39,6 +37,8 @@ pub(crate) use group::{Group, Member, Parent};
 pub(crate) use job::Job;
 pub(crate) use meeting::Meeting;
 use node::{Circle, Node, Offer};
+use unisum_control::launcher::Detected;
+use unisum_control::{Control, ControlError, Share, Verdict, VerdictKind};
 use unisum_engine::{Engine, Links, Tuning};
 
 /// What joining gave.

@@ -7,11 +7,12 @@ use unisum_link::{Link, Rank};
 
 use super::job::Job;
 use super::{Meeting, rendezvous_error, with_hint};
-use crate::control::{Control, ControlConfig};
-use crate::launcher::Detected;
 use crate::membership::Membership;
 use crate::settings::Settings;
+use crate::version::BUILD;
 use crate::{Error, ErrorKind};
+use unisum_control::launcher::Detected;
+use unisum_control::{Control, ControlConfig};
 
 pub(super) fn start_control(
     detected: &Detected,
@@ -34,6 +35,11 @@ pub(super) fn start_control(
         connect_timeout: settings.connect_timeout,
         heartbeat_timeout: settings.heartbeat_timeout,
         publish: meeting.publish(),
+        build: BUILD,
+        #[cfg(feature = "tcp")]
+        prepare_listener: |listener| unisum_tcp::prepare_listener(listener),
+        #[cfg(not(feature = "tcp"))]
+        prepare_listener: |_| {},
     };
     Control::start(config).map_err(|error| {
         let error = rendezvous_error(error);

@@ -13,10 +13,10 @@ use unisum_algorithms::Topology;
 use unisum_link::Rank;
 
 use super::Exchange;
-use crate::control::Share;
 use crate::membership::Membership;
 use crate::settings::{Settings, TransportChoice};
 use crate::{Error, ErrorKind};
+use unisum_control::Share;
 
 /// How long the first packets may take to come through.
 #[cfg(feature = "verbs")]

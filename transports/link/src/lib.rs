@@ -1,9 +1,11 @@
 //! What unisum's transports share: the [`Link`] contract that each of them fulfils, the memory
 //! [`Region`]s and [`Call`] descriptions that cross it, the frame and handshake formats (sans-IO),
-//! the reduction [`kernels`], and the [`conformance`] suite that every transport passes.
+//! and the [`conformance`] suite that every transport passes.
 //!
-//! The crate knows nothing of algorithms, engines or rendezvous: a link moves bytes between ranks
-//! in order and says when; what the bytes mean is decided above it.
+//! The crate uses `unisum-kernels` and knows nothing of algorithms, engines or rendezvous: a link
+//! moves bytes between ranks in order and says when; what the bytes mean is decided above it. Start
+//! at [`Link`], and at [`Group`] for ranks that share memory; who writes a transport then reads
+//! [`conformance`].
 
 mod call;
 pub mod conformance;

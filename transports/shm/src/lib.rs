@@ -14,6 +14,9 @@
 //!
 //! After a fork the mapping is absent in the child (`MADV_DONTFORK`): buffers of the heap must not
 //! be touched there, and whatever of this crate is dropped there does nothing.
+//!
+//! The crate uses `unisum-link` and `unisum-kernels`. Start at [`Offer`] and [`ShmLink`], then
+//! `layout` (what lies where in the mapping), `mailbox` (signals between two ranks) and `group`.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("unisum-shm needs Linux: memfd, futex, process_vm_readv");

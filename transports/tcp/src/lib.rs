@@ -4,6 +4,9 @@
 //! leave in one system call and arrive in one. Arrivals that store are received straight into the
 //! caller's memory, arrivals that reduce into recycled slots. Nothing is received that was not
 //! posted, so a fast peer is held back by TCP's own flow control and memory stays bounded.
+//!
+//! The crate uses `unisum-link` and `unisum-kernels`. Start at [`TcpLink`], then `lane` (one socket
+//! to one peer: its queues of posted sends and receives) and `inbox` (connections that come).
 
 mod congestion;
 mod inbox;

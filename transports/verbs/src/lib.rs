@@ -4,6 +4,9 @@
 //! needed to build or to start a program. Every rank has reliable connections to all of its peers,
 //! on up to four devices. Data is written by the sender's device into the receiver's memory:
 //! straight to where it belongs if that is registered, else to slots ([`Registry`]).
+//!
+//! The crate uses `unisum-link` and `unisum-kernels`. Start at [`Offer`] and [`VerbsLink`], then
+//! `peer` (what two ranks owe each other), `wire` (what they say) and `ffi` (the binding).
 
 mod area;
 mod card;

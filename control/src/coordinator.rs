@@ -1,0 +1,537 @@
+//! The coordinator's decisions (sans-IO): what ranks say and what happens to their connections
+//! goes in, messages come out, and time is an argument.
+
+mod parting;
+mod waited;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use unisum_link::{Collective, Rank};
+
+use self::waited::Waited;
+use super::hearing::Hearing;
+use super::inquest::{self, Account};
+use super::message::{Concern, Message};
+use super::round::Round;
+use super::status::{Lasts, Snapshot};
+use super::verdict::{Finding, Report, Verdict};
+
+/// How long a rank that is accused of a failed link may take to turn out dead, or gone.
+const GRACE: Duration = Duration::from_millis(300);
+/// How long ranks that had not come when the start failed may come to hear why.
+const LATECOMER_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long ranks may take to say what they are doing.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long ranks may take to come to one that coordinates in another's place.
+const HEIR_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Communicators of which it is remembered who is no longer in them.
+const PARTED_MAX: usize = 1024;
+
+/// Whom an output is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Audience {
+    /// Every rank that is connected, rank 0 among them.
+    All,
+    /// One rank, which may be rank 0.
+    One(Rank),
+}
+
+impl Audience {
+    pub(super) fn includes(self, rank: Rank) -> bool {
+        self == Self::All || self == Self::One(rank)
+    }
+}
+
+/// Messages to send, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Output {
+    pub(super) audience: Audience,
+    pub(super) messages: Vec<Message>,
+}
+
+/// The coordinator's half of the control plane: it gathers the blobs of exchanges and decides,
+/// once, why the communicator ends. It is on rank 0, until that has left and its process has ended.
+#[derive(Debug)]
+pub(super) struct Coordinator {
+    own: Rank,
+    session: [u8; 16],
+    connect_timeout: Duration,
+    presence: Vec<Presence>,
+    round: Round,
+    /// Who died, and how, since the coordinator last did what was due.
+    deaths: Vec<(Rank, String)>,
+    accusations: Vec<Accusation>,
+    query: Query,
+    /// What ranks are asked whose calls differ, or may.
+    hearing: Option<Hearing>,
+    /// What ranks did last in the communicators that they are no longer in.
+    parted: BTreeMap<u32, BTreeMap<Rank, Snapshot>>,
+    /// The newest call that somebody has waited in for a while, and who: by communicator and, as
+    /// groups without common ranks may have one number, the lowest rank.
+    waiting: HashMap<(u32, Rank), (Rank, Concern)>,
+    /// Until when ranks may come, if this coordinates in another's place or the start has failed.
+    awaits_until: Option<Instant>,
+    /// Whether the start has failed and those who had not come were awaited, once.
+    awaited_latecomers: bool,
+    /// How long an exchange has been waiting, and what is known of those that it waits for.
+    waited: Waited,
+    verdict: Option<Verdict>,
+    outputs: VecDeque<Output>,
+}
+
+/// What is known of a rank's membership.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Presence {
+    /// It has not come yet.
+    Absent,
+    /// It has proven the token, and may yet give up and dial again.
+    Connected,
+    /// It has joined.
+    Joined,
+    /// It left in order.
+    Left,
+    /// It did not come to this coordinator after another one had left: its process has ended, in
+    /// order or not.
+    Gone,
+    /// Its connection ended, and there is a verdict.
+    Dead,
+}
+
+/// A failed link that waits for a better explanation.
+#[derive(Debug)]
+struct Accusation {
+    by: Rank,
+    report: Report,
+    until: Instant,
+}
+
+/// The newest question what all ranks are doing.
+#[derive(Debug)]
+struct Query {
+    number: u32,
+    answers: Vec<Option<Snapshot>>,
+    open: Option<Overdue>,
+}
+
+/// The call that made a query necessary.
+#[derive(Clone, Debug)]
+struct Overdue {
+    concern: Concern,
+    by: Rank,
+    until: Instant,
+    /// Whether the call may go on if all ranks are in it: it is late and not overdue.
+    patient: bool,
+}
+
+impl Coordinator {
+    /// The coordinator of a world in which rank 0 is alone as yet.
+    pub(super) fn new(session: [u8; 16], world: usize, connect_timeout: Duration) -> Self {
+        let mut presence = vec![Presence::Absent; world];
+        presence[0] = Presence::Joined;
+        Self {
+            own: 0,
+            session,
+            connect_timeout,
+            presence,
+            round: Round::new(world),
+            deaths: Vec::new(),
+            accusations: Vec::new(),
+            query: Query { number: 0, answers: vec![None; world], open: None },
+            hearing: None,
+            parted: BTreeMap::new(),
+            waiting: HashMap::new(),
+            awaits_until: None,
+            awaited_latecomers: false,
+            waited: Waited::default(),
+            verdict: None,
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// The coordinator on rank `own`, after others have left: of each rank, whether it is gone, and
+    /// what it did last in its communicators if it left in order.
+    pub(super) fn heir(
+        session: [u8; 16],
+        own: Rank,
+        gone: Vec<Option<Option<Lasts>>>,
+        now: Instant,
+    ) -> Self {
+        // Exchanges, which take a connect timeout, belong to the start.
+        let mut heir = Self::new(session, gone.len(), Duration::ZERO);
+        heir.own = own;
+        heir.awaits_until = Some(now + HEIR_TIMEOUT);
+        for (rank, gone) in gone.into_iter().enumerate() {
+            heir.presence[rank] = match gone {
+                None => Presence::Absent,
+                Some(None) => Presence::Gone,
+                Some(Some(lasts)) => {
+                    for (communicator, last) in lasts {
+                        heir.parted.entry(communicator).or_default().insert(rank, last);
+                    }
+                    Presence::Left
+                }
+            };
+        }
+        heir.presence[own] = Presence::Joined;
+        heir
+    }
+
+    /// Whether ranks need a coordinator, whatever this process's own does.
+    pub(super) fn is_needed(&self) -> bool {
+        let mut others = self.presence.iter().enumerate().filter(|(rank, _)| *rank != self.own);
+        let is_there = |presence: &Presence| {
+            matches!(presence, Presence::Absent | Presence::Connected | Presence::Joined)
+        };
+        let needs_verdict = self.verdict.is_none() && others.any(|(_, it)| is_there(it));
+        needs_verdict || self.awaits_ranks()
+    }
+
+    /// Whether ranks may yet come to this coordinator: who were with another one before, or who are
+    /// to hear why the start has failed.
+    pub(super) fn awaits_ranks(&self) -> bool {
+        self.awaits_until.is_some() && !self.all_came()
+    }
+
+    /// Whether a connection that claims this rank may be admitted.
+    pub(super) fn is_vacant(&self, rank: Rank) -> bool {
+        self.presence.get(rank) == Some(&Presence::Absent)
+    }
+
+    /// Whether nobody is awaited any more.
+    pub(super) fn all_came(&self) -> bool {
+        !self.presence.iter().any(|p| matches!(p, Presence::Absent | Presence::Connected))
+    }
+
+    /// A rank's connection is admitted: it was vacant.
+    pub(super) fn connected(&mut self, rank: Rank) {
+        self.presence[rank] = Presence::Connected;
+        let mut messages = vec![Message::Welcome { session: self.session }];
+        messages.extend(self.verdict.clone().map(Message::Verdict));
+        if let Some(Overdue { concern, .. }) = &self.query.open {
+            let communicator = concern.call.communicator;
+            messages.push(Message::StatusRequest { query: self.query.number, communicator });
+        }
+        self.outputs.push_back(Output { audience: Audience::One(rank), messages });
+    }
+
+    /// A rank's connection ended. Without a goodbye before it, the rank is dead, which counts at
+    /// the next [`Coordinator::tick`]: what others said by now comes first. If this process was
+    /// stopped for a while, they may have come to a verdict without it.
+    pub(super) fn lost(&mut self, rank: Rank, how: &str) {
+        match self.presence[rank] {
+            Presence::Connected => {
+                self.presence[rank] = Presence::Absent;
+                self.waited.note(rank, format!("connected, but did not join: {how}"));
+            }
+            Presence::Joined => {
+                self.presence[rank] = Presence::Dead;
+                self.deaths.push((rank, how.to_owned()));
+            }
+            Presence::Absent | Presence::Left | Presence::Gone | Presence::Dead => {}
+        }
+    }
+
+    /// The hosts of these ranks have not answered for `limit`.
+    pub(super) fn unreachable(&mut self, lost: &[(Rank, IpAddr)], limit: Duration) {
+        let is_here = |(rank, _): &&(Rank, IpAddr)| self.presence[*rank] == Presence::Joined;
+        let lost: Vec<_> = lost.iter().filter(is_here).copied().collect();
+        if !lost.is_empty() {
+            self.conclude(Verdict::unreachable(&lost, limit));
+        }
+    }
+
+    /// A rank sent nonsense.
+    pub(super) fn violated(&mut self, rank: Rank, what: impl std::fmt::Display) {
+        self.conclude(Verdict::protocol(rank, what));
+    }
+
+    /// A rank said something.
+    pub(super) fn heard(&mut self, from: Rank, message: Message, now: Instant) {
+        match (message, self.presence[from]) {
+            (Message::Joined, Presence::Connected) => self.presence[from] = Presence::Joined,
+            (_, Presence::Connected | Presence::Absent) => {
+                self.violated(from, "it spoke before it joined");
+            }
+            (_, Presence::Left | Presence::Gone | Presence::Dead) => {}
+            (Message::Blob { round, to, blob }, _) => {
+                self.take_blob(from, round, (to, blob), now);
+            }
+            (Message::Accuse(report), _) => self.accused(from, report, now),
+            (Message::Recounted { communicator, calls }, _) => {
+                if let Some(hearing) = &mut self.hearing {
+                    hearing.heard(from, communicator, calls);
+                }
+                self.hear_out();
+            }
+            (Message::Concluded(verdict), _) => self.conclude(verdict),
+            (Message::Overdue(concern), _) => self.ask(from, concern, false, now),
+            (Message::Stalled(concern), _) => self.ask(from, concern, true, now),
+            (Message::Status { query, snapshot }, _) => self.answered(from, query, snapshot, now),
+            (Message::Parted { communicator, last }, _) => self.parted(from, communicator, last),
+            (Message::Missing { round, millis }, _) => self.given_up(round, millis, now),
+            // What others send the thread of rank 0 has taken; nobody keeps lines in its place.
+            (Message::Keep(_), _) => {}
+            (Message::Bye(last), _) => self.left(from, last, now),
+            (message, _) => self.violated(from, format_args!("it sent {message:?}")),
+        }
+    }
+
+    /// Does what is due.
+    pub(super) fn tick(&mut self, now: Instant) {
+        for (rank, how) in std::mem::take(&mut self.deaths) {
+            self.conclude(Verdict::died(rank, &how));
+        }
+        if self.verdict.is_some() && !self.all_came() && !self.awaited_latecomers {
+            // Ranks are started together: who is a moment late hears why, and not only that nobody
+            // is here.
+            self.awaited_latecomers = true;
+            self.awaits_until.get_or_insert(now + LATECOMER_TIMEOUT);
+        }
+        if self.awaits_until.is_some_and(|until| until <= now) {
+            self.awaits_until = None;
+            let absent = self.presence.iter_mut().filter(|it| **it == Presence::Absent);
+            absent.for_each(|presence| *presence = Presence::Gone);
+        }
+        if self.round.until.is_some() {
+            self.look_who_is_missing(now);
+        }
+        if self.query.open.as_ref().is_some_and(|overdue| overdue.until <= now) {
+            self.decide(now);
+        }
+        if let Some(hearing) = self.hearing.take_if(|hearing| hearing.until <= now) {
+            self.end(hearing);
+        }
+        let due = self.accusations.iter().find(|accusation| accusation.until <= now);
+        if let Some(due) = due.filter(|_| !self.is_asking()) {
+            self.conclude(due.report.verdict(due.by));
+        }
+    }
+
+    /// Whether ranks are being asked why a call is overdue: then links fail because some have given
+    /// up already.
+    fn is_asking(&self) -> bool {
+        self.query.open.as_ref().is_some_and(|overdue| !overdue.patient)
+    }
+
+    /// When [`Coordinator::tick`] has something to do.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let is_asking = self.is_asking();
+        let accusations = self.accusations.iter().filter(|_| !is_asking);
+        let accusations = accusations.map(|accusation| accusation.until);
+        let query = self.query.open.as_ref().map(|overdue| overdue.until);
+        let awaited = self.waited.deadline(&self.round);
+        let hearing = self.hearing.as_ref().map(|hearing| hearing.until);
+        let asked = query.into_iter().chain(hearing);
+        let ranks = self.awaits_until.filter(|_| self.awaits_ranks());
+        accusations.chain(asked).chain(awaited).chain(ranks).min()
+    }
+
+    /// The next messages to send.
+    pub(super) fn poll(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    fn tell_all(&mut self, messages: Vec<Message>) {
+        self.outputs.push_back(Output { audience: Audience::All, messages });
+    }
+
+    /// Ends the communicator, unless it is over already: the first verdict counts. Nothing is
+    /// awaited any more.
+    fn conclude(&mut self, verdict: Verdict) {
+        if self.verdict.is_some() {
+            return;
+        }
+        // Calls that differ come before what follows from them.
+        let certain = self.hearing.take().filter(Hearing::is_certain);
+        let verdict = certain.and_then(Hearing::verdict).unwrap_or(verdict);
+        self.verdict = Some(verdict.clone());
+        self.round.until = None;
+        self.deaths.clear();
+        self.waited = Waited::default();
+        self.accusations.clear();
+        self.query.open = None;
+        self.tell_all(vec![Message::Verdict(verdict)]);
+    }
+
+    fn take_blob(
+        &mut self,
+        from: Rank,
+        round: u32,
+        (to, blob): (Option<Rank>, Bytes),
+        now: Instant,
+    ) {
+        if self.verdict.is_some() {
+            return;
+        }
+        if !self.round.take(from, round, to, blob) {
+            let what = "it took part twice, out of order, or with too much";
+            return self.violated(from, format_args!("in exchange {round} {what}"));
+        }
+        self.waited.began(&mut self.round, self.connect_timeout, now);
+        if let Some(gone) = self.find(|presence| matches!(presence, Presence::Left)) {
+            return self.conclude(self.has_left(0, gone));
+        }
+        if self.round.is_whole() {
+            for (to, messages) in self.round.end() {
+                let audience = to.map_or(Audience::All, Audience::One);
+                self.outputs.push_back(Output { audience, messages });
+            }
+        }
+    }
+
+    fn accused(&mut self, by: Rank, report: Report, now: Instant) {
+        let against = report.against;
+        match self.presence.get(against) {
+            None => self.violated(by, format_args!("it accused rank {against}")),
+            Some(_) if self.verdict.is_some() => {}
+            Some(_) if report.finding == Finding::Mismatch && against != by => {
+                let communicator = report.communicator;
+                self.ask_what(communicator, &[by, against], Some(report.verdict(by)), now);
+            }
+            // What a rank says of itself needs no other explanation.
+            Some(_) if report.finding != Finding::LinkFailed || against == by => {
+                self.conclude(report.verdict(by));
+            }
+            Some(presence)
+                if *presence == Presence::Left
+                    || self.last_of(report.communicator, against).is_some() =>
+            {
+                self.conclude(self.has_left(report.communicator, against));
+            }
+            Some(_) => self.accusations.push(Accusation { by, report, until: now + GRACE }),
+        }
+    }
+
+    /// Asks ranks what they called last in a communicator; `verdict` is concluded if nothing more
+    /// comes of it. Does nothing while others are asked that differ for certain.
+    fn ask_what(
+        &mut self,
+        communicator: u32,
+        ranks: &[Rank],
+        verdict: Option<Verdict>,
+        now: Instant,
+    ) {
+        let open = self.hearing.as_ref();
+        let goes_on = open.is_some_and(|open| open.is_certain() || verdict.is_none());
+        if self.verdict.is_some() || goes_on {
+            return;
+        }
+        let here = ranks.iter().filter(|&&rank| self.presence[rank] == Presence::Joined);
+        let until = now + ANSWER_TIMEOUT;
+        let hearing = Hearing::new(communicator, here.copied(), verdict, until);
+        for rank in hearing.ranks() {
+            let messages = vec![Message::Recount { communicator }];
+            self.outputs.push_back(Output { audience: Audience::One(rank), messages });
+        }
+        self.hearing = Some(hearing);
+        self.hear_out();
+    }
+
+    /// Ends a hearing if all have answered.
+    fn hear_out(&mut self) {
+        if let Some(hearing) = self.hearing.take_if(|hearing| hearing.is_whole()) {
+            self.end(hearing);
+        }
+    }
+
+    fn end(&mut self, hearing: Hearing) {
+        if let Some(verdict) = hearing.verdict() {
+            self.conclude(verdict);
+        }
+    }
+
+    /// Starts to find out why a call takes so long, unless that is under way.
+    fn ask(&mut self, by: Rank, concern: Concern, patient: bool, now: Instant) {
+        let communicator = concern.call.communicator;
+        if patient {
+            let lowest = concern.ranks.iter().min().copied().unwrap_or(0);
+            self.waiting.insert((communicator, lowest), (by, concern.clone()));
+            self.look_who_is_gone(communicator);
+        }
+        if let Some(open) = &mut self.query.open {
+            let same = open.concern.call.communicator == concern.call.communicator;
+            if same && open.patient && !patient {
+                (open.by, open.concern, open.patient) = (by, concern, false);
+                return;
+            }
+            // Who is merely late asks once and is not answered; who is overdue asks for another
+            // communicator instead.
+            if same || patient || !open.patient {
+                return;
+            }
+        }
+        if self.verdict.is_some() {
+            return;
+        }
+        let number = self.query.number.wrapping_add(1);
+        let open = Some(Overdue { concern, by, until: now + ANSWER_TIMEOUT, patient });
+        self.query = Query { number, answers: vec![None; self.presence.len()], open };
+        self.tell_all(vec![Message::StatusRequest { query: number, communicator }]);
+    }
+
+    fn answered(&mut self, from: Rank, query: u32, snapshot: Snapshot, now: Instant) {
+        if query == self.query.number {
+            self.query.answers[from] = Some(snapshot);
+            self.decide_if_all_answered(now);
+        }
+    }
+
+    fn decide_if_all_answered(&mut self, now: Instant) {
+        let mut ranks = self.presence.iter().zip(&self.query.answers);
+        let is_away = |presence: &Presence| matches!(presence, Presence::Left | Presence::Gone);
+        if ranks.all(|(presence, answer)| answer.is_some() || is_away(presence)) {
+            self.decide(now);
+        }
+    }
+
+    fn decide(&mut self, now: Instant) {
+        let Some(Overdue { concern, by, patient, .. }) = self.query.open.take() else {
+            return;
+        };
+        let parted = self.parted.get(&concern.call.communicator);
+        let last = |rank| parted.and_then(|parted| parted.get(&rank)).copied();
+        let account = |rank| match (self.presence[rank], last(rank), self.query.answers[rank]) {
+            (_, Some(last), _) => Account::Left(last),
+            // What it did in a group may be forgotten, or known to an earlier coordinator only.
+            (Presence::Left | Presence::Gone, None, _) => Account::Gone,
+            (_, None, Some(snapshot)) => Account::Here(snapshot),
+            (_, None, None) => Account::Silent,
+        };
+        let mut accounts: Vec<_> = (0..self.presence.len()).map(account).collect();
+        let ranks = &concern.ranks;
+        if !ranks.is_empty() {
+            let apart = accounts.iter_mut().enumerate().filter(|(rank, _)| !ranks.contains(rank));
+            apart.for_each(|(_, account)| *account = Account::Apart);
+        }
+        if patient {
+            // Who has all it waited for may be in a later call than the one that differs.
+            let verdict = inquest::contradiction(by, &accounts);
+            let here = |rank: &Rank| matches!(accounts[*rank], Account::Here(_));
+            let ranks: Vec<Rank> = (0..accounts.len()).filter(here).collect();
+            self.ask_what(concern.call.communicator, &ranks, verdict, now);
+            return;
+        }
+        // If everybody has left, nobody waits for anybody.
+        let is_away =
+            |it: &Account| matches!(it, Account::Left(_) | Account::Gone | Account::Apart);
+        if !accounts.iter().all(is_away) {
+            let decide = match concern.call.collective {
+                Collective::Message => inquest::decide_message,
+                _ => inquest::decide,
+            };
+            self.conclude(decide(&concern, by, &accounts));
+        }
+    }
+
+    fn find(&self, is: impl Fn(&Presence) -> bool) -> Option<Rank> {
+        self.presence.iter().position(is)
+    }
+}
+
+#[cfg(test)]
+mod tests;

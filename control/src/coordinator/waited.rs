@@ -1,0 +1,173 @@
+//! Exchanges that wait: who is missing, what is known of them, and when that is said.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use unisum_link::Rank;
+
+use super::{ANSWER_TIMEOUT, Coordinator, Presence};
+use crate::message::Message;
+use crate::round::Round;
+use crate::verdict::{Verdict, VerdictKind, name};
+
+/// After so long it is said who is waited for, and again after twice as long each.
+const NOTICE: Duration = Duration::from_secs(10);
+/// Of so many ranks at most it is remembered what is known of them.
+const NOTES_MAX: usize = 64;
+
+/// How long an exchange has been waiting, and what is known of those that it waits for.
+#[derive(Debug, Default)]
+pub(super) struct Waited {
+    /// Of the exchange's first blob.
+    since: Option<Instant>,
+    /// When to say next who is missing.
+    notice_at: Option<Instant>,
+    /// Why absent ranks may be absent, and how often that was.
+    notes: BTreeMap<Rank, (String, u32)>,
+    /// The question whether those who joined are still there.
+    roll_call: Option<RollCall>,
+}
+
+#[derive(Debug)]
+struct RollCall {
+    query: u32,
+    until: Instant,
+    /// How long the exchange had waited by then.
+    seconds: f64,
+}
+
+impl Waited {
+    /// A blob of an exchange has come.
+    pub(super) fn began(&mut self, round: &mut Round, timeout: Duration, now: Instant) {
+        if round.until.is_none() {
+            round.until = Some(now + timeout);
+            (self.since, self.notice_at) = (Some(now), Some(now + NOTICE));
+            // It was about the exchange before, which has come to its end meanwhile.
+            self.roll_call = None;
+        }
+    }
+
+    /// Something happened to a rank that is not there yet.
+    pub(super) fn note(&mut self, rank: Rank, what: String) {
+        if self.notes.len() == NOTES_MAX && !self.notes.contains_key(&rank) {
+            return;
+        }
+        let (known, times) = self.notes.entry(rank).or_insert_with(|| (what.clone(), 0));
+        if *known != what {
+            (*known, *times) = (what, 0);
+        }
+        *times += 1;
+    }
+
+    /// When something is due because an exchange waits.
+    pub(super) fn deadline(&self, round: &Round) -> Option<Instant> {
+        let until = match &self.roll_call {
+            Some(roll_call) => Some(roll_call.until),
+            None => round.until,
+        };
+        let notice_at = self.notice_at.filter(|_| round.until.is_some());
+        until.into_iter().chain(notice_at).min()
+    }
+}
+
+impl Coordinator {
+    /// A dialer that said it was this rank was refused.
+    pub(crate) fn refused(&mut self, claim: Rank, from: SocketAddr, why: &str) {
+        if self.is_vacant(claim) {
+            self.waited
+                .note(claim, format!("{} said it was this rank and was refused: {why}", from.ip()));
+        }
+    }
+
+    /// Does what is due because an exchange waits.
+    pub(super) fn look_who_is_missing(&mut self, now: Instant) {
+        let Some(until) = self.round.until else { return };
+        if self.waited.notice_at.is_some_and(|at| at <= now)
+            && let Some(since) = self.waited.since
+        {
+            let (waited, missing) = (now - since, self.missing());
+            self.waited.notice_at = Some(now + waited);
+            let (world, known) = (self.presence.len(), self.known_of(&missing));
+            let seconds = waited.as_secs();
+            tracing::warn!("waiting for {} of {world} ({seconds} s){known}", name(&missing));
+        }
+        match &self.waited.roll_call {
+            Some(roll_call) if roll_call.until <= now => self.call_the_roll_to_an_end(),
+            None if until <= now => self.nobody_came(self.connect_timeout.as_secs_f64(), now),
+            _ => {}
+        }
+    }
+
+    /// A rank has waited for as long as it may. Its time is everybody's: it ends the job by ending.
+    pub(super) fn given_up(&mut self, round: u32, millis: u32, now: Instant) {
+        let is_open = self.round.until.is_some() && self.round.number == round;
+        if is_open && self.waited.roll_call.is_none() {
+            self.nobody_came(f64::from(millis) / 1e3, now);
+        }
+    }
+
+    fn missing(&self) -> Vec<Rank> {
+        (0..self.presence.len()).filter(|&rank| !self.round.has(rank)).collect()
+    }
+
+    /// What is known of these ranks, a line for each of which something is.
+    fn known_of(&self, ranks: &[Rank]) -> String {
+        let mut text = String::new();
+        for rank in ranks {
+            if let Some((what, times)) = self.waited.notes.get(rank) {
+                let often = if *times > 1 { format!(" ({times} times)") } else { String::new() };
+                write!(text, "\n  rank {rank}: {what}{often}").expect("strings take all");
+            }
+        }
+        text
+    }
+
+    /// The time is up. Ranks that have not joined are missing; those that have may be on their way,
+    /// unless they do not answer.
+    fn nobody_came(&mut self, seconds: f64, now: Instant) {
+        let is_joined = |rank: &Rank| self.presence[*rank] == Presence::Joined;
+        let (late, absent): (Vec<Rank>, Vec<Rank>) =
+            self.missing().into_iter().partition(is_joined);
+        if !absent.is_empty() {
+            let known = self.known_of(&absent);
+            let text = format!("{} did not join within {seconds} s{known}", name(&absent));
+            return self.conclude(Verdict::new(VerdictKind::Absent, absent, text));
+        }
+        if self.query.open.is_some() {
+            return self.conclude(did_not_go_on(late, seconds));
+        }
+        self.query.number = self.query.number.wrapping_add(1);
+        self.query.answers = vec![None; self.presence.len()];
+        let query = self.query.number;
+        self.waited.roll_call = Some(RollCall { query, until: now + ANSWER_TIMEOUT, seconds });
+        self.tell_all(vec![Message::StatusRequest { query, communicator: 0 }]);
+    }
+
+    fn call_the_roll_to_an_end(&mut self) {
+        let Some(RollCall { query, seconds, .. }) = self.waited.roll_call.take() else { return };
+        let late = self.missing();
+        // Another question may have taken its place.
+        let is_silent =
+            |rank: &Rank| query == self.query.number && self.query.answers[*rank].is_none();
+        let silent: Vec<Rank> = late.iter().copied().filter(is_silent).collect();
+        if silent.is_empty() {
+            return self.conclude(did_not_go_on(late, seconds));
+        }
+        let text = format!(
+            "{} joined and did not go on setting up the communicator within {seconds} s, and does \
+             not answer: the process is stopped, or its host or network is lost",
+            name(&silent)
+        );
+        self.conclude(Verdict::new(VerdictKind::Unresponsive, silent, text));
+    }
+}
+
+fn did_not_go_on(late: Vec<Rank>, seconds: f64) -> Verdict {
+    let text = format!(
+        "{} joined, but did not go on setting up the communicator within {seconds} s",
+        name(&late)
+    );
+    Verdict::new(VerdictKind::NotEntered, late, text)
+}

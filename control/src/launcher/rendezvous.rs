@@ -1,0 +1,167 @@
+//! Where the ranks of a detected job meet.
+
+use super::conventions::{Convention, Placement};
+use super::{LauncherError, Source, local, slurm};
+use crate::address::Rendezvous;
+use crate::environment::Environment;
+
+/// A meeting place and the identity of the run that meets there.
+pub(super) struct Meeting {
+    pub(super) rendezvous: Option<Rendezvous>,
+    pub(super) job: String,
+}
+
+/// Decides where to meet: as told, by a private file if all ranks are on this host, else over TCP.
+pub(super) fn find(
+    environment: &Environment,
+    convention: &Convention,
+    placement: Placement,
+) -> Result<Meeting, LauncherError> {
+    let job = job(environment, convention);
+    if let Some(told) = explicit(environment)? {
+        let job = job.unwrap_or_else(|| told.to_string());
+        return Ok(Meeting { rendezvous: Some(told), job });
+    }
+    if placement.world == 1 {
+        return Ok(Meeting { rendezvous: None, job: job.unwrap_or_else(|| "single".to_owned()) });
+    }
+    if placement.local_size == Some(placement.world) {
+        return on_this_host(environment, convention, job);
+    }
+    let Some(place) = over_tcp(environment, convention, job.as_deref())? else {
+        return Err(LauncherError::NoMeetingPlace {
+            launcher: convention.launcher,
+            rank: placement.rank,
+            world: placement.world,
+            why: match placement.local_size {
+                Some(_) => "on several hosts",
+                None => "which may be on several hosts",
+            },
+        });
+    };
+    let job = job.unwrap_or_else(|| place.to_string());
+    Ok(Meeting { rendezvous: Some(place), job })
+}
+
+/// The meeting place the user gave in `UNISUM_RENDEZVOUS`.
+pub(super) fn explicit(environment: &Environment) -> Result<Option<Rendezvous>, LauncherError> {
+    let variable = "UNISUM_RENDEZVOUS";
+    let given = environment.get(variable).map(str::parse).transpose();
+    given.map_err(|error| LauncherError::Address { variable, error })
+}
+
+fn job(environment: &Environment, convention: &Convention) -> Option<String> {
+    if let Some(job) = environment.get("UNISUM_JOB") {
+        return Some(job.to_owned());
+    }
+    let parts: Vec<_> = convention.job.iter().filter_map(|name| environment.get(name)).collect();
+    (!parts.is_empty()).then(|| parts.join("."))
+}
+
+/// A file in the user's private directory. Its name must differ from an earlier run's, so where the
+/// launcher's variables repeat, the launcher's own process is part of it.
+fn on_this_host(
+    environment: &Environment,
+    convention: &Convention,
+    job: Option<String>,
+) -> Result<Meeting, LauncherError> {
+    let told = environment.get("UNISUM_JOB").is_some();
+    let job = match job {
+        Some(job) if told || !convention.job_repeats => job,
+        Some(job) => format!("{job}.{}", local::launcher_process(convention.rank[0])),
+        None => local::launcher_process(convention.rank[0]),
+    };
+    let path = local::meeting_file(environment, &format!("{} {job}", convention.launcher))?;
+    Ok(Meeting { rendezvous: Some(Rendezvous::File(path)), job })
+}
+
+fn over_tcp(
+    environment: &Environment,
+    convention: &Convention,
+    job: Option<&str>,
+) -> Result<Option<Rendezvous>, LauncherError> {
+    let launcher = convention.launcher;
+    let derived = |variable, host: &str| {
+        let port = own_port(environment)?.unwrap_or_else(|| derived_port(job.unwrap_or(host)));
+        tcp(variable, host, port).map(Some)
+    };
+    match launcher {
+        Source::KubeflowTrainer => {
+            master(environment, launcher, "PET_MASTER_ADDR", "PET_MASTER_PORT")
+        }
+        Source::LeaderWorkerSet => match environment.get("LWS_LEADER_ADDRESS") {
+            Some(host) => derived("LWS_LEADER_ADDRESS", host),
+            None => Ok(None),
+        },
+        _ => {
+            let told = master(environment, launcher, "MASTER_ADDR", "MASTER_PORT")?;
+            if told.is_some() || launcher != Source::Slurm {
+                return Ok(told);
+            }
+            match slurm::first_host(environment)? {
+                Some(host) => derived("SLURM_STEP_NODELIST", &host),
+                None => Ok(None),
+            }
+        }
+    }
+}
+
+/// The address of rank 0's host as torch names it.
+fn master(
+    environment: &Environment,
+    launcher: Source,
+    host_name: &'static str,
+    port_name: &'static str,
+) -> Result<Option<Rendezvous>, LauncherError> {
+    let half_set = |set, missing: &str| {
+        Err(LauncherError::HalfSet { launcher, set, missing: missing.to_owned() })
+    };
+    let (host, port) = match (environment.get(host_name), environment.get(port_name)) {
+        (None, None) => return Ok(None),
+        (None, Some(_)) => return half_set(port_name, host_name),
+        (Some(host), port) => (host, port),
+    };
+    if let Some(port) = own_port(environment)? {
+        return tcp(host_name, host, port).map(Some);
+    }
+    let Some(text) = port else {
+        return half_set(host_name, port_name);
+    };
+    // torchrun's own store listens on MASTER_PORT if this says so; the next port is then ours.
+    let taken = launcher == Source::Torchrun
+        && environment.get("TORCHELASTIC_USE_AGENT_STORE") == Some("True");
+    let port = text.parse::<u16>().ok().filter(|port| *port > 0);
+    match port.and_then(|port| port.checked_add(taken.into())) {
+        Some(port) => tcp(host_name, host, port).map(Some),
+        None => Err(LauncherError::malformed(launcher, port_name, text, "expected a port")),
+    }
+}
+
+/// The port the user gave in `UNISUM_PORT`.
+fn own_port(environment: &Environment) -> Result<Option<u16>, LauncherError> {
+    let Some(text) = environment.get("UNISUM_PORT") else {
+        return Ok(None);
+    };
+    let port = text.parse().ok().filter(|port| *port > 0).ok_or_else(|| {
+        LauncherError::malformed(Source::Own, "UNISUM_PORT", text, "expected a port, 1 to 65535")
+    })?;
+    Ok(Some(port))
+}
+
+fn tcp(variable: &'static str, host: &str, port: u16) -> Result<Rendezvous, LauncherError> {
+    let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
+    Rendezvous::tcp(bare, port).map_err(|error| LauncherError::Address { variable, error })
+}
+
+/// A port all ranks compute alike from the identity of the run.
+///
+/// The range lies below the ports Linux hands out by itself (`ip_local_port_range`, from 32768), so
+/// that no outgoing connection sits on it. Two runs on one host collide once in 12,000 pairs; the
+/// loser then reports that the port is taken.
+fn derived_port(job: &str) -> u16 {
+    let spread = local::fnv1a(job) % u64::from(PORT_COUNT);
+    FIRST_PORT + u16::try_from(spread).expect("a remainder of a u16 fits a u16")
+}
+
+const FIRST_PORT: u16 = 20_000;
+const PORT_COUNT: u16 = 12_000;

@@ -1,0 +1,496 @@
+//! The control plane: how ranks find each other, agree, and learn why a communicator ends, on
+//! connections of its own that answer even while the data path is stuck.
+//!
+//! Every rank has one control thread, which owns the process's one listening port and a connection
+//! to rank 0, the coordinator. The coordinator decides (`coordinator`, `inquest`: pure) and every
+//! rank hears the same verdict, the first one; a rank concludes on its own only when the
+//! coordinator is dead or silent. If rank 0 leaves in order, it goes on to coordinate while its
+//! process lives, and then another rank does (`thread::succession`).
+//!
+//! Beside it is what a process has to know first: who started it ([`launcher`]), where the ranks
+//! meet ([`address`]), and by which addresses others reach it ([`interface`]).
+//!
+//! The crate uses `unisum-link` (handshake, what a call is), and the names in `unisum-algorithms`
+//! and `unisum-kernels` for what errors say. It moves no data. Start at [`Control::start`], then
+//! `thread` (the event loop), `message` (what is said) and `coordinator` (what is decided).
+
+pub mod address;
+mod connection;
+mod coordinator;
+mod dial;
+mod door;
+mod environment;
+mod error;
+mod file;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
+mod guests;
+mod hearing;
+mod inquest;
+pub mod interface;
+mod kept;
+pub mod launcher;
+pub mod leftovers;
+mod listen;
+mod member;
+mod message;
+mod pulse;
+mod round;
+mod share;
+mod shared;
+mod status;
+mod thread;
+mod verdict;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use mio::{Poll, Waker};
+use unisum_link::fork::ParentOnly;
+use unisum_link::handshake::{self, Build, Hello, Purpose, Secret, job_hash};
+use unisum_link::{Rank, Wake};
+
+use self::coordinator::Coordinator;
+use self::dial::Reached;
+use self::listen::Listening;
+use self::pulse::Pulses;
+use self::shared::{Command, Shared};
+use self::thread::{ControlThread, Identity};
+use crate::address::{PortRange, Rendezvous};
+use crate::interface::InterfaceFilter;
+
+pub use self::environment::Environment;
+pub use self::error::ControlError;
+pub use self::kept::Kept;
+pub use self::member::LINK_VERDICT_TIMEOUT;
+pub use self::message::Concern;
+pub use self::share::Share;
+pub use self::shared::Inbox;
+pub use self::status::{Status, Waiting, describe, plan_of};
+pub use self::verdict::{Finding, Report, Verdict, VerdictKind};
+
+/// Largest world.
+const WORLD_MAX: usize = 1 << 16;
+/// How long the coordinator may take to say who is missing in an exchange.
+const EXCHANGE_SPARE: Duration = Duration::from_secs(5);
+/// How long leaving may wait for the goodbye to be with the kernel.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What a rank needs to know to join a job.
+#[derive(Debug)]
+pub struct ControlConfig {
+    /// This process's rank, below `world`.
+    pub rank: Rank,
+    /// How many ranks the job has.
+    pub world: usize,
+    /// Where the ranks meet.
+    pub rendezvous: Rendezvous,
+    /// The job's name, the same on all ranks.
+    pub job: String,
+    /// What proves that a process belongs to the job.
+    pub secret: Secret,
+    /// Where the secret is from, in words.
+    pub secret_origin: String,
+    /// Which network interfaces other ranks may reach this one by.
+    pub interface: Option<InterfaceFilter>,
+    /// Which ports this rank may listen on; rank 0 listens on the rendezvous port instead if
+    /// that is one.
+    pub port_range: Option<PortRange>,
+    /// How long the other ranks may take to join, and to take part in each exchange.
+    pub connect_timeout: Duration,
+    /// How long another host may give no sign of life before it is lost.
+    pub heartbeat_timeout: Duration,
+    /// Which build this is: ranks of different builds are refused.
+    pub build: Build,
+    /// What a transport has to set on a listening socket, for the connections that it accepts.
+    pub prepare_listener: fn(&TcpListener),
+    /// How rank 0 tells the others where it listens, if they meet by a store of the program.
+    pub publish: Option<Publish>,
+}
+
+/// Tells the ranks that look for it where rank 0 listens. An error is the store's words.
+pub struct Publish(pub Box<PublishAddresses>);
+
+type PublishAddresses = dyn Fn(&[SocketAddr]) -> Result<(), String> + Send;
+
+impl fmt::Debug for Publish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Publish")
+    }
+}
+
+/// This rank's membership in the control plane. Dropping it leaves.
+pub struct Control {
+    shared: Arc<Shared>,
+    /// None in a world of one, which has no thread.
+    waker: Option<Waker>,
+    session: [u8; 16],
+    /// Where this process listens.
+    addresses: Vec<SocketAddr>,
+    /// Where it reached rank 0.
+    coordinator: Option<SocketAddr>,
+    connect_timeout: Duration,
+    /// Held during an exchange: they go one by one.
+    exchanging: Mutex<()>,
+    has_left: AtomicBool,
+    status: Arc<Status>,
+    process: u32,
+}
+
+/// What a process has before its thread starts.
+struct Joined {
+    listening: Listening,
+    session: [u8; 16],
+    coordinator: Option<SocketAddr>,
+    role: Role,
+}
+
+enum Role {
+    Coordinator(Option<file::Published>),
+    Member(ParentOnly<TcpStream>, Option<ParentOnly<TcpStream>>),
+}
+
+impl Control {
+    /// Joins the job: on rank 0 returns when it listens (and, for a rendezvous file, has told
+    /// where), elsewhere when rank 0 has admitted this rank. Blocks for `connect_timeout` at most,
+    /// and for as long as the system's name resolver does. A world of one needs no network.
+    ///
+    /// # Errors
+    /// If rank 0 can't be reached in time or refuses, this process can't listen, or the
+    /// rendezvous file can't be written.
+    pub fn start(config: ControlConfig) -> Result<Self, ControlError> {
+        let ControlConfig { rank, world, connect_timeout, .. } = config;
+        assert!(rank < world, "rank {rank} is not in a world of {world}");
+        if world > WORLD_MAX {
+            return Err(ControlError::World(world));
+        }
+        let shared = Arc::new(Shared::new(rank, world));
+        if world == 1 {
+            let nowhere = (Vec::new(), None);
+            return Ok(Self::new(shared, None, new_session()?, nowhere, connect_timeout));
+        }
+        let joined = if rank == 0 { open(&config)? } else { dial(&config)? };
+        joined.listening.listeners.iter().for_each(config.prepare_listener);
+        let places = (joined.listening.addresses.clone(), joined.coordinator);
+        let session = joined.session;
+        let spare = match &joined.role {
+            Role::Coordinator(_) => None,
+            Role::Member(stream, _) => stream.try_clone().ok().map(ParentOnly::new),
+        };
+        let waker = spawn(config, joined, &shared).map_err(|error| {
+            let error = ControlError::system("starting the control thread", error);
+            spare.iter().for_each(|stream| dial::give_up(stream, rank, &error));
+            error
+        })?;
+        Ok(Self::new(shared, Some(waker), session, places, connect_timeout))
+    }
+
+    fn new(
+        shared: Arc<Shared>,
+        waker: Option<Waker>,
+        session: [u8; 16],
+        (addresses, coordinator): (Vec<SocketAddr>, Option<SocketAddr>),
+        connect_timeout: Duration,
+    ) -> Self {
+        let status = shared.enroll(0);
+        Self {
+            shared,
+            waker,
+            session,
+            addresses,
+            coordinator,
+            connect_timeout,
+            exchanging: Mutex::new(()),
+            has_left: AtomicBool::new(false),
+            status,
+            process: std::process::id(),
+        }
+    }
+
+    /// The random number of this start of the job, the same on all ranks.
+    pub const fn session(&self) -> [u8; 16] {
+        self.session
+    }
+
+    /// Where other ranks reach this process, the best address first. None in a world of one.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// Where this process reached rank 0; none on rank 0 itself.
+    pub const fn coordinator(&self) -> Option<SocketAddr> {
+        self.coordinator
+    }
+
+    /// Gives every rank's blobs to the ranks that they are for: what each rank has for this one,
+    /// in rank order. All ranks call it, equally often. Blobs have 64 KiB at most, and if there is
+    /// one for each rank, all of them together 64 KiB, or 1 KiB for each rank if that is more.
+    /// Blocks until all have called, `connect_timeout` at most. Cost: two messages' time, and the
+    /// coordinator sends world² blobs.
+    ///
+    /// # Errors
+    /// If a blob is too large, or the communicator ends; the verdict names ranks that never came.
+    pub fn exchange(&self, share: impl Into<Share>) -> Result<Vec<Vec<u8>>, ControlError> {
+        let share = share.into();
+        share.check(self.shared.world()).map_err(ControlError::Blob)?;
+        if self.waker.is_none() {
+            return Ok(share.into_own());
+        }
+        let _one = self.exchanging.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(verdict) = self.verdict() {
+            return Err(ControlError::Ended(verdict));
+        }
+        // Acquire: pairs with the AcqRel swap in `leave`.
+        if self.has_left.load(Ordering::Acquire) {
+            return Err(ControlError::HasLeft);
+        }
+        self.command(Command::Exchange(share));
+        let mut gathered = self.shared.await_gathered(Instant::now() + self.connect_timeout);
+        if gathered.is_none() && self.verdict().is_none() {
+            // The coordinator may be more patient; it knows who is missing.
+            self.command(Command::Missing(self.connect_timeout));
+            gathered = self.shared.await_gathered(Instant::now() + EXCHANGE_SPARE);
+        }
+        if let Some(blobs) = gathered {
+            return Ok(blobs.into_iter().map(Vec::from).collect());
+        }
+        // The first verdict counts: this one only if there is none.
+        self.shared.conclude(Verdict::coordinator_silent(0, "during an exchange"));
+        Err(self.verdict().map_or(ControlError::HasLeft, ControlError::Ended))
+    }
+
+    /// Says where each rank listens, so that another rank can coordinate once rank 0 has left.
+    pub fn set_addresses(&self, addresses: Vec<Vec<SocketAddr>>) {
+        self.shared.set_addresses(addresses);
+    }
+
+    /// Gives data connections that have proven the token and name this session to `inbox`, on the
+    /// control thread: peer, socket index, and the stream (non-blocking). Those that came before
+    /// are delivered at once, on this thread. `inbox` must not block.
+    pub fn set_inbox(&self, communicator: u32, inbox: Inbox) {
+        self.shared.set_inbox(communicator, inbox);
+    }
+
+    /// Has `waker` woken when the verdict comes, as long as this rank is in the communicator; at
+    /// once if it is there.
+    pub fn add_waker(&self, communicator: u32, waker: Arc<dyn Wake>) {
+        self.shared.add_waker(communicator, waker);
+    }
+
+    /// Where the engine of the job's own communicator says what this rank is doing.
+    pub const fn status(&self) -> &Arc<Status> {
+        &self.status
+    }
+
+    /// Enrolls this rank in a communicator, in which it has the number `rank` of `world`: data
+    /// connections of `session` are its. Gives the place where its engine says what it is doing.
+    pub fn enroll(
+        &self,
+        communicator: u32,
+        session: [u8; 16],
+        (rank, world): (Rank, usize),
+    ) -> Arc<Status> {
+        self.shared.open_channel(communicator, session, (rank, world));
+        self.shared.enroll(communicator)
+    }
+
+    /// This rank is no longer in a communicator.
+    pub fn withdraw(&self, communicator: u32) {
+        let last = self.shared.withdraw(communicator);
+        self.command(Command::Part(communicator, last));
+    }
+
+    /// Tells rank 0 a line to keep; this is another rank. What is told after rank 0 has left is
+    /// lost.
+    pub fn keep(&self, line: String) {
+        self.command(Command::Keep(line));
+    }
+
+    /// What other ranks told this one to keep, on rank 0.
+    pub fn kept(&self) -> Arc<Kept> {
+        self.shared.kept.clone()
+    }
+
+    /// Why the communicator has ended, if it has. One load until then.
+    pub fn verdict(&self) -> Option<Verdict> {
+        self.shared.verdict().cloned()
+    }
+
+    /// Whether there is a verdict. One load.
+    pub fn is_over(&self) -> bool {
+        self.shared.verdict().is_some()
+    }
+
+    /// Whether a rank has left the job in order. One load.
+    pub fn has_left_job(&self, rank: Rank) -> bool {
+        self.shared.has_left(rank)
+    }
+
+    /// Blocks until there is a verdict, or until `until`.
+    pub fn await_verdict(&self, until: Instant) -> Option<Verdict> {
+        self.shared.await_verdict(until).cloned()
+    }
+
+    /// Tells the coordinator that this rank's link failed or its call differs; a verdict follows
+    /// within about a second, or [`LINK_VERDICT_TIMEOUT`] if the coordinator is silent. Never
+    /// blocks.
+    pub fn accuse(&self, report: Report) {
+        self.command(Command::Accuse(report));
+    }
+
+    /// Tells the coordinator that this rank's deadline for a call expired; a verdict follows
+    /// within about 2 s. Never blocks.
+    pub fn overdue(&self, concern: Concern) {
+        self.command(Command::Overdue(concern));
+    }
+
+    /// Tells the coordinator that this rank has waited in a call for a while. A verdict follows
+    /// only if another rank called something else under the same number. Never blocks.
+    pub fn stalled(&self, concern: Concern) {
+        self.command(Command::Stalled(concern));
+    }
+
+    /// Leaves in order: for the others this rank has not died. Waits until the kernel has the
+    /// goodbye, which is at once unless the network is stuck, and 1 s at most; joins no thread.
+    /// Idempotent. Does nothing in a forked child: the membership is the parent's.
+    pub fn leave(&self) {
+        if self.process != std::process::id() {
+            return;
+        }
+        // AcqRel: pairs with itself, and with the load in `exchange`.
+        if self.waker.is_none() || self.has_left.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.command(Command::Leave);
+        self.shared.await_goodbye(Instant::now() + GOODBYE_TIMEOUT);
+    }
+
+    fn command(&self, command: Command) {
+        let Some(waker) = &self.waker else { return };
+        self.shared.command(command);
+        // Writing to an eventfd fails only when it is full, and then the thread is awake.
+        let _ = waker.wake();
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct("Control");
+        debug.field("rank", &self.shared.rank).field("world", &self.shared.world());
+        debug.field("addresses", &self.addresses).finish_non_exhaustive()
+    }
+}
+
+fn new_session() -> Result<[u8; 16], ControlError> {
+    handshake::random().map_err(|error| ControlError::system("choosing a session", error))
+}
+
+/// Rank 0: listens and tells where.
+fn open(config: &ControlConfig) -> Result<Joined, ControlError> {
+    let session = new_session()?;
+    let filter = config.interface.as_ref();
+    let (listening, published) = match &config.rendezvous {
+        Rendezvous::Tcp { host, port } => {
+            let until = Instant::now() + config.connect_timeout;
+            (listen::at_rendezvous(host, *port, filter, until)?, None)
+        }
+        Rendezvous::File(path) => {
+            let listening = listen::at_free_port(filter, None, config.port_range)?;
+            let published = file::publish(path, session, &listening.addresses)
+                .map_err(|source| ControlError::File { path: path.clone(), source })?;
+            (listening, Some(published))
+        }
+        Rendezvous::Store { key, .. } => {
+            let listening = listen::at_free_port(filter, None, config.port_range)?;
+            let published = config.publish.as_ref().map(|publish| publish.0(&listening.addresses));
+            published.transpose().map_err(|why| ControlError::Store { key: key.clone(), why })?;
+            (listening, None)
+        }
+    };
+    Ok(Joined { listening, session, coordinator: None, role: Role::Coordinator(published) })
+}
+
+/// Other ranks: reach rank 0, then listen, best on the address that the route to it suggests.
+fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
+    let hello = Hello {
+        purpose: Purpose::Control,
+        socket: 0,
+        from: config.rank as u32,
+        to: 0,
+        world: config.world as u32,
+        session: [0; 16],
+        job: job_hash(&config.job),
+        build: config.build,
+    };
+    let reached = dial::reach(&config.rendezvous, &hello, &config.secret, config.connect_timeout);
+    let Reached { stream, coordinator, session, pulse } =
+        reached.map_err(|error| error.with_origin(&config.secret_origin))?;
+    let filter = config.interface.as_ref();
+    let is_name = match &config.rendezvous {
+        Rendezvous::Tcp { host, .. } => !listen::is_literal(host),
+        Rendezvous::File(_) | Rendezvous::Store { .. } => false,
+    };
+    // On its own host a name may be a loopback address, by which nobody else reaches this rank.
+    let misleads = is_name && coordinator.ip().is_loopback();
+    let towards = (!misleads).then_some(coordinator);
+    let listening = listen::at_free_port(filter, towards, config.port_range)
+        .inspect_err(|error| dial::give_up(&stream, config.rank, error))?;
+    let role = Role::Member(stream, pulse);
+    Ok(Joined { listening, session, coordinator: Some(coordinator), role })
+}
+
+fn spawn(config: ControlConfig, joined: Joined, shared: &Arc<Shared>) -> io::Result<Waker> {
+    let ControlConfig { rank, world, job, secret, secret_origin, connect_timeout, build, .. } =
+        config;
+    let pulses = Pulses::new(config.heartbeat_timeout);
+    let Joined { listening, session, role, .. } = joined;
+    // Before anybody learns where this rank listens.
+    shared.open_channel(0, session, (rank, world));
+    let poll = Poll::new()?;
+    let waker = Waker::new(poll.registry(), thread::WAKER)?;
+    let job = job_hash(&job);
+    let identity = Identity { rank, world, session, job, build, secret, secret_origin };
+    let (shared, listeners) = (Arc::clone(shared), listening.listeners);
+    let mut thread = ControlThread::new(poll, identity, shared.clone(), listeners, pulses)?;
+    match role {
+        Role::Coordinator(published) => {
+            thread.coordinate(Coordinator::new(session, world, connect_timeout), published);
+        }
+        Role::Member(stream, pulse) => thread.join(0, stream, pulse)?,
+    }
+    let end = End(shared);
+    std::thread::Builder::new().name("unisum-control".into()).spawn(move || {
+        let end = end;
+        if let Err(error) = thread.run() {
+            end.0.conclude(Verdict::died(rank, &format!("its control thread failed: {error}")));
+        }
+    })?;
+    Ok(waker)
+}
+
+/// Lets nobody wait for a thread that has ended, be it by a panic.
+struct End(Arc<Shared>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let rank = self.0.rank;
+            self.0.conclude(Verdict::died(rank, "its control thread panicked"));
+        }
+        self.0.said_goodbye();
+        self.0.release();
+    }
+}

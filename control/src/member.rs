@@ -1,0 +1,472 @@
+//! A rank's half of the control plane (no I/O): it answers the coordinator, concludes on its own
+//! only if there is no coordinator to ask, and knows what another coordinator has to know.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use unisum_link::Rank;
+
+use super::message::{Concern, Message};
+use super::shared::{Command, Shared};
+use super::status::{Lasts, describe};
+use super::verdict::{Finding, Report, Verdict, VerdictKind};
+
+/// How long the coordinator may take to a verdict on a call that is overdue: its own second for the
+/// ranks' answers, and one for a busy machine.
+const VERDICT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long it may take to one on a link that failed. Longer: who ends a link is known by its
+/// neighbours only, and if they came to verdicts of their own, because the coordinator's process
+/// is stopped for a moment, each rank would name another.
+pub const LINK_VERDICT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Communicators of which it is remembered what this rank did last in them.
+const PARTED_MAX: usize = 1024;
+
+pub(super) struct Member {
+    shared: Arc<Shared>,
+    /// The exchange under way, or the next.
+    round: u32,
+    blobs: Vec<Bytes>,
+    /// When the coordinator must have come to a verdict that this rank asked for.
+    verdict_by: Option<Instant>,
+    /// What it was asked first.
+    asked: Option<Asked>,
+    /// Whether the coordinator knows this rank's verdict.
+    has_told_verdict: bool,
+    /// The rank that coordinates.
+    coordinator: Rank,
+    /// Whether it can be reached: not while another one is sought.
+    is_connected: bool,
+    /// Whether there is no coordinator, and never will be.
+    is_alone: bool,
+    /// By rank, whether it is gone, and what it did last if it left in order: what it has said of
+    /// that it can't say again to another coordinator.
+    gone: Vec<Option<Option<Lasts>>>,
+    /// What this rank did last in communicators that it is no longer in.
+    parted: Lasts,
+    /// The newest call that it has waited in for a while.
+    stalled: Option<Concern>,
+}
+
+/// What needs a verdict.
+#[derive(Clone, Debug)]
+enum Asked {
+    Accused(Report),
+    Overdue(Concern),
+}
+
+impl Member {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            gone: vec![None; shared.world()],
+            shared,
+            round: 0,
+            blobs: Vec::new(),
+            verdict_by: None,
+            asked: None,
+            has_told_verdict: false,
+            coordinator: 0,
+            is_connected: true,
+            is_alone: false,
+            parted: BTreeMap::new(),
+            stalled: None,
+        }
+    }
+
+    /// Does what the coordinator says; returns the answer to send.
+    ///
+    /// # Errors
+    /// A text if it says what no coordinator says.
+    pub(super) fn heard(&mut self, message: Message) -> Result<Option<Message>, String> {
+        match message {
+            Message::Gathered { round, rank, blob } => {
+                if round != self.round || rank != self.blobs.len() {
+                    return Err(format!("a blob of rank {rank}, exchange {round}, out of order"));
+                }
+                self.blobs.push(blob);
+                if self.blobs.len() == self.shared.world() {
+                    self.round = self.round.wrapping_add(1);
+                    self.shared.gathered(std::mem::take(&mut self.blobs));
+                }
+            }
+            Message::StatusRequest { query, communicator } => {
+                let snapshot = self.shared.snapshot(communicator);
+                return Ok(Some(Message::Status { query, snapshot }));
+            }
+            Message::Recount { communicator } => {
+                let calls = self.shared.told(communicator);
+                return Ok(Some(Message::Recounted { communicator, calls }));
+            }
+            Message::Verdict(verdict) => {
+                self.has_told_verdict = true;
+                self.conclude(verdict);
+            }
+            Message::Left { rank, last, parted } if rank < self.shared.world() => {
+                self.shared.set_left(rank);
+                let lasts = parted.into_iter().chain([(0, last)]);
+                self.gone[rank] = Some(Some(lasts.collect()));
+            }
+            other => return Err(format!("it sent {other:?}")),
+        }
+        Ok(None)
+    }
+
+    /// Does what this rank's threads ask; returns the messages to send.
+    pub(super) fn command(&mut self, command: Command, now: Instant) -> Vec<Message> {
+        let message = match command {
+            Command::Exchange(share) => {
+                if let Some(lasts) = &self.gone[self.coordinator] {
+                    let last = lasts.as_ref().and_then(|lasts| lasts.get(&0));
+                    self.conclude(Verdict::left(self.coordinator, last));
+                }
+                let round = self.round;
+                let blob = |(to, blob): (Option<Rank>, Vec<u8>)| Message::Blob {
+                    round,
+                    to,
+                    blob: blob.into(),
+                };
+                return share.blobs().map(blob).collect();
+            }
+            Command::Missing(waited) => {
+                let millis = u32::try_from(waited.as_millis()).unwrap_or(u32::MAX);
+                Some(Message::Missing { round: self.round, millis })
+            }
+            Command::Accuse(report) => self.ask(Asked::Accused(report), now),
+            Command::Overdue(concern) => self.ask(Asked::Overdue(concern), now),
+            Command::Stalled(concern) => {
+                self.stalled = Some(concern.clone());
+                Some(Message::Stalled(concern))
+            }
+            Command::Part(communicator, last) => {
+                self.parted.insert(communicator, last);
+                if self.parted.len() > PARTED_MAX {
+                    self.parted.pop_first();
+                }
+                Some(Message::Parted { communicator, last })
+            }
+            Command::Leave => {
+                let bye = Message::Bye(self.shared.snapshot(0));
+                return self.news().into_iter().chain([bye]).collect();
+            }
+            Command::Keep(line) => Some(Message::Keep(line)),
+        };
+        message.into_iter().collect()
+    }
+
+    /// What to tell the coordinator that it did not ask for: a verdict of this rank's own.
+    pub(super) fn news(&mut self) -> Option<Message> {
+        let verdict = self.shared.verdict().filter(|_| !self.has_told_verdict)?;
+        let told = Message::Concluded(verdict.clone());
+        self.has_told_verdict = true;
+        Some(told)
+    }
+
+    /// The connection to the coordinator ended. Whether another one is to be sought.
+    pub(super) fn lost(&mut self, how: &str) -> bool {
+        self.is_connected = false;
+        if self.gone[self.coordinator].is_none() {
+            self.conclude(Verdict::died(self.coordinator, how));
+        }
+        self.shared.verdict().is_none()
+    }
+
+    /// The rank that is to coordinate when the one that did is gone.
+    pub(super) fn heir(&self) -> Option<Rank> {
+        self.gone.iter().position(Option::is_none)
+    }
+
+    /// A rank can't be reached that is to coordinate.
+    pub(super) fn is_unreachable(&mut self, rank: Rank) {
+        self.gone[rank] = Some(None);
+    }
+
+    /// By rank, whether it is gone, and what it did last if it left in order.
+    pub(super) fn gone(&self) -> Vec<Option<Option<Lasts>>> {
+        self.gone.clone()
+    }
+
+    /// Another rank coordinates from now on; what it needs to know of this one.
+    pub(super) fn coordinated_by(&mut self, coordinator: Rank, now: Instant) -> Vec<Message> {
+        (self.coordinator, self.is_connected, self.verdict_by) = (coordinator, true, None);
+        let parted = self.parted.iter();
+        let parted = parted.map(|(&communicator, &last)| Message::Parted { communicator, last });
+        let mut said: Vec<_> = parted.collect();
+        said.extend(self.stalled.clone().map(Message::Stalled));
+        said.extend(self.asked.clone().and_then(|asked| self.ask(asked, now)));
+        said.extend(self.news());
+        said
+    }
+
+    /// There is nobody who could coordinate.
+    pub(super) fn is_alone(&mut self) {
+        self.is_alone = true;
+        if let Some(asked) = self.asked.take() {
+            self.judge_alone(asked);
+        }
+    }
+
+    /// The coordinator's host has not answered for `limit`.
+    pub(super) fn unreachable(&mut self, lost: &[(Rank, IpAddr)], limit: Duration) {
+        if self.gone[self.coordinator].is_none() {
+            self.conclude(Verdict::unreachable(lost, limit));
+        }
+    }
+
+    pub(super) fn violated(&mut self, what: impl std::fmt::Display) {
+        self.conclude(Verdict::protocol(self.coordinator, what));
+    }
+
+    /// Does what is due.
+    pub(super) fn tick(&mut self, now: Instant) {
+        if self.verdict_by.is_some_and(|by| by <= now) {
+            let (silent, why) = match self.heir().filter(|_| !self.is_connected) {
+                Some(heir) => (heir, "others left, and it is to take their place"),
+                None => (self.coordinator, "no verdict when one was asked for"),
+            };
+            self.conclude(Verdict::coordinator_silent(silent, why));
+        }
+    }
+
+    /// When [`Member::tick`] has something to do.
+    pub(super) const fn deadline(&self) -> Option<Instant> {
+        self.verdict_by
+    }
+
+    /// Asks the coordinator for a verdict, or comes to one where there is none.
+    fn ask(&mut self, asked: Asked, now: Instant) -> Option<Message> {
+        if self.is_alone {
+            self.judge_alone(asked);
+            return None;
+        }
+        self.expect_verdict(&asked, now);
+        Some(match asked {
+            Asked::Accused(report) => Message::Accuse(report),
+            Asked::Overdue(concern) => Message::Overdue(concern),
+        })
+    }
+
+    /// Without a coordinator nobody can be asked what it is doing.
+    fn judge_alone(&mut self, asked: Asked) {
+        let verdict = match asked {
+            Asked::Accused(report) => {
+                let against = report.against;
+                let is_link = report.finding == Finding::LinkFailed;
+                let gone = self.gone.get(against).and_then(Option::as_ref).filter(|_| is_link);
+                match gone {
+                    Some(lasts) => {
+                        let last = lasts.as_ref().and_then(|it| it.get(&report.communicator));
+                        Verdict::left(against, last)
+                    }
+                    None => report.verdict(self.shared.rank),
+                }
+            }
+            Asked::Overdue(Concern { call, uncounted, .. }) => {
+                let call = describe(&call, uncounted);
+                let (rank, coordinator) = (self.shared.rank, self.coordinator);
+                let text = format!(
+                    "{call} is overdue on rank {rank}: rank {coordinator}, the coordinator, has \
+                     left, so that no rank can be asked what it is doing"
+                );
+                Verdict::new(VerdictKind::Left, vec![coordinator], text)
+            }
+        };
+        self.conclude(verdict);
+    }
+
+    fn expect_verdict(&mut self, asked: &Asked, now: Instant) {
+        if self.shared.verdict().is_some() {
+            return;
+        }
+        let by = match asked {
+            Asked::Overdue(_) => now + VERDICT_TIMEOUT,
+            Asked::Accused(_) => now + LINK_VERDICT_TIMEOUT,
+        };
+        self.verdict_by = Some(self.verdict_by.map_or(by, |before| before.min(by)));
+        self.asked.get_or_insert_with(|| asked.clone());
+    }
+
+    fn conclude(&mut self, verdict: Verdict) {
+        (self.verdict_by, self.asked) = (None, None);
+        self.shared.conclude(verdict);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::Snapshot;
+    use crate::tests::call;
+
+    fn member() -> Member {
+        Member::new(Arc::new(Shared::new(1, 3)))
+    }
+
+    #[track_caller]
+    fn expect(member: &Member, kind: VerdictKind, culprit: usize) {
+        let verdict = member.shared.verdict().expect("a verdict");
+        assert_eq!((verdict.kind, &verdict.culprits[..]), (kind, &[culprit][..]));
+        assert_eq!(member.deadline(), None);
+    }
+
+    fn report() -> Report {
+        let text = "link to rank 2: closed".into();
+        Report { communicator: 0, against: 2, finding: Finding::LinkFailed, text }
+    }
+
+    #[test]
+    fn a_coordinator_that_vanishes_is_dead() {
+        let mut member = member();
+        member.lost("its connection ended");
+        expect(&member, VerdictKind::Died, 0);
+    }
+
+    #[test]
+    fn a_coordinator_that_is_silent_is_unresponsive() {
+        let (mut member, now) = (member(), Instant::now());
+        let asked = member.command(Command::Overdue(call(1).into()), now);
+        assert_eq!(asked, [Message::Overdue(call(1).into())]);
+        member.tick(now + VERDICT_TIMEOUT / 2);
+        assert!(member.shared.verdict().is_none());
+        member.tick(now + VERDICT_TIMEOUT);
+        expect(&member, VerdictKind::Unresponsive, 0);
+    }
+
+    fn left(rank: Rank) -> Message {
+        Message::Left { rank, last: Snapshot::default(), parted: Vec::new() }
+    }
+
+    fn leave(member: &mut Member, rank: Rank) {
+        assert_eq!(member.heard(left(rank)), Ok(None));
+    }
+
+    #[test]
+    fn an_heir_that_is_silent_is_unresponsive() {
+        let (mut member, now) = (Member::new(Arc::new(Shared::new(2, 3))), Instant::now());
+        leave(&mut member, 0);
+        assert!(member.lost("its connection ended"), "another one is sought");
+        member.command(Command::Overdue(call(1).into()), now);
+        member.tick(now + VERDICT_TIMEOUT);
+        expect(&member, VerdictKind::Unresponsive, 1);
+    }
+
+    #[test]
+    fn without_any_coordinator_a_rank_concludes_on_its_own() {
+        let alone = || {
+            let mut member = member();
+            leave(&mut member, 0);
+            assert!(member.lost("its connection ended"), "another one is sought");
+            member.is_alone();
+            assert!(member.shared.verdict().is_none());
+            member
+        };
+        let now = Instant::now();
+        let mut member = alone();
+        assert_eq!(member.command(Command::Overdue(call(1).into()), now), []);
+        expect(&member, VerdictKind::Left, 0);
+        let mut member = alone();
+        assert_eq!(member.command(Command::Accuse(report()), now), []);
+        expect(&member, VerdictKind::LinkFailed, 2);
+        let mut member = alone();
+        leave(&mut member, 2);
+        assert_eq!(member.command(Command::Accuse(report()), now), []);
+        expect(&member, VerdictKind::Left, 2);
+        // Its last message had another length: that is what went wrong, and not that it left.
+        let mut member = alone();
+        let text = "rank 1 receives 8 bytes, rank 0 sent 4".into();
+        let finding = Finding::Mismatch;
+        let differs = Report { communicator: 0, against: 0, finding, text };
+        member.command(Command::Accuse(differs), now);
+        let verdict = member.shared.verdict().unwrap();
+        assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::Mismatch, &[0, 1][..]));
+    }
+
+    #[test]
+    fn the_lowest_rank_that_is_left_is_the_heir() {
+        let mut member = member();
+        leave(&mut member, 0);
+        assert_eq!(member.heir(), Some(1));
+        let mut member = Member::new(Arc::new(Shared::new(2, 4)));
+        leave(&mut member, 0);
+        leave(&mut member, 3);
+        assert_eq!(member.heir(), Some(1));
+        member.is_unreachable(1);
+        assert_eq!(member.heir(), Some(2), "itself");
+        assert_eq!(member.gone()[1], Some(None));
+    }
+
+    #[test]
+    fn what_was_asked_while_the_coordinator_left_is_asked_of_the_heir() {
+        let now = Instant::now();
+        for asks_later in [false, true] {
+            let mut member = member();
+            let part = Command::Part(3, Snapshot::default());
+            member.command(part, now);
+            let report = report();
+            if !asks_later {
+                member.command(Command::Accuse(report.clone()), now);
+            }
+            leave(&mut member, 0);
+            assert!(member.lost("its connection ended"));
+            if asks_later {
+                member.command(Command::Accuse(report.clone()), now);
+            }
+            let later = now + LINK_VERDICT_TIMEOUT / 2;
+            let said = member.coordinated_by(2, later);
+            let parted = Message::Parted { communicator: 3, last: Snapshot::default() };
+            assert_eq!(said, [parted, Message::Accuse(report)]);
+            member.tick(now + LINK_VERDICT_TIMEOUT);
+            assert!(member.shared.verdict().is_none(), "the heir has as much time");
+            member.tick(later + LINK_VERDICT_TIMEOUT);
+            expect(&member, VerdictKind::Unresponsive, 2);
+        }
+    }
+
+    #[test]
+    fn a_verdict_of_its_own_is_told_once_and_before_the_goodbye() {
+        let now = Instant::now();
+        let asking = || {
+            let mut member = member();
+            member.command(Command::Overdue(call(1).into()), now);
+            member.tick(now + VERDICT_TIMEOUT);
+            member
+        };
+        let mut telling = asking();
+        let told = telling.news();
+        assert!(matches!(&told, Some(Message::Concluded(it)) if it.culprits == [0]), "{told:?}");
+        assert_eq!(telling.news(), None);
+        let said = asking().command(Command::Leave, now);
+        assert!(matches!(said[..], [Message::Concluded(_), Message::Bye(_)]), "{said:?}");
+        let mut told = member();
+        told.heard(Message::Verdict(Verdict::died(2, "killed"))).unwrap();
+        assert_eq!(told.news(), None);
+    }
+
+    #[test]
+    fn a_coordinator_that_is_stopped_for_a_moment_is_not_to_blame_for_a_failed_link() {
+        let (mut asking, now) = (member(), Instant::now());
+        asking.command(Command::Accuse(report()), now);
+        asking.tick(now + LINK_VERDICT_TIMEOUT - Duration::from_secs(1));
+        asking.heard(Message::Verdict(Verdict::died(2, "killed"))).unwrap();
+        expect(&asking, VerdictKind::Died, 2);
+    }
+
+    #[test]
+    fn blobs_out_of_order_are_refused() {
+        let gathered = |rank| Message::Gathered { round: 0, rank, blob: Bytes::new() };
+        assert!(member().heard(gathered(1)).is_err());
+        let mut member = member();
+        for rank in 0..3 {
+            assert_eq!(member.heard(gathered(rank)), Ok(None));
+        }
+        assert!(member.heard(gathered(0)).is_err(), "that exchange is over");
+    }
+
+    #[test]
+    fn what_only_ranks_say_is_refused() {
+        assert!(member().heard(Message::Joined).is_err());
+        assert!(member().heard(left(3)).is_err());
+    }
+}

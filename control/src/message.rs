@@ -1,0 +1,549 @@
+//! The messages on a control connection and their wire form (sans-IO).
+//!
+//! ```text
+//! length u32   bytes that follow, at most FRAME_BYTES_MAX
+//! kind   u8
+//! body         see `Message::put`; integers little endian, texts and blobs last or with a length
+//! ```
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use unisum_link::{Call, Rank};
+
+use super::status::{Snapshot, Told};
+use super::verdict::{Finding, Report, Verdict, VerdictKind};
+
+/// Largest blob of an exchange in bytes.
+pub(super) const BLOB_BYTES_MAX: usize = 64 << 10;
+/// Most bytes of the blobs that a rank has for each rank, one for each rank on average.
+const EACH_BYTES_MAX: usize = 1 << 10;
+/// Largest frame in bytes, without its length.
+pub(super) const FRAME_BYTES_MAX: usize = BLOB_BYTES_MAX + 1024;
+/// Most culprits that a verdict names on the wire.
+const CULPRITS_MAX: usize = 4096;
+/// Most ranks that a concern names on the wire.
+const RANKS_MAX: usize = 16_000;
+/// Of most communicators it is said on the wire what a rank did last there.
+const LASTS_MAX: usize = 512;
+/// Longest text in bytes.
+const TEXT_BYTES_MAX: usize = 16 << 10;
+
+/// What ranks and coordinator tell each other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Message {
+    /// Coordinator, first: you are in, and this is the session.
+    Welcome { session: [u8; 16] },
+    /// Rank, first: the welcome has come. From here on the end of the connection is a death.
+    Joined,
+    /// Rank: its blob of an exchange, for all ranks, or one of its blobs for each, in rank order.
+    Blob { round: u32, to: Option<Rank>, blob: Bytes },
+    /// Coordinator: a rank's blob for this one. All blobs of a round come together, in the order of
+    /// the ranks that they are from.
+    Gathered { round: u32, rank: Rank, blob: Bytes },
+    /// Rank: another rank misbehaves.
+    Accuse(Report),
+    /// Rank: it has concluded on its own that the job is over, and why.
+    Concluded(Verdict),
+    /// Rank: the deadline of this call expired.
+    Overdue(Concern),
+    /// Rank: it has waited in this call for a while: is everybody in the same one?
+    Stalled(Concern),
+    /// Coordinator: what are you doing in this communicator?
+    StatusRequest { query: u32, communicator: u32 },
+    /// Rank: this.
+    Status { query: u32, snapshot: Snapshot },
+    /// Coordinator: what did you call last in this communicator?
+    Recount { communicator: u32 },
+    /// Rank: this, the oldest first.
+    Recounted { communicator: u32, calls: Vec<Told> },
+    /// Coordinator: the communicator is over.
+    Verdict(Verdict),
+    /// Coordinator: a rank has left in order, doing this last in the job's own communicator, and
+    /// this in those it had parted from before.
+    Left { rank: Rank, last: Snapshot, parted: Vec<(u32, Snapshot)> },
+    /// Rank: it is no longer in this communicator, where it did this last.
+    Parted { communicator: u32, last: Snapshot },
+    /// Rank: it has waited so long, all it may, for others to take part in the exchange.
+    Missing { round: u32, millis: u32 },
+    /// Rank: keep this line.
+    Keep(String),
+    /// Rank: I leave in order.
+    Bye(Snapshot),
+}
+
+/// A call that takes long, and whose ranks it waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Concern {
+    /// The call.
+    pub call: Call,
+    /// How many collectives before it were none of the program's calls.
+    pub uncounted: u64,
+    /// The communicator's ranks, by their numbers in the job; none stands for all.
+    pub ranks: Vec<Rank>,
+}
+
+impl From<Call> for Concern {
+    fn from(call: Call) -> Self {
+        Self { call, uncounted: 0, ranks: Vec::new() }
+    }
+}
+
+/// Why bytes are not a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum MessageError {
+    #[error("a control message of {0} bytes; the largest has {FRAME_BYTES_MAX}")]
+    Length(u32),
+    #[error("a control message of unknown kind {0}")]
+    Kind(u8),
+    #[error("a control message of kind {0} with a malformed body")]
+    Body(u8),
+}
+
+impl Message {
+    /// Appends the wire form.
+    pub(super) fn encode(&self, to: &mut BytesMut) {
+        let start = to.len();
+        to.put_u32_le(0);
+        self.put(to);
+        let length = u32::try_from(to.len() - start - 4).expect("messages are bounded");
+        to[start..start + 4].copy_from_slice(&length.to_le_bytes());
+    }
+
+    fn put(&self, to: &mut BytesMut) {
+        to.put_u8(self.kind());
+        match self {
+            Self::Welcome { session } => to.put_slice(session),
+            Self::Joined => {}
+            Self::Blob { round, to: receiver, blob } => {
+                to.put_u32_le(*round);
+                to.put_u32_le(receiver.map_or(TO_ALL, |rank| rank as u32));
+                to.put_slice(blob);
+            }
+            Self::Gathered { round, rank, blob } => {
+                to.put_u32_le(*round);
+                put_rank(to, *rank);
+                to.put_slice(blob);
+            }
+            Self::Accuse(report) => put_report(to, report),
+            Self::Overdue(Concern { call, uncounted, ranks })
+            | Self::Stalled(Concern { call, uncounted, ranks }) => {
+                to.put_slice(&call.encode());
+                to.put_u64_le(*uncounted);
+                // Of too many ranks none is named: then all are asked.
+                let named = if ranks.len() > RANKS_MAX { &[] } else { &ranks[..] };
+                named.iter().for_each(|rank| put_rank(to, *rank));
+            }
+            Self::StatusRequest { query, communicator } => {
+                to.put_u32_le(*query);
+                to.put_u32_le(*communicator);
+            }
+            Self::Status { query, snapshot } => {
+                to.put_u32_le(*query);
+                put_snapshot(to, snapshot);
+            }
+            Self::Recount { communicator } => to.put_u32_le(*communicator),
+            Self::Recounted { communicator, calls } => {
+                to.put_u32_le(*communicator);
+                calls.iter().for_each(|call| put_told(to, call));
+            }
+            Self::Verdict(verdict) | Self::Concluded(verdict) => put_verdict(to, verdict),
+            Self::Left { rank, last, parted } => {
+                put_rank(to, *rank);
+                put_snapshot(to, last);
+                // The newest count most.
+                for (communicator, last) in &parted[parted.len().saturating_sub(LASTS_MAX)..] {
+                    to.put_u32_le(*communicator);
+                    put_snapshot(to, last);
+                }
+            }
+            Self::Parted { communicator, last } => {
+                to.put_u32_le(*communicator);
+                put_snapshot(to, last);
+            }
+            Self::Missing { round, millis } => {
+                to.put_u32_le(*round);
+                to.put_u32_le(*millis);
+            }
+            Self::Keep(line) => put_text(to, line),
+            Self::Bye(snapshot) => put_snapshot(to, snapshot),
+        }
+    }
+
+    const fn kind(&self) -> u8 {
+        match self {
+            Self::Welcome { .. } => 1,
+            Self::Joined => 2,
+            Self::Blob { .. } => 3,
+            Self::Gathered { .. } => 4,
+            Self::Accuse(_) => 5,
+            Self::Overdue(_) => 6,
+            Self::StatusRequest { .. } => 7,
+            Self::Status { .. } => 8,
+            Self::Verdict(_) => 9,
+            Self::Left { .. } => 10,
+            Self::Bye(_) => 11,
+            Self::Stalled(_) => 12,
+            Self::Parted { .. } => 13,
+            Self::Concluded(_) => 14,
+            Self::Missing { .. } => 15,
+            Self::Keep(_) => 16,
+            Self::Recount { .. } => 17,
+            Self::Recounted { .. } => 18,
+        }
+    }
+
+    /// Takes the next message off the front of `from`; `None` if it is not all there.
+    ///
+    /// # Errors
+    /// If the bytes are no message; nothing sensible can follow.
+    pub(super) fn decode(from: &mut BytesMut) -> Result<Option<Self>, MessageError> {
+        let Some(head) = from.first_chunk::<4>() else {
+            return Ok(None);
+        };
+        let length = u32::from_le_bytes(*head);
+        if length == 0 || length as usize > FRAME_BYTES_MAX {
+            return Err(MessageError::Length(length));
+        }
+        if from.len() < 4 + length as usize {
+            return Ok(None);
+        }
+        from.advance(4);
+        let mut body = from.split_to(length as usize).freeze();
+        let kind = body.get_u8();
+        let message = Self::parse(kind, &mut body)?;
+        match message {
+            Some(message) if body.is_empty() => Ok(Some(message)),
+            _ => Err(MessageError::Body(kind)),
+        }
+    }
+
+    /// Reads a body; `None` if it is malformed, and bytes that remain are malformed as well.
+    fn parse(kind: u8, body: &mut Bytes) -> Result<Option<Self>, MessageError> {
+        Ok(match kind {
+            1 => take::<16>(body).map(|session| Self::Welcome { session }),
+            2 => Some(Self::Joined),
+            3 => parse_blob(body),
+            4 => parse_gathered(body),
+            5 => parse_report(body).map(Self::Accuse),
+            6 => parse_concern(body).map(Self::Overdue),
+            7 => parse_request(body),
+            8 => parse_status(body),
+            9 => parse_verdict(body).map(Self::Verdict),
+            10 => parse_left(body),
+            11 => parse_snapshot(body).map(Self::Bye),
+            12 => parse_concern(body).map(Self::Stalled),
+            13 => parse_parted(body),
+            14 => parse_verdict(body).map(Self::Concluded),
+            15 => parse_missing(body),
+            16 => text(body).map(Self::Keep),
+            17 => word(body).map(|communicator| Self::Recount { communicator }),
+            18 => parse_recounted(body),
+            kind => return Err(MessageError::Kind(kind)),
+        })
+    }
+}
+
+/// Most bytes of all blobs that one rank may give in an exchange of a world: what bounds the memory
+/// that the coordinator needs for it.
+pub(super) fn blobs_bytes_max(world: usize) -> usize {
+    (world * EACH_BYTES_MAX).max(BLOB_BYTES_MAX)
+}
+
+/// Stands for all ranks where a rank is named.
+const TO_ALL: u32 = u32::MAX;
+
+fn put_rank(to: &mut BytesMut, rank: Rank) {
+    to.put_u32_le(u32::try_from(rank).expect("ranks are below WORLD_MAX"));
+}
+
+/// Appends a text, cut between characters where it is too long.
+fn put_text(to: &mut BytesMut, text: &str) {
+    let longest = text.len().min(TEXT_BYTES_MAX);
+    let end = (0..=longest).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    to.put_slice(&text.as_bytes()[..end]);
+}
+
+fn put_verdict(to: &mut BytesMut, verdict: &Verdict) {
+    let culprits = &verdict.culprits[..verdict.culprits.len().min(CULPRITS_MAX)];
+    to.put_u8(verdict.kind as u8);
+    put_rank(to, culprits.len());
+    for culprit in culprits {
+        put_rank(to, *culprit);
+    }
+    put_text(to, &verdict.text);
+}
+
+fn put_report(to: &mut BytesMut, report: &Report) {
+    to.put_u32_le(report.communicator);
+    to.put_u8(report.finding as u8);
+    put_rank(to, report.against);
+    put_text(to, &report.text);
+}
+
+fn put_told(to: &mut BytesMut, told: &Told) {
+    to.put_u64_le(told.number);
+    to.put_u64_le(told.history);
+    to.put_u32_le(u32::try_from(told.text.len()).expect("texts are bounded"));
+    to.put_slice(told.text.as_bytes());
+}
+
+fn put_snapshot(to: &mut BytesMut, snapshot: &Snapshot) {
+    let Snapshot { call, inside, step, steps, bytes, uncounted } = snapshot;
+    to.put_u8(u8::from(call.is_some()));
+    to.put_u8(u8::from(*inside));
+    to.put_slice(&call.map_or([0; Call::ENCODED], |call| call.encode()));
+    to.put_u32_le(*step);
+    to.put_u32_le(*steps);
+    to.put_u64_le(*bytes);
+    to.put_u64_le(*uncounted);
+}
+
+fn take<const N: usize>(body: &mut Bytes) -> Option<[u8; N]> {
+    let taken = *body.first_chunk::<N>()?;
+    body.advance(N);
+    Some(taken)
+}
+
+fn word(body: &mut Bytes) -> Option<u32> {
+    take(body).map(u32::from_le_bytes)
+}
+
+fn rank(body: &mut Bytes) -> Option<Rank> {
+    word(body).map(|rank| rank as Rank)
+}
+
+fn flag(body: &mut Bytes) -> Option<bool> {
+    match take(body)? {
+        [0] => Some(false),
+        [1] => Some(true),
+        _ => None,
+    }
+}
+
+/// All that remains, as a text.
+fn text(body: &mut Bytes) -> Option<String> {
+    let text = body.split_off(0);
+    if text.len() > TEXT_BYTES_MAX {
+        return None;
+    }
+    String::from_utf8(text.into()).ok()
+}
+
+/// All that remains, as a blob.
+fn blob(body: &mut Bytes) -> Option<Bytes> {
+    let blob = body.split_off(0);
+    (blob.len() <= BLOB_BYTES_MAX).then_some(blob)
+}
+
+fn parse_blob(body: &mut Bytes) -> Option<Message> {
+    let (round, to) = (word(body)?, word(body)?);
+    let to = (to != TO_ALL).then_some(to as Rank);
+    Some(Message::Blob { round, to, blob: blob(body)? })
+}
+
+fn parse_gathered(body: &mut Bytes) -> Option<Message> {
+    Some(Message::Gathered { round: word(body)?, rank: rank(body)?, blob: blob(body)? })
+}
+
+fn parse_report(body: &mut Bytes) -> Option<Report> {
+    let communicator = word(body)?;
+    let [code] = take(body)?;
+    let finding = Finding::from_code(code)?;
+    Some(Report { communicator, finding, against: rank(body)?, text: text(body)? })
+}
+
+fn parse_recounted(body: &mut Bytes) -> Option<Message> {
+    let communicator = word(body)?;
+    let mut calls = Vec::new();
+    while !body.is_empty() {
+        let [number, history] = [take(body)?, take(body)?].map(u64::from_le_bytes);
+        let length = word(body)? as usize;
+        let text = (length <= body.len()).then(|| body.split_to(length))?;
+        calls.push(Told { number, history, text: String::from_utf8(text.into()).ok()? });
+    }
+    Some(Message::Recounted { communicator, calls })
+}
+
+fn parse_concern(body: &mut Bytes) -> Option<Concern> {
+    let call = Call::decode(&take(body)?)?;
+    let uncounted = u64::from_le_bytes(take(body)?);
+    let mut ranks = Vec::new();
+    while !body.is_empty() {
+        ranks.push(rank(body)?);
+    }
+    Some(Concern { call, uncounted, ranks })
+}
+
+fn parse_request(body: &mut Bytes) -> Option<Message> {
+    let query = word(body)?;
+    Some(Message::StatusRequest { query, communicator: u32::from_le_bytes(take(body)?) })
+}
+
+fn parse_left(body: &mut Bytes) -> Option<Message> {
+    let (rank, last) = (rank(body)?, parse_snapshot(body)?);
+    let mut parted = Vec::new();
+    while !body.is_empty() {
+        parted.push((word(body)?, parse_snapshot(body)?));
+    }
+    Some(Message::Left { rank, last, parted })
+}
+
+fn parse_parted(body: &mut Bytes) -> Option<Message> {
+    let communicator = word(body)?;
+    Some(Message::Parted { communicator, last: parse_snapshot(body)? })
+}
+
+fn parse_missing(body: &mut Bytes) -> Option<Message> {
+    Some(Message::Missing { round: word(body)?, millis: word(body)? })
+}
+
+fn parse_status(body: &mut Bytes) -> Option<Message> {
+    Some(Message::Status { query: word(body)?, snapshot: parse_snapshot(body)? })
+}
+
+fn parse_snapshot(body: &mut Bytes) -> Option<Snapshot> {
+    let (called, inside, call) = (flag(body)?, flag(body)?, take(body)?);
+    let call = match called {
+        true => Some(Call::decode(&call)?),
+        false if call == [0; Call::ENCODED] => None,
+        false => return None,
+    };
+    let (step, steps) = (word(body)?, word(body)?);
+    let (bytes, uncounted) = (u64::from_le_bytes(take(body)?), u64::from_le_bytes(take(body)?));
+    Some(Snapshot { call, inside, step, steps, bytes, uncounted })
+}
+
+fn parse_verdict(body: &mut Bytes) -> Option<Verdict> {
+    let [code] = take(body)?;
+    let kind = VerdictKind::from_code(code)?;
+    let count = rank(body)?;
+    if count > CULPRITS_MAX {
+        return None;
+    }
+    let culprits = (0..count).map(|_| rank(body)).collect::<Option<Vec<_>>>()?;
+    Some(Verdict { kind, culprits, text: text(body)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tests::call;
+
+    fn snapshots() -> impl Strategy<Value = Snapshot> {
+        let steps = (any::<u32>(), any::<u32>());
+        let parts = (any::<Option<u64>>(), any::<bool>(), steps, any::<u64>(), any::<u64>());
+        parts.prop_map(|(number, inside, (step, steps), bytes, uncounted)| {
+            let call = number.map(|number| call(number >> 16));
+            Snapshot { call, inside, step, steps, bytes, uncounted }
+        })
+    }
+
+    fn concerns() -> impl Strategy<Value = Concern> {
+        let parts = (any::<u64>(), any::<u64>(), prop::collection::vec(ranks(), 0..9));
+        parts.prop_map(|(number, uncounted, ranks)| {
+            let call = call(number >> 16);
+            Concern { call, uncounted, ranks }
+        })
+    }
+
+    fn blobs() -> impl Strategy<Value = Bytes> {
+        any::<Vec<u8>>().prop_map(Bytes::from)
+    }
+
+    fn ranks() -> impl Strategy<Value = Rank> {
+        any::<u32>().prop_map(|rank| rank as Rank)
+    }
+
+    fn messages() -> impl Strategy<Value = Message> {
+        let culprits = prop::collection::vec(ranks(), 0..9);
+        let verdict = (1..=13_u8, culprits, any::<String>(), any::<bool>());
+        prop_oneof![
+            any::<[u8; 16]>().prop_map(|session| Message::Welcome { session }),
+            Just(Message::Joined),
+            (any::<u32>(), prop::option::of(0..1_usize << 16), blobs())
+                .prop_map(|(round, to, blob)| Message::Blob { round, to, blob }),
+            (any::<u32>(), ranks(), blobs()).prop_map(|(round, rank, blob)| Message::Gathered {
+                round,
+                rank,
+                blob
+            }),
+            (any::<u32>(), ranks(), 0..5_u8, any::<String>()).prop_map(
+                |(communicator, against, code, text)| {
+                    let finding = Finding::from_code(code).unwrap();
+                    Message::Accuse(Report { communicator, against, finding, text })
+                }
+            ),
+            any::<u32>().prop_map(|communicator| Message::Recount { communicator }),
+            (any::<u32>(), prop::collection::vec(any::<(u64, u64, String)>(), 0..4)).prop_map(
+                |(communicator, calls)| {
+                    let told = |(number, history, text)| Told { number, history, text };
+                    let calls = calls.into_iter().map(told).collect();
+                    Message::Recounted { communicator, calls }
+                }
+            ),
+            concerns().prop_map(Message::Overdue),
+            concerns().prop_map(Message::Stalled),
+            any::<(u32, u32)>()
+                .prop_map(|(query, communicator)| Message::StatusRequest { query, communicator }),
+            (any::<u32>(), snapshots())
+                .prop_map(|(query, snapshot)| Message::Status { query, snapshot }),
+            verdict.prop_map(|(code, culprits, text, is_own)| {
+                let kind = VerdictKind::from_code(code).unwrap();
+                let verdict = Verdict { kind, culprits, text };
+                if is_own { Message::Concluded(verdict) } else { Message::Verdict(verdict) }
+            }),
+            (ranks(), snapshots(), prop::collection::vec((any::<u32>(), snapshots()), 0..4))
+                .prop_map(|(rank, last, parted)| Message::Left { rank, last, parted }),
+            (any::<u32>(), snapshots())
+                .prop_map(|(communicator, last)| Message::Parted { communicator, last }),
+            any::<(u32, u32)>().prop_map(|(round, millis)| Message::Missing { round, millis }),
+            any::<String>().prop_map(Message::Keep),
+            snapshots().prop_map(Message::Bye),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn messages_survive_the_wire_in_any_pieces(
+            all in prop::collection::vec(messages(), 1..5), piece in 1..50_usize,
+        ) {
+            let mut wire = BytesMut::new();
+            all.iter().for_each(|message| message.encode(&mut wire));
+            let (mut buffer, mut decoded) = (BytesMut::new(), Vec::new());
+            for piece in wire.chunks(piece) {
+                buffer.put_slice(piece);
+                while let Some(message) = Message::decode(&mut buffer).unwrap() {
+                    decoded.push(message);
+                }
+            }
+            prop_assert_eq!(decoded, all);
+        }
+    }
+
+    #[test]
+    fn no_length_field_makes_room_for_more_than_a_frame() {
+        let mut wire = BytesMut::from(&u32::MAX.to_le_bytes()[..]);
+        assert_eq!(Message::decode(&mut wire), Err(MessageError::Length(u32::MAX)));
+    }
+
+    #[test]
+    fn of_more_communicators_than_fit_the_newest_are_told() {
+        let last = Snapshot { call: Some(call(1)), ..Snapshot::default() };
+        let parted: Vec<_> = (0..=LASTS_MAX as u32).map(|number| (number, last)).collect();
+        let mut wire = BytesMut::new();
+        Message::Left { rank: 1, last, parted: parted.clone() }.encode(&mut wire);
+        let told = Message::decode(&mut wire).unwrap().unwrap();
+        assert_eq!(told, Message::Left { rank: 1, last, parted: parted[1..].to_vec() });
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        let text = "é".repeat(TEXT_BYTES_MAX);
+        let mut wire = BytesMut::new();
+        Message::Accuse(Report { communicator: 0, against: 1, finding: Finding::LinkFailed, text })
+            .encode(&mut wire);
+        assert!(wire.len() <= TEXT_BYTES_MAX + 16);
+        assert!(matches!(Message::decode(&mut wire), Ok(Some(Message::Accuse(_)))));
+    }
+}

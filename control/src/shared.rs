@@ -1,0 +1,287 @@
+//! What the control thread and the rank's other threads share.
+
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use unisum_link::fork::ParentOnly;
+use unisum_link::{Rank, Wake};
+
+use super::kept::Kept;
+use super::message::Concern;
+use super::share::Share;
+use super::status::{Snapshot, Status, Told};
+use super::verdict::{Report, Verdict};
+
+/// Most data connections between two ranks.
+const SOCKETS_MAX: usize = 16;
+
+/// Who takes the data connections: peer, socket index, non-blocking stream.
+pub type Inbox = Arc<dyn Fn(Rank, u8, ParentOnly<TcpStream>) + Send + Sync>;
+
+/// What the rank's threads ask of the control thread.
+#[derive(Debug)]
+pub(super) enum Command {
+    Exchange(Share),
+    /// The exchange has lasted so long, which is all that it may.
+    Missing(Duration),
+    Accuse(Report),
+    Overdue(Concern),
+    Stalled(Concern),
+    /// This rank is no longer in a communicator, where it did this last.
+    Part(u32, Snapshot),
+    /// Rank 0 is to keep a line.
+    Keep(String),
+    Leave,
+}
+
+pub(super) struct Shared {
+    pub(super) rank: Rank,
+    /// What this rank does in each of its communicators.
+    statuses: Mutex<Vec<(u32, Arc<Status>)>>,
+    verdict: OnceLock<Verdict>,
+    left: Box<[AtomicBool]>,
+    /// Who is woken by the verdict, with the communicator it belongs to.
+    wakers: Mutex<Vec<(u32, Arc<dyn Wake>)>>,
+    arrivals: Mutex<Arrivals>,
+    /// By rank, where it listens.
+    addresses: OnceLock<Vec<Vec<SocketAddr>>>,
+    commands: Mutex<Vec<Command>>,
+    news: Mutex<News>,
+    pub(super) kept: Arc<Kept>,
+    changed: Condvar,
+}
+
+/// Data connections, by the communicators they belong to.
+#[derive(Default)]
+struct Arrivals {
+    channels: Vec<Channel>,
+}
+
+/// A communicator that takes data connections; those that come too early wait.
+struct Channel {
+    communicator: u32,
+    session: [u8; 16],
+    /// This rank's number in it, and how many ranks it has.
+    rank: Rank,
+    world: usize,
+    inbox: Option<Inbox>,
+    early: Vec<(Rank, u8, ParentOnly<TcpStream>)>,
+}
+
+/// What somebody may be waiting for, beside the verdict.
+#[derive(Debug, Default)]
+struct News {
+    gathered: Option<Vec<Bytes>>,
+    said_goodbye: bool,
+}
+
+impl Shared {
+    pub(super) fn new(rank: Rank, world: usize) -> Self {
+        Self {
+            rank,
+            statuses: Mutex::default(),
+            verdict: OnceLock::new(),
+            left: (0..world).map(|_| AtomicBool::new(false)).collect(),
+            wakers: Mutex::default(),
+            arrivals: Mutex::default(),
+            addresses: OnceLock::new(),
+            commands: Mutex::default(),
+            news: Mutex::default(),
+            kept: Arc::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(super) fn world(&self) -> usize {
+        self.left.len()
+    }
+
+    pub(super) fn verdict(&self) -> Option<&Verdict> {
+        self.verdict.get()
+    }
+
+    /// Ends the communicator on this rank and wakes everybody; the first verdict counts.
+    pub(super) fn conclude(&self, verdict: Verdict) {
+        if self.verdict.set(verdict).is_err() {
+            return;
+        }
+        // Taken so that nobody is between looking at the verdict and sleeping.
+        drop(lock(&self.news));
+        self.changed.notify_all();
+        lock(&self.wakers).iter().for_each(|(_, waker)| waker.wake());
+    }
+
+    /// Registers who is woken by the verdict, at once if there is one.
+    pub(super) fn add_waker(&self, communicator: u32, waker: Arc<dyn Wake>) {
+        lock(&self.wakers).push((communicator, Arc::clone(&waker)));
+        // After the push: either `conclude` sees the waker, or this sees the verdict.
+        if self.verdict().is_some() {
+            waker.wake();
+        }
+    }
+
+    /// The status of a communicator that this rank is in from now on.
+    pub(super) fn enroll(&self, communicator: u32) -> Arc<Status> {
+        let status = Arc::new(Status::default());
+        lock(&self.statuses).push((communicator, Arc::clone(&status)));
+        status
+    }
+
+    /// The rank is no longer in a communicator; what it did there last. That of the job's own
+    /// communicator is still told when the rank leaves the job.
+    pub(super) fn withdraw(&self, communicator: u32) -> Snapshot {
+        let last = self.snapshot(communicator);
+        if communicator != 0 {
+            lock(&self.statuses).retain(|(known, _)| *known != communicator);
+        }
+        lock(&self.wakers).retain(|(known, _)| *known != communicator);
+        lock(&self.arrivals).channels.retain(|channel| channel.communicator != communicator);
+        last
+    }
+
+    /// What this rank does in a communicator, or did last in the job's own; nothing if it is not in
+    /// it.
+    pub(super) fn snapshot(&self, communicator: u32) -> Snapshot {
+        let statuses = lock(&self.statuses);
+        let status = statuses.iter().find(|(known, _)| *known == communicator);
+        status.map_or_else(Snapshot::default, |(_, status)| status.snapshot())
+    }
+
+    /// The newest calls of this rank in a communicator; none if it is not in it.
+    pub(super) fn told(&self, communicator: u32) -> Vec<Told> {
+        let statuses = lock(&self.statuses);
+        let status = statuses.iter().find(|(known, _)| *known == communicator);
+        status.map_or_else(Vec::new, |(_, status)| status.told())
+    }
+
+    pub(super) fn set_left(&self, rank: Rank) {
+        // Release: pairs with the Acquire load in `has_left`; what the rank did came before.
+        self.left[rank].store(true, Ordering::Release);
+    }
+
+    /// Whether the rank has left in order. One load.
+    pub(super) fn has_left(&self, rank: Rank) -> bool {
+        self.left[rank].load(Ordering::Acquire)
+    }
+
+    /// By rank, where it listens; the first time counts.
+    pub(super) fn set_addresses(&self, addresses: Vec<Vec<SocketAddr>>) {
+        let _ = self.addresses.set(addresses);
+    }
+
+    /// By rank, where it listens; empty if that is not known.
+    pub(super) fn addresses(&self) -> Vec<Vec<SocketAddr>> {
+        self.addresses.get().cloned().unwrap_or_default()
+    }
+
+    /// Takes data connections of a communicator from now on.
+    pub(super) fn open_channel(
+        &self,
+        communicator: u32,
+        session: [u8; 16],
+        (rank, world): (Rank, usize),
+    ) {
+        let (inbox, early) = (None, Vec::new());
+        let channel = Channel { communicator, session, rank, world, inbox, early };
+        lock(&self.arrivals).channels.push(channel);
+    }
+
+    /// This rank's number and the number of ranks in the communicator of a session.
+    pub(super) fn channel(&self, session: &[u8; 16]) -> Option<(Rank, usize)> {
+        let arrivals = lock(&self.arrivals);
+        let channel = arrivals.channels.iter().find(|channel| channel.session == *session)?;
+        Some((channel.rank, channel.world))
+    }
+
+    /// Hands a data connection over, or keeps it until somebody takes it. `false` if too many
+    /// wait already, or nobody ever will.
+    pub(super) fn arrived(
+        &self,
+        session: &[u8; 16],
+        peer: Rank,
+        socket: u8,
+        stream: ParentOnly<TcpStream>,
+    ) -> bool {
+        let mut arrivals = lock(&self.arrivals);
+        let mut channels = arrivals.channels.iter_mut();
+        let Some(channel) = channels.find(|channel| channel.session == *session) else {
+            return false;
+        };
+        if let Some(inbox) = channel.inbox.clone() {
+            drop(arrivals);
+            inbox(peer, socket, stream);
+            return true;
+        }
+        let has_room = channel.early.len() < SOCKETS_MAX * channel.world;
+        if has_room {
+            channel.early.push((peer, socket, stream));
+        }
+        has_room
+    }
+
+    pub(super) fn set_inbox(&self, communicator: u32, inbox: Inbox) {
+        let mut arrivals = lock(&self.arrivals);
+        let mut channels = arrivals.channels.iter_mut();
+        let Some(channel) = channels.find(|channel| channel.communicator == communicator) else {
+            return;
+        };
+        for (peer, socket, stream) in channel.early.drain(..) {
+            inbox(peer, socket, stream);
+        }
+        channel.inbox = Some(inbox);
+    }
+
+    /// Lets go of what others gave: wakers, the inbox and waiting connections.
+    pub(super) fn release(&self) {
+        *lock(&self.arrivals) = Arrivals::default();
+        lock(&self.wakers).clear();
+    }
+
+    pub(super) fn command(&self, command: Command) {
+        lock(&self.commands).push(command);
+    }
+
+    pub(super) fn take_commands(&self) -> Vec<Command> {
+        std::mem::take(&mut lock(&self.commands))
+    }
+
+    pub(super) fn gathered(&self, blobs: Vec<Bytes>) {
+        lock(&self.news).gathered = Some(blobs);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn said_goodbye(&self) {
+        lock(&self.news).said_goodbye = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for the blobs of the exchange under way; `None` at the verdict or at `until`.
+    pub(super) fn await_gathered(&self, until: Instant) -> Option<Vec<Bytes>> {
+        let is_over = |news: &News| news.gathered.is_some() || self.verdict().is_some();
+        self.wait(until, is_over).gathered.take()
+    }
+
+    pub(super) fn await_verdict(&self, until: Instant) -> Option<&Verdict> {
+        drop(self.wait(until, |_| self.verdict().is_some()));
+        self.verdict()
+    }
+
+    pub(super) fn await_goodbye(&self, until: Instant) {
+        drop(self.wait(until, |news| news.said_goodbye));
+    }
+
+    fn wait(&self, until: Instant, is_over: impl Fn(&News) -> bool) -> MutexGuard<'_, News> {
+        let time = until.saturating_duration_since(Instant::now());
+        let news = lock(&self.news);
+        let waited = self.changed.wait_timeout_while(news, time, |news| !is_over(news));
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// Every critical section leaves what it guards whole, so a panic of another thread spoils nothing.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

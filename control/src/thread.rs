@@ -1,0 +1,523 @@
+//! The control thread: an event loop that owns the listening port and the control connections.
+
+mod succession;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use unisum_link::Rank;
+use unisum_link::fork::ParentOnly;
+use unisum_link::handshake::{Build, Hello, Purpose, Refusal, Secret};
+
+use self::succession::Dialing;
+use super::connection::{Connection, Received};
+use super::coordinator::{Coordinator, Output};
+use super::door::{Admitted, Door, Refused};
+use super::file::Published;
+use super::listen::Listeners;
+use super::member::Member;
+use super::message::Message;
+use super::pulse::{self, Pulses};
+use super::shared::{Command, Shared};
+
+const LISTENER: usize = 0;
+/// The token of the waker that the handle uses.
+pub(super) const WAKER: Token = Token(1);
+/// The token of a rank's connection to the coordinator.
+const COORDINATOR: usize = 2;
+/// The token of its pulse there.
+const PULSE: usize = 3;
+const FIRST_GUEST: usize = 4;
+/// How long the thread stays after its goodbye for the others to close first: closing earlier
+/// could destroy the goodbye on its way (RFC 2525, 2.17).
+const LINGER: Duration = Duration::from_secs(1);
+/// How long leaving waits, on the coordinator, for the others to leave as well: at the end of a job
+/// that spares them looking for another one.
+const FAREWELL: Duration = Duration::from_millis(200);
+/// How a process that is killed looks from outside.
+const NO_GOODBYE: &str = "its control connection ended without a goodbye";
+
+/// What a connection must name to belong to this communicator.
+pub(super) struct Identity {
+    pub(super) rank: Rank,
+    pub(super) world: usize,
+    pub(super) session: [u8; 16],
+    pub(super) job: [u8; 16],
+    pub(super) build: Build,
+    pub(super) secret: Secret,
+    pub(super) secret_origin: String,
+}
+
+pub(super) struct ControlThread {
+    poll: Poll,
+    identity: Identity,
+    shared: Arc<Shared>,
+    /// None once this rank has left.
+    door: Option<Door>,
+    connections: BTreeMap<usize, (Rank, Connection)>,
+    pulses: Pulses,
+    /// On the rank that coordinates: rank 0, until it has left and its process has ended.
+    coordinator: Option<Coordinator>,
+    /// While another rank is to coordinate.
+    dialing: Option<Dialing>,
+    member: Member,
+    published: Option<Published>,
+    /// Since when this rank has left and only coordinates.
+    only_coordinates_since: Option<Instant>,
+    has_said_goodbye: bool,
+    /// After the goodbye: when the thread ends at the latest.
+    linger_until: Option<Instant>,
+}
+
+impl ControlThread {
+    pub(super) fn new(
+        poll: Poll,
+        identity: Identity,
+        shared: Arc<Shared>,
+        listeners: Listeners,
+        pulses: Pulses,
+    ) -> io::Result<Self> {
+        let door = Door::new(listeners, LISTENER, FIRST_GUEST, identity.world, poll.registry())?;
+        Ok(Self {
+            poll,
+            identity,
+            member: Member::new(Arc::clone(&shared)),
+            shared,
+            door: Some(door),
+            connections: BTreeMap::new(),
+            pulses,
+            coordinator: None,
+            dialing: None,
+            only_coordinates_since: None,
+            has_said_goodbye: false,
+            published: None,
+            linger_until: None,
+        })
+    }
+
+    /// Makes this the coordinator's thread.
+    pub(super) fn coordinate(&mut self, coordinator: Coordinator, published: Option<Published>) {
+        self.coordinator = Some(coordinator);
+        self.published = published;
+    }
+
+    /// Takes this rank's connection to the coordinator over, and the pulse beside it.
+    pub(super) fn join(
+        &mut self,
+        coordinator: Rank,
+        stream: ParentOnly<TcpStream>,
+        pulse: Option<ParentOnly<TcpStream>>,
+    ) -> io::Result<()> {
+        if let Some(stream) = pulse {
+            pulse::register(self.poll.registry(), &stream, PULSE)?;
+            self.pulses.add(PULSE, coordinator, stream)?;
+        }
+        let connection = Connection::new(stream, self.pulses.limit())?;
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let socket = connection.stream().as_raw_fd();
+        self.poll.registry().register(&mut SourceFd(&socket), Token(COORDINATOR), interest)?;
+        self.connections.insert(COORDINATOR, (coordinator, connection));
+        self.send(COORDINATOR, encode(&[Message::Joined]));
+        Ok(())
+    }
+
+    /// Runs until this rank has left.
+    pub(super) fn run(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(256);
+        loop {
+            self.flush();
+            self.settle();
+            if self.is_over(Instant::now()) {
+                return Ok(());
+            }
+            match self.poll.poll(&mut events, self.timeout(Instant::now())) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result?,
+            }
+            let now = Instant::now();
+            for event in &events {
+                self.handle(event.token().0, now);
+            }
+            if let Some(door) = &mut self.door {
+                door.accept(self.poll.registry(), now);
+                door.sweep(self.poll.registry(), now);
+            }
+            for command in self.shared.take_commands() {
+                self.obey(command, now);
+            }
+            self.look_for_heir(now);
+            self.tick(now);
+        }
+    }
+
+    fn handle(&mut self, token: usize, now: Instant) {
+        match (&mut self.door, token) {
+            (Some(door), LISTENER) => door.knock(),
+            (Some(door), token) if door.has_guest(token) => self.visit(token, now),
+            (_, token) if self.pulses.has(token) => self.pulses.feel(token, now),
+            // Among the rest: the waker, whose commands are looked at in any case, and what
+            // arrived together with the end of its connection.
+            (_, token) => self.serve(token, now),
+        }
+    }
+
+    fn visit(&mut self, token: usize, now: Instant) {
+        let Self { door: Some(door), identity, coordinator, poll, shared, connections, .. } = self
+        else {
+            return;
+        };
+        let is_connected = |rank| connections.values().any(|(connected, _)| *connected == rank);
+        let admit =
+            |hello: &Hello| identity.admit(hello, coordinator.as_ref(), shared, is_connected);
+        let admitted = door.visit(token, &identity.secret, admit, poll.registry(), now);
+        let refused = door.take_refused();
+        if let (Some(refused), Some(coordinator)) = (refused, coordinator) {
+            let Refused { claim, address, mut reason } = refused;
+            if reason == Refusal::Token.to_string() {
+                reason += &format!(" (rank 0's is from {})", identity.secret_origin);
+            }
+            if claim.purpose == Purpose::Control {
+                coordinator.refused(claim.from as Rank, address, &reason);
+            }
+        }
+        let Some(admitted) = admitted else { return };
+        match admitted.hello.purpose {
+            Purpose::Data => self.hand_over(admitted),
+            Purpose::Control => self.welcome(admitted, now),
+            Purpose::Pulse => self.take_pulse(admitted),
+        }
+    }
+
+    /// Feels a rank's host from now on.
+    fn take_pulse(&mut self, admitted: Admitted) {
+        let Admitted { token, hello, stream, address } = admitted;
+        if let Err(error) = self.pulses.add(token, hello.from as Rank, stream) {
+            tracing::warn!(%address, rank = hello.from, %error, "a rank's pulse failed");
+        }
+    }
+
+    /// Gives a data connection to the transport.
+    fn hand_over(&mut self, admitted: Admitted) {
+        let Admitted { hello, stream, address, .. } = admitted;
+        // The transport registers it with its own queue.
+        let _ = self.poll.registry().deregister(&mut SourceFd(&stream.as_raw_fd()));
+        if !self.shared.arrived(&hello.session, hello.from as Rank, hello.socket, stream) {
+            let rank = hello.from;
+            tracing::warn!(%address, rank, "a connection that nobody takes, or one too many");
+        }
+    }
+
+    /// Makes an admitted guest a member.
+    fn welcome(&mut self, admitted: Admitted, now: Instant) {
+        let Admitted { token, hello, stream, address } = admitted;
+        let rank = hello.from as Rank;
+        match Connection::new(stream, self.pulses.limit()) {
+            Ok(connection) => {
+                self.connections.insert(token, (rank, connection));
+                if let Some(coordinator) = &mut self.coordinator {
+                    coordinator.connected(rank);
+                }
+                // Its first message may have come while it was a guest.
+                self.serve(token, now);
+            }
+            // It sees its connection end, and dials again.
+            Err(error) => tracing::warn!(%address, rank, %error, "a rank's connection failed"),
+        }
+    }
+
+    /// Reads and handles all that a control connection brings.
+    fn serve(&mut self, token: usize, now: Instant) {
+        while let Some((rank, connection)) = self.connections.get_mut(&token) {
+            let rank = *rank;
+            let received = connection.receive();
+            loop {
+                // Handling a message does not end a connection.
+                let Some((_, connection)) = self.connections.get_mut(&token) else {
+                    return;
+                };
+                match connection.next() {
+                    Ok(None) => break,
+                    Ok(Some(message)) => self.hear(rank, message, now),
+                    Err(error) => {
+                        connection.discard();
+                        self.violated(rank, &error.to_string());
+                        break;
+                    }
+                }
+            }
+            match received {
+                Ok(Received::More) => {}
+                Ok(Received::Drained) => return,
+                Ok(Received::Ended) => return self.lost(token, NO_GOODBYE),
+                Err(error) => return self.broke(token, &error),
+            }
+        }
+    }
+
+    fn hear(&mut self, from: Rank, message: Message, now: Instant) {
+        if self.linger_until.is_some() {
+            return;
+        }
+        match &mut self.coordinator {
+            Some(coordinator) => {
+                let message = match message {
+                    Message::Keep(line) => return self.shared.kept.put(line),
+                    message => message,
+                };
+                coordinator.heard(from, message, now);
+                self.deliver(now);
+            }
+            None => match self.member.heard(message) {
+                Ok(None) => {}
+                Ok(Some(answer)) => self.send(COORDINATOR, encode(&[answer])),
+                Err(what) => self.member.violated(what),
+            },
+        }
+    }
+
+    fn violated(&mut self, rank: Rank, what: &str) {
+        match &mut self.coordinator {
+            Some(coordinator) => coordinator.violated(rank, what),
+            None => self.member.violated(what),
+        }
+    }
+
+    fn broke(&mut self, token: usize, error: &io::Error) {
+        self.lost(token, &format!("its control connection broke: {error}"));
+    }
+
+    fn lost(&mut self, token: usize, how: &str) {
+        let Some((rank, connection)) = self.connections.remove(&token) else {
+            return;
+        };
+        // Dropping it deregisters it too, unless a forked child holds it as well.
+        let socket = connection.stream().as_raw_fd();
+        let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
+        drop(connection);
+        if self.linger_until.is_some() {
+            return;
+        }
+        match &mut self.coordinator {
+            Some(coordinator) => coordinator.lost(rank, how),
+            None if self.member.lost(how) => self.succeed(Instant::now()),
+            None => {}
+        }
+    }
+
+    fn obey(&mut self, command: Command, now: Instant) {
+        if self.linger_until.is_some() || self.only_coordinates_since.is_some() {
+            return;
+        }
+        let is_goodbye = matches!(command, Command::Leave);
+        let messages = self.member.command(command, now);
+        match &mut self.coordinator {
+            Some(coordinator) => {
+                let own = self.identity.rank;
+                messages.into_iter().for_each(|message| coordinator.heard(own, message, now));
+            }
+            None if messages.is_empty() => {}
+            None => self.send(COORDINATOR, encode(&messages)),
+        }
+        self.deliver(now);
+        if is_goodbye && self.coordinator.is_some() {
+            self.only_coordinates_since = Some(now);
+        } else if is_goodbye {
+            self.leave(now);
+        }
+    }
+
+    /// Nothing is said after the goodbye.
+    fn leave(&mut self, now: Instant) {
+        self.linger_until = Some(now + LINGER);
+        self.close_door();
+        for (_, connection) in self.connections.values_mut() {
+            connection.finish();
+        }
+    }
+
+    /// Nobody is let in any more.
+    fn close_door(&mut self) {
+        self.published = None;
+        if let Some(mut door) = self.door.take() {
+            door.close(self.poll.registry());
+        }
+    }
+
+    /// Leaves for good when nobody needs a coordinator any more.
+    fn only_coordinate(&mut self, now: Instant) {
+        let Some(coordinator) = &self.coordinator else { return };
+        if coordinator.is_needed() {
+            if coordinator.all_came() {
+                self.close_door();
+            }
+        } else if self.linger_until.is_none() {
+            self.leave(now);
+        }
+    }
+
+    /// Ends the job if another host is lost.
+    fn look_who_is_lost(&mut self, now: Instant) {
+        let lost = self.pulses.lost(now);
+        if lost.is_empty() || self.linger_until.is_some() {
+            return;
+        }
+        let limit = self.pulses.limit();
+        match &mut self.coordinator {
+            Some(coordinator) => coordinator.unreachable(&lost, limit),
+            None => self.member.unreachable(&lost, limit),
+        }
+    }
+
+    fn tick(&mut self, now: Instant) {
+        self.look_who_is_lost(now);
+        self.member.tick(now);
+        if self.linger_until.is_none()
+            && let Some(message) = self.member.news()
+        {
+            match &mut self.coordinator {
+                Some(coordinator) => coordinator.heard(self.identity.rank, message, now),
+                None => self.send(COORDINATOR, encode(&[message])),
+            }
+        }
+        if let Some(coordinator) = &mut self.coordinator {
+            coordinator.tick(now);
+            if coordinator.all_came() {
+                self.published = None;
+            }
+        }
+        self.deliver(now);
+        if self.only_coordinates_since.is_some() {
+            self.only_coordinate(now);
+        }
+    }
+
+    /// Carries the coordinator's messages to the ranks; this process's own rank answers at once.
+    fn deliver(&mut self, now: Instant) {
+        let own = self.identity.rank;
+        while let Some(coordinator) = &mut self.coordinator
+            && let Some(Output { audience, messages }) = coordinator.poll()
+        {
+            let encoded = encode(&messages);
+            for (rank, connection) in self.connections.values_mut() {
+                if audience.includes(*rank) {
+                    connection.queue(encoded.clone());
+                }
+            }
+            if !audience.includes(own) {
+                continue;
+            }
+            for message in messages {
+                match self.member.heard(message) {
+                    Ok(Some(answer)) => coordinator.heard(own, answer, now),
+                    Ok(None) => {}
+                    Err(what) => self.member.violated(what),
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, token: usize, encoded: Bytes) {
+        if let Some((_, connection)) = self.connections.get_mut(&token) {
+            connection.queue(encoded);
+        }
+    }
+
+    /// Writes what is queued. A broken connection may make the coordinator say more.
+    fn flush(&mut self) {
+        loop {
+            let flush = |(token, (_, connection)): (&usize, &mut (Rank, Connection))| {
+                connection.flush().err().map(|error| (*token, error))
+            };
+            let Some((token, error)) = self.connections.iter_mut().find_map(flush) else {
+                return;
+            };
+            self.broke(token, &error);
+            self.tick(Instant::now());
+        }
+    }
+
+    /// Tells who waits for the goodbye that the kernel has it.
+    fn settle(&mut self) {
+        let mut connections = self.connections.values();
+        let is_farewell = self.farewell().is_some_and(|until| until <= Instant::now());
+        let is_over = self.linger_until.is_some() || is_farewell;
+        if is_over && connections.all(|(_, each)| each.is_flushed()) {
+            self.shared.said_goodbye();
+            self.has_said_goodbye = true;
+        }
+    }
+
+    /// Until when a coordinator that leaves waits for the others.
+    fn farewell(&self) -> Option<Instant> {
+        let since = self.only_coordinates_since.filter(|_| !self.has_said_goodbye)?;
+        // Those who were with another coordinator a moment ago have nobody else to ask.
+        let awaits = self.coordinator.as_ref().is_some_and(Coordinator::awaits_ranks);
+        Some(since + if awaits { LINGER } else { FAREWELL })
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        self.linger_until.is_some_and(|until| self.connections.is_empty() || until <= now)
+    }
+
+    fn timeout(&self, now: Instant) -> Option<Duration> {
+        let door = self.door.as_ref().and_then(|door| door.deadline(now));
+        let coordinator = self.coordinator.as_ref().and_then(Coordinator::deadline);
+        let farewell = self.farewell().filter(|until| *until > now);
+        let due = [door, coordinator, self.member.deadline(), self.linger_until, farewell];
+        let due = due.into_iter().chain([self.pulses.deadline(), self.look_at(now)]);
+        let due = due.flatten().min()?;
+        Some(due.saturating_duration_since(now))
+    }
+}
+
+impl Identity {
+    /// Whether a connection that has proven the token may come in.
+    fn admit(
+        &self,
+        hello: &Hello,
+        coordinator: Option<&Coordinator>,
+        shared: &Shared,
+        is_connected: impl Fn(Rank) -> bool,
+    ) -> Result<(), Refusal> {
+        let Hello { from, to, .. } = *hello;
+        if hello.job != self.job {
+            return Err(Refusal::Job);
+        }
+        if hello.purpose == Purpose::Control && hello.build != self.build {
+            return Err(Refusal::Build { from, to, theirs: hello.build, ours: self.build });
+        }
+        // Data connections belong to a communicator, in which ranks have numbers of their own.
+        let (rank, world) = match hello.purpose {
+            Purpose::Data => shared.channel(&hello.session).ok_or(Refusal::Session)?,
+            Purpose::Pulse if hello.session != self.session => return Err(Refusal::Session),
+            Purpose::Pulse | Purpose::Control => (self.rank, self.world),
+        };
+        let (dialer, ours) = (from as Rank, world as u32);
+        if hello.world != ours {
+            return Err(Refusal::World { theirs: hello.world, ours });
+        }
+        if dialer >= world || dialer == rank || to as Rank != rank {
+            return Err(Refusal::Rank { from, to });
+        }
+        match (hello.purpose, coordinator) {
+            (Purpose::Data, _) => Ok(()),
+            (Purpose::Pulse, Some(_)) if is_connected(dialer) => Ok(()),
+            (Purpose::Pulse, _) | (Purpose::Control, None) => Err(Refusal::Rank { from, to }),
+            (Purpose::Control, Some(coordinator)) if coordinator.is_vacant(dialer) => Ok(()),
+            (Purpose::Control, Some(_)) => Err(Refusal::RankTaken(from)),
+        }
+    }
+}
+
+fn encode(messages: &[Message]) -> Bytes {
+    let mut encoded = BytesMut::new();
+    messages.iter().for_each(|message| message.encode(&mut encoded));
+    encoded.freeze()
+}
