@@ -31,7 +31,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use unisum_kernels::{Fold, said_by_reduction};
-use unisum_link::{Call, Collective, Group, Link, LinkError, Patience, PeerCounts, Rank, Region, Regions};
+use unisum_link::{
+    Call, Collective, Group, Link, LinkError, Patience, PeerCounts, Rank, Region, Regions,
+};
 
 use folding::Folding;
 pub use links::Links;
