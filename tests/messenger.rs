@@ -25,6 +25,7 @@ fn rank_process() {
         ("leave_early", leave_early),
         ("busy_waiters", busy_waiters),
         ("fork", fork),
+        ("any_rank", any_rank),
     ]);
 }
 
@@ -536,4 +537,34 @@ fn fork() {
     messenger.send(&[5_u8], peer, 0).unwrap();
     messenger.receive(&mut [0_u8], peer, 0).unwrap();
     communicator.barrier().unwrap();
+}
+
+/// All others send to rank 0, which does not know in which order, and leave one after another.
+fn any_rank() {
+    let (communicator, post) = messenger();
+    let (rank, world) = (communicator.rank(), communicator.world());
+    let lengths = [1_usize, 100_000];
+    if rank > 0 {
+        thread::sleep(Duration::from_millis(100 * rank as u64));
+        lengths.iter().for_each(|&len| post.send(&vec![rank as u32; len], 0, len as u64).unwrap());
+        return;
+    }
+    for len in lengths {
+        let mut heard: Vec<usize> = (1..world)
+            .map(|_| {
+                let from = post.probe(len as u64).unwrap();
+                let mut data = vec![0_u32; len];
+                post.receive(&mut data, from, len as u64).unwrap();
+                assert!(data.iter().all(|&it| it as usize == from));
+                from
+            })
+            .collect();
+        heard.sort_unstable();
+        assert_eq!(heard, (1..world).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn messages_of_any_rank_are_found_and_who_leaves_disturbs_nobody() {
+    on_both(4, "any_rank");
 }

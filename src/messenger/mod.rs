@@ -6,6 +6,7 @@ mod memory;
 mod office;
 mod peer;
 
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use unisum_kernels::Element;
@@ -163,6 +164,27 @@ impl Messenger {
     #[doc(alias = "recv")]
     pub fn receive<T: Element>(&self, data: &mut [T], from: Rank, tag: u64) -> Result<(), Error> {
         self.exchange(&mut [Message::Receive { data, from, tag }])
+    }
+
+    /// Blocks until a message with this tag can be received, of any rank, and gives the rank. Ranks
+    /// that leave meanwhile are no error. Threads that probe for one tag at once may all be given
+    /// the same message.
+    ///
+    /// # Errors
+    /// As [`Messenger::exchange`].
+    #[doc(alias = "recv_any_source")]
+    pub fn probe(&self, tag: u64) -> Result<Rank, Error> {
+        let desk = self.desk.as_ref().expect("it is there until the messenger is dropped");
+        if self.is_forked() {
+            return Err(Error::forked().on(desk.job_rank()));
+        }
+        let found = Arc::new(OnceLock::new());
+        desk.call(1, Instant::now() + self.timeout, |office, call| {
+            office.probe(call, tag, found.clone());
+            Ok(())
+        })?;
+        let unknown = || Error::new(ErrorKind::Aborted, "the messenger was closed");
+        found.get().copied().ok_or_else(unknown)
     }
 
     /// Starts all messages, in their order, and then waits for all. Ranks that exchange at once

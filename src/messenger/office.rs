@@ -1,5 +1,6 @@
 //! All messages of a rank: the peers' protocol over the links.
 
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use slab::Slab;
@@ -49,6 +50,14 @@ pub(super) struct Posted {
     pub(super) memory: Region,
 }
 
+/// A call that waits for a message of any rank, and is told whose there is.
+#[derive(Debug)]
+struct Probe {
+    call: CallNumber,
+    tag: u64,
+    found: Arc<OnceLock<Rank>>,
+}
+
 /// What a ticket stands for.
 #[derive(Debug)]
 enum Transit {
@@ -65,6 +74,8 @@ struct Correspondent {
     peer: Peer,
     /// Operations under way.
     pending: usize,
+    /// Whether it has left while nothing but a message of any rank was waited for.
+    has_left: bool,
     /// The receive that is posted.
     incoming: Option<Ticket>,
     header: Vec<u8>,
@@ -79,6 +90,7 @@ pub(super) struct Office {
     patience: Patience,
     correspondents: Vec<Correspondent>,
     operations: Slab<Posted>,
+    probes: Vec<Probe>,
     calls: Slab<Outstanding>,
     transits: Slab<Transit>,
     /// Tickets under way on each link.
@@ -107,6 +119,7 @@ impl Office {
         let correspondent = |_| Correspondent {
             peer: Peer::default(),
             pending: 0,
+            has_left: false,
             incoming: None,
             header: vec![0; HEADER_BYTES],
             buffer: Vec::new(),
@@ -118,6 +131,7 @@ impl Office {
             patience,
             correspondents: (0..world).map(correspondent).collect(),
             operations: Slab::new(),
+            probes: Vec::new(),
             calls: Slab::new(),
             transits: Slab::new(),
             unheard: Vec::new(),
@@ -144,6 +158,35 @@ impl Office {
             correspondent.peer.send(operation, envelope);
         }
         self.work_off(peer)
+    }
+
+    /// Starts to wait for a message with a tag that can be received, of any rank.
+    pub(super) fn probe(&mut self, call: CallNumber, tag: u64, found: Arc<OnceLock<Rank>>) {
+        self.probes.push(Probe { call, tag, found });
+        for peer in 0..self.correspondents.len() {
+            self.find(peer);
+            self.hear(peer);
+        }
+    }
+
+    /// Ends the probes that wait for what a peer has sent. When none is left, peers of which nothing
+    /// else is wanted are no longer listened to.
+    fn find(&mut self, peer: Rank) {
+        let is_found = |probe: &Probe| self.correspondents[peer].peer.has_early(probe.tag);
+        let found: Vec<Probe> = self.probes.extract_if(.., |probe| is_found(probe)).collect();
+        for probe in &found {
+            let _first = probe.found.set(peer);
+            self.operation_ended(probe.call);
+        }
+        if !found.is_empty() && self.probes.is_empty() {
+            (0..self.correspondents.len()).for_each(|peer| self.hear(peer));
+        }
+    }
+
+    /// Whether headers of a peer are wanted.
+    fn wants(&self, peer: Rank) -> bool {
+        let Correspondent { pending, has_left, .. } = self.correspondents[peer];
+        pending > 0 || (!self.probes.is_empty() && !has_left)
     }
 
     /// Whether all operations of a call have ended.
@@ -210,7 +253,10 @@ impl Office {
             ended?;
             match result {
                 // It has had all that it waited for, and is gone before this rank looked up.
-                Err(error) if self.may_leave(&error) => moved = true,
+                Err(error) if self.may_leave(&error) => {
+                    self.leave(error.peer);
+                    moved = true;
+                }
                 result => result.map_err(Failure::Link)?,
             }
         }
@@ -224,8 +270,24 @@ impl Office {
     /// Whether a link only says that a rank is gone which nobody waits for any more.
     fn may_leave(&self, error: &LinkError) -> bool {
         let correspondent = &self.correspondents[error.peer];
-        let is_idle = correspondent.pending == 0 && correspondent.incoming.is_none();
+        let is_idle = correspondent.pending == 0
+            && correspondent.incoming.is_none_or(|ticket| self.is_header(ticket));
         is_idle && error.kind == LinkErrorKind::Closed
+    }
+
+    fn is_header(&self, Ticket(number): Ticket) -> bool {
+        matches!(self.transits.get(number as usize), Some(Transit::HeaderIn(_)))
+    }
+
+    /// Forgets that a peer is listened to, which is gone.
+    fn leave(&mut self, peer: Rank) {
+        self.correspondents[peer].has_left = true;
+        if let Some(ticket @ Ticket(number)) = self.correspondents[peer].incoming.take() {
+            // The link has given it up if it does not know it any more.
+            self.links.to(peer).retract(peer, ticket);
+            self.transits.remove(number as usize);
+            self.in_flight[self.links.route[peer]] -= 1;
+        }
     }
 
     /// How long waiting pays before it parks.
@@ -244,6 +306,7 @@ impl Office {
         self.links.abort();
         self.in_flight.fill(0);
         self.unheard.clear();
+        self.probes.clear();
         self.transits.clear();
     }
 
@@ -310,6 +373,7 @@ impl Office {
                 }
             }
         }
+        self.find(peer);
         self.hear(peer);
         Ok(())
     }
@@ -341,17 +405,18 @@ impl Office {
     /// Sees to it that headers of a peer are received while operations with it are under way, and
     /// only then: a peer that nobody waits for may leave.
     fn hear(&mut self, peer: Rank) {
-        let Correspondent { pending, incoming, .. } = self.correspondents[peer];
-        match incoming {
+        let is_wanted = self.wants(peer);
+        match self.correspondents[peer].incoming {
             _ if peer == self.rank => {}
-            None if pending > 0 && self.unheard.last() != Some(&peer) => self.unheard.push(peer),
-            Some(ticket @ Ticket(number)) if pending == 0 => {
-                let is_header = matches!(self.transits[number as usize], Transit::HeaderIn(_));
-                if is_header && self.links.to(peer).retract(peer, ticket) {
-                    self.transits.remove(number as usize);
-                    self.in_flight[self.links.route[peer]] -= 1;
-                    self.correspondents[peer].incoming = None;
-                }
+            None if is_wanted && self.unheard.last() != Some(&peer) => self.unheard.push(peer),
+            Some(ticket @ Ticket(number))
+                if !is_wanted
+                    && self.is_header(ticket)
+                    && self.links.to(peer).retract(peer, ticket) =>
+            {
+                self.transits.remove(number as usize);
+                self.in_flight[self.links.route[peer]] -= 1;
+                self.correspondents[peer].incoming = None;
             }
             _ => {}
         }
@@ -359,10 +424,10 @@ impl Office {
 
     /// Posts the receive of a peer's next header, if one is wanted.
     fn listen(&mut self, peer: Rank) -> Result<bool, Failure> {
-        let correspondent = &mut self.correspondents[peer];
-        if correspondent.pending == 0 || correspondent.incoming.is_some() {
+        if !self.wants(peer) || self.correspondents[peer].incoming.is_some() {
             return Ok(false);
         }
+        let correspondent = &mut self.correspondents[peer];
         let memory = memory::of_bytes(&mut correspondent.header);
         self.receive(peer, memory, Transit::HeaderIn(peer))?;
         Ok(true)
@@ -385,10 +450,14 @@ impl Office {
     fn ended(&mut self, operation: Operation) {
         let Posted { call, peer, .. } = self.operations.remove(operation);
         self.correspondents[peer].pending -= 1;
+        self.operation_ended(call);
+        self.hear(peer);
+    }
+
+    fn operation_ended(&mut self, call: CallNumber) {
         let call = &mut self.calls[call];
         call.operations -= 1;
         self.finished_asleep += usize::from(call.operations == 0 && call.asleep);
-        self.hear(peer);
     }
 }
 

@@ -137,6 +137,12 @@ impl Peer {
         Ok(())
     }
 
+    /// Whether a message with this tag has come, or was announced, that nobody receives yet.
+    pub(super) fn has_early(&self, tag: u64) -> bool {
+        let arrives = matches!(&self.arriving, Some(Arriving::Early(it, None)) if it.tag == tag);
+        arrives || self.early.get(&tag).is_some_and(|messages| !messages.is_empty())
+    }
+
     /// Takes a header; what comes after it. Not while bytes are on the way.
     ///
     /// # Errors
