@@ -96,7 +96,7 @@ def worker(rank, arguments, init_file):
     model = DistributedDataParallel(network())
     stopwatch = Stopwatch()
     model.register_comm_hook(None, stopwatch.hook)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
     begun = time.perf_counter()
     for epoch in range(1, arguments.epochs + 1):
         sampler.set_epoch(epoch)
@@ -116,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backend", default="unisum", choices=["unisum", "gloo"])
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--at-least", type=float, default=0.0, help="fail below this accuracy")
     arguments = parser.parse_args()

@@ -151,6 +151,23 @@ impl Messenger {
         Ok(work)
     }
 
+    /// Starts to receive the next message with this tag, of any rank.
+    fn _start_any(&self, tensor: &Bound<'_, PyAny>, tag: u64) -> PyResult<Work> {
+        let (post, mut operands) = (self.get()?, operands(tensor, true)?);
+        let element = operands.element()?;
+        let (work, shared) = Work::open();
+        let job: Job = with_element!(element.dtype, T => Box::new(move |messenger| {
+            let moved = messenger.probe(tag).and_then(|source| {
+                shared.comes_from(source);
+                transfer::<T>(messenger, &mut operands, (true, source, tag))
+            });
+            shared.end(moved.map(|()| (vec![operands], Outcome::default())));
+        }));
+        // One after the other, so that no two are told of the same message.
+        post.submit((true, usize::MAX, tag), job)?;
+        Ok(work)
+    }
+
     /// Ends it on this rank. Messages under way are not waited for.
     fn close(&self, py: Python<'_>) {
         let inner = self.take();

@@ -35,6 +35,8 @@ struct State {
     result: Option<Result<Outcome, Error>>,
     /// What to put in the queue of completions.
     watchers: Vec<Py<PyAny>>,
+    /// The rank that a message came from, where any could send it.
+    source: Option<usize>,
 }
 
 impl Work {
@@ -53,7 +55,7 @@ impl Work {
 
 impl Shared {
     fn new(pending: Option<Pending>) -> Arc<Self> {
-        let state = State { pending, result: None, watchers: Vec::new() };
+        let state = State { pending, result: None, watchers: Vec::new(), source: None };
         Self { state: Mutex::new(state), ended: Condvar::new() }.into()
     }
 
@@ -74,6 +76,11 @@ impl Shared {
         drop(state);
         drop(pending);
         self.end(ended);
+    }
+
+    /// Says which rank a message comes from.
+    pub(crate) fn comes_from(&self, rank: usize) {
+        self.lock().source = Some(rank);
     }
 
     /// Puts results in their places and tells who waits.
@@ -147,6 +154,12 @@ impl Work {
     #[getter]
     fn nonfinite(&self) -> bool {
         matches!(self.shared.lock().result, Some(Ok(outcome)) if outcome.nonfinite)
+    }
+
+    /// The rank that a message has come from, of a receive from any rank.
+    #[getter]
+    fn source(&self) -> Option<usize> {
+        self.shared.lock().source
     }
 
     /// The exception that the call failed with, if it has.

@@ -1,6 +1,7 @@
 """Collectives on NumPy's arrays and on PyTorch's tensors, in place and apart."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -126,6 +127,25 @@ def tensors():
         assert (parameter == 1).all()
 
 
+def messages_of_any_rank():
+    with unisum.connect() as comm:
+        post = comm.messenger()
+        if comm.rank == 0:
+            seen = []
+            for tag, count in ((5, 10), (5, 10), (6, 100_000), (6, 100_000)):
+                data = np.zeros(count)
+                seen.append(post.receive_any(data, tag))
+                assert (data == seen[-1]).all()
+            assert sorted(seen) == [1, 1, 2, 2]
+        else:
+            # The other leaves while the first still sends.
+            if comm.rank == 2:
+                time.sleep(0.5)
+            post.send(np.full(10, float(comm.rank)), 0, 5)
+            post.send(np.full(100_000, float(comm.rank)), 0, 6)
+        post.close()
+
+
 def groups_and_messages():
     with unisum.connect() as comm:
         half = comm.split(comm.rank % 2, -comm.rank)
@@ -145,7 +165,8 @@ def groups_and_messages():
         post.close()
 
 
-SCENARIOS = [reductions, movements, asynchronous, registered, tensors, groups_and_messages]
+SCENARIOS = [reductions, movements, asynchronous, registered, tensors]
+SCENARIOS += [groups_and_messages, messages_of_any_rank]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda it: it.__name__)

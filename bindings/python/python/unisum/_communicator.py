@@ -432,6 +432,12 @@ class Messenger:
         self._native._transfer(False, data, to, tag)
         return None
 
+    def receive_any(self, data: Any, tag: int = 0) -> int:
+        """Receives the next message with this tag of any rank in ``data``, and gives the rank."""
+        work = self._native._start_any(data, tag)
+        work.wait()
+        return int(work.source or 0)
+
     def receive(self, data: Any, source: int, tag: int = 0, *, async_op: bool = False) -> Any:
         """Receives the next message of rank ``source`` with this tag in ``data``."""
         if async_op:

@@ -412,7 +412,16 @@ class UnisumProcessGroup(ProcessGroup):
         return self._message(True, single(tensors), source, tag)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> UnisumWork:
-        raise NotImplementedError("receives from any rank")
+        tensor = single(tensors)
+        _completion.starts_collective()
+        flat([tensor])
+        after = None
+        if _profiling.is_on():
+            after = self._profiled("recvAnySource", [tensor], None)
+        work = self._messenger._start_any(tensor, tag)
+        made = UnisumWork([work], [tensor], after)
+        made._source = lambda: work.source
+        return made
 
     def _message(self, receives: bool, tensor: torch.Tensor, peer: int, tag: int) -> UnisumWork:
         _completion.starts_collective()

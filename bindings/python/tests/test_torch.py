@@ -1,0 +1,177 @@
+"""unisum as PyTorch's backend: all scenarios of torch_scenarios at two worlds, and what is more
+than a scenario: how groups begin and end."""
+
+import datetime
+import json
+import os
+import time
+import traceback
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.distributed as dist  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
+import torch_scenarios  # noqa: E402
+
+LIMIT = datetime.timedelta(seconds=60)
+
+
+def run_scenarios(rank, world, backend, folder, only):
+    """All scenarios in one process group; what each gave goes to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        backend, init_method=f"file://{folder}/init", rank=rank, world_size=world, timeout=LIMIT
+    )
+    results = {}
+    for scenario in torch_scenarios.SCENARIOS:
+        if only and scenario.__name__ not in only:
+            continue
+        try:
+            results[scenario.__name__] = ["passed", scenario(rank, world)]
+        except Exception:
+            results[scenario.__name__] = ["failed", traceback.format_exc()]
+            break  # what the others do meanwhile is not known
+    with open(f"{folder}/{rank}", "w") as file:
+        json.dump(results, file)
+    dist.destroy_process_group()
+
+
+def results_of(backend, world, folder, only=()):
+    folder.mkdir()
+    mp.spawn(run_scenarios, (world, backend, str(folder), only), nprocs=world)
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def both(request, tmp_path_factory):
+    """The results over unisum and over gloo."""
+    folder = tmp_path_factory.mktemp("scenarios")
+    world = request.param
+    ours = results_of("unisum", world, folder / "unisum")
+    return ours, results_of("gloo", world, folder / "gloo", COMPARED)
+
+
+#: Those that give numbers.
+COMPARED = (
+    "ddp",
+    "ddp_without_reducer_views",
+    "ddp_static_graph",
+    "ddp_unused_parameters",
+    "ddp_no_sync",
+    "ddp_hooks",
+    "zero",
+    "fsdp1",
+    "hsdp",
+    "tensor_parallel",
+)
+
+
+def tolerance(scenario):
+    """Sums of bf16 round otherwise."""
+    return 2e-3 if scenario == "ddp_hooks" else 1e-5
+
+
+@pytest.mark.parametrize("scenario", [it.__name__ for it in torch_scenarios.SCENARIOS])
+def test_scenario(both, scenario):
+    ours, gloo = both
+    for rank, results in enumerate(ours):
+        outcome, value = results.get(scenario, ["was not reached", ""])
+        assert outcome == "passed", f"rank {rank}: {value}"
+        assert value == ours[0][scenario][1] or scenario == "ddp_no_sync"
+        if scenario in COMPARED:
+            theirs = gloo[rank][scenario]
+            assert theirs[0] == "passed", theirs[1]
+            assert value == (theirs[1] and pytest.approx(theirs[1], rel=tolerance(scenario)))
+
+
+def begin(rank, world, how, timeout=LIMIT):
+    dist.init_process_group(
+        "unisum", init_method=how, rank=rank, world_size=world, timeout=timeout
+    )
+
+
+def twice(rank, world, folder):
+    for number in range(3):
+        begin(rank, world, f"file://{folder}/init{number}")
+        tensor = torch.ones(1)
+        dist.all_reduce(tensor)
+        assert tensor[0] == world
+        dist.destroy_process_group()
+
+
+def by_environment(rank, world, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
+    port = f"{folder}/port"
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)
+        with open(port + "~", "w") as file:
+            file.write(str(store.port))
+        os.rename(port + "~", port)
+    else:
+        until = time.monotonic() + 60
+        while not os.path.exists(port) and time.monotonic() < until:
+            time.sleep(0.02)
+        store = dist.TCPStore("127.0.0.1", int(open(port).read()), world, False)
+    dist.init_process_group("unisum", store=store, rank=rank, world_size=world)
+    dist.barrier()
+    # The same store again.
+    dist.destroy_process_group()
+    dist.init_process_group("unisum", store=store, rank=rank, world_size=world)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def late(rank, world, folder):
+    begin(rank, world, f"file://{folder}/init", datetime.timedelta(seconds=2))
+    dist.barrier()
+    if rank == 1:
+        time.sleep(7)
+        os._exit(0)
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError) as raised:
+        dist.all_reduce(torch.ones(1))
+    assert raised.value.ranks == (1,) and time.monotonic() - begun < 8
+    assert dist.group.WORLD.get_error() == torch._C._distributed_c10d.ErrorType.TIMEOUT
+    dist.destroy_process_group()
+
+
+def absent_from_barrier(rank, world, folder):
+    begin(rank, world, f"file://{folder}/init")
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="Ranks 1 failed to pass monitoredBarrier"):
+            limit = datetime.timedelta(seconds=1)
+            dist.monitored_barrier(timeout=limit, wait_all_ranks=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def aborted(rank, world, folder):
+    begin(rank, world, f"file://{folder}/init")
+    dist.barrier()
+    if rank == 1:
+        time.sleep(0.5)
+        dist.group.WORLD.abort()
+    else:
+        work = dist.all_reduce(torch.ones(1), async_op=True)
+        with pytest.raises(RuntimeError, match="aborted"):
+            work.wait()
+    dist.destroy_process_group()
+
+
+def non_contiguous(rank, world, folder):
+    begin(rank, world, f"file://{folder}/init")
+    with pytest.raises(ValueError, match="contiguous"):
+        dist.all_gather([torch.ones(3) for _ in range(world)], torch.ones(6)[::2])
+    with pytest.raises(ValueError, match="contiguous"):
+        dist.all_reduce(torch.ones(6)[::2])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+CASES = [twice, by_environment, late, absent_from_barrier, aborted, non_contiguous]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda it: it.__name__)
+def test_case(case, tmp_path):
+    mp.spawn(case, (2, str(tmp_path)), nprocs=2)
