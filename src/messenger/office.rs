@@ -169,8 +169,8 @@ impl Office {
         }
     }
 
-    /// Ends the probes that wait for what a peer has sent. When none is left, peers of which nothing
-    /// else is wanted are no longer listened to.
+    /// Ends the probes that wait for what a peer has sent. When none is left, peers of which
+    /// nothing else is wanted are no longer listened to.
     fn find(&mut self, peer: Rank) {
         let is_found = |probe: &Probe| self.correspondents[peer].peer.has_early(probe.tag);
         let found: Vec<Probe> = self.probes.extract_if(.., |probe| is_found(probe)).collect();
