@@ -21,11 +21,12 @@ def alone():
         (np.ones((4, 4))[:, ::2], ValueError),
         (np.array([object()]), TypeError),
         (3, TypeError),
+        (None, TypeError),
         (np.ones(3, ">f4"), TypeError),
         (b"abc", ValueError),
         (np.array(["x"]), TypeError),
     ],
-    ids=["gaps", "objects", "number", "byte order", "read-only", "text"],
+    ids=["gaps", "objects", "number", "None", "byte order", "read-only", "text"],
 )
 def test_what_is_no_array_is_refused(data, error):
     with alone() as comm, pytest.raises(error):

@@ -210,6 +210,8 @@ class Communicator:
         receive_counts: Optional[Sequence[int]] = None,
         async_op: bool = False,
     ) -> Any:
+        if data is None and kind != SCATTER:
+            raise TypeError("None is no array")
         request = (
             kind,
             op,

@@ -5,6 +5,7 @@ It goes by the store, not by collectives: that a rank is missing harms nothing.
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import timedelta
 from typing import Any, List
@@ -20,29 +21,29 @@ def monitored_barrier(
     until = time.monotonic() + timeout
     if rank != 0:
         store.set(f"{key}/{rank}", "here")
+        reached = f"Rank {rank} successfully reached monitoredBarrier, but received errors while "
+        reached += "waiting for send/recv from rank 0"
         try:
             store.wait([f"{key}/outcome"], timedelta(seconds=timeout))
-            outcome = store.get(f"{key}/outcome").decode()
         except RuntimeError as error:
-            text = f"Rank {rank} successfully reached monitoredBarrier, but received errors "
-            text += f"while waiting for send/recv from rank 0: {error}"
-            raise _errors.TimeoutError(text, "timeout", [0]) from None
-        if outcome:
-            raise _errors.TimeoutError(f"monitoredBarrier failed: {outcome}", "timeout")
+            raise _errors.TimeoutError(f"{reached}: {error}", "timeout", [0]) from None
+        text, missing = json.loads(store.get(f"{key}/outcome"))
+        if text:
+            raise _errors.TimeoutError(f"{reached}: {text}", "timeout", missing)
         return
     if timeout <= 0:
         text = f"Rank 0 timed out in monitoredBarrier after {round(1000 * timeout)} ms"
-        store.set(f"{key}/outcome", text)
+        store.set(f"{key}/outcome", json.dumps([text, [0]]))
         raise _errors.TimeoutError(text, "timeout", [0])
     missing = _missing(store, key, world, until, wait_all_ranks)
     if not missing:
-        store.set(f"{key}/outcome", "")
+        store.set(f"{key}/outcome", json.dumps(["", []]))
         return
     names = ", ".join(str(rank) for rank in missing)
     text = f"Rank {names} failed to pass monitoredBarrier in {round(1000 * timeout)} ms"
     if wait_all_ranks:
         text = f"Ranks {names} failed to pass monitoredBarrier in {round(1000 * timeout)} ms"
-    store.set(f"{key}/outcome", text)
+    store.set(f"{key}/outcome", json.dumps([text, missing]))
     raise _errors.TimeoutError(text, "timeout", missing)
 
 
