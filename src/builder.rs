@@ -11,7 +11,7 @@ use crate::background::Background;
 use crate::member::{Core, Member};
 use crate::membership::Membership;
 use crate::runner::Runner;
-use crate::settings::Settings;
+use crate::settings::{self, Settings};
 use crate::wiring::{self, Joined, Meeting};
 use crate::{Communicator, Error, ErrorKind, Store};
 use unisum_control::Environment;
@@ -118,6 +118,19 @@ impl Builder {
     /// that is shorter only delays it (`UNISUM_HEARTBEAT_TIMEOUT`).
     pub fn heartbeat_timeout(self, timeout: Duration) -> Self {
         self.set("UNISUM_HEARTBEAT_TIMEOUT", timeout.as_secs_f64())
+    }
+
+    /// Sets any variable of docs/configuration.md by its name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`] if there is no such variable. What is wrong with the value is
+    /// told by [`Builder::connect`].
+    pub fn variable(self, name: &str, value: &str) -> Result<Self, Error> {
+        let known = settings::variable(name);
+        let known = known.ok_or_else(|| {
+            Error::new(ErrorKind::Configuration, format!("there is no variable `{name}`"))
+        })?;
+        Ok(self.set(known, value))
     }
 
     fn set(mut self, name: &'static str, value: impl ToString) -> Self {

@@ -156,6 +156,11 @@ mod tests {
 
     #[test]
     fn the_rank_is_named_once_before_what_was_found_there() {
+        let operation = Operation { call: "barrier 3".into(), step: 1, steps: 4 };
+        let failed = Error::new(ErrorKind::RankLost, "rank 0 died").on(1).during(operation);
+        assert_eq!(failed.to_string(), "rank 1: barrier 3 failed at step 1 of 4: rank 0 died");
+        let fields = (failed.rank(), failed.operation(), failed.step());
+        assert_eq!(fields, (Some(1), Some("barrier 3"), Some((1, 4))));
         let found = |rank: Rank| {
             let text = format!("rank {rank}: the buffer has 3 elements");
             Error::new(ErrorKind::Mismatch, text).on(1)

@@ -166,6 +166,11 @@ impl std::fmt::Display for TransportChoice {
     }
 }
 
+/// The variable of this name, if it exists.
+pub(crate) fn variable(name: &str) -> Option<&'static str> {
+    VARIABLES.iter().map(|variable| variable.name).find(|known| *known == name)
+}
+
 /// The `UNISUM_` variables that are set but do not exist.
 fn unknown_variables(environment: &Environment) -> Vec<String> {
     let known = |name: &str| VARIABLES.iter().any(|variable| variable.name == name);
