@@ -73,6 +73,7 @@ fn dependencies_between_our_crates_follow_the_arrows() {
             ],
         ),
         ("allreduce-bench", &["unisum"]),
+        ("unisum-c", &["unisum"]),
         (
             "instructions",
             &[
@@ -200,6 +201,7 @@ fn unsafe_code_stays_where_it_is_allowed() {
         "transports/verbs/src/profile.rs",
         "transports/verbs/src/queue_pair.rs",
         "benches/",
+        "bindings/c/src/",
         "bindings/python/src/array.rs",
         "bindings/python/src/operands.rs",
         "bindings/python/src/tensor.rs",

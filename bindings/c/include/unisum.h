@@ -1,0 +1,1540 @@
+/* The C interface of unisum: collective communication between processes.
+ *
+ * Every function returns a status; unisum_last_error tells more of a failure. Pointers to
+ * structures without a definition are handles: a handle that is NULL, was freed, or is of another
+ * kind is refused. All functions may be called from several threads at once, and on the same
+ * handles.
+ *
+ * This file is made of the library's source:
+ * UNISUM_BLESS=1 cargo test -p unisum-c --test header */
+
+#ifndef UNISUM_H
+#define UNISUM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Given as an input: the output is the input, too. */
+#define UNISUM_IN_PLACE ((const void *)1)
+
+
+/**
+ * What a function returns. All but UNISUM_OK and UNISUM_IN_PROGRESS are failures, of which
+ * unisum_last_error tells more.
+ */
+enum unisum_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * It went well.
+     */
+    UNISUM_OK = 0,
+    /**
+     * A wait timed out: what is waited for is still under way. No failure.
+     */
+    UNISUM_IN_PROGRESS = 1,
+    /**
+     * A pointer is NULL, a number or a size makes no sense, buffers overlap. Nothing was done.
+     */
+    UNISUM_INVALID_ARGUMENT = 2,
+    /**
+     * A handle is NULL, was freed, is of another kind, or none at all. Nothing was done.
+     */
+    UNISUM_INVALID_HANDLE = 3,
+    /**
+     * An argument that the library found wrong, an environment variable, a launcher's setting.
+     */
+    UNISUM_CONFIGURATION = 10,
+    /**
+     * The job could not be joined: an address, the token, a rank that never came.
+     */
+    UNISUM_RENDEZVOUS = 11,
+    /**
+     * A rank's process ended, or its host or network went away.
+     */
+    UNISUM_RANK_LOST = 12,
+    /**
+     * The deadline passed: a rank is stopped, too late, too slow, or never called.
+     */
+    UNISUM_TIMEOUT = 13,
+    /**
+     * Ranks called different things, or the same with different arguments.
+     */
+    UNISUM_MISMATCH = 14,
+    /**
+     * A training step can't be used, on no rank. The next one can be begun.
+     */
+    UNISUM_STEP_FAILED = 15,
+    /**
+     * Code of the program failed where the library called it.
+     */
+    UNISUM_CALLBACK_FAILED = 16,
+    /**
+     * Memory, or another resource of the system, could not be had.
+     */
+    UNISUM_MEMORY = 17,
+    /**
+     * An earlier error aborted the communicator, or the program did.
+     */
+    UNISUM_ABORTED = 18,
+    /**
+     * The process was forked after the handle was made: only the parent may use it.
+     */
+    UNISUM_FORKED = 19,
+    /**
+     * A bug of the library.
+     */
+    UNISUM_INTERNAL = 99,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum unisum_status unisum_status;
+#else
+typedef int32_t unisum_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * The type of the elements of a buffer.
+ */
+enum unisum_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * IEEE 754 binary16.
+     */
+    UNISUM_F16 = 1,
+    /**
+     * The upper half of an IEEE 754 binary32.
+     */
+    UNISUM_BF16 = 2,
+    /**
+     * float
+     */
+    UNISUM_F32 = 3,
+    /**
+     * double
+     */
+    UNISUM_F64 = 4,
+    /**
+     * int8_t
+     */
+    UNISUM_I8 = 5,
+    /**
+     * uint8_t
+     */
+    UNISUM_U8 = 6,
+    /**
+     * int16_t
+     */
+    UNISUM_I16 = 7,
+    /**
+     * uint16_t
+     */
+    UNISUM_U16 = 8,
+    /**
+     * int32_t
+     */
+    UNISUM_I32 = 9,
+    /**
+     * uint32_t
+     */
+    UNISUM_U32 = 10,
+    /**
+     * int64_t
+     */
+    UNISUM_I64 = 11,
+    /**
+     * uint64_t
+     */
+    UNISUM_U64 = 12,
+    /**
+     * 8 bits, 4 of exponent and 3 of mantissa, without infinities.
+     */
+    UNISUM_F8E4M3 = 13,
+    /**
+     * 8 bits, 5 of exponent and 2 of mantissa.
+     */
+    UNISUM_F8E5M2 = 14,
+    /**
+     * A byte that is true unless it is 0. Results are 0 or 1.
+     */
+    UNISUM_BOOL = 15,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum unisum_dtype unisum_dtype;
+#else
+typedef uint32_t unisum_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * How the elements of the ranks become one.
+ */
+enum unisum_op
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * Adds them. Integers wrap around.
+     */
+    UNISUM_SUM = 1,
+    /**
+     * Multiplies them. Integers wrap around.
+     */
+    UNISUM_PRODUCT = 2,
+    /**
+     * The least; NaN wins.
+     */
+    UNISUM_MIN = 3,
+    /**
+     * The greatest; NaN wins.
+     */
+    UNISUM_MAX = 4,
+    /**
+     * Adds them and divides by their number, once, at the end.
+     */
+    UNISUM_AVERAGE = 5,
+    /**
+     * The bits that are set in all.
+     */
+    UNISUM_BIT_AND = 6,
+    /**
+     * The bits that are set in any.
+     */
+    UNISUM_BIT_OR = 7,
+    /**
+     * The bits that are set in an odd number of them.
+     */
+    UNISUM_BIT_XOR = 8,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum unisum_op unisum_op;
+#else
+typedef uint32_t unisum_op;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * The collectives, for unisum_collective. A block is what one rank puts in, or gets.
+ */
+enum unisum_kind
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * Reduces all ranks' elements; every rank gets the result.
+     */
+    UNISUM_ALL_REDUCE = 1,
+    /**
+     * Reduces all ranks' elements; the root gets the result.
+     */
+    UNISUM_REDUCE = 2,
+    /**
+     * Every rank gets the elements of the root.
+     */
+    UNISUM_BROADCAST = 3,
+    /**
+     * Every rank gets the blocks of all ranks, in rank order.
+     */
+    UNISUM_ALL_GATHER = 4,
+    /**
+     * Reduces all ranks' blocks; each rank gets its own.
+     */
+    UNISUM_REDUCE_SCATTER = 5,
+    /**
+     * Each rank has a block for each rank.
+     */
+    UNISUM_ALL_TO_ALL = 6,
+    /**
+     * The root gets the blocks of all ranks.
+     */
+    UNISUM_GATHER = 7,
+    /**
+     * Each rank gets its block of what the root has.
+     */
+    UNISUM_SCATTER = 8,
+    /**
+     * Nobody goes on before everybody has come.
+     */
+    UNISUM_BARRIER = 9,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum unisum_kind unisum_kind;
+#else
+typedef uint32_t unisum_kind;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * What a collective is asked for beside its result.
+ */
+enum unisum_flags
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * The inputs of a sum are multiplied by `scale`, in the same pass.
+     */
+    UNISUM_SCALED = 1,
+    /**
+     * It is told whether a result is infinite or NaN, at no further pass and no further message:
+     * of sums, products and averages of floats, in an all-reduce or a reduce-scatter.
+     */
+    UNISUM_DETECT_NONFINITE = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum unisum_flags unisum_flags;
+#else
+typedef uint32_t unisum_flags;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * Which way a message goes.
+ */
+enum unisum_direction
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * From this rank.
+     */
+    UNISUM_SEND = 1,
+    /**
+     * To this rank.
+     */
+    UNISUM_RECEIVE = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum unisum_direction unisum_direction;
+#else
+typedef uint32_t unisum_direction;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * Whether a model does not use all parameters, and the like.
+ */
+enum unisum_bucket_flags
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * A rank may end a step without a gradient for some parameters: it then puts in zeros.
+     */
+    UNISUM_UNUSED_PARAMETERS = 1,
+    /**
+     * What a rank does not use in its first step it never uses.
+     */
+    UNISUM_STATIC_GRAPH = 2,
+    /**
+     * Ranks may run out of data at different times: unisum_buckets_join.
+     */
+    UNISUM_UNEVEN_INPUTS = 4,
+    /**
+     * Buckets are not laid out anew after the first step.
+     */
+    UNISUM_KEEP_LAYOUT = 8,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum unisum_bucket_flags unisum_bucket_flags;
+#else
+typedef uint32_t unisum_bucket_flags;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * Gradient buckets: the layer that training calls during the backward pass.
+ */
+typedef struct unisum_buckets unisum_buckets;
+
+/**
+ * A communicator: this process's membership in a world of ranks that reduce together. All ranks
+ * call the same collectives in the same order; calls may come from several threads.
+ */
+typedef struct unisum_comm unisum_comm;
+
+/**
+ * Settings for a communicator, on top of the environment.
+ */
+typedef struct unisum_config unisum_config;
+
+/**
+ * Sends and receives messages between the ranks of a communicator, from any threads at once.
+ */
+typedef struct unisum_messenger unisum_messenger;
+
+/**
+ * A collective under way.
+ */
+typedef struct unisum_work unisum_work;
+
+/**
+ * What went wrong last on a thread. Fields may be added at the end.
+ */
+typedef struct unisum_error {
+    /**
+     * What the function returned; UNISUM_OK if none has failed on this thread.
+     */
+    unisum_status status;
+    /**
+     * What went wrong, for people. Never NULL.
+     */
+    const char *text;
+    /**
+     * The rank of the job that found it, or -1 where that is not known.
+     */
+    int64_t rank;
+    /**
+     * The ranks of the job that caused it, the same on every rank that reports it, where that is
+     * known.
+     */
+    const uint32_t *ranks;
+    /**
+     * How many of them are known.
+     */
+    size_t rank_count;
+    /**
+     * The call that failed, in words, if it was one that had begun; else NULL.
+     */
+    const char *operation;
+    /**
+     * The step that the call was at on this rank.
+     */
+    uint64_t step;
+    /**
+     * How many steps it has; 0 if there is no operation.
+     */
+    uint64_t steps;
+} unisum_error;
+
+/**
+ * A key-value store that all ranks of a job reach. Its functions are called in unisum_connect, on
+ * the thread that calls it. One of the values holds the job's secret.
+ */
+typedef struct unisum_store {
+    /**
+     * Stores a value under a key, in place of an earlier one. Gives 0 if that went well.
+     */
+    int (*set)(void *user, const char *key, const void *value, size_t length);
+    /**
+     * Waits until there is a value under a key, so many seconds at most, copies it to the
+     * `capacity` bytes at `value`, and writes its length. Gives 0 if that went well; anything else
+     * if the time is up, the value does not fit, or the store fails.
+     */
+    int (*get)(void *user,
+               const char *key,
+               double timeout_s,
+               void *value,
+               size_t capacity,
+               size_t *length);
+    /**
+     * Given to both functions.
+     */
+    void *user;
+} unisum_store;
+
+/**
+ * A collective with its arguments, the same on all ranks but where it says otherwise. A structure
+ * of zeros, with `kind` and, if it reduces, `op`.
+ */
+typedef struct unisum_collective {
+    /**
+     * Which it is: a unisum_kind.
+     */
+    uint32_t kind;
+    /**
+     * How it reduces, if it does: a unisum_op.
+     */
+    uint32_t op;
+    /**
+     * The root, if it has one.
+     */
+    uint32_t root;
+    /**
+     * unisum_flags, added.
+     */
+    uint32_t flags;
+    /**
+     * With UNISUM_SCALED: the factor of the inputs of a sum of floats.
+     */
+    double scale;
+    /**
+     * How long the blocks are, in elements: one number for each rank, in rank order. NULL if all
+     * are alike. Of an all-to-all: what goes to each rank.
+     */
+    const size_t *counts;
+    /**
+     * Of an all-to-all with counts: what comes from each rank. Else NULL.
+     */
+    const size_t *receive_counts;
+} unisum_collective;
+
+/**
+ * The buffers of a collective. With UNISUM_IN_PLACE as the input, the output is both: as long as
+ * all blocks, with the rank's own at its place, on ranks that have or get all blocks, else as long
+ * as one. Else the two are apart. A rank that puts nothing in or gets nothing gives NULL and 0.
+ */
+typedef struct unisum_buffers {
+    /**
+     * What this rank puts in; it stays as it is.
+     */
+    const void *input;
+    /**
+     * How many elements that are; not looked at in place.
+     */
+    size_t input_count;
+    /**
+     * Where the result goes.
+     */
+    void *output;
+    /**
+     * How many elements that are.
+     */
+    size_t output_count;
+} unisum_buffers;
+
+/**
+ * Called when a work has ended, well or not, with what was given with it.
+ */
+typedef void (*unisum_callback)(void *user);
+
+/**
+ * One of the messages of unisum_exchange.
+ */
+typedef struct unisum_message {
+    /**
+     * A unisum_direction.
+     */
+    uint32_t direction;
+    /**
+     * The rank at the other end.
+     */
+    uint32_t peer;
+    /**
+     * Messages of the same two ranks and the same tag arrive in the order in which they were sent.
+     */
+    uint64_t tag;
+    /**
+     * What is sent, which is only read, or where it goes.
+     */
+    void *data;
+    /**
+     * How many elements; the same at both ends.
+     */
+    size_t count;
+} unisum_message;
+
+/**
+ * A parameter of a model.
+ */
+typedef struct unisum_parameter {
+    /**
+     * Its name, which no other has.
+     */
+    const char *name;
+    /**
+     * Its shape.
+     */
+    const size_t *shape;
+    /**
+     * How many numbers the shape has.
+     */
+    size_t dimensions;
+    /**
+     * The type of its gradient: UNISUM_F16, UNISUM_BF16, UNISUM_F32 or UNISUM_F64.
+     */
+    uint32_t dtype;
+    /**
+     * How often the model uses it: its gradient is final when it was marked ready so often. 0 is
+     * 1.
+     */
+    uint32_t uses;
+} unisum_parameter;
+
+/**
+ * Settings of buckets, the same on all ranks; a structure of zeros has the defaults.
+ */
+typedef struct unisum_bucket_options {
+    /**
+     * How large buckets get; 0 is 25 MiB.
+     */
+    size_t bucket_bytes;
+    /**
+     * How large the first and the last get; 0 is 1 MiB.
+     */
+    size_t end_bucket_bytes;
+    /**
+     * unisum_bucket_flags, added.
+     */
+    uint32_t flags;
+    /**
+     * As what f32 gradients travel: 0 as they are, or UNISUM_BF16, UNISUM_F16, UNISUM_F8E4M3,
+     * UNISUM_F8E5M2 or UNISUM_I8, with error feedback.
+     */
+    uint32_t encoding;
+    /**
+     * The rank of PowerSGD's approximation; 0 for none. Not with an encoding.
+     */
+    uint32_t low_rank;
+} unisum_bucket_options;
+
+/**
+ * What a step tells. Fields may be added at the end.
+ */
+typedef struct unisum_step_report {
+    /**
+     * Whether some averaged gradient is infinite or NaN: the same on all ranks.
+     */
+    bool nonfinite;
+    /**
+     * How many ranks had gradients; the average is over these.
+     */
+    uint32_t participants;
+    /**
+     * What the program waited for communication after it had computed, in seconds.
+     */
+    double exposed_s;
+    /**
+     * How long buckets were being reduced, in seconds.
+     */
+    double communicated_s;
+} unisum_step_report;
+
+/**
+ * What unisum_buckets_join calls after each step of the others, whose averages all ranks get: the
+ * optimiser's step. `gradients` and `counts` have one entry for each parameter. Gives 0 to go on;
+ * anything else ends unisum_buckets_join with UNISUM_CALLBACK_FAILED. It calls nothing of these
+ * buckets.
+ */
+typedef int (*unisum_update)(void *user,
+                             const struct unisum_step_report *report,
+                             void *const *gradients,
+                             const size_t *counts,
+                             size_t parameters);
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * What went wrong last on the calling thread. Valid until another call fails on this thread, or
+ * the thread ends. Never NULL; UNISUM_OK if nothing has failed.
+ */
+const struct unisum_error *unisum_last_error(void);
+
+/**
+ * The name of a status, as in "UNISUM_TIMEOUT". Never NULL, never freed.
+ */
+const char *unisum_status_name(int32_t status);
+
+/**
+ * Joins the job that this process was started in, as the environment says: torchrun, mpirun, srun
+ * and others, or UNISUM_RANK, UNISUM_WORLD and UNISUM_RENDEZVOUS. Collective: every rank calls it.
+ * Blocks until all have come. A process without a job is a world of one.
+ */
+unisum_status unisum_connect_from_environment(struct unisum_comm **comm);
+
+/**
+ * Joins as rank `rank` of `world`. Where the ranks meet: "tcp://HOST:PORT" of rank 0, or
+ * "file:///PATH"; NULL leaves it to the environment. The job's secret, 16 bytes or more, the same
+ * on all ranks; NULL leaves it to the environment and to the user's token file. Else as
+ * unisum_connect_from_environment.
+ */
+unisum_status unisum_connect_to(uint32_t rank,
+                                uint32_t world,
+                                const char *rendezvous,
+                                const char *token,
+                                struct unisum_comm **comm);
+
+/**
+ * Makes a configuration that says nothing; freed by unisum_config_free.
+ */
+unisum_status unisum_config_create(struct unisum_config **config);
+
+/**
+ * Sets a variable of docs/configuration.md by its name, as "UNISUM_TIMEOUT" to "30": it wins over
+ * the environment.
+ */
+unisum_status unisum_config_set(const struct unisum_config *config,
+                                const char *variable,
+                                const char *value);
+
+/**
+ * Has the ranks meet by a store of the program's, unless the environment or the configuration says
+ * where: rank 0 writes its addresses and a fresh token under the key "unisum", or under KEY if
+ * UNISUM_RENDEZVOUS is set to "store://KEY". The structure is copied; what `user` points to lives
+ * until the last unisum_connect with this configuration has returned. NULL takes the store away.
+ */
+unisum_status unisum_config_set_store(const struct unisum_config *config,
+                                      const struct unisum_store *store);
+
+/**
+ * Joins a job as the configuration says, which may be used again. Else as
+ * unisum_connect_from_environment.
+ */
+unisum_status unisum_connect(const struct unisum_config *config, struct unisum_comm **comm);
+
+/**
+ * Frees a configuration. Communicators are not concerned.
+ */
+unisum_status unisum_config_free(const struct unisum_config *config);
+
+/**
+ * This process's number in the communicator, from 0.
+ */
+unisum_status unisum_comm_rank(const struct unisum_comm *comm, uint32_t *rank);
+
+/**
+ * How many ranks there are.
+ */
+unisum_status unisum_comm_world(const struct unisum_comm *comm, uint32_t *world);
+
+/**
+ * This rank's place among the communicator's ranks on its host: which device it may take.
+ */
+unisum_status unisum_comm_local_rank(const struct unisum_comm *comm, uint32_t *local_rank);
+
+/**
+ * How many of the communicator's ranks are on this rank's host.
+ */
+unisum_status unisum_comm_local_size(const struct unisum_comm *comm, uint32_t *local_size);
+
+/**
+ * Where the ranks are, what the links cost, and which algorithm is chosen from which size on: for
+ * people, several lines. Copied to `capacity` bytes at `text`, cut if need be, with a NUL byte at
+ * the end; `length` gets how long it is without that. Either may be NULL.
+ */
+unisum_status unisum_comm_describe(const struct unisum_comm *comm,
+                                   char *text,
+                                   size_t capacity,
+                                   size_t *length);
+
+/**
+ * The transports in use, as "tcp", "shm" or "shm+tcp". Else as unisum_comm_describe.
+ */
+unisum_status unisum_comm_transport(const struct unisum_comm *comm,
+                                    char *text,
+                                    size_t capacity,
+                                    size_t *length);
+
+/**
+ * Fixes the algorithm of all later calls by its name, or, with NULL, has it chosen for each call.
+ * All ranks call it alike, between collectives.
+ */
+unisum_status unisum_comm_set_algorithm(const struct unisum_comm *comm, const char *name);
+
+/**
+ * Divides the communicator: ranks of the same color make a group, numbered by `key` and then by
+ * rank. A rank with a negative color is in no group: it gets NULL. The group is a communicator of
+ * its own, freed by unisum_comm_free. Collective: every rank calls it. Blocks.
+ */
+unisum_status unisum_comm_split(const struct unisum_comm *comm,
+                                int64_t color,
+                                int64_t key,
+                                struct unisum_comm **group);
+
+/**
+ * Makes a group of the ranks that are listed, numbered in the order of the list, which is the same
+ * on all ranks of the communicator. Those that are not in it get NULL. Else as unisum_comm_split.
+ */
+unisum_status unisum_comm_subset(const struct unisum_comm *comm,
+                                 const uint32_t *ranks,
+                                 size_t count,
+                                 struct unisum_comm **group);
+
+/**
+ * Makes a communicator of the same ranks with an order of calls of its own. Else as
+ * unisum_comm_split.
+ */
+unisum_status unisum_comm_duplicate(const struct unisum_comm *comm, struct unisum_comm **duplicate);
+
+/**
+ * Ends the job on all ranks, from any thread of any rank: all calls under way, here and elsewhere,
+ * end within moments with UNISUM_ABORTED and an error that names this rank and says why. Later
+ * calls repeat it. Gives UNISUM_OK, also if the job had ended before.
+ */
+unisum_status unisum_comm_abort(const struct unisum_comm *comm, const char *why);
+
+/**
+ * Leaves, and frees the communicator. Blocks until works under way have ended. Calls of other
+ * threads that are under way go on, and the last of them leaves. Works, messengers, buckets,
+ * groups and memory made by it are freed on their own. Free communicators before the process ends:
+ * the others would take it for lost if they still wait for it.
+ */
+unisum_status unisum_comm_free(const struct unisum_comm *comm);
+
+/**
+ * Runs a collective. Collective: every rank calls it, in the same order, with the same arguments
+ * and buffers that fit. Blocks. `nonfinite`, which may be NULL, gets whether a result is infinite
+ * or NaN, with UNISUM_DETECT_NONFINITE. After an error that other ranks hear of the communicator
+ * is aborted and the output unspecified.
+ */
+unisum_status unisum_run(const struct unisum_comm *comm,
+                         const struct unisum_collective *collective,
+                         uint32_t dtype,
+                         const struct unisum_buffers *buffers,
+                         bool *nonfinite);
+
+/**
+ * Runs one collective on each of several tensors, as so many calls of unisum_run would, but in few
+ * launches. Every rank gives as many, in the same order.
+ */
+unisum_status unisum_run_batch(const struct unisum_comm *comm,
+                               const struct unisum_collective *collective,
+                               uint32_t dtype,
+                               const struct unisum_buffers *tensors,
+                               size_t count,
+                               bool *nonfinite);
+
+/**
+ * Reduces `count` elements over all ranks, in place, and leaves the result on every rank: the same
+ * bits. Collective: every rank calls it, in the same order, with the same arguments. Blocks.
+ */
+unisum_status unisum_all_reduce(const struct unisum_comm *comm,
+                                void *data,
+                                size_t count,
+                                uint32_t dtype,
+                                uint32_t op);
+
+/**
+ * Reduces `count` elements over all ranks, in place, and leaves the result at the root; elsewhere
+ * `data` stays as it is. Else as unisum_all_reduce.
+ */
+unisum_status unisum_reduce(const struct unisum_comm *comm,
+                            void *data,
+                            size_t count,
+                            uint32_t dtype,
+                            uint32_t op,
+                            uint32_t root);
+
+/**
+ * Copies `count` elements of the root to all ranks. Else as unisum_all_reduce.
+ */
+unisum_status unisum_broadcast(const struct unisum_comm *comm,
+                               void *data,
+                               size_t count,
+                               uint32_t dtype,
+                               uint32_t root);
+
+/**
+ * Gathers `count` elements of each rank, in rank order, in the output of all ranks, which has
+ * world times `count`. With UNISUM_IN_PLACE as the input, the rank's own are in the output
+ * already, at their place. Else as unisum_all_reduce.
+ */
+unisum_status unisum_all_gather(const struct unisum_comm *comm,
+                                const void *input,
+                                void *output,
+                                size_t count,
+                                uint32_t dtype);
+
+/**
+ * Reduces world times `count` elements of all ranks and leaves in the output this rank's block of
+ * `count`. With UNISUM_IN_PLACE as the input, the output has world times `count` elements, and the
+ * result is at the rank's place in it. Else as unisum_all_reduce.
+ */
+unisum_status unisum_reduce_scatter(const struct unisum_comm *comm,
+                                    const void *input,
+                                    void *output,
+                                    size_t count,
+                                    uint32_t dtype,
+                                    uint32_t op);
+
+/**
+ * Sends block r of the input, of `count` elements, to rank r, and receives its block for this rank
+ * in block r of the output. Input or UNISUM_IN_PLACE, and output, have world blocks. Else as
+ * unisum_all_reduce.
+ */
+unisum_status unisum_all_to_all(const struct unisum_comm *comm,
+                                const void *input,
+                                void *output,
+                                size_t count,
+                                uint32_t dtype);
+
+/**
+ * Gathers `count` elements of each rank, in rank order, in the root's output, which has world
+ * times `count`; elsewhere the output is not looked at. Else as unisum_all_gather.
+ */
+unisum_status unisum_gather(const struct unisum_comm *comm,
+                            const void *input,
+                            void *output,
+                            size_t count,
+                            uint32_t dtype,
+                            uint32_t root);
+
+/**
+ * Sends block r of the root's input, of `count` elements, to the output of rank r; elsewhere the
+ * input is not looked at. With UNISUM_IN_PLACE as the input, the root's output has all blocks.
+ * Else as unisum_all_reduce.
+ */
+unisum_status unisum_scatter(const struct unisum_comm *comm,
+                             const void *input,
+                             void *output,
+                             size_t count,
+                             uint32_t dtype,
+                             uint32_t root);
+
+/**
+ * Returns when all ranks have called it.
+ */
+unisum_status unisum_barrier(const struct unisum_comm *comm);
+
+/**
+ * Starts a collective, and returns at once. As unisum_run, but the buffers must stay and nobody
+ * may use them until the work has ended. Calls start in the order in which they are made, blocking
+ * or not; a thread of the communicator does the work. The work is freed by unisum_work_free.
+ */
+unisum_status unisum_start(const struct unisum_comm *comm,
+                           const struct unisum_collective *collective,
+                           uint32_t dtype,
+                           const struct unisum_buffers *buffers,
+                           struct unisum_work **work);
+
+/**
+ * Starts a batch, as unisum_run_batch, and returns at once, as unisum_start.
+ */
+unisum_status unisum_start_batch(const struct unisum_comm *comm,
+                                 const struct unisum_collective *collective,
+                                 uint32_t dtype,
+                                 const struct unisum_buffers *tensors,
+                                 size_t count,
+                                 struct unisum_work **work);
+
+/**
+ * Whether a work has ended. Never blocks.
+ */
+unisum_status unisum_work_test(const struct unisum_work *work, bool *ended);
+
+/**
+ * Waits until a work has ended, `timeout_s` seconds at most, or for ever if that is negative.
+ * Gives UNISUM_IN_PROGRESS when the time is up: the work goes on. Else what unisum_run would give,
+ * to everybody who waits, however often; `nonfinite`, which may be NULL, as there.
+ */
+unisum_status unisum_work_wait(const struct unisum_work *work, double timeout_s, bool *nonfinite);
+
+/**
+ * Has `callback` called with `user` when the work has ended, well or not; at once if it has. A
+ * thread of its own calls all callbacks of the process, one after another, never the one that
+ * calls this or one that makes progress: a callback may call anything, and free the work. It must
+ * not throw C++ exceptions.
+ */
+unisum_status unisum_work_on_end(const struct unisum_work *work,
+                                 unisum_callback callback,
+                                 void *user);
+
+/**
+ * Frees a work. Blocks until it has ended: then the buffers are the program's again.
+ */
+unisum_status unisum_work_free(const struct unisum_work *work);
+
+/**
+ * Makes a messenger between the ranks of a communicator, which it may outlive; freed by
+ * unisum_messenger_free. Collective: every rank calls it, and nothing else on this communicator
+ * meanwhile. Blocks.
+ */
+unisum_status unisum_messenger_create(const struct unisum_comm *comm,
+                                      struct unisum_messenger **messenger);
+
+/**
+ * Sends a message to rank `to`. Blocks until the data may be overwritten: messages up to 8 KiB are
+ * buffered at the receiver, longer ones wait for the receive.
+ */
+unisum_status unisum_send(const struct unisum_messenger *messenger,
+                          const void *data,
+                          size_t count,
+                          uint32_t dtype,
+                          uint32_t to,
+                          uint64_t tag);
+
+/**
+ * Receives the next message with this tag of rank `from`, which has the same length and type.
+ * Blocks until it is there.
+ */
+unisum_status unisum_receive(const struct unisum_messenger *messenger,
+                             void *data,
+                             size_t count,
+                             uint32_t dtype,
+                             uint32_t from,
+                             uint64_t tag);
+
+/**
+ * Starts all messages, in their order, and waits for all. Ranks that exchange at once what others
+ * wait for can't deadlock, in whichever order they list their messages.
+ */
+unisum_status unisum_exchange(const struct unisum_messenger *messenger,
+                              const struct unisum_message *messages,
+                              size_t count,
+                              uint32_t dtype);
+
+/**
+ * Frees a messenger. Messages that nobody has received are lost, so a rank frees it after it has
+ * received what was sent to it. Calls of other threads that are under way go on.
+ */
+unisum_status unisum_messenger_free(const struct unisum_messenger *messenger);
+
+/**
+ * Makes buckets for a model's parameters, in the order in which they were registered. NULL options
+ * are the defaults. Freed by unisum_buckets_free. Collective: every rank of the communicator,
+ * which they may outlive, calls it with the same parameters and settings. Blocks.
+ */
+unisum_status unisum_buckets_create(const struct unisum_comm *comm,
+                                    const struct unisum_parameter *parameters,
+                                    size_t count,
+                                    const struct unisum_bucket_options *options,
+                                    struct unisum_buckets **buckets);
+
+/**
+ * Begins a step whose gradients, with those that were accumulated before, are averaged over all
+ * ranks. Collective: every rank begins its steps in the same order.
+ */
+unisum_status unisum_buckets_begin(const struct unisum_buckets *buckets);
+
+/**
+ * Begins a step whose gradients stay on this rank and add to those of the next steps.
+ */
+unisum_status unisum_buckets_begin_accumulating(const struct unisum_buckets *buckets);
+
+/**
+ * The gradient of a parameter, in the memory that is reduced: zero if it is the first view since
+ * the last reduction. It is the program's until it is marked ready. Threads may view different
+ * parameters at once. `count`, which may be NULL, gets how many elements it has.
+ */
+unisum_status unisum_buckets_view(const struct unisum_buckets *buckets,
+                                  size_t parameter,
+                                  void **gradient,
+                                  size_t *count);
+
+/**
+ * Marks a gradient ready, as what was written to its view. It is reduced once the bucket's others
+ * are, and not the program's any more.
+ */
+unisum_status unisum_buckets_ready(const struct unisum_buckets *buckets, size_t parameter);
+
+/**
+ * Copies a gradient that lies elsewhere, adds it if the parameter has one already, and marks it
+ * ready.
+ */
+unisum_status unisum_buckets_put(const struct unisum_buckets *buckets,
+                                 size_t parameter,
+                                 const void *gradient,
+                                 size_t count);
+
+/**
+ * Ends the step: what was not marked ready is from here on. Blocks until all buckets are reduced
+ * and all ranks commit to the step, or none: then UNISUM_STEP_FAILED, on all alike, and the next
+ * one can be begun. `report` may be NULL.
+ */
+unisum_status unisum_buckets_wait(const struct unisum_buckets *buckets,
+                                  struct unisum_step_report *report);
+
+/**
+ * A parameter's gradient after a step: the average over the ranks that took part, or, after an
+ * accumulating step, what this rank has. The program may change it, until the next step begins.
+ * `count` may be NULL.
+ */
+unisum_status unisum_buckets_gradient(const struct unisum_buckets *buckets,
+                                      size_t parameter,
+                                      void **gradient,
+                                      size_t *count);
+
+/**
+ * Takes part in the steps of the ranks that have data still, with nothing of its own, until all
+ * have called this. Needs UNISUM_UNEVEN_INPUTS. Collective: every rank calls it when it has no
+ * more data. Blocks until all have.
+ */
+unisum_status unisum_buckets_join(const struct unisum_buckets *buckets,
+                                  unisum_update update,
+                                  void *user);
+
+/**
+ * Frees buckets. A step under way is dropped, and fails on all ranks.
+ */
+unisum_status unisum_buckets_free(const struct unisum_buckets *buckets);
+
+/**
+ * Allocates zeroed memory that the links of a communicator reach without copies: peers on this
+ * host map it, and RDMA devices know it. Not collective. It may outlive the communicator; it is
+ * freed by unisum_free, and must not be touched in a forked child.
+ */
+unisum_status unisum_allocate(const struct unisum_comm *comm, size_t bytes, void **memory);
+
+/**
+ * Frees memory that unisum_allocate gave. Nobody may use it any more: no call that is under way,
+ * no work. NULL is refused, and so is what was freed before.
+ */
+unisum_status unisum_free(void *memory);
+
+/**
+ * The version of the library, as in "0.1.0". Never NULL, never freed.
+ */
+const char *unisum_version(void);
+
+/**
+ * Makes buckets for a model's parameters, in the order in which they were registered. NULL options
+ * are the defaults. Freed by unisum_buckets_free. Collective: every rank of the communicator,
+ * which they may outlive, calls it with the same parameters and settings. Blocks.
+ */
+unisum_status unisum_buckets_create(const struct unisum_comm *comm,
+                                    const struct unisum_parameter *parameters,
+                                    size_t count,
+                                    const struct unisum_bucket_options *options,
+                                    struct unisum_buckets **buckets);
+
+/**
+ * Begins a step whose gradients, with those that were accumulated before, are averaged over all
+ * ranks. Collective: every rank begins its steps in the same order.
+ */
+unisum_status unisum_buckets_begin(const struct unisum_buckets *buckets);
+
+/**
+ * Begins a step whose gradients stay on this rank and add to those of the next steps.
+ */
+unisum_status unisum_buckets_begin_accumulating(const struct unisum_buckets *buckets);
+
+/**
+ * The gradient of a parameter, in the memory that is reduced: zero if it is the first view since
+ * the last reduction. It is the program's until it is marked ready. Threads may view different
+ * parameters at once. `count`, which may be NULL, gets how many elements it has.
+ */
+unisum_status unisum_buckets_view(const struct unisum_buckets *buckets,
+                                  size_t parameter,
+                                  void **gradient,
+                                  size_t *count);
+
+/**
+ * Marks a gradient ready, as what was written to its view. It is reduced once the bucket's others
+ * are, and not the program's any more.
+ */
+unisum_status unisum_buckets_ready(const struct unisum_buckets *buckets, size_t parameter);
+
+/**
+ * Copies a gradient that lies elsewhere, adds it if the parameter has one already, and marks it
+ * ready.
+ */
+unisum_status unisum_buckets_put(const struct unisum_buckets *buckets,
+                                 size_t parameter,
+                                 const void *gradient,
+                                 size_t count);
+
+/**
+ * Ends the step: what was not marked ready is from here on. Blocks until all buckets are reduced
+ * and all ranks commit to the step, or none: then UNISUM_STEP_FAILED, on all alike, and the next
+ * one can be begun. `report` may be NULL.
+ */
+unisum_status unisum_buckets_wait(const struct unisum_buckets *buckets,
+                                  struct unisum_step_report *report);
+
+/**
+ * A parameter's gradient after a step: the average over the ranks that took part, or, after an
+ * accumulating step, what this rank has. The program may change it, until the next step begins.
+ * `count` may be NULL.
+ */
+unisum_status unisum_buckets_gradient(const struct unisum_buckets *buckets,
+                                      size_t parameter,
+                                      void **gradient,
+                                      size_t *count);
+
+/**
+ * Takes part in the steps of the ranks that have data still, with nothing of its own, until all
+ * have called this. Needs UNISUM_UNEVEN_INPUTS. Collective: every rank calls it when it has no
+ * more data. Blocks until all have.
+ */
+unisum_status unisum_buckets_join(const struct unisum_buckets *buckets,
+                                  unisum_update update,
+                                  void *user);
+
+/**
+ * Frees buckets. A step under way is dropped, and fails on all ranks.
+ */
+unisum_status unisum_buckets_free(const struct unisum_buckets *buckets);
+
+/**
+ * Runs a collective. Collective: every rank calls it, in the same order, with the same arguments
+ * and buffers that fit. Blocks. `nonfinite`, which may be NULL, gets whether a result is infinite
+ * or NaN, with UNISUM_DETECT_NONFINITE. After an error that other ranks hear of the communicator
+ * is aborted and the output unspecified.
+ */
+unisum_status unisum_run(const struct unisum_comm *comm,
+                         const struct unisum_collective *collective,
+                         uint32_t dtype,
+                         const struct unisum_buffers *buffers,
+                         bool *nonfinite);
+
+/**
+ * Runs one collective on each of several tensors, as so many calls of unisum_run would, but in few
+ * launches. Every rank gives as many, in the same order.
+ */
+unisum_status unisum_run_batch(const struct unisum_comm *comm,
+                               const struct unisum_collective *collective,
+                               uint32_t dtype,
+                               const struct unisum_buffers *tensors,
+                               size_t count,
+                               bool *nonfinite);
+
+/**
+ * This process's number in the communicator, from 0.
+ */
+unisum_status unisum_comm_rank(const struct unisum_comm *comm, uint32_t *rank);
+
+/**
+ * How many ranks there are.
+ */
+unisum_status unisum_comm_world(const struct unisum_comm *comm, uint32_t *world);
+
+/**
+ * This rank's place among the communicator's ranks on its host: which device it may take.
+ */
+unisum_status unisum_comm_local_rank(const struct unisum_comm *comm, uint32_t *local_rank);
+
+/**
+ * How many of the communicator's ranks are on this rank's host.
+ */
+unisum_status unisum_comm_local_size(const struct unisum_comm *comm, uint32_t *local_size);
+
+/**
+ * Where the ranks are, what the links cost, and which algorithm is chosen from which size on: for
+ * people, several lines. Copied to `capacity` bytes at `text`, cut if need be, with a NUL byte at
+ * the end; `length` gets how long it is without that. Either may be NULL.
+ */
+unisum_status unisum_comm_describe(const struct unisum_comm *comm,
+                                   char *text,
+                                   size_t capacity,
+                                   size_t *length);
+
+/**
+ * The transports in use, as "tcp", "shm" or "shm+tcp". Else as unisum_comm_describe.
+ */
+unisum_status unisum_comm_transport(const struct unisum_comm *comm,
+                                    char *text,
+                                    size_t capacity,
+                                    size_t *length);
+
+/**
+ * Fixes the algorithm of all later calls by its name, or, with NULL, has it chosen for each call.
+ * All ranks call it alike, between collectives.
+ */
+unisum_status unisum_comm_set_algorithm(const struct unisum_comm *comm, const char *name);
+
+/**
+ * Divides the communicator: ranks of the same color make a group, numbered by `key` and then by
+ * rank. A rank with a negative color is in no group: it gets NULL. The group is a communicator of
+ * its own, freed by unisum_comm_free. Collective: every rank calls it. Blocks.
+ */
+unisum_status unisum_comm_split(const struct unisum_comm *comm,
+                                int64_t color,
+                                int64_t key,
+                                struct unisum_comm **group);
+
+/**
+ * Makes a group of the ranks that are listed, numbered in the order of the list, which is the same
+ * on all ranks of the communicator. Those that are not in it get NULL. Else as unisum_comm_split.
+ */
+unisum_status unisum_comm_subset(const struct unisum_comm *comm,
+                                 const uint32_t *ranks,
+                                 size_t count,
+                                 struct unisum_comm **group);
+
+/**
+ * Makes a communicator of the same ranks with an order of calls of its own. Else as
+ * unisum_comm_split.
+ */
+unisum_status unisum_comm_duplicate(const struct unisum_comm *comm, struct unisum_comm **duplicate);
+
+/**
+ * Ends the job on all ranks, from any thread of any rank: all calls under way, here and elsewhere,
+ * end within moments with UNISUM_ABORTED and an error that names this rank and says why. Later
+ * calls repeat it. Gives UNISUM_OK, also if the job had ended before.
+ */
+unisum_status unisum_comm_abort(const struct unisum_comm *comm, const char *why);
+
+/**
+ * Leaves, and frees the communicator. Blocks until works under way have ended. Calls of other
+ * threads that are under way go on, and the last of them leaves. Works, messengers, buckets,
+ * groups and memory made by it are freed on their own. Free communicators before the process ends:
+ * the others would take it for lost if they still wait for it.
+ */
+unisum_status unisum_comm_free(const struct unisum_comm *comm);
+
+/**
+ * Joins the job that this process was started in, as the environment says: torchrun, mpirun, srun
+ * and others, or UNISUM_RANK, UNISUM_WORLD and UNISUM_RENDEZVOUS. Collective: every rank calls it.
+ * Blocks until all have come. A process without a job is a world of one.
+ */
+unisum_status unisum_connect_from_environment(struct unisum_comm **comm);
+
+/**
+ * Joins as rank `rank` of `world`. Where the ranks meet: "tcp://HOST:PORT" of rank 0, or
+ * "file:///PATH"; NULL leaves it to the environment. The job's secret, 16 bytes or more, the same
+ * on all ranks; NULL leaves it to the environment and to the user's token file. Else as
+ * unisum_connect_from_environment.
+ */
+unisum_status unisum_connect_to(uint32_t rank,
+                                uint32_t world,
+                                const char *rendezvous,
+                                const char *token,
+                                struct unisum_comm **comm);
+
+/**
+ * Makes a configuration that says nothing; freed by unisum_config_free.
+ */
+unisum_status unisum_config_create(struct unisum_config **config);
+
+/**
+ * Sets a variable of docs/configuration.md by its name, as "UNISUM_TIMEOUT" to "30": it wins over
+ * the environment.
+ */
+unisum_status unisum_config_set(const struct unisum_config *config,
+                                const char *variable,
+                                const char *value);
+
+/**
+ * Has the ranks meet by a store of the program's, unless the environment or the configuration says
+ * where: rank 0 writes its addresses and a fresh token under the key "unisum", or under KEY if
+ * UNISUM_RENDEZVOUS is set to "store://KEY". The structure is copied; what `user` points to lives
+ * until the last unisum_connect with this configuration has returned. NULL takes the store away.
+ */
+unisum_status unisum_config_set_store(const struct unisum_config *config,
+                                      const struct unisum_store *store);
+
+/**
+ * Joins a job as the configuration says, which may be used again. Else as
+ * unisum_connect_from_environment.
+ */
+unisum_status unisum_connect(const struct unisum_config *config, struct unisum_comm **comm);
+
+/**
+ * Frees a configuration. Communicators are not concerned.
+ */
+unisum_status unisum_config_free(const struct unisum_config *config);
+
+/**
+ * Allocates zeroed memory that the links of a communicator reach without copies: peers on this
+ * host map it, and RDMA devices know it. Not collective. It may outlive the communicator; it is
+ * freed by unisum_free, and must not be touched in a forked child.
+ */
+unisum_status unisum_allocate(const struct unisum_comm *comm, size_t bytes, void **memory);
+
+/**
+ * Frees memory that unisum_allocate gave. Nobody may use it any more: no call that is under way,
+ * no work. NULL is refused, and so is what was freed before.
+ */
+unisum_status unisum_free(void *memory);
+
+/**
+ * Makes a messenger between the ranks of a communicator, which it may outlive; freed by
+ * unisum_messenger_free. Collective: every rank calls it, and nothing else on this communicator
+ * meanwhile. Blocks.
+ */
+unisum_status unisum_messenger_create(const struct unisum_comm *comm,
+                                      struct unisum_messenger **messenger);
+
+/**
+ * Sends a message to rank `to`. Blocks until the data may be overwritten: messages up to 8 KiB are
+ * buffered at the receiver, longer ones wait for the receive.
+ */
+unisum_status unisum_send(const struct unisum_messenger *messenger,
+                          const void *data,
+                          size_t count,
+                          uint32_t dtype,
+                          uint32_t to,
+                          uint64_t tag);
+
+/**
+ * Receives the next message with this tag of rank `from`, which has the same length and type.
+ * Blocks until it is there.
+ */
+unisum_status unisum_receive(const struct unisum_messenger *messenger,
+                             void *data,
+                             size_t count,
+                             uint32_t dtype,
+                             uint32_t from,
+                             uint64_t tag);
+
+/**
+ * Starts all messages, in their order, and waits for all. Ranks that exchange at once what others
+ * wait for can't deadlock, in whichever order they list their messages.
+ */
+unisum_status unisum_exchange(const struct unisum_messenger *messenger,
+                              const struct unisum_message *messages,
+                              size_t count,
+                              uint32_t dtype);
+
+/**
+ * Frees a messenger. Messages that nobody has received are lost, so a rank frees it after it has
+ * received what was sent to it. Calls of other threads that are under way go on.
+ */
+unisum_status unisum_messenger_free(const struct unisum_messenger *messenger);
+
+/**
+ * Reduces `count` elements over all ranks, in place, and leaves the result on every rank: the same
+ * bits. Collective: every rank calls it, in the same order, with the same arguments. Blocks.
+ */
+unisum_status unisum_all_reduce(const struct unisum_comm *comm,
+                                void *data,
+                                size_t count,
+                                uint32_t dtype,
+                                uint32_t op);
+
+/**
+ * Reduces `count` elements over all ranks, in place, and leaves the result at the root; elsewhere
+ * `data` stays as it is. Else as unisum_all_reduce.
+ */
+unisum_status unisum_reduce(const struct unisum_comm *comm,
+                            void *data,
+                            size_t count,
+                            uint32_t dtype,
+                            uint32_t op,
+                            uint32_t root);
+
+/**
+ * Copies `count` elements of the root to all ranks. Else as unisum_all_reduce.
+ */
+unisum_status unisum_broadcast(const struct unisum_comm *comm,
+                               void *data,
+                               size_t count,
+                               uint32_t dtype,
+                               uint32_t root);
+
+/**
+ * Gathers `count` elements of each rank, in rank order, in the output of all ranks, which has
+ * world times `count`. With UNISUM_IN_PLACE as the input, the rank's own are in the output
+ * already, at their place. Else as unisum_all_reduce.
+ */
+unisum_status unisum_all_gather(const struct unisum_comm *comm,
+                                const void *input,
+                                void *output,
+                                size_t count,
+                                uint32_t dtype);
+
+/**
+ * Reduces world times `count` elements of all ranks and leaves in the output this rank's block of
+ * `count`. With UNISUM_IN_PLACE as the input, the output has world times `count` elements, and the
+ * result is at the rank's place in it. Else as unisum_all_reduce.
+ */
+unisum_status unisum_reduce_scatter(const struct unisum_comm *comm,
+                                    const void *input,
+                                    void *output,
+                                    size_t count,
+                                    uint32_t dtype,
+                                    uint32_t op);
+
+/**
+ * Sends block r of the input, of `count` elements, to rank r, and receives its block for this rank
+ * in block r of the output. Input or UNISUM_IN_PLACE, and output, have world blocks. Else as
+ * unisum_all_reduce.
+ */
+unisum_status unisum_all_to_all(const struct unisum_comm *comm,
+                                const void *input,
+                                void *output,
+                                size_t count,
+                                uint32_t dtype);
+
+/**
+ * Gathers `count` elements of each rank, in rank order, in the root's output, which has world
+ * times `count`; elsewhere the output is not looked at. Else as unisum_all_gather.
+ */
+unisum_status unisum_gather(const struct unisum_comm *comm,
+                            const void *input,
+                            void *output,
+                            size_t count,
+                            uint32_t dtype,
+                            uint32_t root);
+
+/**
+ * Sends block r of the root's input, of `count` elements, to the output of rank r; elsewhere the
+ * input is not looked at. With UNISUM_IN_PLACE as the input, the root's output has all blocks.
+ * Else as unisum_all_reduce.
+ */
+unisum_status unisum_scatter(const struct unisum_comm *comm,
+                             const void *input,
+                             void *output,
+                             size_t count,
+                             uint32_t dtype,
+                             uint32_t root);
+
+/**
+ * Returns when all ranks have called it.
+ */
+unisum_status unisum_barrier(const struct unisum_comm *comm);
+
+/**
+ * What went wrong last on the calling thread. Valid until another call fails on this thread, or
+ * the thread ends. Never NULL; UNISUM_OK if nothing has failed.
+ */
+const struct unisum_error *unisum_last_error(void);
+
+/**
+ * The name of a status, as in "UNISUM_TIMEOUT". Never NULL, never freed.
+ */
+const char *unisum_status_name(int32_t status);
+
+/**
+ * Starts a collective, and returns at once. As unisum_run, but the buffers must stay and nobody
+ * may use them until the work has ended. Calls start in the order in which they are made, blocking
+ * or not; a thread of the communicator does the work. The work is freed by unisum_work_free.
+ */
+unisum_status unisum_start(const struct unisum_comm *comm,
+                           const struct unisum_collective *collective,
+                           uint32_t dtype,
+                           const struct unisum_buffers *buffers,
+                           struct unisum_work **work);
+
+/**
+ * Starts a batch, as unisum_run_batch, and returns at once, as unisum_start.
+ */
+unisum_status unisum_start_batch(const struct unisum_comm *comm,
+                                 const struct unisum_collective *collective,
+                                 uint32_t dtype,
+                                 const struct unisum_buffers *tensors,
+                                 size_t count,
+                                 struct unisum_work **work);
+
+/**
+ * Whether a work has ended. Never blocks.
+ */
+unisum_status unisum_work_test(const struct unisum_work *work, bool *ended);
+
+/**
+ * Waits until a work has ended, `timeout_s` seconds at most, or for ever if that is negative.
+ * Gives UNISUM_IN_PROGRESS when the time is up: the work goes on. Else what unisum_run would give,
+ * to everybody who waits, however often; `nonfinite`, which may be NULL, as there.
+ */
+unisum_status unisum_work_wait(const struct unisum_work *work, double timeout_s, bool *nonfinite);
+
+/**
+ * Has `callback` called with `user` when the work has ended, well or not; at once if it has. A
+ * thread of its own calls all callbacks of the process, one after another, never the one that
+ * calls this or one that makes progress: a callback may call anything, and free the work. It must
+ * not throw C++ exceptions.
+ */
+unisum_status unisum_work_on_end(const struct unisum_work *work,
+                                 unisum_callback callback,
+                                 void *user);
+
+/**
+ * Frees a work. Blocks until it has ended: then the buffers are the program's again.
+ */
+unisum_status unisum_work_free(const struct unisum_work *work);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* UNISUM_H */

@@ -1,0 +1,39 @@
+//! The C interface of unisum: what `include/unisum.h` declares, which is made from this crate.
+//!
+//! Every function returns a status, and takes and gives *handles*: numbers that look like pointers,
+//! are looked up in a table and never used again, so that a stale, foreign or NULL handle is a
+//! status. Arguments are checked before the facade is called, panics are caught by one wrapper
+//! ([`status::guard`]), and what went wrong is kept for the thread.
+//!
+//! What C promises, and no check can find out: pointers to as much readable or writable memory as
+//! the call says, texts that end in a NUL byte, and that nobody else uses buffers during a call.
+
+#![allow(
+    non_camel_case_types,
+    reason = "the names are those of the C header, which is made of them"
+)]
+#![allow(
+    clippy::missing_safety_doc,
+    reason = "the promises that C makes are those of the crate's documentation, for all functions"
+)]
+
+pub mod buckets;
+pub mod collective;
+pub mod communicator;
+pub mod config;
+pub mod handles;
+pub mod memory;
+pub mod messenger;
+pub mod simple;
+pub mod status;
+pub mod types;
+pub mod work;
+
+use std::ffi::c_char;
+
+/// The version of the library, as in "0.1.0". Never NULL, never freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn unisum_version() -> *const c_char {
+    const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
+    VERSION.as_ptr().cast()
+}

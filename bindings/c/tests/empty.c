@@ -1,0 +1,4 @@
+/* The header alone. */
+#include <unisum.h>
+
+int main(void) { return unisum_version() == 0; }

@@ -1,0 +1,448 @@
+/* Ranks of a world, each a process: worlds SCENARIO. The environment says which rank this is; a
+ * directory for what they have to tell each other otherwise is in TEST_DIRECTORY. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "check.h"
+
+static unisum_comm *comm;
+static uint32_t rank, world;
+
+static void join(void) {
+    OK(unisum_connect_from_environment(&comm));
+    OK(unisum_comm_rank(comm, &rank));
+    OK(unisum_comm_world(comm, &world));
+}
+
+static void leave(void) { OK(unisum_comm_free(comm)); }
+
+static void pause_ms(long ms) {
+    struct timespec time = {ms / 1000, ms % 1000 * 1000000};
+    nanosleep(&time, NULL);
+}
+
+static void path_of(char *path, size_t size, const char *name) {
+    snprintf(path, size, "%s/%s", getenv("TEST_DIRECTORY"), name);
+}
+
+/* Says that this rank has come to a point; waits until somebody has. */
+static void reach(const char *point) {
+    char path[4096];
+    path_of(path, sizeof path, point);
+    CHECK(mkdir(path, 0700) == 0);
+}
+
+static void await(const char *point) {
+    char path[4096];
+    path_of(path, sizeof path, point);
+    for (int left = 60000; access(path, F_OK) != 0; left--) {
+        CHECK(left > 0);
+        pause_ms(1);
+    }
+}
+
+/* Elements of any type, of small whole numbers. */
+static size_t size_of(uint32_t dtype) {
+    switch (dtype) {
+    case UNISUM_F64: case UNISUM_I64: case UNISUM_U64: return 8;
+    case UNISUM_F32: case UNISUM_I32: case UNISUM_U32: return 4;
+    case UNISUM_F16: case UNISUM_BF16: case UNISUM_I16: case UNISUM_U16: return 2;
+    default: return 1;
+    }
+}
+
+/* One, as each type writes it. */
+static uint64_t one_of(uint32_t dtype) {
+    switch (dtype) {
+    case UNISUM_F16: return 0x3c00;
+    case UNISUM_BF16: return 0x3f80;
+    case UNISUM_F32: return 0x3f800000;
+    case UNISUM_F64: return 0x3ff0000000000000;
+    case UNISUM_F8E4M3: return 0x38;
+    case UNISUM_F8E5M2: return 0x3c;
+    default: return 1;
+    }
+}
+
+static void every_dtype(void) {
+    char data[8 * 100];
+    for (uint32_t dtype = UNISUM_F16; dtype <= UNISUM_BOOL; dtype++) {
+        uint64_t one = one_of(dtype), zero = 0;
+        size_t size = size_of(dtype);
+        for (size_t i = 0; i < 100; i++)
+            memcpy(data + i * size, rank == 1 && i % 2 ? &one : &zero, size);
+        OK(unisum_all_reduce(comm, data, 100, dtype, UNISUM_MAX));
+        for (size_t i = 0; i < 100; i++)
+            CHECK(memcmp(data + i * size, i % 2 ? &one : &zero, size) == 0);
+    }
+}
+
+enum { BLOCK = 1000 };
+
+static void each_collective(void) {
+    uint32_t total = world * (world + 1) / 2;
+    size_t all = (size_t)world * BLOCK;
+    int32_t *input = malloc(all * sizeof *input), *output = malloc(all * sizeof *output);
+    CHECK(input && output);
+    for (size_t i = 0; i < all; i++)
+        input[i] = (int32_t)(rank + 1), output[i] = -1;
+
+    memcpy(output, input, BLOCK * sizeof *output);
+    OK(unisum_all_reduce(comm, output, BLOCK, UNISUM_I32, UNISUM_SUM));
+    CHECK(output[0] == (int32_t)total && output[BLOCK - 1] == (int32_t)total);
+    memcpy(output, input, BLOCK * sizeof *output);
+    OK(unisum_reduce(comm, output, BLOCK, UNISUM_I32, UNISUM_PRODUCT, world - 1));
+    CHECK(output[5] == (rank == world - 1 ? (world == 2 ? 2 : 24) : (int32_t)rank + 1));
+    memcpy(output, input, BLOCK * sizeof *output);
+    OK(unisum_broadcast(comm, output, BLOCK, UNISUM_I32, 1));
+    CHECK(output[BLOCK - 1] == 2);
+
+    OK(unisum_all_gather(comm, input, output, BLOCK, UNISUM_I32));
+    for (size_t i = 0; i < all; i++)
+        CHECK(output[i] == (int32_t)(i / BLOCK) + 1);
+    memset(output, 0, all * sizeof *output);
+    memcpy(output + rank * BLOCK, input, BLOCK * sizeof *output);
+    OK(unisum_all_gather(comm, UNISUM_IN_PLACE, output, BLOCK, UNISUM_I32));
+    for (size_t i = 0; i < all; i++)
+        CHECK(output[i] == (int32_t)(i / BLOCK) + 1);
+
+    OK(unisum_reduce_scatter(comm, input, output, BLOCK, UNISUM_I32, UNISUM_SUM));
+    CHECK(output[0] == (int32_t)total && output[BLOCK - 1] == (int32_t)total);
+    memcpy(output, input, all * sizeof *output);
+    OK(unisum_reduce_scatter(comm, UNISUM_IN_PLACE, output, BLOCK, UNISUM_I32, UNISUM_SUM));
+    CHECK(output[rank * BLOCK] == (int32_t)total);
+    OK(unisum_all_to_all(comm, input, output, BLOCK, UNISUM_I32));
+    for (size_t i = 0; i < all; i++)
+        CHECK(output[i] == (int32_t)(i / BLOCK) + 1);
+    memcpy(output, input, all * sizeof *output);
+    OK(unisum_all_to_all(comm, UNISUM_IN_PLACE, output, BLOCK, UNISUM_I32));
+    CHECK(output[all - 1] == (int32_t)world);
+
+    OK(unisum_gather(comm, input, rank == 0 ? output : NULL, BLOCK, UNISUM_I32, 0));
+    CHECK(rank != 0 || output[all - 1] == (int32_t)world);
+    for (size_t i = 0; i < all; i++)
+        input[i] = (int32_t)(i / BLOCK);
+    OK(unisum_scatter(comm, rank == 0 ? input : NULL, output, BLOCK, UNISUM_I32, 0));
+    CHECK(output[0] == (int32_t)rank && output[BLOCK - 1] == (int32_t)rank);
+    OK(unisum_barrier(comm));
+    free(input);
+    free(output);
+}
+
+/* Blocks of rank + 1 elements; scaled sums; Inf and NaN told. */
+static void structures(void) {
+    size_t counts[64], receives[64], all = 0;
+    float input[64 * 64], output[64 * 64];
+    CHECK(world <= 64);
+    for (uint32_t i = 0; i < world; i++) {
+        counts[i] = i + 1, receives[i] = rank + 1;
+        all += counts[i];
+    }
+    for (size_t i = 0; i < all || i < (size_t)world * (rank + 1); i++)
+        input[i] = (float)rank;
+    unisum_collective asked = {.kind = UNISUM_ALL_GATHER, .counts = counts};
+    unisum_buffers buffers = {input, rank + 1, output, all};
+    OK(unisum_run(comm, &asked, UNISUM_F32, &buffers, NULL));
+    for (size_t i = 0, from = 0; from < world; i += ++from)
+        CHECK(output[i] == (float)from && output[i + from] == (float)from);
+    asked = (unisum_collective){
+        .kind = UNISUM_ALL_TO_ALL, .counts = counts, .receive_counts = receives};
+    buffers = (unisum_buffers){input, all, output, (size_t)world * (rank + 1)};
+    OK(unisum_run(comm, &asked, UNISUM_F32, &buffers, NULL));
+    CHECK(output[rank] == 0 && output[(size_t)world * (rank + 1) - 1] == (float)(world - 1));
+
+    bool nonfinite = true;
+    float data[10] = {1, 2, 3};
+    asked = (unisum_collective){.kind = UNISUM_ALL_REDUCE, .op = UNISUM_SUM,
+        .flags = UNISUM_SCALED | UNISUM_DETECT_NONFINITE, .scale = 0.5};
+    buffers = (unisum_buffers){UNISUM_IN_PLACE, 0, data, 10};
+    OK(unisum_run(comm, &asked, UNISUM_F32, &buffers, &nonfinite));
+    CHECK(!nonfinite && data[2] == 1.5f * (float)world);
+    if (rank == 1)
+        data[3] = 1.0f / 0.0f;
+    OK(unisum_run(comm, &asked, UNISUM_F32, &buffers, &nonfinite));
+    CHECK(nonfinite);
+
+    float small[3] = {1, 1, 1}, other[2] = {(float)rank, 0};
+    unisum_buffers tensors[2] = {{UNISUM_IN_PLACE, 0, small, 3}, {UNISUM_IN_PLACE, 0, other, 2}};
+    asked = (unisum_collective){.kind = UNISUM_ALL_REDUCE, .op = UNISUM_AVERAGE};
+    OK(unisum_run_batch(comm, &asked, UNISUM_F32, tensors, 2, NULL));
+    CHECK(small[2] == 1 && other[0] == (float)(world - 1) / 2);
+}
+
+static void collectives(void) {
+    join();
+    every_dtype();
+    each_collective();
+    structures();
+    void *memory;
+    OK(unisum_allocate(comm, 1 << 20, &memory));
+    memset(memory, 1, 1 << 20);
+    OK(unisum_all_reduce(comm, memory, 1 << 20, UNISUM_U8, UNISUM_SUM));
+    CHECK(((uint8_t *)memory)[(1 << 20) - 1] == world);
+    OK(unisum_free(memory));
+    leave();
+}
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static int called;
+
+static void call_back(void *work) {
+    OK(unisum_work_wait(work, 0, NULL));
+    OK(unisum_barrier(comm)); /* a callback may call what the others have to take part in */
+    pthread_mutex_lock(&lock);
+    called++;
+    pthread_cond_signal(&changed);
+    pthread_mutex_unlock(&lock);
+}
+
+static void asynchronous(void) {
+    join();
+    float data[100];
+    for (int i = 0; i < 100; i++)
+        data[i] = 1;
+    unisum_collective sum = {.kind = UNISUM_ALL_REDUCE, .op = UNISUM_SUM};
+    unisum_buffers buffers = {UNISUM_IN_PLACE, 0, data, 100};
+    unisum_work *work;
+    bool ended = true;
+    if (rank == 1)
+        await("timed_out");
+    OK(unisum_start(comm, &sum, UNISUM_F32, &buffers, &work));
+    OK(unisum_work_on_end(work, call_back, work));
+    if (rank == 0) { /* nothing comes of it before rank 1 has started its own */
+        EXPECT(UNISUM_IN_PROGRESS, unisum_work_wait(work, 0.02, NULL));
+        OK(unisum_work_test(work, &ended));
+        CHECK(!ended);
+        reach("timed_out");
+    }
+    OK(unisum_work_wait(work, 60, NULL));
+    CHECK(data[99] == (float)world);
+    pthread_mutex_lock(&lock);
+    while (called == 0)
+        pthread_cond_wait(&changed, &lock);
+    pthread_mutex_unlock(&lock);
+    OK(unisum_work_free(work));
+    /* Several under way, freed without having been waited for: then they have ended. */
+    unisum_work *works[5];
+    float many[5][10] = {{0}};
+    for (int i = 0; i < 5; i++) {
+        buffers = (unisum_buffers){UNISUM_IN_PLACE, 0, many[i], 10};
+        many[i][9] = (float)i;
+        OK(i % 2 ? unisum_start(comm, &sum, UNISUM_F32, &buffers, &works[i])
+                 : unisum_start_batch(comm, &sum, UNISUM_F32, &buffers, 1, &works[i]));
+    }
+    for (int i = 5; i-- > 0;) {
+        OK(unisum_work_free(works[i]));
+        CHECK(many[i][9] == (float)i * (float)world);
+    }
+    leave();
+}
+
+static void groups(void) {
+    join();
+    unisum_comm *group, *none = comm, *copy;
+    uint32_t number, ranks[1] = {world - 1};
+    OK(unisum_comm_split(comm, rank % 2, -(int64_t)rank, &group));
+    float sum = (float)rank;
+    OK(unisum_all_reduce(group, &sum, 1, UNISUM_F32, UNISUM_MAX));
+    CHECK(sum == (float)(world - 2 + rank % 2));
+    OK(unisum_comm_world(group, &number));
+    CHECK(number == world / 2);
+    OK(unisum_comm_subset(comm, ranks, 1, &none));
+    CHECK((none != NULL) == (rank == world - 1));
+    OK(unisum_comm_duplicate(comm, &copy));
+    OK(unisum_barrier(copy));
+    OK(unisum_comm_free(copy));
+    if (none)
+        OK(unisum_comm_free(none));
+    OK(unisum_comm_free(group));
+
+    unisum_messenger *post;
+    OK(unisum_messenger_create(comm, &post));
+    uint32_t next = (rank + 1) % world, before = (rank + world - 1) % world;
+    enum { LONG = 100000 };
+    static double out[LONG], in[LONG];
+    out[LONG - 1] = rank;
+    unisum_message messages[2] = {{UNISUM_SEND, next, 7, out, LONG},
+                                  {UNISUM_RECEIVE, before, 7, in, LONG}};
+    OK(unisum_exchange(post, messages, 2, UNISUM_F64));
+    CHECK(in[LONG - 1] == before);
+    messages[1].data = out;
+    REFUSED(UNISUM_INVALID_ARGUMENT, "overlap", unisum_exchange(post, messages, 2, UNISUM_F64));
+    EXPECT(UNISUM_CONFIGURATION, unisum_send(post, out, 1, UNISUM_F64, world, 1));
+    OK(rank % 2 ? unisum_receive(post, in, 3, UNISUM_F64, before, 1)
+                : unisum_send(post, out, 3, UNISUM_F64, next, 1));
+    OK(unisum_barrier(comm));
+    OK(unisum_messenger_free(post));
+    leave();
+}
+
+static int updates;
+
+static int update(void *user, const unisum_step_report *report, void *const *gradients,
+                  const size_t *counts, size_t parameters) {
+    CHECK(user == &updates && parameters == 2 && counts[1] == 6 && report->participants > 0);
+    CHECK(((const double *)gradients[1])[5] == 3);
+    updates++;
+    return 0;
+}
+
+static void training(void) {
+    join();
+    size_t shape[2] = {2, 3}, large[1] = {50000};
+    unisum_parameter parameters[2] = {{"large", large, 1, UNISUM_F32, 0},
+                                      {"small", shape, 2, UNISUM_F64, 0}};
+    unisum_bucket_options options = {.flags = UNISUM_UNEVEN_INPUTS, .bucket_bytes = 65536};
+    unisum_buckets *buckets;
+    OK(unisum_buckets_create(comm, parameters, 2, &options, &buckets));
+    static float values[50000];
+    values[49999] = (float)rank;
+    /* The last rank has two steps more than the others. */
+    for (uint32_t step = 0; step < (rank == world - 1 ? 5 : 3); step++) {
+        void *memory;
+        size_t count;
+        OK(unisum_buckets_begin(buckets));
+        OK(unisum_buckets_view(buckets, 1, &memory, &count));
+        for (size_t i = 0; i < count; i++)
+            ((double *)memory)[i] += 3;
+        OK(unisum_buckets_ready(buckets, 1));
+        OK(unisum_buckets_put(buckets, 0, values, 50000));
+        unisum_step_report report;
+        OK(unisum_buckets_wait(buckets, &report));
+        CHECK(report.participants == (step < 3 ? world : 1));
+        OK(unisum_buckets_gradient(buckets, 0, &memory, &count));
+        float average = step < 3 ? (float)(world - 1) / 2 : (float)rank;
+        CHECK(count == 50000 && ((float *)memory)[49999] == average);
+    }
+    OK(unisum_buckets_join(buckets, update, &updates));
+    CHECK(updates == (rank == world - 1 ? 0 : 2));
+    OK(unisum_buckets_free(buckets));
+    leave();
+}
+
+static int set(void *user, const char *key, const void *value, size_t length) {
+    char draft[4096], path[4096];
+    CHECK(user == &called);
+    path_of(draft, sizeof draft, "draft");
+    path_of(path, sizeof path, key);
+    FILE *file = fopen(draft, "wb");
+    CHECK(file && fwrite(value, 1, length, file) == length && fclose(file) == 0);
+    return rename(draft, path);
+}
+
+static int get(void *user, const char *key, double timeout_s, void *value, size_t capacity,
+               size_t *length) {
+    char path[4096];
+    CHECK(user == &called && timeout_s > 0);
+    path_of(path, sizeof path, key);
+    FILE *file;
+    for (double left = timeout_s; !(file = fopen(path, "rb")); left -= 0.002) {
+        if (left <= 0)
+            return ETIMEDOUT;
+        pause_ms(2);
+    }
+    *length = fread(value, 1, capacity, file);
+    return fclose(file);
+}
+
+static void by_store(void) {
+    unisum_config *config;
+    unisum_store store = {set, get, &called};
+    unsetenv("UNISUM_RENDEZVOUS");
+    unsetenv("UNISUM_TOKEN");
+    setenv("HOME", "/nonexistent", 1);
+    unsetenv("XDG_CONFIG_HOME");
+    OK(unisum_config_create(&config));
+    OK(unisum_config_set_store(config, &store));
+    OK(unisum_config_set(config, "UNISUM_RANK", getenv("UNISUM_RANK")));
+    for (int start = 0; start < 2; start++) {
+        OK(unisum_connect(config, &comm));
+        OK(unisum_barrier(comm));
+        OK(unisum_comm_free(comm));
+    }
+    OK(unisum_config_free(config));
+}
+
+static void *abort_soon(void *nothing) {
+    await("waiting");
+    OK(unisum_comm_abort(comm, "the loss is NaN"));
+    return nothing;
+}
+
+/* All but rank 0 wait; a thread of rank 0 aborts. Works, messages and later calls end alike. */
+static void aborting(void) {
+    join();
+    float data[10] = {0};
+    unisum_collective sum = {.kind = UNISUM_ALL_REDUCE, .op = UNISUM_SUM};
+    unisum_buffers buffers = {UNISUM_IN_PLACE, 0, data, 10};
+    unisum_messenger *post;
+    unisum_work *work = NULL;
+    pthread_t thread;
+    OK(unisum_messenger_create(comm, &post));
+    if (rank == 0) {
+        CHECK(pthread_create(&thread, NULL, abort_soon, NULL) == 0);
+        EXPECT(UNISUM_ABORTED, unisum_receive(post, data, 10, UNISUM_F32, 1, 1));
+        CHECK(pthread_join(thread, NULL) == 0);
+    } else {
+        OK(unisum_start(comm, &sum, UNISUM_F32, &buffers, &work));
+        if (rank == 1)
+            reach("waiting");
+        REFUSED(UNISUM_ABORTED, "the loss is NaN", unisum_work_wait(work, 30, NULL));
+        const unisum_error *error = unisum_last_error();
+        CHECK(error->rank_count == 1 && error->ranks[0] == 0 && error->rank == rank);
+        CHECK(error->operation && strstr(error->operation, "all_reduce") && error->steps > 0);
+        OK(unisum_work_free(work));
+    }
+    REFUSED(UNISUM_ABORTED, "the loss is NaN", unisum_barrier(comm));
+    EXPECT(UNISUM_ABORTED, unisum_receive(post, data, 10, UNISUM_F32, 1 - (rank == 1), 1));
+    OK(unisum_messenger_free(post));
+    leave();
+}
+
+/* Rank 1 ends without a word; the others hear who was lost. */
+static void dying(void) {
+    join();
+    OK(unisum_barrier(comm));
+    if (rank == 1)
+        _exit(0);
+    EXPECT(UNISUM_RANK_LOST, unisum_barrier(comm));
+    const unisum_error *error = unisum_last_error();
+    CHECK(error->rank_count == 1 && error->ranks[0] == 1 && error->rank == rank);
+    leave();
+}
+
+/* Ranks call different things. */
+static void differing(void) {
+    join();
+    float data[10] = {0};
+    EXPECT(UNISUM_MISMATCH,
+           unisum_all_reduce(comm, data, 9 + (rank == 1), UNISUM_F32, UNISUM_SUM));
+    EXPECT(UNISUM_ABORTED, unisum_barrier(comm));
+    leave();
+}
+
+int main(int count, char **arguments) {
+    const struct {
+        const char *name;
+        void (*run)(void);
+    } all[] = {
+        {"collectives", collectives}, {"asynchronous", asynchronous}, {"groups", groups},
+        {"training", training},       {"store", by_store},            {"aborting", aborting},
+        {"dying", dying},             {"differing", differing},
+    };
+    CHECK(count == 2);
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        if (strcmp(all[i].name, arguments[1]) == 0) {
+            all[i].run();
+            puts("as it should be");
+            return 0;
+        }
+    }
+    fprintf(stderr, "no scenario %s\n", arguments[1]);
+    return 2;
+}
