@@ -102,9 +102,11 @@ impl Membership {
         self.control.await_verdict(until)
     }
 
-    /// Whether one of the ranks has left the job in order.
+    /// Whether one of the ranks has left the job in order, or the communicator, as far as this rank
+    /// has been told since it waits for a message ([`Membership::stalled_message`]).
     pub(crate) fn has_left(&self, rank: Rank) -> bool {
-        self.control.has_left_job(self.ranks[rank])
+        let rank = self.ranks[rank];
+        self.control.has_left_job(rank) || self.control.has_parted(self.communicator, rank)
     }
 
     /// See [`Control::accuse`]; the report names ranks by the job's numbers.
@@ -120,6 +122,11 @@ impl Membership {
     /// Tells the coordinator that the deadline of a message expired, as [`Control::overdue`] does.
     pub(crate) fn overdue_message(&self, waiting: &Waiting) {
         self.control.overdue(self.concern(&waiting.call()));
+    }
+
+    /// Asks whether the other end of a message that takes long is still there.
+    pub(crate) fn stalled_message(&self, waiting: &Waiting) {
+        self.control.stalled(self.concern(&waiting.call()));
     }
 
     /// See [`Control::stalled`].

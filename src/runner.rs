@@ -90,7 +90,7 @@ impl Wait {
 }
 
 /// How long a rank waits before it asks whether all ranks are in the same call.
-const STALL: Duration = Duration::from_secs(3);
+pub(crate) const STALL: Duration = Duration::from_secs(3);
 /// Longest sleep between two looks at the deadline.
 pub(crate) const NAP: Duration = Duration::from_secs(1);
 

@@ -14,7 +14,12 @@ use unisum::{Buffers, Collective, Communicator, Dtype, Error, Message, Messenger
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("leave_early", leave_early), ("leave_after", leave_after)]);
+    let early = ("leave_early", leave_early as fn());
+    support::run_if_rank(&[
+        early,
+        ("leave_after", leave_after),
+        ("drop_messenger", drop_messenger),
+    ]);
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -54,6 +59,45 @@ fn leave_early() {
         return tell("left");
     }
     tell_error(&used.all_reduce(&mut [1_f32; 10], ReduceOp::Sum).unwrap_err());
+}
+
+/// The job goes on, so that no connection of it ends.
+#[test]
+fn who_drops_a_messenger_that_another_rank_waits_in_is_named() {
+    let cases = support::transports().into_iter().flat_map(|it| [(it, 0), (it, 1)]);
+    let cases: Vec<_> = cases.flat_map(|(it, sends)| [(it, sends, 0), (it, sends, 2)]).collect();
+    thread::scope(|scope| {
+        for (transport, sends, leaver) in cases {
+            let world = World::new(3, "drop_messenger").set("UNISUM_TRANSPORT", transport);
+            let world = world.set("SENDS", sends).set("LEAVER", leaver);
+            scope.spawn(move || {
+                let start = Instant::now();
+                for (rank, told) in world.succeed(LIMIT).iter().enumerate() {
+                    let context = format!("{transport}, {sends}, rank {rank}: {}", told[0]);
+                    assert!(told[0].starts_with(&format!("RankLost [{leaver}]")), "{context}");
+                }
+                let took = start.elapsed();
+                assert!(took < Duration::from_secs(20), "{transport}, {sends}: {took:?}");
+            });
+        }
+    });
+}
+
+fn drop_messenger() {
+    let communicator = Communicator::from_environment().unwrap();
+    let messenger = Messenger::new(&communicator).unwrap();
+    let leaver: usize = setting("LEAVER").parse().unwrap();
+    let (rank, mut data) = (communicator.rank(), vec![1_f32; 50_000]);
+    if rank == leaver {
+        drop(messenger);
+    } else if rank == 1 {
+        let error = match setting("SENDS").as_str() {
+            "1" => messenger.send(&data, leaver, 7),
+            _ => messenger.receive(&mut data, leaver, 7),
+        };
+        return tell_error(&error.unwrap_err());
+    }
+    tell_error(&communicator.barrier().unwrap_err());
 }
 
 /// Where ranks make their last call, before they leave.

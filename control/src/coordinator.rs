@@ -26,6 +26,9 @@ const LATECOMER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long ranks may take to say what they are doing.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Who takes so long over an answer, which a thread that does nothing else gives, was stopped.
+const LATE_ANSWER: Duration = Duration::from_millis(250);
+
 /// How long ranks may take to come to one that coordinates in another's place.
 const HEIR_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -114,7 +117,9 @@ struct Accusation {
 #[derive(Debug)]
 struct Query {
     number: u32,
-    answers: Vec<Option<Snapshot>>,
+    asked: Option<Instant>,
+    /// By rank, and whether it took long over it.
+    answers: Vec<Option<(Snapshot, bool)>>,
     open: Option<Overdue>,
 }
 
@@ -141,7 +146,7 @@ impl Coordinator {
             round: Round::new(world),
             deaths: Vec::new(),
             accusations: Vec::new(),
-            query: Query { number: 0, answers: vec![None; world], open: None },
+            query: Query { number: 0, asked: None, answers: vec![None; world], open: None },
             hearing: None,
             parted: BTreeMap::new(),
             waiting: HashMap::new(),
@@ -391,7 +396,12 @@ impl Coordinator {
             Some(_) if self.verdict.is_some() => {}
             Some(_) if report.finding == Finding::Mismatch && against != by => {
                 let communicator = report.communicator;
-                self.ask_what(communicator, &[by, against], Some(report.verdict(by)), now);
+                // In a group nobody knows here who else is in it.
+                let ranks = match communicator {
+                    0 => (0..self.presence.len()).collect(),
+                    _ => vec![by, against],
+                };
+                self.ask_what(communicator, &ranks, Some(report.verdict(by)), now);
             }
             // What a rank says of itself needs no other explanation.
             Some(_) if report.finding != Finding::LinkFailed || against == by => {
@@ -448,6 +458,9 @@ impl Coordinator {
     /// Starts to find out why a call takes so long, unless that is under way.
     fn ask(&mut self, by: Rank, concern: Concern, patient: bool, now: Instant) {
         let communicator = concern.call.communicator;
+        if patient && concern.call.collective == Collective::Message {
+            return self.look_who_sends(by, &concern);
+        }
         if patient {
             let lowest = concern.ranks.iter().min().copied().unwrap_or(0);
             self.waiting.insert((communicator, lowest), (by, concern.clone()));
@@ -470,13 +483,15 @@ impl Coordinator {
         }
         let number = self.query.number.wrapping_add(1);
         let open = Some(Overdue { concern, by, until: now + ANSWER_TIMEOUT, patient });
-        self.query = Query { number, answers: vec![None; self.presence.len()], open };
+        let answers = vec![None; self.presence.len()];
+        self.query = Query { number, asked: Some(now), answers, open };
         self.tell_all(vec![Message::StatusRequest { query: number, communicator }]);
     }
 
     fn answered(&mut self, from: Rank, query: u32, snapshot: Snapshot, now: Instant) {
         if query == self.query.number {
-            self.query.answers[from] = Some(snapshot);
+            let took = self.query.asked.map_or(Duration::ZERO, |asked| now - asked);
+            self.query.answers[from] = Some((snapshot, took >= LATE_ANSWER));
             self.decide_if_all_answered(now);
         }
     }
@@ -499,7 +514,9 @@ impl Coordinator {
             (_, Some(last), _) => Account::Left(last),
             // What it did in a group may be forgotten, or known to an earlier coordinator only.
             (Presence::Left | Presence::Gone, None, _) => Account::Gone,
-            (_, None, Some(snapshot)) => Account::Here(snapshot),
+            (_, None, Some((snapshot, false))) => Account::Here(snapshot),
+            // While it was stopped the others waited; what it does now is of another moment.
+            (_, None, Some((snapshot, true))) => Account::Late(snapshot),
             (_, None, None) => Account::Silent,
         };
         let mut accounts: Vec<_> = (0..self.presence.len()).map(account).collect();
@@ -511,7 +528,7 @@ impl Coordinator {
         if patient {
             // Who has all it waited for may be in a later call than the one that differs.
             let verdict = inquest::contradiction(by, &accounts);
-            let here = |rank: &Rank| matches!(accounts[*rank], Account::Here(_));
+            let here = |rank: &Rank| matches!(accounts[*rank], Account::Here(_) | Account::Late(_));
             let ranks: Vec<Rank> = (0..accounts.len()).filter(here).collect();
             self.ask_what(concern.call.communicator, &ranks, verdict, now);
             return;

@@ -83,8 +83,9 @@ impl Hearing {
         };
         // What each rank does now, if it says that.
         found.text.lines().skip(1).for_each(|line| text.extend(["\n", line]));
-        // Of two that differ either may be wrong; of all it is who differs from most.
-        let culprits = if found.kind == VerdictKind::Mismatch { found.culprits } else { who };
+        // Of two that differ either may be wrong; of more it is who differs from most.
+        let is_even = found.kind == VerdictKind::Mismatch && ours.len() <= theirs.len();
+        let culprits = if is_even { found.culprits } else { who };
         Some(Verdict::new(found.kind, culprits, text))
     }
 }

@@ -23,6 +23,8 @@ pub(super) enum Account {
     Gone,
     /// It answered.
     Here(Snapshot),
+    /// It answered, but long after the others: it does this since.
+    Late(Snapshot),
     /// It is not in the communicator.
     Apart,
 }
@@ -39,6 +41,8 @@ pub(super) fn decide(concern: &Concern, by: Rank, accounts: &[Account]) -> Verdi
         (VerdictKind::Left, culprits, LEFT.to_owned())
     } else if let Some(culprits) = which(accounts, |account| *account == Account::Silent) {
         (VerdictKind::Unresponsive, culprits, SILENT.to_owned())
+    } else if let Some(late) = late(accounts, call) {
+        (VerdictKind::Unresponsive, late, LATE.to_owned())
     } else {
         slowest(accounts)
     };
@@ -57,7 +61,7 @@ pub(super) fn decide_message(concern: &Concern, by: Rank, accounts: &[Account]) 
     let end = loop {
         let at = chain[chain.len() - 1];
         let next = match accounts.get(at) {
-            Some(Account::Here(doing)) => doing.peer(),
+            Some(Account::Here(doing) | Account::Late(doing)) => doing.peer(),
             _ => None,
         };
         // The first of them has said what it waits for: it may have gone on since.
@@ -95,6 +99,17 @@ pub(super) fn decide_message(concern: &Concern, by: Rank, accounts: &[Account]) 
     Verdict::new(kind, culprits, text)
 }
 
+/// Those who answered late, if all others are in the call or past it: they waited for those.
+fn late(accounts: &[Account], call: &Call) -> Option<Vec<Rank>> {
+    let is_waiting = |account: &Account| match account {
+        Account::Here(doing) => doing.position() > call.number.saturating_mul(2),
+        _ => true,
+    };
+    let late = which(accounts, |account| matches!(account, Account::Late(_)))?;
+    accounts.iter().all(is_waiting).then_some(late)
+}
+
+const LATE: &str = "answered late: the process was stopped, or its host is overloaded";
 const LEFT: &str = "left the communicator without it";
 const SILENT: &str = "not answering: the process is stopped, or its host or network is lost";
 
@@ -105,7 +120,7 @@ const SILENT: &str = "not answering: the process is stopped, or its host or netw
 pub(super) fn contradiction(by: Rank, accounts: &[Account]) -> Option<Verdict> {
     let mut by_number = BTreeMap::<u64, Vec<(Rank, Snapshot)>>::new();
     for (rank, account) in accounts.iter().enumerate() {
-        if let Account::Here(doing) = account
+        if let Account::Here(doing) | Account::Late(doing) = account
             && let Some(call) = doing.call
         {
             by_number.entry(call.number).or_default().push((rank, *doing));
@@ -160,6 +175,7 @@ fn slowest(accounts: &[Account]) -> (VerdictKind, Vec<Rank>, String) {
         Account::Here(snapshot) => Some((rank, *snapshot)),
         _ => None,
     };
+    // Who answered late says nothing of the moment of the question.
     let present: Vec<_> = accounts.iter().enumerate().filter_map(here).collect();
     let earliest = present.iter().map(|(_, doing)| doing.position()).min().unwrap_or(0);
     let last: Vec<_> =
@@ -215,6 +231,7 @@ fn list(text: &mut String, accounts: &[Account], culprits: &[Rank]) {
             Account::Apart => "not in the group".to_owned(),
             Account::Left(last) => format!("left; at that time {last}"),
             Account::Here(doing) => doing.to_string(),
+            Account::Late(doing) => format!("answered late; {doing}"),
         };
         write!(text, "\n  rank {rank}: {line}").expect("writing to a string cannot fail");
     }

@@ -333,6 +333,12 @@ impl Control {
         self.shared.has_left(rank)
     }
 
+    /// Whether a rank for whose message this one waits is no longer in the communicator, as far as
+    /// this rank has been told since it said so ([`Control::stalled`]).
+    pub fn has_parted(&self, communicator: u32, rank: Rank) -> bool {
+        self.shared.has_parted(communicator, rank)
+    }
+
     /// Blocks until there is a verdict, or until `until`.
     pub fn await_verdict(&self, until: Instant) -> Option<Verdict> {
         self.shared.await_verdict(until).cloned()

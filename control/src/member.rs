@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::Rank;
+use unisum_link::{Collective, Rank};
 
 use super::message::{Concern, Message};
 use super::shared::{Command, Shared};
@@ -109,6 +109,9 @@ impl Member {
                 let lasts = parted.into_iter().chain([(0, last)]);
                 self.gone[rank] = Some(Some(lasts.collect()));
             }
+            Message::HasParted { communicator, rank } if rank < self.shared.world() => {
+                self.shared.set_parted(communicator, rank);
+            }
             other => return Err(format!("it sent {other:?}")),
         }
         Ok(None)
@@ -136,6 +139,10 @@ impl Member {
             }
             Command::Accuse(report) => self.ask(Asked::Accused(report), now),
             Command::Overdue(concern) => self.ask(Asked::Overdue(concern), now),
+            // Who waits in a message asks again and again.
+            Command::Stalled(concern) if concern.call.collective == Collective::Message => {
+                Some(Message::Stalled(concern))
+            }
             Command::Stalled(concern) => {
                 self.stalled = Some(concern.clone());
                 Some(Message::Stalled(concern))

@@ -62,6 +62,8 @@ pub(super) enum Message {
     Left { rank: Rank, last: Snapshot, parted: Vec<(u32, Snapshot)> },
     /// Rank: it is no longer in this communicator, where it did this last.
     Parted { communicator: u32, last: Snapshot },
+    /// Coordinator: this rank, for whose message you wait, is no longer in the communicator.
+    HasParted { communicator: u32, rank: Rank },
     /// Rank: it has waited so long, all it may, for others to take part in the exchange.
     Missing { round: u32, millis: u32 },
     /// Rank: keep this line.
@@ -159,6 +161,10 @@ impl Message {
                 to.put_u32_le(*communicator);
                 put_snapshot(to, last);
             }
+            Self::HasParted { communicator, rank } => {
+                to.put_u32_le(*communicator);
+                put_rank(to, *rank);
+            }
             Self::Missing { round, millis } => {
                 to.put_u32_le(*round);
                 to.put_u32_le(*millis);
@@ -188,6 +194,7 @@ impl Message {
             Self::Keep(_) => 16,
             Self::Recount { .. } => 17,
             Self::Recounted { .. } => 18,
+            Self::HasParted { .. } => 19,
         }
     }
 
@@ -237,6 +244,7 @@ impl Message {
             16 => text(body).map(Self::Keep),
             17 => word(body).map(|communicator| Self::Recount { communicator }),
             18 => parse_recounted(body),
+            19 => parse_has_parted(body),
             kind => return Err(MessageError::Kind(kind)),
         })
     }
@@ -392,6 +400,10 @@ fn parse_parted(body: &mut Bytes) -> Option<Message> {
     Some(Message::Parted { communicator, last: parse_snapshot(body)? })
 }
 
+fn parse_has_parted(body: &mut Bytes) -> Option<Message> {
+    Some(Message::HasParted { communicator: word(body)?, rank: rank(body)? })
+}
+
 fn parse_missing(body: &mut Bytes) -> Option<Message> {
     Some(Message::Missing { round: word(body)?, millis: word(body)? })
 }
@@ -497,6 +509,8 @@ mod tests {
                 .prop_map(|(rank, last, parted)| Message::Left { rank, last, parted }),
             (any::<u32>(), snapshots())
                 .prop_map(|(communicator, last)| Message::Parted { communicator, last }),
+            (any::<u32>(), ranks())
+                .prop_map(|(communicator, rank)| Message::HasParted { communicator, rank }),
             any::<(u32, u32)>().prop_map(|(round, millis)| Message::Missing { round, millis }),
             any::<String>().prop_map(Message::Keep),
             snapshots().prop_map(Message::Bye),

@@ -1,5 +1,6 @@
 //! What the control thread and the rank's other threads share.
 
+use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -43,6 +44,8 @@ pub(super) struct Shared {
     statuses: Mutex<Vec<(u32, Arc<Status>)>>,
     verdict: OnceLock<Verdict>,
     left: Box<[AtomicBool]>,
+    /// Communicators and ranks that are no longer in them, of those that a message is awaited from.
+    parted: Mutex<BTreeSet<(u32, Rank)>>,
     /// Who is woken by the verdict, with the communicator it belongs to.
     wakers: Mutex<Vec<(u32, Arc<dyn Wake>)>>,
     arrivals: Mutex<Arrivals>,
@@ -85,6 +88,7 @@ impl Shared {
             statuses: Mutex::default(),
             verdict: OnceLock::new(),
             left: (0..world).map(|_| AtomicBool::new(false)).collect(),
+            parted: Mutex::default(),
             wakers: Mutex::default(),
             arrivals: Mutex::default(),
             addresses: OnceLock::new(),
@@ -165,6 +169,16 @@ impl Shared {
     /// Whether the rank has left in order. One load.
     pub(super) fn has_left(&self, rank: Rank) -> bool {
         self.left[rank].load(Ordering::Acquire)
+    }
+
+    /// A rank for whose message this one waits is no longer in the communicator.
+    pub(super) fn set_parted(&self, communicator: u32, rank: Rank) {
+        lock(&self.parted).insert((communicator, rank));
+    }
+
+    /// Whether that was told.
+    pub(super) fn has_parted(&self, communicator: u32, rank: Rank) -> bool {
+        lock(&self.parted).contains(&(communicator, rank))
     }
 
     /// By rank, where it listens; the first time counts.

@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::time::Instant;
 
+use unisum_kernels::Dtype;
 use unisum_link::{Backoff, LinkError, Pause, Rank, Wake};
 
 use super::header::Envelope;
@@ -26,7 +27,7 @@ use super::office::{CallNumber, Failure, Office, Posted};
 use crate::interrupt;
 use crate::judgement::{GRACE, from_verdict};
 use crate::membership::Membership;
-use crate::runner::NAP;
+use crate::runner::{NAP, STALL};
 use crate::{Error, ErrorKind};
 use unisum_control::Waiting;
 
@@ -56,6 +57,8 @@ pub(super) struct State {
     sleepers: usize,
     /// Whether this rank has said that it waits for a message.
     has_told: bool,
+    /// When to ask again whether those are there whom it waits for.
+    ask_at: Instant,
     failed: Option<Error>,
 }
 
@@ -74,6 +77,7 @@ impl Desk {
             at_turnstile: false,
             sleepers: 0,
             has_told: false,
+            ask_at: Instant::now(),
             failed: None,
         };
         Self {
@@ -215,11 +219,11 @@ impl Desk {
 
     fn park(&self, state: &mut State) -> Result<(), Failure> {
         self.check(state)?;
+        self.ask(state);
         // Asked before the last look at the links: what a rank sent before it left has come then.
-        let gone = self
-            .membership
-            .as_ref()
-            .and_then(|membership| state.office.awaited().find(|&rank| membership.has_left(rank)));
+        let gone = self.membership.as_ref().and_then(|membership| {
+            state.office.awaited_unheard().find(|&rank| membership.has_left(rank))
+        });
         if let Some(rank) = gone {
             let moved = state.office.advance()?;
             let is_awaited = state.office.awaited().any(|awaited| awaited == rank);
@@ -235,6 +239,29 @@ impl Desk {
         let until = Instant::now() + interrupt::nap(NAP);
         let deadline = state.office.next_deadline().map_or(until, |(deadline, _)| deadline);
         state.office.park(until.min(deadline))
+    }
+
+    /// Asks now and then whether those whom it waits for are still in the communicator, where the
+    /// links don't tell.
+    fn ask(&self, state: &mut State) {
+        let now = Instant::now();
+        let Some(membership) = &self.membership else { return };
+        if state.ask_at > now {
+            return;
+        }
+        state.ask_at = now + STALL;
+        for peer in state.office.awaited_unheard() {
+            let (communicator, peer) = (membership.communicator(), self.in_job(peer));
+            let (dtype, bytes, tag) = (Dtype::U8, 0, 0);
+            membership.stalled_message(&Waiting {
+                communicator,
+                peer,
+                receives: true,
+                dtype,
+                bytes,
+                tag,
+            });
+        }
     }
 
     /// Says what this rank waits for, and looks whether that still makes sense.

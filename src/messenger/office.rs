@@ -237,6 +237,12 @@ impl Office {
         (0..self.correspondents.len()).filter(pending)
     }
 
+    /// Those of them whose leaving the link does not tell.
+    pub(super) fn awaited_unheard(&self) -> impl Iterator<Item = Rank> {
+        let links = &self.links;
+        self.awaited().filter(|&rank| !links.all[links.route[rank]].hears_leaving(rank))
+    }
+
     /// Moves what can be moved now; whether anything was.
     pub(super) fn advance(&mut self) -> Result<bool, Failure> {
         let mut moved = false;

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use unisum_link::Rank;
 
-use super::{Accusation, Coordinator, PARTED_MAX, Presence};
+use super::{Accusation, Audience, Coordinator, Output, PARTED_MAX, Presence};
 use crate::inquest;
 use crate::message::{Concern, Message};
 use crate::status::Snapshot;
@@ -60,6 +60,17 @@ impl Coordinator {
             self.conclude(self.has_left(communicator, rank));
         }
         self.look_who_is_gone(communicator);
+    }
+
+    /// Tells a rank that waits in a message if the other end has parted. What it has sent may still
+    /// be on its way: only the waiting rank can find out that nothing comes any more.
+    pub(super) fn look_who_sends(&mut self, by: Rank, concern: &Concern) {
+        let (communicator, rank) = (concern.call.communicator, concern.call.root as Rank);
+        let is_away = matches!(self.presence.get(rank), Some(Presence::Left | Presence::Gone));
+        if is_away || self.last_of(communicator, rank).is_some() {
+            let messages = vec![Message::HasParted { communicator, rank }];
+            self.outputs.push_back(Output { audience: Audience::One(by), messages });
+        }
     }
 
     /// Ends the job if somebody waits for a rank that has parted. What is known to be waited for

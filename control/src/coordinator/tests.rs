@@ -167,10 +167,10 @@ fn a_failed_link_to_a_rank_that_leaves_or_left_is_its_leaving() {
 }
 
 #[test]
-fn a_mismatch_counts_once_both_were_asked_and_names_both() {
+fn a_mismatch_counts_once_all_were_asked_and_names_both() {
     let mut job = Job::new();
     job.accuse(3, 1, Finding::Mismatch);
-    for rank in [3, 1] {
+    for rank in [3, 1, 0, 2] {
         job.expect_nothing();
         job.say(rank, Message::Recounted { communicator: 0, calls: Vec::new() });
     }
@@ -391,6 +391,48 @@ fn a_verdict_of_the_ranks_own_counts_before_deaths_seen_in_the_same_moment() {
     job.say(3, Message::Bye(Snapshot::default()));
     job.wait(Duration::ZERO);
     job.expect(VerdictKind::Unresponsive, &[0]);
+}
+
+/// It goes on while the question is open: what it does then says nothing of what others waited for.
+#[test]
+fn who_was_stopped_and_goes_on_is_named_and_not_those_who_waited() {
+    for (number, inside) in [(5, true), (6, true), (6, false)] {
+        let mut job = Job::new();
+        job.say(1, Message::Overdue(call(5).into()));
+        for rank in [0, 1, 3] {
+            job.answer(rank, 5, true);
+        }
+        job.wait(LATE_ANSWER);
+        job.answer(2, number, inside);
+        job.expect(VerdictKind::Unresponsive, &[2]);
+    }
+    // Its answer comes late, and another rank is not in the call.
+    let mut job = Job::new();
+    job.say(1, Message::Overdue(call(5).into()));
+    job.answer(0, 4, false);
+    job.answer(1, 5, true);
+    job.answer(3, 5, true);
+    job.wait(LATE_ANSWER);
+    job.answer(2, 5, true);
+    job.expect(VerdictKind::NotEntered, &[0]);
+}
+
+#[test]
+fn who_waits_in_a_message_is_told_if_the_other_end_has_parted() {
+    let mut job = Job::new();
+    let call = unisum_link::Call { communicator: 5, root: 3, ..call(0) };
+    let call = unisum_link::Call { collective: Collective::Message, ..call };
+    let stalled = || Message::Stalled(Concern { call, uncounted: 0, ranks: vec![0, 3] });
+    job.say(0, stalled());
+    assert_eq!(job.outputs(), []);
+    job.say(3, Message::Parted { communicator: 4, last: Snapshot::default() });
+    job.say(0, stalled());
+    assert_eq!(job.outputs(), []);
+    job.say(3, Message::Parted { communicator: 5, last: Snapshot::default() });
+    job.say(0, stalled());
+    let messages = vec![Message::HasParted { communicator: 5, rank: 3 }];
+    assert_eq!(job.outputs(), [Output { audience: Audience::One(0), messages }]);
+    job.expect_nothing();
 }
 
 #[test]

@@ -342,6 +342,12 @@ impl Link for TcpLink {
         Ok(())
     }
 
+    fn hears_leaving(&self, peer: Rank) -> bool {
+        // The end of a connection comes after all that was sent on it.
+        let sockets = usize::from(self.config.sockets_per_peer);
+        self.lanes[peer * sockets..][..sockets].iter().all(Lane::is_connected)
+    }
+
     fn retract(&mut self, from: Rank, ticket: Ticket) -> bool {
         // A message that was split has parts that can't all be looked at; who retracts has a small
         // one.

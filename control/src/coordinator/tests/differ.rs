@@ -35,11 +35,30 @@ fn calls_that_differ_come_before_what_follows_from_them() {
     job.expect(VerdictKind::Mismatch, &[1, 3]);
     let mut job = differ();
     job.say(3, Message::Bye(Snapshot::default()));
-    job.say(1, Message::Recounted { communicator: 0, calls: vec![] });
+    for rank in [0, 1, 2] {
+        job.say(rank, Message::Recounted { communicator: 0, calls: vec![] });
+    }
     job.expect(VerdictKind::Mismatch, &[1, 3]);
     let mut job = differ();
     job.wait(ANSWER_TIMEOUT);
     job.expect(VerdictKind::Mismatch, &[1, 3]);
+}
+
+/// Two that meet can't know which of them is wrong; if most others called what one of them did, it
+/// is the other.
+#[test]
+fn of_two_that_differ_the_one_is_to_blame_that_differs_from_most() {
+    for (histories, culprits) in
+        [([1, 1, 1, 2], &[3][..]), ([2, 1, 1, 2], &[1, 3]), ([2, 1, 2, 2], &[1])]
+    {
+        let mut job = Job::new();
+        job.accuse(1, 3, Finding::Mismatch);
+        for (rank, history) in histories.into_iter().enumerate() {
+            let calls = vec![told(4, history, "a call")];
+            job.say(rank, Message::Recounted { communicator: 0, calls });
+        }
+        job.expect(VerdictKind::Mismatch, culprits);
+    }
 }
 
 #[test]
