@@ -1,4 +1,5 @@
 mod differ;
+mod parting;
 
 use super::*;
 use crate::status::{Status, Waiting};
@@ -342,31 +343,6 @@ fn nonsense_ends_the_job_with_its_author_named() {
     }
 }
 
-#[test]
-fn who_left_a_group_is_not_one_whose_link_failed() {
-    let report = || {
-        let text = "link to rank 3: closed by the peer".to_owned();
-        Message::Accuse(Report { communicator: 5, against: 3, finding: Finding::LinkFailed, text })
-    };
-    let part = |communicator| Message::Parted { communicator, last: Snapshot::default() };
-    for accused_first in [false, true] {
-        let mut job = Job::new();
-        job.say(3, part(4));
-        if accused_first {
-            job.say(1, report());
-            job.expect_nothing();
-            job.say(3, part(5));
-        } else {
-            job.say(3, part(5));
-            job.expect_nothing();
-            job.say(1, report());
-        }
-        let text = &job.coordinator.verdict.as_ref().unwrap().text;
-        assert!(text.contains("rank 3: left; at that time has called nothing yet"), "{text}");
-        job.expect(VerdictKind::Left, &[3]);
-    }
-}
-
 /// Ranks that have given up close their links; the question, not these, tells who is late.
 #[test]
 fn links_that_end_while_ranks_are_asked_are_nobodys_fault() {
@@ -391,48 +367,6 @@ fn a_verdict_of_the_ranks_own_counts_before_deaths_seen_in_the_same_moment() {
     job.say(3, Message::Bye(Snapshot::default()));
     job.wait(Duration::ZERO);
     job.expect(VerdictKind::Unresponsive, &[0]);
-}
-
-/// It goes on while the question is open: what it does then says nothing of what others waited for.
-#[test]
-fn who_was_stopped_and_goes_on_is_named_and_not_those_who_waited() {
-    for (number, inside) in [(5, true), (6, true), (6, false)] {
-        let mut job = Job::new();
-        job.say(1, Message::Overdue(call(5).into()));
-        for rank in [0, 1, 3] {
-            job.answer(rank, 5, true);
-        }
-        job.wait(LATE_ANSWER);
-        job.answer(2, number, inside);
-        job.expect(VerdictKind::Unresponsive, &[2]);
-    }
-    // Its answer comes late, and another rank is not in the call.
-    let mut job = Job::new();
-    job.say(1, Message::Overdue(call(5).into()));
-    job.answer(0, 4, false);
-    job.answer(1, 5, true);
-    job.answer(3, 5, true);
-    job.wait(LATE_ANSWER);
-    job.answer(2, 5, true);
-    job.expect(VerdictKind::NotEntered, &[0]);
-}
-
-#[test]
-fn who_waits_in_a_message_is_told_if_the_other_end_has_parted() {
-    let mut job = Job::new();
-    let call = unisum_link::Call { communicator: 5, root: 3, ..call(0) };
-    let call = unisum_link::Call { collective: Collective::Message, ..call };
-    let stalled = || Message::Stalled(Concern { call, uncounted: 0, ranks: vec![0, 3] });
-    job.say(0, stalled());
-    assert_eq!(job.outputs(), []);
-    job.say(3, Message::Parted { communicator: 4, last: Snapshot::default() });
-    job.say(0, stalled());
-    assert_eq!(job.outputs(), []);
-    job.say(3, Message::Parted { communicator: 5, last: Snapshot::default() });
-    job.say(0, stalled());
-    let messages = vec![Message::HasParted { communicator: 5, rank: 3 }];
-    assert_eq!(job.outputs(), [Output { audience: Audience::One(0), messages }]);
-    job.expect_nothing();
 }
 
 #[test]
@@ -504,26 +438,6 @@ fn who_never_comes_to_an_heir_is_no_death_but_blamed_if_it_is_waited_for() {
     job.answer(1, 5, true);
     job.answer(3, 5, true);
     job.expect(VerdictKind::Left, &[2]);
-}
-
-/// What a rank did last in a group nobody but it can tell, and it is gone.
-#[test]
-fn an_heir_knows_what_who_left_did_last_in_its_groups() {
-    let stalled = |number| {
-        let call = unisum_link::Call { communicator: 7, ..call(number) };
-        Message::Stalled(Concern { call, uncounted: 0, ranks: vec![0, 1, 3] })
-    };
-    let mut job = heir();
-    job.say(3, stalled(3));
-    job.expect_nothing();
-    job.say(3, stalled(4));
-    job.expect(VerdictKind::Left, &[0]);
-    // And so does the heir's heir.
-    let mut job = Job::new();
-    job.say(3, Message::Parted { communicator: 7, last: Snapshot::default() });
-    job.say(3, Message::Bye(Snapshot::default()));
-    let told = job.outputs().remove(0).messages;
-    assert!(matches!(&told[..], [Message::Left { rank: 3, parted, .. }] if parted.len() == 1));
 }
 
 #[test]

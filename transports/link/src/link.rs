@@ -76,8 +76,8 @@ pub trait Link: Send + fmt::Debug {
         false
     }
 
-    /// Whether this link itself fails what is posted to or from `peer` once that has left, after all
-    /// that came from it; otherwise who waits has to ask whether it is still there.
+    /// Whether this link itself fails what is posted to or from `peer` once that has left, after
+    /// all that came from it; otherwise who waits has to ask whether it is still there.
     fn hears_leaving(&self, _peer: Rank) -> bool {
         false
     }
