@@ -418,16 +418,6 @@ impl Communicator {
         self.member.as_ref().and_then(|member| member.core.runner.check().err())
     }
 
-    /// Ends the job on all ranks; the error for the caller, after [`Communicator::failure`] if
-    /// there is one.
-    pub(crate) fn give_up(&self, text: &str) -> Error {
-        let Some(member) = &self.member else {
-            return Error::new(ErrorKind::Aborted, text).on(self.rank);
-        };
-        let runner = &member.core.runner;
-        runner.refuse(&mut runner.turns.wait(runner.turns.draw()), text)
-    }
-
     /// Ends the job on all ranks because code of the program panicked on this one; the error for
     /// the caller ([`Runner::panicked`](crate::runner::Runner::panicked)).
     pub(crate) fn panicked(&self, what: &str) -> Error {

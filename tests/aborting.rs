@@ -78,6 +78,9 @@ fn abort() {
     let later = communicator.barrier().unwrap_err();
     assert_eq!((later.kind(), later.culprits()), (ErrorKind::Aborted, error.culprits()));
     assert!(later.to_string().contains("the loss is NaN"), "{later}");
+    // So is who sends what would not have to wait for anybody.
+    let sent = messenger.send(&[1_f32; 4], (rank + 1) % 3, 2).unwrap_err();
+    assert_eq!((sent.kind(), sent.culprits()), (ErrorKind::Aborted, error.culprits()));
     assert!(communicator.abort("again").to_string().contains("the loss is NaN"));
 }
 

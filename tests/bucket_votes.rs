@@ -26,7 +26,7 @@ const HOOKS: [&str; 8] =
     ["plain", "F16", "Bf16", "F8E4M3", "F8E5M2", "Int8", "low rank", "sharded"];
 
 /// What a rank does, and what the errors of all ranks say of it; nothing if all is well.
-const WAYS: [(&str, &str); 9] = [
+const WAYS: [(&str, &str); 10] = [
     ("drops", "the step was dropped before it was waited for"),
     ("panics", "the step was dropped by a panic of the thread that had it"),
     ("marks twice", "`layer2` (f32 [10, 10]) of bucket 0 was marked ready before"),
@@ -35,6 +35,7 @@ const WAYS: [(&str, &str); 9] = [
     ("forgets", "the step was forgotten before it was waited for"),
     ("accumulates and drops", "while gradients were accumulated, the step was dropped"),
     ("accumulates twice", "while gradients were accumulated, `layer2` (f32 [10, 10]) of bucket 0"),
+    ("accumulates more", "different numbers of steps before this one: 2 on rank"),
     ("sleeps", ""),
 ];
 
@@ -57,6 +58,13 @@ fn what_comes_after_the_last_gradient_ends_the_step_alike_on_all_ranks() {
                     let is_gone = ["drops", "panics", "forgets"].contains(&way) && rank == odd;
                     if says.is_empty() || is_gone {
                         assert_eq!(line, if is_gone { "gone" } else { "committed" }, "{context}");
+                        continue;
+                    }
+                    if way == "accumulates more" {
+                        let begin = format!("Mismatch [{odd}] rank {rank}: ");
+                        let says = format!("{says} {odd}, 1 on the others");
+                        assert!(line.starts_with(&begin), "{context}: {line}");
+                        assert!(line.contains(&says), "{context}: {line}");
                         continue;
                     }
                     let begin = format!("StepFailed [{odd}] rank {rank}: ");
@@ -129,6 +137,12 @@ fn go(buckets: &mut Buckets, way: &str, is_odd: bool) -> Result<(), Error> {
                 step.ready(2).unwrap_err();
                 // Nothing of this rank's is of use now; the others are told by the reduction.
                 step.wait().unwrap_err();
+            }
+            "accumulates more" if is_odd => {
+                step.wait()?;
+                let step = buckets.begin_accumulating()?;
+                put_all(&step);
+                step.wait()?;
             }
             _ => drop(step.wait()?),
         }

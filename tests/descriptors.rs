@@ -13,7 +13,11 @@ use unisum::{Communicator, ErrorKind, ReduceOp};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("few_from_the_start", few_from_the_start), ("none_later", none_later)]);
+    support::run_if_rank(&[
+        ("few_from_the_start", few_from_the_start),
+        ("none_later", none_later),
+        ("none_for_a_group", none_for_a_group),
+    ]);
 }
 
 /// Leaves this process so many descriptors beside those that are open.
@@ -93,6 +97,28 @@ fn a_rank_that_runs_out_later_is_named_with_the_reason() {
             let named = format!("{:?} [{without}] ", ErrorKind::RankLost);
             assert!(told.starts_with(&named), "rank {without} has none: {told}");
             assert!(told.contains("open files"), "{told}");
+        }
+    }
+}
+
+fn none_for_a_group() {
+    let communicator = Communicator::from_environment().unwrap();
+    communicator.all_reduce(&mut [1_f32; 100], ReduceOp::Sum).unwrap();
+    if communicator.rank() == setting("WITHOUT").parse().unwrap() {
+        spare(0);
+    }
+    tell_error(&communicator.duplicate().unwrap_err());
+}
+
+#[test]
+fn a_rank_that_has_none_for_a_group_is_named_by_all_and_by_itself() {
+    for without in 0..3 {
+        let world = World::new(3, "none_for_a_group").set("UNISUM_TRANSPORT", "tcp");
+        let told = world.set("WITHOUT", without).succeed(Duration::from_secs(30));
+        for (rank, told) in told.iter().enumerate() {
+            let context = format!("rank {without} has none, rank {rank}: {told:?}");
+            assert!(told[0].starts_with(&format!("Rendezvous [{without}] ")), "{context}");
+            assert!(told[0].contains("open files"), "{context}");
         }
     }
 }

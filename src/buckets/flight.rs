@@ -31,6 +31,8 @@ pub(super) enum Purpose {
 pub(super) struct Cycle {
     /// By parameter: whether its gradient holds something of this cycle.
     filled: Box<[AtomicBool]>,
+    /// How many steps have accumulated.
+    accumulated: AtomicU32,
     /// What went wrong first in a step that accumulates: the reduction can't be used.
     fault: Mutex<Option<String>>,
 }
@@ -85,7 +87,13 @@ const READY: u32 = u32::MAX;
 impl Cycle {
     pub(super) fn new(parameters: usize) -> Arc<Self> {
         let filled = (0..parameters).map(|_| AtomicBool::new(false)).collect();
-        Arc::new(Self { filled, fault: Mutex::default() })
+        Arc::new(Self { filled, accumulated: AtomicU32::new(0), fault: Mutex::default() })
+    }
+
+    /// A step accumulates.
+    pub(super) fn accumulates(&self) {
+        // Relaxed: the order of the step that reduces carries it to the layer's thread.
+        self.accumulated.fetch_add(1, Ordering::Relaxed);
     }
 
     fn fault(&self) -> MutexGuard<'_, Option<String>> {
@@ -260,6 +268,11 @@ impl Flight {
     pub(super) fn fault(&self) -> Option<String> {
         let earlier = self.cycle.fault().clone();
         earlier.or_else(|| self.lock().fault.clone())
+    }
+
+    /// How many steps have accumulated what this one reduces.
+    pub(super) fn accumulated(&self) -> u32 {
+        self.cycle.accumulated.load(Ordering::Relaxed)
     }
 
     /// Blocks until all gradients of a bucket are ready.

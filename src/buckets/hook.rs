@@ -46,8 +46,8 @@ pub trait Hook: Send + fmt::Debug {
 
     /// Leaves in the bucket the average over the participants, the same bits on all ranks.
     ///
-    /// # Errors
-    /// Ends the job on all ranks: a rank that left a collective out can't go on.
+    /// # Errors Ends the job on all ranks, with [`ErrorKind::Aborted`](crate::ErrorKind::Aborted):
+    /// a rank that left a collective out can't go on.
     fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error>;
 
     /// The step has ended, on all ranks alike. It is `applied` if all committed to it and no

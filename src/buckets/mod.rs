@@ -152,6 +152,9 @@ impl Buckets {
     /// one is begun by [`Buckets::begin`]: gradient accumulation, `no_sync` elsewhere. Its
     /// [`Step::wait`] does not block.
     ///
+    /// Every rank accumulates equally many steps, or that which reduces them fails on all with
+    /// [`ErrorKind::Mismatch`]; with [`Builder::uneven_inputs`] they may be different ones.
+    ///
     /// # Errors
     /// As [`Buckets::begin`].
     pub fn begin_accumulating(&mut self) -> Result<Step<'_>, Error> {
@@ -213,6 +216,7 @@ impl Buckets {
         let cycle = self.cycle.take().unwrap_or_else(|| Cycle::new(parameters));
         let flight = Arc::new(Flight::new(self.plan.clone(), cycle.clone(), purpose));
         if purpose == Purpose::Accumulate {
+            cycle.accumulates();
             self.cycle = Some(cycle);
         } else {
             flight.close_those(self.never_used.iter().flatten().copied());

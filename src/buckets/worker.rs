@@ -45,6 +45,9 @@ pub(super) enum Order {
 /// The first byte of a vote.
 const FAILED: u8 = 1;
 const NONFINITE: u8 = 2;
+/// Where a vote says which parameters were used, a bit each. Before it are how many steps have
+/// accumulated, and the complement of that.
+const USED: usize = 9;
 
 impl Core {
     pub(super) fn new(communicator: Communicator, settings: Settings, hook: Box<dyn Hook>) -> Self {
@@ -189,7 +192,7 @@ impl Core {
             }
             Ok(Err(error)) => {
                 let text = format!("{}: {error}", plan.describe_bucket(bucket));
-                Err(self.communicator.give_up(&text))
+                Err(self.communicator.abort(&text))
             }
             Err(panic) => {
                 let (place, what) = (plan.describe_bucket(bucket), panicked_in("reduce", &panic));
@@ -208,24 +211,55 @@ impl Core {
     ) -> Result<Outcome, Error> {
         let fault = flight.fault();
         let is_shadow = flight.purpose == Purpose::Shadow;
-        let used = flight.used();
-        let mut ballot = vec![0_u8; 1 + used.len().div_ceil(8)];
+        let (used, accumulated) = (flight.used(), flight.accumulated());
+        let mut ballot = vec![0_u8; USED + used.len().div_ceil(8)];
+        if !self.settings.uneven_inputs {
+            // Where ranks have different numbers some bit is set in both.
+            ballot[1..5].copy_from_slice(&accumulated.to_le_bytes());
+            ballot[5..USED].copy_from_slice(&(!accumulated).to_le_bytes());
+        }
         ballot[0] =
             if fault.is_some() { FAILED } else { 0 } | if nonfinite { NONFINITE } else { 0 };
         for (parameter, _) in used.iter().enumerate().filter(|(_, used)| **used && !is_shadow) {
-            ballot[1 + parameter / 8] |= 1 << (parameter % 8);
+            ballot[USED + parameter / 8] |= 1 << (parameter % 8);
         }
         let collective = Collective::all_reduce(ReduceOp::BitOr);
         self.communicator.run(&collective, crate::Buffers::InPlace(&mut ballot))?;
         if ballot[0] & FAILED != 0 {
             return Err(self.explain(ErrorKind::StepFailed, fault.unwrap_or_default())?);
         }
-        let is_used = |parameter: usize| ballot[1 + parameter / 8] & 1 << (parameter % 8) != 0;
+        if ballot[1..5].iter().zip(&ballot[5..USED]).any(|(some, others)| some & others != 0) {
+            return Err(self.explain_accumulation(accumulated)?);
+        }
+        let is_used = |parameter: usize| ballot[USED + parameter / 8] & 1 << (parameter % 8) != 0;
         Ok(Outcome {
             nonfinite: ballot[0] & NONFINITE != 0,
             participants,
             used: (0..used.len()).map(is_used).collect(),
         })
+    }
+
+    /// Who accumulated how many steps, the same on all ranks.
+    fn explain_accumulation(&self, accumulated: u32) -> Result<Error, Error> {
+        let told = self.communicator.exchange(accumulated.to_le_bytes().to_vec())?;
+        let count = |bytes: &Vec<u8>| bytes.first_chunk().map_or(0, |it| u32::from_le_bytes(*it));
+        let counts: Vec<u32> = told.iter().map(count).collect();
+        let votes = |count: u32| counts.iter().filter(|other| **other == count).count();
+        // Of equally many the lowest rank's: `max_by_key` takes the last.
+        let usual = counts.iter().copied().rev().max_by_key(|count| votes(*count)).unwrap_or(0);
+        let others = counts.iter().enumerate().filter(|(_, count)| **count != usual);
+        let (mut culprits, mut texts) = (Vec::new(), Vec::new());
+        for (rank, count) in others {
+            culprits.push(rank);
+            texts.push(format!("{count} on rank {rank}"));
+        }
+        let text = format!(
+            "ranks accumulated different numbers of steps before this one: {}, {usual} on the \
+             others",
+            texts.join(", ")
+        );
+        let rank = self.communicator.rank();
+        Ok(Error::new(ErrorKind::Mismatch, text).on(rank).caused_by(culprits))
     }
 
     /// What failed where, the same on all ranks.

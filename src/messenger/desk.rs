@@ -102,6 +102,12 @@ impl Desk {
         if let Some(error) = &state.failed {
             return Err(error.repeated());
         }
+        // What needs nobody else would succeed after the job has ended.
+        if self.membership.as_ref().is_some_and(Membership::is_over) {
+            self.fail(&mut state, Failure::Verdict);
+            self.wake_sleepers(&state);
+            return state.failed.clone().map_or(Ok(()), Err);
+        }
         let call = state.office.open(operations, deadline);
         let posted = post(&mut state.office, call);
         // What needs nobody else is done after one look.

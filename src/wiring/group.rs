@@ -75,7 +75,11 @@ impl Parent<'_> {
         };
         // Nobody opens a connection before all are ready to take it.
         let reasons = (self.exchange)(why.into_bytes().into())?;
-        let member = member?;
+        let is_own = |error: &Error| error.culprits().is_empty();
+        let member = member.map_err(|error| match is_own(&error) {
+            true => error.caused_by(vec![self.membership.job_rank()]),
+            false => error,
+        })?;
         let Some(rank) = reasons.iter().position(|reason| !reason.is_empty()) else {
             return Ok(member);
         };

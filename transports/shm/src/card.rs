@@ -7,6 +7,7 @@ use rustix::process::{Resource, getrlimit};
 use unisum_link::Rank;
 
 use crate::ShmError;
+use crate::layout::{HEAP_ALIGN, Layout};
 
 const VERSION: u8 = 2;
 const CARD_BYTES: usize = 1 + 16 + 8 + 8 + 32;
@@ -81,6 +82,13 @@ pub(crate) fn candidates(me: Rank, cards: &[Vec<u8>]) -> Result<Vec<(Rank, Card)
         return Err(ShmError::Card(me));
     };
     offered.retain(|(_, card)| card.may_share_with(&own));
+    // Who has no room for the least there can be says so, and the others share without it.
+    let layout = Layout::new(offered.len(), HEAP_ALIGN);
+    let least = layout.map_or(u64::MAX, |layout| layout.bytes());
+    if own.room < least && offered.len() > 1 {
+        return Err(ShmError::Narrow { room: own.room, least });
+    }
+    offered.retain(|(_, card)| card.room >= least);
     if offered.len() < 2 {
         return Err(ShmError::Alone);
     }
@@ -166,6 +174,12 @@ mod tests {
         assert_eq!(ranks(2).unwrap(), [0, 2]);
         assert!(matches!(ranks(1), Err(ShmError::Alone)));
         assert!(matches!(ranks(4), Err(ShmError::Card(4))));
+        // A limit of one rank is its own business.
+        let narrow = Card { room: 1 << 20, ..card(1) };
+        let cards = [card(0), narrow, card(2)].map(|card| card.encode());
+        let ranks = |me| candidates(me, &cards).map(|it| it.iter().map(|it| it.0).collect());
+        assert_eq!(ranks(0).unwrap(), vec![0, 2]);
+        assert!(matches!(ranks(1), Err::<Vec<_>, _>(ShmError::Narrow { .. })));
         assert!(matches!(candidates(0, &[card(0).encode(), vec![1, 2]]), Err(ShmError::Card(1))));
     }
 }

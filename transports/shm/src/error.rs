@@ -23,6 +23,17 @@ pub enum ShmError {
         /// The system's words.
         source: io::Error,
     },
+    /// This rank's address space is limited too much.
+    #[error(
+        "the limit of the address space (RLIMIT_AS) leaves room for {room} bytes, and sharing \
+         memory takes {least}"
+    )]
+    Narrow {
+        /// The room that it leaves, in bytes.
+        room: u64,
+        /// The room that the ranks of this host need at least, in bytes.
+        least: u64,
+    },
     /// A rank of the host was not heard of in time.
     #[error("ranks {0:?} of this host did not take part in time")]
     Late(Vec<Rank>),
@@ -57,9 +68,12 @@ impl ShmError {
             Self::Late(ranks) => ranks.clone(),
             Self::Refused { leader, .. } => vec![*leader],
             Self::Card(rank) => vec![*rank],
-            Self::Alone | Self::Os { .. } | Self::Over | Self::Full { .. } | Self::Aborted => {
-                Vec::new()
-            }
+            Self::Alone
+            | Self::Narrow { .. }
+            | Self::Os { .. }
+            | Self::Over
+            | Self::Full { .. }
+            | Self::Aborted => Vec::new(),
         }
     }
 
