@@ -28,7 +28,8 @@ pub(crate) const VARIABLES: &[Variable] = &[
     variable(
         "UNISUM_RENDEZVOUS",
         "",
-        "where the ranks meet: `tcp://HOST:PORT`, `tcp://[IPV6]:PORT` or `file:///PATH`",
+        "where the ranks meet: `tcp://HOST:PORT`, `tcp://[IPV6]:PORT` or `file:///PATH`; \
+         `store://KEY` in programs that hand in a store",
     ),
     variable(
         "UNISUM_PORT",
