@@ -41,7 +41,9 @@ impl Directory {
 
 impl Store for Directory {
     fn set(&self, key: &str, value: &[u8]) -> Result<(), String> {
-        let draft = self.0.join(format!("draft-{}", std::process::id()));
+        // Threads of one process write, too, each another key.
+        let key_name = key.replace('/', "_");
+        let draft = self.0.join(format!("draft-{}-{key_name}", std::process::id()));
         fs::write(&draft, value).map_err(|error| error.to_string())?;
         fs::rename(&draft, self.path(key)).map_err(|error| error.to_string())
     }

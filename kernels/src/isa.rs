@@ -243,6 +243,8 @@ impl Level for Baseline {
         work.run()
     }
 
+    // Else its accumulators lie on the stack of every caller, whichever instructions it has.
+    #[inline(never)]
     unsafe fn fold<T: Number, O: Operator<T>, V: Watch<T>, const N: usize>(
         self,
         task: &Task<'_>,
