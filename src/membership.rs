@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use unisum_kernels::Dtype;
 use unisum_link::{Call, LinkError, Rank, Wake};
 
 use unisum_control::{Concern, Control, Inbox, Report, Status, Verdict, Waiting, describe};
@@ -103,7 +104,7 @@ impl Membership {
     }
 
     /// Whether one of the ranks has left the job in order, or the communicator, as far as this rank
-    /// has been told since it waits for a message ([`Membership::stalled_message`]).
+    /// has been told since it waits for a message ([`Membership::ask_after`]).
     pub(crate) fn has_left(&self, rank: Rank) -> bool {
         let rank = self.ranks[rank];
         self.control.has_left_job(rank) || self.control.has_parted(self.communicator, rank)
@@ -124,9 +125,13 @@ impl Membership {
         self.control.overdue(self.concern(&waiting.call()));
     }
 
-    /// Asks whether the other end of a message that takes long is still there.
-    pub(crate) fn stalled_message(&self, waiting: &Waiting) {
-        self.control.stalled(self.concern(&waiting.call()));
+    /// Asks whether a rank whose message takes long is still here; [`Membership::has_left`] says so
+    /// some time after.
+    pub(crate) fn ask_after(&self, rank: Rank) {
+        let (communicator, peer) = (self.communicator, self.ranks[rank]);
+        let (dtype, bytes, tag) = (Dtype::U8, 0, 0);
+        let message = Waiting { communicator, peer, receives: true, dtype, bytes, tag };
+        self.control.stalled(self.concern(&message.call()));
     }
 
     /// See [`Control::stalled`].

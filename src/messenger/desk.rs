@@ -19,7 +19,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::time::Instant;
 
-use unisum_kernels::Dtype;
 use unisum_link::{Backoff, LinkError, Pause, Rank, Wake};
 
 use super::header::Envelope;
@@ -256,18 +255,7 @@ impl Desk {
             return;
         }
         state.ask_at = now + STALL;
-        for peer in state.office.awaited_unheard() {
-            let (communicator, peer) = (membership.communicator(), self.in_job(peer));
-            let (dtype, bytes, tag) = (Dtype::U8, 0, 0);
-            membership.stalled_message(&Waiting {
-                communicator,
-                peer,
-                receives: true,
-                dtype,
-                bytes,
-                tag,
-            });
-        }
+        state.office.awaited_unheard().for_each(|peer| membership.ask_after(peer));
     }
 
     /// Says what this rank waits for, and looks whether that still makes sense.
@@ -292,7 +280,10 @@ impl Desk {
         let (office, next) = (&state.office, state.office.next_deadline());
         if let Some(posted) = next.and_then(|(_, call)| office.oldest(call)) {
             membership.status().wait_for_message(&self.waiting(posted));
-            state.has_told = true;
+            if !std::mem::replace(&mut state.has_told, true) {
+                // A wait begins.
+                state.ask_at = Instant::now() + STALL;
+            }
         }
     }
 
