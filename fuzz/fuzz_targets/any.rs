@@ -27,10 +27,10 @@ fuzz_target!(
 
 fn chosen() -> Target {
     let all = [
-        unisum_link::fuzzing::TARGETS,
-        unisum_shm::fuzzing::TARGETS,
-        unisum_verbs::fuzzing::TARGETS,
-        &unisum::fuzzing::targets(),
+        unisum_link::fuzzing::targets(),
+        unisum_shm::fuzzing::TARGETS.to_vec(),
+        unisum_verbs::fuzzing::TARGETS.to_vec(),
+        unisum::fuzzing::targets(),
     ]
     .concat();
     let name = env::var("FUZZ_TARGET").unwrap_or_default();
