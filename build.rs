@@ -1,20 +1,24 @@
-//! Gives the crate a fingerprint of the sources, in `SOURCES_OF_UNISUM`.
+//! Gives the crate a fingerprint of the sources, in `SOURCES_OF_UNISUM`, and how far the compiler
+//! optimises it, in `OPT_LEVEL_OF_UNISUM`.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
 /// What decides how ranks talk and what they plan. Of a published crate only the first is there:
 /// the others' versions are then pinned by this one's.
-const FOLDERS: [&str; 9] = [
+const FOLDERS: [&str; 12] = [
     "src",
     "algorithms/src",
     "kernels/src",
     "engine/src",
+    "events/src",
     "control/src",
+    "views/src",
     "transports/link/src",
     "transports/shm/src",
     "transports/tcp/src",
     "transports/verbs/src",
+    "transports/cuda-ipc/src",
 ];
 
 fn main() -> io::Result<()> {
@@ -31,6 +35,7 @@ fn main() -> io::Result<()> {
         hash.add(name.to_string_lossy().as_bytes());
         hash.add(&fs::read(&file)?);
     }
+    println!("cargo::rustc-env=OPT_LEVEL_OF_UNISUM={}", env::var("OPT_LEVEL").unwrap_or_default());
     println!("cargo::rustc-env=SOURCES_OF_UNISUM={:016x}", hash.0);
     Ok(())
 }

@@ -3,17 +3,13 @@
 use std::error::Error;
 use std::process::Command;
 
-use unisum::{Communicator, ReduceOp};
+use unisum::{Communicator, ReduceOp, local};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    if std::env::args().nth(1).is_none() {
-        // Start this program four times; under mpirun, srun or torchrun only `join` is needed.
+    if !local::is_rank() {
+        // Started by hand: start four ranks. Under mpirun, srun or torchrun this is one already.
         let program = std::env::current_exe()?;
-        let mut ranks = unisum::local::spawn(4, |_rank| {
-            let mut command = Command::new(&program);
-            command.arg("join");
-            command
-        })?;
+        let mut ranks = local::spawn(4, |_rank| Command::new(&program))?;
         return Ok(ranks.wait()?);
     }
     let communicator = Communicator::from_environment()?;

@@ -14,15 +14,10 @@ const TENSORS: [(usize, usize); 6] =
 const ROUNDS: usize = 50;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let argument = std::env::args().nth(1);
-    if argument.as_deref() != Some("join") {
-        let ranks = argument.map_or(Ok(8), |ranks| ranks.parse())?;
+    if !local::is_rank() {
+        let ranks = std::env::args().nth(1).map_or(Ok(8), |ranks| ranks.parse())?;
         let program = std::env::current_exe()?;
-        let mut ranks = local::spawn(ranks, |_rank| {
-            let mut command = Command::new(&program);
-            command.arg("join");
-            command
-        })?;
+        let mut ranks = local::spawn(ranks, |_rank| Command::new(&program))?;
         return Ok(ranks.wait()?);
     }
     Ok(run(&Communicator::from_environment()?)?)

@@ -4,17 +4,13 @@ use std::error::Error;
 use std::process::Command;
 
 use unisum::{
-    Apart, Buffers, Collective, Communicator, CustomOp, Mesh, ReduceOp, Reduction, local,
+    Buffers, Collective, Communicator, CustomOp, Mesh, OutOfPlace, ReduceOp, Reduction, local,
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
-    if std::env::args().nth(1).is_none() {
+    if !local::is_rank() {
         let program = std::env::current_exe()?;
-        let mut ranks = local::spawn(4, |_rank| {
-            let mut command = Command::new(&program);
-            command.arg("join");
-            command
-        })?;
+        let mut ranks = local::spawn(4, |_rank| Command::new(&program))?;
         return Ok(ranks.wait()?);
     }
     let comm = Communicator::from_environment()?;
@@ -36,13 +32,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Blocks of different lengths: rank r has r elements.
     let (mine, mut uneven) = (vec![rank; comm.rank()], vec![0.0; 6]);
     let collective = Collective::all_gather().with_counts(&[0, 1, 2, 3]);
-    comm.run(&collective, Buffers::Apart(&mine, &mut uneven))?;
+    comm.run(&collective, Buffers::OutOfPlace(&mine, &mut uneven))?;
     assert_eq!(uneven, [1.0, 2.0, 2.0, 3.0, 3.0, 3.0]);
     // In place, asynchronously, with a factor, and by a function of our own.
     comm.run(&Collective::reduce_scatter(ReduceOp::Sum), Buffers::InPlace(&mut all))?;
-    let (work, told) = comm.start(Collective::all_gather(), Apart(block, all)).wait()?;
+    let (work, told) = comm.start(Collective::all_gather(), OutOfPlace(block, all)).wait()?;
     assert!(work.1.len() == 8 && !told.nonfinite);
-    comm.all_reduce(&mut data, Reduction::sum_scaled_by(0.25).watched())?;
+    comm.all_reduce(&mut data, Reduction::sum_scaled_by(0.25).detect_nonfinite())?;
     let longest = |most: &mut [f32], other: &[f32]| {
         most.iter_mut().zip(other).for_each(|(most, other)| *most = most.max(*other));
     };

@@ -2,13 +2,22 @@
 
 use unisum_link::fuzzing::Target;
 
+use crate::autotuning::saved;
+use crate::communicator::groups;
 use crate::settings::{Settings, parse_bytes};
-use crate::{buckets, tunings, wiring};
+use crate::{buckets, messenger, wiring};
 use unisum_control::Environment;
+use unisum_kernels::{Encoding, Isa};
 
 /// The targets of this crate.
 pub fn targets() -> Vec<Target> {
-    let modules = [buckets::fuzzing::TARGETS, tunings::fuzzing::TARGETS, wiring::fuzzing::TARGETS];
+    let modules = [
+        buckets::fuzzing::TARGETS,
+        groups::fuzzing::TARGETS,
+        messenger::fuzzing::TARGETS,
+        saved::fuzzing::TARGETS,
+        wiring::fuzzing::TARGETS,
+    ];
     let targets = [&modules.concat(), TARGETS].concat();
     // Its tests attack them.
     #[cfg(not(test))]
@@ -19,6 +28,7 @@ pub fn targets() -> Vec<Target> {
 const TARGETS: &[Target] = &[
     Target { name: "byte_size", check: check_byte_size, seeds: byte_size_seeds },
     Target { name: "settings", check: check_settings, seeds: settings_seeds },
+    Target { name: "encodings", check: check_encodings, seeds: encoding_seeds },
 ];
 
 /// A size that is accepted is the number at its start times a power of 1024.
@@ -57,6 +67,38 @@ fn settings_seeds() -> Vec<Vec<u8>> {
                UNISUM_CMA=off";
     let others = "NCCL_SOCKET_IFNAME=eth,ib\nGLOO_SOCKET_IFNAME=eth0";
     [all, others].map(Vec::from).to_vec()
+}
+
+/// Any bytes encode some values, the same on every instruction set; what is not finite is told, and
+/// what was decoded can be encoded again. The first byte says which encoding.
+fn check_encodings(bytes: &[u8]) {
+    let Some((&which, bytes)) = bytes.split_first() else { return };
+    let encodings =
+        [Encoding::F16, Encoding::Bf16, Encoding::F8E4M3, Encoding::F8E5M2, Encoding::Int8];
+    let encoding = encodings[usize::from(which) % encodings.len()];
+    let fits = (0..=bytes.len()).rev().find(|&count| encoding.bytes(count) <= bytes.len());
+    let count = fits.unwrap_or(0);
+    let bytes = &bytes[..encoding.bytes(count)];
+    let mut first: Option<(Vec<u32>, Vec<u8>, bool)> = None;
+    for isa in Isa::available() {
+        let (mut values, mut sum) = (vec![0.0_f32; count], vec![0.0_f32; count]);
+        let is_marked = encoding.decode_with(isa, bytes, &mut values);
+        assert_eq!(is_marked, values.iter().any(|value| !value.is_finite()), "{isa:?}");
+        assert_eq!(encoding.add_with(isa, bytes, &mut sum), is_marked, "{isa:?}");
+        let mut again = vec![0; bytes.len()];
+        encoding.encode_with(isa, &values, &mut again);
+        // No encoder writes a NaN into a block whose scale is one: which of them remains is open.
+        let bits = |value: &f32| if value.is_nan() { f32::NAN.to_bits() } else { value.to_bits() };
+        let bits = values.iter().chain(&sum).map(bits).collect();
+        let result = (bits, again, is_marked);
+        assert_eq!(first.get_or_insert_with(|| result.clone()), &result, "{isa:?}");
+    }
+}
+
+fn encoding_seeds() -> Vec<Vec<u8>> {
+    (0..5)
+        .map(|which| [which].into_iter().chain((0..150_u8).map(|at| at.wrapping_mul(5))).collect())
+        .collect()
 }
 
 #[cfg(test)]

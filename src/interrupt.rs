@@ -1,4 +1,4 @@
-//! Blocking calls that a thread may give up: a host language's Ctrl-C.
+//! Interrupting blocking calls, for a host language's Ctrl-C.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -9,18 +9,18 @@ thread_local! {
     static LOOKED: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Has `check` called now and then, about every 100 ms, while a collective or a message makes
-/// *this* thread wait. If it returns true, the call gives up: an error on all ranks, since the
-/// others need this one. `None` takes the check back.
+/// Calls `check` about every 100 ms while a collective or a message makes *this* thread wait. If it
+/// returns true, the call ends with an error on all ranks, since the others need this one. `None`
+/// removes the check.
 ///
-/// For bindings of languages that handle signals outside of signal handlers, as Python does. The
-/// check may block (the wait is longer then), and must not call this library or unwind. Calls that
+/// For bindings of languages that handle signals outside of signal handlers, such as Python. The
+/// check may block, which prolongs the wait, and must not call this library or unwind. Calls that
 /// never sleep pay nothing for it.
 pub fn set_check(check: Option<fn() -> bool>) {
     CHECK.set(check);
 }
 
-/// Whether this thread is to give up; asks at most once in [`INTERVAL`].
+/// Whether this thread must give up; calls the check at most once in [`INTERVAL`].
 pub(crate) fn is_asked(now: Instant) -> bool {
     let Some(check) = CHECK.get() else { return false };
     if LOOKED.get().is_some_and(|looked| now.saturating_duration_since(looked) < INTERVAL) {
@@ -30,7 +30,7 @@ pub(crate) fn is_asked(now: Instant) -> bool {
     check()
 }
 
-/// Longest sleep of a thread that has a check.
+/// The longest sleep of a thread that has a check.
 pub(crate) fn nap(otherwise: Duration) -> Duration {
     if CHECK.get().is_some() { otherwise.min(INTERVAL) } else { otherwise }
 }

@@ -1,5 +1,5 @@
-//! Collective communication for training large models: every rank's gradients summed on every
-//! rank, over TCP, RDMA and shared memory, by the algorithm that fits.
+//! Collective communication for training large models: reduces every rank's gradients on all ranks,
+//! over TCP, RDMA and shared memory, with the algorithm that suits the size and the machines.
 //!
 //! ```no_run
 //! use unisum::{Communicator, ReduceOp};
@@ -13,6 +13,14 @@
 //! # }
 //! ```
 //!
+//! A debug build of a program leaves its dependencies unoptimised, and collectives hundreds of
+//! times slower. This in `Cargo.toml` keeps them fast:
+//!
+//! ```toml
+//! [profile.dev.package."*"]
+//! opt-level = 3
+//! ```
+//!
 //! The layers, from the caller down: [`Communicator`] numbers calls and turns failures into
 //! errors; the engine executes a rank's plan (crate `unisum-algorithms`) over links (crate
 //! `unisum-link` and one crate per transport). ARCHITECTURE.md has the picture.
@@ -20,63 +28,54 @@
 #[cfg(not(any(feature = "tcp", feature = "shm", feature = "verbs")))]
 compile_error!("unisum needs at least one of the features `tcp`, `shm` and `verbs`");
 
-mod agreement;
-mod alone;
-mod background;
-mod batch;
+mod autotuning;
 pub mod buckets;
-mod buffer;
-mod builder;
-mod callbacks;
-mod choice;
 mod collective;
 mod communicator;
+#[cfg(feature = "cuda")]
+mod device;
 mod error;
+mod execution;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
-mod groups;
 pub mod interrupt;
-mod judgement;
 pub mod local;
-mod member;
-mod membership;
 mod memory;
-mod mesh;
 mod messenger;
-mod programs;
-mod ready;
-mod reduction;
-mod runner;
 mod settings;
-mod store;
-mod trial;
-mod tunings;
-mod turns;
 mod version;
 mod warning;
 mod wiring;
-mod work;
 
 pub use buckets::LossScaler;
-pub use buffer::Buffer;
-pub use builder::Builder;
-pub use collective::{Apart, Buffers, Collective, InPlace, Owned};
+pub use collective::raw::RawBuffers;
+pub use collective::reduction::{Outcome, Reduction};
+pub use collective::{Buffers, Collective, InPlace, OutOfPlace, Owned, OwnedRaw};
 pub use communicator::Communicator;
-pub use error::{Error, ErrorKind};
-pub use mesh::Mesh;
+pub use communicator::builder::Builder;
+pub use communicator::elastic::{Elastic, View};
+pub use communicator::mesh::Mesh;
+#[cfg(feature = "cuda")]
+pub use device::{
+    DeviceBuffer, DeviceCommunicator, DeviceEvent, DeviceRoute, DeviceStream, RawDeviceBuffers,
+};
+pub use error::{Error, ErrorKind, MismatchedCall};
+pub use execution::stats::{PeerStats, RunningCall, Stats};
+pub use execution::work::Work;
+pub use memory::buffer::Buffer;
 pub use messenger::{Message, Messenger};
-pub use reduction::{Outcome, Reduction};
 pub use settings::{ByteSizeError, parse_bytes};
-pub use store::Store;
+pub use unisum_events as events;
 pub use unisum_kernels::{Bool, CustomOp, Dtype, Element, ReduceOp, f8e4m3, f8e5m2};
+pub use unisum_link as link;
 pub use unisum_link::Rank;
-pub use work::Work;
+pub use wiring::store::Store;
 
-/// The names of all algorithms, as [`Communicator::set_algorithm`] takes them: those of the
-/// all-reduce first, then those that only other collectives have.
+/// The names of all algorithms, as [`Communicator::set_algorithm`] takes them: first those of the
+/// all-reduce, then those that only other collectives have.
 pub fn algorithms() -> Vec<&'static str> {
     let mut names = Vec::new();
-    for kind in unisum_link::Collective::ALL {
+    for kind in unisum_link::CollectiveKind::ALL {
         for name in algorithms_of(kind) {
             if !names.contains(&name) {
                 names.push(name);
@@ -86,29 +85,43 @@ pub fn algorithms() -> Vec<&'static str> {
     names
 }
 
-/// The names of the algorithms that a kind of collective has.
-fn algorithms_of(kind: unisum_link::Collective) -> Vec<&'static str> {
+/// The names of the algorithms of a kind of collective.
+fn algorithms_of(kind: unisum_link::CollectiveKind) -> Vec<&'static str> {
     let list = unisum_algorithms::algorithms(unisum_control::plan_of(kind, 0));
     list.iter().map(|algorithm| algorithm.name()).collect()
 }
 
-/// The transports that this build has, as `UNISUM_TRANSPORT` takes them.
+/// The transports in this build, as `UNISUM_TRANSPORT` takes them.
 pub fn transports() -> Vec<&'static str> {
-    let known = [
-        ("tcp", cfg!(feature = "tcp")),
-        ("shm", cfg!(feature = "shm")),
-        ("verbs", cfg!(feature = "verbs")),
-    ];
-    known.into_iter().filter_map(|(name, built)| built.then_some(name)).collect()
+    wiring::builtin::built()
 }
 
-/// The RDMA devices of this host, a line for each port: its state, firmware, GID and MTU, or why it
-/// can't be used. Opens the devices. Empty where there are none or this build has no `verbs`.
+/// The RDMA devices of this host, one line for each port: its state, firmware, GID and MTU, or why
+/// it cannot be used. Opens the devices. Empty if there are none or this build has no `verbs`.
 pub fn rdma_devices() -> Vec<String> {
-    #[cfg(feature = "verbs")]
-    return unisum_verbs::describe_devices();
-    #[cfg(not(feature = "verbs"))]
-    Vec::new()
+    wiring::builtin::describe_devices()
+}
+
+/// The CUDA driver of this host, for people: its version and devices, or why there is none. Starts
+/// the driver.
+pub fn cuda_driver() -> String {
+    #[cfg(feature = "cuda")]
+    return unisum_cuda_ipc::describe();
+    #[cfg(not(feature = "cuda"))]
+    "not in this build".into()
+}
+
+/// How many CUDA devices this process sees. Starts the driver.
+///
+/// # Errors
+/// [`ErrorKind::Configuration`] if there are none, which says why.
+pub fn cuda_devices() -> Result<usize, Error> {
+    #[cfg(feature = "cuda")]
+    return unisum_cuda_ipc::Driver::find()
+        .map(unisum_cuda_ipc::Driver::devices)
+        .map_err(|absent| Error::new(ErrorKind::Configuration, absent.to_string()));
+    #[cfg(not(feature = "cuda"))]
+    Err(Error::new(ErrorKind::Configuration, "this build has no CUDA devices"))
 }
 
 /// The instruction set that the reduction kernels use on this machine.
@@ -120,3 +133,16 @@ pub fn isa() -> &'static str {
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The same of the book's pages.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/elastic.md")]
+struct ElasticJobs;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/design/transports.md")]
+struct OwnTransports;
+
+#[cfg(all(doctest, feature = "cuda"))]
+#[doc = include_str!("../docs/cuda.md")]
+struct Cuda;

@@ -13,6 +13,9 @@ pub(crate) const BUILD: Build = Build {
     sources: number(env!("SOURCES_OF_UNISUM"), 16),
 };
 
+/// Whether the compiler was told not to optimise this crate, as in a dependant's debug build.
+pub(crate) const IS_UNOPTIMISED: bool = matches!(env!("OPT_LEVEL_OF_UNISUM").as_bytes(), b"0");
+
 const fn number(text: &str, radix: u32) -> u64 {
     match u64::from_str_radix(text, radix) {
         Ok(number) => number,

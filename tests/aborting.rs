@@ -76,11 +76,11 @@ fn abort() {
     tell_error(&error);
     // Whoever calls later is told the same.
     let later = communicator.barrier().unwrap_err();
-    assert_eq!((later.kind(), later.culprits()), (ErrorKind::Aborted, error.culprits()));
+    assert_eq!((later.kind(), later.failed_ranks()), (ErrorKind::Aborted, error.failed_ranks()));
     assert!(later.to_string().contains("the loss is NaN"), "{later}");
     // So is who sends what would not have to wait for anybody.
     let sent = messenger.send(&[1_f32; 4], (rank + 1) % 3, 2).unwrap_err();
-    assert_eq!((sent.kind(), sent.culprits()), (ErrorKind::Aborted, error.culprits()));
+    assert_eq!((sent.kind(), sent.failed_ranks()), (ErrorKind::Aborted, error.failed_ranks()));
     assert!(communicator.abort("again").to_string().contains("the loss is NaN"));
 }
 
@@ -89,7 +89,7 @@ fn a_world_of_one_that_aborts_calls_nothing_any_more() {
     let communicator = Communicator::builder().rank(0).world(1).connect().unwrap();
     communicator.all_reduce(&mut [1.0], ReduceOp::Sum).unwrap();
     let error = communicator.abort("enough");
-    assert_eq!(error.to_string(), "rank 0: rank 0 aborted the job: enough");
+    assert_eq!(error.to_string(), "rank 0 aborted the job: enough");
     let later = communicator.all_reduce(&mut [1.0], ReduceOp::Sum).unwrap_err();
     assert_eq!(later.kind(), ErrorKind::Aborted);
     assert!(later.to_string().contains("enough"), "{later}");

@@ -58,9 +58,9 @@ fn check(what: What, transport: &str, seed: u64) {
         let (text, context) = (&told[0], format!("{context}, rank {rank}: {}", told[0]));
         assert!(text.starts_with("Mismatch"), "{context}");
         assert!(difference.says.iter().all(|part| text.contains(part)), "{context}");
-        let culprits = text.split(['[', ']']).nth(1).unwrap();
+        let failed_ranks = text.split(['[', ']']).nth(1).unwrap();
         let odd = difference.odd.to_string();
-        assert!(culprits.split(", ").any(|rank| rank == odd), "{context}");
+        assert!(failed_ranks.split(", ").any(|rank| rank == odd), "{context}");
         let seconds: f64 = told[1].parse().unwrap();
         assert!(seconds < SOON.as_secs_f64(), "{context}: took {seconds} s");
         let at_once = told[2] == "in that call";
@@ -103,7 +103,7 @@ fn pairs() {
         } else {
             reach(&point);
         }
-        let result = comm.run(&collective, Buffers::Apart(&input, &mut output));
+        let result = comm.run(&collective, Buffers::OutOfPlace(&input, &mut output));
         let context = format!("{sent} for {expected} from {from}, {back} back, {late} is late");
         let error = result.map(|_| context.clone()).unwrap_err();
         let (text, kind) = (format!("{context}: {error}"), error.kind());
@@ -128,7 +128,7 @@ fn drawn() {
     // Who has all it waits for hears of it in the next call.
     let error = result.and_then(|()| comm.barrier()).unwrap_err();
     let took = start.elapsed();
-    tell(format!("{:?} {:?} {error}", error.kind(), error.culprits()).replace('\n', " / "));
+    tell(format!("{:?} {:?} {error}", error.kind(), error.failed_ranks()).replace('\n', " / "));
     tell(took.as_secs_f64());
     tell(if is_at_once { "in that call" } else { "in the next" });
     // Where nothing was sent yet the communicator stays usable; what is made of it tells it of its
@@ -454,7 +454,7 @@ impl Difference {
             }
             What::BucketBytes => {
                 let (usual, other) = r.two(&[1 << 20, 2 << 20, 1 << 16]);
-                let says = [usual, other].map(|bytes| format!("bytes: {bytes}"));
+                let says = [usual, other].map(|bytes| format!("bucket_bytes {bytes}"));
                 (make(10, usual, None), make(10, other, None), says.to_vec())
             }
             _ => {
@@ -493,7 +493,7 @@ impl Arguments {
             (_, Some(false)) => CustomOp::ordered(fold).into(),
             _ => self.op.into(),
         };
-        if self.watched { reduction.watched() } else { reduction }
+        if self.watched { reduction.detect_nonfinite() } else { reduction }
     }
 
     /// The lengths of input and output on a rank.
@@ -536,7 +536,7 @@ impl Arguments {
         };
         let (input, output) = self.lengths(comm.rank());
         let (input, mut output) = (vec![one; input], vec![one; output]);
-        comm.run(&collective, Buffers::Apart(&input, &mut output)).map(drop)
+        comm.run(&collective, Buffers::OutOfPlace(&input, &mut output)).map(drop)
     }
 
     /// A message round the ring: each rank sends and receives its own idea of it.

@@ -8,12 +8,14 @@ mod support;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use support::{Ended, Random, World, reach, setting, tell, tell_error};
+use support::hosts::{Hosts, inside, sh};
+use support::{Ended, Random, World, await_others, reach, setting, tell, tell_error};
 use unisum::buckets::{Buckets, Parameter};
 use unisum::{Communicator, CustomOp, Dtype, Error, Message, Messenger, ReduceOp};
 
 #[test]
 fn rank_process() {
+    suffer_while_joining();
     support::run_if_rank(&[("suffer", suffer), ("slow", slow)]);
 }
 
@@ -27,8 +29,10 @@ const TIMEOUT_S: u64 = 4;
 /// What happens to the victim.
 const CAUSES: [&str; 5] = ["killed", "stopped", "late", "left", "other call"];
 /// What all ranks do again and again. In a `remainder`, another rank has left before: rank 0 if
-/// that is not the victim.
-const PHASES: [&str; 5] = ["collective", "group", "messenger", "buckets", "remainder"];
+/// that is not the victim. In a `trial`, each call is the first of its size. At the `start`
+/// and when ranks begin `measuring`, the victim suffers before it has joined.
+const PHASES: [&str; 8] =
+    ["start", "measuring", "collective", "trial", "group", "messenger", "buckets", "remainder"];
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -82,7 +86,12 @@ fn every_rank_names_the_one_it_happened_to() {
 impl Case {
     /// Steps of buckets tell a wrong call in ways of their own.
     fn makes_sense(&self) -> bool {
-        !(self.cause == "other call" && self.phase == "buckets")
+        !(self.cause == "other call" && (self.phase == "buckets" || self.is_joining()))
+    }
+
+    /// Whether the victim suffers before it has joined, or in that moment.
+    fn is_joining(&self) -> bool {
+        ["start", "measuring"].contains(&self.phase)
     }
 
     /// Whether the coordinator changes while the victim is stopped: the next one never knows it,
@@ -119,8 +128,10 @@ impl Case {
         let is_timed = ["stopped", "late"].contains(&self.cause);
         let world = World::new(RANKS, "suffer")
             .set("UNISUM_TRANSPORT", self.transport)
-            .set("UNISUM_ALGORITHM", self.algorithm)
+            .set("UNISUM_ALGORITHM", if self.phase == "trial" { "auto" } else { self.algorithm })
             .set("UNISUM_TIMEOUT", if is_timed { TIMEOUT_S } else { NEVER_S })
+            // Who dies before it has come is missed for so long.
+            .set("UNISUM_CONNECT_TIMEOUT", if self.is_joining() { TIMEOUT_S } else { 60 })
             .set("CAUSE", self.cause)
             .set("PHASE", self.phase)
             .set("VICTIM", self.victim)
@@ -155,6 +166,9 @@ impl Case {
             return;
         }
         let v = self.victim;
+        if self.is_joining() {
+            return self.check_joining(rank, told, &context);
+        }
         let expected = match self.cause {
             "killed" | "left" => format!("RankLost [{v}] "),
             "stopped" | "late" => format!("Timeout [{v}] "),
@@ -167,6 +181,128 @@ impl Case {
         };
         let is_alone = is_victim && self.victim_meets_nobody() && told.starts_with("RankLost [");
         assert!(is_alone || told.starts_with(&expected), "{context}");
+    }
+
+    /// Joining fails, or, where it was faster, the first call. Who was away meanwhile meets nobody.
+    fn check_joining(&self, rank: usize, told: &str, context: &str) {
+        let (kind, rest) = told.split_once(" [").unwrap_or_default();
+        let (failed, _) = rest.split_once(']').unwrap_or_default();
+        assert!(["Rendezvous", "RankLost", "Timeout"].contains(&kind), "{context}");
+        let names_it = failed == self.victim.to_string();
+        assert!(names_it || rank == self.victim, "{context}");
+    }
+}
+
+/// What is cut: the network between two hosts that both reach all others, or between one and all
+/// others.
+#[derive(Clone, Copy, Debug)]
+enum Cut {
+    Pair(usize, usize),
+    Host(usize),
+}
+
+impl Cut {
+    /// What ranks do, so that the cut is in the way of some.
+    const fn phases(self) -> &'static [&'static str] {
+        match self {
+            // Of the groups, one has only these two.
+            Self::Pair(1, 3) => &["group"],
+            Self::Pair(..) => &["measuring", "collective", "messenger", "buckets", "remainder"],
+            Self::Host(0) => &["measuring", "collective", "trial", "group", "messenger", "buckets"],
+            Self::Host(_) => {
+                &["measuring", "collective", "trial", "group", "messenger", "buckets", "remainder"]
+            }
+        }
+    }
+
+    /// Makes the cut, or mends it.
+    fn make(self, hosts: &Hosts, is_cut: bool) {
+        let set = |host: usize, how: &str| {
+            sh(&format!("ip -n {} link set port{host} {how}", hosts.switch())).unwrap();
+        };
+        match self {
+            Self::Pair(one, other) => [one, other].into_iter().for_each(|host| {
+                let isolated = if is_cut { "on" } else { "off" };
+                set(host, &format!("type bridge_slave isolated {isolated}"));
+            }),
+            Self::Host(host) => set(host, if is_cut { "nomaster" } else { "master br0" }),
+        }
+    }
+
+    /// Whom a rank names.
+    fn failed_ranks(self, phase: &str, rank: usize) -> Vec<usize> {
+        // In a remainder, rank 0 has left.
+        let coordinator = usize::from(phase == "remainder");
+        let lost = match self {
+            Self::Pair(one, other) if one != coordinator => return vec![one, other],
+            Self::Pair(_, host) | Self::Host(host) => host,
+        };
+        match lost {
+            _ if rank != lost => vec![lost],
+            // It is cut off from the others as they are from it.
+            0 => (1..RANKS).collect(),
+            _ => vec![coordinator],
+        }
+    }
+
+    fn check(self, phase: &str, all: &[Ended]) {
+        for (rank, ended) in all.iter().enumerate() {
+            let context = format!("{self:?}, {phase}, rank {rank}: {ended:#?}");
+            assert_eq!(ended.status, 0, "{context}");
+            let told = ended.told.last().map_or("", String::as_str);
+            if told == "left before" {
+                continue;
+            }
+            let kind = if phase == "measuring" { "Rendezvous" } else { "RankLost" };
+            let failed_ranks = self.failed_ranks(phase, rank);
+            assert!(told.starts_with(&format!("{kind} {failed_ranks:?} ")), "{context}");
+        }
+    }
+}
+
+/// How long a host may give no sign of life.
+const HEARTBEAT_S: u64 = 2;
+
+/// Each rank on a host of its own. All that is done at a time suffers the same cut.
+#[test]
+fn every_rank_names_those_whose_network_is_cut() {
+    let Some(hosts) = Hosts::new(RANKS) else { return };
+    let cuts = [Cut::Pair(1, 2), Cut::Pair(1, 3), Cut::Pair(2, 3), Cut::Host(0), Cut::Host(2)];
+    let fits = std::env::var("UNISUM_TEST_CASE").unwrap_or_default();
+    for cut in cuts.into_iter().filter(|cut| format!("{cut:?}").contains(&fits)) {
+        println!("{cut:?}");
+        let start = |(at, phase): (usize, &&'static str)| {
+            let world = World::new(RANKS, "suffer")
+                .through(inside)
+                .set("UNISUM_RENDEZVOUS", format!("tcp://10.77.0.1:{}", 7001 + at))
+                .set("UNISUM_INTERFACE", "")
+                .set("UNISUM_ALGORITHM", if *phase == "trial" { "auto" } else { "ring" })
+                .set("UNISUM_HEARTBEAT_TIMEOUT", HEARTBEAT_S)
+                // Half of it is for connections that are not answered.
+                .set("UNISUM_CONNECT_TIMEOUT", 40)
+                .set("UNISUM_TIMEOUT", NEVER_S)
+                .set("CAUSE", "cut")
+                .set("PHASE", phase)
+                .set("VICTIM", RANKS)
+                .set("LEAVER", 0)
+                .set("LEAVER_STAYS_MS", 0)
+                .set("COUNT", 100_000)
+                .set("AFTER_US", 0);
+            (*phase, world.start())
+        };
+        let running: Vec<_> = cut.phases().iter().enumerate().map(start).collect();
+        for (phase, running) in &running {
+            let ranks = RANKS - usize::from(*phase == "remainder");
+            running.wait_for("working", ranks, LIMIT);
+        }
+        cut.make(&hosts, true);
+        let cut_at = Instant::now();
+        for (phase, running) in running {
+            running.mark("cut");
+            cut.check(phase, &running.wait(LIMIT));
+        }
+        println!("all ended {:?} after the cut", cut_at.elapsed());
+        cut.make(&hosts, false);
     }
 }
 
@@ -218,9 +354,98 @@ fn slow() {
     tell_error(&error);
 }
 
+/// In a victim that suffers before it has joined: has it do so, now or when it begins to measure.
+/// Where the network is to be cut then, no rank measures before that.
+fn suffer_while_joining() {
+    if !support::is_rank() {
+        return;
+    }
+    let Ok(phase) = std::env::var("PHASE") else { return };
+    let is_victim = setting("VICTIM") == setting("UNISUM_RANK");
+    let is_cut = setting("CAUSE") == "cut";
+    match phase.as_str() {
+        "start" if is_victim => suffer_soon(),
+        "measuring" if is_victim || is_cut => {
+            let at_measuring = if is_cut { await_cut } else { suffer_soon };
+            tracing::subscriber::set_global_default(AtMeasuring(at_measuring)).unwrap();
+        }
+        _ => {}
+    }
+}
+
+fn await_cut() {
+    reach("working");
+    await_others("cut", 1, LIMIT);
+}
+
+fn suffer_soon() {
+    let after = Duration::from_micros(setting("AFTER_US").parse().unwrap());
+    let own = std::process::id() as i32;
+    let signal = match &setting("CAUSE")[..] {
+        "killed" => libc::SIGKILL,
+        "stopped" => libc::SIGSTOP,
+        "late" => return thread::sleep(Duration::from_secs(TIMEOUT_S + 6)),
+        _ => {
+            thread::spawn(move || {
+                thread::sleep(after);
+                tell("left before");
+                std::process::exit(0);
+            });
+            return;
+        }
+    };
+    thread::spawn(move || {
+        thread::sleep(after);
+        // SAFETY: plain system call: a signal to this process itself.
+        unsafe { libc::kill(own, signal) };
+    });
+}
+
+/// Calls its function when this rank begins to measure.
+struct AtMeasuring(fn());
+
+impl tracing::Subscriber for AtMeasuring {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.is_event() && metadata.target().starts_with("unisum")
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut says = Says(String::new());
+        event.record(&mut says);
+        if says.0 == "measuring the links" {
+            (self.0)();
+        }
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// The message of an event.
+struct Says(String);
+
+impl tracing::field::Visit for Says {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+        if field.name() == "message" {
+            self.0 = format!("{value:?}");
+        }
+    }
+}
+
 /// What a rank does again and again.
 enum Work {
     Collective(Communicator, Vec<f32>),
+    /// With the elements of the next call, which are ever more.
+    Trials(Communicator, Vec<f32>, usize),
     Messages(Box<Messenger>, Vec<f32>, Vec<f32>),
     Steps(Box<Buckets>),
 }
@@ -230,6 +455,11 @@ impl Work {
         match self {
             Self::Collective(communicator, data) => {
                 let end = data.len() - usize::from(is_other);
+                communicator.all_reduce(&mut data[..end], ReduceOp::Max)
+            }
+            Self::Trials(communicator, data, count) => {
+                let end = *count - usize::from(is_other);
+                *count = (*count * 2).min(data.len());
                 communicator.all_reduce(&mut data[..end], ReduceOp::Max)
             }
             Self::Messages(messenger, data, received) => {
@@ -251,14 +481,19 @@ impl Work {
 
 /// Works until that fails; the victim suffers what it has to.
 fn suffer() {
-    let communicator = Communicator::from_environment().unwrap();
+    let phase = setting("PHASE");
+    let is_joining = ["start", "measuring"].contains(&&phase[..]);
+    let communicator = match Communicator::from_environment() {
+        Err(error) if is_joining => return tell_error(&error),
+        joined => joined.unwrap(),
+    };
     let rank = communicator.rank();
     let number = |name: &str| setting(name).parse::<usize>().unwrap();
-    let (victim, count) = (rank == number("VICTIM"), number("COUNT"));
-    let phase = setting("PHASE");
+    let (victim, count) = (rank == number("VICTIM") && !is_joining, number("COUNT"));
     let is_leaver = phase == "remainder" && rank == number("LEAVER");
     let mut work = match phase.as_str() {
-        "collective" => Work::Collective(communicator, vec![1.0; count]),
+        "start" | "measuring" | "collective" => Work::Collective(communicator, vec![1.0; count]),
+        "trial" => Work::Trials(communicator, vec![1.0; 1 << 20], 3),
         "group" => {
             let group = communicator.split(Some((rank % 2) as u32), 0).unwrap().unwrap();
             Work::Collective(group, vec![1.0; count])
@@ -284,8 +519,10 @@ fn suffer() {
             Work::Collective(group, vec![1.0; count])
         }
     };
-    work.once(false).unwrap();
-    reach("working");
+    if !is_joining {
+        work.once(false).unwrap();
+        reach("working");
+    }
     if victim {
         thread::sleep(Duration::from_millis(50));
     }

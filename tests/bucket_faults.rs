@@ -50,7 +50,7 @@ fn step_rightly(buckets: &mut Buckets) -> Result<(), Error> {
 }
 
 /// What rank 1 does wrong, and what all ranks' errors say.
-const WRONGS: [(&str, &str); 8] = [
+const WRONGS: [(&str, &str); 11] = [
     ("missing", "on rank 1 `layer2` (f32 [100, 2]) of bucket 2 had no gradient"),
     ("twice", "on rank 1 `layer4` (f32 [100, 4]) of bucket 1 was marked ready before"),
     ("viewed", "on rank 1 `layer4` (f32 [100, 4]) of bucket 1 is viewed already"),
@@ -59,6 +59,9 @@ const WRONGS: [(&str, &str); 8] = [
     ("row", "on rank 1 `layer4` (f32 [100, 4]) was given a row 100"),
     ("rows", "on rank 1 `layer4` (f32 [100, 4]) was given 7 elements in 2 rows"),
     ("dropped", "on rank 1 the step was dropped before it was waited for"),
+    ("abandoned", "on rank 1 the learner has left"),
+    ("abandoned without a word", "on rank 1 the step was abandoned"),
+    ("abandoned at length", "on rank 1 ééé"),
 ];
 
 #[test]
@@ -68,8 +71,8 @@ fn what_one_rank_does_wrong_fails_the_step_on_all_and_no_other() {
             let world = World::new(3, "wrong_step").set("UNISUM_TRANSPORT", transport);
             for (rank, told) in world.set("WRONG", wrong).succeed(LIMIT).iter().enumerate() {
                 let text = &told[0];
-                if wrong == "dropped" && rank == 1 {
-                    assert_eq!(text, "dropped");
+                if (wrong == "dropped" || wrong.starts_with("abandoned")) && rank == 1 {
+                    assert_eq!(text, wrong);
                     continue;
                 }
                 assert!(text.starts_with("StepFailed [1]"), "{wrong}, rank {rank}: {text}");
@@ -108,6 +111,14 @@ fn wrong_step() {
     if wrong == "dropped" {
         drop(step);
         tell("dropped");
+    } else if wrong.starts_with("abandoned") {
+        let long = "é".repeat(100_000);
+        step.abandon(match &wrong[..] {
+            "abandoned without a word" => "",
+            "abandoned at length" => &long,
+            _ => "the learner has left",
+        });
+        tell(wrong);
     } else {
         tell_error(&step.wait().unwrap_err());
     }
@@ -121,7 +132,11 @@ const DIFFERENCES: [(&str, &str); 5] = [
         "parameter 3 differs: `layer3` (f32 [100, 3]) on rank 0, `layer3` (f32 [3]) on rank 2",
     ),
     ("fewer", "parameter 5 differs: `layer5` (f32 [100, 5]) on rank 0, not there on rank 2"),
-    ("settings", "the settings of the gradient buckets differ"),
+    (
+        "settings",
+        "the settings of the gradient buckets differ: bucket_bytes 26214400, static_graph false on \
+         rank 0, bucket_bytes 77, static_graph true on rank 2",
+    ),
     ("name", "rank 2 can't make gradient buckets: parameters 0 and 6 are both called `layer0`"),
     ("layout", "rank 2 can't make gradient buckets: a layout that is cut off"),
 ];
@@ -143,7 +158,7 @@ fn differ() {
     match &how[..] {
         "shape" => list[3] = Parameter::new("layer3", &[3], Dtype::F32),
         "fewer" => drop(list.pop()),
-        "settings" => builder = builder.bucket_bytes(77),
+        "settings" => builder = builder.bucket_bytes(77).static_graph(true),
         "name" => list.push(Parameter::new("layer0", &[3], Dtype::F32)),
         "layout" => builder = builder.layout(&[1, 2, 3]),
         _ => {}

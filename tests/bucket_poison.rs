@@ -9,12 +9,15 @@
 mod random;
 mod support;
 
+use std::fmt::Debug;
+use std::ops::Add;
 use std::time::Duration;
 
+use half::{bf16, f16};
 use random::{Random, mix};
 use support::{World, setting, tell};
 use unisum::buckets::{Bucket, Buckets, Compressed, Encoding, Hook, LowRank, Parameter};
-use unisum::{Collective, Communicator, Dtype, Error};
+use unisum::{Collective, Communicator, Dtype, Element, Error};
 
 #[test]
 fn rank_process() {
@@ -23,7 +26,8 @@ fn rank_process() {
 
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// What buckets are reduced by, and how far an average of values up to 1 may be off.
+/// What buckets are reduced by, and how far an average of values up to 1 may be off where they are
+/// `f32`. Others are not compressed.
 const HOOKS: [(&str, f32); 9] = [
     ("plain", 1e-6),
     ("F16", 4e-3),
@@ -40,50 +44,86 @@ const HOOKS: [(&str, f32); 9] = [
 const LENGTHS: [usize; 18] =
     [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 101, 255, 256, 257, 300, 513];
 
-const POISONS: [f32; 10] = [
-    f32::NAN,
-    f32::INFINITY,
-    f32::NEG_INFINITY,
-    f32::MAX,
-    f32::MIN,
-    f32::MIN_POSITIVE,
-    f32::from_bits(1),
-    f32::from_bits(0x8000_0001),
-    f32::from_bits(0x007f_ffff),
-    -0.0,
-];
+/// Elements of gradients.
+trait Real: Element + Add<Output = Self> + Debug {
+    /// Those that are hard to reduce.
+    const POISONS: [Self; 10];
+    /// How far an average of values up to 1 may be off.
+    const BOUND: f32;
+
+    fn of(value: f32) -> Self;
+
+    fn value(self) -> f32;
+}
+
+macro_rules! real {
+    ($type:ident, $largest_denormal:expr, $negative:expr, $bound:expr, $of:expr, $value:expr) => {
+        impl Real for $type {
+            const POISONS: [Self; 10] = [
+                Self::NAN,
+                Self::INFINITY,
+                Self::NEG_INFINITY,
+                Self::MAX,
+                Self::MIN,
+                Self::MIN_POSITIVE,
+                Self::from_bits(1),
+                Self::from_bits($negative | 1),
+                Self::from_bits($largest_denormal),
+                Self::from_bits($negative),
+            ];
+            const BOUND: f32 = $bound;
+
+            fn of(value: f32) -> Self {
+                $of(value)
+            }
+
+            fn value(self) -> f32 {
+                $value(self)
+            }
+        }
+    };
+}
+
+real!(f32, 0x007f_ffff, 1 << 31, 1e-6, std::convert::identity, std::convert::identity);
+// Sums of three are rounded once more on their way.
+real!(bf16, 0x007f, 1 << 15, 1.2e-2, Self::from_f32, Self::to_f32);
+real!(f16, 0x03ff, 1 << 15, 2e-3, Self::from_f32, Self::to_f32);
 
 #[test]
 fn a_step_after_one_with_poison_at_an_edge_is_as_if_that_had_not_been() {
     let mut cases = Vec::new();
     for transport in support::transports() {
         for (hook, _) in HOOKS {
-            cases.extend([(transport, hook, 2), (transport, hook, 3)]);
+            cases.extend([(transport, hook, 2, "f32"), (transport, hook, 3, "f32")]);
+        }
+        for hook in ["plain", "Int8", "sharded", "leaves pads"] {
+            cases.extend([(transport, hook, 2, "bf16"), (transport, hook, 3, "f16")]);
+            cases.extend([(transport, hook, 3, "bf16"), (transport, hook, 2, "f16")]);
         }
     }
     let (seed, is_whole) = (support::seed(), std::env::var_os("UNISUM_TEST_WHOLE").is_some());
-    for (transport, hook, ranks) in support::sample(cases, 12) {
+    for (transport, hook, ranks, dtype) in support::sample(cases, 16) {
         // The layers are compared bit by bit, so they may not choose for themselves.
         let world = World::new(ranks, "poison").set("UNISUM_REPRODUCIBLE", 1);
-        let world = world.set("UNISUM_TRANSPORT", transport);
+        let world = world.set("UNISUM_TRANSPORT", transport).set("DTYPE", dtype);
         let cases = if is_whole { usize::MAX } else { 25 };
         let world = world.set("HOOK", hook).set("SEED", seed >> 16).set("CASES", cases);
         let told = world.succeed(LIMIT);
-        assert!(told.iter().all(|it| *it == told[0]), "{transport}, {hook}: {told:#?}");
+        assert!(told.iter().all(|it| *it == told[0]), "{transport}, {hook}, {dtype}: {told:#?}");
     }
 }
 
 /// A poison in a gradient of one rank.
 #[derive(Clone, Copy, Debug)]
-struct Case {
+struct Case<T> {
     len: usize,
     parameter: usize,
     at: usize,
-    poison: f32,
+    poison: T,
     odd: usize,
 }
 
-fn cases(ranks: usize) -> Vec<Case> {
+fn cases<T: Real>(ranks: usize) -> Vec<Case<T>> {
     let mut cases = Vec::new();
     for len in LENGTHS {
         let edges = [0, 1, 15, 16, 31, 32, 99, 100, 255, 256, len.saturating_sub(2), len - 1];
@@ -92,7 +132,7 @@ fn cases(ranks: usize) -> Vec<Case> {
         edges.dedup();
         for parameter in [0, 2] {
             for &at in &edges {
-                for (number, poison) in POISONS.into_iter().enumerate() {
+                for (number, poison) in T::POISONS.into_iter().enumerate() {
                     cases.push(Case { len, parameter, at, poison, odd: (at + number) % ranks });
                 }
             }
@@ -102,9 +142,17 @@ fn cases(ranks: usize) -> Vec<Case> {
 }
 
 fn poison() {
+    match &setting("DTYPE")[..] {
+        "bf16" => poison_of::<bf16>(),
+        "f16" => poison_of::<f16>(),
+        _ => poison_of::<f32>(),
+    }
+}
+
+fn poison_of<T: Real>() {
     let communicator = Communicator::from_environment().unwrap();
     let mut random = Random(setting("SEED").parse().unwrap());
-    let mut all = cases(communicator.world());
+    let mut all = cases::<T>(communicator.world());
     random.shuffle(&mut all);
     all.truncate(setting("CASES").parse().unwrap());
     let mut results = 0;
@@ -126,20 +174,34 @@ impl Hook for LeavesPads {
     fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error> {
         let ranges: Vec<_> = bucket.parameters().map(|(_, elements)| elements).collect();
         let is_pad = |at: usize| !ranges.iter().any(|range| range.contains(&at));
-        let elements = bucket.elements::<f32>().iter().enumerate();
-        assert!(elements.filter(|(at, _)| is_pad(*at)).all(|(_, it)| it.to_bits() == 0), "pads");
+        match bucket.dtype() {
+            Dtype::F16 => Self::average::<f16>(bucket, is_pad),
+            Dtype::Bf16 => Self::average::<bf16>(bucket, is_pad),
+            _ => Self::average::<f32>(bucket, is_pad),
+        }
+    }
+}
+
+impl LeavesPads {
+    fn average<T: Real>(
+        bucket: &mut Bucket<'_>,
+        is_pad: impl Fn(usize) -> bool,
+    ) -> Result<(), Error> {
+        let elements = bucket.elements::<T>().iter().enumerate();
+        let mut pads = elements.filter(|(at, _)| is_pad(*at)).map(|(_, it)| it.value());
+        assert!(pads.all(|it| it.to_bits() == 0), "pads");
         bucket.run(&Collective::all_reduce(bucket.average()))?;
-        let elements = bucket.elements::<f32>().iter_mut().enumerate();
-        elements.filter(|(at, _)| is_pad(*at)).for_each(|(_, it)| *it = f32::NAN);
+        let elements = bucket.elements::<T>().iter_mut().enumerate();
+        elements.filter(|(at, _)| is_pad(*at)).for_each(|(_, it)| *it = T::of(f32::NAN));
         Ok(())
     }
 }
 
-fn layer(communicator: &Communicator, len: usize) -> Buckets {
+fn layer<T: Real>(communicator: &Communicator, len: usize) -> Buckets {
     let parameters = [
-        Parameter::new("first", &[len], Dtype::F32),
-        Parameter::new("matrix", &[9, 7], Dtype::F32),
-        Parameter::new("last", &[len], Dtype::F32),
+        Parameter::new("first", &[len], T::DTYPE),
+        Parameter::new("matrix", &[9, 7], T::DTYPE),
+        Parameter::new("last", &[len], T::DTYPE),
     ];
     let builder = Buckets::builder(communicator).relayout(false);
     // Some slices of which the last is shorter, and some ranks without a share of it.
@@ -159,54 +221,54 @@ fn layer(communicator: &Communicator, len: usize) -> Buckets {
 }
 
 /// What a rank puts in: values from -1 to 1.
-fn gradients(seed: u64, rank: usize, len: usize) -> [Vec<f32>; 3] {
+fn gradients<T: Real>(seed: u64, rank: usize, len: usize) -> [Vec<T>; 3] {
     let mut random = Random(mix(seed ^ (rank as u64) << 40));
-    [len, 63, len].map(|count| {
-        (0..count).map(|_| random.below(2001) as f32 / 1000.0 - 1.0).collect::<Vec<_>>()
-    })
+    [len, 63, len]
+        .map(|count| (0..count).map(|_| T::of(random.below(2001) as f32 / 1000.0 - 1.0)).collect())
 }
 
 /// A step; whether all was finite.
-fn step(buckets: &mut Buckets, gradients: &[Vec<f32>; 3]) -> bool {
+fn step<T: Real>(buckets: &mut Buckets, gradients: &[Vec<T>; 3]) -> bool {
     let step = buckets.begin().unwrap();
     (0..3).rev().for_each(|at| step.put(at, &gradients[at]).unwrap());
     !step.wait().unwrap().nonfinite
 }
 
 /// What this rank has of the averages: all, or of sharded buckets its shard.
-fn averages(buckets: &Buckets) -> Vec<(usize, usize, f32)> {
+fn averages<T: Real>(buckets: &Buckets) -> Vec<(usize, usize, f32)> {
     if setting("HOOK") != "sharded" {
-        let of_all = |at| buckets.gradient::<f32>(at).iter().enumerate();
-        return (0..3).flat_map(|at| of_all(at).map(move |(i, &it)| (at, i, it))).collect();
+        let of_all = |at| buckets.gradient::<T>(at).iter().enumerate();
+        return (0..3).flat_map(|at| of_all(at).map(move |(i, it)| (at, i, it.value()))).collect();
     }
-    let shard = buckets.shard_gradient::<f32>(0);
+    let shard = buckets.shard_gradient::<T>(0);
     let pieces = buckets.shard_pieces(0).into_iter();
     let values = pieces.flat_map(|piece| {
         let (parameter, at) = (piece.parameter, piece.at);
-        piece.elements.enumerate().map(move |(n, i)| (parameter, i, shard[at + n]))
+        piece.elements.enumerate().map(move |(n, i)| (parameter, i, shard[at + n].value()))
     });
     values.collect()
 }
 
 /// A step without the poison, two with it, and two without, beside a layer that has only those that
 /// count. The first one since low rank draws its beginning anew in each step until one counts.
-fn run(communicator: &Communicator, case: Case, seed: u64) -> u64 {
+fn run<T: Real>(communicator: &Communicator, case: Case<T>, seed: u64) -> u64 {
     let (rank, world) = (communicator.rank(), communicator.world());
     let Case { len, parameter, at, poison, odd } = case;
-    let [mut buckets, mut twin] = [0, 1].map(|_| layer(communicator, len));
+    let [mut buckets, mut twin] = [0, 1].map(|_| layer::<T>(communicator, len));
     let mut results = 0;
     for number in 0..5 {
         let has_poison = number == 1 || number == 2;
         let seed = mix(seed ^ number);
-        let mut own = gradients(seed, rank, len);
+        let mut own = gradients::<T>(seed, rank, len);
         if has_poison && rank == odd {
             own[parameter][at] = poison;
         }
         let is_finite = step(&mut buckets, &own);
         let context = format!("{case:?}, step {number}, rank {rank}");
         // Encodings of 16 bits have no such values; elsewhere they may overflow.
-        let may_overflow = has_poison && poison.abs() == f32::MAX;
-        if has_poison && !poison.is_finite() {
+        let is_largest = poison.value().abs() == T::POISONS[3].value();
+        let may_overflow = has_poison && is_largest;
+        if has_poison && !poison.value().is_finite() {
             assert!(!is_finite, "{context}: not told");
         } else if !may_overflow {
             assert!(is_finite, "{context}: told of what was not there");
@@ -216,10 +278,10 @@ fn run(communicator: &Communicator, case: Case, seed: u64) -> u64 {
             continue;
         }
         assert!(step(&mut twin, &own), "{context}: the twin");
-        let (ours, theirs) = (averages(&buckets), averages(&twin));
+        let (ours, theirs) = (averages::<T>(&buckets), averages::<T>(&twin));
         assert!(same_bits(&ours, &theirs), "{context}: {ours:?} where {theirs:?} are right");
-        if poison.abs() != f32::MAX {
-            check(&ours, (seed, world, len), &context, |all| {
+        if !is_largest {
+            check::<T>(&ours, (seed, world, len), &context, |all| {
                 if has_poison {
                     all[odd][parameter][at] = poison;
                 }
@@ -241,17 +303,18 @@ fn same_bits(ours: &[(usize, usize, f32)], theirs: &[(usize, usize, f32)]) -> bo
 }
 
 /// Whether the averages are those of what all ranks put in, as nearly as the hook has them.
-fn check(
+fn check<T: Real>(
     ours: &[(usize, usize, f32)],
     (seed, world, len): (u64, usize, usize),
     context: &str,
-    change: impl Fn(&mut [[Vec<f32>; 3]]),
+    change: impl Fn(&mut [[Vec<T>; 3]]),
 ) {
     let (_, bound) = HOOKS.into_iter().find(|(name, _)| *name == setting("HOOK")).unwrap();
-    let mut all: Vec<_> = (0..world).map(|rank| gradients(seed, rank, len)).collect();
+    let bound = if T::DTYPE == Dtype::F32 { bound } else { T::BOUND };
+    let mut all: Vec<_> = (0..world).map(|rank| gradients::<T>(seed, rank, len)).collect();
     change(&mut all);
     for &(parameter, at, value) in ours {
-        let sum: f64 = all.iter().map(|of_rank| f64::from(of_rank[parameter][at])).sum();
+        let sum: f64 = all.iter().map(|of_rank| f64::from(of_rank[parameter][at].value())).sum();
         let off = f64::from(value) - sum / world as f64;
         assert!(value.is_finite(), "{context}: {value} at {at} of {parameter}");
         assert!(off.abs() <= f64::from(bound), "{context}: off by {off} at {at} of {parameter}");

@@ -16,7 +16,7 @@ use std::time::Duration;
 use half::{bf16, f16};
 use random::{Random, mix};
 use support::{World, setting, tell};
-use unisum::buckets::{Buckets, Layout, Parameter, Step};
+use unisum::buckets::{Buckets, Layout, Parameter, Place, Step};
 use unisum::{Communicator, Dtype, Element};
 
 #[test]
@@ -308,4 +308,33 @@ fn check_as<T: Value + Into<f64>>(run: &Run, buckets: &Buckets, step: u64, param
             assert!((element - expected).abs() <= unit * 8.0, "{context}: {element}, {expected}");
         }
     }
+}
+
+#[test]
+fn the_memory_of_a_place_outlives_its_layout_and_its_buckets() {
+    let communicator = Communicator::builder().rank(0).world(1).connect().unwrap();
+    let parameters = ["a", "b"].map(|name| Parameter::new(name, &[3], Dtype::F32));
+    let mut buckets = Buckets::builder(&communicator).build(&parameters).unwrap();
+    let early = buckets.place(1);
+    let step = buckets.begin().unwrap();
+    // Not the order that the first layout expects.
+    step.put(0, &[1_f32; 3]).unwrap();
+    step.put(1, &[2_f32; 3]).unwrap();
+    step.wait().unwrap();
+    let read = |place: &Place| {
+        assert_eq!((place.count(), place.dtype()), (3, Dtype::F32));
+        // SAFETY: no step is under way, and the place has so many.
+        unsafe { *place.start().cast::<[f32; 3]>().as_ptr() }
+    };
+    assert_eq!(read(&early), [2.0; 3]);
+    let step = buckets.begin().unwrap();
+    let place = step.place(1);
+    assert_eq!(step.layout().version(), 1);
+    assert_ne!(place.start(), early.start());
+    step.put(0, &[3_f32; 3]).unwrap();
+    step.put(1, &[4_f32; 3]).unwrap();
+    step.wait().unwrap();
+    assert_eq!(buckets.place(1).start(), place.start());
+    drop(buckets);
+    assert_eq!((read(&early), read(&place)), ([2.0; 3], [4.0; 3]));
 }

@@ -4,10 +4,11 @@
 
 mod support;
 
+use std::ptr::NonNull;
 use std::time::Duration;
 
 use support::World;
-use unisum::{Buffers, Collective, Communicator, Element, ReduceOp};
+use unisum::{Buffers, Collective, Communicator, Dtype, Element, ErrorKind, RawBuffers, ReduceOp};
 
 #[test]
 fn rank_process() {
@@ -134,7 +135,39 @@ fn every_collective() {
             }
         }
     }
+    types_at_run_time(&communicator);
     communicator.barrier().unwrap();
+}
+
+/// The calls whose element type is a value: odd lengths of bytes, so that copies have tails.
+fn types_at_run_time(comm: &Communicator) {
+    let (world, rank) = (comm.world(), comm.rank());
+    for each in [0, 1, 13, 70_001] {
+        let mut data: Vec<u8> =
+            (0..world).flat_map(|to| vec![(rank * world + to) as u8; each]).collect();
+        let start = NonNull::from(&mut data[..]).cast();
+        // SAFETY: the vector is not touched until the calls have ended.
+        let raw = || unsafe { RawBuffers::in_place(Dtype::U8, start, world * each) };
+        comm.run_raw(&Collective::all_to_all(), raw()).unwrap();
+        let gets = (0..world).flat_map(|from| vec![(from * world + rank) as u8; each]);
+        assert_eq!(data, gets.collect::<Vec<_>>(), "{each} elements for each");
+        let sums: Vec<u8> = data.iter().map(|it| it.wrapping_mul(world as u8)).collect();
+        if each > 0 {
+            comm.run_raw(&Collective::broadcast(0), raw()).unwrap();
+            comm.run_batch_raw(&Collective::all_reduce(ReduceOp::Sum), Dtype::U8, &mut [raw()])
+                .unwrap();
+        }
+        if rank == 0 {
+            assert_eq!(data, sums);
+        }
+    }
+    let (mut bytes, mut others) = ([0_u8; 4], [0_i8; 4]);
+    let mut mixed =
+        [Buffers::InPlace(&mut bytes[..]).into(), Buffers::InPlace(&mut others[..]).into()];
+    let sum = Collective::all_reduce(ReduceOp::Sum);
+    let refused = comm.run_batch_raw(&sum, Dtype::U8, &mut mixed).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Configuration);
+    assert!(refused.to_string().contains("tensor 1 of a batch of u8 has elements of i8"));
 }
 
 /// Out of place, from and to private and registered memory.
@@ -150,7 +183,7 @@ fn apart(comm: &Communicator, case: &Case, root: usize, count: usize, algorithm:
     for (input, output) in
         [(&values[..], &mut output[..]), (&registered_input, &mut registered_output)]
     {
-        comm.run(&case.collective, Buffers::Apart(input, output)).unwrap();
+        comm.run(&case.collective, Buffers::OutOfPlace(input, output)).unwrap();
         for (at, &element) in output.iter().enumerate() {
             let expected = (case.result)(world, rank, root, count, at);
             assert_eq!(element, expected, "element {at}: {context}");

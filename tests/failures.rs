@@ -1,4 +1,4 @@
-//! Lost, stopped, late and contradicting ranks: everybody gets an error that names the culprit,
+//! Lost, stopped, late and contradicting ranks: everybody gets an error that names the failed rank,
 //! in bounded time, and nothing is leaked.
 
 #![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
@@ -41,7 +41,7 @@ fn reduce_until_error(communicator: &Communicator, data: &mut [f32]) {
             tell_error(&error);
             let again = communicator.all_reduce(data, ReduceOp::Sum).unwrap_err();
             assert_eq!(again.kind(), ErrorKind::Aborted);
-            assert_eq!(again.culprits(), error.culprits());
+            assert_eq!(again.failed_ranks(), error.failed_ranks());
             return;
         }
         if round == 0 {

@@ -207,7 +207,7 @@ fn last_call(communicator: &Communicator, call: usize) -> Result<(), Error> {
             receives[(rank + world - 1) % world] = each;
             let collective = Collective::all_to_all_v(&sends, &receives);
             let (input, output) = (vec![1_f32; each], &mut all[..each]);
-            communicator.run(&collective, Buffers::Apart(&input, output)).map(drop)
+            communicator.run(&collective, Buffers::OutOfPlace(&input, output)).map(drop)
         }
     }
 }

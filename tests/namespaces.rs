@@ -179,7 +179,7 @@ fn lose_a_host() {
     let mut data = vec![1_f32; 100_000];
     for round in 0.. {
         if let Err(error) = communicator.all_reduce(&mut data, ReduceOp::Max) {
-            return tell(format!("{:?} {error}", error.culprits()));
+            return tell(format!("{:?} {error}", error.failed_ranks()));
         }
         if round == 0 {
             reach("reducing");

@@ -139,7 +139,7 @@ fn each_pair_uses_the_network_that_both_are_on() {
 fn fail() {
     let error = Communicator::from_environment().unwrap_err();
     let text = error.to_string().replace('\n', " | ");
-    tell(format!("{:?} {text}", error.culprits()));
+    tell(format!("{:?} {text}", error.failed_ranks()));
 }
 
 /// As behind a firewall that drops packets: rank 0 is reached by all, and two others not by each
@@ -158,8 +158,15 @@ fn all_that_was_tried_is_told_when_two_ranks_can_not_reach_each_other() {
         .start();
     for ended in running.wait(LIMIT) {
         let told = &ended.told[0];
-        assert!(told.starts_with("[1] "), "{told}");
-        for text in ["rank 2", "10.77.0.2:", "[fd77::2]:", "no answer", "firewall"] {
+        assert!(told.starts_with("[1, 2] "), "{told}");
+        for text in [
+            "rank 2 reports",
+            "do not reach each other",
+            "10.77.0.2:",
+            "[fd77::2]:",
+            "no answer",
+            "firewall",
+        ] {
             assert!(told.contains(text), "{text}: {told}");
         }
     }

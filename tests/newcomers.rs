@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use support::{World, tell};
 use unisum::{
-    Apart, Buffers, Collective, Communicator, CustomOp, Error, LossScaler, Mesh, Message,
-    Messenger, ReduceOp, Reduction,
+    Buffers, Collective, Communicator, CustomOp, Error, LossScaler, Mesh, Message, Messenger,
+    OutOfPlace, ReduceOp, Reduction, local,
 };
 
 #[test]
@@ -39,6 +39,11 @@ fn every_line_of_the_readme_s_table_compiles_and_does_what_it_says() {
     }
 }
 
+#[test]
+fn a_process_that_nobody_started_as_a_rank_is_none() {
+    assert!(!local::is_rank());
+}
+
 /// Without what does not matter.
 fn bare(code: &str) -> String {
     code.split_whitespace().collect()
@@ -61,6 +66,7 @@ impl Optimizer {
 }
 
 fn lines() {
+    assert!(local::is_rank());
     collectives().unwrap();
     beyond_collectives().unwrap();
     messages().unwrap();
@@ -92,9 +98,10 @@ fn collectives() -> Result<(), Error> {
     line!(comm.barrier()?);
     let counts = [1, 3];
     let block = [7.0, 8.0, 9.0][..counts[rank]].to_vec();
-    line!(
-        comm.run(&Collective::all_gather().with_counts(&counts), Buffers::Apart(&block, &mut all))?
-    );
+    line!(comm.run(
+        &Collective::all_gather().with_counts(&counts),
+        Buffers::OutOfPlace(&block, &mut all)
+    )?);
     assert_eq!(all, [7.0, 7.0, 8.0, 9.0]);
     all = [1.0, 2.0, 3.0, 4.0];
     line!(comm.run(&Collective::reduce_scatter(ReduceOp::Sum), Buffers::InPlace(&mut all))?);
@@ -106,7 +113,7 @@ fn beyond_collectives() -> Result<(), Error> {
     let comm = Communicator::from_environment()?;
     let rank = comm.rank();
     let (block, all) = (vec![rank as f32], vec![0.0; 2]);
-    line!(comm.start::<f32, _>(Collective::all_gather(), Apart(block, all)).wait()?);
+    line!(comm.start::<f32, _>(Collective::all_gather(), OutOfPlace(block, all)).wait()?);
     let collective = Collective::all_reduce(ReduceOp::Sum);
     let (mut bias, mut weight) = ([1_f32; 2], [2_f32; 3]);
     line!(comm.run_batch(
@@ -117,7 +124,7 @@ fn beyond_collectives() -> Result<(), Error> {
     let mut data = [8.0, f32::INFINITY];
     let (mut scaler, mut optimizer) = (LossScaler::default(), Optimizer(0));
     line!(let outcome = comm.run(
-        &Collective::all_reduce(Reduction::sum_scaled_by(0.125).watched()),
+        &Collective::all_reduce(Reduction::sum_scaled_by(0.125).detect_nonfinite()),
         Buffers::InPlace(&mut data)
     )?);
     assert!(outcome.nonfinite && data[0] == 2.0);

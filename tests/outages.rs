@@ -10,11 +10,17 @@ use std::time::{Duration, Instant};
 
 use support::hosts::{Hosts, inside, sh};
 use support::{Ended, Running, World, await_others, reach, setting, tell, tell_error};
-use unisum::{Communicator, ReduceOp};
+use unisum::{Communicator, Messenger, ReduceOp};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("busy", busy), ("idle", idle), ("large", large)]);
+    support::run_if_rank(&[
+        ("busy", busy),
+        ("idle", idle),
+        ("large", large),
+        ("around", around),
+        ("waiting", waiting),
+    ]);
 }
 
 const LIMIT: Duration = Duration::from_secs(100);
@@ -73,6 +79,15 @@ fn plug(hosts: &Hosts, host: usize, is_in: bool) {
         (_, false) => "nomaster",
     };
     sh(&format!("ip -n {} link set port{host} {how}", hosts.switch())).unwrap();
+}
+
+/// Cuts the connection between hosts 1 and 2, both of which still reach host 0, or ends that.
+fn cut_pair(hosts: &Hosts, is_cut: bool) {
+    let how = if is_cut { "on" } else { "off" };
+    for host in [1, 2] {
+        let port = format!("link set port{host} type bridge_slave isolated {how}");
+        sh(&format!("ip -n {} {port}", hosts.switch())).unwrap();
+    }
 }
 
 /// Two worlds, one that calls all the time and one that does not, on three hosts.
@@ -138,13 +153,153 @@ fn a_host_that_is_lost_is_named_with_its_address_in_calls_and_between_them() {
 fn check(ended: &[Ended], victim: usize) {
     for (rank, ended) in ended.iter().enumerate() {
         let told = &ended.told[0];
-        let (culprits, why) = match (victim, rank) {
+        let (failed_ranks, why) = match (victim, rank) {
             (0, 0) => ("[1, 2, 3]", "rank 1 at 10.77.0.2, rank 2 at 10.77.0.3, rank 3 at"),
             (2, 0 | 1) => ("[2, 3]", "rank 2 at 10.77.0.3, rank 3 at 10.77.0.3 unreachable for"),
             _ => ("[0]", "rank 0 at 10.77.0.1 unreachable for more than 2 s"),
         };
-        let is_named = told.starts_with(&format!("RankLost {culprits} ")) && told.contains(why);
+        let is_named = told.starts_with(&format!("RankLost {failed_ranks} ")) && told.contains(why);
         assert!(is_named, "host {victim} lost, rank {rank}: {told}");
+    }
+}
+
+/// Each rank talks to both neighbours, until that fails.
+fn around() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut data = vec![1_f32; 100_000];
+    for round in 0_u64.. {
+        match communicator.all_reduce(&mut data, ReduceOp::Max) {
+            Err(error) => return tell_error(&error),
+            Ok(()) if round == 0 => reach("working"),
+            Ok(()) => {}
+        }
+    }
+}
+
+/// Ranks 1 and 2 exchange messages, of which the first is lost after the connection was idle.
+fn waiting() {
+    let communicator = Communicator::from_environment().unwrap();
+    let (messenger, rank) = (Messenger::new(&communicator).unwrap(), communicator.rank());
+    let exchange = || {
+        let (data, mut received) = ([1_f32; 100], [0_f32; 100]);
+        match rank {
+            0 => messenger.receive(&mut received, 1, 2),
+            1 => messenger.send(&data, 2, 1),
+            _ => messenger.receive(&mut received, 1, 1),
+        }
+    };
+    if rank > 0 {
+        exchange().unwrap();
+    }
+    reach("working");
+    await_others("again", 1, LIMIT);
+    loop {
+        // What is sent has left when the kernel has it.
+        if let Err(error) = exchange() {
+            return tell_error(&error);
+        }
+    }
+}
+
+#[test]
+fn two_hosts_that_do_not_reach_each_other_are_both_named_long_before_the_deadline() {
+    let Some(hosts) = Hosts::new(3) else { return };
+    let start = |(scenario, port)| {
+        let world = world(3, scenario, port).through(inside).set("UNISUM_ALGORITHM", "ring");
+        world.set("UNISUM_HEARTBEAT_TIMEOUT", 2).start()
+    };
+    let running = [("around", 7001), ("waiting", 7002)].map(start);
+    running.iter().for_each(|running| running.wait_for("working", 3, LIMIT));
+    cut_pair(&hosts, true);
+    let cut = Instant::now();
+    running[1].mark("again");
+    for ended in running.map(|running| running.wait(LIMIT)).iter().flatten() {
+        let told = &ended.told[0];
+        assert!(told.starts_with("RankLost [1, 2] "), "{told}");
+        assert!(told.contains("ranks 1 and 2 do not reach each other: rank "), "{told}");
+    }
+    // An attempt after the limit, a second for the answer, and four to find no other cause.
+    assert!(cut.elapsed() < Duration::from_secs(15), "after {:?}", cut.elapsed());
+    cut_pair(&hosts, false);
+}
+
+/// Loses what one host sends another, or ends that: it takes the other's card for one that is not
+/// there. What comes the other way arrives.
+fn cut_one_way(hosts: &Hosts, from: usize, to: usize, is_cut: bool) {
+    let number = to + 1;
+    for (family, address) in
+        [("-4", format!("10.77.0.{number}")), ("-6", format!("fd77::{number}"))]
+    {
+        let how = match is_cut {
+            true => format!("replace {address} lladdr 02:00:00:00:00:01 nud permanent"),
+            false => format!("del {address}"),
+        };
+        hosts.on(from, &format!("ip {family} neigh {how} dev eth0"));
+    }
+}
+
+/// Neither hears that anything it sends arrives, so that it is as if nothing did. Where rank 0 is
+/// one of the two, each ends with the other one's name, or, as what one says may arrive, all end
+/// with the same.
+#[test]
+fn hosts_of_which_one_does_not_reach_the_other_are_named_as_if_neither_did() {
+    let Some(hosts) = Hosts::new(3) else { return };
+    for (from, to) in [(1, 2), (2, 1), (0, 2), (2, 0)] {
+        let world = world(3, "around", 7001).through(inside).set("UNISUM_ALGORITHM", "ring");
+        let running = world.set("UNISUM_HEARTBEAT_TIMEOUT", 2).start();
+        running.wait_for("working", 3, LIMIT);
+        cut_one_way(&hosts, from, to, true);
+        let cut = Instant::now();
+        let ended = running.wait(LIMIT);
+        assert!(cut.elapsed() < Duration::from_secs(15), "after {:?}", cut.elapsed());
+        cut_one_way(&hosts, from, to, false);
+        let names = |rank: usize, failed: &str| {
+            ended[rank].told[0].starts_with(&format!("RankLost {failed} "))
+        };
+        let context = format!("{from} does not reach {to}: {ended:#?}");
+        if from.min(to) > 0 {
+            assert!((0..3).all(|rank| names(rank, "[1, 2]")), "{context}");
+            continue;
+        }
+        let first = if names(0, "[2]") { "[2]" } else { "[0]" };
+        assert!(names(0, first) && names(1, first), "{context}");
+        assert!(names(2, first) || names(2, "[0]"), "{context}");
+    }
+}
+
+/// Nothing is under way between the two when they are cut apart: their kernels find out.
+#[test]
+fn two_hosts_that_are_cut_apart_between_calls_are_both_named() {
+    let Some(hosts) = Hosts::new(3) else { return };
+    let world = world(3, "idle", 7001).through(inside).set("UNISUM_ALGORITHM", "ring");
+    let running = world.set("UNISUM_HEARTBEAT_TIMEOUT", 2).start();
+    running.wait_for("working", 3, LIMIT);
+    cut_pair(&hosts, true);
+    // Longer than the kernels take, which give up after the limit and some attempts.
+    thread::sleep(Duration::from_secs(10));
+    running.mark("again");
+    for ended in running.wait(LIMIT) {
+        let told = &ended.told[0];
+        assert!(told.starts_with("RankLost [1, 2] "), "{told}");
+    }
+    cut_pair(&hosts, false);
+}
+
+/// Between the attempts to send again what was lost, the pauses double: the last of them is longer
+/// than the limit here.
+#[test]
+fn two_hosts_that_reach_each_other_again_within_the_limit_go_on() {
+    let Some(hosts) = Hosts::new(3) else { return };
+    let world = world(3, "busy", 7001).through(inside).set("UNISUM_ALGORITHM", "ring");
+    let running = world.set("UNISUM_HEARTBEAT_TIMEOUT", 5).start();
+    running.wait_for("working", 3, LIMIT);
+    cut_pair(&hosts, true);
+    thread::sleep(Duration::from_secs(4));
+    cut_pair(&hosts, false);
+    thread::sleep(Duration::from_secs(4));
+    running.mark("enough");
+    for ended in running.wait(LIMIT) {
+        assert_eq!((ended.status, ended.told[0].as_str()), (0, "enough"), "{ended:#?}");
     }
 }
 

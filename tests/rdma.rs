@@ -48,10 +48,10 @@ fn join() {
 }
 
 /// Every rank of a world that is asked for RDMA ends with an error that says all of `words`.
-fn is_refused(world: &World, words: &[&str]) {
+fn is_refused(world: &World, kind: ErrorKind, words: &[&str]) {
     for told in world.succeed(LIMIT) {
         let told = &told[0];
-        assert!(told.starts_with("Configuration"), "{told}");
+        assert!(told.starts_with(&format!("{kind:?} ")), "{told}");
         assert!(words.iter().all(|word| told.contains(word)), "{words:?} in: {told}");
     }
 }
@@ -62,9 +62,11 @@ fn what_is_missing_is_named_by_all_ranks() {
         return;
     }
     let wrong_gid = world(2, "join").set("UNISUM_VERBS_GID_INDEX", 77);
-    is_refused(&wrong_gid, &["rank 0: ", "rank 1: ", "has no GID 77; it has 0: ", "(RoCE v2)"]);
+    let words = ["rank 0: ", "rank 1: ", "has no GID 77; it has 0: ", "(RoCE v2)"];
+    is_refused(&wrong_gid, ErrorKind::Configuration, &words);
     let no_device = world(3, "join").set("UNISUM_VERBS_DEVICE", "=mlx5_0");
-    is_refused(&no_device, &["the filter =mlx5_0 leaves none", "rxe0:1 RoCE in software, ACTIVE"]);
+    let words = ["the filter =mlx5_0 leaves none", "rxe0:1 RoCE in software, ACTIVE"];
+    is_refused(&no_device, ErrorKind::Configuration, &words);
 }
 
 #[test]
@@ -77,7 +79,8 @@ fn too_little_locked_memory_is_named_with_what_to_do() {
         let words = "prlimit --memlock=65536 setpriv --bounding-set=-ipc_lock";
         words.split(' ').map(str::to_owned).collect()
     });
-    is_refused(&limited, &["Cannot allocate memory", "64 KiB", "RLIMIT_MEMLOCK", "ulimit -l"]);
+    let words = ["Cannot allocate memory", "64 KiB", "RLIMIT_MEMLOCK", "ulimit -l"];
+    is_refused(&limited, ErrorKind::Resources, &words);
 }
 
 fn lend_much() {
@@ -156,7 +159,11 @@ fn a_port_that_is_down_is_named_by_all_ranks() {
     sh("ip link set net0 down");
     let down = world(2, "join");
     let outcome = catch_unwind(AssertUnwindSafe(|| {
-        is_refused(&down, &["no port of the RDMA devices is active", "rxe0:1", "DOWN"]);
+        is_refused(
+            &down,
+            ErrorKind::Configuration,
+            &["no port of the RDMA devices is active", "rxe0:1", "DOWN"],
+        );
     }));
     sh("ip link set net0 up");
     outcome.unwrap();
@@ -167,7 +174,7 @@ fn reduce_forever() {
     let mut data = communicator.allocate::<f32>(setting("COUNT").parse().unwrap()).unwrap();
     for round in 0_u64.. {
         if let Err(error) = communicator.all_reduce(&mut data, ReduceOp::Sum) {
-            tell(format!("{:?} {:?} {error}", error.kind(), error.culprits()));
+            tell(format!("{:?} {:?} {error}", error.kind(), error.failed_ranks()));
             let again = communicator.all_reduce(&mut data, ReduceOp::Sum).unwrap_err();
             assert_eq!(again.kind(), ErrorKind::Aborted);
             return;

@@ -72,7 +72,7 @@ fn sequences_are_right_in_small_slices() {
     }
 }
 
-/// Private memory then goes over the ranks' benches.
+/// Private memory then passes through the ranks' staging buffers.
 #[test]
 fn sequences_are_right_where_ranks_may_not_read_each_other() {
     let seed = sequence::seed();

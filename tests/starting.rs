@@ -21,7 +21,7 @@ fn join() {
     let started = Instant::now();
     let error = Communicator::from_environment().unwrap_err();
     let text = error.to_string().replace('\n', " | ");
-    tell(format!("{:?} after {} s: {text}", error.culprits(), started.elapsed().as_secs()));
+    tell(format!("{:?} after {} s: {text}", error.failed_ranks(), started.elapsed().as_secs()));
 }
 
 /// A world on this host that meets at a port that nobody has yet.
@@ -31,10 +31,10 @@ fn world(ranks: usize) -> World {
 }
 
 #[track_caller]
-fn check(ended: &[Ended], culprits: &str, texts: &[&str]) {
+fn check(ended: &[Ended], failed_ranks: &str, texts: &[&str]) {
     for rank in ended {
         let [told] = &rank.told[..] else { panic!("{ended:#?}") };
-        assert!(told.starts_with(culprits), "{ended:#?}");
+        assert!(told.starts_with(failed_ranks), "{ended:#?}");
         assert!(texts.iter().all(|text| told.contains(text)), "{ended:#?}");
     }
 }
@@ -109,4 +109,56 @@ fn ranks_that_different_processes_start_are_told_how_to_meet() {
     let world = World::new(2, "join").set("UNISUM_LOCAL_SIZE", 2).through(subshell);
     let ended = world.set("UNISUM_CONNECT_TIMEOUT", 3).run(LIMIT);
     check(&ended, "", &["set UNISUM_JOB"]);
+}
+
+/// What is wrong with a rank's own variables is told before anybody waits for it.
+#[test]
+fn a_rank_whose_variable_is_malformed_is_named_by_all_at_once() {
+    for rendezvous in ["port", "file"] {
+        let world = match rendezvous {
+            "port" => world(3),
+            _ => World::new(3, "join"),
+        };
+        let mut running = world.start_ranks(&[0, 1]);
+        running.add(&world.clone().set("UNISUM_SLICE_BYTES", "a lot"), 2);
+        let ended = running.wait(Duration::from_secs(30));
+        check(&ended[..2], "[2] after ", &["rank 2 can't join", "UNISUM_SLICE_BYTES"]);
+        check(&ended[2..], "[] after ", &["UNISUM_SLICE_BYTES", "a lot"]);
+    }
+}
+
+/// Nobody is there to be told, and nobody waits for that long.
+#[test]
+fn a_variable_that_is_malformed_on_all_ranks_ends_all_within_seconds() {
+    let ended = world(3).set("UNISUM_TIMEOUT", "never").run(Duration::from_secs(30));
+    check(&ended, "[] after ", &["UNISUM_TIMEOUT", "never"]);
+    let seconds = |ended: &Ended| {
+        let (_, rest) = ended.told[0].split_once(" after ").unwrap();
+        rest.split(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    assert!(ended.iter().all(|ended| seconds(ended) < 12), "{ended:#?}");
+}
+
+/// They belong to the job, and have other numbers: whoever waits reads of them.
+#[test]
+fn ranks_with_another_world_or_a_number_that_is_taken_are_told_to_those_who_wait() {
+    let of_three = world(3).set("UNISUM_CONNECT_TIMEOUT", 9);
+    let of_eight = |rank| {
+        let mut running = of_three.start_ranks(&[0, 1]);
+        running.add(&of_three.clone().set("UNISUM_WORLD", 8), rank);
+        running.wait(LIMIT)
+    };
+    let refused = "was refused: world of 8, but this job's is 3";
+    check(&of_eight(5)[..2], "[2] after ", &["127.0.0.1 said it was rank 5", refused]);
+    check(&of_eight(2)[..2], "[2] after ", &["127.0.0.1 said it was this rank", refused]);
+    let mut running = of_three.start_ranks(&[0, 1]);
+    running.add(&of_three, 1);
+    let pids = [running.pid(1), running.pid(2)];
+    let ended = running.wait(LIMIT);
+    check(&ended[..1], "[2] after ", &["127.0.0.1 said it was rank 1", "rank 1 is taken"]);
+    // Whichever was first, both are told, by their processes.
+    let both = |text: &str| pids.iter().all(|pid| text.contains(&format!("process {pid} ")));
+    assert!(both(&ended[0].told[0]), "{pids:?}: {ended:#?}");
+    let refused = |ended: &Ended| ended.told[0].contains("rank 1 is taken");
+    assert!(ended[1..].iter().any(|it| refused(it) && both(&it.told[0])), "{ended:#?}");
 }

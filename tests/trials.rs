@@ -85,7 +85,7 @@ fn call_in_other_places(communicator: &Communicator) {
         let reduce = |collective: &Collective, apart: bool| {
             let (input, mut data) = (vec![1.0_f32; count], vec![1.0_f32; count]);
             let buffers = match apart {
-                true => Buffers::Apart(&input, &mut data),
+                true => Buffers::OutOfPlace(&input, &mut data),
                 false => Buffers::InPlace(&mut data),
             };
             communicator.run(collective, buffers).unwrap();
@@ -113,7 +113,7 @@ fn settle() {
         let expected = |at: usize| if rank == 1 { sum(at) } else { own[at] };
         assert!((0..count).all(|at| data[at] == expected(at)), "reduce of {count}");
         let (input, mut all) = (own.clone(), vec![-1.0; count * world]);
-        communicator.run(&Collective::all_gather(), Buffers::Apart(&input, &mut all)).unwrap();
+        communicator.run(&Collective::all_gather(), Buffers::OutOfPlace(&input, &mut all)).unwrap();
         let gathered = |at: usize| ((at % count + at / count) % 64) as f32;
         assert!((0..all.len()).all(|at| all[at] == gathered(at)), "all-gather of {count}");
         assert_eq!(input, own);
@@ -158,5 +158,5 @@ fn die_first() {
         std::process::abort();
     }
     let error = communicator.all_reduce(&mut vec![1.0_f32; 5000], ReduceOp::Sum).unwrap_err();
-    tell(format!("{:?}", error.culprits()));
+    tell(format!("{:?}", error.failed_ranks()));
 }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use support::{World, setting, tell};
 use unisum::{
-    Buffers, Collective, Communicator, CustomOp, Error, ErrorKind, Mesh, Messenger, ReduceOp,
-    Reduction,
+    Buffers, Collective, Communicator, CustomOp, Error, ErrorKind, Mesh, Messenger, MismatchedCall,
+    ReduceOp, Reduction,
 };
 
 #[test]
@@ -59,9 +59,29 @@ fn differ() {
     let how = setting("HOW");
     // Who got all it waits for hears of it in the next call.
     let error = call(&comm, &how, comm.rank() == 1).and_then(|()| comm.barrier()).unwrap_err();
-    tell(format!("{:?} {:?} {error}", error.kind(), error.culprits()));
+    tell(format!("{:?} {:?} {error}", error.kind(), error.failed_ranks()));
+    check_calls(&how, &error);
     let again = comm.all_reduce(&mut [1_f32], ReduceOp::Sum).unwrap_err();
-    assert_eq!((again.kind(), again.culprits()), (ErrorKind::Aborted, error.culprits()));
+    assert_eq!((again.kind(), again.failed_ranks()), (ErrorKind::Aborted, error.failed_ranks()));
+}
+
+/// What differs is told as data as well, on every rank.
+fn check_calls(how: &str, error: &Error) {
+    let calls = error.mismatched_calls();
+    let both = |field: fn(&MismatchedCall) -> String| {
+        let mut both = calls.expect("the calls differ").each_ref().map(field);
+        both.sort();
+        both
+    };
+    match how {
+        "kind" => assert_eq!(both(|it| it.collective.to_owned()), ["all_gather", "all_reduce"]),
+        "root" => assert_eq!(both(|it| format!("{:?}", it.root)), ["Some(0)", "Some(2)"]),
+        "pair" => assert_eq!(both(|it| format!("{:?}", it.count)), ["Some(1)", "Some(5)"]),
+        "short" | "indivisible" | "panic" => assert_eq!(calls, None),
+        _ => {}
+    }
+    let ranks = calls.map(|calls| calls.each_ref().map(|call| call.rank));
+    assert!(ranks.is_none_or(|[one, other]| one != other), "{calls:?}");
 }
 
 fn call(comm: &Communicator, how: &str, is_odd: bool) -> Result<(), Error> {
@@ -73,7 +93,7 @@ fn call(comm: &Communicator, how: &str, is_odd: bool) -> Result<(), Error> {
         "counts" => {
             let gather = Collective::all_gather().with_counts(&pick(is_odd, [2, 3, 4], [4, 3, 2]));
             let own = gather_count(comm.rank(), is_odd);
-            comm.run(&gather, Buffers::Apart(&data[..own], &mut output)).map(drop)
+            comm.run(&gather, Buffers::OutOfPlace(&data[..own], &mut output)).map(drop)
         }
         "factor" => comm.all_reduce(&mut data, Reduction::sum_scaled_by(pick(is_odd, 0.5, 0.25))),
         "function" if is_odd => comm.all_reduce(&mut data, CustomOp::commutative(last)),
@@ -83,7 +103,7 @@ fn call(comm: &Communicator, how: &str, is_odd: bool) -> Result<(), Error> {
             let receives = pick(is_odd, [1, 2, 1], [1; 3]);
             let to_all = Collective::all_to_all_v(&[1; 3], &receives);
             let gets = receives.iter().sum();
-            comm.run(&to_all, Buffers::Apart(&input, &mut output[..gets])).map(drop)
+            comm.run(&to_all, Buffers::OutOfPlace(&input, &mut output[..gets])).map(drop)
         }
         "pair" => pairs(comm, pick(is_odd, 5, 1), 1),
         "no pair" => pairs(comm, pick(is_odd, 0, 1), 1),
@@ -98,7 +118,8 @@ fn call(comm: &Communicator, how: &str, is_odd: bool) -> Result<(), Error> {
         "tensor" => {
             let (first, second) = data.split_at_mut(9);
             let second = &mut second[..pick(is_odd, 8, 9)];
-            let mut batch = [Buffers::Apart(&input, first), Buffers::Apart(&input, second)];
+            let mut batch =
+                [Buffers::OutOfPlace(&input, first), Buffers::OutOfPlace(&input, second)];
             comm.run_batch(&Collective::all_gather(), &mut batch).map(drop)
         }
         "panic" => {
@@ -116,7 +137,7 @@ fn pairs(comm: &Communicator, expected: usize, each: usize) -> Result<(), Error>
     let receives = [expected, each, each];
     let to_all = Collective::all_to_all_v(&[each; 3], &receives);
     let (input, mut output) = (vec![1_f32; 3 * each], vec![0_f32; receives.iter().sum()]);
-    comm.run(&to_all, Buffers::Apart(&input, &mut output)).map(drop)
+    comm.run(&to_all, Buffers::OutOfPlace(&input, &mut output)).map(drop)
 }
 
 fn pick<T>(is_odd: bool, odd: T, other: T) -> T {
@@ -185,7 +206,7 @@ fn makings() {
         assert_eq!(error.kind(), kind, "{error}");
         assert!(says.iter().all(|part| error.to_string().contains(part)), "{error}");
         if kind == ErrorKind::Mismatch {
-            assert_eq!(error.culprits(), [0, 2], "{error}");
+            assert_eq!(error.failed_ranks(), [0, 2], "{error}");
         }
         let mut data = [1_u32; 5];
         comm.all_reduce(&mut data, ReduceOp::Sum).unwrap();

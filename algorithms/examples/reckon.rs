@@ -17,7 +17,7 @@
 
 use std::process::ExitCode;
 
-use unisum_algorithms::{Collective, CostModel, LinkCost, Shape, Topology, algorithms, cost};
+use unisum_algorithms::{CostModel, LinkCost, PlanKind, Shape, Topology, algorithms, cost};
 
 struct Request {
     model: CostModel,
@@ -99,7 +99,7 @@ impl Request {
         let group_steps = ranks > 1;
         let model = CostModel { group_steps, ..self.model };
         let shape = Shape::all_reduce(topology, (bytes / model.bytes_per_element).max(1));
-        let timed = algorithms(Collective::AllReduce)
+        let timed = algorithms(PlanKind::AllReduce)
             .iter()
             .filter(|algorithm| algorithm.supports(&shape))
             .filter_map(|algorithm| Some((cost(*algorithm, &shape, &model).ok()?, algorithm)));

@@ -5,18 +5,18 @@ use std::fmt::Debug;
 use std::ops::Range;
 
 use crate::{
-    Collective, DOUBLE_TREE, HALVING_DOUBLING, HIERARCHICAL, HIERARCHICAL_TREE, K_TREE, ONE_SHOT,
+    DOUBLE_TREE, HALVING_DOUBLING, HIERARCHICAL, HIERARCHICAL_TREE, K_TREE, ONE_SHOT, PlanKind,
     RECURSIVE_DOUBLING, RING, Rank, Shape, Step, TREE, TWO_SHOT, all_gather, all_to_all, broadcast,
     gather, reduce, reduce_scatter, scatter,
 };
 
-/// The steps of one rank, made as they are asked for.
+/// The steps of one rank, generated lazily.
 pub type Steps<'a> = Box<dyn Iterator<Item = Step> + Send + 'a>;
 
-/// A plan for every rank of the shapes of one collective that leaves each rank with what it wants;
-/// where several want the same elements, they get the same bits.
+/// A plan for every rank, for shapes of one collective, that leaves each rank with what it wants.
+/// Ranks that want the same elements get the same bits.
 pub trait Algorithm: Send + Sync + Debug {
-    /// The name to choose it by, among the algorithms of its collective.
+    /// The name that selects it among the algorithms of its collective.
     fn name(&self) -> &'static str;
 
     /// The steps of `rank`, one per round.
@@ -34,37 +34,37 @@ pub trait Algorithm: Send + Sync + Debug {
         true
     }
 
-    /// Whether every element is folded in the order of the ranks, so that the operation need not
-    /// commute (it still has to be associative). [`prove_rank_order`](crate::prove_rank_order)
-    /// proves it. True of plans that reduce nothing.
+    /// Whether every element is folded in rank order, so that the operation need not commute (it
+    /// must still be associative). [`prove_rank_order`](crate::prove_rank_order) proves it. True
+    /// for plans that reduce nothing.
     fn in_rank_order(&self) -> bool;
 }
 
 /// All algorithms of the all-reduce.
 pub fn all() -> &'static [&'static dyn Algorithm] {
-    algorithms(Collective::AllReduce)
+    algorithms(PlanKind::AllReduce)
 }
 
 /// The algorithms of a collective, whatever its root.
-pub fn algorithms(collective: Collective) -> &'static [&'static dyn Algorithm] {
+pub fn algorithms(collective: PlanKind) -> &'static [&'static dyn Algorithm] {
     match collective {
-        Collective::AllReduce => &ALL_REDUCE,
-        Collective::Reduce { .. } => &reduce::ALL,
-        Collective::Broadcast { .. } => &broadcast::ALL,
-        Collective::AllGather => &all_gather::ALL,
-        Collective::ReduceScatter => &reduce_scatter::ALL,
-        Collective::AllToAll => &all_to_all::ALL,
-        Collective::Gather { .. } => &gather::ALL,
-        Collective::Scatter { .. } => &scatter::ALL,
+        PlanKind::AllReduce => &ALL_REDUCE,
+        PlanKind::Reduce { .. } => &reduce::ALL,
+        PlanKind::Broadcast { .. } => &broadcast::ALL,
+        PlanKind::AllGather => &all_gather::ALL,
+        PlanKind::ReduceScatter => &reduce_scatter::ALL,
+        PlanKind::AllToAll => &all_to_all::ALL,
+        PlanKind::Gather { .. } => &gather::ALL,
+        PlanKind::Scatter { .. } => &scatter::ALL,
     }
 }
 
 /// The algorithm of a collective with this name.
-pub fn by_name(collective: Collective, name: &str) -> Option<&'static dyn Algorithm> {
+pub fn by_name(collective: PlanKind, name: &str) -> Option<&'static dyn Algorithm> {
     algorithms(collective).iter().copied().find(|algorithm| algorithm.name() == name)
 }
 
-/// Steps that can be taken from either end.
+/// Steps that can be iterated from either end.
 pub(crate) type Rounds<'a> = Box<dyn DoubleEndedIterator<Item = Step> + Send + 'a>;
 
 /// An algorithm of a collective other than the all-reduce: a function of the shape and the rank.
@@ -109,8 +109,8 @@ impl Algorithm for Plan {
 /// An all-reduce of `range` over the members of a group; every member calls it.
 pub(crate) type Phase = for<'a> fn(Group<'a>, Range<usize>) -> Steps<'a>;
 
-/// An algorithm that treats all ranks alike, placed so that its neighbours share a node where
-/// possible.
+/// An algorithm that treats all ranks alike, with an order of ranks in which neighbours share a
+/// node where possible.
 #[derive(Debug)]
 pub struct Flat {
     pub(crate) name: &'static str,

@@ -10,19 +10,19 @@ use simulate::Simulation;
 /// What a message costs between two ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LinkCost {
-    /// From the end of sending to the arrival, in seconds; messages overlap in it.
+    /// Time from the end of sending to the arrival, in seconds; messages overlap in it.
     pub alpha_s: f64,
-    /// For each byte, in seconds; the messages that a rank sends follow each other, and so do those
+    /// Time per byte, in seconds; the messages that a rank sends follow each other, and so do those
     /// that it receives.
     pub beta_s_per_byte: f64,
-    /// The same where a rank receives at most [`LinkCost::CACHED_BYTES`] at once: what a
-    /// processor moves it moves faster while it stays in cache.
+    /// The same for a rank that receives at most [`LinkCost::CACHED_BYTES`] at once: a processor
+    /// moves data faster while it stays in cache.
     pub beta_cached_s_per_byte: f64,
 }
 
 impl LinkCost {
-    /// What a rank may receive at once so that it stays in cache: a slice from each source, or all
-    /// of a marked step, which is not sliced.
+    /// The amount a rank may receive at once so that it stays in cache: a slice from each source,
+    /// or all of a marked step, which is not sliced.
     pub const CACHED_BYTES: usize = 256 << 10;
 
     /// A link whose bytes cost the same in every transfer.
@@ -40,7 +40,7 @@ impl LinkCost {
     }
 }
 
-/// The machine that plans are costed for.
+/// The machine for which plans are costed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CostModel {
     /// Between ranks of one node.
@@ -51,11 +51,11 @@ pub struct CostModel {
     pub links_per_node: usize,
     /// To reduce one byte of one source, in seconds.
     pub gamma_s_per_byte: f64,
-    /// Processor time of one message at each of its ends, in seconds; an end does one at a time.
+    /// Processor time of one message at each of its ends, in seconds; an end handles one at a time.
     pub message_s: f64,
-    /// Processor time of waiting for messages, in seconds, counted once for those that are
-    /// reduced together and only where ranks share cores: another rank runs meanwhile, and the
-    /// core goes there and back.
+    /// Processor time of waiting for messages, in seconds, counted once for messages that are
+    /// reduced together, and only where ranks share cores: another rank runs meanwhile, and the
+    /// core switches there and back.
     pub wait_s: f64,
     /// The size of an element.
     pub bytes_per_element: usize,
@@ -224,7 +224,7 @@ const MESSAGES_FOLLOWED: usize = 4_000_000;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Collective, Topology, algorithms};
+    use crate::{PlanKind, Topology, algorithms};
 
     #[test]
     fn extending_a_cost_in_a_straight_line_changes_little() {
@@ -234,14 +234,14 @@ mod tests {
             let whole = |kind| Shape::whole(topology.clone(), kind, 3_000_000);
             let even = |kind| Shape::even(topology.clone(), kind, 500_000);
             let shapes = [
-                whole(Collective::AllReduce),
-                whole(Collective::Reduce { root }),
-                whole(Collective::Broadcast { root }),
-                even(Collective::AllGather),
-                even(Collective::ReduceScatter),
-                even(Collective::AllToAll),
-                even(Collective::Gather { root }),
-                even(Collective::Scatter { root }),
+                whole(PlanKind::AllReduce),
+                whole(PlanKind::Reduce { root }),
+                whole(PlanKind::Broadcast { root }),
+                even(PlanKind::AllGather),
+                even(PlanKind::ReduceScatter),
+                even(PlanKind::AllToAll),
+                even(PlanKind::Gather { root }),
+                even(PlanKind::Scatter { root }),
             ];
             for shape in &shapes {
                 for algorithm in algorithms(shape.collective) {

@@ -12,19 +12,19 @@
 //!
 //! ```
 //! use unisum_algorithms::{
-//!     Collective, CostModel, Shape, Topology, algorithms, by_name, cost, prove, slice,
+//!     PlanKind, CostModel, Shape, Topology, algorithms, by_name, cost, prove, slice,
 //! };
 //!
 //! // Two nodes, with two and three ranks; a million elements.
 //! let shape = Shape::all_reduce(Topology::nodes(&[2, 3]), 1_000_000);
-//! let ring = by_name(Collective::AllReduce, "ring").unwrap();
+//! let ring = by_name(PlanKind::AllReduce, "ring").unwrap();
 //! prove(ring, &shape)?;
 //!
 //! let plan = slice(ring.steps(&shape, 0), 65_536);
 //! assert_eq!(plan[0].outgoing[0].to, 1);
 //!
 //! let model = CostModel::default();
-//! let all = algorithms(Collective::AllReduce).iter();
+//! let all = algorithms(PlanKind::AllReduce).iter();
 //! let costs = all.map(|algorithm| cost(*algorithm, &shape, &model));
 //! let seconds: Vec<f64> = costs.collect::<Result<_, _>>()?;
 //! assert!(seconds.iter().all(|s| *s > 0.0));
@@ -64,7 +64,7 @@ pub use doubling::{HALVING_DOUBLING, RECURSIVE_DOUBLING};
 pub use hierarchical::{HIERARCHICAL, HIERARCHICAL_TREE, Hierarchical};
 pub use prove::{Fault, prove, prove_each, prove_plans, prove_rank_order};
 pub use ring::RING;
-pub use shape::{Collective, PAIR_STRIDE, PairCounts, Shape, Space};
+pub use shape::{PAIR_STRIDE, PairCounts, PlanKind, Shape, Space};
 pub use slice::slice;
 pub use step::{Incoming, OnArrival, Outgoing, Pattern, Scope, Step};
 pub use topology::Topology;

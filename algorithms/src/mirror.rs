@@ -5,11 +5,11 @@ use crate::{Incoming, OnArrival, Outgoing, Rank, Step};
 
 /// The rounds in reverse order, with every transfer the other way round.
 ///
-/// Data that spreads from one rank to others, run backwards, comes from those ranks to the one. So
-/// where each rank stores each element once at most and before it sends it on, the mirror with
-/// `Reduce` turns a broadcast into a reduce and an all-gather into a reduce-scatter: each rank
-/// folds what it got into what it has, once, and hands it on. With `Store` it turns a scatter into
-/// a gather.
+/// Data that spreads from one rank to others flows, run backwards, from those ranks to the one. If
+/// each rank stores each element at most once, and before it sends it on, the mirror with `Reduce`
+/// therefore turns a broadcast into a reduce and an all-gather into a reduce-scatter: each rank
+/// folds what it received into what it has, once, and sends it on. With `Store`, it turns a scatter
+/// into a gather.
 ///
 /// Source: Chan, Heimlich, Purkayastha and van de Geijn, "Collective communication: theory,
 /// practice, and experience", Concurrency and Computation 19(13), 2007, section 4 (the duals).

@@ -1,4 +1,4 @@
-//! Proof by execution that plans are the collective they are for.
+//! Proof by execution that plans implement their collective.
 
 mod fault;
 mod marks;
@@ -16,25 +16,25 @@ use run::Run;
 /// steps.
 ///
 /// Executes the plans of all ranks on symbolic values, so the answer is exact and holds for every
-/// commutative operation, associative or not: each rank ends with every contribution to the
-/// elements it wants, each counted exactly once; all ranks that want an element fold it in the same
-/// order and therefore get the same bits; no rank sends or reduces what it has no value of; nothing
-/// deadlocks with rendezvous sends, both ends agree on every transfer, and the marks are truthful.
-/// Cost: a few hundred nanoseconds for each transfer and piece of a range; independent of the
-/// element count.
+/// commutative operation, associative or not. Each rank ends with every contribution to the
+/// elements it wants, each counted exactly once. All ranks that want an element fold it in the same
+/// order and therefore get the same bits. No rank sends or reduces an element of which it has no
+/// value. Nothing deadlocks with rendezvous sends, both ends agree on every transfer, and the marks
+/// are truthful. Cost: a few hundred nanoseconds for each transfer and piece of a range,
+/// independent of the element count.
 ///
 /// # Errors
 /// The first [`Fault`] found.
 ///
 /// # Panics
-/// If the algorithm does not support the shape, or the shape is that of one rank: see
+/// If the algorithm does not support the shape, or the shape is that of a single rank: see
 /// [`prove_each`].
 pub fn prove(algorithm: &dyn Algorithm, shape: &Shape) -> Result<(), Fault> {
     prove_all(algorithm, &Shapes::Shared(shape), false)
 }
 
-/// As [`prove`], for an all-to-all whose ranks know only their own lengths: the shape of each rank,
-/// in rank order.
+/// Like [`prove`], for an all-to-all whose ranks know only their own lengths: takes the shape of
+/// each rank, in rank order.
 ///
 /// # Errors
 /// The first [`Fault`] found.
@@ -46,8 +46,8 @@ pub fn prove_each(algorithm: &dyn Algorithm, shapes: &[Shape]) -> Result<(), Fau
     prove_all(algorithm, &Shapes::Each(shapes), false)
 }
 
-/// As [`prove`], and that every element is folded in rank order: right for operations that do not
-/// commute.
+/// Like [`prove`], and proves that every element is folded in rank order, as operations that do not
+/// commute require.
 ///
 /// # Errors
 /// The first [`Fault`] found.

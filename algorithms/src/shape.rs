@@ -7,7 +7,7 @@ use crate::{Rank, Topology};
 
 /// A collective operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Collective {
+pub enum PlanKind {
     /// Every rank has all elements, and ends with their reduction.
     AllReduce,
     /// Every rank has all elements; `root` ends with their reduction.
@@ -38,7 +38,7 @@ pub enum Collective {
     },
 }
 
-impl Collective {
+impl PlanKind {
     /// The rank at which all elements begin or end, where there is one.
     pub const fn root(self) -> Option<Rank> {
         match self {
@@ -51,23 +51,23 @@ impl Collective {
     }
 }
 
-/// What a plan depends on, besides the algorithm and the rank; also the key of a plan cache.
+/// What a plan depends on besides the algorithm and the rank; also the key of a plan cache.
 ///
-/// A rank *contributes* some elements of the space: it begins with a value of them. It *wants*
-/// some: it has to end with the reduction of all contributions to them. Elsewhere it has no value
-/// until one arrives, and may hold any.
+/// A rank *contributes* some elements of the space: it begins with a value for them. It *wants*
+/// some: it must end with the reduction of all contributions to them. For other elements, it has no
+/// value until one arrives, and may hold any.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// Where the ranks live.
     pub topology: Topology,
     /// What they do.
-    pub collective: Collective,
+    pub collective: PlanKind,
     /// The elements, numbered alike on all ranks.
     pub space: Space,
 }
 
-/// The elements of a collective. All ranks have the same numbers for them; where a rank keeps them
-/// in memory is the executor's affair.
+/// The elements of a collective. All ranks number them in the same way; the executor decides where
+/// a rank keeps them in memory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Space {
     /// All-reduce, reduce, broadcast: the elements from 0 to this count.
@@ -83,11 +83,11 @@ pub enum Space {
 /// How long the blocks of an all-to-all are, in elements.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum PairCounts {
-    /// All alike.
+    /// All equal.
     Uniform(usize),
     /// Any: a rank knows only its own row and column, so that each rank has a shape of its own.
     Own {
-        /// Whose lengths they are.
+        /// The rank whose lengths they are.
         rank: Rank,
         /// To each rank.
         sends: Arc<[usize]>,
@@ -106,7 +106,7 @@ const _: () = assert!(usize::BITS >= 64, "the blocks of an all-to-all are number
 impl Shape {
     /// An all-reduce of `count` elements.
     pub fn all_reduce(topology: Topology, count: usize) -> Self {
-        Self::whole(topology, Collective::AllReduce, count)
+        Self::whole(topology, PlanKind::AllReduce, count)
     }
 
     /// An all-reduce of `count` elements among `world` ranks on one node.
@@ -118,8 +118,8 @@ impl Shape {
     ///
     /// # Panics
     /// If it is another collective, or its root is not below the world.
-    pub fn whole(topology: Topology, collective: Collective, count: usize) -> Self {
-        use Collective::{AllReduce, Broadcast, Reduce};
+    pub fn whole(topology: Topology, collective: PlanKind, count: usize) -> Self {
+        use PlanKind::{AllReduce, Broadcast, Reduce};
         assert!(matches!(collective, AllReduce | Reduce { .. } | Broadcast { .. }));
         Self::new(topology, collective, Space::Whole(count))
     }
@@ -130,8 +130,8 @@ impl Shape {
     /// # Panics
     /// If the collective has no blocks, its root is not below the world, or `each` is above
     /// [`PAIR_STRIDE`] in an all-to-all.
-    pub fn even(topology: Topology, collective: Collective, each: usize) -> Self {
-        if collective == Collective::AllToAll {
+    pub fn even(topology: Topology, collective: PlanKind, each: usize) -> Self {
+        if collective == PlanKind::AllToAll {
             assert!(each <= PAIR_STRIDE, "a block of {each} elements");
             return Self::new(topology, collective, Space::Pairs(PairCounts::Uniform(each)));
         }
@@ -145,8 +145,8 @@ impl Shape {
     /// # Panics
     /// If it is another collective, its root is not below the world, or there is not one length
     /// for each rank.
-    pub fn blocks(topology: Topology, collective: Collective, lengths: &[usize]) -> Self {
-        use Collective::{AllGather, Gather, ReduceScatter, Scatter};
+    pub fn blocks(topology: Topology, collective: PlanKind, lengths: &[usize]) -> Self {
+        use PlanKind::{AllGather, Gather, ReduceScatter, Scatter};
         assert!(matches!(collective, AllGather | ReduceScatter | Gather { .. } | Scatter { .. }));
         assert_eq!(lengths.len(), topology.world(), "one block for each rank");
         let mut end = 0;
@@ -170,10 +170,10 @@ impl Shape {
         assert_eq!(sends[rank], receives[rank], "what a rank sends to itself it receives");
         assert!(sends.iter().chain(receives).all(|&length| length <= PAIR_STRIDE));
         let counts = PairCounts::Own { rank, sends: sends.into(), receives: receives.into() };
-        Self::new(topology, Collective::AllToAll, Space::Pairs(counts))
+        Self::new(topology, PlanKind::AllToAll, Space::Pairs(counts))
     }
 
-    fn new(topology: Topology, collective: Collective, space: Space) -> Self {
+    fn new(topology: Topology, collective: PlanKind, space: Space) -> Self {
         assert!(collective.root().is_none_or(|root| root < topology.world()), "{collective:?}");
         Self { topology, collective, space }
     }
@@ -188,7 +188,7 @@ impl Shape {
     /// # Panics
     /// In an all-to-all whose lengths are those of another rank.
     pub fn contributes(&self, rank: Rank) -> Vec<Range<usize>> {
-        use Collective::{
+        use PlanKind::{
             AllGather, AllReduce, AllToAll, Broadcast, Gather, Reduce, ReduceScatter, Scatter,
         };
         match self.collective {
@@ -205,7 +205,7 @@ impl Shape {
     /// # Panics
     /// In an all-to-all whose lengths are those of another rank.
     pub fn wants(&self, rank: Rank) -> Vec<Range<usize>> {
-        use Collective::{
+        use PlanKind::{
             AllGather, AllReduce, AllToAll, Broadcast, Gather, Reduce, ReduceScatter, Scatter,
         };
         match self.collective {

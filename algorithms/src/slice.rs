@@ -13,16 +13,16 @@ use crate::{Incoming, Outgoing, Pattern, Step};
 /// while slice k+1 arrives. Empty transfers and empty steps are dropped.
 ///
 /// A step with a mark is a wall, and so is one of [`Pattern::Wall`]: no sub-step of an earlier
-/// round comes after it and none of a later round before it, because it divides or joins ranges and
-/// slice numbers lose their meaning. Its own sub-steps are [`Pattern::Pairs`]. To run a marked step
-/// as a group step, leave it whole and slice only the runs of steps between such steps.
+/// round comes after it and none of a later round before it, because it splits or merges ranges,
+/// and slice numbers lose their meaning. Its own sub-steps are [`Pattern::Pairs`]. To run a marked
+/// step as a group step, leave it whole, and slice only the runs of steps between such steps.
 ///
-/// Every rank orders by the same key and cuts the same ranges in the same way. So transfers between
-/// two ranks come in the same order on both ends, and an executor with a window of one open
-/// sub-step and rendezvous sends does not deadlock: the unfinished sub-step with the least key
-/// finds its partners at that same key. Within a run of `Pairs` steps a range must be sent on as it
-/// came or untouched by earlier rounds, or a slice could overtake the slice it depends on;
-/// [`prove`](crate::prove) checks this for every algorithm.
+/// Every rank orders by the same key and cuts the same ranges in the same way. Transfers between
+/// two ranks therefore come in the same order on both ends, and an executor with a window of one
+/// open sub-step and rendezvous sends does not deadlock: the unfinished sub-step with the least key
+/// finds its partners at that same key. Within a run of `Pairs` steps, a range must be sent on as
+/// it came, or untouched by earlier rounds; otherwise a slice could overtake the slice it depends
+/// on. [`prove`](crate::prove) checks this for every algorithm.
 pub fn slice(steps: impl Iterator<Item = Step>, max_elements: usize) -> Vec<Step> {
     let mut keyed = Vec::new();
     let mut segment = 0;

@@ -41,7 +41,7 @@ pub struct Incoming {
 /// All but `Pairs` and `Wall` name a group, see [`Step::members`]. All its members run the same
 /// pattern in this round, so that an executor with shared memory can run it as one group step (a
 /// barrier and a fold, or a copy and a barrier) instead of pairwise transfers. The transfers are
-/// listed all the same, so that any other executor may run them pairwise.
+/// listed as well, so that any other executor may run them pairwise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pattern {
     /// Nothing: only the listed transfers.
@@ -62,13 +62,13 @@ pub enum Pattern {
     /// Any transfers among exactly the ranks of the scope, each of which carries the mark, with
     /// transfers or without.
     ///
-    /// No member receives, stored or reduced, into what it sends in this step. So with shared
-    /// memory the members enter, each takes what comes to it straight from the senders' memory (a
+    /// No member receives, stored or reduced, into what it sends in this step. With shared memory,
+    /// the members therefore enter, each reads its operands directly from the senders' memory (a
     /// copy, or one fold of all sources in rank order), and they arrive.
     Direct(Scope),
 }
 
-/// Whom a [`Pattern::Direct`] is among; two ranks or more.
+/// The ranks of a [`Pattern::Direct`]; two or more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// All ranks.
@@ -79,7 +79,7 @@ pub enum Scope {
 
 /// One rank's part of one round.
 ///
-/// Sends read the values of before the step. A `Reduce` into a range that is being sent is legal
+/// Sends read the values from before the step. A `Reduce` into a range that is being sent is legal
 /// (arrivals land in a slot first); a `Store` into one is a fault. Empty ranges are legal and never
 /// sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

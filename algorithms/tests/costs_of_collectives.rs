@@ -3,7 +3,7 @@
 mod support;
 
 use support::{collectives, even, seconds};
-use unisum_algorithms::Collective::{
+use unisum_algorithms::PlanKind::{
     self, AllGather, AllToAll, Broadcast, Gather, Reduce, ReduceScatter, Scatter,
 };
 use unisum_algorithms::{CostModel, Shape, Topology, algorithms, cost};
@@ -106,7 +106,7 @@ fn trees_gather_and_scatter_small_blocks_of_many_ranks() {
 #[test]
 fn one_step_in_shared_memory_beats_everything_else() {
     let topology = Topology::flat(16);
-    for collective in collectives(0).into_iter().filter(|kind| *kind != Collective::AllReduce) {
+    for collective in collectives(0).into_iter().filter(|kind| *kind != PlanKind::AllReduce) {
         for count in [1, 256 << 10] {
             let model = CostModel { ranks_per_core: 4.0, ..CostModel::default() };
             let shape = even(&topology, collective, count);

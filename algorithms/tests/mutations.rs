@@ -4,7 +4,7 @@ mod support;
 
 use support::{collectives, even};
 use unisum_algorithms::{
-    Collective, Fault, Incoming, OnArrival, Outgoing, Pattern, RING, Scope, Shape, Step, Topology,
+    Fault, Incoming, OnArrival, Outgoing, Pattern, PlanKind, RING, Scope, Shape, Step, Topology,
     algorithms, by_name, prove_plans, prove_rank_order,
 };
 
@@ -31,12 +31,12 @@ fn fault_in(shape: &Shape, name: &str, mutate: impl FnOnce(&mut Vec<Vec<Step>>))
 }
 
 /// A shape of four ranks with COUNT elements in all, or 16 in each block.
-fn four(collective: Collective) -> Shape {
+fn four(collective: PlanKind) -> Shape {
     even(&Topology::flat(4), collective, if is_whole(collective) { COUNT } else { COUNT / 4 })
 }
 
-fn is_whole(collective: Collective) -> bool {
-    use Collective::{AllReduce, Broadcast, Reduce};
+fn is_whole(collective: PlanKind) -> bool {
+    use PlanKind::{AllReduce, Broadcast, Reduce};
     matches!(collective, AllReduce | Broadcast { .. } | Reduce { .. })
 }
 
@@ -218,7 +218,7 @@ fn a_plan_for_another_root_is_caught() {
 
 #[test]
 fn a_block_that_a_rank_does_not_have_is_not_sent() {
-    let gather = four(Collective::Gather { root: 3 });
+    let gather = four(PlanKind::Gather { root: 3 });
     let fault = fault_in(&gather, "direct", |plans| {
         plans[0][0].outgoing[0].elements = 16..32;
         plans[3][0].incoming[0].elements = 16..32;
@@ -230,7 +230,7 @@ fn a_block_that_a_rank_does_not_have_is_not_sent() {
 
 #[test]
 fn swapped_blocks_are_caught() {
-    let scatter = four(Collective::Scatter { root: 0 });
+    let scatter = four(PlanKind::Scatter { root: 0 });
     let fault = fault_in(&scatter, "direct", |plans| {
         plans[0][0].outgoing[0].elements = 32..48;
         plans[0][0].outgoing[1].elements = 16..32;
@@ -238,7 +238,7 @@ fn swapped_blocks_are_caught() {
         plans[2][0].incoming[0].elements = 16..32;
     });
     assert_eq!(fault, Fault::Missing { rank: 1, input: 0, element: 16 });
-    let all_to_all = four(Collective::AllToAll);
+    let all_to_all = four(PlanKind::AllToAll);
     let swap = |plans: &mut Vec<Vec<Step>>| {
         let (a, b) = (all_to_all.pair(0, 1), all_to_all.pair(0, 2));
         plans[0][0].outgoing[0].elements = b.clone();
@@ -253,7 +253,7 @@ fn swapped_blocks_are_caught() {
 #[test]
 fn a_fold_into_nothing_is_caught() {
     for name in ["tree", "direct"] {
-        let fault = fault_in(&four(Collective::Broadcast { root: 0 }), name, |plans| {
+        let fault = fault_in(&four(PlanKind::Broadcast { root: 0 }), name, |plans| {
             plans[2].iter_mut().flat_map(|step| &mut step.incoming).for_each(|arrival| {
                 arrival.on_arrival = OnArrival::Reduce;
             });
@@ -264,8 +264,8 @@ fn a_fold_into_nothing_is_caught() {
 
 #[test]
 fn a_reduce_done_twice_is_caught() {
-    for algorithm in algorithms(Collective::Reduce { root: 2 }) {
-        let fault = fault_in(&four(Collective::Reduce { root: 2 }), algorithm.name(), |plans| {
+    for algorithm in algorithms(PlanKind::Reduce { root: 2 }) {
+        let fault = fault_in(&four(PlanKind::Reduce { root: 2 }), algorithm.name(), |plans| {
             plans.iter_mut().for_each(|plan| plan.extend(plan.clone()));
         });
         assert!(matches!(fault, Fault::CountedTwice { .. }), "{}: {fault}", algorithm.name());
@@ -278,14 +278,14 @@ fn false_direct_marks_are_caught() {
         Fault::Mark { pattern: Pattern::Direct(_), why, .. } => why,
         _ => panic!("{fault}"),
     };
-    let gather = four(Collective::AllGather);
+    let gather = four(PlanKind::AllGather);
     let fault = fault_in(&gather, "direct", |plans| plans[2][0].pattern = Pattern::Pairs);
     assert_eq!(why(fault), "a member runs another pattern");
-    let fault = fault_in(&four(Collective::AllReduce), "recursive-doubling", |plans| {
+    let fault = fault_in(&four(PlanKind::AllReduce), "recursive-doubling", |plans| {
         plans.iter_mut().for_each(|plan| plan[0].pattern = Pattern::Direct(Scope::World));
     });
     assert_eq!(why(fault), "it receives into what others read");
-    let nodes = even(&Topology::nodes(&[2, 1, 2]), Collective::AllGather, 16);
+    let nodes = even(&Topology::nodes(&[2, 1, 2]), PlanKind::AllGather, 16);
     let direct_in_nodes = |plans: &mut Vec<Vec<Step>>| {
         plans.iter_mut().for_each(|plan| plan[0].pattern = Pattern::Direct(Scope::Node));
     };
@@ -298,7 +298,7 @@ fn false_direct_marks_are_caught() {
 
 #[test]
 fn a_wall_that_only_some_ranks_have_is_caught() {
-    let fault = fault_in(&four(Collective::AllGather), "doubling", |plans| {
+    let fault = fault_in(&four(PlanKind::AllGather), "doubling", |plans| {
         plans[1][0].pattern = Pattern::Pairs;
     });
     assert!(matches!(fault, Fault::Mark { pattern: Pattern::Wall, round: 0, .. }), "{fault}");
@@ -313,7 +313,7 @@ fn another_order_than_that_of_the_ranks_is_caught() {
 
 #[test]
 fn elements_beyond_the_block_of_a_pair_are_caught() {
-    let shape = four(Collective::AllToAll);
+    let shape = four(PlanKind::AllToAll);
     let fault = fault_in(&shape, "pairwise", |plans| plans[3][1].outgoing[0].elements.end += 1);
     assert!(matches!(fault, Fault::Bounds { rank: 3, round: 1, .. }), "{fault}");
     // A rank knows only its own lengths.

@@ -6,7 +6,7 @@ mod support;
 use proptest::prelude::*;
 use support::{collectives, even, with_every_root};
 use unisum_algorithms::{
-    Algorithm, Collective, Fault, Pattern, Shape, Step, Topology, algorithms, prove, prove_each,
+    Algorithm, Fault, Pattern, PlanKind, Shape, Step, Topology, algorithms, prove, prove_each,
     prove_plans, prove_rank_order, slice,
 };
 
@@ -17,7 +17,7 @@ fn assert_proven(algorithm: &dyn Algorithm, shape: &Shape) {
 
 #[test]
 fn every_all_reduce_counts_each_input_once_in_the_same_order() {
-    for algorithm in algorithms(Collective::AllReduce) {
+    for algorithm in algorithms(PlanKind::AllReduce) {
         for world in 1..=33 {
             for count in [0, 1, world - 1, world, world + 1, 100_000] {
                 assert_proven(*algorithm, &Shape::flat(world, count));
@@ -175,7 +175,7 @@ fn lengths(count: usize) -> impl Strategy<Value = Vec<usize>> {
 
 /// Any shape whose blocks are those of all ranks; those of an all-to-all are alike.
 fn shapes(most: usize) -> impl Strategy<Value = Shape> {
-    use Collective::{AllGather, Gather, ReduceScatter, Scatter};
+    use PlanKind::{AllGather, Gather, ReduceScatter, Scatter};
     let parts = (topologies(most), 0usize..8, any::<prop::sample::Index>(), 0usize..3000);
     parts.prop_flat_map(|(topology, kind, root, count)| {
         let collective = collectives(root.index(topology.world()))[kind];
@@ -210,7 +210,7 @@ proptest! {
     #[test]
     fn scattered_placements_are_proven(topology in topologies(64), count in 0usize..3000) {
         let shape = Shape::all_reduce(topology, count);
-        for algorithm in algorithms(Collective::AllReduce) {
+        for algorithm in algorithms(PlanKind::AllReduce) {
             prop_assert_eq!(prove(*algorithm, &shape), Ok(()), "{}", algorithm.name());
         }
     }
@@ -219,7 +219,7 @@ proptest! {
     fn an_all_to_all_of_any_lengths_is_proven(shapes in exchanges()) {
         let supported = |it: &&&dyn Algorithm| it.supports(&shapes[0]);
         let mut proven = 0;
-        for algorithm in algorithms(Collective::AllToAll).iter().filter(supported) {
+        for algorithm in algorithms(PlanKind::AllToAll).iter().filter(supported) {
             prop_assert_eq!(prove_each(*algorithm, &shapes), Ok(()), "{}", algorithm.name());
             proven += 1;
         }

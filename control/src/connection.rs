@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::fork::ParentOnly;
+use unisum_link::secure::{Proven, Session};
 
 use super::message::{Message, MessageError};
 
@@ -21,7 +22,12 @@ const PROBES: u32 = 8;
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: ParentOnly<TcpStream>,
+    /// The keys, unless it is in clear text.
+    session: Option<Box<Session>>,
     inbound: BytesMut,
+    /// Received and not opened: less than a record, after each [`Connection::receive`].
+    sealed: BytesMut,
+    /// In clear text, or sealed already.
     outbound: VecDeque<Bytes>,
     finishing: bool,
 }
@@ -44,7 +50,8 @@ impl Connection {
     ///
     /// # Errors
     /// If the kernel refuses an option.
-    pub(super) fn new(stream: ParentOnly<TcpStream>, limit: Duration) -> io::Result<Self> {
+    pub(super) fn new(proven: Proven, limit: Duration) -> io::Result<Self> {
+        let Proven { stream, session, early } = proven;
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
         let socket = SockRef::from(&*stream);
@@ -52,7 +59,9 @@ impl Connection {
         let keepalive =
             TcpKeepalive::new().with_time(period).with_interval(period).with_retries(PROBES);
         socket.set_tcp_keepalive(&keepalive)?;
-        Ok(Self { stream, inbound: BytesMut::new(), outbound: VecDeque::new(), finishing: false })
+        let (inbound, sealed) = (BytesMut::from(&early[..]), BytesMut::new());
+        let outbound = VecDeque::new();
+        Ok(Self { stream, session, inbound, sealed, outbound, finishing: false })
     }
 
     pub(super) fn stream(&self) -> &TcpStream {
@@ -61,6 +70,14 @@ impl Connection {
 
     /// Queues encoded messages for [`Connection::flush`].
     pub(super) fn queue(&mut self, encoded: Bytes) {
+        let encoded = match &mut self.session {
+            None => encoded,
+            Some(session) => {
+                let mut sealed = Vec::new();
+                session.seal(&encoded, &mut sealed);
+                sealed.into()
+            }
+        };
         self.outbound.push_back(encoded);
     }
 
@@ -107,15 +124,22 @@ impl Connection {
         }
     }
 
-    /// Reads once, at most [`READ_BYTES`]. The messages are taken with [`Connection::next`].
+    /// Reads once, at most [`READ_BYTES`], and opens all whole records, so that nothing waits here
+    /// of which no event would tell. The messages are taken with [`Connection::next`].
     ///
     /// # Errors
-    /// If the connection is broken.
+    /// If the connection is broken, or what came was altered on its way.
     pub(super) fn receive(&mut self) -> io::Result<Received> {
-        let filled = self.inbound.len();
-        self.inbound.resize(filled + READ_BYTES, 0);
-        let result = self.stream.read(&mut self.inbound[filled..]);
-        self.inbound.truncate(filled + *result.as_ref().unwrap_or(&0));
+        let Self { stream, session, inbound, sealed, .. } = self;
+        let into = if session.is_some() { &mut *sealed } else { &mut *inbound };
+        let filled = into.len();
+        into.resize(filled + READ_BYTES, 0);
+        let result = stream.read(&mut into[filled..]);
+        into.truncate(filled + *result.as_ref().unwrap_or(&0));
+        if let Some(session) = session {
+            let taken = session.open(sealed, inbound).map_err(io::Error::other)?;
+            sealed.advance(taken);
+        }
         match result {
             Ok(0) => Ok(Received::Ended),
             Ok(_) => Ok(Received::More),

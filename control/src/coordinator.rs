@@ -2,6 +2,7 @@
 //! goes in, messages come out, and time is an argument.
 
 mod parting;
+mod questions;
 mod waited;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -9,11 +10,11 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::{Collective, Rank};
+use unisum_link::Rank;
 
+use self::questions::{Overdue, Query};
 use self::waited::Waited;
 use super::hearing::Hearing;
-use super::inquest::{self, Account};
 use super::message::{Concern, Message};
 use super::round::Round;
 use super::status::{Lasts, Snapshot};
@@ -21,13 +22,13 @@ use super::verdict::{Finding, Report, Verdict};
 
 /// How long a rank that is accused of a failed link may take to turn out dead, or gone.
 const GRACE: Duration = Duration::from_millis(300);
+/// The same for one whose host acknowledges nothing: until its pulse has stopped as well, which is
+/// felt a second or two later, and all are known that were lost with it.
+const CUT_GRACE: Duration = Duration::from_secs(4);
 /// How long ranks that had not come when the start failed may come to hear why.
 const LATECOMER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long ranks may take to say what they are doing.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Who takes so long over an answer, which a thread that does nothing else gives, was stopped.
-const LATE_ANSWER: Duration = Duration::from_millis(250);
 
 /// How long ranks may take to come to one that coordinates in another's place.
 const HEIR_TIMEOUT: Duration = Duration::from_secs(3);
@@ -83,6 +84,8 @@ pub(super) struct Coordinator {
     awaited_latecomers: bool,
     /// How long an exchange has been waiting, and what is known of those that it waits for.
     waited: Waited,
+    /// What was warned of that may yet go on.
+    warned: String,
     verdict: Option<Verdict>,
     outputs: VecDeque<Output>,
 }
@@ -113,26 +116,6 @@ struct Accusation {
     until: Instant,
 }
 
-/// The newest question what all ranks are doing.
-#[derive(Debug)]
-struct Query {
-    number: u32,
-    asked: Option<Instant>,
-    /// By rank, and whether it took long over it.
-    answers: Vec<Option<(Snapshot, bool)>>,
-    open: Option<Overdue>,
-}
-
-/// The call that made a query necessary.
-#[derive(Clone, Debug)]
-struct Overdue {
-    concern: Concern,
-    by: Rank,
-    until: Instant,
-    /// Whether the call may go on if all ranks are in it: it is late and not overdue.
-    patient: bool,
-}
-
 impl Coordinator {
     /// The coordinator of a world in which rank 0 is alone as yet.
     pub(super) fn new(session: [u8; 16], world: usize, connect_timeout: Duration) -> Self {
@@ -146,13 +129,14 @@ impl Coordinator {
             round: Round::new(world),
             deaths: Vec::new(),
             accusations: Vec::new(),
-            query: Query { number: 0, asked: None, answers: vec![None; world], open: None },
+            query: Query::new(world),
             hearing: None,
             parted: BTreeMap::new(),
             waiting: HashMap::new(),
             awaits_until: None,
             awaited_latecomers: false,
             waited: Waited::default(),
+            warned: String::new(),
             verdict: None,
             outputs: VecDeque::new(),
         }
@@ -276,7 +260,7 @@ impl Coordinator {
             (Message::Concluded(verdict), _) => self.conclude(verdict),
             (Message::Overdue(concern), _) => self.ask(from, concern, false, now),
             (Message::Stalled(concern), _) => self.ask(from, concern, true, now),
-            (Message::Status { query, snapshot }, _) => self.answered(from, query, snapshot, now),
+            (Message::Status { query, doing }, _) => self.answered(from, query, doing, now),
             (Message::Parted { communicator, last }, _) => self.parted(from, communicator, last),
             (Message::Missing { round, millis }, _) => self.given_up(round, millis, now),
             // What others send the thread of rank 0 has taken; nobody keeps lines in its place.
@@ -317,12 +301,6 @@ impl Coordinator {
         }
     }
 
-    /// Whether ranks are being asked why a call is overdue: then links fail because some have given
-    /// up already.
-    fn is_asking(&self) -> bool {
-        self.query.open.as_ref().is_some_and(|overdue| !overdue.patient)
-    }
-
     /// When [`Coordinator::tick`] has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let is_asking = self.is_asking();
@@ -359,7 +337,7 @@ impl Coordinator {
         self.deaths.clear();
         self.waited = Waited::default();
         self.accusations.clear();
-        self.query.open = None;
+        (self.query.open, self.query.next) = (None, None);
         self.tell_all(vec![Message::Verdict(verdict)]);
     }
 
@@ -404,7 +382,7 @@ impl Coordinator {
                 self.ask_what(communicator, &ranks, Some(report.verdict(by)), now);
             }
             // What a rank says of itself needs no other explanation.
-            Some(_) if report.finding != Finding::LinkFailed || against == by => {
+            Some(_) if !report.finding.is_of_link() || against == by => {
                 self.conclude(report.verdict(by));
             }
             Some(presence)
@@ -413,8 +391,23 @@ impl Coordinator {
             {
                 self.conclude(self.has_left(report.communicator, against));
             }
-            Some(_) => self.accusations.push(Accusation { by, report, until: now + GRACE }),
+            Some(_) => {
+                let until = match report.finding {
+                    Finding::Cut => self.cut_is_certain_at(now),
+                    _ => now + GRACE,
+                };
+                self.accusations.push(Accusation { by, report, until });
+            }
         }
+    }
+
+    /// When nothing is expected any more that explains why two ranks do not reach each other. At a
+    /// start that is before those who wait for them give up: a connection may take half of the
+    /// connect timeout, and measuring three quarters.
+    fn cut_is_certain_at(&self, now: Instant) -> Instant {
+        let is_start = self.round.until.is_some();
+        let most = if is_start { self.connect_timeout / 8 } else { CUT_GRACE };
+        now + CUT_GRACE.min(most).max(GRACE)
     }
 
     /// Asks ranks what they called last in a communicator; `verdict` is concluded if nothing more
@@ -452,96 +445,6 @@ impl Coordinator {
     fn end(&mut self, hearing: Hearing) {
         if let Some(verdict) = hearing.verdict() {
             self.conclude(verdict);
-        }
-    }
-
-    /// Starts to find out why a call takes so long, unless that is under way.
-    fn ask(&mut self, by: Rank, concern: Concern, patient: bool, now: Instant) {
-        let communicator = concern.call.communicator;
-        if patient && concern.call.collective == Collective::Message {
-            return self.look_who_sends(by, &concern);
-        }
-        if patient {
-            let lowest = concern.ranks.iter().min().copied().unwrap_or(0);
-            self.waiting.insert((communicator, lowest), (by, concern.clone()));
-            self.look_who_is_gone(communicator);
-        }
-        if let Some(open) = &mut self.query.open {
-            let same = open.concern.call.communicator == concern.call.communicator;
-            if same && open.patient && !patient {
-                (open.by, open.concern, open.patient) = (by, concern, false);
-                return;
-            }
-            // Who is merely late asks once and is not answered; who is overdue asks for another
-            // communicator instead.
-            if same || patient || !open.patient {
-                return;
-            }
-        }
-        if self.verdict.is_some() {
-            return;
-        }
-        let number = self.query.number.wrapping_add(1);
-        let open = Some(Overdue { concern, by, until: now + ANSWER_TIMEOUT, patient });
-        let answers = vec![None; self.presence.len()];
-        self.query = Query { number, asked: Some(now), answers, open };
-        self.tell_all(vec![Message::StatusRequest { query: number, communicator }]);
-    }
-
-    fn answered(&mut self, from: Rank, query: u32, snapshot: Snapshot, now: Instant) {
-        if query == self.query.number {
-            let took = self.query.asked.map_or(Duration::ZERO, |asked| now - asked);
-            self.query.answers[from] = Some((snapshot, took >= LATE_ANSWER));
-            self.decide_if_all_answered(now);
-        }
-    }
-
-    fn decide_if_all_answered(&mut self, now: Instant) {
-        let mut ranks = self.presence.iter().zip(&self.query.answers);
-        let is_away = |presence: &Presence| matches!(presence, Presence::Left | Presence::Gone);
-        if ranks.all(|(presence, answer)| answer.is_some() || is_away(presence)) {
-            self.decide(now);
-        }
-    }
-
-    fn decide(&mut self, now: Instant) {
-        let Some(Overdue { concern, by, patient, .. }) = self.query.open.take() else {
-            return;
-        };
-        let parted = self.parted.get(&concern.call.communicator);
-        let last = |rank| parted.and_then(|parted| parted.get(&rank)).copied();
-        let account = |rank| match (self.presence[rank], last(rank), self.query.answers[rank]) {
-            (_, Some(last), _) => Account::Left(last),
-            // What it did in a group may be forgotten, or known to an earlier coordinator only.
-            (Presence::Left | Presence::Gone, None, _) => Account::Gone,
-            (_, None, Some((snapshot, false))) => Account::Here(snapshot),
-            // While it was stopped the others waited; what it does now is of another moment.
-            (_, None, Some((snapshot, true))) => Account::Late(snapshot),
-            (_, None, None) => Account::Silent,
-        };
-        let mut accounts: Vec<_> = (0..self.presence.len()).map(account).collect();
-        let ranks = &concern.ranks;
-        if !ranks.is_empty() {
-            let apart = accounts.iter_mut().enumerate().filter(|(rank, _)| !ranks.contains(rank));
-            apart.for_each(|(_, account)| *account = Account::Apart);
-        }
-        if patient {
-            // Who has all it waited for may be in a later call than the one that differs.
-            let verdict = inquest::contradiction(by, &accounts);
-            let here = |rank: &Rank| matches!(accounts[*rank], Account::Here(_) | Account::Late(_));
-            let ranks: Vec<Rank> = (0..accounts.len()).filter(here).collect();
-            self.ask_what(concern.call.communicator, &ranks, verdict, now);
-            return;
-        }
-        // If everybody has left, nobody waits for anybody.
-        let is_away =
-            |it: &Account| matches!(it, Account::Left(_) | Account::Gone | Account::Apart);
-        if !accounts.iter().all(is_away) {
-            let decide = match concern.call.collective {
-                Collective::Message => inquest::decide_message,
-                _ => inquest::decide,
-            };
-            self.conclude(decide(&concern, by, &accounts));
         }
     }
 

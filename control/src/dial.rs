@@ -1,7 +1,7 @@
 //! How a rank reaches the coordinator. Blocks; runs before the control thread.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,7 +10,8 @@ use bytes::BytesMut;
 use unisum_link::Rank;
 use unisum_link::dial::{Failure, dial};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, HandshakeError, Hello, Secret};
+use unisum_link::handshake::{self, HandshakeError, Hello};
+use unisum_link::secure::{self, Credentials, Proven};
 
 use super::error::Reasons;
 use super::file;
@@ -36,7 +37,7 @@ const WELCOME_BYTES: usize = 21;
 /// A connection that the coordinator has admitted.
 #[derive(Debug)]
 pub(super) struct Reached {
-    pub(super) stream: ParentOnly<TcpStream>,
+    pub(super) connection: Proven,
     pub(super) coordinator: SocketAddr,
     pub(super) session: [u8; 16],
     /// The connection beside it by which the other host is felt, if that is not this one.
@@ -54,15 +55,25 @@ struct Failed {
 pub(super) fn reach(
     rendezvous: &Rendezvous,
     hello: &Hello,
-    secret: &Secret,
+    credentials: &Credentials,
     timeout: Duration,
+) -> Result<Reached, ControlError> {
+    reach_unless(rendezvous, (hello, credentials), timeout, || false)
+}
+
+/// Dials until the coordinator admits this rank, with growing pauses, or until that `is_moot`.
+pub(super) fn reach_unless(
+    rendezvous: &Rendezvous,
+    (hello, credentials): (&Hello, &Credentials),
+    timeout: Duration,
+    is_moot: impl Fn() -> bool,
 ) -> Result<Reached, ControlError> {
     let started = Instant::now();
     let mut until = started + timeout;
     let (mut reasons, mut pause) = (Reasons::default(), PAUSE_MIN);
     let mut refused: Option<(SocketAddr, Instant)> = None;
     loop {
-        let failed = match attempt(rendezvous, hello, secret, until) {
+        let failed = match attempt(rendezvous, hello, credentials, until) {
             Ok(reached) => return Ok(reached),
             Err(failed) => failed,
         };
@@ -83,7 +94,7 @@ pub(super) fn reach(
         }
         tracing::debug!(%rendezvous, error = failed.error, "rank 0 is not reached yet");
         reasons.add(failed.error);
-        if now >= until {
+        if now >= until || is_moot() {
             let (target, waited) = (rendezvous.to_string(), now - started);
             return Err(ControlError::Unreachable { target, waited, reasons, hint: String::new() });
         }
@@ -113,14 +124,14 @@ pub(super) enum Heir {
 pub(super) fn heir(
     addresses: &[SocketAddr],
     hello: &Hello,
-    secret: &Secret,
+    credentials: &Credentials,
     until: Instant,
 ) -> Heir {
     let mut pause = PAUSE_MIN;
     loop {
         let time = until.saturating_duration_since(Instant::now());
         let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
-        let meet = |stream, address| knock(stream, address, hello, secret, time);
+        let meet = |stream, address| knock(stream, address, hello, credentials, time);
         let unreached = match dial(addresses, Instant::now() + time, |_, _| {}, meet) {
             Ok(reached) => return Heir::Reached(reached),
             Err(unreached) => unreached,
@@ -158,7 +169,7 @@ fn is_cut(error: &io::Error) -> bool {
 fn attempt(
     rendezvous: &Rendezvous,
     hello: &Hello,
-    secret: &Secret,
+    credentials: &Credentials,
     until: Instant,
 ) -> Result<Reached, Failed> {
     let found = match rendezvous {
@@ -172,7 +183,7 @@ fn attempt(
     // A timeout of zero is not allowed.
     let time = until.saturating_duration_since(Instant::now());
     let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
-    let meet = |stream, address| knock(stream, address, hello, secret, time).map_err(NotRank0);
+    let meet = |stream, address| knock(stream, address, hello, credentials, time).map_err(NotRank0);
     dial(&addresses, Instant::now() + time, |_, _| {}, meet).map_err(|unreached| {
         let refusal = unreached.tried.iter().find(|(_, failure)| match failure {
             Failure::Met(it) => it.is_refusal(),
@@ -206,32 +217,40 @@ impl fmt::Display for NotRank0 {
     }
 }
 
-fn knock(
+/// Proves this rank to who listens at the other end of `stream`, and hears that it is let in.
+pub(super) fn knock(
     stream: TcpStream,
     address: SocketAddr,
     hello: &Hello,
-    secret: &Secret,
+    credentials: &Credentials,
     time: Duration,
 ) -> Result<Reached, HandshakeError> {
     let mut stream = ParentOnly::new(stream);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(time))?;
     stream.set_write_timeout(Some(time))?;
-    handshake::dial(&mut *stream, hello, secret)?;
-    let session = read_welcome(&mut stream)?;
-    let pulse = pulse::open(&stream, hello, session, (secret, time))?;
-    Ok(Reached { stream, coordinator: address, session, pulse })
+    let wants_records = credentials.want_records(
+        hello.purpose,
+        stream.local_addr()?.ip(),
+        stream.peer_addr()?.ip(),
+    );
+    let session = secure::dial(&mut *stream, hello, credentials, wants_records)?;
+    let mut connection = Proven::new(stream, session);
+    let session = read_welcome(&mut connection)?;
+    let pulse = pulse::open(&connection.stream, hello, session, (credentials, time))?;
+    Ok(Reached { connection, coordinator: address, session, pulse })
 }
 
 /// Tells the coordinator, which has admitted this rank, that it can't join, and why. Blocks until
 /// the coordinator knows, a second at most.
-pub(super) fn give_up(mut stream: &TcpStream, rank: Rank, why: &ControlError) {
+pub(super) fn give_up(connection: &mut Proven, rank: Rank, why: &dyn fmt::Display) {
     let (against, finding, text) = (rank, Finding::CannotJoin, why.to_string());
     let mut encoded = BytesMut::new();
     Message::Joined.encode(&mut encoded);
-    Message::Accuse(Report { communicator: 0, against, finding, text }).encode(&mut encoded);
+    Message::Accuse(Report::new(0, against, finding, text)).encode(&mut encoded);
     // Best effort: who hears nothing sees the connection end.
-    let _ = stream.write_all(&encoded);
+    let _ = connection.write_all(&encoded);
+    let mut stream = &*connection.stream;
     let _ = stream.shutdown(Shutdown::Write);
     let _ = stream.set_nonblocking(false);
     let _ = stream.set_read_timeout(Some(GOODBYE_TIMEOUT));
@@ -239,9 +258,9 @@ pub(super) fn give_up(mut stream: &TcpStream, rank: Rank, why: &ControlError) {
     let _ = stream.read(&mut [0; 1024]);
 }
 
-fn read_welcome(stream: &mut TcpStream) -> io::Result<[u8; 16]> {
+fn read_welcome(connection: &mut Proven) -> io::Result<[u8; 16]> {
     let mut frame = [0; WELCOME_BYTES];
-    stream.read_exact(&mut frame)?;
+    connection.read_exact(&mut frame)?;
     match Message::decode(&mut BytesMut::from(&frame[..])) {
         Ok(Some(Message::Welcome { session })) => Ok(session),
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "no welcome after the handshake")),

@@ -10,7 +10,8 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, Heard, Hello, Listening, Refusal, Secret};
+use unisum_link::handshake::{self, Heard, Hello, Refusal};
+use unisum_link::secure::{Credentials, Listening, Proven};
 
 use super::guests::{self, Guest, Guests};
 use super::listen::Listeners;
@@ -57,7 +58,7 @@ pub(super) struct Refused {
 pub(super) struct Admitted {
     pub(super) token: usize,
     pub(super) hello: Hello,
-    pub(super) stream: ParentOnly<TcpStream>,
+    pub(super) connection: Proven,
     pub(super) address: SocketAddr,
 }
 
@@ -66,6 +67,8 @@ enum Fate {
     Stays,
     Admitted(Hello),
     Refused(String),
+    /// It was refused before, and has heard that.
+    Gone,
 }
 
 impl Door {
@@ -131,6 +134,9 @@ impl Door {
     fn accept_failed(&mut self, error: &io::Error, registry: &Registry, now: Instant) {
         match error.kind() {
             ErrorKind::WouldBlock => self.is_knocking = false,
+            // The kernel says that there is no descriptor before it looks whether anybody waits:
+            // the last one is for who came last.
+            _ if !self.listeners.has_visitor() => self.is_knocking = false,
             _ if self.guests.unexpected() > 0 => self.evict(registry, now),
             _ => {
                 let since = *self.exhausted_since.get_or_insert(now);
@@ -196,33 +202,55 @@ impl Door {
     pub(super) fn visit(
         &mut self,
         token: usize,
-        secret: &Secret,
+        credentials: &Credentials,
         admit: impl Fn(&Hello) -> Result<(), Refusal>,
         registry: &Registry,
         now: Instant,
     ) -> Option<Admitted> {
         let guest = self.guests.get_mut(token)?;
         let claim = guest.listening.claim().copied();
-        match hear(guest, secret, &admit) {
+        match hear(guest, credentials, &admit) {
             Fate::Stays => {
                 let is_expected = |claim: &Hello| admit(claim).is_ok();
-                if !guest.is_expected && guest.listening.claim().is_some_and(is_expected) {
+                let is_expected = guest.listening.claim().is_some_and(is_expected);
+                if !guest.is_expected && (is_expected || guest.listening.shakes_hands()) {
                     self.guests.expect(token);
                 }
                 None
             }
             Fate::Admitted(hello) => {
-                let Guest { stream, address, .. } = self.guests.remove(token)?;
-                Some(Admitted { token, hello, stream, address })
+                let Guest { stream, address, mut listening, .. } = self.guests.remove(token)?;
+                let connection = Proven::new(stream, listening.take_session());
+                Some(Admitted { token, hello, connection, address })
             }
             Fate::Refused(reason) => {
+                let (address, in_tls) = (guest.address, guest.listening.claimed());
+                if guest.listening.is_in_tls() {
+                    self.dismiss(token, &reason, now);
+                } else {
+                    let guest = self.guests.remove(token)?;
+                    self.refuse(&guest, &reason, registry, now);
+                }
+                self.refused = claim.or(in_tls).map(|claim| Refused { claim, address, reason });
+                None
+            }
+            Fate::Gone => {
                 let guest = self.guests.remove(token)?;
-                self.refuse(&guest, &reason, registry, now);
-                let address = guest.address;
-                self.refused = claim.map(|claim| Refused { claim, address, reason });
+                leave(&guest, registry);
                 None
             }
         }
+    }
+
+    /// Says nothing more to a guest that was told why it is refused, in TLS, and hears it out: it
+    /// may not have said all yet, and closing would destroy the words on their way (RFC 2525,
+    /// 2.17).
+    fn dismiss(&mut self, token: usize, reason: &str, now: Instant) {
+        let Some(guest) = self.guests.get_mut(token) else { return };
+        let _ = guest.stream.shutdown(std::net::Shutdown::Write);
+        guest.is_dismissed = true;
+        let address = guest.address;
+        self.log.line(now, &address, reason);
     }
 
     /// Whom the last [`Door::visit`] refused, if it had said who it is.
@@ -235,6 +263,10 @@ impl Door {
         while self.guests.next_end().is_some_and(|until| until <= now)
             && let Some(guest) = self.guests.remove_oldest()
         {
+            if guest.is_dismissed {
+                leave(&guest, registry);
+                continue;
+            }
             let reason = format!("no proof of the token within {} s", PROOF_TIMEOUT.as_secs());
             self.refuse(&guest, &reason, registry, now);
         }
@@ -255,16 +287,21 @@ impl Door {
     }
 
     fn refuse(&mut self, guest: &Guest, reason: &str, registry: &Registry, now: Instant) {
-        let stream = &guest.stream;
-        // Closing it deregisters it, unless a forked child holds it as well.
-        let _ = registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
-        if guest.is_expected || guest.listening.is_over() {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        } else {
-            // It was told nothing that it could miss: the kernel need not remember it either.
-            let _ = SockRef::from(&**stream).set_linger(Some(Duration::ZERO));
-        }
+        leave(guest, registry);
         self.log.line(now, &guest.address, reason);
+    }
+}
+
+/// Ends a guest's connection.
+fn leave(guest: &Guest, registry: &Registry) {
+    let stream = &guest.stream;
+    // Closing it deregisters it, unless a forked child holds it as well.
+    let _ = registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
+    if guest.is_expected || guest.listening.is_over() {
+        let _ = stream.shutdown(std::net::Shutdown::Both);
+    } else {
+        // It was told nothing that it could miss: the kernel need not remember it either.
+        let _ = SockRef::from(&**stream).set_linger(Some(Duration::ZERO));
     }
 }
 
@@ -287,9 +324,12 @@ fn guest(
     stream.set_nonblocking(true)?;
     // The answers are small and awaited.
     stream.set_nodelay(true)?;
-    let listening = Listening::new(handshake::random()?);
+    let is_inside = stream.local_addr()?.ip().to_canonical() == address.ip().to_canonical();
+    let listening = Listening::new(handshake::random()?, is_inside);
     register(registry, &*stream, token, Interest::READABLE | Interest::WRITABLE)?;
-    Ok(Guest { stream, address, listening, until: now + PROOF_TIMEOUT, is_expected: false })
+    let until = now + PROOF_TIMEOUT;
+    let (is_expected, is_dismissed) = (false, false);
+    Ok(Guest { stream, address, listening, until, is_expected, is_dismissed })
 }
 
 fn register(
@@ -304,28 +344,31 @@ fn register(
 /// Reads until the guest has said all it may for now.
 fn hear(
     guest: &mut Guest,
-    secret: &Secret,
+    credentials: &Credentials,
     admit: &impl Fn(&Hello) -> Result<(), Refusal>,
 ) -> Fate {
-    let mut buffer = [0; 128];
+    let mut buffer = [0; 1024];
     loop {
         let read = match guest.stream.read(&mut buffer) {
+            Ok(0) if guest.is_dismissed => return Fate::Gone,
             Ok(0) => return Fate::Refused("it closed before it proved the token".into()),
+            Ok(_) if guest.is_dismissed => continue,
             Ok(read) => read,
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Fate::Stays,
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(_) if guest.is_dismissed => return Fate::Gone,
             Err(error) => return Fate::Refused(error.to_string()),
         };
-        let (fate, send) = match guest.listening.feed(&buffer[..read], secret, admit) {
+        let (fate, send) = match guest.listening.feed(&buffer[..read], credentials, admit) {
             Heard::More => continue,
             Heard::Send(send) => (Fate::Stays, send),
             Heard::Admitted(hello, send) => (Fate::Admitted(hello), send),
             Heard::Refused(refusal, send) => (Fate::Refused(refusal.to_string()), send),
         };
-        // A few dozen bytes always fit into the buffer of a socket that has sent next to nothing.
+        // A few kilobytes always fit into the buffer of a socket that has sent next to nothing.
         let is_sent = matches!(guest.stream.write(&send), Ok(sent) if sent == send.len());
         match fate {
-            Fate::Refused(_) => return fate,
+            Fate::Refused(_) | Fate::Gone => return fate,
             _ if !is_sent => return Fate::Refused("it takes no answer".into()),
             Fate::Admitted(_) => return fate,
             Fate::Stays => {}

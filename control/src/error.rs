@@ -85,10 +85,10 @@ pub enum ControlError {
 
 impl ControlError {
     /// The ranks that are to blame, if they are others than this one.
-    pub fn culprits(&self) -> Vec<Rank> {
+    pub fn failed_ranks(&self) -> Vec<Rank> {
         match self {
             Self::Unreachable { .. } => vec![0],
-            Self::Ended(verdict) => verdict.culprits.clone(),
+            Self::Ended(verdict) => verdict.failed_ranks.clone(),
             _ => Vec::new(),
         }
     }
@@ -171,8 +171,8 @@ mod tests {
         let target = "tcp://a:1".to_owned();
         let (reasons, hint) = (Reasons::default(), String::new());
         let unreachable = ControlError::Unreachable { target, waited, reasons, hint };
-        assert_eq!(unreachable.culprits(), [0]);
-        assert_eq!(ControlError::Ended(Verdict::died(3, "killed")).culprits(), [3]);
-        assert!(ControlError::HasLeft.culprits().is_empty());
+        assert_eq!(unreachable.failed_ranks(), [0]);
+        assert_eq!(ControlError::Ended(Verdict::died(3, "killed")).failed_ranks(), [3]);
+        assert!(ControlError::HasLeft.failed_ranks().is_empty());
     }
 }

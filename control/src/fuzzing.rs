@@ -1,6 +1,7 @@
 //! The fuzz targets of this crate (see `unisum_link::fuzzing`), and what must hold of the control
 //! plane, whatever ranks and files say.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -14,7 +15,9 @@ use super::environment::Environment;
 use super::file;
 use super::interface;
 use super::launcher;
+use super::member::Member;
 use super::message::{FRAME_BYTES_MAX, Message, MessageError};
+use super::shared::{Command, Shared};
 use super::status::{self, Snapshot};
 use super::verdict::{Finding, Report, Verdict, VerdictKind};
 
@@ -28,12 +31,14 @@ pub fn targets() -> Vec<Target> {
 pub(crate) fn environment(bytes: &[u8]) -> Environment {
     let text = String::from_utf8_lossy(bytes);
     let pairs = text.lines().filter_map(|line| line.split_once('='));
-    pairs.filter(|(name, _)| *name != "XDG_RUNTIME_DIR").collect()
+    let names_directory = ["XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "HOME"];
+    pairs.filter(|(name, _)| !names_directory.contains(name)).collect()
 }
 
 const TARGETS: &[Target] = &[
     Target { name: "control_messages", check: check_messages, seeds: message_seeds },
     Target { name: "coordinator", check: check_coordinator, seeds: coordinator_seeds },
+    Target { name: "control_member", check: check_member, seeds: member_seeds },
     Target { name: "rendezvous_file", check: check_file, seeds: file_seeds },
 ];
 
@@ -67,24 +72,20 @@ fn drain(from: &mut BytesMut, to: &mut Vec<Message>) -> Result<(), MessageError>
 
 fn message_seeds() -> Vec<Vec<u8>> {
     let (blob, text) = (Bytes::from_static(b"blob"), "why".to_owned());
-    let kind = VerdictKind::Mismatch;
+    let (kind, calls) = (VerdictKind::Mismatch, Some([(0, call(1)), (1, call(2))]));
     let all = [
         Message::Welcome { session: [7; 16] },
         Message::Joined,
         Message::Blob { round: 1, to: None, blob: blob.clone() },
         Message::Blob { round: 1, to: Some(2), blob: blob.clone() },
         Message::Gathered { round: 1, rank: 2, blob },
-        Message::Accuse(Report {
-            communicator: 0,
-            against: 1,
-            finding: Finding::Mismatch,
-            text: text.clone(),
-        }),
+        Message::Accuse(Report::new(0, 1, Finding::Mismatch, text.clone())),
+        Message::Accuse(Report { calls, ..Report::new(0, 1, Finding::Mismatch, text.clone()) }),
         Message::Overdue(call(1).into()),
         Message::Stalled(call(1).into()),
         Message::StatusRequest { query: 3, communicator: 0 },
-        Message::Status { query: 3, snapshot: snapshot(1, 5) },
-        Message::Verdict(Verdict { kind, culprits: vec![1, 2], text }),
+        Message::Status { query: 3, doing: snapshot(1, 5).into() },
+        Message::Verdict(Verdict::new(kind, vec![1, 2], text).with_calls(calls)),
         Message::Left { rank: 1, last: snapshot(1, 5), parted: vec![(3, snapshot(2, 4))] },
         Message::Parted { communicator: 3, last: snapshot(1, 5) },
         Message::Keep("settled".into()),
@@ -135,14 +136,14 @@ fn said(what: u8, number: u8) -> Message {
             Message::Blob { round: u32::from(number % 4), to, blob: Bytes::from_static(b"blob") }
         }
         10 => {
-            let finding = Finding::from_code(number % 5).unwrap_or(Finding::LinkFailed);
-            Message::Accuse(Report { communicator: 0, against, finding, text: "why".to_owned() })
+            let finding = Finding::from_code(number % 10).unwrap_or(Finding::LinkFailed);
+            Message::Accuse(Report::new(0, against, finding, "why"))
         }
         11 if number > 127 => Message::Stalled(call(u64::from(number & 7)).into()),
         11 => Message::Overdue(call(u64::from(number)).into()),
         12 | 13 => {
             let (query, step) = (u32::from(number >> 6), u32::from(number & 7));
-            Message::Status { query, snapshot: snapshot(u64::from(number >> 3 & 7), step) }
+            Message::Status { query, doing: snapshot(u64::from(number >> 3 & 7), step).into() }
         }
         14 if number > 127 => {
             Message::Parted { communicator: 0, last: snapshot(u64::from(number & 7), 0) }
@@ -150,7 +151,8 @@ fn said(what: u8, number: u8) -> Message {
         14 => Message::Bye(snapshot(u64::from(number), 0)),
         15 => {
             let (number, history) = (u64::from(number >> 4), u64::from(number & 3));
-            let calls = vec![status::Told { number, history, text: "a call".into() }];
+            let call = Call { history, ..call(number) };
+            let calls = vec![status::Told { call, text: "a call".into() }];
             Message::Recounted { communicator: 0, calls }
         }
         _ => Message::StatusRequest { query: u32::from(number), communicator: 0 },
@@ -187,9 +189,9 @@ impl Told {
             match &output.messages[..] {
                 [Message::Verdict(verdict)] => {
                     assert!(!self.verdict, "a second verdict: {verdict:?}");
-                    assert!(!verdict.culprits.is_empty() && !verdict.text.is_empty());
-                    assert!(verdict.culprits.is_sorted_by(|a, b| a <= b));
-                    assert!(verdict.culprits.iter().all(|rank| *rank < WORLD));
+                    assert!(!verdict.failed_ranks.is_empty() && !verdict.text.is_empty());
+                    assert!(verdict.failed_ranks.is_sorted_by(|a, b| a <= b));
+                    assert!(verdict.failed_ranks.iter().all(|rank| *rank < WORLD));
                     self.verdict = true;
                 }
                 [Message::StatusRequest { .. }] => assert!(!self.verdict),
@@ -276,6 +278,74 @@ fn snapshot(number: u64, step: u32) -> Snapshot {
 }
 
 const WORLD: Rank = 4;
+
+/// In whatever order the coordinator speaks, falls silent and goes, and another one comes, and
+/// however time passes: a rank comes to one verdict at most, answers only what was asked, and never
+/// asks to be woken for what is past. Each operation has three bytes: what, by or about which rank,
+/// and a number.
+fn check_member(bytes: &[u8]) {
+    let shared = Arc::new(Shared::new(1, WORLD));
+    let mut member = Member::new(shared.clone());
+    let (mut now, mut verdict) = (Instant::now(), None);
+    for operation in bytes.chunks_exact(3) {
+        let (rank, number) = (usize::from(operation[1]) % (WORLD + 1), operation[2]);
+        match operation[0] % 16 {
+            0 => drop(member.lost("its connection ended")),
+            1 | 2 => now += Duration::from_millis(100 * u64::from(number)),
+            3 => now = member.deadline().map_or(now, |deadline| deadline.max(now)),
+            4 => member.violated("nonsense"),
+            5 => match member.heir() {
+                Some(heir) if number > 127 => drop(member.coordinated_by(heir, now)),
+                Some(heir) => member.is_unreachable(heir),
+                None => member.is_alone(),
+            },
+            6 => {
+                let finding = Finding::from_code(number % 10).unwrap_or(Finding::LinkFailed);
+                let report = Report::new(0, rank % WORLD, finding, "why");
+                drop(member.command(Command::Accuse(report), now));
+            }
+            7 => drop(member.command(Command::Overdue(call(u64::from(number)).into()), now)),
+            8 => drop(member.command(Command::Stalled(call(u64::from(number)).into()), now)),
+            what => {
+                let message = told(what, rank, number);
+                let is_question =
+                    matches!(message, Message::StatusRequest { .. } | Message::Recount { .. });
+                let answer = member.heard(message);
+                assert!(answer.is_err() || answer.is_ok_and(|it| it.is_some() == is_question));
+            }
+        }
+        member.tick(now);
+        drop(member.news());
+        assert!(member.deadline().is_none_or(|deadline| deadline > now));
+        let known = shared.verdict().cloned();
+        assert!(verdict.is_none() || known == verdict, "a second verdict");
+        verdict = known;
+    }
+}
+
+/// What a coordinator may say, and some of what it can't.
+fn told(what: u8, rank: Rank, number: u8) -> Message {
+    match what {
+        9 | 10 => {
+            let (round, blob) = (u32::from(number % 4), Bytes::from_static(b"blob"));
+            Message::Gathered { round, rank, blob }
+        }
+        11 if number > 127 => Message::StatusRequest { query: 3, communicator: number.into() },
+        11 => Message::Recount { communicator: u32::from(number) },
+        12 => Message::Verdict(Verdict::new(VerdictKind::Died, vec![rank], "why".to_owned())),
+        13 => Message::Left { rank, last: snapshot(u64::from(number), 0), parted: Vec::new() },
+        14 => Message::HasParted { communicator: u32::from(number), rank },
+        _ => said(number % 17, number),
+    }
+}
+
+fn member_seeds() -> Vec<Vec<u8>> {
+    let gathered = [[9, 0, 0], [9, 1, 0], [9, 2, 0], [9, 3, 0], [9, 0, 1]];
+    let asked = [[11, 0, 200], [11, 0, 3], [7, 0, 4], [2, 0, 30], [12, 2, 0]];
+    let followed = [[13, 0, 3], [6, 2, 1], [0, 0, 0], [5, 0, 200], [2, 0, 120]];
+    let alone = [[13, 0, 3], [0, 0, 0], [5, 0, 3], [5, 0, 3], [5, 0, 3], [8, 0, 1]];
+    [&gathered[..], &asked, &followed, &alone].map(|steps| steps.concat()).to_vec()
+}
 
 #[cfg(test)]
 mod tests {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use rustix::process::{Resource, getrlimit};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::Listening;
+use unisum_link::secure::Listening;
 
 /// Guests at a time, beside one per rank, if descriptors allow that.
 const GUESTS_SPARE: usize = 128;
@@ -23,6 +23,8 @@ pub(super) struct Guest {
     pub(super) until: Instant,
     /// It has told a claim that would be admitted with a proof.
     pub(super) is_expected: bool,
+    /// It was told, in TLS, that it is refused.
+    pub(super) is_dismissed: bool,
 }
 
 /// The guests, and how many there are of each kind.
@@ -165,9 +167,10 @@ mod tests {
             let guest = Guest {
                 stream: ParentOnly::new(self.stream.try_clone().unwrap()),
                 address: SocketAddr::new(from.parse().unwrap(), self.next as u16),
-                listening: Listening::new([0; 32]),
+                listening: Listening::new([0; 32], true),
                 until: Instant::now() + Duration::from_secs(5),
                 is_expected: false,
+                is_dismissed: false,
             };
             self.guests.insert(self.next, guest);
             if is_expected {

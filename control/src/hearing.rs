@@ -67,7 +67,7 @@ impl Hearing {
         let mut by_number = BTreeMap::<u64, Vec<(Rank, &Told)>>::new();
         for (rank, calls) in &self.told {
             for call in calls.iter().flatten() {
-                by_number.entry(call.number).or_default().push((*rank, call));
+                by_number.entry(call.call.number).or_default().push((*rank, call));
             }
         }
         let Some((ours, theirs)) = by_number.into_values().find_map(apart) else {
@@ -78,15 +78,16 @@ impl Hearing {
         let hidden = if first == second { ", which differ in what was called before" } else { "" };
         let mut text =
             format!("{} called {second}, {} called {first}{hidden}", name(&who), name(&others));
+        let calls = Some([&theirs[0], &ours[0]].map(|(rank, told)| (*rank, told.call)));
         let Some(found) = self.verdict else {
-            return Some(Verdict::new(VerdictKind::OtherCall, who, text));
+            return Some(Verdict::new(VerdictKind::OtherCall, who, text).with_calls(calls));
         };
         // What each rank does now, if it says that.
         found.text.lines().skip(1).for_each(|line| text.extend(["\n", line]));
         // Of two that differ either may be wrong; of more it is who differs from most.
         let is_even = found.kind == VerdictKind::Mismatch && ours.len() <= theirs.len();
-        let culprits = if is_even { found.culprits } else { who };
-        Some(Verdict::new(found.kind, culprits, text))
+        let failed_ranks = if is_even { found.failed_ranks } else { who };
+        Some(Verdict::new(found.kind, failed_ranks, text).with_calls(calls))
     }
 }
 
@@ -95,12 +96,13 @@ type Callers<'a> = Vec<(Rank, &'a Told)>;
 /// Those who called what most did (of equally many, what the lowest rank did), and those who called
 /// the first other thing; nothing if all are of one mind.
 fn apart(callers: Callers<'_>) -> Option<(Callers<'_>, Callers<'_>)> {
-    let alike = |told: &Told| callers.iter().filter(|(_, it)| it.history == told.history).count();
+    let alike =
+        |told: &Told| callers.iter().filter(|(_, it)| it.call.history == told.call.history).count();
     // The first of the maxima: `max_by_key` takes the last.
-    let usual = callers.iter().rev().max_by_key(|(_, told)| alike(told))?.1.history;
-    let other = callers.iter().find(|(_, told)| told.history != usual)?.1.history;
+    let usual = callers.iter().rev().max_by_key(|(_, told)| alike(told))?.1.call.history;
+    let other = callers.iter().find(|(_, told)| told.call.history != usual)?.1.call.history;
     let of = |history: u64| {
-        callers.iter().filter(|(_, told)| told.history == history).copied().collect()
+        callers.iter().filter(|(_, told)| told.call.history == history).copied().collect()
     };
     Some((of(usual), of(other)))
 }
@@ -111,10 +113,13 @@ fn ranks(callers: &Callers<'_>) -> Vec<Rank> {
 
 #[cfg(test)]
 mod tests {
+    use unisum_link::Call;
+
     use super::*;
+    use crate::tests::call;
 
     fn told(number: u64, history: u64, text: &str) -> Told {
-        Told { number, history, text: text.into() }
+        Told { call: Call { history, ..call(number) }, text: text.into() }
     }
 
     fn hearing(verdict: Option<Verdict>) -> Hearing {
@@ -132,8 +137,10 @@ mod tests {
         hearing.heard(2, 3, vec![told(5, 1, "a"), told(6, 2, "b")]);
         assert!(hearing.is_whole());
         let verdict = hearing.verdict().unwrap();
-        assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::OtherCall, &[1][..]));
+        assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (VerdictKind::OtherCall, &[1][..]));
         assert_eq!(verdict.text, "rank 1 called x, ranks 0 and 2 called b");
+        let calls = verdict.calls.unwrap().map(|(rank, call)| (rank, call.number, call.history));
+        assert_eq!(calls, [(1, 6, 4), (0, 6, 2)]);
     }
 
     /// Who is in a later call has no vote on the one that was found to differ.
@@ -145,7 +152,7 @@ mod tests {
         all.heard(1, 3, vec![told(5, 9, "x")]);
         all.heard(2, 3, vec![told(5, 1, "a")]);
         let verdict = all.verdict().unwrap();
-        assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::OtherCall, &[1][..]));
+        assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (VerdictKind::OtherCall, &[1][..]));
         assert_eq!(verdict.text, "rank 1 called x, ranks 0 and 2 called a");
     }
 

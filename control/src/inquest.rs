@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use unisum_link::{Call, Rank};
+use unisum_link::{Call, CollectiveKind, Rank};
 
 use super::message::Concern;
 use super::status::{Snapshot, describe};
-use super::verdict::{Verdict, VerdictKind, name};
+use super::verdict::{Calls, Verdict, VerdictKind, name};
 
 /// Most lines of a verdict that tell what a rank was doing.
-const LINES_MAX: usize = 32;
+pub(super) const LINES_MAX: usize = 32;
 
 /// What is known of a rank when time is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,19 +37,30 @@ pub(super) enum Account {
 pub(super) fn decide(concern: &Concern, by: Rank, accounts: &[Account]) -> Verdict {
     let call = &concern.call;
     let left = |account: &Account| matches!(account, Account::Left(last) if misses(last, call));
-    let (kind, culprits, what) = if let Some(culprits) = which(accounts, left) {
-        (VerdictKind::Left, culprits, LEFT.to_owned())
-    } else if let Some(culprits) = which(accounts, |account| *account == Account::Silent) {
-        (VerdictKind::Unresponsive, culprits, SILENT.to_owned())
+    let (kind, failed_ranks, what) = if let Some(failed_ranks) = which(accounts, left) {
+        (VerdictKind::Left, failed_ranks, LEFT.to_owned())
+    } else if let Some(failed_ranks) = which(accounts, |account| *account == Account::Silent) {
+        (VerdictKind::Unresponsive, failed_ranks, SILENT.to_owned())
     } else if let Some(late) = late(accounts, call) {
         (VerdictKind::Unresponsive, late, LATE.to_owned())
     } else {
         slowest(accounts)
     };
     let told = describe(call, concern.uncounted);
-    let mut text = format!("{told} is overdue on rank {by}: {} {what}", name(&culprits));
-    list(&mut text, accounts, &culprits);
-    Verdict::new(kind, culprits, text)
+    let mut text = format!("{told} is overdue on rank {by}: {} {what}", name(&failed_ranks));
+    list(&mut text, accounts, &failed_ranks);
+    let calls = (kind == VerdictKind::OtherCall).then(|| differing(accounts, &failed_ranks, by));
+    Verdict::new(kind, failed_ranks, text).with_calls(calls.flatten())
+}
+
+/// The call of the first of the ranks that failed, and that of `by`.
+fn differing(accounts: &[Account], failed_ranks: &[Rank], by: Rank) -> Option<Calls> {
+    let call_of = |rank: Rank| match accounts.get(rank)? {
+        Account::Here(doing) | Account::Late(doing) => doing.call.map(|call| (rank, call)),
+        _ => None,
+    };
+    let other = (!failed_ranks.contains(&by)).then(|| call_of(by));
+    Some([call_of(*failed_ranks.first()?)?, other??])
 }
 
 /// Finds the rank because of which the message does not end that rank `by` waits in: who waits for
@@ -76,7 +87,7 @@ pub(super) fn decide_message(concern: &Concern, by: Rank, accounts: &[Account]) 
     let mut ring = chain[start..chain.len() - usize::from(start + 1 < chain.len())].to_vec();
     ring.sort_unstable();
     let silent = || which(accounts, |account| *account == Account::Silent);
-    let (kind, culprits, what) = match accounts.get(end) {
+    let (kind, failed_ranks, what) = match accounts.get(end) {
         Some(Account::Left(_) | Account::Gone) => (VerdictKind::Left, vec![end], LEFT),
         Some(Account::Silent) => (VerdictKind::Unresponsive, vec![end], SILENT),
         _ if ring.len() > 1 => match silent() {
@@ -94,9 +105,9 @@ pub(super) fn decide_message(concern: &Concern, by: Rank, accounts: &[Account]) 
         _ => None,
     };
     let message = message.unwrap_or_else(|| "a message".into());
-    let mut text = format!("{message} is overdue on rank {by}: {} {what}", name(&culprits));
-    list(&mut text, accounts, &culprits);
-    Verdict::new(kind, culprits, text)
+    let mut text = format!("{message} is overdue on rank {by}: {} {what}", name(&failed_ranks));
+    list(&mut text, accounts, &failed_ranks);
+    Verdict::new(kind, failed_ranks, text)
 }
 
 /// Those who answered late, if all others are in the call or past it: they waited for those.
@@ -126,22 +137,33 @@ pub(super) fn contradiction(by: Rank, accounts: &[Account]) -> Option<Verdict> {
             by_number.entry(call.number).or_default().push((rank, *doing));
         }
     }
-    let differ = |inside: Vec<_>| in_another_call(&inside).map(|culprits| (inside, culprits));
-    let (inside, culprits) = by_number.into_values().find_map(differ)?;
-    let called = |is_culprit: bool| {
-        let is = |(rank, _): &&(Rank, Snapshot)| culprits.contains(rank) == is_culprit;
-        let (_, doing) = inside.iter().find(is)?;
-        doing.call.map(|call| describe(&call, doing.uncounted))
+    let differ =
+        |inside: Vec<_>| in_another_call(&inside).map(|failed_ranks| (inside, failed_ranks));
+    let (inside, failed_ranks) = by_number.into_values().find_map(differ)?;
+    let called = |is_failed: bool| {
+        let is = |(rank, _): &&(Rank, Snapshot)| failed_ranks.contains(rank) == is_failed;
+        let (rank, doing) = inside.iter().find(is)?;
+        let call = doing.call?;
+        Some(((*rank, call), describe(&call, doing.uncounted)))
     };
-    let (who, theirs, usual) = (name(&culprits), called(true)?, called(false)?);
+    let ((failed, theirs), (other, usual)) = (called(true)?, called(false)?);
+    let who = name(&failed_ranks);
     let mut text = format!("rank {by} waits: {who} called {theirs}, others {usual}");
-    list(&mut text, accounts, &culprits);
-    Some(Verdict::new(VerdictKind::OtherCall, culprits, text))
+    list(&mut text, accounts, &failed_ranks);
+    let verdict = Verdict::new(VerdictKind::OtherCall, failed_ranks, text);
+    Some(verdict.with_calls(Some([failed, other])))
 }
 
 /// Whether a rank that did `last` before it left took no part in `call`, or not to its end.
 fn misses(last: &Snapshot, call: &Call) -> bool {
     last.position() <= call.number.saturating_mul(2).saturating_add(1)
+}
+
+/// Whether a rank is in a collective that one which did `last` before it left took no part in, or
+/// not to its end.
+pub(super) fn is_missed(last: &Snapshot, doing: &Snapshot) -> bool {
+    let is_collective = |call: &Call| call.collective != CollectiveKind::Message;
+    doing.inside && doing.call.filter(is_collective).is_some_and(|call| misses(last, &call))
 }
 
 /// Finds the ranks that are gone for good without having taken part in `call`, in which rank `by`
@@ -153,15 +175,15 @@ pub(super) fn gone(
 ) -> Option<Verdict> {
     let call = &concern.call;
     let gone: Vec<_> = parted.filter(|(_, last)| misses(last, call)).collect();
-    let culprits: Vec<Rank> = gone.iter().map(|(rank, _)| *rank).collect();
-    let who = (!culprits.is_empty()).then(|| name(&culprits))?;
+    let failed_ranks: Vec<Rank> = gone.iter().map(|(rank, _)| *rank).collect();
+    let who = (!failed_ranks.is_empty()).then(|| name(&failed_ranks))?;
     let told = describe(call, concern.uncounted);
     let mut text = format!("rank {by} waits in {told}: {who} left the communicator without it");
     for (rank, last) in gone.iter().take(LINES_MAX) {
         write!(text, "\n  rank {rank}: left; at that time {last}")
             .expect("writing to a string cannot fail");
     }
-    Some(Verdict::new(VerdictKind::Left, culprits, text))
+    Some(Verdict::new(VerdictKind::Left, failed_ranks, text))
 }
 
 fn which(accounts: &[Account], is: impl Fn(&Account) -> bool) -> Option<Vec<Rank>> {
@@ -219,12 +241,13 @@ fn in_another_call(inside: &[(Rank, Snapshot)]) -> Option<Vec<Rank>> {
     (!others.is_empty()).then_some(others)
 }
 
-/// Appends a line a rank, the culprits first.
-fn list(text: &mut String, accounts: &[Account], culprits: &[Rank]) {
-    let is_other =
-        |rank: &Rank| culprits.binary_search(rank).is_err() && accounts[*rank] != Account::Apart;
+/// Appends a line a rank, the failed ranks first.
+fn list(text: &mut String, accounts: &[Account], failed_ranks: &[Rank]) {
+    let is_other = |rank: &Rank| {
+        failed_ranks.binary_search(rank).is_err() && accounts[*rank] != Account::Apart
+    };
     let others = (0..accounts.len()).filter(is_other);
-    for rank in culprits.iter().copied().chain(others).take(LINES_MAX) {
+    for rank in failed_ranks.iter().copied().chain(others).take(LINES_MAX) {
         let line = match &accounts[rank] {
             Account::Silent => "no answer".to_owned(),
             Account::Gone => "gone".to_owned(),
@@ -259,9 +282,9 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(accounts: &[Account], kind: VerdictKind, culprits: &[Rank]) -> Verdict {
+    fn check(accounts: &[Account], kind: VerdictKind, failed_ranks: &[Rank]) -> Verdict {
         let verdict = decide(&call(7).into(), 0, accounts);
-        assert_eq!((verdict.kind, &verdict.culprits[..]), (kind, culprits), "{verdict}");
+        assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (kind, failed_ranks), "{verdict}");
         verdict
     }
 
@@ -276,27 +299,27 @@ mod tests {
         assert_eq!(contradiction(0, &late), None);
         let contradicting = [inside(7, 1), inside(7, 1), Account::Silent, other];
         let verdict = contradiction(0, &contradicting).unwrap();
-        assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::OtherCall, &[3][..]));
+        assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (VerdictKind::OtherCall, &[3][..]));
         let first = verdict.text.lines().next().unwrap();
         assert!(first.contains(&describe(&call(7), 0)) && first.contains("x 99"), "{first}");
         // Rank 0 has what it waited for in call 7.
         let next = [inside(8, 1), inside(7, 1), inside(7, 1), other];
-        assert_eq!(contradiction(0, &next).unwrap().culprits, [3]);
+        assert_eq!(contradiction(0, &next).unwrap().failed_ranks, [3]);
     }
 
     fn in_message(peer: Rank) -> Account {
         let waiting =
             Waiting { communicator: 3, peer, receives: true, dtype: Dtype::F32, bytes: 64, tag: 7 };
-        let status = Status::default();
+        let status = Status::new((0..8).collect(), 0);
         status.wait_for_message(&waiting);
         Account::Here(status.snapshot())
     }
 
     #[track_caller]
-    fn check_message(accounts: &[Account], kind: VerdictKind, culprits: &[Rank]) {
+    fn check_message(accounts: &[Account], kind: VerdictKind, failed_ranks: &[Rank]) {
         let Account::Here(Snapshot { call: Some(call), .. }) = accounts[0] else { panic!() };
         let verdict = decide_message(&call.into(), 0, accounts);
-        assert_eq!((verdict.kind, &verdict.culprits[..]), (kind, culprits), "{verdict}");
+        assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (kind, failed_ranks), "{verdict}");
     }
 
     #[test]

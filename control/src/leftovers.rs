@@ -75,6 +75,22 @@ pub fn remove(directory: &Path, is_name: impl Fn(&str) -> bool) {
     }
 }
 
+/// Removes the files in `directory`, which is this user's own, that `is_name` finds to be
+/// rendezvous files, and that are older than `age`: where other hosts write, locks say nothing.
+pub fn remove_old(directory: &Path, age: Duration, is_name: impl Fn(&str) -> bool) {
+    let Ok(entries) = fs::read_dir(directory) else { return };
+    for entry in entries.flatten().filter(|entry| is_name(&entry.file_name().to_string_lossy())) {
+        let is_old = entry.metadata().is_ok_and(|it| {
+            let written = it.modified().ok().and_then(|time| time.elapsed().ok());
+            it.is_file() && written.is_some_and(|elapsed| elapsed > age)
+        });
+        if is_old {
+            // Another rank may have removed it.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 fn open(path: &Path, flags: OFlags) -> io::Result<ParentOnly<File>> {
     let flags = (flags | OFlags::NOFOLLOW).bits() as i32;
     File::options().read(true).custom_flags(flags).open(path).map(ParentOnly::new)

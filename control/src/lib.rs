@@ -15,10 +15,14 @@
 //! `thread` (the event loop), `message` (what is said) and `coordinator` (what is decided).
 
 pub mod address;
+pub mod callers;
 mod connection;
 mod coordinator;
+mod crossing;
 mod dial;
+mod doing;
 mod door;
+pub mod elastic;
 mod environment;
 mod error;
 mod file;
@@ -49,17 +53,18 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use mio::{Poll, Waker};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, Build, Hello, Purpose, Secret, job_hash};
+use unisum_link::handshake::{self, Build, Hello, Purpose, job_hash};
+use unisum_link::secure::{Credentials, Proven};
 use unisum_link::{Rank, Wake};
 
 use self::coordinator::Coordinator;
 use self::dial::Reached;
-use self::listen::Listening;
+use self::listen::{Listeners, Listening};
 use self::pulse::Pulses;
 use self::shared::{Command, Shared};
 use self::thread::{ControlThread, Identity};
@@ -73,8 +78,8 @@ pub use self::member::LINK_VERDICT_TIMEOUT;
 pub use self::message::Concern;
 pub use self::share::Share;
 pub use self::shared::Inbox;
-pub use self::status::{Status, Waiting, describe, plan_of};
-pub use self::verdict::{Finding, Report, Verdict, VerdictKind};
+pub use self::status::{Needed, Status, Waiting, describe, describe_for_one, plan_of};
+pub use self::verdict::{Calls, Finding, Report, Verdict, VerdictKind};
 
 /// Largest world.
 const WORLD_MAX: usize = 1 << 16;
@@ -95,8 +100,8 @@ pub struct ControlConfig {
     /// The job's name, the same on all ranks.
     pub job: String,
     /// What proves that a process belongs to the job.
-    pub secret: Secret,
-    /// Where the secret is from, in words.
+    pub credentials: Credentials,
+    /// Where the token is from, in words.
     pub secret_origin: String,
     /// Which network interfaces other ranks may reach this one by.
     pub interface: Option<InterfaceFilter>,
@@ -113,6 +118,17 @@ pub struct ControlConfig {
     pub prepare_listener: fn(&TcpListener),
     /// How rank 0 tells the others where it listens, if they meet by a store of the program.
     pub publish: Option<Publish>,
+    /// Whether joining has no purpose any more, because the job is in another view.
+    pub is_moot: Option<IsMoot>,
+}
+
+/// Says whether something has no purpose any more.
+pub struct IsMoot(pub Box<dyn Fn() -> bool + Send>);
+
+impl fmt::Debug for IsMoot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("IsMoot")
+    }
 }
 
 /// Tells the ranks that look for it where rank 0 listens. An error is the store's words.
@@ -154,7 +170,7 @@ struct Joined {
 
 enum Role {
     Coordinator(Option<file::Published>),
-    Member(ParentOnly<TcpStream>, Option<ParentOnly<TcpStream>>),
+    Member(Proven, Option<ParentOnly<TcpStream>>),
 }
 
 impl Control {
@@ -180,15 +196,7 @@ impl Control {
         joined.listening.listeners.iter().for_each(config.prepare_listener);
         let places = (joined.listening.addresses.clone(), joined.coordinator);
         let session = joined.session;
-        let spare = match &joined.role {
-            Role::Coordinator(_) => None,
-            Role::Member(stream, _) => stream.try_clone().ok().map(ParentOnly::new),
-        };
-        let waker = spawn(config, joined, &shared).map_err(|error| {
-            let error = ControlError::system("starting the control thread", error);
-            spare.iter().for_each(|stream| dial::give_up(stream, rank, &error));
-            error
-        })?;
+        let waker = spawn(config, joined, &shared)?;
         Ok(Self::new(shared, Some(waker), session, places, connect_timeout))
     }
 
@@ -199,7 +207,7 @@ impl Control {
         (addresses, coordinator): (Vec<SocketAddr>, Option<SocketAddr>),
         connect_timeout: Duration,
     ) -> Self {
-        let status = shared.enroll(0);
+        let status = shared.enroll(0, (0..shared.world()).collect(), shared.rank);
         Self {
             shared,
             waker,
@@ -289,16 +297,17 @@ impl Control {
         &self.status
     }
 
-    /// Enrolls this rank in a communicator, in which it has the number `rank` of `world`: data
-    /// connections of `session` are its. Gives the place where its engine says what it is doing.
+    /// Enrolls this rank in a communicator of these ranks, by their numbers in the job, in which it
+    /// has the number `rank`: data connections of `session` are its. Gives the place where its
+    /// engine says what it is doing.
     pub fn enroll(
         &self,
         communicator: u32,
         session: [u8; 16],
-        (rank, world): (Rank, usize),
+        (rank, ranks): (Rank, Arc<[Rank]>),
     ) -> Arc<Status> {
-        self.shared.open_channel(communicator, session, (rank, world));
-        self.shared.enroll(communicator)
+        self.shared.open_channel(communicator, session, (rank, ranks.len()));
+        self.shared.enroll(communicator, ranks, rank)
     }
 
     /// This rank is no longer in a communicator.
@@ -361,6 +370,17 @@ impl Control {
     /// only if another rank called something else under the same number. Never blocks.
     pub fn stalled(&self, concern: Concern) {
         self.command(Command::Stalled(concern));
+    }
+
+    /// What ends the communicator on this rank because the job goes on without it: the reason is
+    /// given to it.
+    pub(crate) fn supersede(&self) -> Box<dyn Fn(&str) + Send> {
+        let shared = Arc::downgrade(&self.shared);
+        Box::new(move |why| {
+            if let Some(shared) = shared.upgrade() {
+                shared.conclude(Verdict::superseded(why));
+            }
+        })
     }
 
     /// Leaves in order: for the others this rank has not died. Waits until the kernel has the
@@ -429,20 +449,43 @@ fn open(config: &ControlConfig) -> Result<Joined, ControlError> {
     Ok(Joined { listening, session, coordinator: None, role: Role::Coordinator(published) })
 }
 
-/// Other ranks: reach rank 0, then listen, best on the address that the route to it suggests.
-fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
-    let hello = Hello {
+/// Tells rank 0, and so all ranks, that this one, which is another, can't join, and why. Blocks
+/// until it is told or rank 0 could not be reached within `timeout`.
+///
+/// # Errors
+/// If rank 0 was not reached.
+pub fn tell_that_not(
+    config: &ControlConfig,
+    why: &dyn fmt::Display,
+    timeout: Duration,
+) -> Result<(), ControlError> {
+    let credentials = &config.credentials;
+    let mut reached = dial::reach(&config.rendezvous, &hello(config), credentials, timeout)?;
+    dial::give_up(&mut reached.connection, config.rank, why);
+    Ok(())
+}
+
+/// What another rank than rank 0 says first.
+fn hello(config: &ControlConfig) -> Hello {
+    Hello {
         purpose: Purpose::Control,
         socket: 0,
         from: config.rank as u32,
         to: 0,
         world: config.world as u32,
-        session: [0; 16],
+        session: Hello::of_process(std::process::id()),
         job: job_hash(&config.job),
         build: config.build,
-    };
-    let reached = dial::reach(&config.rendezvous, &hello, &config.secret, config.connect_timeout);
-    let Reached { stream, coordinator, session, pulse } =
+    }
+}
+
+/// Other ranks: reach rank 0, then listen, best on the address that the route to it suggests.
+fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
+    let hello = hello(config);
+    let is_moot = || config.is_moot.as_ref().is_some_and(|it| it.0());
+    let with = (&hello, &config.credentials);
+    let reached = dial::reach_unless(&config.rendezvous, with, config.connect_timeout, is_moot);
+    let Reached { mut connection, coordinator, session, pulse } =
         reached.map_err(|error| error.with_origin(&config.secret_origin))?;
     let filter = config.interface.as_ref();
     let is_name = match &config.rendezvous {
@@ -453,38 +496,75 @@ fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
     let misleads = is_name && coordinator.ip().is_loopback();
     let towards = (!misleads).then_some(coordinator);
     let listening = listen::at_free_port(filter, towards, config.port_range)
-        .inspect_err(|error| dial::give_up(&stream, config.rank, error))?;
-    let role = Role::Member(stream, pulse);
+        .inspect_err(|error| dial::give_up(&mut connection, config.rank, error))?;
+    let role = Role::Member(connection, pulse);
     Ok(Joined { listening, session, coordinator: Some(coordinator), role })
 }
 
-fn spawn(config: ControlConfig, joined: Joined, shared: &Arc<Shared>) -> io::Result<Waker> {
-    let ControlConfig { rank, world, job, secret, secret_origin, connect_timeout, build, .. } =
-        config;
-    let pulses = Pulses::new(config.heartbeat_timeout);
+/// Starts the control thread. If that fails, the coordinator is told so.
+fn spawn(
+    config: ControlConfig,
+    joined: Joined,
+    shared: &Arc<Shared>,
+) -> Result<Waker, ControlError> {
+    let (rank, world, connect_timeout) = (config.rank, config.world, config.connect_timeout);
+    let failed = |error| ControlError::system("starting the control thread", error);
     let Joined { listening, session, role, .. } = joined;
     // Before anybody learns where this rank listens.
     shared.open_channel(0, session, (rank, world));
+    let made = prepare(config, listening.listeners, session, shared);
+    let made = made.and_then(|(waker, thread)| Ok((waker, thread, wait_to_run(rank, shared)?)));
+    let (waker, thread, run) = match (made, role) {
+        (Ok((waker, mut thread, run)), Role::Coordinator(published)) => {
+            thread.coordinate(Coordinator::new(session, world, connect_timeout), published);
+            (waker, thread, run)
+        }
+        (Ok((waker, mut thread, run)), Role::Member(connection, pulse)) => {
+            thread.join(0, connection, pulse).map_err(failed)?;
+            (waker, thread, run)
+        }
+        (Err(error), Role::Coordinator(_)) => return Err(failed(error)),
+        (Err(error), Role::Member(mut connection, _)) => {
+            let error = failed(error);
+            dial::give_up(&mut connection, rank, &error);
+            return Err(error);
+        }
+    };
+    // It waits for nothing else.
+    let _ = run.send(thread);
+    Ok(waker)
+}
+
+/// What the control thread has, and what wakes it.
+fn prepare(
+    config: ControlConfig,
+    listeners: Listeners,
+    session: [u8; 16],
+    shared: &Arc<Shared>,
+) -> io::Result<(Waker, ControlThread)> {
+    let ControlConfig { rank, world, job, credentials, secret_origin, build, .. } = config;
+    let pulses = Pulses::new(config.heartbeat_timeout);
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), thread::WAKER)?;
     let job = job_hash(&job);
-    let identity = Identity { rank, world, session, job, build, secret, secret_origin };
-    let (shared, listeners) = (Arc::clone(shared), listening.listeners);
-    let mut thread = ControlThread::new(poll, identity, shared.clone(), listeners, pulses)?;
-    match role {
-        Role::Coordinator(published) => {
-            thread.coordinate(Coordinator::new(session, world, connect_timeout), published);
-        }
-        Role::Member(stream, pulse) => thread.join(0, stream, pulse)?,
-    }
-    let end = End(shared);
+    let identity = Identity { rank, world, session, job, build, credentials, secret_origin };
+    let thread = ControlThread::new(poll, identity, Arc::clone(shared), listeners, pulses)?;
+    Ok((waker, thread))
+}
+
+/// A thread that runs what it is sent: so that a process that can have no more threads finds out
+/// while it can still say so.
+fn wait_to_run(rank: Rank, shared: &Arc<Shared>) -> io::Result<mpsc::Sender<ControlThread>> {
+    let (sender, receiver) = mpsc::channel::<ControlThread>();
+    let end = End(Arc::clone(shared));
     std::thread::Builder::new().name("unisum-control".into()).spawn(move || {
         let end = end;
+        let Ok(mut thread) = receiver.recv() else { return };
         if let Err(error) = thread.run() {
             end.0.conclude(Verdict::died(rank, &format!("its control thread failed: {error}")));
         }
     })?;
-    Ok(waker)
+    Ok(sender)
 }
 
 /// Lets nobody wait for a thread that has ended, be it by a panic.

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use rustix::event::{self, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use socket2::{Domain, Socket, Type};
 use unisum_link::fork::ParentOnly;
@@ -62,6 +63,14 @@ impl Listeners {
             }
         }
         Err(ErrorKind::WouldBlock.into())
+    }
+
+    /// Whether a connection waits to be accepted, as far as the kernel says: perhaps, if it does
+    /// not.
+    pub(super) fn has_visitor(&self) -> bool {
+        let poll = |listener| PollFd::new(listener, PollFlags::IN);
+        let mut listeners: Vec<PollFd<'_>> = self.iter().map(poll).collect();
+        event::poll(&mut listeners, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
     }
 }
 

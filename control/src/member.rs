@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::{Collective, Rank};
+use unisum_link::{CollectiveKind, Rank};
 
+use super::inquest;
 use super::message::{Concern, Message};
 use super::shared::{Command, Shared};
 use super::status::{Lasts, describe};
-use super::verdict::{Finding, Report, Verdict, VerdictKind};
+use super::verdict::{Report, Verdict, VerdictKind};
 
 /// How long the coordinator may take to a verdict on a call that is overdue: its own second for the
 /// ranks' answers, and one for a busy machine.
@@ -93,8 +94,8 @@ impl Member {
                 }
             }
             Message::StatusRequest { query, communicator } => {
-                let snapshot = self.shared.snapshot(communicator);
-                return Ok(Some(Message::Status { query, snapshot }));
+                let doing = self.shared.doing(communicator);
+                return Ok(Some(Message::Status { query, doing }));
             }
             Message::Recount { communicator } => {
                 let calls = self.shared.told(communicator);
@@ -140,7 +141,7 @@ impl Member {
             Command::Accuse(report) => self.ask(Asked::Accused(report), now),
             Command::Overdue(concern) => self.ask(Asked::Overdue(concern), now),
             // Who waits in a message asks again and again.
-            Command::Stalled(concern) if concern.call.collective == Collective::Message => {
+            Command::Stalled(concern) if concern.call.collective == CollectiveKind::Message => {
                 Some(Message::Stalled(concern))
             }
             Command::Stalled(concern) => {
@@ -250,7 +251,7 @@ impl Member {
         }
         self.expect_verdict(&asked, now);
         Some(match asked {
-            Asked::Accused(report) => Message::Accuse(report),
+            Asked::Accused(report) => Message::Accuse(self.with_cause(report)),
             Asked::Overdue(concern) => Message::Overdue(concern),
         })
     }
@@ -259,8 +260,9 @@ impl Member {
     fn judge_alone(&mut self, asked: Asked) {
         let verdict = match asked {
             Asked::Accused(report) => {
+                let report = self.with_cause(report);
                 let against = report.against;
-                let is_link = report.finding == Finding::LinkFailed;
+                let is_link = report.finding.is_of_link();
                 let gone = self.gone.get(against).and_then(Option::as_ref).filter(|_| is_link);
                 match gone {
                     Some(lasts) => {
@@ -283,6 +285,25 @@ impl Member {
         self.conclude(verdict);
     }
 
+    /// The report on a failed link, or on the rank because of which the link may have failed: one
+    /// that left the job in order, and that the call waits for which this rank is in. The rank at
+    /// the other end may have heard so, and ended, before this one reached the next coordinator.
+    fn with_cause(&self, report: Report) -> Report {
+        if !report.finding.is_of_link() || report.against == self.shared.rank {
+            return report;
+        }
+        let communicator = report.communicator;
+        let Some((doing, ranks)) = self.shared.place(communicator) else { return report };
+        let is_cause = |rank: &Rank| match &self.gone[*rank] {
+            Some(Some(lasts)) => {
+                lasts.get(&communicator).is_some_and(|last| inquest::is_missed(last, &doing))
+            }
+            _ => false,
+        };
+        let cause = ranks.iter().copied().find(is_cause);
+        Report { against: cause.unwrap_or(report.against), ..report }
+    }
+
     fn expect_verdict(&mut self, asked: &Asked, now: Instant) {
         if self.shared.verdict().is_some() {
             return;
@@ -303,24 +324,28 @@ impl Member {
 
 #[cfg(test)]
 mod tests {
+    use unisum_link::Call;
+
     use super::*;
+    use crate::coordinator::Coordinator;
     use crate::status::Snapshot;
     use crate::tests::call;
+    use crate::verdict::Finding;
 
     fn member() -> Member {
         Member::new(Arc::new(Shared::new(1, 3)))
     }
 
     #[track_caller]
-    fn expect(member: &Member, kind: VerdictKind, culprit: usize) {
+    fn expect(member: &Member, kind: VerdictKind, failed_rank: usize) {
         let verdict = member.shared.verdict().expect("a verdict");
-        assert_eq!((verdict.kind, &verdict.culprits[..]), (kind, &[culprit][..]));
+        assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (kind, &[failed_rank][..]));
         assert_eq!(member.deadline(), None);
     }
 
     fn report() -> Report {
-        let text = "link to rank 2: closed".into();
-        Report { communicator: 0, against: 2, finding: Finding::LinkFailed, text }
+        let text = "link to rank 2: closed";
+        Report::new(0, 2, Finding::LinkFailed, text)
     }
 
     #[test]
@@ -382,12 +407,46 @@ mod tests {
         expect(&member, VerdictKind::Left, 2);
         // Its last message had another length: that is what went wrong, and not that it left.
         let mut member = alone();
-        let text = "rank 1 receives 8 bytes, rank 0 sent 4".into();
+        let text = "rank 1 receives 8 bytes, rank 0 sent 4";
         let finding = Finding::Mismatch;
-        let differs = Report { communicator: 0, against: 0, finding, text };
+        let differs = Report::new(0, 0, finding, text);
         member.command(Command::Accuse(differs), now);
         let verdict = member.shared.verdict().unwrap();
-        assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::Mismatch, &[0, 1][..]));
+        assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (VerdictKind::Mismatch, &[0, 1][..]));
+    }
+
+    /// Rank 1 heard of it first, reported it, and ended: this rank sees the link to it end.
+    #[test]
+    fn who_ended_because_another_rank_left_is_not_blamed_for_a_link() {
+        let last = |number| Snapshot { call: Some(call(number)), ..Snapshot::default() };
+        for (group_last, names) in [(Some(last(3)), 0), (Some(last(4)), 1), (None, 1)] {
+            let mut member = Member::new(Arc::new(Shared::new(2, 4)));
+            let status = member.shared.enroll(7, [0, 1, 2].into(), 2);
+            status.begin(&Call { communicator: 7, ..call(4) });
+            let (now, link) = (Instant::now(), "link to rank 1: closed");
+            let report = Report::new(7, 1, Finding::LinkFailed, link);
+            // Before it has heard that rank 0 left.
+            let said = member.command(Command::Accuse(report.clone()), now);
+            assert_eq!(said, [Message::Accuse(report.clone())]);
+            leave(&mut member, 3);
+            let parted = group_last.map(|last| (7, last)).into_iter().collect();
+            member.heard(Message::Left { rank: 0, last: last(9), parted }).unwrap();
+            assert!(member.lost("its connection ended"));
+            member.is_unreachable(1);
+            assert_eq!(member.heir(), Some(2), "itself");
+            let mut heir = Coordinator::heir([7; 16], 2, member.gone(), now);
+            for message in member.coordinated_by(2, now) {
+                heir.heard(2, message, now);
+            }
+            heir.tick(now + Duration::from_secs(1));
+            while let Some(output) = heir.poll() {
+                output.messages.into_iter().for_each(|it| drop(member.heard(it).unwrap()));
+            }
+            let verdict = member.shared.verdict().expect("a verdict");
+            assert_eq!(verdict.failed_ranks, [names], "{group_last:?}: {verdict}");
+            let is_left = verdict.kind == VerdictKind::Left;
+            assert_eq!(is_left, names == 0, "{verdict}");
+        }
     }
 
     #[test]
@@ -442,7 +501,10 @@ mod tests {
         };
         let mut telling = asking();
         let told = telling.news();
-        assert!(matches!(&told, Some(Message::Concluded(it)) if it.culprits == [0]), "{told:?}");
+        assert!(
+            matches!(&told, Some(Message::Concluded(it)) if it.failed_ranks == [0]),
+            "{told:?}"
+        );
         assert_eq!(telling.news(), None);
         let said = asking().command(Command::Leave, now);
         assert!(matches!(said[..], [Message::Concluded(_), Message::Bye(_)]), "{said:?}");

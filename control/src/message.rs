@@ -9,8 +9,9 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use unisum_link::{Call, Rank};
 
+use super::doing::{self, Doing};
 use super::status::{Snapshot, Told};
-use super::verdict::{Finding, Report, Verdict, VerdictKind};
+use super::verdict::{Calls, Finding, Report, Verdict, VerdictKind};
 
 /// Largest blob of an exchange in bytes.
 pub(super) const BLOB_BYTES_MAX: usize = 64 << 10;
@@ -18,8 +19,8 @@ pub(super) const BLOB_BYTES_MAX: usize = 64 << 10;
 const EACH_BYTES_MAX: usize = 1 << 10;
 /// Largest frame in bytes, without its length.
 pub(super) const FRAME_BYTES_MAX: usize = BLOB_BYTES_MAX + 1024;
-/// Most culprits that a verdict names on the wire.
-const CULPRITS_MAX: usize = 4096;
+/// Most failed ranks that a verdict names on the wire.
+const FAILED_RANKS_MAX: usize = 4096;
 /// Most ranks that a concern names on the wire.
 const RANKS_MAX: usize = 16_000;
 /// Of most communicators it is said on the wire what a rank did last there.
@@ -49,8 +50,8 @@ pub(super) enum Message {
     Stalled(Concern),
     /// Coordinator: what are you doing in this communicator?
     StatusRequest { query: u32, communicator: u32 },
-    /// Rank: this.
-    Status { query: u32, snapshot: Snapshot },
+    /// Rank: this, and this elsewhere.
+    Status { query: u32, doing: Doing },
     /// Coordinator: what did you call last in this communicator?
     Recount { communicator: u32 },
     /// Rank: this, the oldest first.
@@ -68,6 +69,8 @@ pub(super) enum Message {
     Missing { round: u32, millis: u32 },
     /// Rank: keep this line.
     Keep(String),
+    /// Between members of an elastic job: what they say about views.
+    View(Bytes),
     /// Rank: I leave in order.
     Bye(Snapshot),
 }
@@ -138,9 +141,9 @@ impl Message {
                 to.put_u32_le(*query);
                 to.put_u32_le(*communicator);
             }
-            Self::Status { query, snapshot } => {
+            Self::Status { query, doing } => {
                 to.put_u32_le(*query);
-                put_snapshot(to, snapshot);
+                doing::put(to, doing);
             }
             Self::Recount { communicator } => to.put_u32_le(*communicator),
             Self::Recounted { communicator, calls } => {
@@ -170,6 +173,7 @@ impl Message {
                 to.put_u32_le(*millis);
             }
             Self::Keep(line) => put_text(to, line),
+            Self::View(word) => to.put_slice(word),
             Self::Bye(snapshot) => put_snapshot(to, snapshot),
         }
     }
@@ -195,6 +199,7 @@ impl Message {
             Self::Recount { .. } => 17,
             Self::Recounted { .. } => 18,
             Self::HasParted { .. } => 19,
+            Self::View(_) => 20,
         }
     }
 
@@ -245,6 +250,7 @@ impl Message {
             17 => word(body).map(|communicator| Self::Recount { communicator }),
             18 => parse_recounted(body),
             19 => parse_has_parted(body),
+            20 => Some(Self::View(body.split_off(0))),
             kind => return Err(MessageError::Kind(kind)),
         })
     }
@@ -259,24 +265,30 @@ pub(super) fn blobs_bytes_max(world: usize) -> usize {
 /// Stands for all ranks where a rank is named.
 const TO_ALL: u32 = u32::MAX;
 
-fn put_rank(to: &mut BytesMut, rank: Rank) {
+pub(super) fn put_rank(to: &mut BytesMut, rank: Rank) {
     to.put_u32_le(u32::try_from(rank).expect("ranks are below WORLD_MAX"));
 }
 
-/// Appends a text, cut between characters where it is too long.
-fn put_text(to: &mut BytesMut, text: &str) {
+/// A text, cut between characters where it is too long.
+pub(super) fn cut(text: &str) -> &str {
     let longest = text.len().min(TEXT_BYTES_MAX);
     let end = (0..=longest).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-    to.put_slice(&text.as_bytes()[..end]);
+    &text[..end]
+}
+
+/// Appends a text, cut where it is too long.
+fn put_text(to: &mut BytesMut, text: &str) {
+    to.put_slice(cut(text).as_bytes());
 }
 
 fn put_verdict(to: &mut BytesMut, verdict: &Verdict) {
-    let culprits = &verdict.culprits[..verdict.culprits.len().min(CULPRITS_MAX)];
+    let failed_ranks = &verdict.failed_ranks[..verdict.failed_ranks.len().min(FAILED_RANKS_MAX)];
     to.put_u8(verdict.kind as u8);
-    put_rank(to, culprits.len());
-    for culprit in culprits {
-        put_rank(to, *culprit);
+    put_rank(to, failed_ranks.len());
+    for failed_rank in failed_ranks {
+        put_rank(to, *failed_rank);
     }
+    put_calls(to, verdict.calls.as_deref());
     put_text(to, &verdict.text);
 }
 
@@ -284,17 +296,25 @@ fn put_report(to: &mut BytesMut, report: &Report) {
     to.put_u32_le(report.communicator);
     to.put_u8(report.finding as u8);
     put_rank(to, report.against);
+    put_calls(to, report.calls.as_ref());
     put_text(to, &report.text);
 }
 
+fn put_calls(to: &mut BytesMut, calls: Option<&Calls>) {
+    to.put_u8(u8::from(calls.is_some()));
+    for (rank, call) in calls.into_iter().flatten() {
+        put_rank(to, *rank);
+        to.put_slice(&call.encode());
+    }
+}
+
 fn put_told(to: &mut BytesMut, told: &Told) {
-    to.put_u64_le(told.number);
-    to.put_u64_le(told.history);
+    to.put_slice(&told.call.encode());
     to.put_u32_le(u32::try_from(told.text.len()).expect("texts are bounded"));
     to.put_slice(told.text.as_bytes());
 }
 
-fn put_snapshot(to: &mut BytesMut, snapshot: &Snapshot) {
+pub(super) fn put_snapshot(to: &mut BytesMut, snapshot: &Snapshot) {
     let Snapshot { call, inside, step, steps, bytes, uncounted } = snapshot;
     to.put_u8(u8::from(call.is_some()));
     to.put_u8(u8::from(*inside));
@@ -305,17 +325,17 @@ fn put_snapshot(to: &mut BytesMut, snapshot: &Snapshot) {
     to.put_u64_le(*uncounted);
 }
 
-fn take<const N: usize>(body: &mut Bytes) -> Option<[u8; N]> {
+pub(super) fn take<const N: usize>(body: &mut Bytes) -> Option<[u8; N]> {
     let taken = *body.first_chunk::<N>()?;
     body.advance(N);
     Some(taken)
 }
 
-fn word(body: &mut Bytes) -> Option<u32> {
+pub(super) fn word(body: &mut Bytes) -> Option<u32> {
     take(body).map(u32::from_le_bytes)
 }
 
-fn rank(body: &mut Bytes) -> Option<Rank> {
+pub(super) fn rank(body: &mut Bytes) -> Option<Rank> {
     word(body).map(|rank| rank as Rank)
 }
 
@@ -356,17 +376,26 @@ fn parse_report(body: &mut Bytes) -> Option<Report> {
     let communicator = word(body)?;
     let [code] = take(body)?;
     let finding = Finding::from_code(code)?;
-    Some(Report { communicator, finding, against: rank(body)?, text: text(body)? })
+    let (against, calls) = (rank(body)?, calls(body)?);
+    Some(Report { communicator, finding, against, text: text(body)?, calls })
+}
+
+fn calls(body: &mut Bytes) -> Option<Option<Calls>> {
+    if !flag(body)? {
+        return Some(None);
+    }
+    let mut call = || Some((rank(body)?, Call::decode(&take(body)?)?));
+    Some(Some([call()?, call()?]))
 }
 
 fn parse_recounted(body: &mut Bytes) -> Option<Message> {
     let communicator = word(body)?;
     let mut calls = Vec::new();
     while !body.is_empty() {
-        let [number, history] = [take(body)?, take(body)?].map(u64::from_le_bytes);
+        let call = Call::decode(&take(body)?)?;
         let length = word(body)? as usize;
         let text = (length <= body.len()).then(|| body.split_to(length))?;
-        calls.push(Told { number, history, text: String::from_utf8(text.into()).ok()? });
+        calls.push(Told { call, text: String::from_utf8(text.into()).ok()? });
     }
     Some(Message::Recounted { communicator, calls })
 }
@@ -409,10 +438,10 @@ fn parse_missing(body: &mut Bytes) -> Option<Message> {
 }
 
 fn parse_status(body: &mut Bytes) -> Option<Message> {
-    Some(Message::Status { query: word(body)?, snapshot: parse_snapshot(body)? })
+    Some(Message::Status { query: word(body)?, doing: doing::parse(body)? })
 }
 
-fn parse_snapshot(body: &mut Bytes) -> Option<Snapshot> {
+pub(super) fn parse_snapshot(body: &mut Bytes) -> Option<Snapshot> {
     let (called, inside, call) = (flag(body)?, flag(body)?, take(body)?);
     let call = match called {
         true => Some(Call::decode(&call)?),
@@ -428,21 +457,23 @@ fn parse_verdict(body: &mut Bytes) -> Option<Verdict> {
     let [code] = take(body)?;
     let kind = VerdictKind::from_code(code)?;
     let count = rank(body)?;
-    if count > CULPRITS_MAX {
+    if count > FAILED_RANKS_MAX {
         return None;
     }
-    let culprits = (0..count).map(|_| rank(body)).collect::<Option<Vec<_>>>()?;
-    Some(Verdict { kind, culprits, text: text(body)? })
+    let failed_ranks = (0..count).map(|_| rank(body)).collect::<Option<Vec<_>>>()?;
+    let calls = calls(body)?.map(Box::new);
+    Some(Verdict { kind, failed_ranks, text: text(body)?, calls })
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::doing::tests::doings;
     use crate::tests::call;
 
-    fn snapshots() -> impl Strategy<Value = Snapshot> {
+    pub(crate) fn snapshots() -> impl Strategy<Value = Snapshot> {
         let steps = (any::<u32>(), any::<u32>());
         let parts = (any::<Option<u64>>(), any::<bool>(), steps, any::<u64>(), any::<u64>());
         parts.prop_map(|(number, inside, (step, steps), bytes, uncounted)| {
@@ -463,13 +494,19 @@ mod tests {
         any::<Vec<u8>>().prop_map(Bytes::from)
     }
 
-    fn ranks() -> impl Strategy<Value = Rank> {
+    pub(crate) fn ranks() -> impl Strategy<Value = Rank> {
         any::<u32>().prop_map(|rank| rank as Rank)
     }
 
+    fn calls() -> impl Strategy<Value = Option<Calls>> {
+        let called =
+            || (ranks(), any::<u64>()).prop_map(|(rank, number)| (rank, call(number >> 16)));
+        prop::option::of([called(), called()])
+    }
+
     fn messages() -> impl Strategy<Value = Message> {
-        let culprits = prop::collection::vec(ranks(), 0..9);
-        let verdict = (1..=13_u8, culprits, any::<String>(), any::<bool>());
+        let failed_ranks = prop::collection::vec(ranks(), 0..9);
+        let verdict = (1..=19_u8, failed_ranks, calls(), any::<String>(), any::<bool>());
         prop_oneof![
             any::<[u8; 16]>().prop_map(|session| Message::Welcome { session }),
             Just(Message::Joined),
@@ -480,16 +517,16 @@ mod tests {
                 rank,
                 blob
             }),
-            (any::<u32>(), ranks(), 0..5_u8, any::<String>()).prop_map(
-                |(communicator, against, code, text)| {
+            (any::<u32>(), ranks(), 0..10_u8, any::<String>(), calls()).prop_map(
+                |(communicator, against, code, text, calls)| {
                     let finding = Finding::from_code(code).unwrap();
-                    Message::Accuse(Report { communicator, against, finding, text })
+                    Message::Accuse(Report { communicator, against, finding, text, calls })
                 }
             ),
             any::<u32>().prop_map(|communicator| Message::Recount { communicator }),
-            (any::<u32>(), prop::collection::vec(any::<(u64, u64, String)>(), 0..4)).prop_map(
+            (any::<u32>(), prop::collection::vec(any::<(u64, String)>(), 0..4)).prop_map(
                 |(communicator, calls)| {
-                    let told = |(number, history, text)| Told { number, history, text };
+                    let told = |(number, text)| Told { call: call(number >> 16), text };
                     let calls = calls.into_iter().map(told).collect();
                     Message::Recounted { communicator, calls }
                 }
@@ -498,11 +535,10 @@ mod tests {
             concerns().prop_map(Message::Stalled),
             any::<(u32, u32)>()
                 .prop_map(|(query, communicator)| Message::StatusRequest { query, communicator }),
-            (any::<u32>(), snapshots())
-                .prop_map(|(query, snapshot)| Message::Status { query, snapshot }),
-            verdict.prop_map(|(code, culprits, text, is_own)| {
+            (any::<u32>(), doings()).prop_map(|(query, doing)| Message::Status { query, doing }),
+            verdict.prop_map(|(code, failed_ranks, calls, text, is_own)| {
                 let kind = VerdictKind::from_code(code).unwrap();
-                let verdict = Verdict { kind, culprits, text };
+                let verdict = Verdict { kind, failed_ranks, text, calls: calls.map(Box::new) };
                 if is_own { Message::Concluded(verdict) } else { Message::Verdict(verdict) }
             }),
             (ranks(), snapshots(), prop::collection::vec((any::<u32>(), snapshots()), 0..4))
@@ -513,6 +549,7 @@ mod tests {
                 .prop_map(|(communicator, rank)| Message::HasParted { communicator, rank }),
             any::<(u32, u32)>().prop_map(|(round, millis)| Message::Missing { round, millis }),
             any::<String>().prop_map(Message::Keep),
+            any::<Vec<u8>>().prop_map(|word| Message::View(word.into())),
             snapshots().prop_map(Message::Bye),
         ]
     }
@@ -555,8 +592,7 @@ mod tests {
     fn long_texts_are_cut_between_characters() {
         let text = "é".repeat(TEXT_BYTES_MAX);
         let mut wire = BytesMut::new();
-        Message::Accuse(Report { communicator: 0, against: 1, finding: Finding::LinkFailed, text })
-            .encode(&mut wire);
+        Message::Accuse(Report::new(0, 1, Finding::LinkFailed, text)).encode(&mut wire);
         assert!(wire.len() <= TEXT_BYTES_MAX + 16);
         assert!(matches!(Message::decode(&mut wire), Ok(Some(Message::Accuse(_)))));
     }

@@ -19,7 +19,8 @@ use mio::{Interest, Registry, Token};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::Rank;
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, HandshakeError, Hello, Purpose, Secret};
+use unisum_link::handshake::{HandshakeError, Hello, Purpose};
+use unisum_link::secure::{self, Credentials};
 
 /// How often the kernel asks.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -130,7 +131,7 @@ pub(super) fn open(
     control: &TcpStream,
     hello: &Hello,
     session: [u8; 16],
-    (secret, time): (&Secret, Duration),
+    (credentials, time): (&Credentials, Duration),
 ) -> Result<Option<ParentOnly<TcpStream>>, HandshakeError> {
     let address = control.peer_addr()?;
     if address.ip() == control.local_addr()?.ip() {
@@ -140,7 +141,7 @@ pub(super) fn open(
     let until = Instant::now() + time;
     loop {
         let left = until.saturating_duration_since(Instant::now()).max(PAUSE);
-        match dial(address, &hello, secret, left) {
+        match dial(address, &hello, credentials, left) {
             // There may be too many strangers.
             Err(error) if !error.is_answer() && Instant::now() < until => thread::sleep(PAUSE),
             result => return result.map(Some),
@@ -151,14 +152,15 @@ pub(super) fn open(
 fn dial(
     address: SocketAddr,
     hello: &Hello,
-    secret: &Secret,
+    credentials: &Credentials,
     time: Duration,
 ) -> Result<ParentOnly<TcpStream>, HandshakeError> {
     let mut stream = ParentOnly::new(TcpStream::connect_timeout(&address, time)?);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(time))?;
     stream.set_write_timeout(Some(time))?;
-    handshake::dial(&mut *stream, hello, secret)?;
+    // What carries nothing needs no keys.
+    secure::dial(&mut *stream, hello, credentials, false)?;
     Ok(stream)
 }
 

@@ -1,15 +1,17 @@
 //! What the control thread and the rank's other threads share.
 
 use std::collections::BTreeSet;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::fork::ParentOnly;
+use unisum_link::secure::Proven;
 use unisum_link::{Rank, Wake};
 
+use super::callers;
+use super::doing::{Doing, PARTS_MAX, Part};
 use super::kept::Kept;
 use super::message::Concern;
 use super::share::Share;
@@ -19,8 +21,8 @@ use super::verdict::{Report, Verdict};
 /// Most data connections between two ranks.
 const SOCKETS_MAX: usize = 16;
 
-/// Who takes the data connections: peer, socket index, non-blocking stream.
-pub type Inbox = Arc<dyn Fn(Rank, u8, ParentOnly<TcpStream>) + Send + Sync>;
+/// Who takes the data connections: peer, socket index, non-blocking connection.
+pub type Inbox = Arc<dyn Fn(Rank, u8, Proven) + Send + Sync>;
 
 /// What the rank's threads ask of the control thread.
 #[derive(Debug)]
@@ -71,7 +73,7 @@ struct Channel {
     rank: Rank,
     world: usize,
     inbox: Option<Inbox>,
-    early: Vec<(Rank, u8, ParentOnly<TcpStream>)>,
+    early: Vec<(Rank, u8, Proven)>,
 }
 
 /// What somebody may be waiting for, beside the verdict.
@@ -128,8 +130,8 @@ impl Shared {
     }
 
     /// The status of a communicator that this rank is in from now on.
-    pub(super) fn enroll(&self, communicator: u32) -> Arc<Status> {
-        let status = Arc::new(Status::default());
+    pub(super) fn enroll(&self, communicator: u32, ranks: Arc<[Rank]>, rank: Rank) -> Arc<Status> {
+        let status = Arc::new(Status::new(ranks, rank));
         lock(&self.statuses).push((communicator, Arc::clone(&status)));
         status
     }
@@ -152,6 +154,29 @@ impl Shared {
         let statuses = lock(&self.statuses);
         let status = statuses.iter().find(|(known, _)| *known == communicator);
         status.map_or_else(Snapshot::default, |(_, status)| status.snapshot())
+    }
+
+    /// What this rank does in a communicator, and the job's numbers of the ranks there; none if it
+    /// is not in it.
+    pub(super) fn place(&self, communicator: u32) -> Option<(Snapshot, Arc<[Rank]>)> {
+        let statuses = lock(&self.statuses);
+        let (_, status) = statuses.iter().find(|(known, _)| *known == communicator)?;
+        Some((status.snapshot(), status.ranks().clone()))
+    }
+
+    /// What this rank does in a communicator, and in all others.
+    pub(super) fn doing(&self, communicator: u32) -> Doing {
+        let statuses = lock(&self.statuses);
+        let look = || -> Vec<Part> {
+            statuses.iter().map(|(communicator, status)| status.part(*communicator)).collect()
+        };
+        let (hold, mut parts) = callers::while_held(look);
+        let here = parts.iter().find(|part| part.communicator == communicator);
+        let here = here.map_or_else(Snapshot::default, |part| part.doing);
+        // Of too many those count that the rank is in a call of.
+        parts.sort_by_key(|part| !part.is_inside());
+        parts.truncate(PARTS_MAX);
+        Doing { here, hold, parts }
     }
 
     /// The newest calls of this rank in a communicator; none if it is not in it.
@@ -217,7 +242,7 @@ impl Shared {
         session: &[u8; 16],
         peer: Rank,
         socket: u8,
-        stream: ParentOnly<TcpStream>,
+        connection: Proven,
     ) -> bool {
         let mut arrivals = lock(&self.arrivals);
         let mut channels = arrivals.channels.iter_mut();
@@ -226,12 +251,12 @@ impl Shared {
         };
         if let Some(inbox) = channel.inbox.clone() {
             drop(arrivals);
-            inbox(peer, socket, stream);
+            inbox(peer, socket, connection);
             return true;
         }
         let has_room = channel.early.len() < SOCKETS_MAX * channel.world;
         if has_room {
-            channel.early.push((peer, socket, stream));
+            channel.early.push((peer, socket, connection));
         }
         has_room
     }
@@ -242,8 +267,8 @@ impl Shared {
         let Some(channel) = channels.find(|channel| channel.communicator == communicator) else {
             return;
         };
-        for (peer, socket, stream) in channel.early.drain(..) {
-            inbox(peer, socket, stream);
+        for (peer, socket, connection) in channel.early.drain(..) {
+            inbox(peer, socket, connection);
         }
         channel.inbox = Some(inbox);
     }

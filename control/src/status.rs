@@ -3,11 +3,13 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use unisum_kernels::Dtype;
-use unisum_link::{Call, Collective, Rank};
+use unisum_link::{Call, CollectiveKind, Rank};
+
+use super::doing::{Needs, Part, Traffic};
 
 /// The words of an encoded call.
 const CALL_WORDS: usize = Call::ENCODED / 8;
@@ -17,17 +19,35 @@ const CALL_WORDS: usize = Call::ENCODED / 8;
 /// One thread at a time writes: the one that drives the collective. Nobody ever waits: a call is
 /// written into the slot of the oldest and then made current, so that a writer which is preempted
 /// half-way leaves the current slot whole.
-#[derive(Default)]
 pub struct Status {
+    /// The job's numbers of the communicator's ranks, of which this one is number `rank`.
+    ranks: Arc<[Rank]>,
+    rank: Rank,
     /// How many calls have begun; it chooses the slot.
     begun: AtomicU64,
     /// How many calls have ended.
     ended: AtomicU64,
     /// How many collectives so far are none of the program's calls, but parts of those.
     uncounted: AtomicU64,
+    /// Whom the call under way needs, if that does not follow from what it says of itself.
+    needs: AtomicU8,
+    /// In a messenger, by rank, the messages from and to this one.
+    traffic: Box<[Counts]>,
     slots: [Slot; KEPT],
     /// What newest calls agreed on beside what they say themselves, by their histories.
     terms: Mutex<VecDeque<(u64, Terms)>>,
+}
+
+/// Which ranks a call needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Needed {
+    /// Those whose blocks its result is made of, where all blocks have elements.
+    ByCall = 0,
+    /// Some of them perhaps not, which these alone know.
+    Unknown = 1,
+    /// All.
+    All = 2,
 }
 
 /// Calls that are remembered.
@@ -38,12 +58,10 @@ const TOLD_MAX: usize = 400;
 /// What a call agreed on beside what it says itself, in words.
 pub(crate) type Terms = Arc<dyn fmt::Display + Send + Sync>;
 
-/// A call in words.
+/// A call, and what it is in words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Told {
-    pub number: u64,
-    /// See [`Call::history`].
-    pub history: u64,
+    pub call: Call,
     pub text: String,
 }
 
@@ -81,7 +99,75 @@ pub struct Snapshot {
 /// What a rank did last in each communicator that it is no longer in, by number.
 pub(super) type Lasts = std::collections::BTreeMap<u32, Snapshot>;
 
+/// What passed between this rank and another.
+#[derive(Debug, Default)]
+struct Counts {
+    said: AtomicU64,
+    heard: AtomicU64,
+}
+
 impl Status {
+    /// Of rank `rank` in a communicator of ranks that have these numbers in the job.
+    pub(super) fn new(ranks: Arc<[Rank]>, rank: Rank) -> Self {
+        Self {
+            traffic: ranks.iter().map(|_| Counts::default()).collect(),
+            ranks,
+            rank,
+            begun: AtomicU64::default(),
+            ended: AtomicU64::default(),
+            uncounted: AtomicU64::default(),
+            needs: AtomicU8::default(),
+            slots: Default::default(),
+            terms: Mutex::default(),
+        }
+    }
+
+    /// The job's numbers of the communicator's ranks.
+    pub(super) const fn ranks(&self) -> &Arc<[Rank]> {
+        &self.ranks
+    }
+
+    /// The calls that begin from now on need these ranks.
+    pub fn set_needs(&self, needs: Needed) {
+        // Relaxed: the Release store in `begin` comes after it.
+        self.needs.store(needs as u8, Ordering::Relaxed);
+    }
+
+    /// This rank has sent so many messages to a rank of the communicator.
+    pub fn said(&self, peer: Rank, messages: u64) {
+        // Release: pairs with the Acquire load in `part`.
+        self.traffic[peer].said.store(messages, Ordering::Release);
+    }
+
+    /// When it last said what it waits for, it had had so many messages of a rank.
+    pub fn heard(&self, peer: Rank, messages: u64) {
+        // Release: as above; who sees it sees what this rank then waited for.
+        self.traffic[peer].heard.store(messages, Ordering::Release);
+    }
+
+    /// What this rank does, for who looks at several communicators.
+    pub(super) fn part(&self, communicator: u32) -> Part {
+        let traffic = self.traffic.iter().zip(&*self.ranks).map(|(counts, &peer)| {
+            // Acquire, twice: pair with the Release stores in `heard` and `said`. Before the
+            // snapshot: what was heard since it said what it waits for does not count.
+            let heard = counts.heard.load(Ordering::Acquire);
+            Traffic { peer, said: counts.said.load(Ordering::Acquire), heard }
+        });
+        let traffic: Vec<_> = traffic.filter(|it| it.said > 0 || it.heard > 0).collect();
+        let doing = self.snapshot();
+        // Relaxed: as in `set_needs`. It matters only while the thread is held in the call.
+        let needed = self.needs.load(Ordering::Relaxed);
+        let needs = match doing.call.filter(|_| doing.inside) {
+            Some(_) if needed == Needed::All as u8 => Needs::All,
+            Some(call) if needed == Needed::ByCall as u8 => {
+                Needs::of(&call, self.ranks[self.rank], &self.ranks)
+            }
+            _ => Needs::Unknown,
+        };
+        let lowest = self.ranks.iter().min().copied().unwrap_or(0);
+        Part { communicator, lowest, doing, needs, traffic }
+    }
+
     /// A collective begins. A handful of plain stores.
     pub fn begin(&self, call: &Call) {
         // Relaxed: only this thread writes it, and threads take turns under the engine's lock.
@@ -195,14 +281,14 @@ impl Status {
         let told = |(begun, call, uncounted): (u64, Option<Call>, u64)| {
             // The one after `now` may be written already.
             let call = call.filter(|_| begun + KEPT as u64 > now + 1)?;
-            if call.collective == Collective::Message {
+            if call.collective == CollectiveKind::Message {
                 return None; // it stands for one of those that a rank waits in
             }
             let terms = terms.iter().find(|(history, _)| *history == call.history);
             let terms = terms.map_or_else(String::new, |(_, terms)| terms.to_string());
             let text =
                 format!("{}{terms}", describe(&call, uncounted)).chars().take(TOLD_MAX).collect();
-            Some(Told { number: call.number, history: call.history, text })
+            Some(Told { call, text })
         };
         calls.into_iter().filter_map(told).collect()
     }
@@ -242,7 +328,7 @@ impl Waiting {
         let root = peer as u16; // worlds have 2^16 ranks at most
         Call {
             communicator,
-            collective: Collective::Message,
+            collective: CollectiveKind::Message,
             root,
             ..Call::all_reduce(0, dtype, bytes)
         }
@@ -252,7 +338,7 @@ impl Waiting {
 impl Snapshot {
     /// The rank that this one waits for in a message.
     pub(super) fn peer(&self) -> Option<Rank> {
-        let waits = |call: &Call| self.inside && call.collective == Collective::Message;
+        let waits = |call: &Call| self.inside && call.collective == CollectiveKind::Message;
         self.call.filter(waits).map(|call| call.root as Rank)
     }
 
@@ -283,10 +369,19 @@ impl Snapshot {
 /// A call as the program knows it: by its number among the program's own calls, where so many
 /// collectives before it were none of them, and by the name of its algorithm.
 pub fn describe(call: &Call, uncounted: u64) -> String {
+    // A call without elements takes an all-reduce's algorithms.
+    let kind = if call.count == 0 { CollectiveKind::AllReduce } else { call.collective };
+    describe_by(kind, call, uncounted)
+}
+
+/// The same of an all-to-all with the elements that it has for one rank, perhaps none.
+pub fn describe_for_one(call: &Call, uncounted: u64) -> String {
+    describe_by(call.collective, call, uncounted)
+}
+
+fn describe_by(kind: CollectiveKind, call: &Call, uncounted: u64) -> String {
     let number = call.number.saturating_sub(uncounted);
     let text = Call { number, ..*call }.to_string();
-    // A call without elements takes an all-reduce's algorithms.
-    let kind = if call.count == 0 { Collective::AllReduce } else { call.collective };
     let list = unisum_algorithms::algorithms(plan_of(kind, call.root as Rank));
     let name = match call.algorithm {
         Call::BETWEEN_TRIALS => Some("trying algorithms"),
@@ -300,11 +395,11 @@ impl fmt::Display for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { call, inside, step, steps, bytes, uncounted } = self;
         match call {
-            None => f.write_str("has called nothing yet"),
-            Some(Call { collective: Collective::Message, .. }) if *inside => {
+            None => f.write_str("has called nothing in this communicator yet"),
+            Some(Call { collective: CollectiveKind::Message, .. }) if *inside => {
                 write!(f, "in {}", self.message().unwrap_or_default())
             }
-            Some(Call { collective: Collective::Message, .. }) => f.write_str("in no message"),
+            Some(Call { collective: CollectiveKind::Message, .. }) => f.write_str("in no message"),
             Some(call) if *inside => {
                 let call = describe(call, *uncounted);
                 write!(f, "in {call}, step {step} of {steps}, {bytes} bytes moved")
@@ -317,16 +412,17 @@ impl fmt::Display for Snapshot {
 }
 
 /// The plans' name of a kind of collective.
-pub const fn plan_of(kind: Collective, root: Rank) -> unisum_algorithms::Collective {
+pub const fn plan_of(kind: CollectiveKind, root: Rank) -> unisum_algorithms::PlanKind {
     match kind {
-        Collective::Reduce => unisum_algorithms::Collective::Reduce { root },
-        Collective::Broadcast => unisum_algorithms::Collective::Broadcast { root },
-        Collective::AllGather => unisum_algorithms::Collective::AllGather,
-        Collective::ReduceScatter => unisum_algorithms::Collective::ReduceScatter,
-        Collective::AllToAll => unisum_algorithms::Collective::AllToAll,
-        Collective::Gather => unisum_algorithms::Collective::Gather { root },
-        Collective::Scatter => unisum_algorithms::Collective::Scatter { root },
-        _ => unisum_algorithms::Collective::AllReduce,
+        CollectiveKind::Reduce => unisum_algorithms::PlanKind::Reduce { root },
+        CollectiveKind::Broadcast => unisum_algorithms::PlanKind::Broadcast { root },
+        CollectiveKind::AllGather => unisum_algorithms::PlanKind::AllGather,
+        CollectiveKind::ReduceScatter => unisum_algorithms::PlanKind::ReduceScatter,
+        CollectiveKind::AllToAll => unisum_algorithms::PlanKind::AllToAll,
+        CollectiveKind::Gather => unisum_algorithms::PlanKind::Gather { root },
+        CollectiveKind::Scatter => unisum_algorithms::PlanKind::Scatter { root },
+        // A barrier is an all-reduce of nothing, and a message has no plan.
+        _ => unisum_algorithms::PlanKind::AllReduce,
     }
 }
 
@@ -339,7 +435,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_tells_call_and_progress() {
-        let status = Status::default();
+        let status = Status::new([0, 1].into(), 0);
         assert_eq!(status.snapshot(), Snapshot::default());
         status.begin(&call(0));
         status.step(3, 9, 100);
@@ -354,10 +450,10 @@ mod tests {
 
     #[test]
     fn calls_are_told_by_the_programs_numbers_and_the_names_of_algorithms() {
-        let status = Status::default();
+        let status = Status::new([0, 1].into(), 0);
         status.discount(50);
         status.begin(&Call { algorithm: 1, ..call(57) });
-        let name = unisum_algorithms::algorithms(plan_of(Collective::AllReduce, 0))[1].name();
+        let name = unisum_algorithms::algorithms(plan_of(CollectiveKind::AllReduce, 0))[1].name();
         let text = status.snapshot().to_string();
         assert!(text.contains("all_reduce #7 (") && text.contains(&format!(", {name})")), "{text}");
         // What this version does not know is told as it is.
@@ -369,7 +465,7 @@ mod tests {
 
     #[test]
     fn the_newest_calls_are_told_with_what_they_agreed_on() {
-        let status = Status::default();
+        let status = Status::new([0, 1].into(), 0);
         assert_eq!(status.told(), []);
         for number in 0..40 {
             status.begin(&Call { history: number + 100, ..call(number) });
@@ -377,9 +473,9 @@ mod tests {
             status.end();
             let told = status.told();
             let last = told.last().unwrap();
-            assert_eq!((last.number, last.history), (number, number + 100));
+            assert_eq!((last.call.number, last.call.history), (number, number + 100));
             assert!(last.text.ends_with(&format!(", of {number}")), "{}", last.text);
-            let numbers: Vec<u64> = told.iter().map(|told| told.number).collect();
+            let numbers: Vec<u64> = told.iter().map(|told| told.call.number).collect();
             let kept = number.min(KEPT as u64 - 2);
             assert_eq!(numbers, (number - kept..=number).collect::<Vec<_>>());
         }
@@ -388,7 +484,7 @@ mod tests {
     /// What was no call of the program's is none for the calls after it only.
     #[test]
     fn older_calls_are_told_by_the_numbers_that_they_had() {
-        let status = Status::default();
+        let status = Status::new([0, 1].into(), 0);
         status.begin(&call(3));
         status.discount(50);
         status.begin(&call(54));
@@ -398,7 +494,7 @@ mod tests {
 
     #[test]
     fn snapshots_are_whole_while_a_rank_calls_in_a_hurry() {
-        let status = Status::default();
+        let status = Status::new([0, 1].into(), 0);
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {

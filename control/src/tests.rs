@@ -10,7 +10,10 @@ use std::thread;
 
 use bytes::BytesMut;
 use unisum_kernels::Dtype;
-use unisum_link::handshake::{Build, Heard, Listening as Handshake};
+use unisum_link::handshake::{Build, Heard, Secret};
+#[cfg(feature = "tls")]
+use unisum_link::secure::Sealing;
+use unisum_link::secure::{self, Listening as Handshake, Session};
 
 use super::message::Message;
 use super::*;
@@ -50,8 +53,17 @@ impl Drop for Scratch {
 
 const BUILD: Build = Build { version: [1, 2, 3], sources: 4 };
 
-fn secret() -> Secret {
-    Secret::new(b"the token of these tests")
+fn credentials() -> Credentials {
+    with_token(b"the token of these tests")
+}
+
+/// Encrypted where the build can do that.
+fn with_token(token: &[u8]) -> Credentials {
+    let secret = Secret::new(token);
+    #[cfg(feature = "tls")]
+    return Credentials::token(secret, Sealing::Everywhere).unwrap();
+    #[cfg(not(feature = "tls"))]
+    Credentials::clear(secret)
 }
 
 fn config(rank: Rank, world: usize, rendezvous: Rendezvous) -> ControlConfig {
@@ -60,13 +72,14 @@ fn config(rank: Rank, world: usize, rendezvous: Rendezvous) -> ControlConfig {
         world,
         rendezvous,
         job: "tests".into(),
-        secret: secret(),
+        credentials: credentials(),
         secret_origin: "these tests".into(),
         interface: None,
         port_range: None,
         connect_timeout: PATIENCE,
         heartbeat_timeout: PATIENCE,
         publish: None,
+        is_moot: None,
         build: BUILD,
         prepare_listener: |_| {},
     }
@@ -104,16 +117,17 @@ fn start(world: usize, without: &[Rank]) -> (Vec<Control>, Rendezvous) {
 }
 
 /// Joins as a rank that only the test controls.
-fn join_by_hand(rank: u32, world: u32, rendezvous: &Rendezvous) -> ParentOnly<TcpStream> {
-    let reached = dial::reach(rendezvous, &hello(rank, world), &secret(), PATIENCE).unwrap();
-    say(&reached.stream, &Message::Joined);
-    reached.stream
+fn join_by_hand(rank: u32, world: u32, rendezvous: &Rendezvous) -> Proven {
+    let reached = dial::reach(rendezvous, &hello(rank, world), &credentials(), PATIENCE).unwrap();
+    let mut connection = reached.connection;
+    say(&mut connection, &Message::Joined);
+    connection
 }
 
-fn say(mut stream: &TcpStream, message: &Message) {
+fn say(connection: &mut Proven, message: &Message) {
     let mut encoded = BytesMut::new();
     message.encode(&mut encoded);
-    stream.write_all(&encoded).unwrap();
+    connection.write_all(&encoded).unwrap();
 }
 
 /// All ranks exchange blobs that tell rank and round apart.
@@ -130,11 +144,16 @@ fn exchange(controls: &[Control], round: u8) {
 }
 
 #[track_caller]
-fn expect_verdict(controls: &[Control], within: Duration, kind: VerdictKind, culprits: &[Rank]) {
+fn expect_verdict(
+    controls: &[Control],
+    within: Duration,
+    kind: VerdictKind,
+    failed_ranks: &[Rank],
+) {
     let until = Instant::now() + within;
     for control in controls {
         let verdict = control.await_verdict(until).expect("a verdict in time");
-        assert_eq!((verdict.kind, &verdict.culprits[..]), (kind, culprits), "{verdict}");
+        assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (kind, failed_ranks), "{verdict}");
     }
 }
 
@@ -187,13 +206,16 @@ fn ranks_that_do_not_belong_are_told_why() {
     let (_control, rendezvous) = coordinator(3);
     let _first = join_by_hand(1, 3, &rendezvous);
     let refused = |hello: Hello, token: &str| {
-        let secret = Secret::new(token.as_bytes());
         let Rendezvous::Tcp { port, .. } = rendezvous else { panic!("a TCP rendezvous") };
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
-        handshake::dial(&mut stream, &hello, &secret).unwrap_err().to_string()
+        let credentials = with_token(token.as_bytes());
+        secure::dial(&mut stream, &hello, &credentials, true).unwrap_err().to_string()
     };
     let token = "the token of these tests";
-    assert!(refused(hello(1, 3), token).contains("rank 1 is taken"));
+    let second = Hello { session: Hello::of_process(77), ..hello(1, 3) };
+    let taken =
+        "rank 1 is taken: another process at 127.0.0.1 has joined with it, and process 77 would";
+    assert!(refused(second, token).contains(taken));
     assert!(refused(hello(2, 3), "another").contains("wrong token"));
     assert!(refused(hello(2, 4), token).contains("world of 4, but this job's is 3"));
     assert!(refused(hello(3, 3), token).contains("from rank 3"));
@@ -208,7 +230,7 @@ fn ranks_that_do_not_belong_are_told_why() {
 #[test]
 fn a_rank_with_the_wrong_token_gives_up_with_the_reason() {
     let (_control, rendezvous) = coordinator(2);
-    let wrong = Secret::new(b"another");
+    let wrong = with_token(b"another");
     let started = Instant::now();
     let timeout = Duration::from_secs(1);
     let error = dial::reach(&rendezvous, &hello(1, 2), &wrong, timeout).unwrap_err().to_string();
@@ -226,7 +248,7 @@ fn a_rank_with_the_wrong_token_gives_up_with_the_reason() {
 fn nobody_at_the_rendezvous_is_an_error_with_address_time_and_attempts() {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let timeout = Duration::from_millis(200);
-    let error = dial::reach(&at(free), &hello(1, 2), &secret(), timeout).unwrap_err();
+    let error = dial::reach(&at(free), &hello(1, 2), &credentials(), timeout).unwrap_err();
     let ControlError::Unreachable { target, waited, reasons, .. } = error else {
         panic!("{error}");
     };
@@ -249,20 +271,22 @@ fn a_killed_coordinator_is_named() {
     let rendezvous = at(listener.local_addr().unwrap().port());
     let start = thread::spawn(|| Control::start(config(1, 2, rendezvous)).unwrap());
     let (mut stream, _) = listener.accept().unwrap();
-    let mut handshake = Handshake::new([1; 32]);
-    let mut buffer = [0; 128];
+    let mut handshake = Handshake::new([1; 32], true);
+    let mut buffer = [0; 1024];
     loop {
         let read = stream.read(&mut buffer).unwrap();
-        match handshake.feed(&buffer[..read], &secret(), |_| Ok(())) {
+        match handshake.feed(&buffer[..read], &credentials(), |_| Ok(())) {
             Heard::Send(send) => stream.write_all(&send).unwrap(),
             Heard::Admitted(_, send) => break stream.write_all(&send).unwrap(),
             other => assert_eq!(other, Heard::More),
         }
     }
-    say(&stream, &Message::Welcome { session: [3; 16] });
+    let session = handshake.take_session();
+    let mut connection = Proven::new(ParentOnly::new(stream), session);
+    say(&mut connection, &Message::Welcome { session: [3; 16] });
     let control = start.join().unwrap();
     assert_eq!(control.session(), [3; 16]);
-    drop(stream);
+    drop(connection);
     expect_verdict(&[control], Duration::from_secs(1), VerdictKind::Died, &[0]);
 }
 
@@ -272,6 +296,23 @@ fn nonsense_from_a_member_ends_the_job_with_its_name() {
     let mut broken = join_by_hand(2, 3, &rendezvous);
     broken.write_all(&[0xff; 1000]).unwrap();
     expect_verdict(&controls, PATIENCE, VerdictKind::Protocol, &[2]);
+}
+
+/// Bytes that are inserted on the way end the connection; nothing of them is heard.
+#[test]
+#[cfg(feature = "tls")]
+fn bytes_that_the_member_has_not_sealed_end_its_connection() {
+    let (controls, rendezvous) = start(3, &[2]);
+    let mut broken = join_by_hand(2, 3, &rendezvous);
+    let mut forged = BytesMut::new();
+    Message::Joined.encode(&mut forged);
+    let mut record = (forged.len() as u32).to_le_bytes().to_vec();
+    record.extend(forged.iter().chain(&[0; 16]));
+    broken.stream.write_all(&record).unwrap();
+    expect_verdict(&controls, PATIENCE, VerdictKind::Died, &[2]);
+    let text = controls[1].verdict().unwrap().text;
+    assert!(text.contains("its control connection broke: what came after byte"), "{text}");
+    assert!(text.contains("was altered on its way"), "{text}");
 }
 
 #[test]
@@ -310,7 +351,7 @@ fn a_verdict_wakes_who_sleeps_in_a_link() {
     controls[0].add_waker(0, Arc::new(Bell(bell.clone())));
     let text = "rank 1 called a, rank 0 called b".to_owned();
     let finding = Finding::Mismatch;
-    controls[1].accuse(Report { communicator: 0, against: 0, finding, text });
+    controls[1].accuse(Report::new(0, 0, finding, text));
     rung.recv_timeout(PATIENCE).unwrap();
     expect_verdict(&controls, PATIENCE, VerdictKind::Mismatch, &[0, 1]);
     controls[0].add_waker(0, Arc::new(Bell(bell)));
@@ -330,7 +371,7 @@ fn leaving_is_seen_by_others_and_blamed_only_when_somebody_still_waits() {
     assert!(controls.iter().all(|control| control.verdict().is_none()));
     let text = "link to rank 3: closed by the peer".to_owned();
     let finding = Finding::LinkFailed;
-    controls[1].accuse(Report { communicator: 0, against: 3, finding, text });
+    controls[1].accuse(Report::new(0, 3, finding, text));
     expect_verdict(&controls, PATIENCE, VerdictKind::Left, &[3]);
 }
 
@@ -355,7 +396,7 @@ fn a_rank_that_left_is_known_by_what_it_did_last() {
             controls[1].stalled(call(number).into());
         }
         let verdict = controls[1].await_verdict(until).expect("a verdict in time");
-        assert_eq!((verdict.kind, &verdict.culprits[..]), (VerdictKind::Left, &[leaver][..]));
+        assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (VerdictKind::Left, &[leaver][..]));
         let text = verdict.text;
         assert!(text.contains("waits in all_reduce #6"), "{text}");
         assert!(text.contains("its last call was all_reduce #5"), "{text}");
@@ -396,7 +437,9 @@ fn data_connections_reach_the_inbox_early_or_late() {
         let session = controls[1].session();
         let hello = Hello { purpose, socket, session, ..hello(1, 2) };
         let mut stream = TcpStream::connect(controls[0].addresses()[0]).unwrap();
-        handshake::dial(&mut stream, &hello, &secret()).unwrap();
+        let session: Option<Box<Session>> =
+            secure::dial(&mut stream, &hello, &credentials(), true).unwrap();
+        assert_eq!(session.is_some(), cfg!(feature = "tls"));
         stream.write_all(&[socket]).unwrap();
         stream
     };
@@ -404,9 +447,10 @@ fn data_connections_reach_the_inbox_early_or_late() {
     let (inbox, arrived) = mpsc::channel();
     controls[0].set_inbox(
         0,
-        Arc::new(move |peer, socket, stream| {
+        Arc::new(move |peer, socket, connection: Proven| {
+            assert_eq!(connection.session.is_some(), cfg!(feature = "tls"));
             // The receiver is gone at the end of the test.
-            let _ = inbox.send((peer, socket, stream));
+            let _ = inbox.send((peer, socket, connection.stream));
         }),
     );
     let late = dial(1);
@@ -499,7 +543,7 @@ fn exchange_after(first: &Control, second: &Control) {
 fn a_half_closed_connection_is_a_death_too() {
     let (controls, rendezvous) = start(2, &[1]);
     let dying = join_by_hand(1, 2, &rendezvous);
-    dying.shutdown(Shutdown::Write).unwrap();
+    dying.stream.shutdown(Shutdown::Write).unwrap();
     expect_verdict(&controls, PATIENCE, VerdictKind::Died, &[1]);
 }
 
@@ -538,7 +582,8 @@ fn a_silent_server_is_called_that() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let rendezvous = at(silent.local_addr().unwrap().port());
     let timeout = Duration::from_millis(500);
-    let error = dial::reach(&rendezvous, &hello(1, 2), &secret(), timeout).unwrap_err().to_string();
+    let error =
+        dial::reach(&rendezvous, &hello(1, 2), &credentials(), timeout).unwrap_err().to_string();
     assert!(error.contains("took the connection and said nothing"), "{error}");
     assert!(!error.contains("temporarily unavailable"), "{error}");
 }

@@ -2,6 +2,7 @@
 
 mod succession;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpStream;
@@ -14,7 +15,8 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use unisum_link::Rank;
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{Build, Hello, Purpose, Refusal, Secret};
+use unisum_link::handshake::{Build, Hello, Purpose, Refusal};
+use unisum_link::secure::{Credentials, Proven};
 
 use self::succession::Dialing;
 use super::connection::{Connection, Received};
@@ -51,7 +53,7 @@ pub(super) struct Identity {
     pub(super) session: [u8; 16],
     pub(super) job: [u8; 16],
     pub(super) build: Build,
-    pub(super) secret: Secret,
+    pub(super) credentials: Credentials,
     pub(super) secret_origin: String,
 }
 
@@ -62,6 +64,8 @@ pub(super) struct ControlThread {
     /// None once this rank has left.
     door: Option<Door>,
     connections: BTreeMap<usize, (Rank, Connection)>,
+    /// Which processes have joined, in words.
+    processes: BTreeMap<Rank, String>,
     pulses: Pulses,
     /// On the rank that coordinates: rank 0, until it has left and its process has ended.
     coordinator: Option<Coordinator>,
@@ -92,6 +96,7 @@ impl ControlThread {
             shared,
             door: Some(door),
             connections: BTreeMap::new(),
+            processes: BTreeMap::new(),
             pulses,
             coordinator: None,
             dialing: None,
@@ -112,14 +117,14 @@ impl ControlThread {
     pub(super) fn join(
         &mut self,
         coordinator: Rank,
-        stream: ParentOnly<TcpStream>,
+        connection: Proven,
         pulse: Option<ParentOnly<TcpStream>>,
     ) -> io::Result<()> {
         if let Some(stream) = pulse {
             pulse::register(self.poll.registry(), &stream, PULSE)?;
             self.pulses.add(PULSE, coordinator, stream)?;
         }
-        let connection = Connection::new(stream, self.pulses.limit())?;
+        let connection = Connection::new(connection, self.pulses.limit())?;
         let interest = Interest::READABLE | Interest::WRITABLE;
         let socket = connection.stream().as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&socket), Token(COORDINATOR), interest)?;
@@ -169,14 +174,28 @@ impl ControlThread {
     }
 
     fn visit(&mut self, token: usize, now: Instant) {
-        let Self { door: Some(door), identity, coordinator, poll, shared, connections, .. } = self
+        let Self {
+            door: Some(door),
+            identity,
+            coordinator,
+            poll,
+            shared,
+            connections,
+            processes,
+            ..
+        } = self
         else {
             return;
         };
         let is_connected = |rank| connections.values().any(|(connected, _)| *connected == rank);
-        let admit =
-            |hello: &Hello| identity.admit(hello, coordinator.as_ref(), shared, is_connected);
-        let admitted = door.visit(token, &identity.secret, admit, poll.registry(), now);
+        // Only who has proven the token is looked at more closely.
+        let is_proven = Cell::new(false);
+        let admit = |hello: &Hello| {
+            is_proven.set(true);
+            let taken = |rank: &Rank| processes.get(rank).cloned();
+            identity.admit(hello, coordinator.as_ref(), shared, (is_connected, taken))
+        };
+        let admitted = door.visit(token, &identity.credentials, admit, poll.registry(), now);
         let refused = door.take_refused();
         if let (Some(refused), Some(coordinator)) = (refused, coordinator) {
             let Refused { claim, address, mut reason } = refused;
@@ -184,7 +203,8 @@ impl ControlThread {
                 reason += &format!(" (rank 0's is from {})", identity.secret_origin);
             }
             if claim.purpose == Purpose::Control {
-                coordinator.refused(claim.from as Rank, address, &reason);
+                let claim = claim.from as Rank;
+                coordinator.refused(claim, address, &reason, is_proven.get());
             }
         }
         let Some(admitted) = admitted else { return };
@@ -192,23 +212,26 @@ impl ControlThread {
             Purpose::Data => self.hand_over(admitted),
             Purpose::Control => self.welcome(admitted, now),
             Purpose::Pulse => self.take_pulse(admitted),
+            // Nobody is admitted with it here.
+            Purpose::View => {}
         }
     }
 
     /// Feels a rank's host from now on.
     fn take_pulse(&mut self, admitted: Admitted) {
-        let Admitted { token, hello, stream, address } = admitted;
-        if let Err(error) = self.pulses.add(token, hello.from as Rank, stream) {
+        let Admitted { token, hello, connection, address } = admitted;
+        if let Err(error) = self.pulses.add(token, hello.from as Rank, connection.stream) {
             tracing::warn!(%address, rank = hello.from, %error, "a rank's pulse failed");
         }
     }
 
     /// Gives a data connection to the transport.
     fn hand_over(&mut self, admitted: Admitted) {
-        let Admitted { hello, stream, address, .. } = admitted;
+        let Admitted { hello, connection, address, .. } = admitted;
         // The transport registers it with its own queue.
-        let _ = self.poll.registry().deregister(&mut SourceFd(&stream.as_raw_fd()));
-        if !self.shared.arrived(&hello.session, hello.from as Rank, hello.socket, stream) {
+        let socket = connection.stream.as_raw_fd();
+        let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
+        if !self.shared.arrived(&hello.session, hello.from as Rank, hello.socket, connection) {
             let rank = hello.from;
             tracing::warn!(%address, rank, "a connection that nobody takes, or one too many");
         }
@@ -216,11 +239,13 @@ impl ControlThread {
 
     /// Makes an admitted guest a member.
     fn welcome(&mut self, admitted: Admitted, now: Instant) {
-        let Admitted { token, hello, stream, address } = admitted;
+        let Admitted { token, hello, connection, address } = admitted;
         let rank = hello.from as Rank;
-        match Connection::new(stream, self.pulses.limit()) {
+        match Connection::new(connection, self.pulses.limit()) {
             Ok(connection) => {
                 self.connections.insert(token, (rank, connection));
+                let at = address.ip().to_canonical();
+                self.processes.insert(rank, format!("{} at {at}", hello.process()));
                 if let Some(coordinator) = &mut self.coordinator {
                     coordinator.connected(rank);
                 }
@@ -484,7 +509,7 @@ impl Identity {
         hello: &Hello,
         coordinator: Option<&Coordinator>,
         shared: &Shared,
-        is_connected: impl Fn(Rank) -> bool,
+        (is_connected, taken): (impl Fn(Rank) -> bool, impl Fn(&Rank) -> Option<String>),
     ) -> Result<(), Refusal> {
         let Hello { from, to, .. } = *hello;
         if hello.job != self.job {
@@ -498,6 +523,8 @@ impl Identity {
             Purpose::Data => shared.channel(&hello.session).ok_or(Refusal::Session)?,
             Purpose::Pulse if hello.session != self.session => return Err(Refusal::Session),
             Purpose::Pulse | Purpose::Control => (self.rank, self.world),
+            // Members of an elastic job have another port for that.
+            Purpose::View => return Err(Refusal::Rank { from, to }),
         };
         let (dialer, ours) = (from as Rank, world as u32);
         if hello.world != ours {
@@ -507,11 +534,15 @@ impl Identity {
             return Err(Refusal::Rank { from, to });
         }
         match (hello.purpose, coordinator) {
-            (Purpose::Data, _) => Ok(()),
+            (Purpose::Data | Purpose::View, _) => Ok(()),
             (Purpose::Pulse, Some(_)) if is_connected(dialer) => Ok(()),
             (Purpose::Pulse, _) | (Purpose::Control, None) => Err(Refusal::Rank { from, to }),
             (Purpose::Control, Some(coordinator)) if coordinator.is_vacant(dialer) => Ok(()),
-            (Purpose::Control, Some(_)) => Err(Refusal::RankTaken(from)),
+            (Purpose::Control, Some(_)) => Err(Refusal::RankTaken {
+                rank: from,
+                first: taken(&dialer).unwrap_or_else(|| "another process".into()),
+                second: hello.process(),
+            }),
         }
     }
 }

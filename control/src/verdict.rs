@@ -4,8 +4,9 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use unisum_link::Rank;
+use unisum_link::{Call, Rank};
 
+use super::message::cut;
 use super::status::Snapshot;
 
 /// Most ranks that a sentence names.
@@ -17,10 +18,15 @@ pub struct Verdict {
     /// What went wrong.
     pub kind: VerdictKind,
     /// The ranks that caused it, ascending.
-    pub culprits: Vec<Rank>,
-    /// The reason in words: a line that names the culprits, then a line per rank where that helps.
+    pub failed_ranks: Vec<Rank>,
+    /// The reason in words: a line that names the failed ranks, then a line per rank if useful.
     pub text: String,
+    /// Of calls that differ, two that do.
+    pub calls: Option<Box<Calls>>,
 }
+
+/// What two ranks called that should have called the same.
+pub type Calls = [(Rank, Call); 2];
 
 /// The kinds of [`Verdict`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +51,8 @@ pub enum VerdictKind {
     Left = 8,
     /// Every rank is in the collective and this one got least far.
     Behind = 9,
-    /// The rank broke the control protocol: a bug, or mixed versions.
+    /// The rank broke the protocol, of the control connection or of a link: a bug, or mixed
+    /// versions; or what it sent was altered on its way.
     Protocol = 10,
     /// Code of the program panicked on the rank, where the library called it.
     Panicked = 11,
@@ -55,6 +62,16 @@ pub enum VerdictKind {
     Unreachable = 13,
     /// The rank's program has ended the job.
     Aborted = 14,
+    /// The ranks wait for each other in calls of different communicators.
+    Crossed = 15,
+    /// The rank has run out of something that the system gives.
+    Lacking = 16,
+    /// The job goes on in another view, with a communicator of its own.
+    Superseded = 17,
+    /// Two ranks do not reach each other, though both reach the others.
+    Cut = 18,
+    /// A device of the rank failed.
+    DeviceFailed = 19,
 }
 
 impl VerdictKind {
@@ -75,14 +92,26 @@ impl VerdictKind {
             12 => Self::Failed,
             13 => Self::Unreachable,
             14 => Self::Aborted,
+            15 => Self::Crossed,
+            16 => Self::Lacking,
+            17 => Self::Superseded,
+            18 => Self::Cut,
+            19 => Self::DeviceFailed,
             _ => return None,
         })
     }
 }
 
 impl Verdict {
-    pub(super) fn new(kind: VerdictKind, culprits: Vec<Rank>, text: impl Into<String>) -> Self {
-        Self { kind, culprits, text: text.into() }
+    /// Where the text is too long for others, it is as long here as there.
+    pub(super) fn new(kind: VerdictKind, failed_ranks: Vec<Rank>, text: impl Into<String>) -> Self {
+        let mut text = text.into();
+        text.truncate(cut(&text).len());
+        Self { kind, failed_ranks, text, calls: None }
+    }
+
+    pub(super) fn with_calls(self, calls: Option<Calls>) -> Self {
+        Self { calls: calls.map(Box::new), ..self }
     }
 
     pub(super) fn died(rank: Rank, how: &str) -> Self {
@@ -120,6 +149,11 @@ impl Verdict {
         Self::new(VerdictKind::Unreachable, lost.iter().map(|(rank, _)| *rank).collect(), text)
     }
 
+    /// The communicator's epoch is over.
+    pub(super) fn superseded(why: &str) -> Self {
+        Self::new(VerdictKind::Superseded, Vec::new(), why)
+    }
+
     /// What a member concludes on its own when the coordinator is silent.
     pub(super) fn coordinator_silent(coordinator: Rank, why: &str) -> Self {
         let text = format!(
@@ -147,6 +181,8 @@ pub struct Report {
     pub finding: Finding,
     /// The link's words; of a mismatch they describe both ranks' calls.
     pub text: String,
+    /// Of a mismatch, the two ranks' calls, if it is one of calls.
+    pub calls: Option<Calls>,
 }
 
 /// What [`Report`]s are about.
@@ -163,9 +199,24 @@ pub enum Finding {
     CannotJoin = 3,
     /// The program of the rank that reports ends the job.
     Aborted = 4,
+    /// The rank has run out of something that the system gives.
+    Lacking = 5,
+    /// What came from the rank makes no sense here.
+    Protocol = 6,
+    /// The link's other end acknowledges nothing: its host may turn out lost, or the rank dead.
+    Cut = 7,
+    /// A device of the rank that reports failed.
+    Device = 8,
+    /// The rank's device has not done its part of a collective in time.
+    DeviceBehind = 9,
 }
 
 impl Finding {
+    /// Whether a link failed, for which the rank at its other end may have a reason.
+    pub(super) const fn is_of_link(self) -> bool {
+        matches!(self, Self::LinkFailed | Self::Cut)
+    }
+
     /// The finding with this wire code.
     pub(super) const fn from_code(code: u8) -> Option<Self> {
         Some(match code {
@@ -174,33 +225,76 @@ impl Finding {
             2 => Self::Panicked,
             3 => Self::CannotJoin,
             4 => Self::Aborted,
+            5 => Self::Lacking,
+            6 => Self::Protocol,
+            7 => Self::Cut,
+            8 => Self::Device,
+            9 => Self::DeviceBehind,
             _ => return None,
         })
     }
 }
 
 impl Report {
+    /// The two ranks that it is about.
+    fn pair(&self, by: Rank) -> Vec<Rank> {
+        let mut pair = vec![by.min(self.against), by.max(self.against)];
+        pair.dedup();
+        pair
+    }
+
+    /// A report of anything but two calls that differ.
+    pub fn new(
+        communicator: u32,
+        against: Rank,
+        finding: Finding,
+        text: impl Into<String>,
+    ) -> Self {
+        Self { communicator, against, finding, text: text.into(), calls: None }
+    }
+
     /// What follows from the report when the accused neither died nor left.
     pub(super) fn verdict(&self, by: Rank) -> Verdict {
         match self.finding {
+            // Either of the two may be the one whose program is wrong.
             Finding::Mismatch => {
-                // Either of the two may be the one whose program is wrong.
-                let mut pair = vec![by.min(self.against), by.max(self.against)];
-                pair.dedup();
-                Verdict::new(VerdictKind::Mismatch, pair, self.text.clone())
+                Verdict::new(VerdictKind::Mismatch, self.pair(by), self.text.clone())
+                    .with_calls(self.calls)
             }
-            Finding::LinkFailed => {
+            // Nobody else sees on which side it is that something was lost.
+            Finding::Cut => {
+                let pair = self.pair(by);
+                let text = format!(
+                    "{} do not reach each other: rank {by} reports: {}; the network between the \
+                     two has failed",
+                    name(&pair),
+                    self.text
+                );
+                Verdict::new(VerdictKind::Cut, pair, text)
+            }
+            Finding::LinkFailed | Finding::Lacking | Finding::Protocol => {
                 let text = match by == self.against {
                     true => self.text.clone(),
                     false => format!("rank {by} reports: {}", self.text),
                 };
-                Verdict::new(VerdictKind::LinkFailed, vec![self.against], text)
+                let kind = match self.finding {
+                    Finding::Lacking => VerdictKind::Lacking,
+                    Finding::Protocol => VerdictKind::Protocol,
+                    _ => VerdictKind::LinkFailed,
+                };
+                Verdict::new(kind, vec![self.against], text)
             }
             Finding::Panicked => {
                 Verdict::new(VerdictKind::Panicked, vec![self.against], self.text.clone())
             }
             Finding::Aborted => {
                 Verdict::new(VerdictKind::Aborted, vec![self.against], self.text.clone())
+            }
+            Finding::Device => {
+                Verdict::new(VerdictKind::DeviceFailed, vec![self.against], self.text.clone())
+            }
+            Finding::DeviceBehind => {
+                Verdict::new(VerdictKind::Behind, vec![self.against], self.text.clone())
             }
             Finding::CannotJoin => {
                 let text = format!("rank {by} can't join: {}", self.text);
@@ -240,7 +334,7 @@ mod tests {
     fn an_unreachable_rank_is_named_with_its_address() {
         let at = |rank: Rank| (rank, IpAddr::from([10, 9, 0, rank as u8]));
         let verdict = Verdict::unreachable(&[at(3), at(4)], Duration::from_secs(10));
-        assert_eq!(verdict.culprits, [3, 4]);
+        assert_eq!(verdict.failed_ranks, [3, 4]);
         let begin = "rank 3 at 10.9.0.3, rank 4 at 10.9.0.4 unreachable for more than 10 s";
         assert!(verdict.text.starts_with(begin), "{verdict}");
         let many: Vec<_> = (0..200).map(at).collect();

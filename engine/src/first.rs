@@ -1,5 +1,5 @@
-//! What the first step of a plan does with the inputs: whether a factor can go along with it, or
-//! the division of an average.
+//! What the first step of a plan does with the inputs: whether it can also apply a factor, or the
+//! division of an average.
 
 use std::ops::Range;
 
@@ -8,20 +8,20 @@ use unisum_algorithms::{OnArrival, Rank, Step};
 use super::program::Source;
 use super::pull::is_possible;
 
-/// The first step, if it is one that the group takes together; the same on all its members.
+/// The first step, if the group executes it together; the same on all its members.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct FirstFold {
-    /// It folds all that the members put in, and stores none of it anywhere: its operands can be
-    /// multiplied as they are read.
+    /// It folds everything the members contribute and stores none of it elsewhere, so its operands
+    /// can be multiplied as they are read.
     pub(super) takes_all: bool,
-    /// It takes all, and nobody folds anything later: its results can be divided.
+    /// It folds everything, and nothing is folded later, so its results can be divided.
     pub(super) is_only: bool,
 }
 
 impl FirstFold {
     pub(super) fn of(source: &Source<'_>) -> Self {
         let Some(group) = source.group else { return Self::default() };
-        // Only these ask for it, and the plans of all members have to be looked at.
+        // Only these need it, and it requires the plans of all members.
         if !source.scales && !source.average {
             return Self::default();
         }
@@ -36,7 +36,7 @@ impl FirstFold {
     }
 }
 
-/// Whether each element that `member` puts in is an operand of a fold in the first step.
+/// Whether each element that `member` contributes is an operand of a fold in the first step.
 fn takes_all_of(source: &Source<'_>, member: Rank) -> bool {
     let Some(first) = source.algorithm.steps(source.shape, member).next() else { return false };
     let folds = first.incoming.iter().all(|it| it.on_arrival == OnArrival::Reduce);
@@ -50,7 +50,7 @@ fn takes_all_of(source: &Source<'_>, member: Rank) -> bool {
         && source.shape.contributes(member).iter().all(|input| covers(&folded, input))
 }
 
-/// Whether ranges, ascending by where they begin, leave nothing out of another one.
+/// Whether ranges, ordered by their start, cover another one completely.
 fn covers(ranges: &[&Range<usize>], all: &Range<usize>) -> bool {
     let reached = ranges.iter().fold(all.start, |reached, range| match range.start <= reached {
         true => reached.max(range.end),

@@ -1,30 +1,30 @@
-//! Folds, and what they find on the way.
+//! Folds, and what they detect.
 
 use unisum_kernels::{Fold, Folded};
 
-/// How the elements of one collective are folded, and what was found so far.
+/// How the elements of one collective are folded, and what was detected so far.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Folding {
     fold: Fold,
-    /// Whether this rank got a result that is infinite or NaN.
+    /// Whether this rank has an infinite or NaN result.
     pub(crate) nonfinite: bool,
     /// Whether a function of the user panicked.
     pub(crate) panicked: bool,
 }
 
-/// What one fold does beside folding.
+/// What one fold does besides folding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Extras {
     /// Divide by the number of ranks: the last fold of an average.
     pub(crate) divides: bool,
     /// Multiply by the factor: the first fold of the inputs.
     pub(crate) scales: bool,
-    /// Whether results are written: what passes through to another rank is not watched.
+    /// Whether results are written: data that passes through to another rank is not watched.
     pub(crate) watches: bool,
 }
 
 impl Folding {
-    /// With `fold` as the caller asked for it.
+    /// With the `fold` that the caller requested.
     pub(crate) const fn new(fold: Fold) -> Self {
         Self { fold, nonfinite: false, panicked: false }
     }
@@ -37,7 +37,7 @@ impl Folding {
         self.fold.watch
     }
 
-    /// Runs the fold and notes what it found.
+    /// Runs the fold and records what it detected.
     ///
     /// # Safety
     /// As [`Fold::run`], with `bytes` bytes of whole elements.

@@ -1,16 +1,22 @@
 //! The engine: executes one collective at a time over the links.
 //!
 //! It uses plans (`unisum-algorithms`), links (`unisum-link`) and kernels (`unisum-kernels`), and
-//! knows nothing of processes, joining or the public API. Start at [`Program::build`], which turns
-//! a rank's steps of a plan into actions, and [`Engine::start`] and [`Engine::advance`], which
-//! execute them; then `running` (action after action), `scoreboard` (transfers between pairs) and
-//! `together`, `pull` (what ranks that share memory do as a group).
+//! knows nothing of processes, joining or the public API. Start at [`Program::build`], which
+//! compiles a rank's steps of a plan into actions, and at [`Engine::start`] and
+//! [`Engine::advance`], which execute them. Then read `running` (one action after the other),
+//! `scoreboard` (transfers between two ranks), and `group_exchange` and `group_pull` (what ranks
+//! that share memory do as a group). [`device`] compiles plans for device memory instead.
 //!
-//! A collective is started and then advanced until it is done. Advancing never blocks, so the
-//! same code runs under a caller's thread, a progress thread, and a simulation of many ranks.
+//! A collective is started and then advanced until it is done. Advancing never blocks, so the same
+//! code runs under a caller's thread, a progress thread, and a simulation of many ranks.
 
+mod counters;
+pub mod device;
 mod first;
 mod folding;
+mod fused_hierarchical;
+mod group_exchange;
+mod group_pull;
 mod links;
 mod memories;
 mod placement;
@@ -21,38 +27,38 @@ mod scoreboard;
 mod segment;
 #[cfg(test)]
 mod simulation;
-mod taking;
-mod together;
 mod token;
-mod weave;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Instant;
 
+use unisum_events::{Event, record};
 use unisum_kernels::{Fold, said_by_reduction};
 use unisum_link::{
-    Call, Collective, Group, Link, LinkError, Patience, PeerCounts, Rank, Region, Regions,
+    Call, Cause, CollectiveKind, Group, Link, LinkError, Patience, PeerCounts, Rank, Region,
+    Regions,
 };
 
+pub use counters::Counters;
 use folding::Folding;
+use group_exchange::{Sources, part_bytes};
 pub use links::Links;
 use memories::Memories;
 use program::Action;
 pub use program::{GroupShape, Program, Source, Tuning};
 use running::{Running, State, Tools};
 use scoreboard::Scoreboard;
-use together::{Sources, part_bytes};
 use token::Pair;
 
 /// What [`Engine::advance`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advance {
-    /// Something moved: advance again.
+    /// There was progress: advance again.
     Moved,
-    /// Nothing can move until a peer does something.
+    /// No progress is possible until a peer acts.
     Waiting,
-    /// The collective has ended; its region is the caller's again.
+    /// The collective is complete; its regions are the caller's again.
     Done,
 }
 
@@ -60,34 +66,38 @@ pub enum Advance {
 #[derive(Debug)]
 pub struct Engine {
     tools: Tools,
-    /// Memory for what passes through this rank; grows to what the programs need.
+    /// Memory for data that passes through this rank; grows to what programs need.
     scratch: Vec<u64>,
     /// Whether ranks of the job share cores on this host.
     is_crowded: bool,
-    /// For waits in memory. Where ranks have cores of their own, waits last as parking is found to
-    /// take.
+    /// For waits on memory. Where ranks have cores of their own, it adapts to how long parking was
+    /// found to take.
     patience: Patience,
-    /// What the collective under way executes, or the last one did.
+    /// The program of the collective under way, or of the last one.
     program: Option<Arc<Program>>,
     running: Option<Running>,
-    /// Whether the collective that ended last had a result that is infinite or NaN.
+    /// Communicator and number of the collective that began last.
+    call: (u32, u32),
+    /// Whether the last collective had an infinite or NaN result.
     found_nonfinite: bool,
 }
 
 impl Engine {
-    /// `ranks_per_core` is about all ranks of the job on this host, and the same for all members of
-    /// the group.
+    /// Creates an engine. `ranks_per_core` covers all ranks of the job on this host, and is the
+    /// same for all members of the group.
     pub fn new(rank: Rank, mut links: Links, ranks_per_core: f64) -> Self {
         let of_group = |group: &mut dyn Group| {
-            part_bytes(group.members().len(), group.bench_bytes(), ranks_per_core)
+            part_bytes(group.members().len(), group.staging_bytes(), ranks_per_core)
         };
         let is_crowded = ranks_per_core > 1.0;
+        let counters = Arc::new(Counters::new(links.route.len()));
         Self {
             tools: Tools {
                 rank,
                 part_bytes: links.group().map_or(0, of_group),
                 links,
                 scoreboard: Scoreboard::default(),
+                counters,
                 sources: Sources::default(),
             },
             scratch: Vec::new(),
@@ -95,16 +105,17 @@ impl Engine {
             patience: if is_crowded { Patience::CROWDED } else { Patience::MEMORY },
             program: None,
             running: None,
+            call: (0, 0),
             found_nonfinite: false,
         }
     }
 
-    /// The links, as they were given.
+    /// The links, in the order they were given.
     pub fn links(&self) -> &[Box<dyn Link>] {
         &self.tools.links.all
     }
 
-    /// The links, for who has another use for them, and how long waiting in memory pays.
+    /// Dismantles the engine into its links and how long waiting on memory pays off.
     pub fn into_links(self) -> (Links, Patience) {
         (self.tools.links, self.patience)
     }
@@ -114,13 +125,36 @@ impl Engine {
         self.tools.links.to(peer)
     }
 
-    /// The group of those who share this rank's memory, if there is one.
+    /// The group of the ranks that share this rank's memory, if there is one.
     pub fn group(&mut self) -> Option<&mut dyn Group> {
         self.tools.links.group()
     }
 
+    /// Makes sure of the memory that a program takes beside the regions.
+    ///
+    /// # Errors
+    /// If this rank, which the error names, has none.
+    pub fn reserve(&mut self, program: &Program) -> Result<(), LinkError> {
+        let (bytes, words) = (program.scratch, program.scratch.div_ceil(8));
+        let missing = words.saturating_sub(self.scratch.len());
+        let reserved = self.scratch.try_reserve_exact(missing);
+        reserved.map_err(|error| {
+            let what = format!("has no memory for the {bytes} bytes that the algorithm takes");
+            self.lacking(what, error)
+        })?;
+        self.scratch(bytes);
+        Ok(())
+    }
+
+    /// The error of a call for which this rank lacks something.
+    pub fn lacking(&self, what: String, error: impl Into<Cause>) -> LinkError {
+        LinkError::lacking(self.tools.rank, what, error)
+    }
+
     /// Begins a collective. The regions are the engine's until [`Advance::Done`] or an abort.
     pub fn start(&mut self, call: &Call, fold: Fold, regions: &Regions, program: &Arc<Program>) {
+        record(|| entered(call));
+        self.call = (call.communicator, call.number as u32);
         for link in &mut self.tools.links.all {
             link.begin(call, regions);
         }
@@ -129,7 +163,7 @@ impl Engine {
             self.tools.links.to(peer).pair_counts(peer, counts);
         }
         let memories = Memories { regions: *regions, scratch: self.scratch(program.scratch) };
-        let spreads_marks = fold.watch && call.collective == Collective::AllReduce;
+        let spreads_marks = fold.watch && call.collective == CollectiveKind::AllReduce;
         self.tools.scoreboard.begin();
         let (folding, is_mapped, action) = (Folding::new(fold), false, 0);
         self.found_nonfinite = false;
@@ -140,7 +174,7 @@ impl Engine {
         self.running = Some(Running { memories, folding, spreads_marks, is_mapped, action, state });
     }
 
-    /// At least `bytes` bytes of scratch memory, which nothing else uses.
+    /// At least `bytes` bytes of scratch memory that nothing else uses.
     fn scratch(&mut self, bytes: usize) -> Region {
         if self.scratch.len() * 8 < bytes {
             self.scratch.resize(bytes.div_ceil(8), 0);
@@ -151,7 +185,7 @@ impl Engine {
         unsafe { Region::new(base, bytes, None) }
     }
 
-    /// Does what can be done now. After an error only [`Engine::abort`] is left.
+    /// Makes what progress is possible now. After an error, only [`Engine::abort`] may be called.
     pub fn advance(&mut self) -> Result<Advance, LinkError> {
         let (Some(running), Some(program)) = (&mut self.running, &self.program) else {
             return Ok(Advance::Done);
@@ -166,17 +200,20 @@ impl Engine {
             let is_marked = running.spreads_marks && self.tools.links.is_marked();
             self.found_nonfinite = running.folding.nonfinite || is_marked;
             self.running = None;
+            self.tools.counters.completed();
+            let (communicator, number) = self.call;
+            record(|| Event::CallCompleted { communicator, number });
         }
         Ok(advance)
     }
 
-    /// Whether the collective that ended last had a result that is infinite or NaN; only if its
-    /// fold watched for that.
+    /// Whether the last collective had an infinite or NaN result; only if its fold watched for
+    /// that.
     pub const fn found_nonfinite(&self) -> bool {
         self.found_nonfinite
     }
 
-    /// How often looking again pays for what is under way, and how long, before it parks.
+    /// How often, and how long, checking again pays off for what is under way before parking.
     pub fn patience(&mut self) -> Patience {
         match self.running.as_ref().map(|running| running.state) {
             Some(State::InSegment) => self.patience_for_links(),
@@ -190,7 +227,7 @@ impl Engine {
             && let Some(group) = self.tools.links.group()
             && !group.awaits_own_core(arrival)
         {
-            // To give the core away would help nobody who is waited for.
+            // Yielding the core would help no rank that is waited for.
             return Patience::MEMORY;
         }
         self.patience
@@ -207,22 +244,26 @@ impl Engine {
         Patience { spell: self.patience.spell, ..patience.unwrap_or(self.patience) }
     }
 
-    /// Hears that the thread gave its core away while it waited.
+    /// Tells the engine that the thread yielded its core while it waited.
     pub fn yielded(&mut self) {
         if let Some(group) = self.tools.links.group() {
             group.yielded();
         }
     }
 
-    /// Sleeps until something may have moved, until woken, or until `until`.
+    /// Sleeps until progress may be possible, until woken, or until `until`.
     pub fn park(&mut self, until: Instant) -> Result<(), LinkError> {
         let start = Instant::now();
-        self.sleep(until)?;
-        if !self.is_crowded {
+        record(|| Event::Blocked { on: self.waiting_for().first().map(|&rank| rank as u32) });
+        let result = self.sleep(until);
+        record(|| Event::Woken);
+        let slept = start.elapsed();
+        self.tools.counters.slept(slept);
+        if !self.is_crowded && result.is_ok() {
             let spell = &mut self.patience.spell;
-            *spell = Patience::spell_after(*spell, start.elapsed());
+            *spell = Patience::spell_after(*spell, slept);
         }
-        Ok(())
+        result
     }
 
     fn sleep(&mut self, until: Instant) -> Result<(), LinkError> {
@@ -240,12 +281,12 @@ impl Engine {
         self.tools.links.park(self.tools.scoreboard.in_flight(), until, wanted, self.tools.rank)
     }
 
-    /// The action that the running collective is in.
+    /// The action that the running collective executes.
     fn action(&self, running: &Running) -> Option<&Action> {
         self.program.as_ref()?.actions(running.is_mapped).get(running.action)
     }
 
-    /// How far the running collective is: (steps done, steps in all).
+    /// The progress of the running collective: (steps done, steps in all).
     pub fn position(&self) -> (usize, usize) {
         let (Some(running), Some(program)) = (&self.running, &self.program) else { return (0, 0) };
         let steps = |action: &Action| match action {
@@ -259,7 +300,7 @@ impl Engine {
         (before + inside, actions.iter().map(steps).sum())
     }
 
-    /// The ranks without which the running collective can't go on.
+    /// The ranks that the running collective waits for.
     pub fn waiting_for(&mut self) -> Vec<Rank> {
         let Some(running) = &self.running else { return Vec::new() };
         match (running.state, self.action(running)) {
@@ -272,14 +313,34 @@ impl Engine {
         }
     }
 
+    /// What was done so far, for any thread to read.
+    pub const fn counters(&self) -> &Arc<Counters> {
+        &self.tools.counters
+    }
+
     /// Payload bytes that the collective's pairwise transfers have moved.
     pub const fn bytes_moved(&self) -> u64 {
         self.tools.scoreboard.bytes_moved()
     }
 
-    /// Ends everything: afterwards no link touches any region.
+    /// Aborts everything: afterwards no link touches any region.
     pub fn abort(&mut self) {
-        self.running = None;
+        if self.running.take().is_some() {
+            let (communicator, number) = self.call;
+            record(|| Event::CallAborted { communicator, number });
+        }
         self.tools.links.abort();
+    }
+}
+
+fn entered(call: &Call) -> Event {
+    let Call { communicator, number, collective, dtype, algorithm, count, .. } = *call;
+    Event::CallEntered {
+        communicator,
+        number: number as u32,
+        collective: collective as u8,
+        dtype: dtype as u8,
+        algorithm,
+        count,
     }
 }

@@ -6,14 +6,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::Timespec;
 use unisum_link::{Group, Link, LinkError, Rank};
 
-/// The links and which of them reaches each rank.
+/// The links, and which of them reaches each rank.
 #[derive(Debug)]
 pub struct Links {
-    /// Each transport's link, one at most.
+    /// The links, at most one for each transport.
     pub all: Vec<Box<dyn Link>>,
     /// By rank; this rank's own entry is unused.
     pub route: Vec<usize>,
-    /// Which of them has the group that takes the group actions.
+    /// The link whose group executes the group actions.
     pub group: Option<usize>,
 }
 
@@ -23,12 +23,12 @@ impl Links {
         self.all[self.route[peer]].as_mut()
     }
 
-    /// The group that takes the group actions, if there is one.
+    /// The group that executes the group actions, if there is one.
     pub fn group(&mut self) -> Option<&mut dyn Group> {
         self.all[self.group?].group()
     }
 
-    /// The group that a program with group actions means.
+    /// The group of a program with group actions.
     pub fn the_group(&mut self) -> &mut dyn Group {
         self.group().expect("programs have group actions only where a group is")
     }
@@ -43,13 +43,13 @@ impl Links {
         self.all.iter().any(|link| link.is_marked())
     }
 
-    /// Ends everything: afterwards no link touches any memory.
+    /// Aborts everything: afterwards no link touches any memory.
     pub fn abort(&mut self) {
         self.all.iter_mut().for_each(|link| link.abort());
     }
 
-    /// Sleeps until something may have moved on a link that has tickets in flight, until woken, or
-    /// until `until`. So many tickets as `wanted` says must get done before the caller can go on.
+    /// Sleeps until progress may be possible on a link that has tickets in flight, until woken, or
+    /// until `until`. At least `wanted` tickets must complete before the caller can continue.
     /// `rank` is this rank, for the error.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! The memories of one collective on this rank, as the engine works on them.
+//! The memories of one collective on this rank.
 
 use unisum_link::{Region, Regions};
 
@@ -12,10 +12,11 @@ pub(crate) struct Memories {
 }
 
 impl Memories {
-    /// `bytes` bytes at a place (counted in bytes).
+    /// The region of `bytes` bytes at a place (in bytes).
     ///
     /// # Panics
-    /// If they lie outside: programs are built from proven plans, so that would be our bug.
+    /// If they lie outside the memory: programs are built from proven plans, so that would be our
+    /// bug.
     pub(crate) fn region(&self, place: Place, bytes: usize) -> Region {
         self.memory(place.memory).part(&(place.start..place.start + bytes))
     }

@@ -1,10 +1,11 @@
-//! Which memory of a rank each virtual element of a plan lies in.
+//! In which memory of a rank each virtual element of a plan lies.
 //!
 //! Plans name elements of the collective's space. A rank's input and output hold the elements that
-//! it contributes and wants; whatever else passes through it lies in scratch memory. The input is
-//! never written: the first write of an element *renames* it, as a processor renames registers,
-//! and later steps read it where it was written. So a collective out of place needs no copy before
-//! it starts, and in place (one memory for input and output) nothing changes but the addresses.
+//! it contributes and wants; everything else that passes through it lies in scratch memory. The
+//! input is never written. The first write of an element *renames* it, as a processor renames
+//! registers, and later steps read it where it was written. An out-of-place collective therefore
+//! needs no copy before it starts; in place (one memory for input and output), only the addresses
+//! change.
 
 use std::ops::Range;
 
@@ -12,17 +13,22 @@ use unisum_algorithms::{Rank, Shape, Step};
 
 /// One of a rank's memories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Memory {
+pub enum Memory {
+    /// What the caller contributes; never written.
     Input,
+    /// Where the caller wants the result.
     Output,
+    /// What passes through the rank.
     Scratch,
 }
 
 /// A place in one of the memories: of an element here, of a byte in compiled programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub(crate) memory: Memory,
-    pub(crate) start: usize,
+pub struct Place {
+    /// Which memory.
+    pub memory: Memory,
+    /// The first element, or byte.
+    pub start: usize,
 }
 
 impl Place {
@@ -39,23 +45,23 @@ impl Place {
     }
 }
 
-/// Whether input and output are one memory, and how they lie in it: the byte of the output that
-/// the input begins at.
+/// Whether input and output are one memory, and how they overlap: the byte of the output at which
+/// the input begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Overlay(Option<isize>);
 
 impl Overlay {
-    /// Two memories that do not touch each other.
+    /// Two memories that do not overlap.
     pub(crate) const APART: Self = Self(None);
 
-    /// The input lies in the output or the other way round, as `shape` has it for a rank.
+    /// The input lies in the output, or the other way round, as `shape` defines it for a rank.
     pub(crate) fn in_place(shape: &Shape, rank: Rank, element_bytes: usize) -> Self {
         let start = |ranges: Vec<Range<usize>>| ranges.first().map_or(0, |range| range.start);
         let [input, output] = [shape.contributes(rank), shape.wants(rank)].map(start);
         Self(Some((input as isize - output as isize) * element_bytes as isize))
     }
 
-    /// A place by which two places in one memory can be compared.
+    /// A position by which two places in one memory can be compared.
     pub(crate) const fn of(self, place: Place) -> (Memory, isize) {
         match (self.0, place.memory) {
             (Some(offset), Memory::Input) => (Memory::Output, place.start as isize + offset),
@@ -72,7 +78,7 @@ pub(crate) struct Move {
     pub(crate) count: usize,
 }
 
-/// Where a transfer reads (a send, the own operand of a reduction) and where it writes.
+/// Where a transfer reads (a send, or this rank's operand of a reduction) and where it writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Located {
     pub(crate) reads: Option<Place>,
@@ -86,9 +92,9 @@ pub(crate) struct Placement {
     pub(crate) located: Vec<Located>,
     /// Elements of scratch memory.
     pub(crate) scratch: usize,
-    /// What has to be copied before the first step.
+    /// What must be copied before the first step.
     pub(crate) first: Vec<Move>,
-    /// What has to be copied after the last one.
+    /// What must be copied after the last step.
     pub(crate) last: Vec<Move>,
 }
 
@@ -100,9 +106,9 @@ struct Access {
 }
 
 impl Placement {
-    /// Places the transfers of `steps`, which `rank` executes in this order. With `renames_all`
-    /// every input element is written (scaled, say) to where it is worked on before the first
-    /// step.
+    /// Places the transfers of `steps`, which `rank` executes in this order. With `renames_all`,
+    /// every input element is written (scaled, for example) to where it is processed before the
+    /// first step.
     pub(crate) fn new<'a>(
         shape: &Shape,
         rank: Rank,
@@ -118,7 +124,7 @@ impl Placement {
         loop {
             match map.locate(&accesses) {
                 Ok(located) => return map.finish(located),
-                // Elements that are sent in one message but lie apart: brought together first.
+                // Elements that are sent in one message but lie apart are brought together first.
                 Err(apart) => apart.for_each(|piece| map.is_first[piece] |= map.is_input(piece)),
             }
         }
@@ -139,20 +145,20 @@ fn accesses(step: &Step) -> impl Iterator<Item = Access> {
     sends.chain(arrivals)
 }
 
-/// The space of one rank, cut wherever something begins or ends.
+/// The space of one rank, cut wherever a range begins or ends.
 struct Map {
     /// Piece i is `cuts[i]..cuts[i + 1]`.
     cuts: Vec<usize>,
     /// Where each piece lies in the input and the output.
     input: Vec<Option<usize>>,
     output: Vec<Option<usize>>,
-    /// The first piece of the run that each belongs to: what transfers touch together.
+    /// The first piece of the run that each piece belongs to: pieces that transfers touch together.
     run: Vec<usize>,
-    /// Where a piece is worked on, if it is ever written.
+    /// Where a piece is processed, if it is ever written.
     work: Vec<Option<Place>>,
-    /// Pieces that are copied to where they are worked on before the first step.
+    /// Pieces that are copied to where they are processed before the first step.
     is_first: Vec<bool>,
-    /// Pieces that have been written, where the walk through the steps is.
+    /// Pieces that have been written at the current point of the walk through the steps.
     is_written: Vec<bool>,
     scratch: usize,
 }
@@ -190,8 +196,8 @@ impl Map {
         self.input[piece].is_some()
     }
 
-    /// Decides where each piece is worked on. What one transfer touches has to lie together: in
-    /// the output if all of it is wanted, else in scratch memory.
+    /// Decides where each piece is processed. What one transfer touches must be contiguous: in the
+    /// output if all of it is wanted, in scratch memory otherwise.
     fn join(&mut self, accesses: &[Access]) {
         // Transfers that overlap make one run of pieces: `reach` is the last piece of a transfer
         // that begins with a piece.
@@ -243,7 +249,7 @@ impl Map {
         }
     }
 
-    /// Gives a run that is only read a place to be brought together in.
+    /// Gives a run that is only read a place where it is brought together.
     fn scratch_for(&mut self, piece: usize) {
         if self.work[piece].is_none() {
             let start = self.run[piece];
@@ -252,7 +258,7 @@ impl Map {
         }
     }
 
-    /// The places of all transfers, or the first pieces found that lie apart.
+    /// The places of all transfers, or the first pieces that turn out not to be contiguous.
     fn locate(&mut self, accesses: &[Access]) -> Result<Vec<Located>, Range<usize>> {
         self.is_written.clone_from(&self.is_first);
         let mut located = Vec::with_capacity(accesses.len());
@@ -272,7 +278,7 @@ impl Map {
         Ok(located)
     }
 
-    /// Where pieces lie, if they lie together.
+    /// Where pieces lie, if they are contiguous.
     fn together(&mut self, pieces: Range<usize>) -> Result<Place, Range<usize>> {
         let first = self.now(pieces.start);
         let mut next = first;
@@ -329,7 +335,7 @@ fn places(cuts: &[usize], ranges: &[Range<usize>]) -> Vec<Option<usize>> {
     cuts.windows(2).map(place).collect()
 }
 
-/// Adds a move, to the one before if it goes on where that ends.
+/// Appends a move, merging it with the previous one if it continues it.
 fn append(moves: &mut Vec<Move>, next: Move) {
     if let Some(last) = moves.last_mut() {
         let goes_on = |a: Place, b: Place| a.memory == b.memory && a.start + last.count == b.start;
@@ -344,7 +350,7 @@ fn append(moves: &mut Vec<Move>, next: Move) {
 #[cfg(test)]
 mod tests {
     use unisum_algorithms::{
-        Collective, Incoming, OnArrival, Outgoing, Pattern, Topology, algorithms,
+        Incoming, OnArrival, Outgoing, Pattern, PlanKind, Topology, algorithms,
     };
 
     use super::*;
@@ -393,7 +399,7 @@ mod tests {
 
     #[test]
     fn what_nobody_wants_here_passes_through_scratch_memory() {
-        let shape = Shape::whole(Topology::flat(2), Collective::Reduce { root: 1 }, COUNT);
+        let shape = Shape::whole(Topology::flat(2), PlanKind::Reduce { root: 1 }, COUNT);
         let placement = place(&shape, 0, &[exchange(0..2, 4..8), exchange(4..8, 4..4)]);
         let scratch = Some(Place::new(Memory::Scratch, 0));
         let reads: Vec<_> = placement.located.iter().map(|it| it.reads).collect();
@@ -402,16 +408,16 @@ mod tests {
         assert_eq!((placement.scratch, placement.first, placement.last), (4, vec![], vec![]));
     }
 
-    /// Of every plan there is: no transfer writes the input, what a rank wants ends in its output,
-    /// and nothing leaves the memories' bounds.
+    /// For every plan: no transfer writes the input, what a rank wants ends in its output, and
+    /// nothing leaves the bounds of the memories.
     #[test]
     fn no_plan_writes_its_input_or_leaves_its_memories() {
         let topology = Topology::nodes(&[2, 3, 1]);
         let roots = [0, 4].into_iter().flat_map(|root| {
-            [Collective::Reduce { root }, Collective::Broadcast { root }]
+            [PlanKind::Reduce { root }, PlanKind::Broadcast { root }]
                 .map(|collective| Shape::whole(topology.clone(), collective, COUNT))
         });
-        let blocks = [Collective::AllGather, Collective::ReduceScatter]
+        let blocks = [PlanKind::AllGather, PlanKind::ReduceScatter]
             .map(|collective| Shape::blocks(topology.clone(), collective, &[5, 0, 3, 1, 2, 1]));
         let all = [Shape::all_reduce(topology.clone(), COUNT)];
         for shape in roots.chain(blocks).chain(all) {

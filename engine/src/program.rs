@@ -1,26 +1,26 @@
-//! From a rank's plan to what the engine executes.
+//! Compiles a rank's plan into the program that the engine executes.
 
 use std::ops::Range;
 
-use unisum_algorithms::{Algorithm, Collective, Pattern, Rank, Shape, Step, slice};
+use unisum_algorithms::{Algorithm, Pattern, PlanKind, Rank, Shape, Step, slice};
 
 use super::folding::Extras;
+use super::fused_hierarchical::FusedHierarchical;
 use super::placement::{Move, Overlay, Placement};
 use super::pull::{Pull, Puller};
 use super::segment::Segment;
 use super::token::{self, Pair};
-use super::weave::Weaving;
 
 /// One action. Each ends before the next begins; the work inside a segment is pipelined.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     /// Pairwise transfers through the scoreboard.
     Transfers(Segment),
-    /// Take what this rank receives straight from where the members of the group have it.
+    /// Read what this rank receives directly from the memory of the group's members.
     Pull(Pull),
-    /// Fold slices of the group's regions, or hand them on.
+    /// Fold slices of the group's regions, or distribute them.
     Exchange(Exchange),
-    /// Copies within this rank, in bytes, the first kind of a pre-multiplied sum's inputs.
+    /// Copies within this rank, in bytes; `scales` marks copies of a pre-multiplied sum's inputs.
     Copy { moves: Vec<Move>, scales: bool },
     /// Divide the output by the number of ranks (the end of an average).
     Divide { bytes: Range<usize> },
@@ -28,16 +28,16 @@ pub(crate) enum Action {
     Arrive,
 }
 
-/// What the members of a group do with the slices of their regions, each with its own.
+/// What the members of a group do with the slices of their regions, one slice each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Exchange {
-    /// By place in the group.
+    /// Indexed by the member's place in the group.
     pub(crate) slices: Vec<Range<usize>>,
-    /// Whether the group is entered first: the members tell where their regions are.
+    /// Whether the group is entered first, where members publish their regions.
     pub(crate) enters: bool,
     /// Fold the slice of all members' inputs, in rank order.
     pub(crate) folds: bool,
-    /// Give the slice to all members.
+    /// Store the slice at all members.
     pub(crate) gathers: bool,
     /// Divide what was folded by the number of ranks.
     pub(crate) divides: bool,
@@ -56,20 +56,20 @@ impl Exchange {
     }
 }
 
-/// What a rank executes for one shape.
+/// The compiled plan of a rank for one shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
     pub(crate) actions: Vec<Action>,
-    /// What is executed instead, from after the enter on, if all members' regions turn out to be
+    /// What is executed instead, after the enter, if all members' regions turn out to be
     /// registered.
     pub(crate) mapped: Option<Vec<Action>>,
-    /// Bytes of scratch memory that it needs.
+    /// The scratch memory it needs, in bytes.
     pub(crate) scratch: usize,
-    /// What each two ranks compare, where it differs by pair.
+    /// What each pair of ranks compares, where it differs by pair.
     pub(crate) pairs: Vec<Pair>,
 }
 
-/// How plans are turned into programs: the same on all ranks.
+/// How plans are compiled: the same on all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tuning {
     /// Largest message.
@@ -78,19 +78,19 @@ pub struct Tuning {
     pub window: usize,
 }
 
-/// The ranks this one shares memory with, and how much a deposit may hold.
+/// The ranks that share memory with this one, and the size of a deposit.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupShape<'a> {
-    /// Who they are, this rank among them, ascending.
+    /// The ranks, this one included, ascending.
     pub members: &'a [Rank],
     /// Bytes of a deposit.
     pub slot_bytes: usize,
 }
 
-/// What a program is made from.
+/// What a program is compiled from.
 #[derive(Clone, Copy, Debug)]
 pub struct Source<'a> {
-    /// Whose plan it is.
+    /// The algorithm.
     pub algorithm: &'a dyn Algorithm,
     /// World, counts and root.
     pub shape: &'a Shape,
@@ -106,13 +106,13 @@ pub struct Source<'a> {
     pub in_place: bool,
     /// Slices and window.
     pub tuning: Tuning,
-    /// Whom it shares memory with; none if with nobody.
+    /// The ranks it shares memory with, if there are any.
     pub group: Option<GroupShape<'a>>,
 }
 
 impl Program {
-    /// Builds the program: steps that the whole group takes together become group actions, runs
-    /// of pairwise steps become segments. Without a group everything is pairwise.
+    /// Compiles the program: steps that the whole group takes together become group actions, runs
+    /// of pairwise steps become segments. Without a group, everything is pairwise.
     pub fn build(source: &Source<'_>) -> Self {
         let mut puller = Puller::new(source);
         let items = source.items(source.rank, &puller);
@@ -143,18 +143,18 @@ impl Program {
             }
         }
         if segment.steps() > 0 {
-            // Tokens are all there is.
+            // There are only tokens.
             builder.actions.push(Action::Transfers(segment));
         }
-        let mapped = builder.weave(placement.last.is_empty());
+        let mapped = builder.fuse(placement.last.is_empty());
         builder.copy(&placement.last, false);
         builder.divide();
         let scratch = (placement.scratch + tokens) * size;
         Self { actions: builder.actions, mapped, scratch, pairs }
     }
 
-    /// What is executed: before the group was entered, or after, when it is known whether all
-    /// regions are registered.
+    /// The actions to execute: before the group is entered, or afterwards, when it is known whether
+    /// all regions are registered.
     pub(crate) fn actions(&self, is_mapped: bool) -> &[Action] {
         match &self.mapped {
             Some(mapped) if is_mapped => mapped,
@@ -191,7 +191,7 @@ const fn is_exchange(step: &Step) -> bool {
 }
 
 impl Source<'_> {
-    /// The parts of a member's plan; the same division on all members of a group.
+    /// The parts of a member's plan, divided in the same way on all members of a group.
     pub(super) fn items(&self, rank: Rank, puller: &Puller<'_>) -> Vec<Item> {
         let mut items = Vec::new();
         let mut pairs = Vec::new();
@@ -217,7 +217,7 @@ impl Source<'_> {
 }
 
 impl Source<'_> {
-    /// Whether the step is one that exactly the members of the group take together.
+    /// Whether exactly the members of the group take the step together.
     pub(super) fn is_group_step(&self, step: &Step, rank: Rank) -> bool {
         let Some(group) = self.group else { return false };
         step.is_marked() && step.members(rank, &self.shape.topology) == group.members
@@ -240,7 +240,7 @@ impl Source<'_> {
     }
 }
 
-/// Puts actions together.
+/// Assembles actions.
 struct Builder<'a> {
     source: &'a Source<'a>,
     actions: Vec<Action>,
@@ -269,9 +269,9 @@ impl Builder<'_> {
             && !folds
             && !exchange.gathers
         {
-            // The slices that were just folded are handed on while they are in cache. All members
-            // have to see this alike: where there are other nodes, a member may have nothing to
-            // do with them, but others have.
+            // The slices that were just folded are distributed while they are in cache. All members
+            // must decide this alike: where there are other nodes, a member may have nothing to
+            // exchange with them although others do.
             exchange.gathers = true;
             return;
         }
@@ -288,7 +288,7 @@ impl Builder<'_> {
         }));
     }
 
-    /// Each member's slice: what it folds is sent to it, what it gathers comes from it.
+    /// Each member's slice: what it folds is sent to it, and what it gathers comes from it.
     fn slices(&self, step: &Step, folds: bool) -> Vec<Range<usize>> {
         let group = self.source.group.map_or(&[][..], |group| group.members);
         let outgoing = |to| step.outgoing.iter().find(|out| out.to == to).map(|out| &out.elements);
@@ -309,7 +309,7 @@ impl Builder<'_> {
         group.iter().map(bytes).collect()
     }
 
-    /// Copies within the rank; in place most of them have nothing to do.
+    /// Adds copies within the rank; in place, most of them are empty.
     fn copy(&mut self, moves: &[Move], scales: bool) {
         let (size, overlay) = (self.source.element_bytes, self.source.overlay());
         let in_bytes = |it: &Move| Move {
@@ -324,18 +324,18 @@ impl Builder<'_> {
         }
     }
 
-    /// The last three parts of a hierarchical all-reduce as one. With `is_end` nothing is copied
+    /// Fuses the last three parts of a hierarchical all-reduce. With `is_end`, nothing is copied
     /// after them.
-    fn weave(&self, is_end: bool) -> Option<Vec<Action>> {
+    fn fuse(&self, is_end: bool) -> Option<Vec<Action>> {
         let place = self.source.group?.members.binary_search(&self.source.rank).ok()?;
         let begin = self.actions.iter().position(|it| matches!(it, Action::Exchange(_)))?;
-        let weaving = Weaving::of(&self.actions[begin..], place)?;
-        let is_whole = self.source.shape.collective == Collective::AllReduce;
-        let weaves = is_end && is_whole;
-        weaves.then(|| weaving.actions(self.source.average, self.source.overlay()))
+        let fusion = FusedHierarchical::of(&self.actions[begin..], place)?;
+        let is_whole = self.source.shape.collective == PlanKind::AllReduce;
+        let fuses = is_end && is_whole;
+        fuses.then(|| fusion.actions(self.source.average, self.source.overlay()))
     }
 
-    /// Ends an average that no fold has ended.
+    /// Divides an average that no fold has divided.
     fn divide(&mut self) {
         let is_divided = |action: &Action| match action {
             Action::Pull(pull) => pull.divides,

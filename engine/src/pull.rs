@@ -1,29 +1,29 @@
-//! The group action of direct steps: every member takes what it receives straight from the memory
-//! of those who have it.
+//! The group action of direct steps: every member reads its operands directly from the senders'
+//! memory.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
-use unisum_algorithms::{Collective, OnArrival, PairCounts, Pattern, Rank, Space, Step};
+use unisum_algorithms::{OnArrival, PairCounts, Pattern, PlanKind, Rank, Space, Step};
 
 use super::first::FirstFold;
 use super::folding::Extras;
 use super::placement::{Located, Memory, Place, Placement};
 use super::program::{Item, Source};
 
-/// What a rank takes, and what it lays out for others where its memory is private. Bytes.
+/// What a rank takes, and what it stages for others if its memory is private. In bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pull {
-    /// Whether each member leaves a copy of its whole input, so that one arrival is enough.
+    /// Whether each member deposits a copy of its whole input, so that one arrival is enough.
     pub(crate) deposits: bool,
-    /// Whether the group is entered first: the members tell where their regions are.
+    /// Whether the group is entered first, where members publish their regions.
     pub(crate) enters: bool,
     /// Whether all members take everything from inputs.
     pub(crate) from_inputs: bool,
     pub(crate) takes: Vec<Take>,
-    /// What others take of this rank, one for each lane.
+    /// What others take from this rank, one for each lane.
     pub(crate) lanes: Vec<(Place, usize)>,
-    /// The most lanes of any member, and the bytes of the longest.
+    /// The largest number of lanes of any member, and the bytes of the longest lane.
     pub(crate) lanes_max: usize,
     pub(crate) longest: usize,
     /// Divide what was folded by the number of ranks.
@@ -41,7 +41,7 @@ impl Pull {
 /// One copy or one fold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Take {
-    /// One for a copy; all operands of a fold, in rank order.
+    /// One for a copy, or all operands of a fold in rank order.
     pub(crate) sources: Vec<Origin>,
     pub(crate) writes: Place,
     pub(crate) bytes: usize,
@@ -50,8 +50,8 @@ pub(crate) struct Take {
     pub(crate) everything: bool,
 }
 
-/// Where a member has an operand: in which of its regions, and in which lane of its bench if the
-/// region is private.
+/// Where a member has an operand: in which of its regions, and in which lane of its staging buffer
+/// if the region is private.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Origin {
     pub(crate) member: Rank,
@@ -59,7 +59,7 @@ pub(crate) struct Origin {
     pub(crate) lane: usize,
 }
 
-/// Builds the pulls of one program: knows the plans of the other members.
+/// Builds the pulls of one program from the plans of all members.
 pub(super) struct Puller<'a> {
     source: &'a Source<'a>,
     pub(super) first: FirstFold,
@@ -73,7 +73,7 @@ struct Plan {
 }
 
 impl Plan {
-    /// The step that the group takes together in a round, and which item it is.
+    /// The step that the group takes together in a round, and the index of its item.
     fn group_step(&self, round: usize) -> (usize, &Step) {
         let step = self.items.iter().enumerate().find_map(|(index, item)| match item {
             Item::Group(at, step) if *at == round => Some((index, step)),
@@ -90,13 +90,14 @@ impl<'a> Puller<'a> {
 
     /// Whether the group takes the step of a round together.
     pub(super) fn can_run(&self, step: &Step, round: usize) -> bool {
-        // Inputs that are multiplied first lie in scratch memory, where only their rank has them.
+        // Inputs that are multiplied first lie in scratch memory, which only their own rank can
+        // read.
         let is_moved = self.source.scales && !self.first.takes_all;
         let reads_inputs = step.pattern != Pattern::AllGather;
         is_possible(self.source, step, round) && !(is_moved && reads_inputs)
     }
 
-    /// The pull of `step`, which this rank takes in a round, its transfers at `located`.
+    /// The pull for `step`, which this rank takes in a round, with its transfers at `located`.
     pub(super) fn pull(&mut self, round: usize, step: &Step, located: &[Located]) -> Pull {
         let own = self.source.rank;
         let size = self.source.element_bytes;
@@ -187,14 +188,14 @@ impl<'a> Puller<'a> {
     }
 }
 
-/// Whether a group could take the step of a round together: all members can tell where the others
-/// have what they send.
+/// Whether a group could take the step of a round together: whether all members can tell where the
+/// others have what they send.
 pub(super) fn is_possible(source: &Source<'_>, step: &Step, round: usize) -> bool {
     let Source { shape, group, .. } = source;
     let is_first = round == 0;
     let all_want_all = matches!(
         shape.collective,
-        Collective::AllReduce | Collective::Broadcast { .. } | Collective::AllGather
+        PlanKind::AllReduce | PlanKind::Broadcast { .. } | PlanKind::AllGather
     );
     match step.pattern {
         Pattern::Pairs | Pattern::Wall => false,
@@ -227,16 +228,16 @@ mod tests {
     use super::*;
     use crate::program::{Action, GroupShape, Program, Tuning};
 
-    /// Members decide alike how they take, by where all of them have what is taken.
+    /// Members decide alike how they take, based on where all of them have what is taken.
     #[test]
     fn who_takes_from_inputs_only_finds_everything_there() {
         let lengths = [[801; 6], [3, 0, 40, 1, 7, 0]];
-        for (algorithm, lengths) in algorithms(Collective::AllGather)
+        for (algorithm, lengths) in algorithms(PlanKind::AllGather)
             .iter()
             .flat_map(|algorithm| lengths.iter().map(move |lengths| (algorithm, lengths)))
         {
             let topology = Topology::nodes(&[2, 3, 1]);
-            let shape = Shape::blocks(topology, Collective::AllGather, lengths);
+            let shape = Shape::blocks(topology, PlanKind::AllGather, lengths);
             let pulls = [2, 3, 4].map(|rank| {
                 pulls(&Source {
                     algorithm: *algorithm,

@@ -1,26 +1,29 @@
-//! A collective under way: one action of its program after the other.
+//! A collective under way: executes one action of its program after the other.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use unisum_events::{Event, record};
 use unisum_link::{Arrival, LinkError, Part, Rank};
 
-use super::Advance;
 use super::folding::{Extras, Folding};
+use super::group_exchange::{GroupContext, Next, Sources};
 use super::links::Links;
 use super::memories::Memories;
 use super::placement::{Memory, Move};
 use super::program::{Action, Exchange, Program};
-use super::scoreboard::{Bench, Scoreboard};
-use super::together::{GroupBench, Next, Sources};
+use super::scoreboard::{Scoreboard, SegmentContext};
+use super::{Advance, Counters};
 
-/// What all collectives are executed with, one at a time.
+/// What collectives are executed with, one at a time.
 #[derive(Debug)]
 pub(super) struct Tools {
     pub(super) rank: Rank,
     pub(super) links: Links,
     pub(super) scoreboard: Scoreboard,
     pub(super) sources: Sources,
-    /// How long the parts are in which private regions move among the members of the group.
+    pub(super) counters: Arc<Counters>,
+    /// The length of the parts in which private regions move among the members of the group.
     pub(super) part_bytes: usize,
 }
 
@@ -29,21 +32,21 @@ pub(super) struct Tools {
 pub(super) struct Running {
     pub(super) memories: Memories,
     pub(super) folding: Folding,
-    /// Whether all ranks are to know what one finds.
+    /// Whether all ranks must learn what one rank detects.
     pub(super) spreads_marks: bool,
-    /// Whether all regions turned out to be registered, and the program has a way for that.
+    /// Whether all regions turned out to be registered and the program has actions for that.
     pub(super) is_mapped: bool,
     pub(super) action: usize,
     pub(super) state: State,
 }
 
-/// Where an action stands. Group actions alternate between work and arrivals.
+/// The state of an action. Group actions alternate between work and arrivals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Start,
     InSegment,
     Entering(Arrival),
-    /// When all have arrived, this piece of an exchange or a pull is due.
+    /// When all have arrived, this piece of an exchange or a pull is next.
     BetweenPieces(Arrival, usize),
     /// When all have arrived, the action is done.
     Leaving(Arrival),
@@ -61,7 +64,7 @@ impl State {
 }
 
 impl Running {
-    /// Does what can be done now.
+    /// Makes what progress is possible now.
     pub(super) fn advance(
         &mut self,
         program: &Program,
@@ -80,7 +83,7 @@ impl Running {
                 State::Entering(arrival)
                 | State::BetweenPieces(arrival, _)
                 | State::Leaving(arrival) => match tools.links.the_group().complete(arrival)? {
-                    // By far the most frequent look.
+                    // By far the most frequent check.
                     false => Advance::Waiting,
                     true if self.becomes_mapped(program, tools) => {
                         actions = program.actions(self.is_mapped);
@@ -100,8 +103,8 @@ impl Running {
         Ok(Advance::Done)
     }
 
-    /// Now that all have entered: goes over to the program for registered regions, if there is one
-    /// and all have such.
+    /// After all members have entered: switches to the actions for registered regions if the
+    /// program has some and all regions are registered.
     fn becomes_mapped(&mut self, program: &Program, tools: &mut Tools) -> bool {
         if program.mapped.is_none() || !matches!(self.state, State::Entering(_)) {
             return false;
@@ -115,6 +118,7 @@ impl Running {
     }
 
     fn begin_action(&mut self, action: &Action, tools: &mut Tools) -> Result<Advance, LinkError> {
+        record(|| Event::StepBegun { action: self.action as u32 });
         match action {
             Action::Transfers(segment) => {
                 tools.scoreboard.start(segment, &tools.links);
@@ -126,7 +130,7 @@ impl Running {
                 self.state = State::Entering(arrival);
             }
             Action::Exchange(exchange) if exchange.enters => {
-                let arrival = self.bench(tools, Extras::default()).enter(exchange);
+                let arrival = self.group_context(tools, Extras::default()).enter(exchange);
                 self.state = State::Entering(arrival);
             }
             Action::Exchange(exchange) => return self.exchange(exchange, tools),
@@ -139,7 +143,7 @@ impl Running {
                 return Ok(Advance::Done);
             }
             Action::Arrive => {
-                let arrival = self.bench(tools, Extras::default()).arrive();
+                let arrival = self.group_context(tools, Extras::default()).arrive();
                 self.state = State::Leaving(arrival);
             }
         }
@@ -149,29 +153,29 @@ impl Running {
     fn all_arrived(&mut self, action: &Action, tools: &mut Tools) -> Result<Advance, LinkError> {
         match (action, self.state) {
             (Action::Pull(pull), State::Entering(_)) => {
-                let next = self.bench(tools, pull.extras()).pull(pull)?;
-                Ok(self.go_on(next, 0))
+                let next = self.group_context(tools, pull.extras()).pull(pull)?;
+                Ok(self.continue_with(next, 0))
             }
             (Action::Pull(pull), State::BetweenPieces(_, piece)) => {
-                let next = self.bench(tools, pull.extras()).pull_piece(pull, piece)?;
-                Ok(self.go_on(next, piece))
+                let next = self.group_context(tools, pull.extras()).pull_piece(pull, piece)?;
+                Ok(self.continue_with(next, piece))
             }
             (Action::Exchange(exchange), State::Entering(_)) => self.exchange(exchange, tools),
             (Action::Exchange(exchange), State::BetweenPieces(_, piece)) => {
-                let next = self.bench(tools, exchange.extras()).piece(exchange, piece)?;
-                Ok(self.go_on(next, piece))
+                let next = self.group_context(tools, exchange.extras()).piece(exchange, piece)?;
+                Ok(self.continue_with(next, piece))
             }
             _ => Ok(Advance::Done),
         }
     }
 
     fn exchange(&mut self, exchange: &Exchange, tools: &mut Tools) -> Result<Advance, LinkError> {
-        let next = self.bench(tools, exchange.extras()).exchange(exchange)?;
-        Ok(self.go_on(next, usize::from(exchange.folds)))
+        let next = self.group_context(tools, exchange.extras()).exchange(exchange)?;
+        Ok(self.continue_with(next, usize::from(exchange.folds)))
     }
 
-    /// Takes over how an exchange or a pull goes on after `piece`.
-    const fn go_on(&mut self, next: Next, piece: usize) -> Advance {
+    /// Sets the state in which an exchange or a pull continues after `piece`.
+    const fn continue_with(&mut self, next: Next, piece: usize) -> Advance {
         self.state = match next {
             Next::Done => return Advance::Done,
             Next::Last(arrival) => State::Leaving(arrival),
@@ -180,15 +184,14 @@ impl Running {
         Advance::Moved
     }
 
-    /// What was found, and whether something moved: it says that it waits even then, if another
-    /// look is of no use.
+    /// Advances a segment. Reports waiting even after progress if another check is useless.
     fn advance_segment(
         &mut self,
         action: &Action,
         tools: &mut Tools,
     ) -> Result<(Advance, bool), LinkError> {
         let Action::Transfers(segment) = action else { return Ok((Advance::Done, true)) };
-        let mut bench = Bench {
+        let mut context = SegmentContext {
             rank: tools.rank,
             segment,
             sources: &mut tools.sources,
@@ -198,17 +201,20 @@ impl Running {
             folding: &mut self.folding,
             spreads_marks: self.spreads_marks,
         };
-        let moved = tools.scoreboard.advance(&mut bench)?;
+        let moved = tools.scoreboard.advance(&mut context)?;
         let advance = match &tools.scoreboard {
-            board if board.is_done(segment) => Advance::Done,
+            board if board.is_done(segment) => {
+                tools.counters.moved(segment.traffic());
+                Advance::Done
+            }
             board if moved && board.may_find_more(segment) => Advance::Moved,
             _ => Advance::Waiting,
         };
         Ok((advance, moved))
     }
 
-    fn bench<'a>(&'a mut self, tools: &'a mut Tools, extras: Extras) -> GroupBench<'a> {
-        GroupBench {
+    fn group_context<'a>(&'a mut self, tools: &'a mut Tools, extras: Extras) -> GroupContext<'a> {
+        GroupContext {
             rank: tools.rank,
             group: tools.links.the_group(),
             memories: self.memories,
@@ -228,11 +234,11 @@ impl Running {
         unsafe { self.folding.run(own, &[own.cast_const()], bytes.len(), extras) };
     }
 
-    /// Copies within this rank, the inputs of a pre-multiplied sum times the factor.
+    /// Copies within this rank; inputs of a pre-multiplied sum are multiplied by the factor.
     fn copy(&mut self, Move { from, to, count: bytes }: &Move, scales: bool) {
         let source = self.memories.pointer(*from, *bytes).cast_const();
         let into = self.memories.pointer(*to, *bytes);
-        // Sums that were worked on in scratch memory become results here.
+        // Sums that were computed in scratch memory become results here.
         let watches = self.folding.watches() && from.memory == Memory::Scratch;
         if scales || watches {
             let extras = Extras { scales, watches, ..Extras::default() };

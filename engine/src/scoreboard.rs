@@ -2,33 +2,35 @@
 
 use std::collections::VecDeque;
 
+use unisum_events::{Event, record};
 use unisum_link::{Landing, LinkError, Patience, Rank, Ticket};
 
 use super::folding::{Extras, Folding};
+use super::group_exchange::{GroupContext, Sources};
 use super::links::Links;
 use super::memories::Memories;
 use super::placement::Memory;
 use super::segment::{Segment, Transfer, Work};
-use super::together::{GroupBench, Sources};
 
-/// The state of one segment's execution. Reused, so that a steady state allocates nothing.
+/// The state of one segment's execution. Reused, so that the steady state allocates nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Scoreboard {
-    /// Per transfer: unfinished transfers it waits for.
+    /// Per transfer: the number of unfinished transfers it waits for.
     waits: Vec<u32>,
-    /// Per transfer: messages that have not arrived (reduce), or 1 until done (send, store).
+    /// Per transfer: the number of messages that have not arrived (reduce), or 1 until done (send,
+    /// store).
     missing: Vec<u32>,
-    /// Per open step: transfers not done.
+    /// Per open step: the number of unfinished transfers.
     left: Vec<u32>,
     opened: usize,
     retired: usize,
-    /// Per rank and direction: transfers that are open and not posted, in program order. Both
-    /// ends match transfers in this order, so nothing may overtake.
+    /// Per rank and direction: transfers that are open and not posted, in program order. Both ends
+    /// match transfers in this order, so no transfer may overtake another.
     unposted: Vec<[VecDeque<usize>; 2]>,
     /// Tickets under way on each link.
     in_flight: Vec<usize>,
     done: Vec<Ticket>,
-    /// Whether another look at the links may find more right away.
+    /// Whether checking the links again may make progress right away.
     looks_again: bool,
     sources: Vec<*const u8>,
     bytes_moved: u64,
@@ -37,8 +39,8 @@ pub(crate) struct Scoreboard {
 // SAFETY: `sources` is scratch space for one call; the addresses in it are not used afterwards.
 unsafe impl Send for Scoreboard {}
 
-/// What a segment's execution works with.
-pub(crate) struct Bench<'a> {
+/// What a segment is executed with.
+pub(crate) struct SegmentContext<'a> {
     pub(crate) rank: Rank,
     pub(crate) segment: &'a Segment,
     pub(crate) links: &'a mut Links,
@@ -50,16 +52,16 @@ pub(crate) struct Bench<'a> {
     pub(crate) spreads_marks: bool,
 }
 
-impl Bench<'_> {
-    /// Tells peers of an infinity or a NaN with what is sent from now on.
+impl SegmentContext<'_> {
+    /// Marks what is sent from now on if an infinity or a NaN was detected.
     fn pass_mark_on(&mut self) {
         if self.folding.nonfinite && self.spreads_marks {
             self.links.mark();
         }
     }
 
-    fn together(&mut self, extras: Extras) -> GroupBench<'_> {
-        GroupBench {
+    fn group_context(&mut self, extras: Extras) -> GroupContext<'_> {
+        GroupContext {
             rank: self.rank,
             group: self.links.the_group(),
             memories: self.memories,
@@ -75,13 +77,26 @@ impl Bench<'_> {
 const OUT: usize = 0;
 const IN: usize = 1;
 
-/// A ticket carries the transfer's index and which of its sources the message is.
+/// A ticket encodes the transfer's index and which of its sources the message is.
 const fn ticket(transfer: usize, source: usize) -> Ticket {
     Ticket((transfer as u64) << 32 | source as u64)
 }
 
 const fn transfer_of(ticket: Ticket) -> usize {
     (ticket.0 >> 32) as usize
+}
+
+/// The event of a message that is done.
+fn moved(transfer: &Transfer, done: Ticket) -> Event {
+    let bytes = transfer.bytes as u64;
+    match &transfer.work {
+        Work::Send { to } => Event::Sent { peer: *to as u32, bytes },
+        Work::Store { from } => Event::Received { peer: *from as u32, bytes },
+        Work::Reduce { from } => {
+            Event::Received { peer: from[done.0 as u32 as usize] as u32, bytes }
+        }
+        Work::Fold { .. } | Work::Push { .. } => unreachable!("local work has no ticket"),
+    }
 }
 
 impl Scoreboard {
@@ -100,17 +115,17 @@ impl Scoreboard {
         self.in_flight.resize(links.all.len(), 0);
     }
 
-    /// Steps that are done, all of them up to here.
+    /// The number of steps up to which all are done.
     pub(crate) const fn retired(&self) -> usize {
         self.retired
     }
 
-    /// Payload bytes of the collective's messages that have been sent or have arrived whole.
+    /// Payload bytes of the collective's messages that have been sent or have arrived completely.
     pub(crate) const fn bytes_moved(&self) -> u64 {
         self.bytes_moved
     }
 
-    /// A collective begins, of one or more segments.
+    /// Begins a collective of one or more segments.
     pub(crate) const fn begin(&mut self) {
         self.bytes_moved = 0;
     }
@@ -120,8 +135,8 @@ impl Scoreboard {
         &self.in_flight
     }
 
-    /// How many of the tickets under way have to get done before anything else can happen: all,
-    /// where they are the arrivals of one reduction.
+    /// How many of the tickets under way must complete before anything else can happen: all of
+    /// them, if they are the arrivals of one reduction.
     pub(crate) fn wanted(&self, segment: &Segment) -> usize {
         let in_flight: usize = self.in_flight.iter().sum();
         let open = segment.step_starts[self.retired]..segment.step_starts[self.opened];
@@ -153,27 +168,27 @@ impl Scoreboard {
     }
 
     /// Moves what can be moved. `true` if anything did.
-    pub(crate) fn advance(&mut self, bench: &mut Bench<'_>) -> Result<bool, LinkError> {
-        let mut moved = self.open_steps(bench)?;
+    pub(crate) fn advance(&mut self, context: &mut SegmentContext<'_>) -> Result<bool, LinkError> {
+        let mut moved = self.open_steps(context)?;
         self.looks_again = false;
-        for link in 0..bench.links.all.len() {
+        for link in 0..context.links.all.len() {
             if self.in_flight[link] == 0 {
                 continue;
             }
             // After what was merely sent it is a peer's turn; but a load from memory costs nothing.
-            self.looks_again |= bench.links.all[link].patience() != Patience::SYSTEM_CALL;
+            self.looks_again |= context.links.all[link].patience() != Patience::SYSTEM_CALL;
             let mut done = std::mem::take(&mut self.done);
-            let result = bench.links.all[link].progress(&mut done);
+            let result = context.links.all[link].progress(&mut done);
             moved |= !done.is_empty();
             self.in_flight[link] -= done.len();
-            if bench.spreads_marks && bench.links.all[link].is_marked() {
+            if context.spreads_marks && context.links.all[link].is_marked() {
                 // What came marked over one link goes on marked over all, before it is passed on.
-                bench.links.mark();
+                context.links.mark();
             }
             for ticket in done.drain(..) {
-                let work = &bench.segment.transfers[transfer_of(ticket)].work;
+                let work = &context.segment.transfers[transfer_of(ticket)].work;
                 self.looks_again |= !matches!(work, Work::Send { .. });
-                self.ticket_done(ticket, bench)?;
+                self.ticket_done(ticket, context)?;
             }
             self.done = done;
             result?;
@@ -195,28 +210,28 @@ impl Scoreboard {
         self.retired == segment.steps()
     }
 
-    fn open_steps(&mut self, bench: &mut Bench<'_>) -> Result<bool, LinkError> {
-        let segment = bench.segment;
+    fn open_steps(&mut self, context: &mut SegmentContext<'_>) -> Result<bool, LinkError> {
+        let segment = context.segment;
         let before = self.opened;
         while self.can_open(segment) {
             let step = self.opened;
             self.opened += 1;
             for index in segment.step_starts[step]..segment.step_starts[step + 1] {
-                self.open(index, bench)?;
+                self.open(index, context)?;
             }
         }
         Ok(self.opened > before)
     }
 
-    fn open(&mut self, index: usize, bench: &mut Bench<'_>) -> Result<(), LinkError> {
+    fn open(&mut self, index: usize, context: &mut SegmentContext<'_>) -> Result<(), LinkError> {
         // What is local may have run already: an earlier transfer of its step cleared its hazards.
-        let is_local = bench.segment.transfers[index].is_local();
+        let is_local = context.segment.transfers[index].is_local();
         if is_local && self.waits[index] == 0 && self.missing[index] > 0 {
-            return self.run_local(index, bench);
+            return self.run_local(index, context);
         }
-        for_each_end(&bench.segment.transfers[index].work, |peer, direction| {
+        for_each_end(&context.segment.transfers[index].work, |peer, direction| {
             self.unposted[peer][direction].push_back(index);
-            self.post_ready(peer, direction, bench)
+            self.post_ready(peer, direction, context)
         })
     }
 
@@ -225,41 +240,51 @@ impl Scoreboard {
         &mut self,
         peer: Rank,
         direction: usize,
-        bench: &mut Bench<'_>,
+        context: &mut SegmentContext<'_>,
     ) -> Result<(), LinkError> {
         while let Some(&index) = self.unposted[peer][direction].front() {
-            let transfer = &bench.segment.transfers[index];
+            let transfer = &context.segment.transfers[index];
             // An arrival that reduces lands in a slot: it waits with the folding, not here.
             let lands_in_slot = matches!(transfer.work, Work::Reduce { .. });
             if self.waits[index] > 0 && !lands_in_slot {
                 break;
             }
             self.unposted[peer][direction].pop_front();
-            self.in_flight[bench.links.route[peer]] += 1;
-            post(transfer, index, peer, bench)?;
+            self.in_flight[context.links.route[peer]] += 1;
+            post(transfer, index, peer, context)?;
         }
         Ok(())
     }
 
-    fn ticket_done(&mut self, done: Ticket, bench: &mut Bench<'_>) -> Result<(), LinkError> {
+    fn ticket_done(
+        &mut self,
+        done: Ticket,
+        context: &mut SegmentContext<'_>,
+    ) -> Result<(), LinkError> {
         let index = transfer_of(done);
-        self.bytes_moved += bench.segment.transfers[index].bytes as u64;
+        let transfer = &context.segment.transfers[index];
+        record(|| moved(transfer, done));
+        self.bytes_moved += transfer.bytes as u64;
         self.missing[index] -= 1;
         if self.missing[index] > 0 {
             return Ok(());
         }
-        match &bench.segment.transfers[index].work {
+        match &context.segment.transfers[index].work {
             Work::Reduce { .. } if self.waits[index] > 0 => Ok(()),
             Work::Reduce { from } => {
-                self.fold(index, from, bench)?;
-                self.transfer_done(index, bench)
+                self.fold(index, from, context)?;
+                self.transfer_done(index, context)
             }
-            _ => self.transfer_done(index, bench),
+            _ => self.transfer_done(index, context),
         }
     }
 
-    fn transfer_done(&mut self, index: usize, bench: &mut Bench<'_>) -> Result<(), LinkError> {
-        let segment = bench.segment;
+    fn transfer_done(
+        &mut self,
+        index: usize,
+        context: &mut SegmentContext<'_>,
+    ) -> Result<(), LinkError> {
+        let segment = context.segment;
         let transfer = &segment.transfers[index];
         self.left[transfer.step] -= 1;
         while self.retired < segment.steps() && self.left[self.retired] == 0 {
@@ -269,44 +294,52 @@ impl Scoreboard {
             self.waits[follower] -= 1;
             // A follower that is not open yet will look at its hazards when it opens.
             if self.waits[follower] == 0 && segment.transfers[follower].step < self.opened {
-                self.hazards_clear(follower, bench)?;
+                self.hazards_clear(follower, context)?;
             }
         }
         Ok(())
     }
 
-    fn hazards_clear(&mut self, index: usize, bench: &mut Bench<'_>) -> Result<(), LinkError> {
-        match &bench.segment.transfers[index].work {
-            Work::Send { to } => self.post_ready(*to, OUT, bench),
-            Work::Store { from } => self.post_ready(*from, IN, bench),
+    fn hazards_clear(
+        &mut self,
+        index: usize,
+        context: &mut SegmentContext<'_>,
+    ) -> Result<(), LinkError> {
+        match &context.segment.transfers[index].work {
+            Work::Send { to } => self.post_ready(*to, OUT, context),
+            Work::Store { from } => self.post_ready(*from, IN, context),
             Work::Reduce { from } if self.missing[index] == 0 => {
-                self.fold(index, from, bench)?;
-                self.transfer_done(index, bench)
+                self.fold(index, from, context)?;
+                self.transfer_done(index, context)
             }
             Work::Reduce { .. } => Ok(()),
-            Work::Fold { .. } | Work::Push { .. } => self.run_local(index, bench),
+            Work::Fold { .. } | Work::Push { .. } => self.run_local(index, context),
         }
     }
 
     /// Does what needs no message.
-    fn run_local(&mut self, index: usize, bench: &mut Bench<'_>) -> Result<(), LinkError> {
-        let transfer = &bench.segment.transfers[index];
+    fn run_local(
+        &mut self,
+        index: usize,
+        context: &mut SegmentContext<'_>,
+    ) -> Result<(), LinkError> {
+        let transfer = &context.segment.transfers[index];
         let place = transfer.writes.expect("local work has its place");
         let piece = place.start..place.start + transfer.bytes;
         match transfer.work {
             Work::Fold { scales } => {
-                bench.together(Extras { scales, ..Extras::default() }).fold_piece(&piece)?;
+                context.group_context(Extras { scales, ..Extras::default() }).fold_piece(&piece)?;
             }
             Work::Push { divides } => {
                 let watches = divides;
                 let extras = Extras { divides, watches, ..Extras::default() };
-                bench.together(extras).push_piece(&piece)?;
+                context.group_context(extras).push_piece(&piece)?;
             }
             _ => unreachable!("only what is local runs here"),
         }
-        bench.pass_mark_on();
+        context.pass_mark_on();
         self.missing[index] = 0;
-        self.transfer_done(index, bench)
+        self.transfer_done(index, context)
     }
 
     /// Folds this rank's value and all arrivals once, in rank order.
@@ -314,19 +347,19 @@ impl Scoreboard {
         &mut self,
         index: usize,
         from: &[Rank],
-        bench: &mut Bench<'_>,
+        context: &mut SegmentContext<'_>,
     ) -> Result<(), LinkError> {
-        let Transfer { bytes, reads, writes, .. } = bench.segment.transfers[index];
+        let Transfer { bytes, reads, writes, .. } = context.segment.transfers[index];
         let (Some(reads), Some(writes)) = (reads, writes) else { return Ok(()) };
-        let own = bench.memories.pointer(reads, bytes).cast_const();
-        let into = bench.memories.pointer(writes, bytes);
-        let own_place = from.iter().filter(|&&peer| peer < bench.rank).count();
+        let own = context.memories.pointer(reads, bytes).cast_const();
+        let into = context.memories.pointer(writes, bytes);
+        let own_place = from.iter().filter(|&&peer| peer < context.rank).count();
         self.sources.clear();
         for (source, &peer) in from.iter().enumerate() {
             if source == own_place {
                 self.sources.push(own);
             }
-            self.sources.push(bench.links.to(peer).arrived(ticket(index, source)));
+            self.sources.push(context.links.to(peer).arrived(ticket(index, source)));
         }
         if own_place == from.len() {
             self.sources.push(own);
@@ -336,10 +369,10 @@ impl Scoreboard {
         // SAFETY: `own` and `into` are valid for `bytes` (checked by `Region::part`) and no other
         // transfer touches them (hazards are clear); each arrival is a landed receive of the same
         // length, readable until released below.
-        unsafe { bench.folding.run(into, &self.sources, bytes, extras) };
-        bench.pass_mark_on();
+        unsafe { context.folding.run(into, &self.sources, bytes, extras) };
+        context.pass_mark_on();
         for (source, &peer) in from.iter().enumerate() {
-            bench.links.to(peer).release(ticket(index, source))?;
+            context.links.to(peer).release(ticket(index, source))?;
         }
         Ok(())
     }
@@ -368,15 +401,15 @@ fn post(
     transfer: &Transfer,
     index: usize,
     peer: Rank,
-    bench: &mut Bench<'_>,
+    context: &mut SegmentContext<'_>,
 ) -> Result<(), LinkError> {
     let place = match &transfer.work {
         Work::Send { .. } => transfer.reads,
         _ => transfer.writes,
     };
     let place = place.expect("every transfer has its place");
-    let memory = bench.memories.region(place, transfer.bytes);
-    let link = bench.links.to(peer);
+    let memory = context.memories.region(place, transfer.bytes);
+    let link = context.links.to(peer);
     match &transfer.work {
         Work::Send { .. } => link.send(peer, memory, ticket(index, 0)),
         Work::Store { .. } => link.receive(peer, memory, Landing::Place, ticket(index, 0)),

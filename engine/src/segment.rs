@@ -1,6 +1,7 @@
 //! Pairwise steps, compiled: every transfer with the earlier transfers it must wait for.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use unisum_algorithms::{OnArrival, Rank, Step};
 
@@ -62,12 +63,50 @@ pub(crate) struct Segment {
     /// Where each step's transfers begin; one more entry than there are steps.
     pub(crate) step_starts: Vec<usize>,
     pub(crate) window: usize,
+    /// See [`Segment::traffic`].
+    pub(crate) traffic: OnceLock<Vec<Traffic>>,
+}
+
+/// Payload bytes that are sent to a peer and received from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Traffic {
+    pub(crate) peer: Rank,
+    pub(crate) sent: u64,
+    pub(crate) received: u64,
+}
+
+fn with(all: &mut Vec<Traffic>, peer: Rank) -> &mut Traffic {
+    let known = all.iter().position(|traffic| traffic.peer == peer);
+    let at = known.unwrap_or_else(|| {
+        all.push(Traffic { peer, sent: 0, received: 0 });
+        all.len() - 1
+    });
+    &mut all[at]
 }
 
 impl Segment {
     /// A segment without steps.
     pub(crate) fn new(window: usize) -> Self {
-        Self { window, step_starts: vec![0], transfers: Vec::new() }
+        Self { window, step_starts: vec![0], ..Self::default() }
+    }
+
+    /// What moves between this rank and each peer; found out when it is first asked for.
+    pub(crate) fn traffic(&self) -> &[Traffic] {
+        self.traffic.get_or_init(|| {
+            let mut all = Vec::new();
+            for transfer in &self.transfers {
+                let bytes = transfer.bytes as u64;
+                match &transfer.work {
+                    Work::Send { to } => with(&mut all, *to).sent += bytes,
+                    Work::Store { from } => with(&mut all, *from).received += bytes,
+                    Work::Reduce { from } => {
+                        from.iter().for_each(|&peer| with(&mut all, peer).received += bytes);
+                    }
+                    Work::Fold { .. } | Work::Push { .. } => {}
+                }
+            }
+            all
+        })
     }
 
     /// Adds sliced steps for elements of `element_bytes` bytes, each transfer with its entry of

@@ -435,7 +435,7 @@ fn expected(shape: &Shape, rank: Rank) -> Vec<i32> {
 
 /// A shape of each collective on uneven nodes, with uneven blocks where it may have them.
 fn shapes(world: usize, count: usize, random: &mut Random) -> Vec<Shape> {
-    use plans::Collective::{
+    use plans::PlanKind::{
         AllGather, AllReduce, AllToAll, Broadcast, Gather, Reduce, ReduceScatter, Scatter,
     };
     let topology = || Topology::nodes(&uneven(world));
@@ -459,7 +459,7 @@ fn every_algorithm_of_every_collective_is_right_under_any_schedule() {
         let world = 2 + random.below(8) as usize;
         let count = random.below(200) as usize + 1;
         for shape in shapes(world, count, &mut random) {
-            let in_place = shape.collective != plans::Collective::AllToAll && random.below(2) == 0;
+            let in_place = shape.collective != plans::PlanKind::AllToAll && random.below(2) == 0;
             let fits = |algorithm: &&&dyn Algorithm| algorithm.supports(&shape);
             for algorithm in algorithms(shape.collective).iter().filter(fits) {
                 let tuning =

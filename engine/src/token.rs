@@ -1,20 +1,20 @@
-//! What makes ranks that know lengths of their own only compare them before anything moves.
+//! Makes ranks that know only their own lengths compare them before any data moves.
 //!
-//! Every message says how many elements its sender has for its receiver, and how many it expects
-//! back: who receives one finds out whether the two differ in either. So each of two ranks has to
-//! receive a message from the other, and both ends have to meet in it whatever each of them thinks
-//! of its length: where nothing is to be sent, or something so long that a transport may have it
-//! asked for first, a *token* goes ahead, an element that nobody reads.
+//! Every message states how many elements its sender has for its receiver, and how many it expects
+//! back, so the receiver of a message detects a difference in either. Each of two ranks therefore
+//! has to receive a message from the other, and both ends have to agree on it whatever each of them
+//! thinks of its length. Where nothing is to be sent, or something so long that a transport may
+//! have to request it first, a *token* goes ahead: an element that nobody reads.
 
 use unisum_algorithms::{PairCounts, Rank, Shape, Space};
 
 use super::placement::{Memory, Overlay, Place};
 use super::segment::{Segment, Transfer, Work};
 
-/// Blocks of up to so many bytes are sent unasked by every transport, in one message.
+/// Blocks of up to this many bytes are sent eagerly by every transport, in one message.
 const SHORT_BYTES: usize = 4 << 10;
 
-/// What a rank has for another and expects of it, in elements.
+/// What a rank has for another and expects from it, in elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pair {
     pub(crate) peer: Rank,
@@ -22,7 +22,7 @@ pub(crate) struct Pair {
     pub(crate) receives: usize,
 }
 
-/// The pairs of a rank in a collective whose ranks know lengths of their own only; none in others.
+/// The pairs of a rank in a collective whose ranks know only their own lengths; empty in others.
 pub(super) fn pairs(shape: &Shape) -> Vec<Pair> {
     let Space::Pairs(PairCounts::Own { rank, sends, receives }) = &shape.space else {
         return Vec::new();
@@ -32,8 +32,8 @@ pub(super) fn pairs(shape: &Shape) -> Vec<Pair> {
     counts.map(pair).filter(|pair| pair.peer != *rank).collect()
 }
 
-/// Puts the tokens of `pairs` into an empty segment, as its first step. They lie in scratch memory,
-/// from an element on; how many more elements it has to have.
+/// Puts the tokens of `pairs` into an empty segment, as its first step. They lie in scratch memory
+/// from a given element on; returns how many more elements it needs.
 pub(super) fn add(
     segment: &mut Segment,
     pairs: &[Pair],

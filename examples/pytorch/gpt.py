@@ -1,9 +1,12 @@
 """A small GPT that learns a novel character by character, in several processes: replicated by
-DistributedDataParallel, or sharded by FSDP2 with `--fsdp`. What is unisum's about it is the
-backend's name.
+DistributedDataParallel, sharded by FSDP2 with `--fsdp`, or with its layers divided among the ranks by
+tensor parallelism with `--tensor-parallel`. What is unisum's about it is the backend's name.
 
     python gpt.py --ranks 2 --steps 200
     python gpt.py --fsdp
+    python gpt.py --tensor-parallel
+    python gpt.py --own --wire int8         # unisum's own DDP, gradients in 8 bits
+    python gpt.py --width 384 --layers 6    # 11 M parameters
 """
 
 import argparse
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 NOVEL = Path(__file__).resolve().parent.parent / "data" / "persuasion.txt"
@@ -27,19 +31,23 @@ NOVEL = Path(__file__).resolve().parent.parent / "data" / "persuasion.txt"
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.heads = heads
+        # What a head has stays the same where ranks have some of the heads.
+        self.head_width = width // heads
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.feed = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x):
-        batch, length, width = x.shape
-        parts = self.attention(self.first(x)).view(batch, length, 3, self.heads, -1)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        normal = self.first(x)
+        query, key, value = (
+            layer(normal).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.feed(self.second(x))
 
 
@@ -58,11 +66,32 @@ class GPT(nn.Module):
         return self.head(self.last(x))
 
 
+def communication_s(step, steps=4):
+    """What collectives take in a step, whether something else goes on meanwhile or not."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            step()
+    events = [it for it in profile.key_averages() if it.key.startswith(("gloo:", "unisum:"))]
+    return sum(it.cpu_time_total for it in events) / steps / 1e6
+
+
 def parallel(model, arguments):
-    """The model, replicated or sharded."""
-    if not arguments.fsdp:
+    """The model, replicated, sharded, or with divided layers."""
+    if arguments.own:
+        import unisum.torch
+
+        return unisum.torch.DistributedDataParallel(model, wire=arguments.wire)
+    if not (arguments.fsdp or arguments.tensor_parallel):
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (arguments.ranks,))
+    if arguments.tensor_parallel:
+        # Each rank has some of the heads, and of the hidden units behind them.
+        by_columns = ("query", "key", "value", "feed.0")
+        plan = {name: ColwiseParallel() for name in by_columns}
+        plan.update({name: RowwiseParallel() for name in ("out", "feed.2")})
+        for block in model.blocks:
+            parallelize_module(block, mesh, plan)
+        return model
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -80,11 +109,13 @@ def worker(rank, arguments, init_file):
     known = {character: number for number, character in enumerate(sorted(set(text)))}
     tokens = torch.tensor([known[character] for character in text])
     torch.manual_seed(0)
-    model = parallel(GPT(len(known), arguments.context), arguments)
+    gpt = GPT(len(known), arguments.context, arguments.width, arguments.heads, arguments.layers)
+    model = parallel(gpt, arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    generator = torch.Generator().manual_seed(1 + rank)
-    begun, loss = time.perf_counter(), torch.zeros(())
-    for step in range(1, arguments.steps + 1):
+    # Ranks that have parts of the layers see the same text.
+    generator = torch.Generator().manual_seed(1 + (0 if arguments.tensor_parallel else rank))
+
+    def train():
         starts = torch.randint(
             len(tokens) - arguments.context - 1, (arguments.batch,), generator=generator
         )
@@ -94,13 +125,23 @@ def worker(rank, arguments, init_file):
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         loss.backward()
         optimizer.step()
+        return loss.detach().clone()
+
+    begun = time.perf_counter()
+    for step in range(1, arguments.steps + 1):
+        loss = train()
         if step % arguments.report == 0 or step == arguments.steps:
-            loss = loss.detach().clone()
             dist.all_reduce(loss)
             if rank == 0:
                 took = time.perf_counter() - begun
                 nats = loss.item() / arguments.ranks
                 print(f"step {step}: {nats:.3f} nats a character, {took:.1f} s", flush=True)
+    spent = communication_s(train)
+    if arguments.own:
+        spent = model.last_report.communicated
+    if rank == 0:
+        each = took / arguments.steps
+        print(f"{1e3 * each:.1f} ms a step, {1e3 * spent:.1f} ms of communication in one")
     dist.destroy_process_group()
 
 
@@ -108,6 +149,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--backend", default="unisum", choices=["unisum", "gloo"])
     parser.add_argument("--fsdp", action="store_true", help="shard parameters by FSDP2")
+    parser.add_argument(
+        "--tensor-parallel", action="store_true", help="divide the layers among the ranks"
+    )
+    parser.add_argument("--own", action="store_true", help="unisum's DistributedDataParallel")
+    parser.add_argument("--wire", help="how gradients travel with --own: int8, bf16, ...")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)

@@ -9,7 +9,7 @@
 //! With `--wire` gradients travel in fewer bytes, and weights end further from those of one
 //! process.
 //!
-//! Under a launcher: `mpirun -n 8 train_digits --join`.
+//! Under a launcher: `mpirun -n 8 train_digits`.
 
 mod digits;
 mod network;
@@ -37,13 +37,9 @@ const TOLERANCE: f32 = 1e-4;
 #[derive(Debug, Parser)]
 #[command(max_term_width = 100)]
 struct Options {
-    /// Start this many ranks on this machine
+    /// Start this many ranks on this machine, unless a launcher has (mpirun, srun, torchrun, ...)
     #[arg(short = 'n', long, value_name = "N", default_value = "8")]
     ranks: usize,
-
-    /// Be a rank of the world of the launcher that this runs under (mpirun, srun, torchrun, ...)
-    #[arg(long)]
-    join: bool,
 
     #[arg(long, default_value = "f32", help = wire::HELP)]
     wire: Wire,
@@ -55,13 +51,15 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let outcome = if options.join { join(&options) } else { ranks::launch(options.ranks) };
+    let outcome =
+        if unisum::local::is_rank() { join(&options) } else { ranks::launch(options.ranks) };
     ranks::report("train_digits", outcome)
 }
 
 /// What each rank does.
 fn join(options: &Options) -> Result<(), Box<dyn Error>> {
     let communicator = Communicator::from_environment()?;
+    ranks::tell_launch(&communicator);
     let digits = Digits::load()?;
     let (rank, world) = (communicator.rank(), communicator.world());
 

@@ -6,9 +6,10 @@
 //! asked to, and all ranks take the same step. Afterwards the weights must be bitwise equal on all
 //! ranks.
 //!
-//! Under a launcher: `mpirun -n 8 train_transformer --join`.
+//! Under a launcher: `mpirun -n 8 train_transformer`.
 
 mod checkpoint;
+mod elastic;
 mod events;
 mod exchange;
 mod gradients;
@@ -30,8 +31,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use unisum::Communicator;
+use unisum::{Communicator, Elastic};
 
+use checkpoint::State;
 use model::Precision;
 use text::Text;
 use training::{Plan, Training};
@@ -41,13 +43,9 @@ use wire::Wire;
 #[derive(Clone, Debug, Parser)]
 #[command(max_term_width = 100)]
 struct Options {
-    /// Start this many ranks on this machine
+    /// Start this many ranks on this machine, unless a launcher has (mpirun, srun, torchrun, ...)
     #[arg(short = 'n', long, value_name = "N", default_value = "8")]
     ranks: usize,
-
-    /// Be a rank of the world of the launcher that this runs under (mpirun, srun, torchrun, ...)
-    #[arg(long)]
-    join: bool,
 
     /// How often to go through the text
     #[arg(long, value_name = "N", default_value = "8")]
@@ -87,6 +85,10 @@ struct Options {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 
+    /// Go on without ranks that are lost, as long as half of them are left
+    #[arg(long, conflicts_with_all = ["checkpoint", "trace", "events"])]
+    elastic: bool,
+
     /// Fail if the loss on the held-out text is above this in the end
     #[arg(long, value_name = "NATS")]
     at_most: Option<f64>,
@@ -94,24 +96,36 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let outcome = if options.join { join(&options) } else { ranks::launch(options.ranks) };
+    let launch = if options.elastic { ranks::launch_elastic } else { ranks::launch };
+    let is_rank = unisum::local::is_rank();
+    let outcome = if is_rank { join(&options) } else { launch(options.ranks) };
     ranks::report("train_transformer", outcome)
 }
 
 /// What each rank does.
 fn join(options: &Options) -> Result<(), Box<dyn Error>> {
-    let communicator = connect()?;
+    let mut communicator = connect(options.elastic)?;
+    ranks::tell_launch(&communicator);
     let text = Text::load()?;
     let first = communicator.rank() == 0;
     if first {
         let unigram = text.unigram_loss();
         println!("Knowing only how often each character occurs, loss {unigram:.4}");
     }
-    let plan = Plan::new(text.vocabulary);
-    let mut training = Training::new(options, plan, &text, &communicator)?;
-    let loss = training.run()?.mean_loss();
-    let hash = training.hash_on_all_ranks()?;
-    if first {
+    let mut state = None;
+    let (loss, hash) = loop {
+        let mut reached = state.clone();
+        match train(options, &text, &communicator, &mut reached) {
+            Err(error) if options.elastic && elastic::is_change(&*error) => {
+                // Before the first step there is nothing to go on from.
+                let Some(reached) = reached else { return Err(error) };
+                let (smaller, aligned) = elastic::go_on(communicator, reached)?;
+                (communicator, state) = (smaller, Some(aligned));
+            }
+            result => break result?,
+        }
+    };
+    if communicator.rank() == 0 {
         println!("Weights are bitwise equal on all {} ranks: {hash:016x}", communicator.world());
     }
     match options.at_most {
@@ -120,11 +134,32 @@ fn join(options: &Options) -> Result<(), Box<dyn Error>> {
     }
 }
 
+/// Trains to the end, from a state if there is one: the loss, and a hash of the weights. If that
+/// fails, `state` is how far it came.
+fn train(
+    options: &Options,
+    text: &Text,
+    communicator: &Communicator,
+    state: &mut Option<State>,
+) -> Result<(f64, u64), Box<dyn Error>> {
+    let plan = Plan::new(text.vocabulary);
+    let mut training = Training::new(options, plan, text, communicator)?;
+    if let Some(state) = state.take() {
+        training.set(state)?;
+    }
+    let result = training.run();
+    *state = Some(training.state());
+    Ok((result?.mean_loss(), training.hash_on_all_ranks()?))
+}
+
 /// Joins the world. Sums take the same way in every run, unless the environment names another: the
 /// automatic choice follows from measurements, and floats that are added in another order give
 /// other bits.
-fn connect() -> Result<Communicator, unisum::Error> {
-    let builder = Communicator::builder();
+fn connect(elastic: bool) -> Result<Communicator, unisum::Error> {
+    let mut builder = Communicator::builder();
+    if elastic {
+        builder = builder.elastic(Elastic::default());
+    }
     match std::env::var_os("UNISUM_ALGORITHM") {
         Some(_) => builder,
         None => builder.algorithm("two-shot"),

@@ -256,10 +256,16 @@ impl<'a> Training<'a> {
     }
 
     fn write_checkpoint(&self) -> Result<()> {
+        let checkpoints = checkpoints(self.options, self.communicator);
+        let Some(checkpoints) = checkpoints else { return Ok(()) };
+        checkpoints.write(&self.state(), &self.model.parameters, &self.exchange.state())
+    }
+
+    /// All that the next steps follow from, after the last step that all ranks took.
+    pub(crate) fn state(&self) -> State {
         let Self { options, plan, communicator, text, .. } = *self;
-        let Some(checkpoints) = checkpoints(options, communicator) else { return Ok(()) };
         let parameters = &self.model.parameters;
-        let state = State {
+        State {
             step: self.step,
             taken: self.optimizer.steps,
             training: identity(options, plan, text, communicator),
@@ -268,19 +274,23 @@ impl<'a> Training<'a> {
             squares: self.optimizer.squares.clone(),
             layout: self.exchange.layout(),
             scaler: self.scaling.save(),
-        };
-        checkpoints.write(&state, parameters, &self.exchange.state())
+        }
     }
 
     /// Goes on from what a checkpoint has; the exchange has its layout already.
     fn resume(&mut self, state: State, own: &[u8]) -> Result<()> {
+        self.set(state)?;
+        self.exchange.restore(own).map_err(Into::into)
+    }
+
+    /// Goes on from another state. All ranks do, from the same.
+    pub(crate) fn set(&mut self, state: State) -> Result<()> {
         self.step = state.step;
         self.weights = Weights::from_values(state.weights, self.options.precision);
         self.optimizer.means = state.means;
         self.optimizer.squares = state.squares;
         self.optimizer.steps = state.taken;
         self.scaling.restore(&state.scaler)?;
-        self.exchange.restore(own)?;
         if self.communicator.rank() == 0 {
             println!("Resumed after step {}", self.step);
         }

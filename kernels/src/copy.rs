@@ -1,22 +1,22 @@
-//! Copies of kilobytes, by vectors.
+//! Copies of a kilobyte and more, by vectors.
 //!
-//! The C library copies them by `rep movsb` where a processor claims to do that fast. Zen 3 takes
-//! twenty times as long (1.7 GB/s within a cache) where the destination lies up to 31 bytes behind
-//! the source, counted within their pages: glibc before 2.39 does not know, and what the system's
-//! allocator gives lies 16 bytes behind a page.
+//! The C library copies them with `rep movsb` where a processor claims to do that fast. Zen 3 takes
+//! twenty times as long (1.7 GB/s within a cache) if the destination lies up to 31 bytes behind the
+//! source, counted within their pages. glibc before 2.39 does not know that, and the system's
+//! allocator returns memory that lies 16 bytes behind a page boundary.
 
 use super::isa::{Isa, Work};
 
-/// Shorter copies are left to the C library, which does them by vectors.
+/// Shorter copies are left to the C library, which does them with vectors.
 const FROM: usize = 1 << 10;
-/// What the destination of the loop is aligned to.
+/// The alignment of the loop's destination.
 const ALIGNMENT: usize = 64;
 
 /// Copies `bytes` bytes from `from` to `to`.
 ///
 /// # Safety
-/// Both are valid for so many bytes, nobody else touches `to` or writes to `from` during the call,
-/// and they do not overlap.
+/// Both are valid for that many bytes, nobody else touches `to` or writes to `from` during the
+/// call, and they do not overlap.
 #[inline]
 pub unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
     if bytes < FROM {
@@ -77,7 +77,7 @@ mod tests {
         }
     }
 
-    /// Shorter ones than are left to it, too.
+    /// Including lengths that are left to the C library.
     #[test]
     fn every_instruction_set_copies_every_byte_and_no_other() {
         let from: Vec<u8> = (0..1500_u32).map(|at| (at % 251) as u8 + 1).collect();

@@ -1,4 +1,4 @@
-//! Reductions that users write.
+//! User-defined reductions.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -8,24 +8,26 @@ use crate::panics::{Panic, keep_for_reduction};
 
 /// A reduction of two slices of equal length, into the first: `acc[i] = acc[i] ∘ other[i]`.
 ///
-/// The function has to be associative up to rounding, and may be called from any thread, several
-/// times at once, with pieces of any length: it must not depend on where a piece lies. It reduces
-/// host memory only. If it panics, on any rank, the collective fails on all of them, and its error
-/// names the rank and repeats what the panic said. The panic goes no further.
+/// The function must be associative up to rounding. It may be called from any thread, several times
+/// at once, with pieces of any length, so it must not depend on where a piece lies. It reduces host
+/// memory only. If it panics on any rank, the collective fails on all ranks with an error that
+/// names the rank and repeats the panic message; a rank that has its whole result without that rank
+/// gets it, and the error in its next call. The panic does not propagate further.
 pub struct CustomOp<T> {
     custom: Custom,
     elements: PhantomData<fn(T)>,
 }
 
 impl<T: Element> CustomOp<T> {
-    /// A reduction with `a ∘ b = b ∘ a`: the ranks' elements are reduced in any order, which may be
-    /// `a ∘ b` on one rank and `b ∘ a` on another. All ranks get the same bits if the two are the
-    /// same bits: a maximum that takes the first of +0 and −0 is not, nor of two different NaNs.
+    /// A reduction with `a ∘ b = b ∘ a`. The ranks' elements are reduced in any order, which may be
+    /// `a ∘ b` on one rank and `b ∘ a` on another. All ranks get the same bits only if both orders
+    /// give the same bits: a maximum that returns the first of +0 and −0 does not, nor does the
+    /// first of two different NaNs.
     pub fn commutative(function: fn(&mut [T], &[T])) -> Self {
         Self::new(function, true)
     }
 
-    /// A reduction with an order: the elements are reduced in that of the ranks.
+    /// A reduction that does not commute: the elements are reduced in rank order.
     pub fn ordered(function: fn(&mut [T], &[T])) -> Self {
         Self::new(function, false)
     }
@@ -37,7 +39,7 @@ impl<T: Element> CustomOp<T> {
         Self { custom, elements: PhantomData }
     }
 
-    /// The same for an engine, which knows the type of the elements from elsewhere.
+    /// The same reduction for an engine, which knows the element type from elsewhere.
     pub const fn erased(self) -> Custom {
         self.custom
     }
@@ -71,12 +73,12 @@ unsafe fn call_typed<T: Element>(acc: *mut u8, other: *const u8, count: usize, c
 
 /// Reduces `count` elements at `other` into those at `acc`, given a context.
 ///
-/// Both are aligned for the element; `acc` may be written, and is nobody else's during the call;
-/// nobody writes to `other`. It may unwind.
+/// Both are aligned for the element. `acc` may be written and is nobody else's during the call;
+/// nobody writes to `other`. The function may unwind.
 pub type Function = unsafe fn(acc: *mut u8, other: *const u8, count: usize, context: *const ());
 
-/// A reduction that a user wrote, for elements of a type known from elsewhere. [`CustomOp`] makes
-/// one safely.
+/// A user-defined reduction for elements of a type that is known from elsewhere. [`CustomOp`]
+/// creates one safely.
 #[derive(Clone, Copy, Debug)]
 pub struct Custom {
     function: Function,
@@ -90,17 +92,17 @@ unsafe impl Send for Custom {}
 unsafe impl Sync for Custom {}
 
 impl Custom {
-    /// A reduction by `function`, which is given `context` as it is.
+    /// A reduction by `function`, which receives `context` unchanged.
     ///
     /// # Safety
-    /// As long as a copy of this is used for elements of the type that it is meant for, `function`
-    /// may be called with `context`, on any thread and on several at once, as [`Function`] says,
-    /// and then accesses no elements but those it was given.
+    /// As long as a copy of this is used for elements of the intended type, `function` may be
+    /// called with `context` on any thread, and on several at once, under the contract of
+    /// [`Function`], and it accesses no elements except those it is given.
     pub const unsafe fn new(function: Function, context: *const (), commutative: bool) -> Self {
         Self { function, context, commutative }
     }
 
-    /// Whether the order of the elements does not matter. If it does, it is that of the ranks.
+    /// Whether the order of the elements does not matter. If it matters, it is rank order.
     pub const fn is_commutative(self) -> bool {
         self.commutative
     }
@@ -108,10 +110,10 @@ impl Custom {
     /// Calls the function.
     ///
     /// # Errors
-    /// If it panicked. What `acc` holds is then unspecified.
+    /// If the function panicked. The contents of `acc` are then unspecified.
     ///
     /// # Safety
-    /// `acc` and `other` are as [`Function`] says, for elements of the type this is meant for.
+    /// `acc` and `other` satisfy the contract of [`Function`], for elements of the intended type.
     pub(crate) unsafe fn call(
         self,
         acc: *mut u8,

@@ -1,4 +1,4 @@
-//! A pass of a reduction, and which kernel does it.
+//! One pass of a reduction, and the kernel that executes it.
 
 use std::num::NonZeroU32;
 
@@ -14,52 +14,52 @@ use crate::{Bool, Dtype, ReduceOp, f8e4m3, f8e5m2, pieces};
 
 /// One pass of a reduction: `dst[i] = source 0[i] ∘ source 1[i] ∘ …`, element by element.
 ///
-/// The sources are folded from left to right, so their order is part of the result; floats of 16
-/// and 8 bits are folded in `f32` and rounded once at the end. [`ReduceOp`] says what each
-/// operation does.
+/// The sources are folded from left to right, so their order is part of the result. 16-bit and
+/// 8-bit floats are folded in `f32` and rounded once at the end. [`ReduceOp`] defines each
+/// operation.
 #[derive(Clone, Copy, Debug)]
 pub struct Fold {
     /// The type of the elements.
     pub dtype: Dtype,
     /// The operation. `Average` folds like `Sum`; the division is `divide_by`.
     pub op: ReduceOp,
-    /// Divides the folded element by this, before it is rounded: the last pass of an average. With
+    /// Divides the folded element by this before it is rounded: the last pass of an average. With
     /// one source, the pass only divides. Only for `Sum` and `Average`.
     pub divide_by: Option<NonZeroU32>,
-    /// Multiplies each element of every source by this before it is added, so that with one source
-    /// the pass only multiplies. Only for `Sum` of floats. Products of `f64` are rounded to `f64`;
-    /// for all others the factor is rounded to `f32` first, and the products are, too.
+    /// Multiplies each element of every source by this before it is added. With one source, the
+    /// pass only multiplies. Only for `Sum` of floats. Products of `f64` are rounded to `f64`; for
+    /// all other types, the factor is rounded to `f32` first, and so are the products.
     pub factor: Option<f64>,
-    /// Whether to find out if a result is infinite or NaN. Results of integers never are.
+    /// Whether to detect an infinite or NaN result. Results of integers never are.
     pub watch: bool,
-    /// The user's function that folds instead of `op`, in the order of the sources. Its elements
-    /// are of type `dtype`; NaN results become the canonical one, and truth values 0 or 1.
+    /// A user function that folds instead of `op`, in the order of the sources. Its elements have
+    /// type `dtype`; NaN results become the canonical one, and truth values become 0 or 1.
     pub custom: Option<Custom>,
 }
 
-/// What became of a fold.
+/// The outcome of a fold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Folded {
     /// `dst` holds the results.
     Done,
-    /// `dst` holds the results, and one at least is infinite or NaN. Only if [`Fold::watch`] is
+    /// `dst` holds the results, and at least one is infinite or NaN. Only if [`Fold::watch`] is
     /// set.
     Nonfinite,
-    /// The user's function panicked. What `dst` holds is unspecified.
+    /// The user function panicked. The contents of `dst` are unspecified.
     Panicked,
 }
 
 impl Fold {
-    /// A pass that does nothing but fold.
+    /// A pass that only folds.
     pub const fn new(dtype: Dtype, op: ReduceOp) -> Self {
         Self { dtype, op, divide_by: None, factor: None, watch: false, custom: None }
     }
 
-    /// Whether such a fold exists, and if not, why. Users' functions fold everything.
+    /// Checks that the fold is defined. User functions are defined for everything.
     ///
     /// # Errors
-    /// Says what `op` or `factor` is not defined for.
+    /// States what `op` or `factor` is not defined for.
     pub fn check_defined(&self) -> Result<(), Undefined> {
         let Self { dtype, op, .. } = *self;
         if self.custom.is_some() {
@@ -75,11 +75,11 @@ impl Fold {
         }
     }
 
-    /// Folds `count` elements of each of `sources` into `dst`, on the best instruction set this
-    /// machine has.
+    /// Folds `count` elements of each of `sources` into `dst`, on the best instruction set of this
+    /// machine.
     ///
-    /// No pointer need be aligned to the element. Each source is read once and `dst` written once;
-    /// nothing is allocated.
+    /// Pointers need not be aligned to the element. Each source is read once, `dst` is written
+    /// once, and nothing is allocated.
     ///
     /// # Panics
     /// If `sources` is empty, if the fold is not [defined](Self::check_defined), or if `divide_by`
@@ -87,14 +87,14 @@ impl Fold {
     ///
     /// # Safety
     /// Each source is valid for reads and `dst` for writes of `count · dtype.bytes()` bytes, and
-    /// nobody writes to the sources or touches `dst` during the call. `dst` is one of the sources
-    /// exactly, or overlaps none. `custom` is meant for elements of `dtype`.
+    /// nobody writes to the sources or touches `dst` during the call. `dst` is exactly one of the
+    /// sources or overlaps none. `custom` is meant for elements of `dtype`.
     pub unsafe fn run(&self, dst: *mut u8, sources: &[*const u8], count: usize) -> Folded {
         // SAFETY: the caller keeps the same contract.
         unsafe { self.run_with(Isa::best(), dst, sources, count) }
     }
 
-    /// Does what [`run`](Self::run) does, on the instruction set `isa`: for tests and measurements.
+    /// Like [`run`](Self::run), on the instruction set `isa`: for tests and measurements.
     ///
     /// # Panics
     /// As [`run`](Self::run).

@@ -1,4 +1,4 @@
-//! The instruction sets the kernels are compiled for, and the choice among them.
+//! The instruction sets that the kernels are compiled for, and the choice among them.
 
 use std::array::from_fn;
 use std::fmt;
@@ -19,19 +19,19 @@ pub fn isa() -> &'static str {
     Isa::best().name()
 }
 
-/// An instruction set this machine has. All of them give the same bits.
+/// An instruction set of this machine. All of them give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Isa(AnyLevel);
 
 impl Isa {
-    /// The fastest one. Found once, then remembered.
+    /// The fastest one. Detected once, then cached.
     pub fn best() -> Self {
         static BEST: LazyLock<Isa> =
             LazyLock::new(|| Isa::available().next_back().expect("the baseline is always there"));
         *BEST
     }
 
-    /// Those this machine has, the slowest first.
+    /// The instruction sets of this machine, the slowest first.
     pub fn available() -> impl DoubleEndedIterator<Item = Self> {
         let levels = [
             Some(AnyLevel::Baseline(Baseline)),
@@ -56,7 +56,7 @@ impl Isa {
         }
     }
 
-    /// Does `work` with code that is compiled for this instruction set.
+    /// Runs `work` with code that is compiled for this instruction set.
     #[inline]
     pub fn run<W: Work>(self, work: W) -> W::Output {
         match self.0 {
@@ -114,18 +114,18 @@ impl Isa {
     }
 }
 
-/// Plain loops that are compiled for every instruction set, and vectorised by the compiler.
+/// Plain loops that are compiled for every instruction set and vectorized by the compiler.
 ///
 /// The compiler neither fuses nor reorders operations on floats, so the bits are the same on all.
 pub trait Work {
-    /// What it gives.
+    /// The result.
     type Output;
 
-    /// Whether it was measured to gain by vectors of 512 bits.
+    /// Whether it was measured to gain from 512-bit vectors.
     const GAINS_BY_AVX512: bool = false;
 
-    /// Does it. To be `#[inline(always)]`, with all that it calls: what is not inlined is compiled
-    /// for the baseline.
+    /// Runs the loops. Must be `#[inline(always)]` with everything it calls: code that is not
+    /// inlined is compiled for the baseline.
     fn run(self) -> Self::Output;
 }
 

@@ -1,18 +1,24 @@
-//! What unisum computes with: the element types and reduction operations, and the kernels that
-//! fold, copy, encode and decode buffers of them.
+//! What unisum computes with: element types, reduction operations, and the kernels that reduce
+//! (fold), copy, encode and decode buffers.
 //!
-//! The crate uses nothing else of unisum. It knows no ranks, links or plans: it is given pointers.
-//! Start at [`Fold`], one pass of a reduction, and [`Encoding`], what travels instead of `f32`.
+//! The crate depends on nothing else of unisum. It knows no ranks, links or plans, only pointers.
+//! Start at [`Fold`], one pass of a reduction, and at [`Encoding`], a compressed form of `f32`.
 //!
 //! The loops are written once (`loops`), generic over the element type (`number`, `floats`), the
-//! operation (`operator`) and the instruction set (`isa`). Each instruction set compiles them again
-//! with its features switched on, and the compiler vectorises them; only floats of 16 and 8 bits
-//! are converted by hand (`x86`). No step may be fused or reordered, so all of them give the same
-//! bits. Users' functions are called piece by piece (`pieces`). Conversions between `f32` and what
-//! travels of it are loops of the same kind (`encoding`), and so is what only copies (`copy`).
+//! operation (`operator`) and the instruction set (`isa`). They are compiled again for each
+//! instruction set, and the compiler vectorizes them; only 16-bit and 8-bit floats are converted by
+//! hand (`x86`). No operation may be fused or reordered, so all instruction sets give the same
+//! bits. User functions are called piece by piece (`pieces`). Conversions between `f32` and its
+//! encodings are loops of the same kind (`encoding`), and so are plain copies (`copy`). Kernels for
+//! NVIDIA devices ([`cuda`]) are written apart, in CUDA C, and give the same bits.
+
+// Here, since all other crates use this one: nothing else is said first.
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("unisum runs on Linux, with 64-bit addresses: x86-64 and aarch64 are tested");
 
 mod buffers;
 mod copy;
+pub mod cuda;
 mod custom;
 mod element;
 mod encoding;

@@ -6,9 +6,9 @@ use std::str::FromStr;
 use crate::Dtype;
 use crate::element::{UnknownCode, UnknownName};
 
-/// How the elements of the ranks become one.
+/// How the elements of the ranks are combined into one.
 ///
-/// The discriminant is the wire code. Every result is the same in every bit on every machine:
+/// The discriminant is the wire code. Every result has the same bits on every machine:
 ///
 /// | | integers | floats | bool |
 /// |---|---|---|---|
@@ -18,20 +18,20 @@ use crate::element::{UnknownCode, UnknownName};
 /// | average | sum, then division truncated toward zero | sum, then one division | undefined |
 /// | bitand, bitor, bitxor | bit by bit | undefined | and, or, exclusive or |
 ///
-/// What is undefined is refused before anything is sent ([`Fold::check_defined`]).
+/// Undefined operations are refused before anything is sent ([`Fold::check_defined`]).
 ///
-/// Floats of 16 and 8 bits are summed, multiplied and divided in `f32` and rounded once at the end
-/// of a pass, to nearest even. What is then too large becomes infinity, or NaN in `f8e4m3`, which
-/// has no infinities: nothing saturates. The sum of an average, too, is divided before it is
-/// rounded, so that it may be out of the type's range where its average is not; between the passes
-/// of several ranks it is rounded undivided. An integer sum that wrapped is averaged as it is.
+/// 16-bit and 8-bit floats are summed, multiplied and divided in `f32`, and rounded once at the end
+/// of a pass, to nearest even. A value that is then too large becomes infinity, or NaN in `f8e4m3`,
+/// which has no infinities: nothing saturates. The sum of an average is also divided before it is
+/// rounded, so it may exceed the range of the type where the average does not. Between the passes
+/// of several ranks, it is rounded undivided. An integer sum that wrapped is averaged as it is.
 ///
 /// A NaN result is the positive quiet NaN without payload: `7f`, `7e`, `7e00`, `7fc0`, `7fc00000`
-/// or `7ff8000000000000`, for `f8e4m3`, `f8e5m2`, `f16`, `bf16`, `f32` and `f64`: x86 keeps the
-/// payload of the first operand and compilers may swap operands, so that without this two ranks
-/// could differ. Infinities and subnormal numbers follow IEEE 754, provided that each thread has
-/// the default floating-point environment, as Rust requires: if a host flushes subnormals on some
-/// ranks only, their bits differ.
+/// or `7ff8000000000000`, for `f8e4m3`, `f8e5m2`, `f16`, `bf16`, `f32` and `f64`. x86 keeps the
+/// payload of the first operand, and compilers may swap operands, so two ranks could differ
+/// otherwise. Infinities and subnormal numbers follow IEEE 754, provided that each thread has the
+/// default floating-point environment, as Rust requires: if a host flushes subnormals on some ranks
+/// only, their bits differ.
 ///
 /// [`Fold::check_defined`]: crate::Fold::check_defined
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -46,11 +46,11 @@ pub enum ReduceOp {
     Min = 3,
     /// Keeps the greatest element.
     Max = 4,
-    /// Adds the elements and divides by their count, once, at the end. Floats of 8 and 16 bits are
-    /// added in `f32` within each fold and rounded between the folds of an algorithm: where it has
-    /// several (ring, tree), a sum beyond the type's range is infinite though the average is not
-    /// (of four times 40000 in `f16`, say), and where all ranks' elements are folded at once
-    /// (one-shot, two-shot, direct) it is not. A sum of inputs scaled by 1/n stays in range
+    /// Adds the elements and divides by their count, once, at the end. 16-bit and 8-bit floats are
+    /// added in `f32` within each fold and rounded between the folds of an algorithm. With several
+    /// folds (ring, tree), a sum beyond the range of the type is infinite even though the average
+    /// is not (of four times 40000 in `f16`, for example); if all ranks' elements are folded at
+    /// once (one-shot, two-shot, direct), it is not. A sum of inputs scaled by 1/n stays in range
     /// everywhere.
     Average = 5,
     /// Keeps the bits that are set in all elements.
@@ -74,7 +74,7 @@ impl ReduceOp {
         Self::BitXor,
     ];
 
-    /// Whether elements of this type have such a reduction.
+    /// Whether the operation is defined for elements of this type.
     pub const fn is_defined_for(self, dtype: Dtype) -> bool {
         match self {
             Self::Sum | Self::Product | Self::Min | Self::Max => true,
@@ -83,7 +83,7 @@ impl ReduceOp {
         }
     }
 
-    /// What users may call it, the name it is printed with first.
+    /// The names users may use; the first is the one that is printed.
     const fn names(self) -> &'static [&'static str] {
         match self {
             Self::Sum => &["sum"],
@@ -107,7 +107,7 @@ impl fmt::Display for ReduceOp {
 impl FromStr for ReduceOp {
     type Err = UnknownName;
 
-    /// Reads a name in any letter case: `sum`, `prod` or `product`, `bitand` or `and`.
+    /// Parses a name in any letter case: `sum`, `prod` or `product`, `bitand` or `and`.
     fn from_str(name: &str) -> Result<Self, UnknownName> {
         UnknownName::find("operation", name, &Self::ALL, |op| op.names())
     }
@@ -121,22 +121,22 @@ impl TryFrom<u8> for ReduceOp {
     }
 }
 
-/// A reduction that does not exist.
+/// A reduction that is not defined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Undefined {
-    /// The elements have no such operation.
+    /// The operation is not defined for the type.
     #[error("{op} is not defined for {dtype}, {}", why(*.op))]
     Operation {
-        /// The operation that was asked for.
+        /// The requested operation.
         op: ReduceOp,
         /// The type of the elements.
         dtype: Dtype,
     },
-    /// A factor, but for elements that are not floats.
+    /// A factor for elements that are not floats.
     #[error("a sum with a factor is not defined for {0}, only for floats")]
     FactorOfType(Dtype),
-    /// A factor, but for another operation than a sum.
+    /// A factor for an operation other than a sum.
     #[error("a factor goes with a sum, not with {0}")]
     FactorOf(ReduceOp),
 }

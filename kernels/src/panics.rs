@@ -1,4 +1,4 @@
-//! Panics of the program's code, caught where the library calls it.
+//! Panics of user code, caught where the library calls it.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -6,14 +6,15 @@ use std::fmt;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-/// A panic that was caught.
+/// A caught panic.
 ///
-/// Its payload is never dropped: the destructor is the program's code, too, and could panic again.
+/// Its payload is not dropped unless it is a text: another's destructor is user code as well, and
+/// could panic again.
 pub struct Panic(ManuallyDrop<Box<dyn Any + Send>>);
 
 impl Panic {
-    /// Runs code of the program. The caller sees to it that what the code left half done is not
-    /// used as if it were whole.
+    /// Runs user code. The caller ensures that nothing the code left half done is used as if it
+    /// were complete.
     ///
     /// # Errors
     /// If the code panicked.
@@ -21,7 +22,7 @@ impl Panic {
         catch_unwind(AssertUnwindSafe(code)).map_err(|payload| Self(ManuallyDrop::new(payload)))
     }
 
-    /// What the panic said.
+    /// The panic message.
     pub fn text(&self) -> &str {
         let payload = &**self.0;
         let text = payload.downcast_ref::<&str>().copied();
@@ -29,9 +30,20 @@ impl Panic {
         text.unwrap_or("no text")
     }
 
-    /// Lets the panic go on, on this thread.
+    /// Resumes the panic on this thread.
     pub fn resume(self) -> ! {
-        resume_unwind(ManuallyDrop::into_inner(self.0))
+        let mut kept = ManuallyDrop::new(self);
+        // SAFETY: `kept` is not dropped, so that nobody uses the payload again.
+        resume_unwind(unsafe { ManuallyDrop::take(&mut kept.0) })
+    }
+}
+
+impl Drop for Panic {
+    fn drop(&mut self) {
+        if self.0.is::<&str>() || self.0.is::<String>() {
+            // SAFETY: this is the last use of the payload.
+            unsafe { ManuallyDrop::drop(&mut self.0) };
+        }
     }
 }
 
@@ -42,17 +54,17 @@ impl fmt::Debug for Panic {
 }
 
 thread_local! {
-    /// What the last panic of a reduction on this thread said. The kernels' results are too small
-    /// to carry it.
+    /// The message of the last panic of a reduction on this thread. The kernels' results are too
+    /// small to carry it.
     static REDUCTION: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Keeps what a panic of a reduction said, for [`said_by_reduction`].
+/// Keeps the message of a reduction's panic for [`said_by_reduction`].
 pub(crate) fn keep_for_reduction(panic: &Panic) {
     REDUCTION.with_borrow_mut(|said| panic.text().clone_into(said));
 }
 
-/// What the reduction said that panicked last on this thread, once.
+/// Takes the message of the reduction that panicked last on this thread.
 pub fn said_by_reduction() -> String {
     REDUCTION.take()
 }
@@ -62,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_panic_said_is_told_and_its_payload_is_never_dropped() {
+    fn what_a_panic_said_is_told_and_a_payload_of_its_own_is_never_dropped() {
         struct Bomb;
         impl Drop for Bomb {
             fn drop(&mut self) {

@@ -1,4 +1,4 @@
-//! How a layer of buckets is made: settings, agreement, memory.
+//! Building a layer of buckets: settings, agreement, memory.
 
 use std::any::TypeId;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use std::thread;
 use unisum_kernels::Panic;
 use unisum_link::handshake::job_hash;
 
+use super::elastic::Continuity;
 use super::hook::{AllReduce, Hook, panicked_in};
 use super::layout::{Layout, Limits};
 use super::parameter::{self, Parameter};
@@ -15,7 +16,7 @@ use super::plan::Plan;
 use super::shard::ReduceScatter;
 use super::worker::{Core, Settings};
 use super::{Buckets, Compressed, LowRank};
-use crate::groups::Making;
+use crate::communicator::groups::Making;
 use crate::{Communicator, Error, ErrorKind};
 
 /// Settings of [`Buckets`], the same on all ranks.
@@ -41,56 +42,56 @@ impl<'c> Builder<'c> {
         Self { communicator, limits, settings, layout: None, hook: Box::new(AllReduce) }
     }
 
-    /// How large buckets get, in bytes; 25 MiB if nothing is said. A larger parameter has a bucket
-    /// of its own. Towards the end of the model each holds at most a quarter of what is left, so
-    /// that little remains to be reduced when the last gradient is ready.
+    /// The maximum size of a bucket, in bytes; 25 MiB by default. A larger parameter has a bucket
+    /// of its own. Towards the end of the model, each bucket holds at most a quarter of what is
+    /// left, so that little remains to be reduced when the last gradient is ready.
     #[must_use]
     pub const fn bucket_bytes(mut self, bytes: usize) -> Self {
         self.limits.bytes = bytes;
         self
     }
 
-    /// How large the first bucket gets, so that communication begins early, and the last, which no
-    /// computation hides; 1 MiB if nothing is said.
+    /// The maximum size of the first bucket, so that communication begins early, and of the last,
+    /// which no computation hides; 1 MiB by default.
     #[must_use]
     pub const fn end_bucket_bytes(mut self, bytes: usize) -> Self {
         self.limits.end_bytes = bytes;
         self
     }
 
-    /// Whether a rank may end a step without a gradient for some parameters: it then puts in
-    /// zeros. Without it that is an error, since it is mostly a mistake. Default: no.
+    /// Whether a rank may end a step without a gradient for some parameters, which then contributes
+    /// zeros. Otherwise that is an error, since it is usually a mistake. Default: no.
     #[must_use]
     pub const fn unused_parameters(mut self, allowed: bool) -> Self {
         self.settings.unused_parameters = allowed;
         self
     }
 
-    /// What a rank does not use in its first step it never uses: buckets do not wait for it.
-    /// Implies [`Builder::unused_parameters`]. Default: no.
+    /// Declares that a parameter that a rank does not use in its first step is never used: buckets
+    /// do not wait for it. Implies [`Builder::unused_parameters`]. Default: no.
     #[must_use]
     pub const fn static_graph(mut self, is_static: bool) -> Self {
         self.settings.static_graph = is_static;
         self
     }
 
-    /// Ranks may run out of data at different times ([`Buckets::join`]): each step then begins with
-    /// an all-reduce of one number. Default: no.
+    /// Allows ranks to run out of data at different times ([`Buckets::join`]): each step then
+    /// begins with an all-reduce of one number. Default: no.
     #[must_use]
     pub const fn uneven_inputs(mut self, uneven: bool) -> Self {
         self.settings.uneven_inputs = uneven;
         self
     }
 
-    /// Whether buckets are laid out anew, once, in the order in which rank 0's gradients became
-    /// ready in the first step. Default: yes, unless a layout is given.
+    /// Whether buckets are laid out once more after the first step, in the order in which rank 0's
+    /// gradients became ready. Default: yes, unless a layout is given.
     #[must_use]
     pub const fn relayout(mut self, relayout: bool) -> Self {
         self.settings.relayout = relayout;
         self
     }
 
-    /// Takes a layout that was saved ([`Layout::to_bytes`]), and keeps it.
+    /// Uses a saved layout ([`Layout::to_bytes`]), and keeps it.
     #[must_use]
     pub fn layout(mut self, saved: &[u8]) -> Self {
         self.layout = Some(saved.to_vec());
@@ -98,9 +99,9 @@ impl<'c> Builder<'c> {
         self
     }
 
-    /// What is done with a bucket when it is ready; [`AllReduce`] if nothing is said. A hook that
-    /// is not of this library costs one more all-reduce of a byte in each step, by which all ranks
-    /// learn whether it panicked in [`Hook::settle`].
+    /// The hook that reduces each bucket when it is ready; [`AllReduce`] by default. A hook that is
+    /// not part of this library costs one more all-reduce of a byte in each step, by which all
+    /// ranks learn whether it panicked in [`Hook::settle`].
     #[must_use]
     pub fn hook(mut self, hook: impl Hook + 'static) -> Self {
         self.settings.acknowledges = !is_own(&hook);
@@ -108,9 +109,9 @@ impl<'c> Builder<'c> {
         self
     }
 
-    /// Each rank gets the averages of its share of each bucket only ([`Buckets::shard`]), as in
-    /// ZeRO-2 and FSDP; the rest of the gradients is unspecified after a step. Takes the place of a
-    /// hook, and keeps the layout, so that what a rank keeps for its shards stays where it is.
+    /// Gives each rank only the averages of its share of each bucket ([`Buckets::shard`]), as in
+    /// ZeRO-2 and FSDP; the rest of the gradients is unspecified after a step. Replaces the hook,
+    /// and keeps the layout, so that what a rank stores for its shards stays in place.
     #[must_use]
     pub fn sharded(mut self) -> Self {
         self.limits.pieces = self.communicator.world();
@@ -120,27 +121,36 @@ impl<'c> Builder<'c> {
         self
     }
 
-    /// Makes the layer for a model's parameters, in the order in which they were registered:
-    /// buckets hold them backwards.
+    /// Builds the layer for a model's parameters, in the order in which they were registered:
+    /// buckets hold them in reverse.
     ///
     /// Collective: every rank of the communicator calls it, with the same parameters and settings.
-    /// The layer has a communicator and a thread of its own, so that its reductions never mix with
-    /// other collectives of the program.
+    /// The layer has its own communicator and thread, so that its reductions never mix with other
+    /// collectives of the program.
     ///
     /// # Errors
-    /// [`ErrorKind::Mismatch`], on all ranks alike, if parameters or settings differ between ranks
-    /// (the first difference is named) or can't be; [`ErrorKind::Panicked`] if the hook did on a
+    /// [`ErrorKind::Mismatch`], on all ranks, if parameters or settings differ between ranks (the
+    /// first difference is named) or are invalid; [`ErrorKind::Panicked`] if the hook panicked on a
     /// rank; as [`Communicator::split`].
-    pub fn build(self, parameters: &[Parameter]) -> Result<Buckets, Error> {
+    pub fn build(mut self, parameters: &[Parameter]) -> Result<Buckets, Error> {
+        // Shards of the gradients die with their ranks.
+        let epoch = self.communicator.epoch().filter(|_| self.limits.pieces == 1);
+        let continuity = epoch.and_then(Continuity::new);
+        if continuity.is_some() {
+            self.settings.relayout = false;
+        }
         let communicator = self.communicator.duplicate_for(&Making::Buckets)?;
         let rank = communicator.rank();
         let name = Panic::catch(|| self.hook.name());
         let name = name.map_err(|panic| communicator.panicked(&panicked_in("name", &panic)))?;
         let layout = self.agree(&communicator, parameters, &name)?;
         let plan = Plan::new(parameters.into(), layout, &communicator);
+        let plan = plan.and_then(|plan| {
+            continuity.as_ref().map_or(Ok(()), |it| it.reserve(&plan)).map(|()| plan)
+        });
         let why = plan.as_ref().map_or_else(ToString::to_string, |_| String::new());
         refuse_any(&communicator, &communicator.exchange(why.into_bytes())?)?;
-        let core = Arc::new(Core::new(communicator, self.settings, self.hook));
+        let core = Arc::new(Core::new(communicator, continuity, self.settings, self.hook));
         let (sender, flights) = mpsc::channel();
         let worker = core.clone();
         let thread = thread::Builder::new()
@@ -151,6 +161,35 @@ impl<'c> Builder<'c> {
                 Error::new(ErrorKind::Memory, text).on(rank)
             })?;
         Ok(Buckets::new(core, plan?.into(), self.limits, (sender, thread)))
+    }
+
+    /// The settings by name, for ranks to compare, separated as
+    /// [`parameter::first_difference`] expects.
+    fn told(&self, hook: &str, layout: &Layout) -> String {
+        let Limits { bytes, end_bytes, pieces } = self.limits;
+        let Settings { unused_parameters, static_graph, uneven_inputs, relayout, acknowledges } =
+            self.settings;
+        let layout = match &self.layout {
+            Some(_) => {
+                let hash = u128::from_le_bytes(job_hash(&format!("{layout:?}")));
+                format!("layout saved ({hash:032x})")
+            }
+            None => "layout none saved".to_owned(),
+        };
+        let hook = hook.replace(parameter::SETTINGS_SEPARATOR, ", ");
+        [
+            format!("bucket_bytes {bytes}"),
+            format!("end_bucket_bytes {end_bytes}"),
+            format!("sharded by {pieces}"),
+            format!("unused_parameters {unused_parameters}"),
+            format!("static_graph {static_graph}"),
+            format!("uneven_inputs {uneven_inputs}"),
+            format!("relayout {relayout}"),
+            layout,
+            format!("hook {hook}"),
+            format!("a hook of {}", if acknowledges { "the program's" } else { "unisum's" }),
+        ]
+        .join(parameter::SETTINGS_SEPARATOR)
     }
 
     /// The layout, if all ranks have the same parameters and settings.
@@ -170,12 +209,7 @@ impl<'c> Builder<'c> {
         let why = layout.as_ref().err().cloned().unwrap_or_default();
         refuse_any(communicator, &communicator.exchange(why.into_bytes())?)?;
         let layout = layout.map_err(|text| Error::new(ErrorKind::Mismatch, text))?;
-        let settings = format!(
-            "{:?} {:?} {hook}, saved layout {:x?}",
-            self.limits,
-            self.settings,
-            self.layout.as_ref().map(|_| job_hash(&format!("{layout:?}")))
-        );
+        let settings = self.told(hook, &layout);
         let signature = parameter::signature(&settings, parameters);
         let hashes = communicator.exchange(job_hash(&signature).to_vec())?;
         let Some(other) = hashes.iter().position(|hash| *hash != hashes[0]) else {
@@ -197,11 +231,11 @@ fn is_own<H: Hook + 'static>(_: &H) -> bool {
 
 /// The error of all ranks if one gave a reason.
 pub(super) fn refuse_any(communicator: &Communicator, reasons: &[Vec<u8>]) -> Result<(), Error> {
-    let Some(culprit) = reasons.iter().position(|reason| !reason.is_empty()) else {
+    let Some(failed_rank) = reasons.iter().position(|reason| !reason.is_empty()) else {
         return Ok(());
     };
-    let why = String::from_utf8_lossy(&reasons[culprit]);
-    let text = format!("rank {culprit} can't make gradient buckets: {why}");
+    let why = String::from_utf8_lossy(&reasons[failed_rank]);
+    let text = format!("rank {failed_rank} can't make gradient buckets: {why}");
     let error = Error::new(ErrorKind::Mismatch, text).on(communicator.rank());
-    Err(error.caused_by(vec![culprit]))
+    Err(error.caused_by(vec![failed_rank]))
 }

@@ -12,6 +12,7 @@ use std::time::Instant;
 use unisum_kernels::Panic;
 use unisum_link::Rank;
 
+use super::elastic::StepChange;
 use super::plan::Plan;
 use crate::{Error, ErrorKind};
 
@@ -44,6 +45,8 @@ pub(super) struct Outcome {
     pub(super) participants: usize,
     /// By parameter: whether any rank put something in.
     pub(super) used: Vec<bool>,
+    /// How the view of an elastic job changed meanwhile.
+    pub(super) change: Option<StepChange>,
 }
 
 /// When something happened to a bucket.
@@ -54,7 +57,7 @@ pub(super) struct Times {
     pub(super) finished: Option<Instant>,
 }
 
-pub(super) struct Flight {
+pub(super) struct InFlightStep {
     pub(super) plan: Arc<Plan>,
     pub(super) purpose: Purpose,
     pub(super) begun: Instant,
@@ -102,7 +105,7 @@ impl Cycle {
     }
 }
 
-impl Flight {
+impl InFlightStep {
     pub(super) fn new(plan: Arc<Plan>, cycle: Arc<Cycle>, purpose: Purpose) -> Self {
         let buckets = plan.layout.plans();
         let parameters = plan.parameters.len();
@@ -121,7 +124,8 @@ impl Flight {
         }
     }
 
-    /// Takes a gradient for the caller alone, until [`Flight::release`] or [`Flight::mark`].
+    /// Takes a gradient for the caller alone, until [`release`](InFlightStep::release) or
+    /// [`mark`](InFlightStep::mark).
     ///
     /// # Errors
     /// If it is ready, or somebody has it.
@@ -284,6 +288,13 @@ impl Flight {
         self.lock().times[bucket].started = Some(Instant::now());
     }
 
+    /// All buckets are reduced again.
+    pub(super) fn starts_again(&self) {
+        for times in &mut self.lock().times {
+            (times.started, times.finished) = (None, None);
+        }
+    }
+
     /// # Errors
     /// If a waker panicked; everybody else was woken.
     pub(super) fn finished(&self, bucket: usize) -> Result<(), Panic> {
@@ -293,7 +304,7 @@ impl Flight {
     }
 
     /// # Errors
-    /// As [`Flight::finished`].
+    /// As [`InFlightStep::finished`].
     pub(super) fn end(&self, end: Result<Outcome, Error>) -> Result<(), Panic> {
         let mut progress = self.lock();
         progress.end = Some(end);

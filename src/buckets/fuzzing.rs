@@ -1,15 +1,19 @@
 //! What must hold of saved state, whatever a checkpoint holds in its place.
 
+use unisum_kernels::Dtype;
 use unisum_link::fuzzing::Target;
 
 use super::LossScaler;
 use super::codec::Kept;
+use super::layout::Layout;
+use super::parameter::Parameter;
 use super::power::State;
 
 pub(crate) const TARGETS: &[Target] = &[
     Target { name: "kept_values", check: check_kept, seeds: kept_seeds },
     Target { name: "power_state", check: check_power, seeds: power_seeds },
     Target { name: "loss_scaler", check: check_scaler, seeds: scaler_seeds },
+    Target { name: "bucket_layout", check: check_layout, seeds: layout_seeds },
 ];
 
 /// Values that are accepted are written as bytes that say the same.
@@ -53,4 +57,29 @@ fn check_scaler(bytes: &[u8]) {
 
 fn scaler_seeds() -> Vec<Vec<u8>> {
     vec![LossScaler::new().save().to_vec()]
+}
+
+/// A layout that is accepted has each parameter once, and is written as the bytes that it was read
+/// from. The first byte says into how many pieces a bucket can be cut.
+fn check_layout(bytes: &[u8]) {
+    let Some((&pieces, bytes)) = bytes.split_first() else { return };
+    let pieces = usize::from(pieces).max(1);
+    if let Ok(layout) = Layout::from_bytes(bytes, &parameters(), pieces) {
+        assert_eq!(layout.to_bytes(), bytes);
+    }
+}
+
+fn parameters() -> Vec<Parameter> {
+    let lengths = [(3, Dtype::F32), (4, Dtype::F32), (5, Dtype::F16), (70, Dtype::Bf16)];
+    let parameter = |(at, (len, dtype)): (usize, (usize, Dtype))| {
+        Parameter::new(format!("p{at}"), &[len], dtype)
+    };
+    lengths.into_iter().enumerate().map(parameter).collect()
+}
+
+fn layout_seeds() -> Vec<Vec<u8>> {
+    let words = |words: &[u32]| words.iter().flat_map(|it| it.to_le_bytes()).collect::<Vec<_>>();
+    // Version, buckets, and in each how many parameters and which.
+    let layouts = [words(&[1, 3, 2, 1, 0, 1, 2, 1, 3]), words(&[7, 4, 1, 3, 1, 2, 1, 1, 1, 0])];
+    layouts.map(|layout| [&[4], &layout[..]].concat()).to_vec()
 }

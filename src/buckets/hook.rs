@@ -1,4 +1,4 @@
-//! What is done with a bucket once all its gradients are ready.
+//! What happens to a bucket once all its gradients are ready.
 
 use std::fmt;
 use std::ops::Range;
@@ -8,17 +8,18 @@ use unisum_kernels::{Dtype, Element, Panic, ReduceOp};
 
 use super::parameter::Parameter;
 use super::plan::Plan;
-use crate::{Buffers, Collective, Communicator, Error, Reduction};
+use crate::{Buffers, Collective, Communicator, Error, ErrorKind, Reduction};
 
-/// How buckets are reduced. It runs on the layer's own thread, for one bucket after the other, in
-/// the same order on all ranks, and calls the same collectives on all ranks.
+/// How buckets are reduced. A hook runs on the layer's own thread, for one bucket after the other,
+/// in the same order on all ranks, and makes the same collective calls on all ranks.
 ///
-/// If one of its methods panics, on any rank, all ranks get an error of kind
-/// [`ErrorKind::Panicked`](crate::ErrorKind::Panicked) that says where: the step that it was called
-/// for, or [`Builder::build`](super::Builder::build), or on the other ranks whatever comes next.
-/// Then the layer has ended; after a panic in [`Hook::settle`] the job has not. Where no result
-/// could tell of it, in [`rescale`](Hook::rescale) and [`save`](Hook::save), the panic goes on to
-/// the caller. Afterwards only [`Hook::save`] is of use, and what that gives is up to the hook.
+/// If one of its methods panics on any rank, all ranks get an error of kind
+/// [`ErrorKind::Panicked`](crate::ErrorKind::Panicked) that says where: from the step it was called
+/// for, from [`Builder::build`](super::Builder::build), or, on other ranks, from whatever call
+/// comes next. The layer has then ended; after a panic in [`Hook::settle`], the job has not. In
+/// [`rescale`](Hook::rescale) and [`save`](Hook::save), where no result could carry the error, the
+/// panic continues to the caller. Afterwards, only [`Hook::save`] may be used, and the hook decides
+/// what it returns.
 ///
 /// ```
 /// use unisum::buckets::{AllReduce, Bucket, Hook};
@@ -41,36 +42,44 @@ use crate::{Buffers, Collective, Communicator, Error, Reduction};
 /// }
 /// ```
 pub trait Hook: Send + fmt::Debug {
-    /// What it does, with its settings: has to be the same on all ranks.
+    /// What the hook does, with its settings: must be the same on all ranks.
     fn name(&self) -> String;
 
-    /// Leaves in the bucket the average over the participants, the same bits on all ranks.
+    /// Replaces the bucket's contents by the average over the participants, the same bits on all
+    /// ranks.
     ///
-    /// # Errors Ends the job on all ranks, with [`ErrorKind::Aborted`](crate::ErrorKind::Aborted):
-    /// a rank that left a collective out can't go on.
+    /// # Errors
+    /// Ends the job on all ranks with [`ErrorKind::Aborted`](crate::ErrorKind::Aborted): a rank
+    /// that skipped a collective cannot continue.
     fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error>;
 
-    /// The step has ended, on all ranks alike. It is `applied` if all committed to it and no
-    /// gradient was infinite or NaN; else the hook goes on as if it had not been.
+    /// Called when the step has ended, in the same way on all ranks. It is `applied` if all
+    /// committed to it and no gradient was infinite or NaN; otherwise, the hook continues as if the
+    /// step had not happened.
     fn settle(&mut self, applied: bool) {
         let _ = applied;
     }
 
-    /// From the next step on gradients come with a loss scale that is `factor` times that of the
-    /// last: what the hook kept of them has to be multiplied.
+    /// Announces that the bucket's communicator is another one from here on, of other ranks: an
+    /// elastic job has lost some, or others have joined. What was reduced of a step that has not
+    /// ended is void: its buckets come again, with this rank's gradients.
+    fn rebuild(&mut self) {}
+
+    /// Announces that, from the next step on, gradients have a loss scale that is `factor` times
+    /// the last one: the state that the hook keeps of them must be multiplied.
     fn rescale(&mut self, factor: f32) {
         let _ = factor;
     }
 
-    /// What it keeps from step to step, for a checkpoint.
+    /// The state kept from step to step, for a checkpoint.
     fn save(&self) -> Vec<u8> {
         Vec::new()
     }
 
-    /// Takes up what [`Hook::save`] gave.
+    /// Restores the state from [`Hook::save`].
     ///
     /// # Errors
-    /// Says why it can't.
+    /// The reason why it cannot.
     fn restore(&mut self, saved: &[u8]) -> Result<(), String> {
         match saved {
             [] => Ok(()),
@@ -92,6 +101,10 @@ impl<H: Hook + ?Sized> Hook for Box<H> {
         (**self).settle(applied);
     }
 
+    fn rebuild(&mut self) {
+        (**self).rebuild();
+    }
+
     fn rescale(&mut self, factor: f32) {
         (**self).rescale(factor);
     }
@@ -110,7 +123,7 @@ pub(super) fn panicked_in(method: &str, panic: &Panic) -> String {
     format!("the bucket hook panicked in `{method}`: {}", panic.text())
 }
 
-/// A bucket in the hands of a [`Hook`], which has it alone.
+/// A bucket that a [`Hook`] has for itself.
 pub struct Bucket<'a> {
     plan: &'a Plan,
     index: usize,
@@ -133,7 +146,7 @@ impl<'a> Bucket<'a> {
         Self { plan, index, communicator, participants, step, nonfinite: false }
     }
 
-    /// Its number.
+    /// The index of the bucket.
     pub const fn index(&self) -> usize {
         self.index
     }
@@ -153,17 +166,17 @@ impl<'a> Bucket<'a> {
         self.communicator
     }
 
-    /// How many ranks have gradients in this step; the others' are zeros.
+    /// How many ranks have gradients in this step; those of the others are zeros.
     pub const fn participants(&self) -> usize {
         self.participants
     }
 
-    /// Of which layout it is a bucket ([`Layout::version`](super::Layout::version)).
+    /// The version of the layout it belongs to ([`Layout::version`](super::Layout::version)).
     pub const fn layout_version(&self) -> u32 {
         self.plan.layout.version()
     }
 
-    /// How many elements it has, with those that pad.
+    /// The number of elements, including padding.
     pub fn len(&self) -> usize {
         self.plan.layout.plans()[self.index].len
     }
@@ -173,20 +186,20 @@ impl<'a> Bucket<'a> {
         self.len() == 0
     }
 
-    /// What sums are multiplied by to be averages over the participants.
+    /// The factor by which sums become averages over the participants.
     pub fn factor(&self) -> f32 {
         1.0 / self.participants as f32
     }
 
-    /// The averaging over the participants, with infinities and NaNs told.
+    /// The reduction that averages over the participants and reports infinities and NaNs.
     pub fn average(&self) -> Reduction {
         if self.participants == self.communicator.world() {
-            return Reduction::new(ReduceOp::Average).watched();
+            return Reduction::new(ReduceOp::Average).detect_nonfinite();
         }
-        Reduction::sum_scaled_by(1.0 / self.participants as f64).watched()
+        Reduction::sum_scaled_by(1.0 / self.participants as f64).detect_nonfinite()
     }
 
-    /// Its parameters, and which elements are theirs. Elements between them are zero.
+    /// Its parameters and their elements. Elements between them are zero.
     pub fn parameters(&self) -> impl Iterator<Item = (&'a Parameter, Range<usize>)> + use<'a> {
         let plan = self.plan;
         let members = &plan.layout.plans()[self.index].parameters;
@@ -204,7 +217,8 @@ impl<'a> Bucket<'a> {
         unsafe { self.plan.bucket_mut(self.index) }
     }
 
-    /// Runs a collective in place on all elements, and remembers if it tells of infinities or NaNs.
+    /// Runs a collective in place on all elements, and records whether it reports infinities or
+    /// NaNs.
     ///
     /// # Errors
     /// As [`Communicator::run`].
@@ -224,13 +238,19 @@ impl<'a> Bucket<'a> {
         Ok(())
     }
 
-    /// Has the step report that a gradient is infinite or NaN, on all ranks.
+    /// Makes the step report that a gradient is infinite or NaN, on all ranks.
     pub const fn found_nonfinite(&mut self) {
         self.nonfinite = true;
     }
 
     pub(super) const fn is_nonfinite(&self) -> bool {
         self.nonfinite
+    }
+
+    /// That this rank has no memory for what a hook keeps for the bucket.
+    pub(super) fn lacks_memory(&self, why: &dyn fmt::Display) -> Error {
+        let text = format!("what belongs to {} elements: {why}", self.len());
+        Error::new(ErrorKind::Memory, text).on(self.communicator.rank())
     }
 }
 
@@ -240,7 +260,7 @@ impl fmt::Debug for Bucket<'_> {
     }
 }
 
-/// Averages buckets as they are: in their memory, in their type.
+/// Averages buckets in place, in their own type.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AllReduce;
 

@@ -1,4 +1,4 @@
-//! Which gradient lies where in which bucket. Pure; all ranks derive or are told the same.
+//! Which gradient lies where in which bucket. Pure; all ranks derive or receive the same layout.
 
 use std::ops::Range;
 
@@ -17,9 +17,9 @@ const TAIL: usize = 4;
 
 /// Where each gradient lies. Buckets are launched in ascending order.
 ///
-/// A layout can be saved ([`Layout::to_bytes`]) and given to
-/// [`Builder::layout`](super::Builder::layout), so that who resumes or joins has the buckets that
-/// the others have.
+/// A layout can be saved ([`Layout::to_bytes`]) and passed to
+/// [`Builder::layout`](super::Builder::layout), so that a rank that resumes or joins has the same
+/// buckets as the others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
     version: u32,
@@ -122,13 +122,13 @@ impl Layout {
         Self { version, buckets, homes }
     }
 
-    /// 0 for the layout that follows from the list of parameters, 1 for the one that follows from
-    /// the order that was observed.
+    /// 0 for the layout derived from the list of parameters, 1 for the one derived from the
+    /// observed order.
     pub const fn version(&self) -> u32 {
         self.version
     }
 
-    /// The parameters of each bucket, by their places in the list.
+    /// The parameters of each bucket, by their index in the list.
     pub fn buckets(&self) -> impl ExactSizeIterator<Item = &[usize]> {
         self.buckets.iter().map(|bucket| &bucket.parameters[..])
     }
@@ -141,8 +141,8 @@ impl Layout {
         &self.homes[parameter]
     }
 
-    /// The layout as bytes, to be kept with a checkpoint: the version, then for each bucket how
-    /// many parameters it has and which, all u32 in little endian.
+    /// The layout as bytes, to be stored with a checkpoint: the version, then for each bucket the
+    /// number of its parameters and their indices, all u32 in little endian.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.put_u32_le(self.version);

@@ -1,4 +1,4 @@
-//! Buckets whose matrices travel as products of narrow ones.
+//! Buckets whose matrices are sent as products of narrow ones.
 
 use unisum_kernels::Dtype;
 
@@ -7,9 +7,9 @@ use super::power::{PowerSgd, Settings, State, Tensor};
 use super::rooms::Rooms;
 use crate::{Buffer, Buffers, Collective, Communicator, Error};
 
-/// Averages buckets of `f32` by PowerSGD: of an n × m matrix r·(n + m) values travel. What a rank's
-/// gradient has beyond that is due in its next step. Vectors, and matrices that would gain little,
-/// travel as they are, as do buckets of other types.
+/// Averages buckets of `f32` by PowerSGD: of an n × m matrix, r·(n + m) values are sent. What this
+/// loses of a rank's gradient is added in its next step. Vectors, and matrices that would gain
+/// little, are sent uncompressed, as are buckets of other types.
 ///
 /// Source: Vogels, Karimireddy and Jaggi, "PowerSGD", NeurIPS 2019, arXiv:1905.13727. Cost: two
 /// all-reduces a bucket, and about 4·r multiplications for each element. Memory: 8 bytes for each
@@ -30,8 +30,8 @@ struct Room {
 }
 
 impl LowRank {
-    /// By matrices of `rank` columns. The first 1,000 steps compress nothing, since gradients
-    /// change fast in them; see [`LowRank::starting_at`].
+    /// Compresses to matrices of `rank` columns. The first 1,000 steps are not compressed, because
+    /// gradients change fast in them; see [`LowRank::starting_at`].
     pub fn new(rank: usize) -> Self {
         let settings = Settings { rank, ..Settings::default() };
         Self { settings, rooms: Rooms::new(), state: State::default() }
@@ -44,8 +44,7 @@ impl LowRank {
         self
     }
 
-    /// Compresses the tensors of which then at least so many times less travels; 2 if nothing is
-    /// said.
+    /// Compresses only tensors whose data shrinks at least by this factor; 2 by default.
     #[must_use]
     pub const fn at_least(mut self, times: f64) -> Self {
         self.settings.min_compression = times;
@@ -64,7 +63,8 @@ impl LowRank {
                 at: elements.start,
             });
             let tensors: Vec<Tensor> = tensors.collect();
-            let mut power = PowerSgd::new(self.settings, bucket.len(), &tensors);
+            let power = PowerSgd::new(self.settings, bucket.len(), &tensors);
+            let mut power = power.map_err(|error| bucket.lacks_memory(&error))?;
             power.recall(&self.state);
             let communicator = bucket.communicator();
             let (first, second) = (communicator.allocate(0)?, communicator.allocate(0)?);
@@ -110,7 +110,11 @@ impl Room {
 
 impl Hook for LowRank {
     fn name(&self) -> String {
-        format!("PowerSGD {:?}", self.settings)
+        let Settings { rank, start_step, min_compression, seed } = self.settings;
+        format!(
+            "PowerSGD (rank {rank}, start_step {start_step}, min_compression {min_compression}, \
+             seed {seed})"
+        )
     }
 
     fn reduce(&mut self, bucket: &mut Bucket<'_>) -> Result<(), Error> {
@@ -126,6 +130,11 @@ impl Hook for LowRank {
 
     fn settle(&mut self, applied: bool) {
         self.rooms.iter_mut().for_each(|room| room.power.settle(applied));
+    }
+
+    fn rebuild(&mut self) {
+        self.state = self.state();
+        self.rooms.clear();
     }
 
     fn rescale(&mut self, factor: f32) {

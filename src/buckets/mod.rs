@@ -1,8 +1,8 @@
 //! Gradient buckets: the layer that a training framework calls during the backward pass.
 //!
-//! Gradients become ready one by one, last layer first. The layer keeps them back to back in
+//! Gradients become ready one by one, last layer first. The layer stores them back to back in
 //! *buckets* of registered memory and averages each bucket over all ranks as soon as all its
-//! gradients are ready, while the backward pass goes on: few and large reductions, early. The
+//! gradients are ready, while the backward pass continues: few, large and early reductions. The
 //! method is that of PyTorch's DDP (Li et al., "PyTorch Distributed", VLDB 2020).
 //!
 //! ```
@@ -32,19 +32,21 @@
 //! ```
 //!
 //! # Rules
-//! - All ranks have the same parameters in the same order; it is checked, and the first difference
-//!   named. Buckets are launched in the same order on all ranks, whatever the order of readiness.
-//! - After the first step buckets are laid out anew, once, in the order in which rank 0's gradients
+//! - All ranks have the same parameters in the same order. This is checked, and the first
+//!   difference is named. Buckets are launched in the same order on all ranks, whatever the order
+//!   of readiness.
+//! - After the first step, buckets are laid out once more, in the order in which rank 0's gradients
 //!   became ready.
-//! - A step ends alike on all ranks: all commit to it, or all get the same error. A rank votes when
-//!   its program has given the step away by [`Step::wait`] or [`Step::finish`]: what one rank did
-//!   wrong until then fails the step, a panic and a dropped step among them. A lost rank ends the
-//!   job.
+//! - A step ends in the same way on all ranks: all commit to it, or all get the same error. A rank
+//!   votes when its program has handed in the step by [`Step::wait`] or [`Step::finish`]; an error
+//!   of one rank before that, including a panic or a dropped step, fails the step. A lost rank ends
+//!   the job.
 //! - Nothing is copied: views lie in the memory that is reduced.
 
 mod builder;
 mod codec;
 mod compressed;
+mod elastic;
 mod flight;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
@@ -52,6 +54,7 @@ mod hook;
 mod layout;
 mod low_rank;
 mod parameter;
+mod place;
 mod plan;
 mod power;
 mod report;
@@ -73,10 +76,12 @@ use unisum_link::fork;
 
 pub use builder::Builder;
 pub use compressed::Compressed;
+pub use elastic::StepChange;
 pub use hook::{AllReduce, Bucket, Hook};
 pub use layout::Layout;
 pub use low_rank::LowRank;
 pub use parameter::Parameter;
+pub use place::Place;
 pub use report::{BucketReport, StepReport};
 pub use scaler::LossScaler;
 pub use shard::{Gathering, ShardPiece, Weights};
@@ -86,7 +91,7 @@ pub use tuner::Advice;
 pub use unisum_kernels::Encoding;
 
 use crate::{Buffers, Collective, Communicator, Error, ErrorKind};
-use flight::{Cycle, Flight, Purpose};
+use flight::{Cycle, InFlightStep, Purpose};
 use layout::Limits;
 use plan::Plan;
 use worker::{Core, Order};
@@ -97,8 +102,8 @@ pub struct Buckets {
     plan: Arc<Plan>,
     limits: Limits,
     /// The last step.
-    last: Option<Arc<Flight>>,
-    /// What accumulates since the last reduction.
+    last: Option<Arc<InFlightStep>>,
+    /// What has accumulated since the last reduction.
     cycle: Option<Arc<Cycle>>,
     /// Parameters that this rank never uses, once that is known.
     never_used: Option<Vec<usize>>,
@@ -109,7 +114,7 @@ pub struct Buckets {
 }
 
 impl Buckets {
-    /// Settings, with their defaults, of a layer for the ranks of a communicator.
+    /// A builder, with default settings, of a layer for the ranks of a communicator.
     pub fn builder(communicator: &Communicator) -> Builder<'_> {
         Builder::new(communicator)
     }
@@ -126,7 +131,7 @@ impl Buckets {
         Self { core, plan, limits, last, cycle, never_used, orders, thread, fork_generation }
     }
 
-    /// The parameters, as they were given.
+    /// The parameters, in the given order.
     pub fn parameters(&self) -> &[Parameter] {
         &self.plan.parameters
     }
@@ -136,11 +141,11 @@ impl Buckets {
         &self.plan.layout
     }
 
-    /// Begins a step whose gradients, with those that were accumulated before, are averaged over
-    /// all ranks. Blocks only to lay buckets out anew, in the second step.
+    /// Begins a step whose gradients, together with those accumulated before, are averaged over all
+    /// ranks. Blocks only to lay buckets out once more, in the second step.
     ///
-    /// Collective: every rank begins its steps in the same order, reducing and not; one that has
-    /// no more data calls [`Buckets::join`].
+    /// Collective: every rank begins its steps, reducing or accumulating, in the same order; a rank
+    /// that has no more data calls [`Buckets::join`].
     ///
     /// # Errors
     /// If the job ended, or there is no memory for the new layout.
@@ -148,12 +153,13 @@ impl Buckets {
         self.take_off(Purpose::Reduce)
     }
 
-    /// Begins a step whose gradients stay on this rank and add to those of the next steps, until
-    /// one is begun by [`Buckets::begin`]: gradient accumulation, `no_sync` elsewhere. Its
+    /// Begins a step whose gradients stay on this rank and are added to those of the next steps,
+    /// until [`Buckets::begin`] begins one: gradient accumulation, called `no_sync` elsewhere. Its
     /// [`Step::wait`] does not block.
     ///
-    /// Every rank accumulates equally many steps, or that which reduces them fails on all with
-    /// [`ErrorKind::Mismatch`]; with [`Builder::uneven_inputs`] they may be different ones.
+    /// Every rank accumulates the same number of steps; otherwise the step that reduces them fails
+    /// on all ranks with [`ErrorKind::Mismatch`]. With [`Builder::uneven_inputs`], the numbers may
+    /// differ.
     ///
     /// # Errors
     /// As [`Buckets::begin`].
@@ -161,18 +167,18 @@ impl Buckets {
         self.take_off(Purpose::Accumulate)
     }
 
-    /// Takes part in the steps of the ranks that have data still, with nothing of its own, until
-    /// all have called this. After each step, whose averages all ranks get, `update` is called: the
-    /// optimiser's step, so that the models stay the same.
+    /// Takes part, without data of its own, in the steps of the ranks that still have data, until
+    /// all ranks have called this. After each step, whose averages all ranks get, `update` is
+    /// called: the optimizer's step, so that the models stay the same.
     ///
-    /// Collective: every rank calls it when it has no more data. Blocks until all have.
+    /// Collective: every rank calls it when it has no more data. Blocks until all ranks have.
     ///
     /// # Errors
-    /// As [`Step::wait`], and what `update` returns. Without
-    /// [`Builder::uneven_inputs`] [`ErrorKind::Configuration`].
+    /// As [`Step::wait`], and what `update` returns. [`ErrorKind::Configuration`] without
+    /// [`Builder::uneven_inputs`].
     ///
     /// # Panics
-    /// If `update` does: the job ends on all ranks with [`ErrorKind::Panicked`].
+    /// If `update` panics: the job ends on all ranks with [`ErrorKind::Panicked`].
     pub fn join(
         &mut self,
         mut update: impl FnMut(&mut Self, &StepReport) -> Result<(), Error>,
@@ -180,7 +186,7 @@ impl Buckets {
         if !self.core.settings.uneven_inputs {
             let text = "joining takes buckets that were built with `uneven_inputs`";
             let error = Error::new(ErrorKind::Configuration, text);
-            return Err(error.on(self.core.communicator.rank()));
+            return Err(error.on(self.core.communicator().rank()));
         }
         loop {
             let report = self.take_off(Purpose::Shadow)?.wait()?;
@@ -189,11 +195,24 @@ impl Buckets {
             }
             let updated = Panic::catch(|| update(self, &report)).unwrap_or_else(|panic| {
                 let what = format!("the update of `join` panicked: {}", panic.text());
-                let _told = self.core.panicked(&what);
+                self.core.panicked_between_calls(&what);
                 panic.resume()
             });
             updated?;
         }
+    }
+
+    /// The communicator of the job's view, if steps have changed the view
+    /// ([`StepReport::change`]) since the program took one the last time: in place of the earlier
+    /// one, which has ended. Not collective, not blocking. `None` in a job that is not elastic.
+    pub fn take_communicator(&mut self) -> Option<Communicator> {
+        self.core.continuity.as_ref()?.take_communicator()
+    }
+
+    /// The view of the last step, in an elastic job.
+    pub fn view(&self) -> Option<crate::View> {
+        self.settle();
+        self.core.continuity.as_ref().map(elastic::Continuity::view)
     }
 
     /// Whether this process is a child of the one that made the layer: it has no thread.
@@ -203,10 +222,10 @@ impl Buckets {
 
     fn take_off(&mut self, purpose: Purpose) -> Result<Step<'_>, Error> {
         if self.is_forked() {
-            return Err(Error::forked().on(self.core.communicator.rank()));
+            return Err(Error::forked().on(self.core.communicator().rank()));
         }
         self.settle();
-        if let Some(error) = self.core.failure() {
+        if let Some(error) = self.core.refusal() {
             return Err(error);
         }
         if self.cycle.is_none() {
@@ -214,7 +233,7 @@ impl Buckets {
         }
         let parameters = self.plan.parameters.len();
         let cycle = self.cycle.take().unwrap_or_else(|| Cycle::new(parameters));
-        let flight = Arc::new(Flight::new(self.plan.clone(), cycle.clone(), purpose));
+        let flight = Arc::new(InFlightStep::new(self.plan.clone(), cycle.clone(), purpose));
         if purpose == Purpose::Accumulate {
             cycle.accumulates();
             self.cycle = Some(cycle);
@@ -226,7 +245,7 @@ impl Buckets {
         let settings = &self.core.settings;
         let needs_all =
             purpose == Purpose::Reduce && !settings.unused_parameters && !settings.static_graph;
-        Ok(Step::new(flight, self.core.communicator.rank(), needs_all))
+        Ok(Step::new(flight, self.core.communicator().rank(), needs_all))
     }
 
     fn order(&self, order: Order) {
@@ -248,23 +267,17 @@ impl Buckets {
         // A step borrows the layer for itself alone: whoever comes here has none any more.
         if let Some(last) = self.last.as_ref().filter(|last| !last.is_closed()) {
             last.fail("the step was forgotten before it was waited for".into());
-            last.close(self.core.communicator.rank());
+            last.close(self.core.communicator().rank());
         }
     }
 
-    /// Calls a method of the hook between steps, on the program's thread.
-    ///
-    /// # Errors
-    /// If it panicked: all ranks were told.
-    fn call_hook<R>(
-        &self,
-        method: &str,
-        call: impl FnOnce(&mut dyn Hook) -> R,
-    ) -> Result<R, Box<(Panic, Error)>> {
+    /// Calls a method of the hook between steps, on the program's thread. A panic goes on once all
+    /// ranks were told.
+    fn call_hook<R>(&self, method: &str, call: impl FnOnce(&mut dyn Hook) -> R) -> R {
         self.settle();
-        self.core.with_hook(call).map_err(|panic| {
-            let error = self.core.panicked(&hook::panicked_in(method, &panic));
-            (panic, error).into()
+        self.core.with_hook(call).unwrap_or_else(|panic| {
+            self.core.panicked_between_calls(&hook::panicked_in(method, &panic));
+            panic.resume()
         })
     }
 
@@ -284,7 +297,7 @@ impl Buckets {
         }
         let observed = last.observed_order();
         let mut order: Vec<u32> = observed.iter().map(|&parameter| parameter as u32).collect();
-        let communicator = &self.core.communicator;
+        let communicator = &self.core.communicator();
         communicator.run(&Collective::broadcast(0), Buffers::InPlace(&mut order))?;
         let order: Vec<usize> = order.iter().map(|&parameter| parameter as usize).collect();
         let layout = Layout::new(1, &self.plan.parameters, &order, self.limits);
@@ -297,8 +310,8 @@ impl Buckets {
         Ok(())
     }
 
-    /// A parameter's gradient: after a step the average over the ranks that took part, after an
-    /// accumulating step what this rank has. Blocks if a step was dropped and has not ended.
+    /// A parameter's gradient: after a step, the average over the ranks that took part; after an
+    /// accumulating step, this rank's own. Blocks if a step was dropped and has not ended.
     ///
     /// # Panics
     /// If there is no such parameter, or its gradient has another type.
@@ -308,7 +321,7 @@ impl Buckets {
         unsafe { self.plan.elements(parameter) }
     }
 
-    /// As [`Buckets::gradient`], to be changed in place: clipped, unscaled.
+    /// As [`Buckets::gradient`], for changes in place, such as clipping or unscaling.
     ///
     /// # Panics
     /// As [`Buckets::gradient`].
@@ -318,35 +331,44 @@ impl Buckets {
         unsafe { self.plan.elements_mut(parameter) }
     }
 
-    /// From the next step on gradients come with a loss scale that is `factor` times that of the
-    /// last ([`LossScaler`]): what the hook keeps of them is multiplied. All ranks call it alike.
+    /// Where a parameter's gradient lies now. Not blocking.
     ///
     /// # Panics
-    /// If the hook does: the job ends on all ranks with [`ErrorKind::Panicked`].
-    pub fn rescale_hook(&mut self, factor: f32) {
-        let called = self.call_hook("rescale", |hook| hook.rescale(factor));
-        called.unwrap_or_else(|told| told.0.resume());
+    /// If there is no such parameter.
+    pub fn place(&self, parameter: usize) -> Place {
+        Place::new(self.plan.clone(), parameter)
     }
 
-    /// What the hook keeps from step to step, for a checkpoint: this rank's own.
+    /// Announces that, from the next step on, gradients have a loss scale that is `factor` times
+    /// the last one ([`LossScaler`]): the state the hook keeps of them is multiplied. All ranks
+    /// make the same call.
+    ///
+    /// # Panics
+    /// If the hook panics: the job ends on all ranks with [`ErrorKind::Panicked`].
+    pub fn rescale_hook(&mut self, factor: f32) {
+        self.call_hook("rescale", |hook| hook.rescale(factor));
+    }
+
+    /// The state that the hook keeps from step to step, for a checkpoint: this rank's own.
     ///
     /// # Panics
     /// As [`Buckets::rescale_hook`].
     pub fn save_hook(&self) -> Vec<u8> {
-        let called = self.call_hook("save", |hook| hook.save());
-        called.unwrap_or_else(|told| told.0.resume())
+        self.call_hook("save", |hook| hook.save())
     }
 
-    /// Gives the hook what [`Buckets::save_hook`] gave.
+    /// Restores the hook's state from [`Buckets::save_hook`].
     ///
     /// # Errors
-    /// [`ErrorKind::Configuration`] if the hook does not take it, [`ErrorKind::Panicked`] if it
-    /// panics: then the job has ended on all ranks.
+    /// [`ErrorKind::Configuration`] if the hook rejects it, [`ErrorKind::Panicked`] if it panics:
+    /// the job has then ended on all ranks.
     pub fn restore_hook(&mut self, saved: &[u8]) -> Result<(), Error> {
-        let called = self.call_hook("restore", |hook| hook.restore(saved));
-        let restored = called.map_err(|told| told.1)?;
+        self.settle();
+        let restored = self.core.with_hook(|hook| hook.restore(saved));
+        let restored =
+            restored.map_err(|panic| self.core.panicked(&hook::panicked_in("restore", &panic)))?;
         restored.map_err(|text| {
-            Error::new(ErrorKind::Configuration, text).on(self.core.communicator.rank())
+            Error::new(ErrorKind::Configuration, text).on(self.core.communicator().rank())
         })
     }
 }

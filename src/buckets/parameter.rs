@@ -20,8 +20,8 @@ impl Parameter {
         Self { name: name.into(), shape: shape.to_vec(), dtype, uses: 1 }
     }
 
-    /// A tied parameter, which the model uses `times` times: its gradient is final when it was
-    /// marked ready so often.
+    /// A tied parameter, which the model uses `times` times: its gradient is final once it was
+    /// marked ready that often.
     #[must_use]
     pub fn used(self, times: usize) -> Self {
         Self { uses: times, ..self }
@@ -42,7 +42,7 @@ impl Parameter {
         self.dtype
     }
 
-    /// How many elements it has.
+    /// The number of its elements.
     pub fn count(&self) -> usize {
         self.shape.iter().product()
     }
@@ -113,12 +113,26 @@ pub(super) fn first_difference(
             pair => (pair.0.unwrap_or("not there"), pair.1.unwrap_or("not there")),
         };
         let what = match line.checked_sub(1) {
-            None => "the settings of the gradient buckets differ".to_owned(),
+            None => return differing_settings((rank, our), (other_rank, other)),
             Some(place) => format!("parameter {place} differs"),
         };
         return format!("{what}: {our} on rank {rank}, {other} on rank {other_rank}");
     }
     "the parameters differ".to_owned()
+}
+
+/// Between the settings in a signature.
+pub(super) const SETTINGS_SEPARATOR: &str = "; ";
+
+/// Which settings differ, in words.
+fn differing_settings((rank, ours): (usize, &str), (other_rank, others): (usize, &str)) -> String {
+    let pairs = ours.split(SETTINGS_SEPARATOR).zip(others.split(SETTINGS_SEPARATOR));
+    let (ours, others): (Vec<_>, Vec<_>) = pairs.filter(|(our, other)| our != other).unzip();
+    let (ours, others) = (ours.join(", "), others.join(", "));
+    format!(
+        "the settings of the gradient buckets differ: {ours} on rank {rank}, {others} on rank \
+         {other_rank}"
+    )
 }
 
 #[cfg(test)]

@@ -50,6 +50,11 @@ impl Plan {
         Ok(Self { parameters, layout, spaces })
     }
 
+    /// By bucket, how many bytes it has.
+    pub(super) fn bucket_sizes(&self) -> impl Iterator<Item = usize> {
+        self.spaces.iter().map(|space| space.bytes)
+    }
+
     pub(super) fn bucket_of(&self, parameter: usize) -> usize {
         self.layout.home(parameter).bucket
     }
@@ -74,7 +79,7 @@ impl Plan {
     }
 
     /// Where a parameter's gradient lies, as bytes.
-    fn gradient(&self, parameter: usize) -> (NonNull<u8>, usize) {
+    pub(super) fn gradient(&self, parameter: usize) -> (NonNull<u8>, usize) {
         let space = &self.spaces[self.bucket_of(parameter)];
         let Range { start, end } = self.gradient_bytes(parameter);
         assert!(end <= space.bytes, "gradients lie inside their buckets");
@@ -163,6 +168,26 @@ impl Plan {
         let count = space.bytes / size_of::<T>();
         // SAFETY: initialised and aligned memory, all of the bucket, which the caller has alone.
         unsafe { std::slice::from_raw_parts_mut(space.base.cast().as_ptr(), count) }
+    }
+
+    /// All of a bucket.
+    ///
+    /// # Safety
+    /// Nobody writes the bucket while the slice lives.
+    pub(super) unsafe fn bytes(&self, bucket: usize) -> &[u8] {
+        // SAFETY: it is only read here, and the caller keeps writers away.
+        unsafe { self.bytes_mut(bucket) }
+    }
+
+    /// All of a bucket.
+    ///
+    /// # Safety
+    /// Nobody else touches the bucket while the slice lives.
+    #[expect(clippy::mut_from_ref, reason = "the caller is the only one who has it")]
+    pub(super) unsafe fn bytes_mut(&self, bucket: usize) -> &mut [u8] {
+        let space = &self.spaces[bucket];
+        // SAFETY: initialised memory, all of the bucket, which the caller has alone.
+        unsafe { std::slice::from_raw_parts_mut(space.base.as_ptr(), space.bytes) }
     }
 
     pub(super) fn dtype(&self, bucket: usize) -> Dtype {

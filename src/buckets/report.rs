@@ -1,37 +1,40 @@
-//! What a step tells: how it ended, and how much of its communication the computation hid.
+//! The report of a step: how it ended, and how much of its communication the computation hid.
 
 use std::time::{Duration, Instant};
 
-use super::flight::{Flight, Outcome, Times};
+use super::elastic::StepChange;
+use super::flight::{InFlightStep, Outcome, Times};
 
 /// A step that all ranks committed to.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct StepReport {
-    /// Whether some averaged gradient is infinite or NaN: the same on all ranks.
+    /// Whether an averaged gradient is infinite or NaN: the same on all ranks.
     pub nonfinite: bool,
-    /// How many ranks had gradients; the average is over these.
+    /// The number of ranks that had gradients; the average is over these.
     pub participants: usize,
-    /// Parameters, by their places in the list, that no rank put anything in: their gradients are
-    /// zero, and an optimiser may want to leave them alone.
+    /// Parameters, by their index in the list, to which no rank contributed: their gradients are
+    /// zero, and an optimizer may want to leave them unchanged.
     pub unused: Vec<usize>,
-    /// By bucket, in launching order; times count from the beginning of the step.
+    /// By bucket, in launch order; times count from the beginning of the step.
     pub buckets: Vec<BucketReport>,
     /// When the step began.
     pub begun: Option<Instant>,
-    /// When the program had put in all it would, and waited.
+    /// When the program had contributed everything and began to wait.
     pub computed: Duration,
     /// When the last bucket was reduced.
     pub reduced: Duration,
-    /// When all ranks had agreed on how the step ended.
+    /// When all ranks had agreed on the outcome of the step.
     pub ended: Duration,
+    /// How the view of an elastic job changed during the step, if it did.
+    pub change: Option<StepChange>,
 }
 
-/// What became of a bucket in a step.
+/// The report of one bucket in a step.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct BucketReport {
-    /// Its size, with what pads.
+    /// Its size, including padding.
     pub bytes: usize,
     /// When its last gradient was ready.
     pub ready: Duration,
@@ -42,17 +45,17 @@ pub struct BucketReport {
 }
 
 impl StepReport {
-    /// What the program waited for communication after it had computed: what was not hidden.
+    /// How long the program waited for communication after its computation: what was not hidden.
     pub const fn exposed(&self) -> Duration {
         self.ended.saturating_sub(self.computed)
     }
 
-    /// How long buckets were being reduced in all.
+    /// The total time in which buckets were being reduced.
     pub fn communicated(&self) -> Duration {
         self.buckets.iter().map(|bucket| bucket.finished.saturating_sub(bucket.started)).sum()
     }
 
-    pub(super) fn of(flight: &Flight, outcome: Outcome, computed: Instant) -> Self {
+    pub(super) fn of(flight: &InFlightStep, outcome: Outcome, computed: Instant) -> Self {
         let since = |then: Option<Instant>| {
             then.map_or(Duration::ZERO, |then| then.saturating_duration_since(flight.begun))
         };
@@ -74,6 +77,7 @@ impl StepReport {
             begun: Some(flight.begun),
             computed: since(Some(computed)),
             ended: since(flight.ended()),
+            change: outcome.change,
         }
     }
 }

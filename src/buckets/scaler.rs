@@ -7,14 +7,15 @@ use std::ops::RangeInclusive;
 
 use crate::{Error, ErrorKind};
 
-/// Finds the factor that the loss is multiplied by, so that the gradients of a model in 16 bits
+/// Finds the factor by which the loss is multiplied so that the gradients of a model in 16 bits
 /// neither vanish nor overflow.
 ///
-/// Before the backward pass the loss is multiplied by [`scale`](Self::scale), after it the summed
-/// gradients are divided by it. A step whose gradients are not all finite on all ranks is skipped,
-/// and the scale goes down; after many good steps in a row it goes up. All ranks tell
-/// [`update`](Self::update) the same, such as [`Outcome::nonfinite`](crate::Outcome::nonfinite) of
-/// an all-reduce, so the scale is the same on all.
+/// The loss is multiplied by [`scale`](Self::scale) before the backward pass, and the summed
+/// gradients are divided by it afterwards. A step whose gradients are not all finite on all ranks
+/// is skipped, and the scale decreases; after many good steps in a row it increases. All ranks pass
+/// the same value to [`update`](Self::update), such as
+/// [`Outcome::nonfinite`](crate::Outcome::nonfinite) of an all-reduce, so that the scale is the
+/// same on all ranks.
 ///
 /// ```
 /// let mut scaler = unisum::LossScaler::new();
@@ -49,7 +50,7 @@ impl LossScaler {
         }
     }
 
-    /// Starts at `scale`, or at the limit next to it.
+    /// Starts at `scale`, or at the nearest limit.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`] unless it is positive and finite.
@@ -101,13 +102,13 @@ impl LossScaler {
         Ok(Self { scale: limited.limited(unlimited), ..limited })
     }
 
-    /// What the loss is multiplied by in this step.
+    /// The factor for the loss in this step.
     pub const fn scale(&self) -> f32 {
         self.scale
     }
 
-    /// Ends a step, and finds the scale of the next. Whether the optimizer is to apply the step:
-    /// not if a gradient was `nonfinite`.
+    /// Ends a step and determines the scale of the next. Returns whether the optimizer must apply
+    /// the step: not if a gradient was `nonfinite`.
     #[must_use = "a step that is not finite must not be applied"]
     pub fn update(&mut self, nonfinite: bool) -> bool {
         if nonfinite {
@@ -129,7 +130,8 @@ impl LossScaler {
         bytes.to_le_bytes()
     }
 
-    /// Goes on where [`save`](Self::save) was called, with the factors and limits of this one.
+    /// Continues from a saved state ([`save`](Self::save)), with the factors and limits of this
+    /// one.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`] if the bytes are not those of a state.

@@ -1,4 +1,4 @@
-//! Sharded buckets: each rank averages, and updates, its share of every bucket (ZeRO-2, FSDP).
+//! Sharded buckets: each rank averages and updates its share of every bucket (ZeRO-2, FSDP).
 //!
 //! Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
 //! models", SC 2020, arXiv:1910.02054.
@@ -30,10 +30,10 @@ impl Hook for ReduceScatter {
     }
 }
 
-/// Elements of a parameter that are in a rank's shard of a bucket.
+/// The elements of a parameter in a rank's shard of a bucket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardPiece {
-    /// The parameter, by its place in the list.
+    /// The parameter, by its index in the list.
     pub parameter: usize,
     /// Which of its elements.
     pub elements: Range<usize>,
@@ -63,19 +63,18 @@ impl Layout {
 }
 
 impl Buckets {
-    /// The elements of a bucket that this rank averages where buckets are
-    /// [sharded](super::Builder::sharded): as many on each rank, those of rank 0 first.
+    /// The elements of a bucket that this rank averages if buckets are
+    /// [sharded](super::Builder::sharded): the same number on each rank, those of rank 0 first.
     ///
     /// # Panics
     /// If there is no such bucket, or buckets are not sharded.
     pub fn shard(&self, bucket: usize) -> Range<usize> {
-        let world = self.core.communicator.world();
+        let world = self.core.communicator().world();
         assert_eq!(self.limits.pieces, world, "these buckets are not sharded");
-        self.plan.layout.shard(bucket, (self.core.communicator.rank(), world))
+        self.plan.layout.shard(bucket, (self.core.communicator().rank(), world))
     }
 
-    /// Which elements of which parameters this rank's shard of a bucket consists of, beside what
-    /// pads.
+    /// The elements of parameters that this rank's shard of a bucket consists of, besides padding.
     ///
     /// # Panics
     /// As [`Buckets::shard`].
@@ -83,7 +82,7 @@ impl Buckets {
         self.plan.layout.shard_pieces(bucket, &self.shard(bucket))
     }
 
-    /// This rank's shard of a bucket's gradients: the averages, after a step.
+    /// This rank's shard of a bucket's gradients: after a step, the averages.
     ///
     /// # Panics
     /// As [`Buckets::shard`], and if the elements have another type.
@@ -94,8 +93,9 @@ impl Buckets {
         &elements[self.shard(bucket)]
     }
 
-    /// Memory for the parameters themselves, in the layout and types of the gradients, zeroed:
-    /// each rank updates its shards, and [`Buckets::gather`] completes them. Not collective.
+    /// Allocates memory for the parameters themselves, in the layout and types of the gradients,
+    /// zeroed: each rank updates its shards, and [`Buckets::gather`] completes them. Not
+    /// collective.
     ///
     /// # Errors
     /// If there is no memory.
@@ -103,27 +103,27 @@ impl Buckets {
     /// # Panics
     /// If buckets are not sharded.
     pub fn weights(&self) -> Result<Weights, Error> {
-        let world = self.core.communicator.world();
+        let world = self.core.communicator().world();
         assert_eq!(self.limits.pieces, world, "these buckets are not sharded");
         let (parameters, layout) = (self.plan.parameters.clone(), self.plan.layout.clone());
-        let plan = Plan::new(parameters, layout, &self.core.communicator)?;
-        let place = (self.core.communicator.rank(), world);
+        let plan = Plan::new(parameters, layout, &self.core.communicator())?;
+        let place = (self.core.communicator().rank(), world);
         Ok(Weights { plan: plan.into(), place, last: None })
     }
 
-    /// Starts to give all ranks all shards of the weights, those that the forward pass needs first
-    /// before: the last bucket first. Does not block.
+    /// Starts to gather all shards of the weights on all ranks, in the order in which the forward
+    /// pass needs them: the last bucket first. Does not block.
     ///
     /// Collective: every rank calls it between the same steps.
     ///
     /// # Errors
-    /// [`ErrorKind::Configuration`] if the weights are of other buckets. What else goes wrong is
-    /// told by [`Gathering`].
+    /// [`ErrorKind::Configuration`] if the weights belong to other buckets. [`Gathering`] reports
+    /// other errors.
     pub fn gather<'w>(&mut self, weights: &'w mut Weights) -> Result<Gathering<'w>, Error> {
         weights.settle();
         if weights.plan.layout != self.plan.layout {
             let error = Error::new(ErrorKind::Configuration, "these weights are of other buckets");
-            return Err(error.on(self.core.communicator.rank()));
+            return Err(error.on(self.core.communicator().rank()));
         }
         let gather = Arc::new(Gather::new(weights.plan.clone()));
         self.order(Order::Gather(gather.clone()));
@@ -148,7 +148,7 @@ impl Weights {
         }
     }
 
-    /// A parameter. Blocks until a gathering that was begun has ended.
+    /// Returns a parameter. Blocks until a started gathering has ended.
     ///
     /// # Panics
     /// If there is no such parameter, or it has another type.
@@ -158,7 +158,7 @@ impl Weights {
         unsafe { self.plan.elements(parameter) }
     }
 
-    /// A parameter, to be set: at the beginning, alike on all ranks.
+    /// Returns a parameter to be initialized, in the same way on all ranks.
     ///
     /// # Panics
     /// As [`Weights::get`].
@@ -168,7 +168,7 @@ impl Weights {
         unsafe { self.plan.elements_mut(parameter) }
     }
 
-    /// This rank's shard of a bucket, for the optimiser to update.
+    /// Returns this rank's shard of a bucket, for the optimizer to update.
     ///
     /// # Panics
     /// If there is no such bucket, or its elements have another type.
@@ -186,7 +186,7 @@ impl fmt::Debug for Weights {
     }
 }
 
-/// Weights on their way to all ranks.
+/// Weights that are being gathered.
 #[must_use = "whether they come is told by it"]
 pub struct Gathering<'w> {
     gather: Arc<Gather>,
@@ -194,10 +194,10 @@ pub struct Gathering<'w> {
 }
 
 impl Gathering<'_> {
-    /// A parameter, as soon as it is complete; others may be on their way still.
+    /// Returns a parameter as soon as it is complete; others may still be on their way.
     ///
     /// # Errors
-    /// Why it never will be.
+    /// The reason why it never will be.
     ///
     /// # Panics
     /// As [`Weights::get`].
@@ -208,7 +208,7 @@ impl Gathering<'_> {
         Ok(unsafe { self.gather.plan.elements(parameter) })
     }
 
-    /// Blocks until all have come.
+    /// Blocks until all weights have arrived.
     ///
     /// # Errors
     /// As [`Communicator::run`](crate::Communicator::run).
@@ -244,10 +244,13 @@ impl Gather {
 
     /// Gathers, on the layer's thread.
     pub(super) fn run(&self, core: &Core) {
+        let communicator = core.communicator();
         for bucket in (0..self.plan.layout.plans().len()).rev() {
             // SAFETY: who started the gathering waits before anybody touches a bucket that has not
             // come.
-            let mut lent = unsafe { core.lend(&self.plan, bucket, core.communicator.world()) };
+            let world = communicator.world();
+            // SAFETY: as above.
+            let mut lent = unsafe { core.lend(&communicator, &self.plan, bucket, world) };
             let gathered = lent.run(&Collective::all_gather());
             let mut come = self.lock();
             match gathered {

@@ -1,4 +1,4 @@
-//! A training step as the program sees it: views of gradients, marks, and the wait.
+//! A training step as the program sees it: views of gradients, marking them ready, and waiting.
 
 use std::fmt;
 use std::future::Future;
@@ -11,16 +11,18 @@ use std::time::Instant;
 
 use unisum_kernels::Element;
 
-use super::flight::Flight;
+use super::flight::InFlightStep;
+use super::layout::Layout;
+use super::place::Place;
 use super::report::StepReport;
 use crate::{Error, ErrorKind, Rank};
 
-/// A step under way ([`Buckets::begin`](super::Buckets::begin)): gradients are put in and marked
-/// ready, by any threads in any order; buckets are reduced meanwhile.
+/// A step under way ([`Buckets::begin`](super::Buckets::begin)): threads write gradients and mark
+/// them ready in any order, while buckets are reduced.
 ///
-/// Dropping it without waiting fails the step on all ranks, also when its thread panics.
+/// Dropping it without waiting, for example because its thread panics, fails the step on all ranks.
 pub struct Step<'b> {
-    flight: Arc<Flight>,
+    flight: Arc<InFlightStep>,
     rank: Rank,
     /// Whether a parameter without a gradient is an error.
     needs_all: bool,
@@ -29,17 +31,17 @@ pub struct Step<'b> {
 }
 
 impl<'b> Step<'b> {
-    pub(super) fn new(flight: Arc<Flight>, rank: Rank, needs_all: bool) -> Self {
+    pub(super) fn new(flight: Arc<InFlightStep>, rank: Rank, needs_all: bool) -> Self {
         Self { flight, rank, needs_all, buckets: PhantomData }
     }
 
-    /// The gradient of a parameter, in the memory that is reduced: zero if it is the first view
-    /// since the last reduction, else what earlier views left. Not blocking. Threads may view
-    /// different parameters at once.
+    /// The gradient of a parameter, in the memory that is reduced: zero in the first view since the
+    /// last reduction, or else what earlier views left. Does not block. Threads may view different
+    /// parameters at the same time.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`] if there is no such parameter, its gradient has another type,
-    /// it was marked ready, or it is viewed. The step then fails on all ranks.
+    /// it was marked ready, or another view of it exists. The step then fails on all ranks.
     pub fn view<T: Element>(&self, parameter: usize) -> Result<View<'_, T>, Error> {
         let view = self.view_as_is(parameter)?;
         if !self.flight.fill(parameter) {
@@ -49,7 +51,8 @@ impl<'b> Step<'b> {
         Ok(view)
     }
 
-    /// As [`Step::view`], for who writes all elements without reading them: nothing is zeroed.
+    /// As [`Step::view`], for callers that write all elements without reading them: nothing is
+    /// zeroed.
     ///
     /// # Errors
     /// As [`Step::view`].
@@ -74,8 +77,8 @@ impl<'b> Step<'b> {
         Ok(View { gradient, held: Held { parameter, flight: &self.flight } })
     }
 
-    /// Copies a gradient that lies elsewhere, adds it if the parameter has one already, and marks
-    /// it ready.
+    /// Copies a gradient from elsewhere, or adds it if the parameter already has one, and marks it
+    /// ready.
     ///
     /// # Errors
     /// As [`Step::view`], and if the lengths differ.
@@ -97,9 +100,9 @@ impl<'b> Step<'b> {
         Ok(())
     }
 
-    /// Adds some rows of a gradient and marks it ready: that of an embedding, of which a batch uses
-    /// few rows. It is reduced as a whole, its other rows with what was there, or zeros. `values`
-    /// holds the rows one after the other; a row may come several times.
+    /// Adds some rows of a gradient and marks it ready: for an embedding, of which a batch uses few
+    /// rows. It is reduced as a whole; its other rows keep their values, or are zeros. `values`
+    /// holds the rows one after the other; a row may occur several times.
     ///
     /// # Errors
     /// As [`Step::view`], and if a row or the values do not fit the parameter's shape.
@@ -127,8 +130,8 @@ impl<'b> Step<'b> {
         Ok(())
     }
 
-    /// Marks a gradient ready, as what earlier views of this step, or of those it accumulates,
-    /// left. Not blocking.
+    /// Marks a gradient ready with the values that earlier views of this step, or of the steps it
+    /// accumulates, left. Does not block.
     ///
     /// # Errors
     /// As [`Step::view`].
@@ -151,12 +154,25 @@ impl<'b> Step<'b> {
         Error::new(ErrorKind::Configuration, text).on(self.rank)
     }
 
-    /// How many buckets there are in this step.
+    /// Where a parameter's gradient lies in this step.
+    ///
+    /// # Panics
+    /// If there is no such parameter.
+    pub fn place(&self, parameter: usize) -> Place {
+        Place::new(self.flight.plan.clone(), parameter)
+    }
+
+    /// Where the gradients lie in this step.
+    pub fn layout(&self) -> &Layout {
+        &self.flight.plan.layout
+    }
+
+    /// The number of buckets in this step.
     pub fn buckets(&self) -> usize {
         self.flight.plan.layout.plans().len()
     }
 
-    /// The reduction of a bucket, to be waited for before the whole step is. Whether all ranks
+    /// The reduction of a bucket, which can be waited for before the whole step. Whether all ranks
     /// commit to the step is known only at its end.
     ///
     /// # Panics
@@ -166,25 +182,30 @@ impl<'b> Step<'b> {
         BucketWork { flight: self.flight.clone(), bucket }
     }
 
-    /// Ends the program's part: what was not marked ready is from here on. The work is to be
-    /// waited for.
+    /// Ends the program's part: gradients that were not marked ready become ready now. The returned
+    /// work must be waited for.
     pub fn finish(self) -> StepWork<'b> {
         let computed = Instant::now();
         self.close("");
         StepWork { flight: self.flight.clone(), computed, buckets: PhantomData }
     }
 
-    /// [`Step::finish`], and waits: blocks until all buckets are reduced and all ranks agree.
+    /// [`Step::finish`] and waits: blocks until all buckets are reduced and all ranks agree.
     ///
     /// # Errors
-    /// [`ErrorKind::StepFailed`], on all ranks alike, if a rank has no gradient for a parameter
-    /// (unless [`Builder::unused_parameters`](super::Builder::unused_parameters) allows it), marked
-    /// one twice, or dropped its step, however late: the averages are not to be used, the next step
-    /// can be begun. A step that accumulates fails on the rank where it went wrong, and then the
-    /// step that reduces on all. [`ErrorKind::Panicked`] if the [hook](super::Hook) did, on any
-    /// rank. As [`Communicator::run`](crate::Communicator::run) if the job ended.
+    /// [`ErrorKind::StepFailed`], on all ranks, if a rank has no gradient for a parameter (unless
+    /// [`Builder::unused_parameters`](super::Builder::unused_parameters) allows it), marked one
+    /// ready twice, or dropped its step, however late: the averages must not be used, and the next
+    /// step may begin. An accumulating step fails on the rank where the error occurred, and then
+    /// the step that reduces fails on all ranks. [`ErrorKind::Panicked`] if the [hook](super::Hook)
+    /// panicked on any rank. As [`Communicator::run`](crate::Communicator::run) if the job ended.
     pub fn wait(self) -> Result<StepReport, Error> {
         self.finish().wait()
+    }
+
+    /// Drops the step, which fails on all ranks, and says why in the error.
+    pub fn abandon(self, why: &str) {
+        self.close(if why.is_empty() { "the step was abandoned" } else { why });
     }
 
     fn close(&self, why: &str) {
@@ -224,7 +245,7 @@ impl fmt::Debug for Step<'_> {
     }
 }
 
-/// A gradient in the program's hands: a slice in the bucket's memory.
+/// A gradient that the program may write: a slice in the bucket's memory.
 pub struct View<'s, T> {
     gradient: &'s mut [T],
     held: Held<'s>,
@@ -233,11 +254,11 @@ pub struct View<'s, T> {
 /// Gives the gradient back.
 struct Held<'s> {
     parameter: usize,
-    flight: &'s Flight,
+    flight: &'s InFlightStep,
 }
 
 impl<T> View<'_, T> {
-    /// The gradient is final. It is reduced once the bucket's others are.
+    /// Marks the gradient final. It is reduced once the bucket's others are.
     pub fn ready(self) {
         let Held { parameter, flight } = self.held;
         std::mem::forget(self.held);
@@ -271,10 +292,11 @@ impl<T: fmt::Debug> fmt::Debug for View<'_, T> {
     }
 }
 
-/// A step that the program has put in all it will. A [`Future`], and [`StepWork::wait`] blocks.
+/// A step to which the program contributes nothing more. A [`Future`], and [`StepWork::wait`]
+/// blocks.
 #[must_use = "whether all ranks commit to the step is told by its work"]
 pub struct StepWork<'b> {
-    flight: Arc<Flight>,
+    flight: Arc<InFlightStep>,
     computed: Instant,
     buckets: PhantomData<&'b mut ()>,
 }
@@ -310,7 +332,7 @@ impl fmt::Debug for StepWork<'_> {
 /// The reduction of one bucket. A [`Future`], and [`BucketWork::wait`] blocks.
 #[must_use = "it does nothing but wait"]
 pub struct BucketWork {
-    flight: Arc<Flight>,
+    flight: Arc<InFlightStep>,
     bucket: usize,
 }
 
@@ -318,7 +340,7 @@ impl BucketWork {
     /// Blocks until the bucket is reduced.
     ///
     /// # Errors
-    /// Why it never will be.
+    /// The reason why it never will be.
     pub fn wait(self) -> Result<(), Error> {
         self.flight.await_reduced(self.bucket)
     }

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use super::report::StepReport;
 
-/// Writes steps in the Trace Event Format: in each step the computation on one line, the buckets'
-/// reductions on a second, what the program waited for after it had computed on a third, and a mark
-/// for each bucket that became ready. One process of the trace for each rank, so that the traces of
-/// several ranks may be put together; each counts from its own beginning.
+/// Writes steps in the Trace Event Format: in each step, the computation on one line, the buckets'
+/// reductions on a second, the waiting after the computation on a third, and a mark for each bucket
+/// that became ready. Each rank is one process of the trace, so that the traces of several ranks
+/// may be merged; each counts time from its own beginning.
 ///
 /// Source: "Trace Event Format", Google, 2016.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ impl<W: Write> Trace<W> {
     /// Begins a trace of rank `rank`; times count from here.
     ///
     /// # Errors
-    /// If it can't be written.
+    /// If it cannot be written.
     pub fn new(mut to: W, rank: usize) -> io::Result<Self> {
         to.write_all(b"[")?;
         let mut trace = Self { to, rank, begun: Instant::now(), steps: 0 };
@@ -40,7 +40,7 @@ impl<W: Write> Trace<W> {
     /// Adds a step.
     ///
     /// # Errors
-    /// If it can't be written.
+    /// If it cannot be written.
     pub fn step(&mut self, report: &StepReport) -> io::Result<()> {
         let Some(begun) = report.begun else { return Ok(()) };
         let start = begun.saturating_duration_since(self.begun);
@@ -72,10 +72,10 @@ impl<W: Write> Trace<W> {
         )
     }
 
-    /// Ends the trace. One that was not ended is shown all the same.
+    /// Ends the trace. Viewers accept a trace without its end, too.
     ///
     /// # Errors
-    /// If it can't be written.
+    /// If it cannot be written.
     pub fn finish(mut self) -> io::Result<W> {
         self.to.write_all(b"\n]\n")?;
         self.to.flush()?;

@@ -1,7 +1,8 @@
-//! How large buckets should be: the recorded steps once more, with other layouts.
+//! How large buckets should be: replays recorded steps with other layouts.
 //!
-//! When gradients become ready is taken from recorded steps; what a bucket costs from the link
-//! profile that the communicator's cost model has, scaled to what the recorded buckets took.
+//! The times at which gradients become ready come from recorded steps; the cost of a bucket comes
+//! from the link profile of the communicator's cost model, scaled to what the recorded buckets
+//! took.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::report::StepReport;
 use super::{Buckets, Builder};
 use crate::{Buffers, Collective, Error};
 
-/// Sizes for buckets, and the exposed communication that is to be expected.
+/// Sizes for buckets, and the exposed communication to expect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Advice {
@@ -19,9 +20,9 @@ pub struct Advice {
     pub bucket_bytes: usize,
     /// See [`Builder::end_bucket_bytes`].
     pub end_bucket_bytes: usize,
-    /// Expected of a step with these sizes.
+    /// Expected exposed communication of a step with these sizes.
     pub exposed: Duration,
-    /// What the same reckoning expects of the sizes that the steps were recorded with.
+    /// What the same model expects of the sizes with which the steps were recorded.
     pub exposed_now: Duration,
 }
 
@@ -50,9 +51,10 @@ const SIZES: [usize; 10] = [
 ];
 
 impl Buckets {
-    /// Finds sizes for buckets from steps that were recorded with the present layout (several, not
-    /// the first): rank 0's reports decide. The order of the gradients is the layout's, which
-    /// follows from the first step. To be given to a new builder ([`Builder::advised`]).
+    /// Finds sizes for buckets from steps that were recorded with the present layout (several,
+    /// excluding the first); rank 0's reports decide. The order of the gradients is that of the
+    /// layout, which follows from the first step. Pass the result to a new builder
+    /// ([`Builder::advised`]).
     ///
     /// Collective: every rank calls it, between steps.
     ///
@@ -60,7 +62,7 @@ impl Buckets {
     /// As [`Communicator::run`](crate::Communicator::run).
     pub fn advise(&self, reports: &[StepReport]) -> Result<Advice, Error> {
         self.settle();
-        let communicator = &self.core.communicator;
+        let communicator = &self.core.communicator();
         let model = |bytes| communicator.all_reduce_seconds(bytes);
         let (parameters, layout) = (&self.plan.parameters, &self.plan.layout);
         let advice = advise(parameters, layout, reports, self.limits, &model);
@@ -78,7 +80,7 @@ impl Buckets {
 }
 
 impl Builder<'_> {
-    /// Takes the sizes of an [`Advice`].
+    /// Uses the sizes of an [`Advice`].
     #[must_use]
     pub const fn advised(self, advice: Advice) -> Self {
         self.bucket_bytes(advice.bucket_bytes).end_bucket_bytes(advice.end_bucket_bytes)

@@ -1,10 +1,12 @@
 //! Messages between two ranks, with tags, in any order of posting.
 
-mod desk;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod header;
 mod memory;
-mod office;
+mod message_engine;
 mod peer;
+mod progress_lock;
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -12,28 +14,28 @@ use std::time::{Duration, Instant};
 use unisum_kernels::Element;
 use unisum_link::{Patience, Rank, fork};
 
-use crate::groups::Making;
+use crate::communicator::groups::Making;
 use crate::memory::Arena;
 use crate::{Communicator, Error, ErrorKind};
-use desk::Desk;
 use header::Envelope;
-use office::{Office, Posted};
+use message_engine::{MessageEngine, Posted};
+use progress_lock::ProgressLock;
 use unisum_engine::Links;
 
 /// Sends and receives messages between the ranks of a communicator.
 ///
-/// A message goes from one rank to one rank, under a tag. Messages of the same two ranks and the
-/// same tag arrive in the order in which they were sent; those of different tags are received in
-/// any order. Length and element type are the same at both ends. A rank may send to itself. Calls
-/// may come from any thread, and from several at once.
+/// A message goes from one rank to another under a tag. Messages between the same two ranks with
+/// the same tag arrive in the order in which they were sent; messages with different tags may be
+/// received in any order. Length and element type must be the same at both ends. A rank may send to
+/// itself. Any thread may make calls, several at the same time.
 ///
-/// All calls block, and sleep while they have to wait; one of the threads that wait does the work.
-/// A receive returns when the message is there. A send returns when its data may be overwritten.
-/// Messages up to 8 KiB are buffered at the receiver, 256 KiB of each sender at most (each counts
-/// 256 bytes more than it has), and their sends wait only until the transport has taken them;
-/// beyond that, and for longer messages, a send waits for the receive. So two ranks that first
-/// both send and then both receive may wait for ever: [`Messenger::exchange`] can't. Messages move
-/// while both ranks are in a call with each other.
+/// All calls block, and sleep while they have to wait; one of the waiting threads does the work. A
+/// receive returns once the message has arrived. A send returns once its data may be overwritten.
+/// Messages of up to 8 KiB are buffered at the receiver, up to 256 KiB for each sender (each
+/// message counts 256 bytes more than its data), and their sends wait only until the transport has
+/// taken them. Beyond that, and for longer messages, a send waits for its receive. Two ranks that
+/// both send first and then both receive may therefore wait forever; [`Messenger::exchange`]
+/// cannot. Messages progress while both ranks are in a call with each other.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), unisum::Error> {
@@ -57,11 +59,11 @@ use unisum_engine::Links;
 /// # }
 /// ```
 ///
-/// A messenger has links of its own, opened when first used, and is independent of the
-/// communicator's collectives. What ranks are called in errors are the job's numbers. After an
-/// error it is aborted: all calls under way return the error, later ones
-/// [`ErrorKind::Aborted`]. Messages that nobody has received when it is dropped are lost, so a
-/// rank drops it after it has received what was sent to it.
+/// A messenger has its own links, opened on first use, and is independent of the communicator's
+/// collectives. Errors name ranks by their numbers in the job. After an error, the messenger is
+/// aborted: all calls under way return the error, and later ones return [`ErrorKind::Aborted`].
+/// Messages that nobody has received when it is dropped are lost, so a rank drops it only after it
+/// has received everything sent to it.
 #[derive(Debug)]
 #[doc(alias = "send")]
 #[doc(alias = "recv")]
@@ -73,38 +75,39 @@ pub struct Messenger {
     arena: Arena,
     fork_generation: u32,
     transport: String,
-    /// There until it is dropped.
-    desk: Option<Desk>,
+    /// Present until the messenger is dropped.
+    progress: Option<ProgressLock>,
 }
 
 /// One of the messages of an [`exchange`](Messenger::exchange).
 #[derive(Debug)]
 pub enum Message<'a, T> {
-    /// From this rank.
+    /// A message from this rank.
     Send {
-        /// What is sent.
+        /// The data to send.
         data: &'a [T],
-        /// The rank that receives it.
+        /// The receiving rank.
         to: Rank,
-        /// The receive has the same.
+        /// The tag of the receive.
         tag: u64,
     },
-    /// To this rank.
+    /// A message to this rank.
     Receive {
-        /// Where it goes; as long as what is sent.
+        /// Where to receive it; as long as the sent data.
         data: &'a mut [T],
-        /// The rank that sends it.
+        /// The sending rank.
         from: Rank,
-        /// The send has the same.
+        /// The tag of the send.
         tag: u64,
     },
 }
 
 impl Messenger {
-    /// A messenger between the ranks of `communicator`.
+    /// Creates a messenger between the ranks of `communicator`.
     ///
-    /// Collective: every rank calls it, and nothing else on this communicator meanwhile. Blocks.
-    /// Costs what [`Communicator::duplicate`] does, and may outlive the communicator.
+    /// Collective: every rank calls it, and makes no other call on this communicator meanwhile.
+    /// Blocks. Costs as much as [`Communicator::duplicate`]. The messenger may outlive the
+    /// communicator.
     ///
     /// # Errors
     /// As [`Communicator::split`].
@@ -112,38 +115,47 @@ impl Messenger {
         let (rank, world) = (communicator.rank(), communicator.world());
         let (joined, _) = communicator.regroup(&Making::Messenger, Some(0), rank as i64)?;
         let mut transport = "none".to_owned();
-        let (desk, timeout, arena) = match (joined, &communicator.member) {
+        let (progress, timeout, arena) = match (joined, &communicator.member) {
             (Some(joined), Some(member)) => {
                 transport = joined.transport;
                 let (links, patience) = joined.engine.into_links();
                 let wakers = links.all.iter().map(|link| link.waker()).collect();
                 let number = joined.membership.communicator();
-                let office = Office::new(rank, world, number, links, patience);
+                let status = Some(joined.membership.status().clone());
+                let engine = MessageEngine::new((rank, world), (number, status), links, patience);
                 let job = &member.core.job;
-                let desk = Desk::new(Some(joined.membership), wakers, office);
-                (desk, job.settings.timeout, job.arena.clone())
+                let progress = ProgressLock::new(Some(joined.membership), wakers, engine);
+                (progress, job.settings.timeout, job.arena.clone())
             }
             _ => {
                 let links = Links { all: Vec::new(), route: vec![0; world], group: None };
-                let office = Office::new(rank, world, 0, links, Patience::MEMORY);
-                (Desk::new(None, Vec::new(), office), ALONE, Arena::default())
+                let engine = MessageEngine::new((rank, world), (0, None), links, Patience::MEMORY);
+                (ProgressLock::new(None, Vec::new(), engine), ALONE, Arena::default())
             }
         };
         let fork_generation = fork::generation();
-        Ok(Self { rank, world, timeout, arena, fork_generation, transport, desk: Some(desk) })
+        Ok(Self {
+            rank,
+            world,
+            timeout,
+            arena,
+            fork_generation,
+            transport,
+            progress: Some(progress),
+        })
     }
 
-    /// This process's number among the ranks, from 0.
+    /// This process's rank, from 0.
     pub const fn rank(&self) -> Rank {
         self.rank
     }
 
-    /// How many ranks there are.
+    /// The number of ranks.
     pub const fn world(&self) -> usize {
         self.world
     }
 
-    /// What carries the messages, as [`Communicator::transport`] says it.
+    /// The transports in use, as in [`Communicator::transport`].
     pub fn transport(&self) -> &str {
         &self.transport
     }
@@ -156,8 +168,8 @@ impl Messenger {
         self.exchange(&mut [Message::Send { data, to, tag }])
     }
 
-    /// Receives in `data` the next message with this tag of rank `from`, which is as long. Blocks
-    /// until it is there.
+    /// Receives into `data` the next message from rank `from` with this tag, which must have the
+    /// same length. Blocks until it has arrived.
     ///
     /// # Errors
     /// As [`Messenger::exchange`].
@@ -166,59 +178,60 @@ impl Messenger {
         self.exchange(&mut [Message::Receive { data, from, tag }])
     }
 
-    /// Blocks until a message with this tag can be received, of any rank, and gives the rank. Ranks
-    /// that leave meanwhile are no error. Threads that probe for one tag at once may all be given
-    /// the same message.
+    /// Blocks until a message with this tag can be received from any rank, and returns that rank.
+    /// Ranks that leave meanwhile are no error. Threads that probe for the same tag concurrently
+    /// may all be given the same message.
     ///
     /// # Errors
     /// As [`Messenger::exchange`].
     #[doc(alias = "recv_any_source")]
     pub fn probe(&self, tag: u64) -> Result<Rank, Error> {
-        let desk = self.desk.as_ref().expect("it is there until the messenger is dropped");
+        let progress = self.progress.as_ref().expect("it is there until the messenger is dropped");
         if self.is_forked() {
-            return Err(Error::forked().on(desk.job_rank()));
+            return Err(Error::forked().on(progress.job_rank()));
         }
         let found = Arc::new(OnceLock::new());
-        desk.call(1, Instant::now() + self.timeout, |office, call| {
-            office.probe(call, tag, found.clone());
+        progress.call(1, Instant::now() + self.timeout, |engine, call| {
+            engine.probe(call, tag, found.clone());
             Ok(())
         })?;
         let unknown = || Error::new(ErrorKind::Aborted, "the messenger was closed");
         found.get().copied().ok_or_else(unknown)
     }
 
-    /// Starts all messages, in their order, and then waits for all. Ranks that exchange at once
-    /// what others wait for can't deadlock, in whichever order they list their messages.
+    /// Starts all messages in their order, and then waits for all of them. Ranks that exchange at
+    /// once everything the others wait for cannot deadlock, in whatever order they list their
+    /// messages.
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`] if there is no such rank: nothing was sent, and the messenger
-    /// stays usable. [`ErrorKind::Mismatch`] if the two ends of a message differ in length or
-    /// type, [`ErrorKind::RankLost`] if a rank is gone, [`ErrorKind::Timeout`] if a message took
-    /// longer than the job's timeout: these on all ranks of the job, and the last names the rank
-    /// that the others wait for, which need not be one of the message's. What was to be received
-    /// is then unspecified.
+    /// stays usable. [`ErrorKind::Mismatch`] if the two ends of a message differ in length or type,
+    /// [`ErrorKind::RankLost`] if a rank is gone, [`ErrorKind::Timeout`] if a message took longer
+    /// than the job's timeout: these occur on all ranks of the job, and the last one names the rank
+    /// that the others wait for, which need not be one of the message's. The contents of buffers to
+    /// be received are then unspecified.
     pub fn exchange<T: Element>(&self, messages: &mut [Message<'_, T>]) -> Result<(), Error> {
-        let desk = self.desk.as_ref().expect("it is there until the messenger is dropped");
+        let progress = self.progress.as_ref().expect("it is there until the messenger is dropped");
         if self.is_forked() {
-            return Err(Error::forked().on(desk.job_rank()));
+            return Err(Error::forked().on(progress.job_rank()));
         }
         let peers = messages.iter().map(Message::peer);
         if let Some(peer) = peers.into_iter().find(|&peer| peer >= self.world) {
             let text = format!("a message from or to rank {peer} of {} ranks", self.world);
-            return Err(Error::new(ErrorKind::Configuration, text).on(desk.job_rank()));
+            return Err(Error::new(ErrorKind::Configuration, text).on(progress.job_rank()));
         }
         let deadline = Instant::now() + self.timeout;
-        desk.call(messages.len(), deadline, |office, call| {
+        progress.call(messages.len(), deadline, |engine, call| {
             messages.iter_mut().try_for_each(|message| {
                 // SAFETY: `call` returns only after all operations have ended or the links are
                 // aborted or driven by nobody any more, and the messages are borrowed until then.
                 let posted = unsafe { message.posted(&self.arena, call) };
-                office.post(posted)
+                engine.post(posted)
             })
         })
     }
 
-    /// Whether this process is a child of the one that made it.
+    /// Whether this process was forked from the one that created the messenger.
     fn is_forked(&self) -> bool {
         fork::current() != self.fork_generation
     }
@@ -228,7 +241,7 @@ impl Drop for Messenger {
     fn drop(&mut self) {
         if self.is_forked() {
             // Nothing may be dropped here: a thread that exists only in the parent may hold a lock.
-            std::mem::forget(self.desk.take());
+            std::mem::forget(self.progress.take());
         }
     }
 }

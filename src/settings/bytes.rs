@@ -1,6 +1,6 @@
-//! Byte sizes as people write them.
+//! Byte sizes in human-readable form.
 
-/// A text that is no byte size.
+/// A text that is not a byte size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not a byte size (expected a whole number, optionally with K, M, G or T)")]
 pub struct ByteSizeError {
@@ -12,7 +12,7 @@ pub struct ByteSizeError {
 /// Suffixes are powers of 1024 and case does not matter, as in nccl-tests.
 ///
 /// # Errors
-/// [`ByteSizeError`] for anything else, also for sizes above `u64::MAX`.
+/// [`ByteSizeError`] for anything else, including sizes above `u64::MAX`.
 pub fn parse_bytes(text: &str) -> Result<u64, ByteSizeError> {
     let failed = || ByteSizeError { text: text.to_owned() };
     let trimmed = text.trim();

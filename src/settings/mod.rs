@@ -1,6 +1,7 @@
 //! What a user can set by environment, in one table, read once and checked.
 
 mod bytes;
+mod tls;
 mod variables;
 mod verbs;
 
@@ -8,9 +9,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use bytes::{ByteSizeError, parse_bytes};
+use tls::TlsSettings;
 use unisum_control::Environment;
 use variables::VARIABLES;
 use verbs::VerbsSettings;
+
+use crate::wiring::{Custom, builtin};
 
 use unisum_control::address::PortRange;
 use unisum_control::interface::InterfaceFilter;
@@ -32,6 +36,8 @@ pub(crate) struct Settings {
     pub(crate) tuning: Option<PathBuf>,
     /// Which transport carries the data.
     pub(crate) transport: TransportChoice,
+    /// The program's own transports.
+    pub(crate) custom: Custom,
     /// Which network interfaces may be used; `None` goes by the route to the rendezvous host.
     pub(crate) interface: Option<InterfaceFilter>,
     /// Ports a rank may listen on; `None` lets the kernel pick.
@@ -48,22 +54,15 @@ pub(crate) struct Settings {
     pub(crate) cross_memory: bool,
     /// RDMA devices.
     pub(crate) verbs: VerbsSettings,
+    /// Encryption.
+    pub(crate) tls: TlsSettings,
 }
 
-/// Which transport carries the data.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub(crate) enum TransportChoice {
-    /// Shared memory between ranks of one host, RDMA between hosts, or TCP where not all ranks
-    /// have that.
-    #[default]
-    Auto,
-    /// TCP between all ranks.
-    Tcp,
-    /// Shared memory only: an error if the ranks are not on one host.
-    Shm,
-    /// RDMA between all ranks: an error if one can't.
-    Verbs,
-}
+/// Which transport carries the data: the one of this name between all ranks, which is an error if
+/// one can't; or shared memory between ranks of one host, RDMA between hosts, and TCP where not all
+/// ranks have that.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub(crate) struct TransportChoice(Option<String>);
 
 /// A variable that does not hold what it must.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -75,13 +74,14 @@ pub(crate) struct SettingsError {
 }
 
 impl Settings {
-    /// Reads the settings from `environment`; what is not set has its default.
+    /// Reads the settings from `environment`, for a program with these transports of its own; what
+    /// is not set has its default.
     ///
     /// Warns, once a call, of `UNISUM_` variables that do not exist, as they are likely misspelt.
     ///
     /// # Errors
     /// [`SettingsError`] for the first variable whose value is malformed or out of range.
-    pub(crate) fn from_environment(environment: &Environment) -> Result<Self, SettingsError> {
+    pub(crate) fn read(environment: &Environment, custom: Custom) -> Result<Self, SettingsError> {
         let unknown = unknown_variables(environment);
         if !unknown.is_empty() {
             crate::warning::warning!("unknown variables, misspelt? {}", unknown.join(", "));
@@ -100,7 +100,8 @@ impl Settings {
             algorithm: read.algorithm("UNISUM_ALGORITHM")?,
             reproducible,
             tuning: read.tuning("UNISUM_TUNING", reproducible)?,
-            transport: read.parsed("UNISUM_TRANSPORT")?.unwrap_or_default(),
+            transport: read.transport("UNISUM_TRANSPORT", &custom)?.unwrap_or_default(),
+            custom,
             interface: read.interface()?,
             port_range: read.parsed("UNISUM_PORT_RANGE")?,
             sockets_per_peer: read
@@ -115,7 +116,25 @@ impl Settings {
             shm_heap: read.bytes("UNISUM_SHM_HEAP", 1..=1 << 46)?,
             cross_memory: read.switch("UNISUM_CMA")?.unwrap_or(defaults.cross_memory),
             verbs: VerbsSettings::read(&read)?,
+            tls: TlsSettings::read(&read)?,
         })
+    }
+}
+
+impl Settings {
+    /// The same for a program without transports of its own.
+    ///
+    /// # Errors
+    /// As [`Settings::read`].
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn from_environment(environment: &Environment) -> Result<Self, SettingsError> {
+        Self::read(environment, Custom::default())
+    }
+
+    /// The defaults, but for encryption if that can be read: to tell what else can't.
+    pub(crate) fn only_tls(environment: &Environment) -> Self {
+        let tls = TlsSettings::read(&Reader(environment)).unwrap_or_default();
+        Self { tls, ..Self::default() }
     }
 }
 
@@ -128,7 +147,8 @@ impl Default for Settings {
             algorithm: None,
             reproducible: false,
             tuning: None,
-            transport: TransportChoice::Auto,
+            transport: TransportChoice::default(),
+            custom: Custom::default(),
             interface: None,
             port_range: None,
             sockets_per_peer: 1,
@@ -137,32 +157,41 @@ impl Default for Settings {
             shm_heap: None,
             cross_memory: true,
             verbs: VerbsSettings::default(),
+            tls: TlsSettings::default(),
         }
     }
 }
 
-impl std::str::FromStr for TransportChoice {
-    type Err = &'static str;
+impl TransportChoice {
+    pub(crate) const fn is_auto(&self) -> bool {
+        self.0.is_none()
+    }
 
-    fn from_str(text: &str) -> Result<Self, &'static str> {
+    /// Whether this transport was asked for.
+    pub(crate) fn is(&self, name: &str) -> bool {
+        self.0.as_deref() == Some(name)
+    }
+
+    /// The choice that a text names.
+    ///
+    /// # Errors
+    /// What is accepted, where these transports can be asked for.
+    fn parse(text: &str, known: &[&'static str]) -> Result<Self, String> {
         match text {
-            "auto" => Ok(Self::Auto),
-            "tcp" => Ok(Self::Tcp),
-            "shm" => Ok(Self::Shm),
-            "verbs" => Ok(Self::Verbs),
-            _ => Err("auto, tcp, shm or verbs"),
+            "auto" => Ok(Self(None)),
+            name if known.contains(&name) => Ok(Self(Some(name.into()))),
+            _ => {
+                let (last, others) = known.split_last().unwrap_or((&"auto", &[]));
+                let others: String = others.iter().map(|name| format!(", {name}")).collect();
+                Err(format!("auto{others} or {last}"))
+            }
         }
     }
 }
 
 impl std::fmt::Display for TransportChoice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::Tcp => "tcp",
-            Self::Shm => "shm",
-            Self::Verbs => "verbs",
-        })
+        f.write_str(self.0.as_deref().unwrap_or("auto"))
     }
 }
 
@@ -239,6 +268,11 @@ impl Reader<'_> {
 
     fn parsed<T: std::str::FromStr<Err: ToString>>(&self, variable: &'static str) -> Read<T> {
         self.read(variable, |text| text.parse().map_err(|error: T::Err| error.to_string()))
+    }
+
+    fn transport(&self, variable: &'static str, custom: &Custom) -> Read<TransportChoice> {
+        let known: Vec<&str> = builtin::names().chain(custom.names()).collect();
+        self.read(variable, |text| TransportChoice::parse(text, &known))
     }
 
     /// The name's form only: which names exist is the selection's to know.

@@ -62,7 +62,8 @@ fn every_setting_is_read() {
         connect_timeout: Duration::from_secs(7),
         heartbeat_timeout: Duration::from_millis(2500),
         algorithm: Some("ring".to_owned()),
-        transport: TransportChoice::Shm,
+        transport: TransportChoice(Some("shm".into())),
+        custom: Custom::default(),
         interface: Some("^docker".parse().unwrap()),
         port_range: Some("20000-20010".parse().unwrap()),
         sockets_per_peer: 4,
@@ -81,6 +82,7 @@ fn every_setting_is_read() {
             traffic_class: 106,
             service_level: 5,
         },
+        tls: TlsSettings::default(),
     };
     assert_eq!(settings, Ok(expected));
 }
@@ -120,9 +122,11 @@ fn interfaces_fall_back_to_what_nccl_and_gloo_were_told() {
     assert_eq!([filter(&all), filter(&all[1..]), filter(&all[2..])], ["a", "b", "=c"]);
 }
 
-#[cfg(feature = "verbs")]
 #[test]
 fn malformed_devices_are_errors() {
+    if !builtin::built().contains(&"verbs") {
+        return;
+    }
     let error = read(&[("UNISUM_VERBS_DEVICE", "mlx5_0:0")]).unwrap_err().to_string();
     assert!(error.contains("UNISUM_VERBS_DEVICE") && error.contains("1 to 255"), "{error}");
 }
@@ -152,4 +156,26 @@ fn misspelt_variables_are_listed() {
         ("OTHER", "1"),
     ]);
     assert_eq!(unknown_variables(&environment), ["UNISUM_TIMEOUTS"]);
+}
+
+/// RDMA is not encrypted: with certificates it is refused, unless the fabric is isolated.
+#[cfg(all(feature = "tls", feature = "verbs"))]
+#[test]
+fn certificates_refuse_rdma_unless_nobody_else_is_on_the_fabric() {
+    let files = [
+        ("UNISUM_TLS", "mtls"),
+        ("UNISUM_TLS_CERT", "tls.crt"),
+        ("UNISUM_TLS_KEY", "tls.key"),
+        ("UNISUM_TLS_CA", "ca.crt"),
+    ];
+    let refused = |more: &[(&'static str, &'static str)]| {
+        let settings = read(&[&files[..], more].concat()).unwrap();
+        settings.tls.refuses_rdma()
+    };
+    assert!(refused(&[]).unwrap().contains("UNISUM_VERBS_ISOLATED=1"));
+    assert!(refused(&[("UNISUM_VERBS_ISOLATED", "0")]).is_some());
+    assert_eq!(refused(&[("UNISUM_VERBS_ISOLATED", "1")]), None);
+    for level in ["auto", "token", "off"] {
+        assert_eq!(read(&[("UNISUM_TLS", level)]).unwrap().tls.refuses_rdma(), None, "{level}");
+    }
 }

@@ -41,8 +41,22 @@ pub(crate) const VARIABLES: &[Variable] = &[
         "",
         "name of this run, the same on all ranks, different from other runs",
     ),
-    variable("UNISUM_TOKEN", "", "secret that every connection must prove, 16 bytes or more"),
+    variable("UNISUM_TOKEN", "", "secret that every connection must prove, of 128 bits or more"),
     variable("UNISUM_TOKEN_FILE", "", "file that holds the secret, readable by its owner only"),
+    variable("UNISUM_TLS", "auto", "what is encrypted: `auto`, `off`, `token` or `mtls`"),
+    variable(
+        "UNISUM_TLS_CERT",
+        "",
+        "certificate of this rank and those above it, PEM; `mtls` only",
+    ),
+    variable("UNISUM_TLS_KEY", "", "key of that certificate, PEM; `mtls` only"),
+    variable("UNISUM_TLS_CA", "", "CAs that sign the other ranks' certificates, PEM; `mtls` only"),
+    variable(
+        "UNISUM_TLS_PEERS",
+        "",
+        "DNS names and SPIFFE IDs of certificates that are accepted, `NAME,NAME` or `@FILE`; \
+         `mtls` only",
+    ),
     variable(
         "UNISUM_TIMEOUT",
         "300",
@@ -61,7 +75,11 @@ pub(crate) const VARIABLES: &[Variable] = &[
         "1 chooses algorithms by nothing that was measured or tried",
     ),
     variable("UNISUM_TUNING", "", "file on rank 0's host that keeps what was measured and tried"),
-    variable("UNISUM_TRANSPORT", "auto", "`auto`, `tcp`, `shm` or `verbs`"),
+    variable(
+        "UNISUM_TRANSPORT",
+        "auto",
+        "`auto`, `tcp`, `shm`, `verbs`, or a transport of the program's own",
+    ),
     variable(
         "UNISUM_INTERFACE",
         "",
@@ -93,5 +111,10 @@ pub(crate) const VARIABLES: &[Variable] = &[
     ),
     variable("UNISUM_VERBS_RETRIES", "7", "repetitions before an RDMA connection fails, 0 to 7"),
     variable("UNISUM_VERBS_TRAFFIC_CLASS", "0", "traffic class of RDMA packets (RoCE: DSCP · 4)"),
+    variable(
+        "UNISUM_VERBS_ISOLATED",
+        "0",
+        "1 says that nobody else is on the RDMA fabric, without which `mtls` uses none",
+    ),
     variable("UNISUM_VERBS_SERVICE_LEVEL", "0", "InfiniBand service level, 0 to 15"),
 ];

@@ -1,22 +1,16 @@
 //! What a user can set about RDMA devices.
 
-#[cfg(feature = "verbs")]
-pub(crate) use unisum_verbs::DeviceFilter;
-
 use super::{Reader, SettingsError};
-
-/// Without the transport nobody knows more of a filter than its text.
-#[cfg(not(feature = "verbs"))]
-pub(crate) type DeviceFilter = String;
+use crate::wiring::builtin;
 
 /// Settings of the verbs transport.
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(not(feature = "verbs"), allow(dead_code, reason = "only the transport reads them"))]
+#[allow(dead_code, reason = "a build without the transport does not read them")]
 pub(crate) struct VerbsSettings {
     /// Whether RDMA devices may be used where the transport is chosen automatically.
     pub(crate) allowed: bool,
-    /// Which devices; `None` means all that are not software.
-    pub(crate) devices: Option<DeviceFilter>,
+    /// Which devices, as the transport reads it; `None` means all that are not software.
+    pub(crate) devices: Option<String>,
     /// Place of the address in the port's table; `None` chooses.
     pub(crate) gid_index: Option<usize>,
     /// Queue pairs for each peer on each device.
@@ -56,8 +50,11 @@ impl VerbsSettings {
             let [own, nccl] = names.map(|name| read.number(name, 0..=most));
             own.and_then(|own| Ok(own.or(nccl?)))
         };
-        let devices = match read.parsed("UNISUM_VERBS_DEVICE")? {
-            None => read.parsed("NCCL_IB_HCA")?,
+        let filter = |variable| {
+            read.read(variable, |text| builtin::check_devices(text).map(|()| text.to_owned()))
+        };
+        let devices = match filter("UNISUM_VERBS_DEVICE")? {
+            None => filter("NCCL_IB_HCA")?,
             own => own,
         };
         Ok(Self {

@@ -1,4 +1,5 @@
-//! Measures a link between two ranks, the α and β of the cost model, and collectives of a group.
+//! Measures the α and β of a link between two ranks, for the cost model, and collectives of a
+//! group.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,10 +8,11 @@ use unisum_algorithms::LinkCost;
 use unisum_kernels::Dtype;
 use unisum_kernels::Fold;
 use unisum_link::{
-    Backoff, Call, Landing, Link, LinkError, LinkErrorKind, Pause, Rank, Region, Regions, Ticket,
+    Backoff, Call, Cause, Landing, Link, LinkError, LinkErrorKind, Pause, Rank, Region, Regions,
+    Ticket,
 };
 
-use crate::membership::Membership;
+use crate::execution::membership::Membership;
 use crate::memory::Arena;
 use unisum_engine::{Advance, Engine, Program};
 
@@ -18,13 +20,16 @@ const SMALL: usize = 8;
 const CACHED: usize = LinkCost::CACHED_BYTES / 4;
 const LARGE: usize = 1 << 20;
 const ROUNDS: usize = 12;
-/// Messages of one size go there and back for no longer, once the first has, however slow the link.
+/// The time for round trips of one message size, after the first one, however slow the link is.
 const SPELL: Duration = Duration::from_millis(10);
 
-/// If a message of [`CACHED`] bytes takes longer one way, the link is so slow that those of
-/// [`LARGE`] bytes are reckoned from it: at 8 Mbit/s a dozen of them would take as many seconds.
+/// If a message of [`CACHED`] bytes takes longer one way, the link is so slow that the time of
+/// [`LARGE`] bytes is extrapolated: at 8 Mbit/s, a dozen of them would take as many seconds.
 const SLOW: Duration = Duration::from_millis(20);
-/// In a message's first byte: no more of this size; no more at all.
+/// No processor moves bytes faster: where a measurement says so, others had the processors while
+/// the smaller message was measured.
+pub(super) const S_PER_BYTE_MIN: f64 = 1e-12;
+/// In a message's first byte: the last message of this size; the last message.
 const LAST: u8 = 1;
 const END: u8 = 2;
 
@@ -32,12 +37,12 @@ const END: u8 = 2;
 #[derive(Clone, Copy)]
 pub(crate) struct Limit<'a> {
     pub(crate) until: Instant,
-    /// Its links wake the measurement when the job ends.
+    /// Wakes the measurement when the job ends.
     pub(crate) membership: &'a Membership,
 }
 
 impl Limit<'_> {
-    /// An error when the job has ended, or the time is up; `doing` says what then had no answer.
+    /// An error if the job has ended or the time is up; `doing` says what had no answer.
     fn check(self, peer: Rank, doing: impl FnOnce() -> String) -> Result<(), LinkError> {
         let text = if self.membership.verdict().is_some() {
             "the job ended meanwhile".to_owned()
@@ -50,7 +55,7 @@ impl Limit<'_> {
     }
 }
 
-/// Exchanges messages with `peer`, which calls this at the same time, and gives what this rank
+/// Exchanges messages with `peer`, which calls this at the same time, and returns what this rank
 /// measured: the fastest of several round trips, halved.
 ///
 /// # Errors
@@ -62,9 +67,9 @@ pub(crate) fn measure(
     arena: &Arena,
     limit: Limit<'_>,
 ) -> Result<LinkCost, LinkError> {
-    let memory = arena
-        .allocate_anywhere(LARGE)
-        .map_err(|error| LinkError::os(peer, "allocating memory to measure with", error))?;
+    let memory = arena.allocate_anywhere(LARGE).map_err(|error| {
+        LinkError::lacking(peer, "allocating memory to measure with", Cause::other(error))
+    })?;
     // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the
     // link drops its posts before `memory` is freed.
     let region = unsafe { arena.region_at(memory.start(), LARGE) };
@@ -73,13 +78,22 @@ pub(crate) fn measure(
     if times.is_err() {
         pair.link.abort();
     }
-    let [small, cached, large] = times?;
-    let s_per_byte = |seconds: f64, bytes: usize| (seconds - small).max(1e-12) / bytes as f64;
-    Ok(LinkCost {
+    times.map(cost)
+}
+
+/// What a link costs on which messages of the three sizes took so many seconds.
+fn cost([small, cached, large]: [f64; 3]) -> LinkCost {
+    // Where others had the processors, a small message may have taken longer than a large one: the
+    // time of the large one bounds what is the link's.
+    let cached = cached.min(large);
+    let small = small.min(cached);
+    let s_per_byte =
+        |seconds: f64, bytes: usize| ((seconds - small) / bytes as f64).max(S_PER_BYTE_MIN);
+    LinkCost {
         alpha_s: small,
         beta_s_per_byte: s_per_byte(large, LARGE),
         beta_cached_s_per_byte: s_per_byte(cached, CACHED),
-    })
+    }
 }
 
 /// Seconds that `program` takes the group's members, who run it at once, as they will later, among
@@ -124,13 +138,13 @@ fn finish(engine: &mut Engine, limit: Limit<'_>) -> Result<(), LinkError> {
     }
 }
 
-/// The times with that of the largest messages, if it was not measured, reckoned from the others.
+/// The times, with that of the largest messages extrapolated from the others if not measured.
 fn with_large([small, cached, large]: [f64; 3]) -> [f64; 3] {
     let reckoned = small + (cached - small).max(0.0) * (LARGE as f64 / CACHED as f64);
     [small, cached, if large.is_finite() { large } else { reckoned }]
 }
 
-/// What is known of a message that had no answer.
+/// Describes a message that had no answer.
 fn unanswered(went: Option<usize>, bytes: usize) -> String {
     match went {
         Some(went) if went < bytes => format!(
@@ -156,7 +170,7 @@ impl Pair<'_> {
         let call = Call::all_reduce(Call::NUMBER_MAX, Dtype::U8, 0);
         self.link.begin(&call, &Regions::in_place(region));
         let mut seconds = [f64::INFINITY; 3];
-        // Twice, as what starting processes disturbs may be over the second time.
+        // Twice, because the disturbance of starting processes may be over the second time.
         for _ in 0..2 {
             for (at, bytes) in [SMALL, CACHED, LARGE].into_iter().enumerate() {
                 let part = region.part(&(0..bytes));
@@ -170,7 +184,7 @@ impl Pair<'_> {
         Ok(seconds)
     }
 
-    /// And whether nothing more is to be measured.
+    /// Also returns whether nothing more must be measured.
     fn fastest_half_trip(&mut self, memory: Region) -> Result<(Duration, bool), LinkError> {
         let (mut fastest, begun) = (Duration::MAX, Instant::now());
         let bytes = memory.bytes();
@@ -232,6 +246,18 @@ mod tests {
         let expected = 0.001 + 0.065 * (LARGE / CACHED) as f64;
         assert!((large - expected).abs() < 1e-9, "{large}");
         assert_eq!(with_large([0.001, 0.066, 0.5])[2], 0.5);
+    }
+
+    #[test]
+    fn a_disturbed_measurement_gives_no_rate_that_no_machine_has() {
+        let quiet = cost([1e-5, 1e-4, 1e-3]);
+        assert_eq!(quiet.alpha_s, 1e-5);
+        assert!((quiet.beta_s_per_byte - 9.9e-4 / LARGE as f64).abs() < 1e-15);
+        let disturbed = cost([3e-3, 1e-4, 1e-3]);
+        assert_eq!((disturbed.alpha_s, disturbed.beta_cached_s_per_byte), (1e-4, S_PER_BYTE_MIN));
+        assert!(disturbed.beta_s_per_byte > S_PER_BYTE_MIN);
+        let worse = cost([3e-3, 3e-3, 1e-3]);
+        assert_eq!((worse.alpha_s, worse.beta_s_per_byte), (1e-3, S_PER_BYTE_MIN));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What each rank tells all others when it joins.
+//! What each rank sends to all others when it joins.
 
 use std::net::SocketAddr;
 
@@ -7,22 +7,24 @@ use bytes::{Buf, BufMut};
 use super::cores::Cores;
 use unisum_control::interface::without_scope;
 
-/// A rank's card. Its encoding needs no version: ranks of other builds are refused before.
+/// A rank's card. Its encoding needs no version, because ranks of other builds are refused before.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Card {
-    /// Where the rank accepts connections, the best address first. The numbers of its interfaces
-    /// are not told: they mean nothing on other hosts.
+    /// Where the rank accepts connections, the best address first. Interface indices are left out:
+    /// they mean nothing on other hosts.
     pub(crate) addresses: Vec<SocketAddr>,
-    /// Which host it is on, as far as names go; sharing memory proves it.
+    /// The host it is on, according to its name; sharing memory proves it.
     pub(crate) host: String,
     /// Process id, for messages.
     pub(crate) pid: u32,
-    /// What it may run on.
+    /// The cores it may run on.
     pub(super) cores: Cores,
-    /// Settings that must be the same on all ranks, readable.
+    /// Settings that must be the same on all ranks, as text.
     pub(crate) settings: String,
-    /// What the shared-memory transport offers; empty if it does not.
-    pub(crate) shm: Vec<u8>,
+    /// What it tells of its end of the link among the ranks of its host; empty if it has none.
+    pub(crate) node: Vec<u8>,
+    /// How far the rank of an elastic job is as it enters a view; empty at the start.
+    pub(crate) standing: Vec<u8>,
 }
 
 impl Card {
@@ -32,7 +34,8 @@ impl Card {
         let told = |&address: &SocketAddr| without_scope(address).to_string();
         let addresses = self.addresses.iter().map(told).collect::<Vec<_>>().join(" ");
         let (host, settings) = (self.host.as_bytes(), self.settings.as_bytes());
-        for field in [addresses.as_bytes(), host, settings, &self.shm, &self.cores.encode()] {
+        let (node, standing, cores) = (&self.node, &self.standing, self.cores.encode());
+        for field in [addresses.as_bytes(), host, settings, node, standing, &cores] {
             bytes.put_u32_le(u32::try_from(field.len()).expect("cards are small"));
             bytes.put_slice(field);
         }
@@ -50,12 +53,13 @@ impl Card {
             .map(parse)
             .collect::<Result<_, _>>()?;
         let (host, settings) = (text(&mut bytes)?, text(&mut bytes)?);
-        let shm = field(&mut bytes)?.to_vec();
+        let node = field(&mut bytes)?.to_vec();
+        let standing = field(&mut bytes)?.to_vec();
         let cores = Cores::decode(field(&mut bytes)?).ok_or("a card that tells no cores")?;
         if !bytes.is_empty() {
             return Err("a card with something behind it".into());
         }
-        Ok(Self { addresses, host, pid, cores, settings, shm })
+        Ok(Self { addresses, host, pid, cores, settings, node, standing })
     }
 }
 
@@ -80,7 +84,8 @@ mod tests {
             pid: 7,
             cores: Cores::own(),
             settings: "transport=auto".into(),
-            shm: vec![1, 2, 3],
+            node: vec![1, 2, 3],
+            standing: vec![4, 5],
         };
         assert_eq!(Card::decode(&card.encode()).as_ref(), Ok(&card));
         let scoped = Card { addresses: vec!["[fe80::1%7]:4000".parse().unwrap()], ..card };

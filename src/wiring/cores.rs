@@ -1,19 +1,19 @@
-//! The cores that the ranks of a host have together.
+//! The cores that the ranks of a host share.
 //!
-//! Launchers bind each rank to cores of its own, so that what one rank sees says little: two ranks
-//! on a core each share none, two ranks on the same core share it.
+//! Launchers bind each rank to cores of its own, so a single rank's view says little: two ranks on
+//! separate cores share none, two ranks on the same core share it.
 
 use std::thread;
 
 use bytes::{Buf, BufMut};
 use rustix::thread::{CpuSet, sched_getaffinity};
 
-/// What a rank may run on.
+/// The cores a rank may run on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Cores {
-    /// At most so many at once; fewer than there are bits where a quota says so.
+    /// The maximum number at once; less than the number of bits if a quota says so.
     at_once: u32,
-    /// A bit for each core, the lowest first; none if the system does not tell.
+    /// A bit for each core, the lowest first; empty if the system does not report them.
     set: Vec<u8>,
 }
 
@@ -32,7 +32,7 @@ impl Cores {
         Self { at_once, set }
     }
 
-    /// How many the ranks of one host have, who tell this.
+    /// The number of cores that the ranks of one host have, given what each of them sent.
     pub(super) fn of_host<'a>(ranks: impl Iterator<Item = &'a Self> + Clone) -> usize {
         let mut union = Vec::new();
         for Self { set, .. } in ranks.clone() {

@@ -1,4 +1,4 @@
-//! What the links cost: measured between few ranks, then agreed by all.
+//! What the links cost: measured between a few ranks, then agreed by all.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,20 +15,21 @@ use super::calibrate::{self, Limit};
 use super::earlier::{Earlier, look_up};
 use super::pairs::{self, Across, Measured};
 use super::{Job, rendezvous_error, starting_failed};
-use crate::choice::{Choice, Line, NodeCost};
-use crate::membership::Membership;
-use crate::programs::{Key, Programs};
-use crate::tunings::{Tunings, Which};
+use crate::autotuning::saved::{Tunings, Which};
+use crate::autotuning::selector::{AlgorithmSelector, Line, NodeCost};
+use crate::collective::key::Key;
+use crate::execution::membership::Membership;
+use crate::execution::programs::Programs;
 use crate::{Error, ErrorKind};
 use unisum_engine::{Engine, Tuning};
 
 /// The figures that all ranks share.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Costs {
-    /// Between ranks of a node; without such, as `across`.
+    /// Between ranks of a node; the same as `across` if there are none.
     pub(super) inside: LinkCost,
-    /// Between ranks of different nodes, the median of what was measured; without such, as
-    /// `inside`.
+    /// Between ranks of different nodes, the median of the measurements; the same as `inside` if
+    /// there is one node.
     pub(super) across: LinkCost,
     /// What the links between nodes are like, if there are several nodes.
     nodes: Option<Across>,
@@ -36,11 +37,11 @@ pub(super) struct Costs {
     pub(super) cores: f64,
     /// All-reduces of the group that is the whole world: one-shot and two-shot.
     group: Option<[Line; 2]>,
-    /// Whether any ranks take group steps; also on a rank that shares memory with nobody.
+    /// Whether any ranks take group steps; set even on a rank that shares memory with nobody.
     has_groups: bool,
 }
 
-/// What rank 0 measured beside links.
+/// What rank 0 measured besides links.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Figures {
     gamma_s_per_byte: f64,
@@ -48,40 +49,40 @@ struct Figures {
     group: Option<[Line; 2]>,
 }
 
-/// Whose costs are measured.
+/// What measuring needs to know about a communicator.
 #[derive(Clone, Copy)]
-pub(super) struct Site<'a> {
+pub(super) struct MeasureContext<'a> {
     pub(super) rank: Rank,
     /// The ranks that share memory with this one, itself included.
     pub(super) members: &'a [Rank],
     pub(super) job: &'a Job,
     pub(super) topology: &'a Topology,
-    /// What this rank reaches others by.
+    /// The transports by which this rank reaches others.
     pub(super) transport: &'a str,
     pub(super) tuning: Tuning,
     pub(super) limit: Limit<'a>,
 }
 
-/// What all ranks know alike.
+/// What all ranks have agreed on.
 pub(super) struct Agreed {
     costs: Costs,
     /// Whether algorithms may be tried.
     tries: bool,
-    /// What was settled in earlier runs, and where this one's goes.
+    /// What earlier runs settled, and where this run saves its results.
     tunings: Option<Arc<Tunings>>,
-    /// The costs and where they come from, to be read.
+    /// The costs and their origin, as text for people.
     pub(super) text: String,
 }
 
 impl Agreed {
-    /// The choice of the job's communicator.
+    /// The selector of the job's communicator.
     pub(super) fn choice(
         self,
         topology: Topology,
         engine: &mut Engine,
         tuning: Tuning,
         fixed: Option<usize>,
-    ) -> Choice {
+    ) -> AlgorithmSelector {
         let ranks: Arc<[Rank]> = (0..topology.world()).collect();
         let choice = self.costs.choice(topology, engine, tuning, fixed);
         match self.tunings {
@@ -95,25 +96,28 @@ impl Agreed {
     }
 }
 
-/// Takes the costs from rank 0's tuning file, if that has them, or measures; or takes round figures
-/// where choices must not hang on clocks.
-pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Agreed, Error> {
-    let Site { rank, topology, .. } = site;
-    let control = site.limit.membership.control();
-    let told = control.exchange(tell(engine, site)).map_err(rendezvous_error)?;
+/// Takes the costs from rank 0's tuning file if it has them, or measures them, or uses round
+/// figures where choices must not depend on measurements.
+pub(super) fn agree(engine: &mut Engine, context: MeasureContext<'_>) -> Result<Agreed, Error> {
+    let MeasureContext { rank, topology, .. } = context;
+    let control = context.limit.membership.control();
+    let told = control.exchange(tell(engine, context)).map_err(rendezvous_error)?;
     let told: Vec<Told<'_>> = told.iter().map(|told| Told::new(told)).collect();
     let has_groups = told.iter().any(|told| told.has_group);
-    if site.job.settings.reproducible {
+    if context.job.settings.reproducible {
         let costs = Costs { has_groups, ..Costs::of_kinds(topology, &told) };
         let text = "links as any of their kinds, not measured (UNISUM_REPRODUCIBLE)\n".to_owned();
         return Ok(Agreed { costs, tries: false, tunings: None, text });
     }
-    let earlier = if told[0].keeps { Some(look_up(site, &told)?) } else { None };
+    let earlier = if told[0].keeps { Some(look_up(context, &told)?) } else { None };
     let known = earlier.as_ref().and_then(|earlier| earlier.measured.clone());
     let is_known = known.is_some();
     let blobs = match known {
         Some(blobs) => blobs,
-        None => measure_all(engine, site, &told)?,
+        None => {
+            tracing::debug!("measuring the links");
+            measure_all(engine, context, &told)?
+        }
     };
     let costs = combine(topology, &blobs).map_err(|from| {
         let text = format!("rank {from} told no costs that this version understands");
@@ -133,59 +137,66 @@ pub(super) fn agree(engine: &mut Engine, site: Site<'_>) -> Result<Agreed, Error
     Ok(Agreed { costs: Costs { has_groups, ..costs }, tries: true, tunings, text })
 }
 
-/// Measures: rank 0 with a rank of its node, each two nodes that follow each other with a rank of
-/// each, and all ranks together where they share memory. Then all tell: what each told, by rank.
+/// Measures: rank 0 with a rank of its node, each two neighbouring nodes with one rank each, and
+/// all ranks together where they share memory. Returns what each rank sent, by rank.
 fn measure_all(
     engine: &mut Engine,
-    site: Site<'_>,
+    context: MeasureContext<'_>,
     told: &[Told<'_>],
 ) -> Result<Vec<Vec<u8>>, Error> {
-    let Site { rank, members, topology, .. } = site;
+    let MeasureContext { rank, members, topology, .. } = context;
     let mut measured = Vec::new();
     for round in pairs::rounds(topology, |rank| told[rank].core) {
         let Some(peer) = pairs::partner(&round, rank) else { continue };
-        let cost = measure(engine, peer, site)?;
+        let cost = measure(engine, peer, context)?;
         if rank < peer {
             measured.push(Measured { pair: [rank, peer], cost });
         }
     }
-    let group = measure_group(engine, site)?;
-    let (_, cores) = site.job.ranks_and_cores(members);
+    let group = measure_group(engine, context)?;
+    let (_, cores) = context.job.ranks_and_cores(members);
     let figures = || Figures { gamma_s_per_byte: gamma_s_per_byte(), cores: cores as f64, group };
     let blob = encode(&measured, (rank == 0).then(figures));
-    site.limit.membership.control().exchange(blob).map_err(rendezvous_error)
+    context.limit.membership.control().exchange(blob).map_err(rendezvous_error)
 }
 
-fn measure(engine: &mut Engine, peer: Rank, site: Site<'_>) -> Result<LinkCost, Error> {
-    let Site { rank, job, limit, .. } = site;
+fn measure(
+    engine: &mut Engine,
+    peer: Rank,
+    context: MeasureContext<'_>,
+) -> Result<LinkCost, Error> {
+    let MeasureContext { rank, job, limit, .. } = context;
     calibrate::measure(engine.link_to(peer), peer, rank < peer, &job.arena, limit)
         .map_err(|error| measuring_failed(error, limit.membership))
 }
 
-/// Where all ranks share memory: what its one-shot and its two-shot take, each at two sizes.
-fn measure_group(engine: &mut Engine, site: Site<'_>) -> Result<Option<[Line; 2]>, Error> {
+/// If all ranks share memory: the times of a one-shot and a two-shot, each at two sizes.
+fn measure_group(
+    engine: &mut Engine,
+    context: MeasureContext<'_>,
+) -> Result<Option<[Line; 2]>, Error> {
     let Some(slot_bytes) = engine.group().map(|group| group.slot_bytes()) else {
         return Ok(None);
     };
-    if site.members.len() < site.topology.world() {
+    if context.members.len() < context.topology.world() {
         return Ok(None);
     }
-    let one_shot = measure_collectives(engine, site, "one-shot", [8, slot_bytes / 2])?;
-    let two_shot = measure_collectives(engine, site, "two-shot", [4 << 10, 256 << 10])?;
+    let one_shot = measure_collectives(engine, context, "one-shot", [8, slot_bytes / 2])?;
+    let two_shot = measure_collectives(engine, context, "two-shot", [4 << 10, 256 << 10])?;
     Ok(Some([one_shot, two_shot]))
 }
 
 fn measure_collectives(
     engine: &mut Engine,
-    site: Site<'_>,
+    context: MeasureContext<'_>,
     algorithm: &str,
     sizes: [usize; 2],
 ) -> Result<Line, Error> {
-    let failed = |text: String| Error::new(ErrorKind::Rendezvous, text).on(site.rank);
-    let memory = site.job.arena.allocate_anywhere(sizes[1]).map_err(failed)?;
+    let failed = |text: String| Error::new(ErrorKind::Rendezvous, text).on(context.rank);
+    let memory = context.job.arena.allocate_anywhere(sizes[1]).map_err(failed)?;
     let named = |known: &&dyn Algorithm| known.name() == algorithm;
     let algorithm = all().iter().position(named).expect("the names are the algorithms'");
-    let programs = Programs::new(site.rank, site.tuning);
+    let programs = Programs::new(context.rank, context.tuning);
     let mut points = [(0, 0.0); 2];
     for (point, bytes) in points.iter_mut().zip(sizes) {
         let count = bytes / size_of::<f32>();
@@ -194,16 +205,16 @@ fn measure_collectives(
             algorithm: algorithm as u8,
             ..Call::all_reduce(Call::NUMBER_MAX, Dtype::F32, count as u64)
         };
-        let program = programs.build_by(algorithm, &key, site.topology, engine);
+        let program = programs.build_by(algorithm, &key, context.topology, engine);
         // SAFETY: `memory` outlives the measurement, and nothing else touches it; on an error the
         // links drop the region before `memory` is freed.
-        let region = unsafe { site.job.arena.region_at(memory.start(), bytes) };
+        let region = unsafe { context.job.arena.region_at(memory.start(), bytes) };
         let regions = Regions::in_place(region);
-        let seconds = calibrate::collective_s(engine, call, regions, &program, site.limit);
+        let seconds = calibrate::collective_s(engine, call, regions, &program, context.limit);
         if seconds.is_err() {
             engine.abort();
         }
-        let failed = |error| measuring_failed(error, site.limit.membership);
+        let failed = |error| measuring_failed(error, context.limit.membership);
         *point = (bytes, seconds.map_err(failed)?);
     }
     Ok(Line::through(points[0], points[1]))
@@ -214,14 +225,14 @@ fn measuring_failed(error: LinkError, membership: &Membership) -> Error {
     starting_failed(&membership.judge(error), "measuring the links")
 }
 
-/// What a rank says of itself.
+/// What a rank sends about itself.
 pub(super) struct Told<'a> {
-    /// Which one it is on.
+    /// The core it is on.
     core: Option<[u8; 4]>,
     has_group: bool,
     /// Whether it was given a tuning file.
     pub(super) keeps: bool,
-    /// What it reaches others by.
+    /// The transports by which it reaches others.
     pub(super) transport: &'a [u8],
 }
 
@@ -234,12 +245,12 @@ impl<'a> Told<'a> {
     }
 }
 
-fn tell(engine: &mut Engine, site: Site<'_>) -> Vec<u8> {
+fn tell(engine: &mut Engine, context: MeasureContext<'_>) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.put_u32_le(sched_getcpu() as u32);
     bytes.put_u8(u8::from(engine.group().is_some()));
-    bytes.put_u8(u8::from(site.job.settings.tuning.is_some()));
-    bytes.put_slice(site.transport.as_bytes());
+    bytes.put_u8(u8::from(context.job.settings.tuning.is_some()));
+    bytes.put_slice(context.transport.as_bytes());
     bytes
 }
 
@@ -263,10 +274,10 @@ fn encode(measured: &[Measured], figures: Option<Figures>) -> Vec<u8> {
     bytes
 }
 
-/// What all ranks told, by rank.
+/// Combines what all ranks sent, by rank.
 ///
 /// # Errors
-/// The rank whose bytes can't be understood.
+/// The rank whose bytes cannot be decoded.
 pub(super) fn combine(topology: &Topology, blobs: &[impl AsRef<[u8]>]) -> Result<Costs, Rank> {
     let (mut links, mut figures) = (Vec::new(), None);
     for (rank, blob) in blobs.iter().enumerate() {
@@ -330,7 +341,7 @@ fn gamma_s_per_byte() -> f64 {
 }
 
 impl Costs {
-    /// Round figures of the kinds of links that there are: the same on all machines.
+    /// Round figures for each kind of link: the same on all machines.
     fn of_kinds(topology: &Topology, told: &[Told<'_>]) -> Self {
         let world = topology.world();
         let shares = told.iter().any(|told| told.has_group);
@@ -345,7 +356,7 @@ impl Costs {
             false => LinkCost::new(25e-6, 1.0 / 1.25e9),
         };
         let is_one_node = topology.node_count() == 1;
-        // Whoever reduces reads what all ranks have.
+        // A rank that reduces reads what all ranks have.
         let (ranks, s_per_byte) = (world as f64, 1.0 / 10e9);
         let one_shot = Line { start_s: 0.5e-6 * ranks, s_per_byte: ranks * s_per_byte };
         let two_shot = Line { start_s: 1e-6 * ranks, s_per_byte: 3.0 * s_per_byte };
@@ -361,14 +372,14 @@ impl Costs {
         }
     }
 
-    /// The choice that follows from the figures.
+    /// The selector that follows from the figures.
     fn choice(
         &self,
         topology: Topology,
         engine: &mut Engine,
         tuning: Tuning,
         fixed: Option<usize>,
-    ) -> Choice {
+    ) -> AlgorithmSelector {
         let world = topology.world();
         let largest_node = (0..topology.node_count())
             .map(|node| topology.members(node as u32).len())
@@ -378,8 +389,8 @@ impl Costs {
         let node =
             engine.group().filter(|group| group.members().len() == world).and_then(|group| {
                 let [one_shot, two_shot] = self.group?;
-                // A two-shot waits for all twice. Where a wait is mostly the time that other ranks
-                // have the cores for, its measurement may not show that.
+                // A two-shot waits for all ranks twice. If a wait is mostly the time in which other
+                // ranks have the cores, its measurement may not show that.
                 let two_shot = two_shot.starting_from(1.5 * one_shot.start_s);
                 Some(NodeCost { one_shot, two_shot, slot_bytes: group.slot_bytes() })
             });
@@ -412,10 +423,10 @@ impl Costs {
             ..CostModel::default()
         };
         let slowest = self.nodes.map_or(model.across, |nodes| nodes.slowest.cost);
-        Choice::new(topology, model, slowest, node, fixed)
+        AlgorithmSelector::new(topology, model, slowest, node, fixed)
     }
 
-    /// Says so where one link between nodes is much slower than most.
+    /// Warns if one link between nodes is much slower than most.
     fn warn(&self) {
         let Some(nodes) = self.nodes else { return };
         if let Some(times) = nodes.outlier() {
@@ -431,21 +442,25 @@ impl Costs {
     }
 }
 
-/// A link's cost, to be read.
+/// A link's cost, formatted for people.
 struct Profile<'a>(&'a LinkCost);
 
 impl fmt::Display for Profile<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let LinkCost { alpha_s, beta_s_per_byte, beta_cached_s_per_byte } = self.0;
-        let (micros, rate) = (alpha_s * 1e6, 1e-9 / beta_s_per_byte);
-        let cached = 1e-9 / beta_cached_s_per_byte;
-        write!(f, "{micros:.1} us + bytes at {rate:.2} GB/s, {cached:.2} in cache")
+        let rate = |s_per_byte: f64| match s_per_byte > calibrate::S_PER_BYTE_MIN {
+            true => format!("{:.2}", 1e-9 / s_per_byte),
+            false => "?".to_owned(),
+        };
+        let (micros, rate, cached) =
+            (alpha_s * 1e6, rate(*beta_s_per_byte), rate(*beta_cached_s_per_byte));
+        write!(f, "{micros:.1} us + bytes at {rate} GB/s, {cached} in cache")
     }
 }
 
 impl fmt::Display for Costs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // What was not measured is not told: one kind may only stand for the other.
+        // Costs that were not measured are not shown: one kind may only stand for the other.
         if self.nodes.is_none() || self.inside != self.across {
             writeln!(f, "inside a node: {} (measured by rank 0)", Profile(&self.inside))?;
         }

@@ -1,10 +1,10 @@
-//! What earlier runs of the job found, as rank 0's tuning file has it.
+//! The results of earlier runs of the job, from rank 0's tuning file.
 
 use std::sync::Arc;
 
-use super::costs::{Site, Told};
+use super::costs::{MeasureContext, Told};
 use super::{common_settings, rendezvous_error};
-use crate::tunings::{self, Head, Tunings};
+use crate::autotuning::saved::{self, Head, Tunings};
 use crate::{Error, ErrorKind};
 use unisum_control::Control;
 
@@ -13,22 +13,22 @@ pub(super) struct Earlier {
     /// What each rank measured, if that is known.
     pub(super) measured: Option<Vec<Vec<u8>>>,
     pub(super) tunings: Arc<Tunings>,
-    /// To be read.
+    /// A note for people.
     pub(super) note: String,
 }
 
-/// Bytes of a text that are told at once.
+/// The number of bytes of a text that are sent at once.
 const PIECE: usize = 48 << 10;
 
-/// Reads the file on rank 0, which tells all ranks what it says.
+/// Reads the file on rank 0, which sends the contents to all ranks.
 ///
 /// # Errors
-/// On all ranks, if rank 0 can't read it.
-pub(super) fn look_up(site: Site<'_>, told: &[Told<'_>]) -> Result<Earlier, Error> {
-    let control = site.limit.membership.control();
-    let failed = |text: String| Error::new(ErrorKind::Configuration, text).on(site.rank);
-    let path = site.job.settings.tuning.as_ref().filter(|_| site.rank == 0);
-    let found = path.map(|path| tunings::open(path, head(site, told), control.kept()));
+/// On all ranks, if rank 0 cannot read it.
+pub(super) fn look_up(context: MeasureContext<'_>, told: &[Told<'_>]) -> Result<Earlier, Error> {
+    let control = context.limit.membership.control();
+    let failed = |text: String| Error::new(ErrorKind::Configuration, text).on(context.rank);
+    let path = context.job.settings.tuning.as_ref().filter(|_| context.rank == 0);
+    let found = path.map(|path| saved::open(path, head(context, told), control.kept()));
     let text = match &found {
         None => String::new(),
         Some(Ok(found)) => format!("+{}\n{}", found.note.replace('\n', " "), found.body),
@@ -43,11 +43,11 @@ pub(super) fn look_up(site: Site<'_>, told: &[Told<'_>]) -> Result<Earlier, Erro
     let unknown = |why: String| failed(format!("the tuning file: {why}")).caused_by(vec![0]);
     let store = found.and_then(Result::ok).and_then(|found| found.store);
     let tunings = Arc::new(Tunings::new(body, store).map_err(unknown)?);
-    let measured = tunings::measured(body, site.topology.world()).map_err(unknown)?;
+    let measured = saved::measured(body, context.topology.world()).map_err(unknown)?;
     Ok(Earlier { measured, tunings, note: note.to_owned() })
 }
 
-/// Gives all ranks a text of rank 0's, however long.
+/// Sends a text of rank 0, of any length, to all ranks.
 fn tell_all(control: &Control, text: &str) -> Result<String, Error> {
     let (mut all, mut pieces) = (Vec::new(), text.as_bytes().chunks(PIECE));
     loop {
@@ -60,14 +60,14 @@ fn tell_all(control: &Control, text: &str) -> Result<String, Error> {
     }
 }
 
-/// What has to be the same for a file to be of use.
-fn head(site: Site<'_>, told: &[Told<'_>]) -> Head {
-    let ranks: Vec<usize> = (0..site.topology.world()).collect();
-    let hosts = site.job.hosts(&ranks);
+/// What must be the same for a file to be usable.
+fn head(context: MeasureContext<'_>, told: &[Told<'_>]) -> Head {
+    let ranks: Vec<usize> = (0..context.topology.world()).collect();
+    let hosts = context.job.hosts(&ranks);
     // What follows changes when a host starts anew.
     let host = |host: &&str| host.split('/').next().unwrap_or_default().to_owned();
     let hosts: Vec<String> = hosts.iter().map(host).collect();
-    let nodes = ranks.iter().map(|&rank| site.topology.node_of(rank).to_string());
+    let nodes = ranks.iter().map(|&rank| context.topology.node_of(rank).to_string());
     let transport = |told: &Told<'_>| String::from_utf8_lossy(told.transport).into_owned();
     let transports: Vec<String> = told.iter().map(transport).collect();
     vec![
@@ -76,6 +76,6 @@ fn head(site: Site<'_>, told: &[Told<'_>]) -> Head {
         ("hosts", hosts.join(" ")),
         ("nodes", nodes.collect::<Vec<_>>().join(" ")),
         ("transports", transports.join(" ")),
-        ("settings", common_settings(&site.job.settings)),
+        ("settings", common_settings(&context.job.settings)),
     ]
 }

@@ -34,7 +34,8 @@ fn card_seeds() -> Vec<Vec<u8>> {
         pid: 7,
         cores: Cores::own(),
         settings: "transport=auto".into(),
-        shm: vec![1, 2, 3],
+        node: vec![1, 2, 3],
+        standing: vec![4, 5],
     };
     vec![card.encode(), Card::default().encode()]
 }

@@ -11,11 +11,12 @@ use std::sync::Arc;
 use unisum_link::Rank;
 use unisum_link::handshake::random;
 
-use super::node::{Circle, Node, Offer};
-use super::{Assembly, Exchange, Job, others, verbs};
-use crate::choice::Choice;
-use crate::membership::Membership;
-use crate::tunings::Which;
+use super::node::{JoinContext, Node, NodeEndpoint};
+use super::unanimous::{self, Unanimous};
+use super::{Assembly, Exchange, Job, others};
+use crate::autotuning::saved::Which;
+use crate::autotuning::selector::AlgorithmSelector;
+use crate::execution::membership::Membership;
 use crate::{Error, ErrorKind};
 use unisum_control::Share;
 use unisum_engine::Engine;
@@ -34,7 +35,7 @@ pub(crate) struct Group {
 pub(crate) struct Member {
     pub(crate) membership: Membership,
     pub(crate) engine: Engine,
-    pub(crate) choice: Choice,
+    pub(crate) choice: AlgorithmSelector,
     pub(crate) transport: String,
 }
 
@@ -42,7 +43,7 @@ pub(crate) struct Member {
 pub(crate) struct Parent<'a> {
     pub(crate) job: &'a Job,
     pub(crate) membership: &'a Membership,
-    pub(crate) choice: &'a Choice,
+    pub(crate) choice: &'a AlgorithmSelector,
     pub(crate) rank: Rank,
     pub(crate) exchange: &'a Exchange<'a>,
 }
@@ -55,47 +56,65 @@ impl Parent<'_> {
     /// If a rank is lost meanwhile; on all ranks if one can't be a member.
     pub(crate) fn join(&self, group: Option<&Group>) -> Result<Option<Member>, Error> {
         let group = group.filter(|group| group.ranks.len() > 1);
-        let offer = group.map(|_| self.offer());
+        let endpoint = group.map(|group| self.endpoint(group));
         let drawn: [u8; 16] = random().map_err(|error| {
             Error::new(ErrorKind::Rendezvous, format!("drawing a session: {error}"))
         })?;
-        let card = offer.as_ref().map_or_else(Vec::new, Offer::card);
+        let info = endpoint.as_ref().map_or_else(Vec::new, NodeEndpoint::info);
         let ordinal = group.map_or(0, |group| self.ordinal(group));
-        let blobs = (self.exchange)([&drawn[..], &ordinal.to_le_bytes(), &card].concat().into())?;
+        let blobs = (self.exchange)([&drawn[..], &ordinal.to_le_bytes(), &info].concat().into())?;
         let rounds = Rounds::new(self);
-        let member = match (group, offer) {
-            (Some(group), Some(offer)) => self.connect(group, offer, &blobs, &rounds).map(Some),
+        let member = match (group, endpoint) {
+            (Some(group), Some(endpoint)) => {
+                self.connect(group, endpoint, &blobs, &rounds).map(Some)
+            }
             _ => Ok(None),
         };
         rounds.finish()?;
-        let why = match &member {
-            Ok(_) => String::new(),
-            Err(_) if rounds.failed.get() => return member,
-            Err(error) => error.to_string(),
-        };
-        // Nobody opens a connection before all are ready to take it.
-        let reasons = (self.exchange)(why.into_bytes().into())?;
-        let is_own = |error: &Error| error.culprits().is_empty();
-        let member = member.map_err(|error| match is_own(&error) {
+        // Those that the whole parent hears are the cause: itself, unless the rank knows better.
+        let own = |error: Error| match error.failed_ranks().is_empty() {
             true => error.caused_by(vec![self.membership.job_rank()]),
             false => error,
-        })?;
-        let Some(rank) = reasons.iter().position(|reason| !reason.is_empty()) else {
-            return Ok(member);
         };
-        let culprits = self.membership.job_ranks(&[rank]);
-        let text = String::from_utf8_lossy(&reasons[rank]);
-        let text = format!("rank {} can't be in a group: {text}", culprits[0]);
-        Err(Error::new(ErrorKind::Rendezvous, text).caused_by(culprits))
+        let member = match member {
+            Err(error) if rounds.failed.get() => return Err(error),
+            member => member.map_err(own),
+        };
+        let why = member.as_ref().err().map_or_else(Vec::new, encode_reason);
+        // Nobody opens a connection before all are ready to take it.
+        let reasons = (self.exchange)(why.into())?;
+        let member = member?;
+        match first_reason(&reasons) {
+            None => Ok(member),
+            Some((rank, reason)) => Err(self.decode_reason(rank, reason)),
+        }
     }
 
-    /// Only a rank whose registered memory the others of its node map can share a group's memory.
-    fn offer(&self) -> Offer {
-        #[cfg(feature = "shm")]
-        if self.job.heaps.is_none() {
-            return Offer::none("it shares none in the job");
-        }
-        Offer::new(self.job.settings.transport, &self.job.secret)
+    /// Why rank `rank` can't be in its group, for those that are in others.
+    fn decode_reason(&self, rank: Rank, reason: &[u8]) -> Error {
+        let rank = self.membership.job_ranks(&[rank])[0];
+        let text = String::from_utf8_lossy(reason);
+        let (kind, text) = KINDS
+            .iter()
+            .find_map(|&(kind, sign)| Some((kind, text.strip_prefix(sign)?)))
+            .unwrap_or((ErrorKind::Rendezvous, &text));
+        let (failed_ranks, text) = text.split_once(':').unwrap_or(("", text));
+        let failed_ranks: Result<Vec<Rank>, _> = failed_ranks.split(',').map(str::parse).collect();
+        let text = format!("rank {rank} can't be in a group: {text}");
+        Error::new(kind, text).caused_by(failed_ranks.unwrap_or_else(|_| vec![rank]))
+    }
+
+    /// This rank's end of the link within its host.
+    fn endpoint(&self, group: &Group) -> NodeEndpoint {
+        let ranks = self.membership.job_ranks(&group.ranks);
+        let place = (self.place_in(group), &ranks[..]);
+        NodeEndpoint::new(self.job.within_hosts.clone(), &self.job.settings, place)
+    }
+
+    /// This rank's number in a group that it is in.
+    fn place_in(&self, group: &Group) -> Rank {
+        let rank = group.ranks.iter().position(|&rank| rank == self.rank);
+        rank.expect("a rank joins only groups that it is in")
     }
 
     /// How many groups of the same ranks were before, if this is the first of them: it tells all.
@@ -108,58 +127,65 @@ impl Parent<'_> {
     fn connect(
         &self,
         group: &Group,
-        offer: Offer,
+        endpoint: NodeEndpoint,
         blobs: &[Vec<u8>],
         rounds: &Rounds<'_>,
     ) -> Result<Member, Error> {
-        let rank = group.ranks.iter().position(|&rank| rank == self.rank);
-        let rank = rank.expect("a rank joins only groups that it is in");
+        let rank = self.place_in(group);
         let ranks: Arc<[Rank]> = self.membership.job_ranks(&group.ranks).into();
         let told = |&rank: &Rank| {
             let (session, rest) = blobs[rank].split_first_chunk().unwrap_or((&[0; 16], &[]));
-            let (ordinal, card) = rest.split_first_chunk().unwrap_or((&[0; 4], &[]));
-            (*session, u32::from_le_bytes(*ordinal), card)
+            let (ordinal, info) = rest.split_first_chunk().unwrap_or((&[0; 4], &[]));
+            (*session, u32::from_le_bytes(*ordinal), info)
         };
-        let cards: Vec<([u8; 16], u32, &[u8])> = group.ranks.iter().map(told).collect();
-        let (session, ordinal, _) = cards[0];
+        let all: Vec<([u8; 16], u32, &[u8])> = group.ranks.iter().map(told).collect();
+        let (session, ordinal, _) = all[0];
         let control = self.membership.control().clone();
+        let epoch = self.membership.epoch().cloned();
         let membership =
-            Membership::of_group(control, group.communicator, session, ranks.clone(), rank);
+            Membership::of_group(control, group.communicator, session, ranks.clone(), rank, epoch);
         let exchange = |share| rounds.take_part(share, &group.ranks);
-        let circle = Circle {
+        let circle = JoinContext {
             rank,
             hosts: &self.job.hosts(&ranks),
-            cards: cards.iter().map(|(_, _, card)| card.to_vec()).collect(),
+            infos: all.iter().map(|(_, _, info)| info.to_vec()).collect(),
             session,
             exchange: &exchange,
             membership: &membership,
-            #[cfg(feature = "shm")]
-            heaps: self.job.heaps.as_ref().map(|heaps| (heaps, &ranks[..])),
+            is_group: true,
         };
-        let joined = offer.join(&circle, &self.job.settings);
-        let Node { members, link, topology } =
+        let joined = endpoint.join(&circle, &self.job.settings);
+        let Node { members, connected, topology } =
             joined.map_err(|error| match rounds.failed.get() {
                 false => {
-                    let culprits = error.culprits().iter().map(|&rank| ranks[rank]).collect();
-                    error.caused_by(culprits)
+                    let failed_ranks =
+                        error.failed_ranks().iter().map(|&rank| ranks[rank]).collect();
+                    error.caused_by(failed_ranks)
                 }
                 true => error,
             })?;
         let others = others(&members, ranks.len());
-        let asking = verbs::Asking {
-            rank,
-            others: &others,
-            topology: &topology,
-            settings: &self.job.settings,
-            membership: &membership,
-            exchange: &exchange,
-            #[cfg(feature = "verbs")]
-            registry: self.job.arena.registry(),
-        };
-        let has_rdma = self.job.uses_rdma() && !others.is_empty();
-        let rdma = if has_rdma { asking.link()? } else { None };
         let mut links = Assembly::new(ranks.len());
-        links.add_all((link, rdma), &members, self.job, &membership, (rank, session))?;
+        if let Some(connected) = connected {
+            links.add(self.job.within_hosts.name(), connected, &members, &membership);
+        }
+        if let Some(transport) = self.job.unanimous.as_ref().filter(|_| !others.is_empty()) {
+            let unanimous = Unanimous {
+                rank,
+                others: &others,
+                topology: &topology,
+                session,
+                settings: &self.job.settings,
+                membership: &membership,
+                exchange: &exchange,
+                is_group: true,
+                instead: self.job.to_any.name(),
+            };
+            if let Some(connected) = unanimous.connect(&**transport)? {
+                links.add(transport.name(), connected, &others, &membership);
+            }
+        }
+        links.reach_the_others(self.job, &others, &membership, (rank, session))?;
         let transport = links.names.join("+");
         let sharing: Vec<Rank> = members.iter().map(|&member| ranks[member]).collect();
         let engine = links.engine(rank, self.job.ranks_and_cores(&sharing));
@@ -168,6 +194,25 @@ impl Parent<'_> {
         let choice = self.choice.for_group(topology, shares_memory, Which { ranks, ordinal });
         Ok(Member { membership, engine, choice, transport })
     }
+}
+
+/// What a reason begins with, by which all ranks know its kind; another is a failure to meet.
+const KINDS: [(ErrorKind, char); 3] =
+    [(ErrorKind::Resources, '!'), (ErrorKind::Configuration, '='), (ErrorKind::Rendezvous, ' ')];
+
+/// Why a rank can't be in its group: the kind, the ranks that caused it, and a text.
+fn encode_reason(error: &Error) -> Vec<u8> {
+    let sign = KINDS.iter().find(|(kind, _)| *kind == error.kind()).map_or(' ', |&(_, sign)| sign);
+    let failed_ranks: Vec<String> = error.failed_ranks().iter().map(Rank::to_string).collect();
+    format!("{sign}{}:{error}", failed_ranks.join(",")).into_bytes()
+}
+
+/// The reason that all ranks report: that of a rank which has run out of something, if there is
+/// one, since others may have given up because of it.
+fn first_reason(reasons: &[Vec<u8>]) -> Option<(Rank, &[u8])> {
+    let some = || reasons.iter().enumerate().filter(|(_, reason)| !reason.is_empty());
+    let lacks = |(_, reason): &(Rank, &Vec<u8>)| reason.starts_with(b"!");
+    some().find(lacks).or_else(|| some().next()).map(|(rank, reason)| (rank, &reason[..]))
 }
 
 /// The exchanges in which links are made. All ranks of the parent take part in all of them: also
@@ -185,12 +230,13 @@ struct Rounds<'a> {
 
 impl<'a> Rounds<'a> {
     fn new(parent: &Parent<'a>) -> Self {
-        let rdma: &[bool] = if parent.job.uses_rdma() { &verbs::EXCHANGES } else { &[] };
+        let unanimous: &[bool] =
+            if parent.job.unanimous.is_some() { &unanimous::EXCHANGES } else { &[] };
         Self {
             exchange: parent.exchange,
             world: parent.membership.ranks().len(),
-            // The first is about shared memory.
-            kinds: [&[false], rdma].concat(),
+            // The first is about nodes.
+            kinds: [&[false], unanimous].concat(),
             done: Cell::new(0),
             failed: Cell::new(false),
         }

@@ -1,25 +1,30 @@
-//! What a rank has to join with: the job's secret, and where the ranks find each other.
+//! What a rank has to join with: its credentials, and where the ranks find each other.
 
-use std::sync::Arc;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use unisum_link::handshake::Secret;
+use unisum_link::secure::Credentials;
 
 use crate::settings::Settings;
-use crate::store::StoreEntry;
+use crate::wiring::store::StoreEntry;
 use crate::{Error, ErrorKind, Store};
 use unisum_control::Environment;
-use unisum_control::Publish;
 use unisum_control::address::Rendezvous;
-use unisum_control::launcher::{Detected, Token};
+use unisum_control::launcher::{Detected, Token, pmi};
+use unisum_control::{IsMoot, Publish};
 
-/// The job's secret, and the entry of the program's store if the ranks meet by that.
+/// The rank's credentials, and the entry of the program's store if the ranks meet by that.
 #[derive(Debug)]
 pub(crate) struct Meeting {
-    pub(crate) secret: Secret,
-    /// Where the secret is from, in words.
+    pub(crate) credentials: Credentials,
+    /// Where the token is from, in words.
     pub(crate) secret_origin: String,
     /// With the token that rank 0 puts there, if it made one.
     entry: Option<(StoreEntry, Option<Token>)>,
+    /// Whether joining has no purpose any more.
+    is_moot: Mutex<Option<IsMoot>>,
 }
 
 impl Meeting {
@@ -31,9 +36,11 @@ impl Meeting {
         (environment, settings): (&Environment, &Settings),
         store: Option<&Arc<dyn Store>>,
     ) -> Result<Self, Error> {
+        let launcher = detected.pmi.map(|descriptor| Mpiexec::new(descriptor, settings));
+        let launcher: Option<Arc<dyn Store>> = launcher.map(|store| Arc::new(store) as _);
+        let store = launcher.as_ref().or(store);
         let Some(Rendezvous::Store { key, addresses }) = &mut detected.rendezvous else {
-            let token = Token::from_environment(environment).map_err(configuration)?;
-            return Ok(Self::new(&token, None));
+            return Self::by_token(environment, settings);
         };
         let store = store.ok_or_else(|| {
             let text = format!("UNISUM_RENDEZVOUS=store://{key}: the program hands in no store");
@@ -48,7 +55,7 @@ impl Meeting {
                 Error::new(ErrorKind::Rendezvous, format!("making a token: {error}"))
             })?;
             let told = told.then(|| token.clone());
-            return Ok(Self::new(&token, Some((entry, told))));
+            return Self::new(&token, Some((entry, told)), settings);
         }
         let published = entry.look_up(settings.connect_timeout)?;
         *addresses = published.addresses;
@@ -57,13 +64,42 @@ impl Meeting {
                         this rank has none: give it to all ranks or to none";
             Error::new(ErrorKind::Configuration, text).on(detected.rank)
         })?;
-        Ok(Self::new(&token, None))
+        Self::new(&token, None, settings)
     }
 
-    fn new(token: &Token, entry: Option<(StoreEntry, Option<Token>)>) -> Self {
+    /// With the token of the environment, or the user's own.
+    pub(super) fn by_token(environment: &Environment, settings: &Settings) -> Result<Self, Error> {
+        let token = Token::from_environment(environment).map_err(configuration)?;
+        Self::new(&token, None, settings)
+    }
+
+    fn new(
+        token: &Token,
+        entry: Option<(StoreEntry, Option<Token>)>,
+        settings: &Settings,
+    ) -> Result<Self, Error> {
         tracing::debug!("the job token comes from {}", token.origin());
         let secret = Secret::new(token.as_bytes());
-        Self { secret, secret_origin: token.origin().to_owned(), entry }
+        let credentials = credentials(secret, settings)?;
+        let secret_origin = token.origin().to_owned();
+        Ok(Self { credentials, secret_origin, entry, is_moot: Mutex::new(None) })
+    }
+
+    /// In an elastic job's view, whose first rank has an `entry` to tell the others where it
+    /// listens.
+    pub(super) fn of_view(
+        credentials: Credentials,
+        secret_origin: String,
+        entry: Option<StoreEntry>,
+        is_moot: IsMoot,
+    ) -> Self {
+        let entry = entry.map(|entry| (entry, None));
+        Self { credentials, secret_origin, entry, is_moot: Mutex::new(Some(is_moot)) }
+    }
+
+    /// Says, to who asks first, whether joining has no purpose any more.
+    pub(super) fn is_moot(&self) -> Option<IsMoot> {
+        self.is_moot.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// How rank 0 says where it listens, if by a store.
@@ -85,6 +121,55 @@ impl Meeting {
             entry.close();
         }
     }
+}
+
+/// mpiexec's own store, which serves once: the first value that is set is told to all ranks.
+struct Mpiexec {
+    descriptor: RawFd,
+    timeout: Duration,
+    told: Mutex<Option<Vec<u8>>>,
+}
+
+impl Mpiexec {
+    fn new(descriptor: RawFd, settings: &Settings) -> Self {
+        Self { descriptor, timeout: settings.connect_timeout, told: Mutex::default() }
+    }
+}
+
+impl Store for Mpiexec {
+    fn set(&self, _key: &str, value: &[u8]) -> Result<(), String> {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        // What comes later is that the value is not needed any more.
+        if told.is_none() {
+            *told = Some(value.to_vec());
+            pmi::share(self.descriptor, Some(value), self.timeout)?;
+        }
+        Ok(())
+    }
+
+    fn get(&self, _key: &str, timeout: Duration) -> Result<Vec<u8>, String> {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.is_none() {
+            *told = pmi::share(self.descriptor, None, timeout)?;
+        }
+        told.clone().ok_or_else(|| "mpiexec gave no value".to_owned())
+    }
+}
+
+#[cfg(feature = "tls")]
+fn credentials(secret: Secret, settings: &Settings) -> Result<Credentials, Error> {
+    let Some(sealing) = settings.tls.sealing() else { return Ok(Credentials::clear(secret)) };
+    if let Some(files) = settings.tls.files() {
+        return Credentials::certified(secret, sealing, files).map_err(configuration);
+    }
+    Credentials::token(secret, sealing).map_err(|error| {
+        Error::new(ErrorKind::Rendezvous, format!("making keys for encryption: {error}"))
+    })
+}
+
+#[cfg(not(feature = "tls"))]
+fn credentials(secret: Secret, _settings: &Settings) -> Result<Credentials, Error> {
+    Ok(Credentials::clear(secret))
 }
 
 fn configuration(error: impl std::error::Error) -> Error {

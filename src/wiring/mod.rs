@@ -3,8 +3,12 @@
 //! All ranks go through the same exchanges over the control connection: cards (where is who, and
 //! with which settings), who shares memory with whom, and what the links were measured to cost.
 
+pub(crate) mod builtin;
+pub(crate) mod store;
+
 mod calibrate;
 mod card;
+mod control;
 mod cores;
 mod costs;
 mod earlier;
@@ -12,33 +16,42 @@ mod earlier;
 pub(crate) mod fuzzing;
 mod group;
 mod job;
+mod lineage;
 mod meeting;
 mod node;
 mod pairs;
 mod report;
-mod tcp;
-mod verbs;
+mod standing;
+mod transports;
+mod unanimous;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
 use unisum_algorithms::Topology;
-use unisum_link::{Link, Rank};
+use unisum_link::secure::Credentials;
+use unisum_link::{Connected, Limit, Rank, Refusal, Setup, Site};
 
-use crate::choice::{self, Choice};
-use crate::membership::Membership;
+use crate::autotuning::selector::{self, AlgorithmSelector};
+use crate::execution::membership::Membership;
 use crate::settings::Settings;
-use crate::{Error, ErrorKind};
-use calibrate::Limit;
+use crate::{Elastic, Error, ErrorKind};
+use calibrate::Limit as MeasureLimit;
 use card::Card;
 use cores::Cores;
-use costs::Site;
+use costs::MeasureContext;
 pub(crate) use group::{Group, Member, Parent};
 pub(crate) use job::Job;
+pub(crate) use lineage::{Epoch, Lineage, identities};
 pub(crate) use meeting::Meeting;
-use node::{Circle, Node, Offer};
-use unisum_control::launcher::Detected;
-use unisum_control::{Control, ControlError, Share, Verdict, VerdictKind};
+use node::{JoinContext, Node, NodeEndpoint};
+pub(crate) use standing::{Decided, Position, Standing, Verdict as StepVerdict};
+pub(crate) use transports::Custom;
+use unanimous::Unanimous;
+use unisum_control::address::Rendezvous;
+use unisum_control::launcher::{self, Detected};
+use unisum_control::{Control, ControlError, Environment, Share, Verdict, VerdictKind};
 use unisum_engine::{Engine, Links, Tuning};
 
 /// What joining gave.
@@ -46,10 +59,12 @@ use unisum_engine::{Engine, Links, Tuning};
 pub(crate) struct Joined {
     pub(crate) job: Arc<Job>,
     pub(crate) engine: Engine,
-    pub(crate) choice: Choice,
+    pub(crate) choice: AlgorithmSelector,
     pub(crate) tuning: Tuning,
     pub(crate) transport: String,
     pub(crate) description: String,
+    /// By rank, how far it was as it entered the view of an elastic job.
+    pub(crate) standings: Vec<Standing>,
 }
 
 /// Gives every rank of a communicator what all ranks have for it, in rank order. All ranks call it,
@@ -62,12 +77,26 @@ pub(crate) fn join(
     detected: &Detected,
     settings: &Settings,
     meeting: &Meeting,
+    elasticity: Elasticity<'_>,
 ) -> Result<(Membership, Joined), Error> {
     let (rank, world, start) = (detected.rank, detected.world, Instant::now());
-    let control = tcp::start_control(detected, settings, meeting);
+    let control = control::start_control(detected, settings, meeting);
     let control = Arc::new(control.inspect_err(|error| meeting.failed(error))?);
-    let membership = Membership::of_job(control, rank, world);
-    match wire(detected, settings, meeting, &membership, start) {
+    let mut membership = Membership::of_job(control, rank, world);
+    if let Elasticity::Continued(epoch, _) = elasticity {
+        epoch.bind(membership.control());
+        membership.enter(epoch.clone());
+    }
+    let by = (&membership, elasticity);
+    let wired = wire(detected, settings, meeting, by, start).and_then(|joined| {
+        if let Elasticity::Founded(elastic) = elasticity {
+            let control = membership.control();
+            let epoch = Lineage::found(elastic, settings, detected, meeting, control)?;
+            membership.enter(epoch);
+        }
+        Ok(joined)
+    });
+    match wired {
         Ok(joined) => Ok((membership, joined)),
         Err(error) => {
             meeting.close();
@@ -79,11 +108,57 @@ pub(crate) fn join(
     }
 }
 
+/// Tells the others what keeps this rank from joining, if it is known how to reach them. Blocks for
+/// 5 s at most, and for as long as the system's name resolver does.
+pub(crate) fn tell_that_not(environment: &Environment, why: &Error) {
+    let Ok(detected) = launcher::detect(environment) else { return };
+    // Rank 0 listens only as its settings say, and a store is the program's.
+    let meets = matches!(&detected.rendezvous, Some(it) if !matches!(it, Rendezvous::Store { .. }));
+    if detected.world > 1
+        && detected.rank > 0
+        && meets
+        && let Ok(meeting) = Meeting::by_token(environment, &Settings::only_tls(environment))
+    {
+        control::tell_that_not(&detected, &meeting, why);
+    }
+}
+
+/// Whether a job is elastic, and from when on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Elasticity<'a> {
+    /// It is not.
+    None,
+    /// It begins.
+    Founded(&'a Elastic),
+    /// It goes on in this epoch; how far this rank is.
+    Continued(&'a Epoch, &'a Standing),
+}
+
+impl Elasticity<'_> {
+    fn standing(self) -> Vec<u8> {
+        match self {
+            Self::Continued(_, standing) => standing.encode(),
+            Self::None | Self::Founded(_) => Vec::new(),
+        }
+    }
+}
+
+/// What all ranks have to say alike.
+impl fmt::Display for Elasticity<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("no"),
+            Self::Founded(Elastic { minimum }) => write!(f, "minimum:{minimum}"),
+            Self::Continued(epoch, _) => write!(f, "epoch:{}", epoch.view.epoch),
+        }
+    }
+}
+
 /// The error of ranks that did not find each other, with what may help.
 fn with_hint(error: Error, detected: &Detected) -> Error {
     let Some(hint) = detected.hint() else { return error };
-    let culprits = error.culprits().to_vec();
-    Error::new(error.kind(), format!("{error}\n  {hint}")).caused_by(culprits)
+    let failed_ranks = error.failed_ranks().to_vec();
+    Error::new(error.kind(), format!("{error}\n  {hint}")).caused_by(failed_ranks)
 }
 
 /// Makes the links of the job's own communicator.
@@ -91,75 +166,119 @@ fn wire(
     detected: &Detected,
     settings: &Settings,
     meeting: &Meeting,
-    membership: &Membership,
+    (membership, elasticity): (&Membership, Elasticity<'_>),
     start: Instant,
 ) -> Result<Joined, Error> {
-    let (rank, world, control) = (detected.rank, detected.world, membership.control());
-    let secret = &meeting.secret;
-    let fixed = settings.algorithm.as_deref().map(choice::index_of).transpose()?;
-    let offer = Offer::new(settings.transport, secret);
-    let cards = exchange_cards(control, rank, settings, &offer)?;
+    let (rank, control) = (detected.rank, membership.control());
+    let by = &meeting.credentials;
+    let fixed = settings.algorithm.as_deref().map(selector::index_of).transpose()?;
+    let within_hosts = transports::within_hosts(settings, by.secret());
+    let endpoint = NodeEndpoint::new(within_hosts, settings, (rank, &membership.ranks()[..]));
+    let cards = exchange_cards(control, rank, (settings, elasticity), &endpoint)?;
     // All are there, and none goes on without rank 0, which gives them what comes next.
     meeting.close();
-    let hosts: Vec<&str> = cards.iter().map(|card| card.host.as_str()).collect();
-    let exchange = |share: Share| control.exchange(share).map_err(rendezvous_error);
-    let circle = Circle {
-        rank,
-        hosts: &hosts,
-        cards: cards.iter().map(|card| card.shm.clone()).collect(),
-        session: control.session(),
-        exchange: &exchange,
-        membership,
-        #[cfg(feature = "shm")]
-        heaps: None,
-    };
-    let Node { members, link, topology } = offer.join(&circle, settings)?;
-    #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA registers memory"))]
-    let mut job = Job::new(settings, secret, detected, &cards, (control, link.as_ref()))?;
-    control.set_addresses(job.places.iter().map(|place| place.addresses.clone()).collect());
-    let mut links = Assembly::new(world);
-    #[cfg_attr(not(feature = "verbs"), expect(unused_mut, reason = "only RDMA has devices"))]
-    let mut devices = String::new();
-    let others = others(&members, world);
-    let asking = verbs::Asking {
-        rank,
-        others: &others,
-        topology: &topology,
-        settings,
-        membership,
-        exchange: &exchange,
-        #[cfg(feature = "verbs")]
-        registry: None,
-    };
-    let rdma = if others.is_empty() { None } else { asking.link()? };
-    #[cfg(feature = "verbs")]
-    if let Some(rdma) = &rdma {
-        job.arena.register_with(rdma.registry());
-        devices = format!("RDMA: {}\n", rdma.description());
-    }
-    links.add_all((link, rdma), &members, &job, membership, (rank, control.session()))?;
+    let wired = connect((detected, settings, by), membership, &cards, endpoint)?;
+    let Wired { job, links, members, topology } = wired;
     let transport = links.names.join("+");
     let mut engine = links.engine(rank, job.ranks_and_cores(&members));
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
     let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
     // Less than ranks wait that measure nothing: who measures knows more of what is wrong.
     let until = Instant::now() + settings.connect_timeout * 3 / 4;
-    let limit = Limit { until, membership };
-    let (members, of_job, nodes, by) = (&members[..], &job, &topology, &transport[..]);
-    let site = Site { rank, members, job: of_job, topology: nodes, transport: by, tuning, limit };
-    let agreed = costs::agree(&mut engine, site)?;
-    let seconds = start.elapsed().as_secs_f64();
-    let description =
-        describe(detected, &cards, &topology, &transport, seconds) + &devices + &agreed.text;
-    tracing::info!("rank {rank} of {world} joined over {transport} in {seconds:.3} s");
+    let limit = MeasureLimit { until, membership };
+    let context = {
+        let (members, job, topology, transport) = (&members[..], &job, &topology, &transport[..]);
+        MeasureContext { rank, members, job, topology, transport, tuning, limit }
+    };
+    let agreed = costs::agree(&mut engine, context)?;
+    let how = describe(detected, &cards, &topology, &transport, start.elapsed().as_secs_f64());
+    let protection = settings.tls.in_words(&transport);
+    tracing::info!("{}; {protection}", how.lines().next().unwrap_or_default());
+    let described = engine.links().iter().map(|link| link.description());
+    let devices: String = described.filter(|it| !it.is_empty()).map(|it| it + "\n").collect();
+    let description = format!("{how}{protection}\n{devices}{}", agreed.text);
     let choice = agreed.choice(topology, &mut engine, tuning, fixed);
-    Ok(Joined { job: Arc::new(job), engine, choice, tuning, transport, description })
+    let (job, standings) = (Arc::new(job), standings(&cards));
+    Ok(Joined { job, engine, choice, tuning, transport, description, standings })
+}
+
+/// How far the ranks of an elastic job were as they entered its view.
+fn standings(cards: &[Card]) -> Vec<Standing> {
+    cards.iter().filter_map(|card| Standing::decode(&card.standing)).collect()
+}
+
+/// What connecting a job's ranks gave.
+struct Wired {
+    job: Job,
+    links: Assembly,
+    /// The ranks of this rank's node.
+    members: Vec<Rank>,
+    topology: Topology,
+}
+
+/// Connects this rank with all others: those of its host, then all that have something better than
+/// what reaches any rank, then the rest.
+fn connect(
+    (detected, settings, by): (&Detected, &Settings, &Credentials),
+    membership: &Membership,
+    cards: &[Card],
+    endpoint: NodeEndpoint,
+) -> Result<Wired, Error> {
+    let (rank, world, control) = (detected.rank, detected.world, membership.control());
+    let hosts: Vec<&str> = cards.iter().map(|card| card.host.as_str()).collect();
+    let exchange = |share: Share| control.exchange(share).map_err(rendezvous_error);
+    let circle = JoinContext {
+        rank,
+        hosts: &hosts,
+        infos: cards.iter().map(|card| card.node.clone()).collect(),
+        session: control.session(),
+        exchange: &exchange,
+        membership,
+        is_group: false,
+    };
+    let within_hosts = endpoint.transport();
+    let Node { members, connected, topology } = endpoint.join(&circle, settings)?;
+    let mut job = Job::new(settings, by, detected, cards, control)?;
+    if let Some(connected) = &connected {
+        job.within_hosts(within_hosts, connected);
+    }
+    let others = others(&members, world);
+    let mut links = Assembly::new(world);
+    if let Some(connected) = connected {
+        links.add(job.within_hosts.name(), connected, &members, membership);
+    }
+    let unanimous = Unanimous {
+        rank,
+        others: &others,
+        topology: &topology,
+        session: control.session(),
+        settings,
+        membership,
+        exchange: &exchange,
+        is_group: false,
+        instead: job.to_any.name(),
+    };
+    for transport in transports::unanimous(settings) {
+        if !others.is_empty()
+            && let Some(connected) = unanimous.connect(&*transport)?
+        {
+            job.unanimous(&transport, &connected);
+            links.add(transport.name(), connected, &others, membership);
+            break;
+        }
+    }
+    let session = (rank, control.session());
+    links.reach_the_others(&job, &others, membership, session).map_err(at_start)?;
+    Ok(Wired { job, links, members, topology })
 }
 
 /// The ranks that share no memory with this one.
 fn others(members: &[Rank], world: usize) -> Vec<Rank> {
     (0..world).filter(|peer| !members.contains(peer)).collect()
 }
+
+/// The route to a rank that no link reaches yet, and to this one.
+const UNREACHED: usize = usize::MAX;
 
 /// The links of a communicator, while they are put together.
 struct Assembly {
@@ -169,11 +288,21 @@ struct Assembly {
 
 impl Assembly {
     fn new(world: usize) -> Self {
-        let links = Links { all: Vec::new(), route: vec![0; world], group: None };
+        let links = Links { all: Vec::new(), route: vec![UNREACHED; world], group: None };
         Self { names: Vec::new(), links }
     }
 
-    fn add(&mut self, name: &'static str, mut link: Box<dyn Link>, ranks: &[Rank]) {
+    fn add(
+        &mut self,
+        name: &'static str,
+        connected: Connected,
+        ranks: &[Rank],
+        membership: &Membership,
+    ) {
+        let Connected { mut link, inbox, .. } = connected;
+        if let Some(inbox) = inbox {
+            membership.set_inbox(inbox);
+        }
         let index = self.links.all.len();
         if link.group().is_some() {
             self.links.group = Some(index);
@@ -183,33 +312,43 @@ impl Assembly {
         self.links.all.push(link);
     }
 
-    /// Adds the node's link, and one to the ranks that share no memory with this one: over RDMA if
-    /// there is that, else over TCP.
-    fn add_all(
+    /// Adds a link to the ranks that share no memory with this one, if none reaches them yet.
+    fn reach_the_others(
         &mut self,
-        (shared, rdma): (Option<node::Shared>, Option<verbs::VerbsLink>),
-        members: &[Rank],
         job: &Job,
+        others: &[Rank],
         membership: &Membership,
         (rank, session): (Rank, [u8; 16]),
     ) -> Result<(), Error> {
-        if let Some(shared) = shared {
-            self.add("shm", shared.link, members);
+        let is_reached = |&peer: &Rank| self.links.route[peer] < self.links.all.len();
+        let (transport, settings) = (&job.to_any, &job.settings);
+        if others.iter().all(is_reached) {
+            return Ok(());
         }
-        let others = others(members, self.links.route.len());
-        match rdma {
-            #[cfg(feature = "verbs")]
-            Some(rdma) => self.add("verbs", Box::new(rdma), &others),
-            #[cfg(not(feature = "verbs"))]
-            Some(rdma) => match rdma {},
-            None if others.is_empty() => {}
-            None => self.add("tcp", tcp::connect(job, membership, (rank, session))?, &others),
-        }
+        let is_asked_for = settings.transport.is(transport.name());
+        let site = Site { rank, ranks: &membership.ranks()[..], peers: others, is_asked_for };
+        let is_over = || membership.verdict().is_some();
+        let limit = Limit::new(Instant::now() + settings.connect_timeout / 2, &is_over);
+        let mut members = [others, &[rank]].concat();
+        members.sort_unstable();
+        let endpoint = transport.endpoint(&site);
+        let connected = endpoint.and_then(|it| it.connect(&members, &Setup { session, limit }));
+        let connected = connected.map_err(|refusal| {
+            let kind = match refusal {
+                Refusal::NotWanted(_) => ErrorKind::Configuration,
+                Refusal::Lacks(_) => ErrorKind::Resources,
+                Refusal::Own(_) | Refusal::Others(..) => ErrorKind::Rendezvous,
+            };
+            Error::new(kind, refusal.why()).on(rank)
+        })?;
+        self.add(transport.name(), connected, others, membership);
         Ok(())
     }
 
     /// The engine of a rank on whose host so many ranks have so many cores.
-    fn engine(self, rank: Rank, (ranks, cores): (usize, usize)) -> Engine {
+    fn engine(mut self, rank: Rank, (ranks, cores): (usize, usize)) -> Engine {
+        // It is not used, and names a link.
+        self.links.route[rank] = 0;
         Engine::new(rank, self.links, ranks as f64 / cores as f64)
     }
 }
@@ -217,8 +356,8 @@ impl Assembly {
 fn exchange_cards(
     control: &Control,
     rank: Rank,
-    settings: &Settings,
-    offer: &Offer,
+    (settings, elasticity): (&Settings, Elasticity<'_>),
+    endpoint: &NodeEndpoint,
 ) -> Result<Vec<Card>, Error> {
     let card = Card {
         addresses: control.addresses().to_vec(),
@@ -226,11 +365,13 @@ fn exchange_cards(
         pid: std::process::id(),
         cores: Cores::own(),
         settings: format!(
-            "{} UNISUM_TIMEOUT={}",
+            "{} UNISUM_TIMEOUT={} elastic={elasticity} transports={}",
             common_settings(settings),
-            settings.timeout.as_secs_f64()
+            settings.timeout.as_secs_f64(),
+            settings.custom.names().collect::<Vec<_>>().join(",")
         ),
-        shm: offer.card(),
+        node: endpoint.info(),
+        standing: elasticity.standing(),
     };
     let cards = control.exchange(card.encode()).map_err(rendezvous_error)?;
     let cards: Vec<Card> = cards
@@ -259,7 +400,8 @@ fn common_settings(settings: &Settings) -> String {
         "UNISUM_TRANSPORT={transport} UNISUM_ALGORITHM={algorithm} \
          UNISUM_SLICE_BYTES={slice_bytes} UNISUM_WINDOW={window} \
          UNISUM_TCP_SOCKETS={sockets_per_peer} UNISUM_REPRODUCIBLE={reproducible} \
-         UNISUM_TUNING={tuning}"
+         UNISUM_TUNING={tuning} UNISUM_TLS={}",
+        settings.tls.level
     )
 }
 
@@ -277,14 +419,22 @@ fn check_settings(rank: Rank, cards: &[Card]) -> Result<(), Error> {
     Err(Error::new(ErrorKind::Configuration, text).on(rank).caused_by(vec![other]))
 }
 
+/// What a rank lacks for its links, as all ranks call that if a start fails.
+fn at_start(error: Error) -> Error {
+    match error.kind() {
+        ErrorKind::Resources => Error::new(ErrorKind::Rendezvous, error.to_string()),
+        _ => error,
+    }
+}
+
 /// A failure while the links were made, as one to join.
 fn starting_failed(judged: &Error, doing: &str) -> Error {
     let text = format!("{doing}: {judged}");
-    Error::new(ErrorKind::Rendezvous, text).caused_by(judged.culprits().to_vec())
+    Error::new(ErrorKind::Rendezvous, text).caused_by(judged.failed_ranks().to_vec())
 }
 
 fn rendezvous_error(error: ControlError) -> Error {
-    Error::new(ErrorKind::Rendezvous, error.to_string()).caused_by(error.culprits())
+    Error::new(ErrorKind::Rendezvous, error.to_string()).caused_by(error.failed_ranks())
 }
 
 fn describe(
@@ -295,13 +445,9 @@ fn describe(
     seconds: f64,
 ) -> String {
     let nodes = topology.node_count();
-    let mut text = format!(
-        "rank {} of {} (from {}), {nodes} node{}, over {transport}, joined in {seconds:.3} s\n",
-        detected.rank,
-        detected.world,
-        detected.source,
-        if nodes == 1 { "" } else { "s" },
-    );
+    let plural = if nodes == 1 { "" } else { "s" };
+    let mut text =
+        format!("{detected}; {nodes} node{plural}, over {transport}, joined in {seconds:.3} s\n");
     for (rank, card) in cards.iter().enumerate() {
         let addresses: Vec<_> = card.addresses.iter().map(ToString::to_string).collect();
         let address = if addresses.is_empty() { "-".to_owned() } else { addresses.join(" or ") };

@@ -1,113 +1,97 @@
-//! The ranks that share memory with this one.
+//! The ranks of a host that one link connects: those that share memory.
 
 use std::fs;
-#[cfg(feature = "shm")]
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use unisum_algorithms::Topology;
-use unisum_link::handshake::Secret;
-use unisum_link::{Link, Rank};
+use unisum_link::{
+    Connected, Endpoint, EndpointInfo, Limit, Rank, Refusal, Setup, Site, Transport,
+};
 
-use super::Exchange;
-use super::report::{Refusal, Report, not_all_share};
-#[cfg(feature = "shm")]
-use super::starting_failed;
+use super::report::{Report, log, not_all_share};
+use super::{Exchange, builtin, starting_failed};
 use crate::Error;
-use crate::membership::Membership;
-use crate::settings::{Settings, TransportChoice};
+use crate::execution::membership::Membership;
+use crate::settings::Settings;
 
-/// This rank's node as it was found.
+/// This rank's node.
 pub(super) struct Node {
-    /// Ascending, with this rank; only this rank if it shares memory with nobody.
+    /// Ascending, including this rank; only this rank if it shares memory with nobody.
     pub(super) members: Vec<Rank>,
-    pub(super) link: Option<Shared>,
+    /// Among the members.
+    pub(super) connected: Option<Connected>,
     /// The nodes of all ranks.
     pub(super) topology: Topology,
 }
 
-/// The link among the ranks of a node.
-pub(super) struct Shared {
-    pub(super) link: Box<dyn Link>,
-    /// Where their registered memory lies.
-    #[cfg(feature = "shm")]
-    pub(super) heaps: unisum_shm::Heaps,
-}
-
-/// The communicator whose ranks look for a node, all of which go through the same exchanges.
-pub(super) struct Circle<'a> {
+/// What finding the nodes of a communicator needs; all its ranks go through the same exchanges.
+pub(super) struct JoinContext<'a> {
     pub(super) rank: Rank,
-    /// The host of each rank, as far as names go.
+    /// The host of each rank, according to its name.
     pub(super) hosts: &'a [&'a str],
-    /// What each rank offers to share memory.
-    #[cfg_attr(not(feature = "shm"), expect(dead_code, reason = "nobody offers"))]
-    pub(super) cards: Vec<Vec<u8>>,
-    /// The communicator's own, so that two never mix.
-    #[cfg_attr(not(feature = "shm"), expect(dead_code, reason = "nobody offers"))]
+    /// What each rank tells of its endpoint.
+    pub(super) infos: Vec<Vec<u8>>,
+    /// The session of this communicator, so that two never mix.
     pub(super) session: [u8; 16],
     pub(super) exchange: &'a Exchange<'a>,
-    /// It knows when the job has ended: then nobody is waited for.
-    #[cfg_attr(not(feature = "shm"), expect(dead_code, reason = "nobody waits"))]
+    /// Knows when the job has ended: waiting then stops.
     pub(super) membership: &'a Membership,
-    /// Of a group: the job's numbers of its ranks, and where these have registered memory.
-    #[cfg(feature = "shm")]
-    pub(super) heaps: Option<(&'a unisum_shm::Heaps, &'a [Rank])>,
+    /// Whether it is a group of a job that has started.
+    pub(super) is_group: bool,
 }
 
-/// How long the ranks of a node try to share memory before they do without, at most.
-#[cfg(feature = "shm")]
+/// How long the ranks of a node try to share memory, at most, before they do without it.
 const SHARING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long one of them waits for the others: less than all wait for a rank in an exchange, so that
-/// who waits takes part in the next one in time, and only who is waited for is missing there.
-#[cfg(feature = "shm")]
+/// a waiting rank takes part in the next exchange in time, and only the rank it waits for is
+/// missing there.
 fn patience(settings: &Settings) -> Duration {
     SHARING_TIMEOUT.min(settings.connect_timeout / 2).min(settings.timeout / 2)
 }
 
-/// An offer to share memory, if this rank makes one.
-pub(super) struct Offer {
-    #[cfg(feature = "shm")]
-    shm: Result<unisum_shm::Offer, Refusal>,
+/// This rank's end of the link among the ranks of its host, if it has one.
+pub(super) struct NodeEndpoint {
+    transport: Arc<dyn Transport>,
+    is_asked_for: bool,
+    endpoint: Result<Box<dyn Endpoint>, Refusal>,
 }
 
-impl Offer {
-    pub(super) fn new(transport: TransportChoice, secret: &Secret) -> Self {
-        #[cfg(feature = "shm")]
-        {
-            let shm = match transport {
-                TransportChoice::Tcp | TransportChoice::Verbs => {
-                    Err(Refusal::NotWanted(format!("transport {transport} was asked for")))
-                }
-                _ => unisum_shm::Offer::new(secret).map_err(Refusal::from),
-            };
-            Self { shm }
-        }
-        #[cfg(not(feature = "shm"))]
-        {
-            let _ = (transport, secret);
-            Self {}
+impl NodeEndpoint {
+    /// Of rank `rank` of a communicator whose ranks have these numbers in the job.
+    pub(super) fn new(
+        transport: Arc<dyn Transport>,
+        settings: &Settings,
+        (rank, ranks): (Rank, &[Rank]),
+    ) -> Self {
+        let is_asked_for = settings.transport.is(transport.name());
+        let peers: Vec<Rank> = (0..ranks.len()).filter(|&peer| peer != rank).collect();
+        let endpoint = transport.endpoint(&Site { rank, ranks, peers: &peers, is_asked_for });
+        Self { transport, is_asked_for, endpoint }
+    }
+
+    /// What it is an end of.
+    pub(super) fn transport(&self) -> Arc<dyn Transport> {
+        self.transport.clone()
+    }
+
+    /// What the others have to know; nothing if there is no end.
+    pub(super) fn info(&self) -> Vec<u8> {
+        match self.endpoint.as_ref().map(|it| it.info()) {
+            Ok(EndpointInfo::Same(info)) => info,
+            _ => Vec::new(),
         }
     }
 
-    /// None, and why.
-    #[cfg(feature = "shm")]
-    pub(super) fn none(why: &str) -> Self {
-        Self { shm: Err(Refusal::NotWanted(why.into())) }
-    }
-
-    pub(super) fn card(&self) -> Vec<u8> {
-        #[cfg(feature = "shm")]
-        if let Ok(offer) = &self.shm {
-            return offer.card();
-        }
-        Vec::new()
-    }
-
-    /// Tries to share memory, tells everybody how it went, and connects those who succeeded.
-    pub(super) fn join(self, circle: &Circle<'_>, settings: &Settings) -> Result<Node, Error> {
-        let rank = circle.rank;
-        let candidate = self.candidate(circle, settings);
-        let report = match &candidate {
+    /// Tries to share memory, reports the outcome to all ranks, and connects those that succeeded.
+    pub(super) fn join(self, circle: &JoinContext<'_>, settings: &Settings) -> Result<Node, Error> {
+        let (rank, name) = (circle.rank, self.transport.name());
+        let agreed = self.endpoint.and_then(|mut endpoint| {
+            let leader = in_time(circle, settings, |setup| endpoint.agree(&circle.infos, setup))?;
+            Ok((leader, endpoint))
+        });
+        let report = match &agreed {
             Ok((leader, _)) => Report::Shares(*leader),
             Err(why) => Report::Alone(why.clone()),
         };
@@ -115,110 +99,58 @@ impl Offer {
         let reports: Vec<Report> = reports.iter().map(|report| Report::decode(report)).collect();
         let leaders: Vec<Option<Rank>> = reports.iter().map(Report::leader).collect();
         let members = members_of(rank, &leaders);
-        if settings.transport == TransportChoice::Shm && members.len() < reports.len() {
-            return Err(not_all_share(rank, &leaders, &reports));
+        if self.is_asked_for && members.len() < reports.len() {
+            return Err(not_all_share(name, rank, &leaders, &reports));
         }
         if let Report::Alone(why) = &reports[rank] {
-            why.log(rank, &reports);
+            log(why, rank, &reports);
         }
         let topology = topology(&leaders, circle.hosts);
-        match candidate {
-            Ok((_, candidate)) if members.len() > 1 => {
-                connect(circle, candidate, members, topology, settings)
+        let connected = match agreed {
+            Ok((_, endpoint)) if members.len() > 1 => {
+                let connected =
+                    in_time(circle, settings, |setup| endpoint.connect(&members, setup));
+                Some(connected.map_err(|refusal| failed(circle, name, refusal))?)
             }
-            _ => Ok(alone(rank, topology)),
-        }
-    }
-
-    #[cfg(feature = "shm")]
-    fn candidate(
-        self,
-        circle: &Circle<'_>,
-        settings: &Settings,
-    ) -> Result<(Rank, unisum_shm::Candidate), Refusal> {
-        let offer = self.shm?;
-        tell_who_is_apart(circle);
-        let is_over = || circle.membership.verdict().is_some();
-        let limit = unisum_shm::Limit::new(Instant::now() + patience(settings), &is_over);
-        // A group needs no heaps of its own.
-        let heap = if circle.heaps.is_some() { Some(0) } else { settings.shm_heap };
-        let candidate = offer.join(circle.rank, &circle.cards, circle.session, heap, limit)?;
-        let private_reads = settings.cross_memory;
-        let candidate = if private_reads { candidate } else { candidate.without_private_reads() };
-        Ok((candidate.leader(), candidate))
-    }
-
-    #[cfg(not(feature = "shm"))]
-    fn candidate(
-        self,
-        _circle: &Circle<'_>,
-        _settings: &Settings,
-    ) -> Result<(Rank, std::convert::Infallible), Refusal> {
-        Err(Refusal::NotWanted("this build has no shared-memory transport".into()))
-    }
-}
-
-/// Says, in one line of one rank, that ranks of one host have networks of their own.
-#[cfg(feature = "shm")]
-fn tell_who_is_apart(circle: &Circle<'_>) {
-    let (rank, apart) = (circle.rank, unisum_shm::apart(circle.rank, &circle.cards));
-    // In a group the same would be said once more.
-    if circle.heaps.is_none() && !apart.is_empty() {
-        tracing::warn!(
-            "ranks {apart:?} are on the host of rank {rank}, but in other network namespaces: \
-             there is no shared memory between those"
-        );
-    }
-}
-
-#[cfg(feature = "shm")]
-fn connect(
-    circle: &Circle<'_>,
-    candidate: unisum_shm::Candidate,
-    members: Vec<Rank>,
-    topology: Topology,
-    settings: &Settings,
-) -> Result<Node, Error> {
-    let is_over = || circle.membership.verdict().is_some();
-    let limit = unisum_shm::Limit::new(Instant::now() + patience(settings), &is_over);
-    let link = match circle.heaps {
-        None => candidate.connect(&members, limit),
-        Some((heaps, ranks)) => heaps
-            .renamed(&members, ranks)
-            .and_then(|heaps| candidate.connect_beside(&members, heaps, limit)),
-    };
-    let link = link.map_err(|error| {
-        let culprit = error.culprits().first().copied().unwrap_or(circle.rank);
-        let text = match &error {
-            unisum_shm::ShmError::Late(late) => {
-                let late = circle.membership.job_ranks(late);
-                format!("ranks {late:?} did not take part in sharing memory in time")
-            }
-            error => format!("sharing memory: {error}"),
+            _ => return Ok(alone(rank, topology)),
         };
-        let judged = circle.membership.blame(culprit, text);
-        match circle.heaps {
-            None => starting_failed(&judged, "sharing memory"),
-            Some(_) => judged,
-        }
-    })?;
-    let heaps = link.heaps();
-    Ok(Node { members, link: Some(Shared { link: Box::new(link), heaps }), topology })
+        Ok(Node { members, connected, topology })
+    }
 }
 
-#[cfg(not(feature = "shm"))]
-fn connect(
-    _circle: &Circle<'_>,
-    candidate: std::convert::Infallible,
-    _members: Vec<Rank>,
-    _topology: Topology,
-    _settings: &Settings,
-) -> Result<Node, Error> {
-    match candidate {}
+/// Takes a step for as long as the others wait for this rank.
+fn in_time<T>(
+    circle: &JoinContext<'_>,
+    settings: &Settings,
+    step: impl FnOnce(&Setup<'_>) -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
+    let is_over = || circle.membership.verdict().is_some();
+    let limit = Limit::new(Instant::now() + patience(settings), &is_over);
+    step(&Setup { session: circle.session, limit })
+}
+
+/// Tells all ranks that a node's link could not be made; the error for the caller.
+fn failed(circle: &JoinContext<'_>, name: &str, refusal: Refusal) -> Error {
+    let doing = match name {
+        "shm" => "sharing memory".to_owned(),
+        name => format!("connecting over {}", builtin::called(name)),
+    };
+    let membership = circle.membership;
+    let judged = match refusal {
+        Refusal::Others(ranks, why) => {
+            let first = ranks.first().copied().unwrap_or(circle.rank);
+            membership.blame(first, format!("ranks {:?} {why}", membership.job_ranks(&ranks)))
+        }
+        Refusal::Lacks(why) => membership.lacks(&format!("{doing}: {why}")),
+        Refusal::Own(why) | Refusal::NotWanted(why) => {
+            membership.blame(circle.rank, format!("{doing}: {why}"))
+        }
+    };
+    if circle.is_group { judged } else { starting_failed(&judged, &doing) }
 }
 
 fn alone(rank: Rank, topology: Topology) -> Node {
-    Node { members: vec![rank], link: None, topology }
+    Node { members: vec![rank], connected: None, topology }
 }
 
 fn members_of(rank: Rank, leaders: &[Option<Rank>]) -> Vec<Rank> {
@@ -240,7 +172,7 @@ fn topology(leaders: &[Option<Rank>], hosts: &[&str]) -> Topology {
     Topology::from_node_of(node_of)
 }
 
-/// Names the host and its network as far as names go: ranks with the same name may share a host.
+/// A name for the host and its network: ranks with the same name may share a host.
 pub(super) fn host_name() -> String {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let network = fs::read_link("/proc/self/ns/net").unwrap_or_default();
@@ -248,7 +180,7 @@ pub(super) fn host_name() -> String {
     format!("{}/{}/{}", name.nodename().to_string_lossy(), boot.trim(), network.display())
 }
 
-/// The part of a host's name that says in which network namespace the process is.
+/// The part of a host's name that identifies the process's network namespace.
 pub(super) fn network_of(host: &str) -> &str {
     host.split_once('/').map_or("", |(_, network)| network)
 }

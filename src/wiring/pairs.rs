@@ -1,13 +1,13 @@
-//! Whose links are measured, and what follows from what all pairs measured.
+//! Which links are measured, and what follows from the measurements.
 //!
-//! One pair inside a node, rank 0's, and one of each two nodes that follow each other: as many
-//! pairs as a ring over the nodes crosses, in two rounds however many there are. The pairs of a
-//! round measure at once and have no rank in common.
+//! One pair within a node, that of rank 0, and one of each two neighbouring nodes: as many pairs as
+//! a ring over the nodes crosses, in two rounds regardless of their number. The pairs of a round
+//! measure concurrently and have no rank in common.
 
 use unisum_algorithms::{LinkCost, Topology};
 use unisum_link::Rank;
 
-/// What a rank measured with one behind it.
+/// What a rank measured with a later one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Measured {
     pub(super) pair: [Rank; 2],
@@ -17,17 +17,17 @@ pub(super) struct Measured {
 /// The links between nodes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Across {
-    /// The one in the middle, or the faster of two there.
+    /// The median, or the faster of the two in the middle.
     pub(super) median: Measured,
-    /// The one that a third is as fast as: a slow host among four has two slow links of three.
+    /// The link at the fastest third: a slow host among four has two slow links of three.
     pub(super) fast: Measured,
     pub(super) slowest: Measured,
     pub(super) links: usize,
 }
 
-/// What links are compared by: as much as a training's buckets are cut into.
+/// The size by which links are compared: as much as a training's buckets are cut into.
 const TYPICAL_BYTES: f64 = (1 << 20) as f64;
-/// So many times slower than the fast ones, a link is worth a word.
+/// A link that is this many times slower than the fast ones is reported.
 const SLOW: f64 = 2.0;
 
 /// The pairs of each round, the lower rank first; the same on all ranks. `core` is the core that a
@@ -50,7 +50,7 @@ pub(super) fn rounds<C: PartialEq>(
     [inside.into_iter().collect(), from(0), from(1)]
 }
 
-/// Whom a rank measures with in a round.
+/// The rank's partner in a round.
 pub(super) fn partner(round: &[[Rank; 2]], rank: Rank) -> Option<Rank> {
     round.iter().find_map(|&[first, second]| match rank {
         _ if rank == first => Some(second),
@@ -71,7 +71,7 @@ impl Measured {
 }
 
 impl Across {
-    /// Of all links between nodes that were measured, if any was.
+    /// Summarizes all measured links between nodes, if there are any.
     pub(super) fn of(mut links: Vec<Measured>) -> Option<Self> {
         links.sort_by(|a, b| a.typical_s().total_cmp(&b.typical_s()));
         let slowest = *links.last()?;
@@ -79,7 +79,7 @@ impl Across {
         Some(Self { median: links[last / 2], fast: links[last / 3], slowest, links: last + 1 })
     }
 
-    /// How many times slower than the fast ones the slowest is, if that is worth a word.
+    /// How many times slower the slowest link is than the fast ones, if that must be reported.
     pub(super) fn outlier(&self) -> Option<f64> {
         Some(self.slowest.typical_s() / self.fast.typical_s()).filter(|&times| times > SLOW)
     }

@@ -205,7 +205,7 @@ fn wait<B: 'static>(
 /// A call's buffers.
 pub(crate) enum Tensor<T> {
     InPlace { data: Memory<T>, puts: Range<usize>, gets: Range<usize> },
-    Apart { input: Memory<T>, output: Memory<T> },
+    OutOfPlace { input: Memory<T>, output: Memory<T> },
 }
 
 impl<T: Value> Tensor<T> {
@@ -225,7 +225,7 @@ impl<T: Value> Tensor<T> {
         let elements = input.as_mut().iter_mut().enumerate();
         elements.for_each(|(at, it)| *it = step.input(*rank, at));
         output.as_mut().iter_mut().for_each(|it| *it = filler(1));
-        Self::Apart { input, output }
+        Self::OutOfPlace { input, output }
     }
 
     /// Checks what the call left; a fingerprint of its result.
@@ -236,7 +236,7 @@ impl<T: Value> Tensor<T> {
                 data.check_margins(&call.context);
                 call.check(&data.as_ref()[gets.clone()])
             }
-            Self::Apart { input, output } => {
+            Self::OutOfPlace { input, output } => {
                 input.check_margins(&call.context);
                 output.check_margins(&call.context);
                 let given = |at| call.step.input::<T>(call.rank, at).bits();
@@ -253,7 +253,9 @@ impl<T: Value> Owned<T> for Tensor<T> {
     fn lend(&mut self) -> Buffers<'_, T> {
         match self {
             Self::InPlace { data, .. } => Buffers::InPlace(data.as_mut()),
-            Self::Apart { input, output } => Buffers::Apart(Memory::as_ref(input), output.as_mut()),
+            Self::OutOfPlace { input, output } => {
+                Buffers::OutOfPlace(Memory::as_ref(input), output.as_mut())
+            }
         }
     }
 }

@@ -144,7 +144,8 @@ impl Part {
             if self.dies {
                 std::process::abort();
             }
-            let wrong = comm.run(&Collective::all_gather(), Buffers::Apart(&[1_u8], &mut [0; 1]));
+            let wrong =
+                comm.run(&Collective::all_gather(), Buffers::OutOfPlace(&[1_u8], &mut [0; 1]));
             tell(format!("failed: {}", wrong.unwrap_err()));
         }
     }
@@ -191,7 +192,7 @@ impl Tensor<i64> {
     fn memories(&mut self) -> Vec<&mut Memory<i64>> {
         match self {
             Self::InPlace { data, .. } => vec![data],
-            Self::Apart { input, output } => vec![input, output],
+            Self::OutOfPlace { input, output } => vec![input, output],
         }
     }
 

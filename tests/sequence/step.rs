@@ -93,7 +93,7 @@ impl Step {
     /// The call, for `rank`.
     pub(crate) fn collective<T: Value>(&self, rank: Rank) -> Collective {
         let plain = self.how.reduction::<T>();
-        let how = if self.is_watched { plain.watched() } else { plain };
+        let how = if self.is_watched { plain.detect_nonfinite() } else { plain };
         let collective = match (self.kind, &self.lengths) {
             (AllReduce | Barrier, _) => Collective::all_reduce(how),
             (Reduce, _) => Collective::reduce(how, self.root),

@@ -55,10 +55,17 @@ const SCENARIO: &str = "TEST_SCENARIO";
 const MARKS: &str = "TEST_MARKS";
 const TOLD: &str = "@told ";
 
+/// Whether this process is a rank of a test.
+pub fn is_rank() -> bool {
+    std::env::var_os(SCENARIO).is_some()
+}
+
 /// The body of each test binary's `rank_process`: nothing unless this process is a rank.
 pub fn run_if_rank(scenarios: &[Scenario]) {
     let Ok(name) = std::env::var(SCENARIO) else { return };
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false);
+    // A test may have its own.
+    let _ = log.try_init();
     let (_, scenario) = scenarios.iter().find(|(known, _)| *known == name).expect("a scenario");
     scenario();
 }
@@ -70,7 +77,7 @@ pub fn tell(line: impl std::fmt::Display) {
 }
 
 pub fn tell_error(error: &unisum::Error) {
-    tell(format!("{:?} {:?} {error}", error.kind(), error.culprits()));
+    tell(format!("{:?} {:?} {error}", error.kind(), error.failed_ranks()));
 }
 
 /// What this process holds.
@@ -90,6 +97,15 @@ pub fn transports() -> Vec<&'static str> {
     let named = std::env::var("UNISUM_TEST_TRANSPORTS").unwrap_or_else(|_| "tcp shm".into());
     let known = ["tcp", "shm", "verbs"].into_iter();
     known.filter(|known| named.split(' ').any(|name| name == *known)).collect()
+}
+
+/// Another `UNISUM_TLS` in each run, or the one that `UNISUM_TEST_TLS` says.
+pub fn encryption() -> String {
+    std::env::var("UNISUM_TEST_TLS").unwrap_or_else(|_| {
+        let drawn = ["auto", "token", "off"][(seed() % 3) as usize];
+        println!("UNISUM_TEST_TLS={drawn}");
+        drawn.into()
+    })
 }
 
 /// Whether this machine has an RDMA device. Where `UNISUM_TEST_RDMA` is `required`, it must.
@@ -137,6 +153,8 @@ pub struct World {
     variables: HashMap<String, String>,
     /// Runs a rank's command through another one, like `ip netns exec NAME`.
     through: Through,
+    /// Whose the directory of the marks is, if not this user's.
+    owner: Option<u32>,
 }
 
 /// What one rank did.
@@ -165,8 +183,16 @@ impl World {
         let variables = HashMap::from([
             ("UNISUM_CONNECT_TIMEOUT".into(), "60".into()),
             ("UNISUM_TIMEOUT".into(), "60".into()),
+            ("UNISUM_TLS".into(), encryption()),
         ]);
-        Self { ranks, scenario, variables, through: std::sync::Arc::new(|_| Vec::new()) }
+        let through = std::sync::Arc::new(|_| Vec::new());
+        Self { ranks, scenario, variables, through, owner: None }
+    }
+
+    /// For ranks that become another user: the marks and the rendezvous file are theirs.
+    pub const fn owned_by(mut self, user: u32) -> Self {
+        self.owner = Some(user);
+        self
     }
 
     pub fn set(mut self, name: &str, value: impl ToString) -> Self {
@@ -192,6 +218,9 @@ impl World {
         let name = format!("unisum-test-{}-{:x}", std::process::id(), unique());
         let directory = std::env::temp_dir().join(name);
         std::fs::create_dir(&directory).unwrap();
+        if self.owner.is_some() {
+            std::os::unix::fs::chown(&directory, self.owner, self.owner).unwrap();
+        }
         let ranks = ranks.iter().map(|&rank| self.start_rank(rank, &directory)).collect();
         Running { ranks, directory }
     }

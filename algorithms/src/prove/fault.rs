@@ -1,17 +1,16 @@
-//! What can be wrong with plans.
+//! Faults of plans.
 
 use std::fmt;
 use std::ops::Range;
 
 use crate::{Pattern, Rank};
 
-/// Why plans are not the collective they are for. A round counts from 0 and is an index into the
-/// rank's plan.
+/// Why plans do not implement their collective. Rounds count from 0 and index the rank's plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 #[allow(missing_docs)] // the fields are what their names say, and `Display` spells each of them out
 pub enum Fault {
-    /// A rank yields another number of rounds than rank 0.
+    /// A rank has a different number of rounds than rank 0.
     Rounds { rank: Rank, rounds: usize, expected: usize },
     /// A transfer with the rank itself or a rank beyond the world.
     Partner { rank: Rank, round: usize, other: Rank },

@@ -2,13 +2,13 @@
 
 #![allow(dead_code, reason = "not every test uses all of it")]
 
-use unisum_algorithms::Collective::{
+use unisum_algorithms::PlanKind::{
     self, AllGather, AllReduce, AllToAll, Broadcast, Gather, Reduce, ReduceScatter, Scatter,
 };
 use unisum_algorithms::{CostModel, Shape, Topology, by_name, cost};
 
 /// Every collective, with this root where it has one.
-pub(crate) fn collectives(root: usize) -> [Collective; 8] {
+pub(crate) fn collectives(root: usize) -> [PlanKind; 8] {
     [
         AllReduce,
         Reduce { root },
@@ -22,7 +22,7 @@ pub(crate) fn collectives(root: usize) -> [Collective; 8] {
 }
 
 /// Every collective of a world, with every root.
-pub(crate) fn with_every_root(world: usize) -> impl Iterator<Item = Collective> {
+pub(crate) fn with_every_root(world: usize) -> impl Iterator<Item = PlanKind> {
     let first = move |root| root == 0;
     (0..world).flat_map(move |root| {
         collectives(root).into_iter().filter(move |kind| first(root) || kind.root().is_some())
@@ -30,7 +30,7 @@ pub(crate) fn with_every_root(world: usize) -> impl Iterator<Item = Collective> 
 }
 
 /// A shape with `count` elements in all, or in each block.
-pub(crate) fn even(topology: &Topology, collective: Collective, count: usize) -> Shape {
+pub(crate) fn even(topology: &Topology, collective: PlanKind, count: usize) -> Shape {
     match collective {
         AllReduce | Reduce { .. } | Broadcast { .. } => {
             Shape::whole(topology.clone(), collective, count)

@@ -64,8 +64,9 @@ pub(crate) struct Args {
           value_parser = |text: &str| list(text, &ReduceOp::ALL))]
     pub(crate) op: List<ReduceOp>,
 
-    /// How the ranks reach each other [default: UNISUM_TRANSPORT, else auto]
-    #[arg(short = 't', long, value_parser = ["auto", "tcp", "shm", "verbs"])]
+    /// How the ranks reach each other; cuda: buffers in the memory of a CUDA device for each rank,
+    /// by its number on the host [default: UNISUM_TRANSPORT, else auto]
+    #[arg(short = 't', long, value_parser = ["auto", "tcp", "shm", "verbs", "cuda"])]
     pub(crate) transport: Option<String>,
 
     /// Ports that ranks may listen on, LOW-HIGH or one [default: UNISUM_PORT_RANGE, else any]
@@ -172,6 +173,9 @@ pub(crate) enum Memory {
     Registered,
     /// The process's own heap.
     Private,
+    /// That of a CUDA device: `-t cuda`.
+    #[value(skip)]
+    Device,
 }
 
 impl Memory {
@@ -179,6 +183,7 @@ impl Memory {
         match self {
             Self::Registered => "registered",
             Self::Private => "private",
+            Self::Device => "device",
         }
     }
 }
@@ -208,6 +213,19 @@ impl Args {
                  (-e, {max_bytes} B)"
             ));
         }
+        if self.is_on_device() {
+            let others = [
+                ("--memory", self.memory != Memory::Registered),
+                ("--late-ms", self.late_ms.is_some()),
+                ("--startup", !self.startup.is_empty()),
+                ("--model", self.replay.model.is_some()),
+            ];
+            if let Some((name, _)) = others.iter().find(|(_, is_given)| *is_given) {
+                return Err(format!(
+                    "-t cuda measures collectives on device memory, and {name} others"
+                ));
+            }
+        }
         let largest = self.dtype.0.iter().max_by_key(|dtype| dtype.bytes());
         if let Some(dtype) = largest.filter(|dtype| *min_bytes < dtype.bytes() as u64) {
             let bytes = dtype.bytes();
@@ -228,6 +246,16 @@ impl Args {
             Some(reason) if nothing => Err(reason),
             _ => Ok(()),
         }
+    }
+
+    /// Whether buffers are in the memory of CUDA devices.
+    pub(crate) fn is_on_device(&self) -> bool {
+        self.transport.as_deref() == Some("cuda")
+    }
+
+    /// Where buffers live.
+    pub(crate) fn place_of_buffers(&self) -> Memory {
+        if self.is_on_device() { Memory::Device } else { self.memory }
     }
 
     /// The reductions to measure that elements of this type have.
@@ -275,6 +303,7 @@ static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
     if devices.is_empty() {
         text += "\nRDMA device: none";
     }
+    text += &format!("\nCUDA: {}", unisum::cuda_driver());
     text
 });
 
@@ -439,6 +468,11 @@ mod tests {
             ("-i 5 --seconds-per-size 2", "cannot be used with"),
             ("--model vgg16", "bert-large"),
             ("--model resnet50 -b 1M", "cannot be used with"),
+            ("-t cuda --memory private", "-t cuda measures collectives on device memory"),
+            ("-t cuda --late-ms 5", "and --late-ms others"),
+            ("-t cuda --startup", "and --startup others"),
+            ("-t cuda --model resnet50", "and --model others"),
+            ("-t cuda --memory device", "possible values: registered, private"),
             ("--model resnet50 --wire f32,int4", "expected one of f32, bf16, "),
             ("--model resnet50 --scale 0.5", "by 1 or more"),
             ("--model resnet50 --backward-ms 5 --backward-ratio 2", "cannot be used with"),

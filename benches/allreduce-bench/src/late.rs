@@ -51,8 +51,8 @@ fn one<T: Value>(
     let (kind, ranks) = (Kind::ALL_REDUCE, world.comm.world());
     let case = Case { kind, root: 0, place: Place::In, ranks, count };
     let mut operands = Operands::<T>::allocate(&world.comm, args.memory, &[case])?;
-    let mut operation = operands.operation(case, world.comm.rank(), Some(op));
-    operation.settle();
+    let mut operation = operands.operation(case, world.comm.rank(), Some(op), None)?;
+    operation.settle()?;
     let late_by = Duration::from_millis(args.late_ms.unwrap_or(0));
     let sleep = if world.comm.rank() == late { late_by } else { Duration::ZERO };
     // Once without waiting: what the operation itself takes (the first also connects the ranks).

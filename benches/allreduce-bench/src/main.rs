@@ -8,6 +8,7 @@
 mod args;
 mod check;
 mod collective;
+mod device;
 mod late;
 mod launch;
 mod measure;
@@ -42,7 +43,7 @@ fn main() -> ExitCode {
     }
     log_to_stderr(args.verbose);
     let launches = args.joined.is_none() && !args.worlds().is_empty();
-    let outcome = if launches { launch::worlds(&args.worlds()) } else { join(&args) };
+    let outcome = if launches { launch(&args) } else { join(&args) };
     outcome.unwrap_or_else(|error| {
         // In one piece, as many ranks may fail at once; a closed standard error hears nothing.
         let _ = io::stderr().write_all(format!("allreduce-bench: {error}\n").as_bytes());
@@ -50,13 +51,27 @@ fn main() -> ExitCode {
     })
 }
 
+/// Starts ranks here, unless they would find no device.
+fn launch(args: &Args) -> Result<ExitCode> {
+    if args.is_on_device() {
+        unisum::cuda_devices().map_err(|error| format!("-t cuda: {error}"))?;
+    }
+    launch::worlds(&args.worlds())
+}
+
 /// What one rank does.
 fn join(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let world = World::connect(args)?;
     let connect_ms = start.elapsed().as_secs_f64() * 1e3;
-    if args.verbose > 0 && world.is_first() {
-        eprint!("{}", world.comm.describe());
+    if world.is_first() && !world.is_alone() {
+        let description = world.comm.describe();
+        let found = description.lines().next().unwrap_or_default();
+        let told = if args.verbose > 0 { description.trim_end() } else { found };
+        eprintln!("{told}");
+    }
+    if let Some(device) = world.device.as_ref().filter(|_| world.is_first()) {
+        eprintln!("{}", device.comm.describe().trim_end());
     }
     if world.is_alone() && args.joined.is_none() && world.is_first() {
         eprintln!("note: no launcher found, so this is a world of 1; -n 16 starts 16 ranks here");

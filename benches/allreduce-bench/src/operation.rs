@@ -8,6 +8,7 @@ use crate::Result;
 use crate::args::Memory;
 use crate::check::Pattern;
 use crate::collective::{Case, Layout, Piece, Place, Source};
+use crate::device::{Device, OnDevice};
 use crate::value::Value;
 
 /// This rank's buffers for several operations.
@@ -35,20 +36,27 @@ impl<T: Value> Operands<T> {
         Ok(Self { apart, data: Data::allocate(comm, memory, data)? })
     }
 
-    /// The operation of a case on these buffers.
-    pub(crate) fn operation(
-        &mut self,
+    /// The operation of a case on these buffers, or on buffers of a device of the same lengths.
+    ///
+    /// # Errors
+    /// If the device has no memory.
+    pub(crate) fn operation<'a>(
+        &'a mut self,
         case: Case,
         rank: usize,
         op: Option<ReduceOp>,
-    ) -> Operation<'_, T> {
+        device: Option<&'a Device>,
+    ) -> Result<Operation<'a, T>> {
         let layout = case.layout(rank);
         let Layout { input, output } = &layout;
         let (apart, data) = match case.place {
             Place::In => (None, &mut self.data[..input.end.max(output.end)]),
             Place::Out => (Some(&mut self.apart[..input.end]), &mut self.data[..output.end]),
         };
-        Operation { call: case.call(rank, op), case, rank, op, layout, apart, data }
+        let lengths = (apart.as_ref().map(|apart| apart.len()), data.len());
+        let on_device =
+            device.map(|it| OnDevice::allocate(it, lengths.0, lengths.1)).transpose()?;
+        Ok(Operation { call: case.call(rank, op), case, rank, op, layout, apart, data, on_device })
     }
 }
 
@@ -62,16 +70,21 @@ pub(crate) struct Operation<'a, T> {
     /// The input, if it lies apart.
     apart: Option<&'a mut [T]>,
     data: &'a mut [T],
+    /// If it is these that the call is made on.
+    pub(crate) on_device: Option<OnDevice<'a, T>>,
 }
 
 impl<T: Value> Operation<'_, T> {
-    /// Makes the call.
+    /// Makes the call; on a device, it is only enqueued.
     ///
     /// # Errors
     /// If it fails.
     pub(crate) fn run(&mut self, comm: &Communicator) -> Result<()> {
+        if let Some(on_device) = &mut self.on_device {
+            return on_device.run(&self.call);
+        }
         let buffers = match &self.apart {
-            Some(input) => Buffers::Apart(input, self.data),
+            Some(input) => Buffers::OutOfPlace(input, self.data),
             None => Buffers::InPlace(self.data),
         };
         comm.run(&self.call, buffers)?;
@@ -80,18 +93,44 @@ impl<T: Value> Operation<'_, T> {
 
     /// Fills the buffers with values that stay the same, however often the call is made: none may
     /// overflow or fade into subnormal numbers on the way, which would change the time.
-    pub(crate) fn settle(&mut self) {
+    ///
+    /// # Errors
+    /// If they are on a device, which fails.
+    pub(crate) fn settle(&mut self) -> Result<()> {
         let value = T::fixed_point(self.op.unwrap_or(ReduceOp::Sum));
         self.data.fill(value);
         if let Some(input) = &mut self.apart {
             input.fill(value);
         }
+        self.send()
     }
 
     /// Fills the input with what this rank puts in.
-    pub(crate) fn fill(&mut self, pattern: &Pattern<T>) {
+    ///
+    /// # Errors
+    /// If it is on a device, which fails.
+    pub(crate) fn fill(&mut self, pattern: &Pattern<T>) -> Result<()> {
         let input = self.apart.as_deref_mut().unwrap_or(self.data);
         pattern.fill(&mut input[self.layout.input.clone()], Source::Rank(self.rank));
+        self.send()
+    }
+
+    fn send(&mut self) -> Result<()> {
+        match &mut self.on_device {
+            Some(on_device) => on_device.send(self.apart.as_deref(), self.data),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for the result, if it is on a device, and copies it from there.
+    ///
+    /// # Errors
+    /// If the device or an operation has failed.
+    pub(crate) fn fetch(&mut self) -> Result<()> {
+        match &self.on_device {
+            Some(on_device) => on_device.fetch(self.apart.as_deref_mut(), self.data),
+            None => Ok(()),
+        }
     }
 
     /// How many elements came out wrong, or were changed although nothing comes out there.
@@ -139,7 +178,8 @@ impl<T: Value> Data<T> {
     pub(crate) fn allocate(comm: &Communicator, memory: Memory, count: usize) -> Result<Self> {
         Ok(match memory {
             Memory::Registered => Self::Registered(comm.allocate(count)?),
-            Memory::Private => {
+            // The device's are made for each operation: these are what the host has of them.
+            Memory::Private | Memory::Device => {
                 let mut data = Vec::new();
                 data.try_reserve_exact(count)?;
                 data.resize(count, T::fixed_point(ReduceOp::Sum));
@@ -188,9 +228,9 @@ mod tests {
                 let data = || Data::Private(vec![0; 300]);
                 let mut operands = Operands { apart: data(), data: data() };
                 let op = kind.reduces().then_some(ReduceOp::Sum);
-                let mut operation = operands.operation(case, rank, op);
+                let mut operation = operands.operation(case, rank, op, None).unwrap();
                 let pattern = Pattern::new(op, 3, 7);
-                operation.fill(&pattern);
+                operation.fill(&pattern).unwrap();
                 look(&mut operation, &pattern);
             }
         }

@@ -51,7 +51,7 @@ impl<'a> Sweep<'a> {
         Self {
             args,
             world,
-            about: About::new(args, &world.comm),
+            about: About::new(args, world),
             report: prints.then(|| crate::report::open(args)),
             progress: Progress::new(prints, points),
             wrong: 0,
@@ -74,10 +74,11 @@ impl<'a> Sweep<'a> {
         let counts = self.args.counts(series, T::DTYPE);
         let cases: Vec<_> = counts.into_iter().map(|count| Case { count, ..*series }).collect();
         let comm = &self.world.comm;
-        let mut operands = Operands::<T>::allocate(comm, self.args.memory, &cases)?;
+        let mut operands = Operands::<T>::allocate(comm, self.args.place_of_buffers(), &cases)?;
         for op in self.args.reductions(series.kind, T::DTYPE) {
             for &case in &cases {
-                self.size(&mut operands.operation(case, comm.rank(), op))?;
+                let device = self.world.device.as_ref();
+                self.size(&mut operands.operation(case, comm.rank(), op, device)?)?;
             }
         }
         Ok(())
@@ -91,7 +92,7 @@ impl<'a> Sweep<'a> {
         let effort = Effort::new(self.args, algorithms.len());
         for algorithm in algorithms {
             if algorithm.is_some() {
-                self.world.comm.set_algorithm(algorithm)?;
+                self.world.set_algorithm(algorithm)?;
             }
             let taken = self.choice(operation);
             self.progress.step(&case, T::DTYPE, op, taken);
@@ -107,7 +108,7 @@ impl<'a> Sweep<'a> {
                 case,
                 dtype: T::DTYPE,
                 op,
-                memory: self.args.memory,
+                memory: self.args.place_of_buffers(),
                 measured,
             });
         }
@@ -118,14 +119,14 @@ impl<'a> Sweep<'a> {
     /// (`UNISUM_ALGORITHM`), else by the library's choice, which the first call of a size settles.
     fn automatic<T: Value>(&self, operation: &mut Operation<'_, T>) -> Result<&'static str> {
         if self.args.algorithm != "auto" {
-            self.world.comm.set_algorithm(None)?;
+            self.world.set_algorithm(None)?;
         }
-        operation.settle();
+        operation.settle()?;
         operation.run(&self.world.comm)?;
         Ok(self.choice(operation))
     }
 
     fn choice<T: Value>(&self, operation: &Operation<'_, T>) -> &'static str {
-        self.world.comm.choice::<T>(&operation.call, operation.case.count)
+        self.world.choice::<T>(&operation.call, operation.case.count)
     }
 }

@@ -5,11 +5,12 @@ use std::cell::Cell;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use unisum::{Communicator, ReduceOp};
+use unisum::{Collective, Communicator, ReduceOp};
 
 use crate::Result;
 use crate::args::Args;
 use crate::check::Pattern;
+use crate::device::Device;
 use crate::operation::Operation;
 use crate::value::Value;
 
@@ -17,6 +18,8 @@ use crate::value::Value;
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) comm: Communicator,
+    /// With `-t cuda`.
+    pub(crate) device: Option<Device>,
     /// Checks so far: each uses data of its own, so that left-over results can't pass.
     checks: Cell<u64>,
 }
@@ -28,7 +31,7 @@ impl World {
     /// If the ranks do not find each other.
     pub(crate) fn connect(args: &Args) -> Result<Self> {
         let mut builder = Communicator::builder();
-        if let Some(transport) = &args.transport {
+        if let Some(transport) = args.transport.as_ref().filter(|_| !args.is_on_device()) {
             builder = builder.transport(transport);
         }
         if let Some(ports) = &args.port_range {
@@ -40,7 +43,34 @@ impl World {
         if let Some(timeout) = args.timeout {
             builder = builder.timeout(timeout);
         }
-        Ok(Self { comm: builder.connect()?, checks: Cell::new(0) })
+        let comm = builder.connect()?;
+        let device = args.is_on_device().then(|| Device::open(&comm)).transpose()?;
+        Ok(Self { comm, device, checks: Cell::new(0) })
+    }
+
+    /// What carries the data.
+    pub(crate) fn transport(&self) -> String {
+        let on_device = self.device.as_ref().map(Device::transport);
+        on_device.unwrap_or_else(|| self.comm.transport()).to_owned()
+    }
+
+    /// Fixes the algorithm of the measured operations.
+    ///
+    /// # Errors
+    /// If there is none of that name.
+    pub(crate) fn set_algorithm(&self, name: Option<&str>) -> Result<()> {
+        match &self.device {
+            Some(device) => Ok(device.comm.set_algorithm(name)?),
+            None => Ok(self.comm.set_algorithm(name)?),
+        }
+    }
+
+    /// The algorithm of an operation.
+    pub(crate) fn choice<T: Value>(&self, call: &Collective, count: usize) -> &'static str {
+        match &self.device {
+            Some(device) => device.comm.choice::<T>(call, count),
+            None => self.comm.choice::<T>(call, count),
+        }
     }
 
     /// Whether this rank prints.
@@ -86,8 +116,9 @@ impl World {
         let seed = self.checks.replace(self.checks.get() + 1);
         let wrong = if operation.case.kind.moves_elements() {
             let pattern = Pattern::new(operation.op, operation.case.ranks, seed);
-            operation.fill(&pattern);
+            operation.fill(&pattern)?;
             operation.run(&self.comm)?;
+            operation.fetch()?;
             operation.wrong(&pattern)
         } else {
             self.early(operation)?

@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::str::FromStr;
 
 use unisum_algorithms::{
-    Algorithm, Collective, CostModel, Shape, Topology, all, by_name, cost, prove, slice,
+    Algorithm, CostModel, PlanKind, Shape, Topology, all, by_name, cost, prove, slice,
 };
 use unisum_kernels::{Dtype, ReduceOp};
 use unisum_kernels::{Fold, Folded, Isa, isa};
@@ -227,7 +227,7 @@ fn all_reduce_job(reduction: &'static Reduction) -> Job {
         if isa() != FOLDS[0].0 {
             return Err(format!("valgrind shows a processor of which {} is used", isa()).into());
         }
-        let algorithm = by_name(Collective::AllReduce, algorithm).ok_or("an algorithm is gone")?;
+        let algorithm = by_name(PlanKind::AllReduce, algorithm).ok_or("an algorithm is gone")?;
         let tuning = Tuning { slice_bytes, window: 4 };
         let mut world = World::new(transport, memory, world, bytes)?;
         let programs = world.compile(algorithm, tuning);

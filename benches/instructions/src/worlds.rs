@@ -13,6 +13,7 @@ use unisum_kernels::Dtype;
 use unisum_kernels::Fold;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Heard, Hello, Listening, Secret, random};
+use unisum_link::secure::Credentials;
 use unisum_link::{Call, Link, Rank, Region, Regions};
 use unisum_shm::{Block, Offer, ShmLink};
 use unisum_tcp::{Inbox, TcpConfig, TcpLink};
@@ -214,7 +215,7 @@ fn tcp_link(rank: Rank, listener: TcpListener, addresses: &[SocketAddr]) -> Resu
         routes: addresses.iter().map(|&address| Arc::new(address.into())).collect(),
         session: [7; 16],
         job: [8; 16],
-        secret: secret(),
+        credentials: Credentials::clear(secret()),
         sockets_per_peer: 1,
         connect_timeout: DEADLINE,
         heartbeat_timeout: DEADLINE,
@@ -242,7 +243,7 @@ fn admit(mut stream: TcpStream, inbox: &Inbox) -> Result<()> {
             Heard::Send(bytes) => stream.write_all(&bytes)?,
             Heard::Admitted(Hello { from, socket, .. }, bytes) => {
                 stream.write_all(&bytes)?;
-                inbox.deliver(from as Rank, socket, ParentOnly::new(stream));
+                inbox.deliver(from as Rank, socket, ParentOnly::new(stream).into());
                 return Ok(());
             }
             Heard::Refused(refusal, _) => return Err(format!("{refusal:?}").into()),

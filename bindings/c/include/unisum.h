@@ -85,6 +85,14 @@ enum unisum_status
      */
     UNISUM_FORKED = 19,
     /**
+     * What came from a rank makes no sense: a bug of the library, or bytes that were altered.
+     */
+    UNISUM_PROTOCOL = 20,
+    /**
+     * A device or its driver failed.
+     */
+    UNISUM_DEVICE = 21,
+    /**
      * A bug of the library.
      */
     UNISUM_INTERNAL = 99,
@@ -351,6 +359,11 @@ enum unisum_bucket_flags
      * Buckets are not laid out anew after the first step.
      */
     UNISUM_KEEP_LAYOUT = 8,
+    /**
+     * A rank gets the averages of its shard of each bucket only, as in ZeRO-2 and FSDP:
+     * unisum_buckets_shard. Keeps the layout; not with an encoding or a low rank.
+     */
+    UNISUM_SHARDED = 16,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -377,9 +390,30 @@ typedef struct unisum_comm unisum_comm;
 typedef struct unisum_config unisum_config;
 
 /**
+ * A communicator whose ranks have a CUDA device each: collectives on its memory.
+ */
+typedef struct unisum_device unisum_device;
+
+/**
  * Sends and receives messages between the ranks of a communicator, from any threads at once.
  */
 typedef struct unisum_messenger unisum_messenger;
+
+/**
+ * A reduction of the program's own.
+ */
+typedef struct unisum_reduction unisum_reduction;
+
+/**
+ * Finds the factor by which the loss is multiplied, so that gradients in 16 bits neither vanish
+ * nor overflow.
+ */
+typedef struct unisum_scaler unisum_scaler;
+
+/**
+ * A model's parameters themselves, in the memory and the layout of sharded buckets.
+ */
+typedef struct unisum_weights unisum_weights;
 
 /**
  * A collective under way.
@@ -452,6 +486,16 @@ typedef struct unisum_store {
 } unisum_store;
 
 /**
+ * Reduces `count` elements at `other` into those at `accumulator`, one by one. It is associative
+ * up to rounding. The library calls it from any thread, from several at once, with pieces of any
+ * length: it depends on nothing but the elements and `user`, and calls nothing of the library.
+ * Gives 0 if all is well; anything else fails the collective, on all ranks, with
+ * UNISUM_CALLBACK_FAILED; a rank that has its whole result without the one that failed hears of it
+ * in its next call. It must not throw C++ exceptions.
+ */
+typedef int (*unisum_fold)(void *user, void *accumulator, const void *other, size_t count);
+
+/**
  * A collective with its arguments, the same on all ranks but where it says otherwise. A structure
  * of zeros, with `kind` and, if it reduces, `op`.
  */
@@ -485,6 +529,10 @@ typedef struct unisum_collective {
      * Of an all-to-all with counts: what comes from each rank. Else NULL.
      */
     const size_t *receive_counts;
+    /**
+     * A reduction of the program's own, instead of `op`, which is then 0; else NULL.
+     */
+    const struct unisum_reduction *reduction;
 } unisum_collective;
 
 /**
@@ -594,6 +642,14 @@ typedef struct unisum_bucket_options {
      * The rank of PowerSGD's approximation; 0 for none. Not with an encoding.
      */
     uint32_t low_rank;
+    /**
+     * A layout that unisum_buckets_layout gave, to be used and kept; else NULL.
+     */
+    const void *layout;
+    /**
+     * How many bytes it has.
+     */
+    size_t layout_bytes;
 } unisum_bucket_options;
 
 /**
@@ -629,6 +685,58 @@ typedef int (*unisum_update)(void *user,
                              void *const *gradients,
                              const size_t *counts,
                              size_t parameters);
+
+/**
+ * The elements of a parameter in a rank's shard of a bucket.
+ */
+typedef struct unisum_shard_piece {
+    /**
+     * The parameter, by its number in the list.
+     */
+    size_t parameter;
+    /**
+     * The first of its elements.
+     */
+    size_t start;
+    /**
+     * How many.
+     */
+    size_t count;
+    /**
+     * Where the first of them is in the shard.
+     */
+    size_t at;
+} unisum_shard_piece;
+
+/**
+ * Settings of a scaler, the same on all ranks; a structure of zeros has the defaults.
+ */
+typedef struct unisum_scaler_options {
+    /**
+     * The first scale; 0 is 65536.
+     */
+    float scale;
+    /**
+     * By how much it grows after `growth_interval` good steps in a row; 0 is 2.
+     */
+    float growth;
+    /**
+     * 0 is 2000.
+     */
+    uint32_t growth_interval;
+    /**
+     * By how much it is multiplied after a step that was not finite; 0 is 0.5.
+     */
+    float backoff;
+    /**
+     * The least scale; 0 is 1.
+     */
+    float least;
+    /**
+     * The greatest scale; 0 is 2 to the power of 32.
+     */
+    float greatest;
+} unisum_scaler_options;
 
 #ifdef __cplusplus
 extern "C" {
@@ -780,6 +888,22 @@ unisum_status unisum_comm_abort(const struct unisum_comm *comm, const char *why)
  * the others would take it for lost if they still wait for it.
  */
 unisum_status unisum_comm_free(const struct unisum_comm *comm);
+
+/**
+ * Makes a reduction of elements of type `dtype`, for unisum_collective. `commutes` says that a ∘ b
+ * is b ∘ a, to the bit: else elements are reduced in rank order. All ranks make the same. Freed by
+ * unisum_reduction_free. Not collective.
+ */
+unisum_status unisum_reduction_create(uint32_t dtype,
+                                      unisum_fold fold,
+                                      void *user,
+                                      bool commutes,
+                                      struct unisum_reduction **reduction);
+
+/**
+ * Frees a reduction. Works under way that were given it still call its function.
+ */
+unisum_status unisum_reduction_free(const struct unisum_reduction *reduction);
 
 /**
  * Runs a collective. Collective: every rank calls it, in the same order, with the same arguments
@@ -1069,6 +1193,203 @@ unisum_status unisum_buckets_join(const struct unisum_buckets *buckets,
 unisum_status unisum_buckets_free(const struct unisum_buckets *buckets);
 
 /**
+ * The layout of buckets, for unisum_bucket_options: `length` gets how many bytes it has, of which
+ * `capacity` at most are written to `bytes`, which may be NULL. It is rank 0's order of the first
+ * step, after that: the same on all ranks.
+ */
+unisum_status unisum_buckets_layout(const struct unisum_buckets *buckets,
+                                    void *bytes,
+                                    size_t capacity,
+                                    size_t *length);
+
+/**
+ * What an encoding or a low rank keeps from step to step, for a checkpoint: this rank's own.
+ * Written as by unisum_buckets_layout.
+ */
+unisum_status unisum_buckets_save(const struct unisum_buckets *buckets,
+                                  void *bytes,
+                                  size_t capacity,
+                                  size_t *length);
+
+/**
+ * Goes on from what unisum_buckets_save gave on this rank.
+ */
+unisum_status unisum_buckets_restore(const struct unisum_buckets *buckets,
+                                     const void *bytes,
+                                     size_t length);
+
+/**
+ * Says that from the next step on gradients have a loss scale that is `factor` times the last one:
+ * what an encoding or a low rank keeps of them is multiplied. Every rank says the same.
+ */
+unisum_status unisum_buckets_rescale(const struct unisum_buckets *buckets, float factor);
+
+/**
+ * How many buckets there are; a step may lay them out anew, unless they are sharded.
+ */
+unisum_status unisum_buckets_count(const struct unisum_buckets *buckets, size_t *count);
+
+/**
+ * This rank's shard of a bucket's gradients: after a step, the averages. The program may read it
+ * until the next step begins. `count`, which may be NULL, gets how many elements that are, with
+ * padding. Needs UNISUM_SHARDED.
+ */
+unisum_status unisum_buckets_shard(const struct unisum_buckets *buckets,
+                                   size_t bucket,
+                                   const void **gradients,
+                                   size_t *count);
+
+/**
+ * What this rank's shard of a bucket consists of, besides padding: `count` gets how many pieces
+ * there are, of which `capacity` at most are written to `pieces`, which may be NULL.
+ */
+unisum_status unisum_buckets_shard_pieces(const struct unisum_buckets *buckets,
+                                          size_t bucket,
+                                          struct unisum_shard_piece *pieces,
+                                          size_t capacity,
+                                          size_t *count);
+
+/**
+ * Allocates memory for the parameters of sharded buckets, zeroed: each rank updates its shards,
+ * and unisum_buckets_gather completes them. Freed by unisum_weights_free. Not collective.
+ */
+unisum_status unisum_weights_create(const struct unisum_buckets *buckets,
+                                    struct unisum_weights **weights);
+
+/**
+ * A parameter, to be initialised in the same way on all ranks, or read. It stays in place as long
+ * as the weights. `count` may be NULL.
+ */
+unisum_status unisum_weights_get(const struct unisum_weights *weights,
+                                 size_t parameter,
+                                 void **elements,
+                                 size_t *count);
+
+/**
+ * This rank's shard of a bucket of the weights, for the optimiser to update: as many elements as
+ * unisum_buckets_shard gives.
+ */
+unisum_status unisum_weights_shard(const struct unisum_weights *weights,
+                                   size_t bucket,
+                                   void **elements,
+                                   size_t *count);
+
+/**
+ * Gathers all shards of the weights on all ranks. Collective: every rank calls it, between the
+ * same steps. Blocks.
+ */
+unisum_status unisum_buckets_gather(const struct unisum_buckets *buckets,
+                                    const struct unisum_weights *weights);
+
+/**
+ * Frees weights.
+ */
+unisum_status unisum_weights_free(const struct unisum_weights *weights);
+
+/**
+ * Makes a scaler. NULL options are the defaults. Freed by unisum_scaler_free. Not collective.
+ */
+unisum_status unisum_scaler_create(const struct unisum_scaler_options *options,
+                                   struct unisum_scaler **scaler);
+
+/**
+ * The factor for the loss in this step.
+ */
+unisum_status unisum_scaler_scale(const struct unisum_scaler *scaler, float *scale);
+
+/**
+ * Ends a step, and finds the scale of the next. `nonfinite` is what all ranks were told alike, as
+ * by unisum_buckets_wait; `apply` gets whether the optimiser applies the step.
+ */
+unisum_status unisum_scaler_update(const struct unisum_scaler *scaler, bool nonfinite, bool *apply);
+
+/**
+ * The scale and the good steps so far, for a checkpoint.
+ */
+unisum_status unisum_scaler_save(const struct unisum_scaler *scaler, uint64_t *saved);
+
+/**
+ * Goes on from what unisum_scaler_save gave, with the settings of this scaler.
+ */
+unisum_status unisum_scaler_restore(const struct unisum_scaler *scaler, uint64_t saved);
+
+/**
+ * Frees a scaler.
+ */
+unisum_status unisum_scaler_free(const struct unisum_scaler *scaler);
+
+/**
+ * How many CUDA devices this process sees. UNISUM_CONFIGURATION if there is no driver or no
+ * device: the text says which.
+ */
+unisum_status unisum_device_count(uint32_t *count);
+
+/**
+ * Gives each rank of a communicator a CUDA device, this one the device with number `ordinal` of
+ * this process; unisum_comm_local_rank often is a good one, and two ranks may have the same. It
+ * may outlive the communicator, and is freed by unisum_device_free. Collective: every rank calls
+ * it. Blocks. UNISUM_CONFIGURATION on all ranks if one has no such device.
+ */
+unisum_status unisum_device_create(const struct unisum_comm *comm,
+                                   uint32_t ordinal,
+                                   struct unisum_device **device);
+
+/**
+ * The device, and how data moves: whether the devices read each other's memory, or why not. Else
+ * as unisum_comm_describe.
+ */
+unisum_status unisum_device_describe(const struct unisum_device *device,
+                                     char *text,
+                                     size_t capacity,
+                                     size_t *length);
+
+/**
+ * Fixes the algorithm of all later calls on devices, as unisum_comm_set_algorithm.
+ */
+unisum_status unisum_device_set_algorithm(const struct unisum_device *device, const char *name);
+
+/**
+ * Puts a collective into a stream, on memory of the device, in place or apart as unisum_run.
+ * `stream` is a CUstream or cudaStream_t of the device's primary context; NULL is the legacy
+ * default stream. The collective begins after what is in the stream, and what is put there later
+ * comes after it: until it has ended, the buffers are its own. Blocks until all ranks have called,
+ * not until it has ended.
+ *
+ * UNISUM_CONFIGURATION, UNISUM_MISMATCH, and UNISUM_DEVICE for want of memory are on all ranks:
+ * nothing was put into a stream. After other errors the communicators of the job are aborted.
+ */
+unisum_status unisum_device_run(const struct unisum_device *device,
+                                const struct unisum_collective *collective,
+                                uint32_t dtype,
+                                const struct unisum_buffers *buffers,
+                                void *stream);
+
+/**
+ * Waits until everything in a stream has ended, for `timeout_s` seconds at most, or, if that is
+ * negative, for as long as a call may take; tells whether collectives ended in order. Not
+ * collective. UNISUM_TIMEOUT if they have not ended, with the ranks whose devices are behind.
+ */
+unisum_status unisum_device_synchronize(const struct unisum_device *device,
+                                        void *stream,
+                                        double timeout_s);
+
+/**
+ * Waits as unisum_device_synchronize, and tells whether a result of the calls with
+ * UNISUM_DETECT_NONFINITE since this was last asked is infinite or NaN: the same on all ranks
+ * after all-reduces; of the rank's own block after a reduce-scatter.
+ */
+unisum_status unisum_device_take_nonfinite(const struct unisum_device *device,
+                                           void *stream,
+                                           double timeout_s,
+                                           bool *nonfinite);
+
+/**
+ * Frees a device communicator, after the collectives on its device have ended. Waits for the other
+ * ranks to free theirs, 2 s at most.
+ */
+unisum_status unisum_device_free(const struct unisum_device *device);
+
+/**
  * Allocates zeroed memory that the links of a communicator reach without copies: peers on this
  * host map it, and RDMA devices know it. Not collective. It may outlive the communicator; it is
  * freed by unisum_free, and must not be touched in a forked child.
@@ -1164,6 +1485,38 @@ unisum_status unisum_buckets_join(const struct unisum_buckets *buckets,
  * Frees buckets. A step under way is dropped, and fails on all ranks.
  */
 unisum_status unisum_buckets_free(const struct unisum_buckets *buckets);
+
+/**
+ * The layout of buckets, for unisum_bucket_options: `length` gets how many bytes it has, of which
+ * `capacity` at most are written to `bytes`, which may be NULL. It is rank 0's order of the first
+ * step, after that: the same on all ranks.
+ */
+unisum_status unisum_buckets_layout(const struct unisum_buckets *buckets,
+                                    void *bytes,
+                                    size_t capacity,
+                                    size_t *length);
+
+/**
+ * What an encoding or a low rank keeps from step to step, for a checkpoint: this rank's own.
+ * Written as by unisum_buckets_layout.
+ */
+unisum_status unisum_buckets_save(const struct unisum_buckets *buckets,
+                                  void *bytes,
+                                  size_t capacity,
+                                  size_t *length);
+
+/**
+ * Goes on from what unisum_buckets_save gave on this rank.
+ */
+unisum_status unisum_buckets_restore(const struct unisum_buckets *buckets,
+                                     const void *bytes,
+                                     size_t length);
+
+/**
+ * Says that from the next step on gradients have a loss scale that is `factor` times the last one:
+ * what an encoding or a low rank keeps of them is multiplied. Every rank says the same.
+ */
+unisum_status unisum_buckets_rescale(const struct unisum_buckets *buckets, float factor);
 
 /**
  * Runs a collective. Collective: every rank calls it, in the same order, with the same arguments
@@ -1325,6 +1678,77 @@ unisum_status unisum_connect(const struct unisum_config *config, struct unisum_c
 unisum_status unisum_config_free(const struct unisum_config *config);
 
 /**
+ * How many CUDA devices this process sees. UNISUM_CONFIGURATION if there is no driver or no
+ * device: the text says which.
+ */
+unisum_status unisum_device_count(uint32_t *count);
+
+/**
+ * Gives each rank of a communicator a CUDA device, this one the device with number `ordinal` of
+ * this process; unisum_comm_local_rank often is a good one, and two ranks may have the same. It
+ * may outlive the communicator, and is freed by unisum_device_free. Collective: every rank calls
+ * it. Blocks. UNISUM_CONFIGURATION on all ranks if one has no such device.
+ */
+unisum_status unisum_device_create(const struct unisum_comm *comm,
+                                   uint32_t ordinal,
+                                   struct unisum_device **device);
+
+/**
+ * The device, and how data moves: whether the devices read each other's memory, or why not. Else
+ * as unisum_comm_describe.
+ */
+unisum_status unisum_device_describe(const struct unisum_device *device,
+                                     char *text,
+                                     size_t capacity,
+                                     size_t *length);
+
+/**
+ * Fixes the algorithm of all later calls on devices, as unisum_comm_set_algorithm.
+ */
+unisum_status unisum_device_set_algorithm(const struct unisum_device *device, const char *name);
+
+/**
+ * Puts a collective into a stream, on memory of the device, in place or apart as unisum_run.
+ * `stream` is a CUstream or cudaStream_t of the device's primary context; NULL is the legacy
+ * default stream. The collective begins after what is in the stream, and what is put there later
+ * comes after it: until it has ended, the buffers are its own. Blocks until all ranks have called,
+ * not until it has ended.
+ *
+ * UNISUM_CONFIGURATION, UNISUM_MISMATCH, and UNISUM_DEVICE for want of memory are on all ranks:
+ * nothing was put into a stream. After other errors the communicators of the job are aborted.
+ */
+unisum_status unisum_device_run(const struct unisum_device *device,
+                                const struct unisum_collective *collective,
+                                uint32_t dtype,
+                                const struct unisum_buffers *buffers,
+                                void *stream);
+
+/**
+ * Waits until everything in a stream has ended, for `timeout_s` seconds at most, or, if that is
+ * negative, for as long as a call may take; tells whether collectives ended in order. Not
+ * collective. UNISUM_TIMEOUT if they have not ended, with the ranks whose devices are behind.
+ */
+unisum_status unisum_device_synchronize(const struct unisum_device *device,
+                                        void *stream,
+                                        double timeout_s);
+
+/**
+ * Waits as unisum_device_synchronize, and tells whether a result of the calls with
+ * UNISUM_DETECT_NONFINITE since this was last asked is infinite or NaN: the same on all ranks
+ * after all-reduces; of the rank's own block after a reduce-scatter.
+ */
+unisum_status unisum_device_take_nonfinite(const struct unisum_device *device,
+                                           void *stream,
+                                           double timeout_s,
+                                           bool *nonfinite);
+
+/**
+ * Frees a device communicator, after the collectives on its device have ended. Waits for the other
+ * ranks to free theirs, 2 s at most.
+ */
+unisum_status unisum_device_free(const struct unisum_device *device);
+
+/**
  * Allocates zeroed memory that the links of a communicator reach without copies: peers on this
  * host map it, and RDMA devices know it. Not collective. It may outlive the communicator; it is
  * freed by unisum_free, and must not be touched in a forked child.
@@ -1381,6 +1805,116 @@ unisum_status unisum_exchange(const struct unisum_messenger *messenger,
  * received what was sent to it. Calls of other threads that are under way go on.
  */
 unisum_status unisum_messenger_free(const struct unisum_messenger *messenger);
+
+/**
+ * Makes a reduction of elements of type `dtype`, for unisum_collective. `commutes` says that a ∘ b
+ * is b ∘ a, to the bit: else elements are reduced in rank order. All ranks make the same. Freed by
+ * unisum_reduction_free. Not collective.
+ */
+unisum_status unisum_reduction_create(uint32_t dtype,
+                                      unisum_fold fold,
+                                      void *user,
+                                      bool commutes,
+                                      struct unisum_reduction **reduction);
+
+/**
+ * Frees a reduction. Works under way that were given it still call its function.
+ */
+unisum_status unisum_reduction_free(const struct unisum_reduction *reduction);
+
+/**
+ * Makes a scaler. NULL options are the defaults. Freed by unisum_scaler_free. Not collective.
+ */
+unisum_status unisum_scaler_create(const struct unisum_scaler_options *options,
+                                   struct unisum_scaler **scaler);
+
+/**
+ * The factor for the loss in this step.
+ */
+unisum_status unisum_scaler_scale(const struct unisum_scaler *scaler, float *scale);
+
+/**
+ * Ends a step, and finds the scale of the next. `nonfinite` is what all ranks were told alike, as
+ * by unisum_buckets_wait; `apply` gets whether the optimiser applies the step.
+ */
+unisum_status unisum_scaler_update(const struct unisum_scaler *scaler, bool nonfinite, bool *apply);
+
+/**
+ * The scale and the good steps so far, for a checkpoint.
+ */
+unisum_status unisum_scaler_save(const struct unisum_scaler *scaler, uint64_t *saved);
+
+/**
+ * Goes on from what unisum_scaler_save gave, with the settings of this scaler.
+ */
+unisum_status unisum_scaler_restore(const struct unisum_scaler *scaler, uint64_t saved);
+
+/**
+ * Frees a scaler.
+ */
+unisum_status unisum_scaler_free(const struct unisum_scaler *scaler);
+
+/**
+ * How many buckets there are; a step may lay them out anew, unless they are sharded.
+ */
+unisum_status unisum_buckets_count(const struct unisum_buckets *buckets, size_t *count);
+
+/**
+ * This rank's shard of a bucket's gradients: after a step, the averages. The program may read it
+ * until the next step begins. `count`, which may be NULL, gets how many elements that are, with
+ * padding. Needs UNISUM_SHARDED.
+ */
+unisum_status unisum_buckets_shard(const struct unisum_buckets *buckets,
+                                   size_t bucket,
+                                   const void **gradients,
+                                   size_t *count);
+
+/**
+ * What this rank's shard of a bucket consists of, besides padding: `count` gets how many pieces
+ * there are, of which `capacity` at most are written to `pieces`, which may be NULL.
+ */
+unisum_status unisum_buckets_shard_pieces(const struct unisum_buckets *buckets,
+                                          size_t bucket,
+                                          struct unisum_shard_piece *pieces,
+                                          size_t capacity,
+                                          size_t *count);
+
+/**
+ * Allocates memory for the parameters of sharded buckets, zeroed: each rank updates its shards,
+ * and unisum_buckets_gather completes them. Freed by unisum_weights_free. Not collective.
+ */
+unisum_status unisum_weights_create(const struct unisum_buckets *buckets,
+                                    struct unisum_weights **weights);
+
+/**
+ * A parameter, to be initialised in the same way on all ranks, or read. It stays in place as long
+ * as the weights. `count` may be NULL.
+ */
+unisum_status unisum_weights_get(const struct unisum_weights *weights,
+                                 size_t parameter,
+                                 void **elements,
+                                 size_t *count);
+
+/**
+ * This rank's shard of a bucket of the weights, for the optimiser to update: as many elements as
+ * unisum_buckets_shard gives.
+ */
+unisum_status unisum_weights_shard(const struct unisum_weights *weights,
+                                   size_t bucket,
+                                   void **elements,
+                                   size_t *count);
+
+/**
+ * Gathers all shards of the weights on all ranks. Collective: every rank calls it, between the
+ * same steps. Blocks.
+ */
+unisum_status unisum_buckets_gather(const struct unisum_buckets *buckets,
+                                    const struct unisum_weights *weights);
+
+/**
+ * Frees weights.
+ */
+unisum_status unisum_weights_free(const struct unisum_weights *weights);
 
 /**
  * Reduces `count` elements over all ranks, in place, and leaves the result on every rank: the same

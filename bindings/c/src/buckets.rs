@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use unisum::buckets::{
-    Buckets, Builder, Compressed, Encoding, LowRank, Parameter, Step, StepReport,
+    Buckets, Builder, Compressed, Encoding, Layout, LowRank, Parameter, Step, StepReport,
 };
 use unisum::{Dtype, Element};
 
@@ -52,6 +52,10 @@ pub struct unisum_bucket_options {
     pub encoding: u32,
     /// The rank of PowerSGD's approximation; 0 for none. Not with an encoding.
     pub low_rank: u32,
+    /// A layout that unisum_buckets_layout gave, to be used and kept; else NULL.
+    pub layout: *const c_void,
+    /// How many bytes it has.
+    pub layout_bytes: usize,
 }
 
 /// Whether a model does not use all parameters, and the like.
@@ -66,6 +70,9 @@ pub enum unisum_bucket_flags {
     UNISUM_UNEVEN_INPUTS = 4,
     /// Buckets are not laid out anew after the first step.
     UNISUM_KEEP_LAYOUT = 8,
+    /// A rank gets the averages of its shard of each bucket only, as in ZeRO-2 and FSDP:
+    /// unisum_buckets_shard. Keeps the layout; not with an encoding or a low rank.
+    UNISUM_SHARDED = 16,
 }
 
 /// What a step tells. Fields may be added at the end.
@@ -96,12 +103,13 @@ pub type unisum_update = Option<
     ) -> c_int,
 >;
 
-struct Layer(RwLock<State>);
+pub(crate) struct Layer(RwLock<State>);
 
-struct State {
+pub(crate) struct State {
     /// The step under way, which borrows the buckets. Before them: it is dropped first.
     step: Option<Step<'static>>,
     buckets: Box<Buckets>,
+    is_sharded: bool,
 }
 
 impl Object for Layer {
@@ -111,11 +119,11 @@ impl Object for Layer {
 
 impl Layer {
     /// The layer for itself alone. Nobody waits: in the update of a join that would be for ever.
-    fn alone(&self) -> Outcome<RwLockWriteGuard<'_, State>> {
+    pub(crate) fn alone(&self) -> Outcome<RwLockWriteGuard<'_, State>> {
         self.0.try_write().or_else(|_| invalid(BUSY))
     }
 
-    fn shared(&self) -> Outcome<RwLockReadGuard<'_, State>> {
+    pub(crate) fn shared(&self) -> Outcome<RwLockReadGuard<'_, State>> {
         self.0.try_read().or_else(|_| invalid(BUSY))
     }
 }
@@ -129,15 +137,39 @@ impl State {
         self.step.as_ref().map_or_else(|| invalid(none), Ok)
     }
 
+    /// The type of each parameter's elements.
+    pub(crate) fn dtypes(&self) -> Vec<Dtype> {
+        self.buckets.parameters().iter().map(Parameter::dtype).collect()
+    }
+
+    pub(crate) const fn is_sharded(&self) -> bool {
+        self.is_sharded
+    }
+
+    /// The layout of the buckets.
+    pub(crate) fn layout(&self) -> &Layout {
+        self.step.as_ref().map_or_else(|| self.buckets.layout(), Step::layout)
+    }
+
+    /// The type of a bucket's elements, and whether there is such a bucket.
+    pub(crate) fn dtype_of_bucket(&self, bucket: usize) -> Outcome<Dtype> {
+        let mut buckets = self.layout().buckets();
+        let count = buckets.len();
+        match buckets.nth(bucket).and_then(|parameters| parameters.first()) {
+            Some(&parameter) => self.dtype(parameter),
+            None => invalid(format!("there is no bucket {bucket} among {count}")),
+        }
+    }
+
     /// The buckets between two steps.
-    fn idle(&mut self) -> Outcome<&mut Buckets> {
+    pub(crate) fn idle(&mut self) -> Outcome<&mut Buckets> {
         match self.step {
             Some(_) => invalid("a step is under way: unisum_buckets_wait ends it"),
             None => Ok(&mut self.buckets),
         }
     }
 
-    fn dtype(&self, parameter: usize) -> Outcome<Dtype> {
+    pub(crate) fn dtype(&self, parameter: usize) -> Outcome<Dtype> {
         let parameters = self.buckets.parameters();
         let known = parameters.get(parameter).map(Parameter::dtype);
         known.map_or_else(
@@ -151,26 +183,27 @@ impl State {
 macro_rules! for_gradient {
     ($dtype:expr, $element:ident => $body:expr) => {
         match $dtype {
-            Dtype::F16 => {
+            unisum::Dtype::F16 => {
                 type $element = half::f16;
                 $body
             }
-            Dtype::Bf16 => {
+            unisum::Dtype::Bf16 => {
                 type $element = half::bf16;
                 $body
             }
-            Dtype::F32 => {
+            unisum::Dtype::F32 => {
                 type $element = f32;
                 $body
             }
-            Dtype::F64 => {
+            unisum::Dtype::F64 => {
                 type $element = f64;
                 $body
             }
-            other => invalid(format!("gradients are no {other}")),
+            other => $crate::status::invalid(format!("gradients are no {other}")),
         }
     };
 }
+pub(crate) use for_gradient;
 
 /// Makes buckets for a model's parameters, in the order in which they were registered. NULL options
 /// are the defaults. Freed by unisum_buckets_free. Collective: every rank of the communicator,
@@ -192,13 +225,16 @@ pub unsafe extern "C" fn unisum_buckets_create(
         let parameters = parameters.iter().map(|it| unsafe { parameter(it) });
         let parameters = parameters.collect::<Outcome<Vec<_>>>()?;
         let mut builder = Buckets::builder(&comm.communicator);
+        let mut is_sharded = false;
         if !options.is_null() {
             // SAFETY: C promises one.
             let options = unsafe { list(options, 1, "the options") }?;
-            builder = configured(builder, &options[0])?;
+            is_sharded = options[0].flags & unisum_bucket_flags::UNISUM_SHARDED as u32 != 0;
+            // SAFETY: C promises a layout.
+            builder = unsafe { configured(builder, &options[0]) }?;
         }
         let made = Box::new(builder.build(&parameters)?);
-        let layer = Layer(RwLock::new(State { step: None, buckets: made }));
+        let layer = Layer(RwLock::new(State { step: None, buckets: made, is_sharded }));
         // SAFETY: C promises that it may be written.
         unsafe { handles::give(layer, buckets) };
         Ok(())
@@ -215,13 +251,20 @@ unsafe fn parameter(asked: &unisum_parameter) -> Outcome<Parameter> {
     Ok(Parameter::new(name, shape, dtype(asked.dtype)?).used(asked.uses.max(1) as usize))
 }
 
-fn configured<'c>(
+/// # Safety
+/// C promises a layout.
+unsafe fn configured<'c>(
     mut builder: Builder<'c>,
     options: &unisum_bucket_options,
 ) -> Outcome<Builder<'c>> {
     use unisum_bucket_flags::*;
-    let all =
-        [UNISUM_UNUSED_PARAMETERS, UNISUM_STATIC_GRAPH, UNISUM_UNEVEN_INPUTS, UNISUM_KEEP_LAYOUT];
+    let all = [
+        UNISUM_UNUSED_PARAMETERS,
+        UNISUM_STATIC_GRAPH,
+        UNISUM_UNEVEN_INPUTS,
+        UNISUM_KEEP_LAYOUT,
+        UNISUM_SHARDED,
+    ];
     let known: u32 = all.into_iter().map(|flag| flag as u32).sum();
     if options.flags & !known != 0 {
         return invalid(format!("there are flags that do not exist among {:#x}", options.flags));
@@ -238,8 +281,15 @@ fn configured<'c>(
         .static_graph(is_set(UNISUM_STATIC_GRAPH))
         .uneven_inputs(is_set(UNISUM_UNEVEN_INPUTS))
         .relayout(!is_set(UNISUM_KEEP_LAYOUT));
+    if !options.layout.is_null() {
+        let layout = options.layout.cast::<u8>();
+        // SAFETY: the caller vouches for it.
+        builder = builder.layout(unsafe { list(layout, options.layout_bytes, "the layout") }?);
+    }
     match (options.encoding, options.low_rank) {
+        (0, 0) if is_set(UNISUM_SHARDED) => Ok(builder.sharded()),
         (0, 0) => Ok(builder),
+        _ if is_set(UNISUM_SHARDED) => invalid("sharded buckets take no encoding and no low rank"),
         (0, rank) => Ok(builder.hook(LowRank::new(rank as usize))),
         (code, 0) => {
             let encoding = match dtype(code)? {
@@ -312,7 +362,7 @@ pub unsafe extern "C" fn unisum_buckets_view(
 
 /// # Safety
 /// C promises that both may be written.
-unsafe fn give_gradient(
+pub(crate) unsafe fn give_gradient(
     (start, len): (*mut c_void, usize),
     gradient: *mut *mut c_void,
     count: *mut usize,
@@ -353,7 +403,7 @@ pub unsafe extern "C" fn unisum_buckets_put(
         let state = layer.shared()?;
         let step = state.step()?;
         for_gradient!(state.dtype(parameter)?, T => {
-            check::<T>(gradient, count, false, "the gradient")?;
+            check(T::DTYPE, gradient, count, false, "the gradient")?;
             // SAFETY: C promises the memory; it was checked.
             Ok(step.put::<T>(parameter, unsafe { elements(gradient, count) })?)
         })

@@ -1,14 +1,17 @@
 //! Collectives in general: what C asks for, and buffers that are lent for it.
 
 use std::ffi::c_void;
+use std::ptr::NonNull;
+use std::sync::Arc;
 
-use unisum::{Buffers, Collective, Dtype, Element, Outcome as Told, Reduction};
+use unisum::{Collective, Dtype, Outcome as Told, RawBuffers, Reduction};
 
 use crate::communicator::{Comm, unisum_comm};
 use crate::handles;
-use crate::memory::{Piece, check, check_apart, elements, elements_mut, list, put};
+use crate::memory::{Piece, check, check_apart, list, put};
+use crate::reduction::{Own, unisum_reduction};
 use crate::status::{Outcome, guard, invalid, unisum_status};
-use crate::types::{dtype, for_dtype, op};
+use crate::types::{dtype, op};
 
 /// A collective with its arguments, the same on all ranks but where it says otherwise. A structure
 /// of zeros, with `kind` and, if it reduces, `op`.
@@ -30,6 +33,15 @@ pub struct unisum_collective {
     pub counts: *const usize,
     /// Of an all-to-all with counts: what comes from each rank. Else NULL.
     pub receive_counts: *const usize,
+    /// A reduction of the program's own, instead of `op`, which is then 0; else NULL.
+    pub reduction: *const unisum_reduction,
+}
+
+/// A collective for the library, with what it needs to be there until it has ended.
+pub(crate) struct Asked {
+    pub(crate) collective: Collective,
+    /// The reduction of the program's own.
+    pub(crate) reduction: Option<Arc<Own>>,
 }
 
 /// What a collective is asked for beside its result.
@@ -60,71 +72,95 @@ pub struct unisum_buffers {
 }
 
 /// The address that UNISUM_IN_PLACE is.
-const IN_PLACE: usize = 1;
+pub(crate) const IN_PLACE: usize = 1;
 
 const KNOWN_FLAGS: u32 =
     unisum_flags::UNISUM_SCALED as u32 | unisum_flags::UNISUM_DETECT_NONFINITE as u32;
 
 /// Checked buffers of the program's.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Lent {
-    InPlace(*mut c_void, usize),
-    Apart(*const c_void, usize, *mut c_void, usize),
+pub(crate) struct Lent {
+    dtype: Dtype,
+    /// `None` in place.
+    input: Option<(NonNull<u8>, usize)>,
+    output: (NonNull<u8>, usize),
 }
 
 // SAFETY: C promises that nobody else uses the buffers during a call, on whichever thread it runs.
 unsafe impl Send for Lent {}
 
 impl Lent {
-    /// The buffers, if they can be those of elements of type `T`; with the pieces that they are.
-    pub(crate) fn new<T: Element>(buffers: &unisum_buffers) -> Outcome<(Self, [Piece; 2])> {
+    /// The buffers, if they can be those of elements of type `dtype`; with the pieces that they
+    /// are.
+    pub(crate) fn new(dtype: Dtype, buffers: &unisum_buffers) -> Outcome<(Self, [Piece; 2])> {
         let unisum_buffers { input, input_count, output, output_count } = *buffers;
-        let to_write = check::<T>(output, output_count, true, "the output")?;
+        let to_write = check(dtype, output, output_count, true, "the output")?;
+        // Without elements NULL is legal.
+        let start = |data: *mut c_void| NonNull::new(data.cast()).unwrap_or(ALIGNED);
+        let to = (start(output), output_count);
         // Other libraries say it by giving the same buffer twice.
         let is_same = input == output.cast_const() && input_count == output_count;
         if input.addr() == IN_PLACE || is_same && input_count > 0 {
-            let nothing = check::<T>(std::ptr::null(), 0, false, "nothing")?;
-            return Ok((Self::InPlace(output, output_count), [to_write, nothing]));
+            let nothing = check(dtype, std::ptr::null(), 0, false, "nothing")?;
+            return Ok((Self { dtype, input: None, output: to }, [to_write, nothing]));
         }
-        let to_read = check::<T>(input, input_count, false, "the input")?;
+        let to_read = check(dtype, input, input_count, false, "the input")?;
         let pieces = [to_write, to_read];
         check_apart(&mut { pieces })?;
-        Ok((Self::Apart(input, input_count, output, output_count), pieces))
+        let from = (start(input.cast_mut()), input_count);
+        Ok((Self { dtype, input: Some(from), output: to }, pieces))
     }
 
-    /// The buffers as slices.
+    pub(crate) const fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The buffers for the library.
     ///
     /// # Safety
-    /// C promises the memory, and that nobody else uses it for `'a`; the buffers were checked for
-    /// elements of type `T`.
-    pub(crate) unsafe fn lend<'a, T: Element>(self) -> Buffers<'a, T> {
-        match self {
-            // SAFETY: the caller vouches for it.
-            Self::InPlace(data, count) => Buffers::InPlace(unsafe { elements_mut(data, count) }),
-            Self::Apart(input, input_count, output, output_count) => {
-                // SAFETY: the caller vouches for it.
-                let input = unsafe { elements(input, input_count) };
+    /// C promises the memory, and that nobody else uses it for `'a`.
+    pub(crate) const unsafe fn lend<'a>(self) -> RawBuffers<'a> {
+        match self.input {
+            // SAFETY: the caller vouches for it; alignment, size and NULL were checked.
+            None => unsafe { RawBuffers::in_place(self.dtype, self.output.0, self.output.1) },
+            Some(input) => {
                 // SAFETY: as above; the two were found apart.
-                Buffers::Apart(input, unsafe { elements_mut(output, output_count) })
+                unsafe { RawBuffers::out_of_place(self.dtype, input, self.output) }
             }
         }
     }
 }
 
+/// Where buffers without elements lie.
+const ALIGNED: NonNull<u8> = NonNull::<u128>::dangling().cast();
+
 /// What C's structure asks for, on so many ranks.
 ///
 /// # Safety
 /// C promises counts for so many ranks.
-pub(crate) unsafe fn collective(
-    asked: *const unisum_collective,
-    world: usize,
-) -> Outcome<Collective> {
+pub(crate) unsafe fn collective(asked: *const unisum_collective, world: usize) -> Outcome<Asked> {
     if asked.is_null() || !asked.is_aligned() {
         return invalid("the collective is NULL or misaligned");
     }
     // SAFETY: C promises a structure.
     let asked = unsafe { asked.read() };
-    let kind = plain(&asked)?;
+    let reduction = match asked.reduction.is_null() {
+        true => None,
+        false => Some(handles::get::<Own, _>(asked.reduction)?),
+    };
+    let kind = plain(&asked, reduction.as_deref())?;
+    // SAFETY: the caller vouches for the counts.
+    let collective = unsafe { with_counts(&asked, kind, world) }?;
+    Ok(Asked { collective, reduction })
+}
+
+/// # Safety
+/// C promises counts for so many ranks.
+unsafe fn with_counts(
+    asked: &unisum_collective,
+    kind: Collective,
+    world: usize,
+) -> Outcome<Collective> {
     let one_list = if asked.counts.is_null() { asked.receive_counts } else { asked.counts };
     if one_list.is_null() {
         return Ok(kind);
@@ -148,7 +184,7 @@ pub(crate) unsafe fn collective(
 }
 
 /// The collective without counts.
-fn plain(asked: &unisum_collective) -> Outcome<Collective> {
+fn plain(asked: &unisum_collective, own: Option<&Own>) -> Outcome<Collective> {
     use crate::types::unisum_kind::*;
     if asked.flags & !KNOWN_FLAGS != 0 {
         return invalid(format!("there are flags that do not exist among {:#x}", asked.flags));
@@ -171,8 +207,26 @@ fn plain(asked: &unisum_collective) -> Outcome<Collective> {
     };
     let reduces = [UNISUM_ALL_REDUCE, UNISUM_REDUCE, UNISUM_REDUCE_SCATTER];
     if !reduces.iter().any(|kind| *kind as u32 == asked.kind) {
-        return Ok(make(unisum::ReduceOp::Sum.into(), root));
+        return match own {
+            None => Ok(make(unisum::ReduceOp::Sum.into(), root)),
+            Some(_) => invalid("a collective that does not reduce was given a reduction"),
+        };
     }
+    let reduction = match own {
+        None => reduction(asked)?,
+        Some(_) if asked.op != 0 => {
+            return invalid("a reduction of the program's own and an op at once");
+        }
+        Some(_) if asked.flags != 0 => {
+            return invalid("a reduction of the program's own takes no flags");
+        }
+        Some(own) => own.reduction(),
+    };
+    Ok(make(reduction, root))
+}
+
+/// How elements are reduced if that is up to the library.
+fn reduction(asked: &unisum_collective) -> Outcome<Reduction> {
     let op = op(asked.op)?;
     let is_scaled = asked.flags & unisum_flags::UNISUM_SCALED as u32 != 0;
     let reduction = match is_scaled {
@@ -181,7 +235,7 @@ fn plain(asked: &unisum_collective) -> Outcome<Collective> {
         true => return invalid("only a sum takes UNISUM_SCALED"),
     };
     let detects = asked.flags & unisum_flags::UNISUM_DETECT_NONFINITE as u32 != 0;
-    Ok(make(if detects { reduction.watched() } else { reduction }, root))
+    Ok(if detects { reduction.detect_nonfinite() } else { reduction })
 }
 
 /// Runs a collective. Collective: every rank calls it, in the same order, with the same arguments
@@ -199,11 +253,11 @@ pub unsafe extern "C" fn unisum_run(
     guard(|| {
         let comm = handles::get::<Comm, _>(comm)?;
         // SAFETY: C promises counts.
-        let collective = unsafe { self::collective(collective, comm.communicator.world()) }?;
+        let asked = unsafe { self::collective(collective, comm.communicator.world()) }?;
         // SAFETY: C promises one.
         let buffers = unsafe { list(buffers, 1, "the buffers") }?;
         // SAFETY: C promises the memory.
-        let told = unsafe { run(&comm, &collective, self::dtype(dtype)?, &buffers[0]) }?;
+        let told = unsafe { run(&comm, &asked, self::dtype(dtype)?, &buffers[0]) }?;
         // SAFETY: C promises that it may be written.
         unsafe { tell(told, nonfinite) }
     })
@@ -223,26 +277,25 @@ pub unsafe extern "C" fn unisum_run_batch(
     guard(|| {
         let comm = handles::get::<Comm, _>(comm)?;
         // SAFETY: C promises counts.
-        let collective = unsafe { self::collective(collective, comm.communicator.world()) }?;
+        let asked = unsafe { self::collective(collective, comm.communicator.world()) }?;
         // SAFETY: C promises so many.
         let tensors = unsafe { list(tensors, count, "the tensors") }?;
-        let told: Told = for_dtype!(self::dtype(dtype)?, T => {
-            let lent = lent_batch::<T>(tensors)?;
-            // SAFETY: C promises the memory; all were found apart.
-            let mut lent: Vec<_> = lent.into_iter().map(|it| unsafe { it.lend::<T>() }).collect();
-            Ok(comm.communicator.run_batch(&collective, &mut lent)?)
-        })?;
+        let dtype = self::dtype(dtype)?;
+        let lent = lent_batch(dtype, tensors)?;
+        // SAFETY: C promises the memory; all were found apart.
+        let mut lent: Vec<_> = lent.into_iter().map(|it| unsafe { it.lend() }).collect();
+        let told = comm.communicator.run_batch_raw(&asked.collective, dtype, &mut lent)?;
         // SAFETY: C promises that it may be written.
         unsafe { tell(told, nonfinite) }
     })
 }
 
 /// The buffers of a batch, none of which overlaps another.
-pub(crate) fn lent_batch<T: Element>(tensors: &[unisum_buffers]) -> Outcome<Vec<Lent>> {
+pub(crate) fn lent_batch(dtype: Dtype, tensors: &[unisum_buffers]) -> Outcome<Vec<Lent>> {
     let mut pieces = Vec::with_capacity(tensors.len() * 2);
     let mut all = Vec::with_capacity(tensors.len());
     for tensor in tensors {
-        let (lent, of_tensor) = Lent::new::<T>(tensor)?;
+        let (lent, of_tensor) = Lent::new(dtype, tensor)?;
         all.push(lent);
         pieces.extend(of_tensor);
     }
@@ -256,15 +309,13 @@ pub(crate) fn lent_batch<T: Element>(tensors: &[unisum_buffers]) -> Outcome<Vec<
 /// C promises the memory, and that nobody else uses it meanwhile.
 pub(crate) unsafe fn run(
     comm: &Comm,
-    collective: &Collective,
+    asked: &Asked,
     dtype: Dtype,
     buffers: &unisum_buffers,
 ) -> Outcome<Told> {
-    for_dtype!(dtype, T => {
-        let (lent, _) = Lent::new::<T>(buffers)?;
-        // SAFETY: the caller vouches for it.
-        Ok(comm.communicator.run::<T>(collective, unsafe { lent.lend() })?)
-    })
+    let (lent, _) = Lent::new(dtype, buffers)?;
+    // SAFETY: the caller vouches for it.
+    Ok(comm.communicator.run_raw(&asked.collective, unsafe { lent.lend() })?)
 }
 
 /// Says what a collective told.

@@ -17,7 +17,7 @@ use crate::status::{Failure, Outcome, unisum_status};
 
 /// What a handle stands for.
 pub(crate) trait Object: Any + Send + Sync {
-    /// Tells the kinds apart: 1 to 7.
+    /// Tells the kinds apart: 1 to 15.
     const KIND: usize;
     /// What it is called in errors.
     const NAME: &'static str;
@@ -37,9 +37,9 @@ const GENERATIONS: usize = 64;
 /// Handles are odd: no pointer to an object is.
 const MARK: usize = 1;
 const KIND_SHIFT: u32 = 1;
-const KIND_MASK: usize = 7;
-const GENERATION_SHIFT: u32 = 4;
-const NUMBER_SHIFT: u32 = 10;
+const KIND_MASK: usize = 15;
+const GENERATION_SHIFT: u32 = 5;
+const NUMBER_SHIFT: u32 = 11;
 const _: () = assert!(usize::BITS == 64 && GENERATIONS == 1 << (NUMBER_SHIFT - GENERATION_SHIFT));
 
 /// How many forks lie between the process that used the library first and this one.
@@ -138,12 +138,12 @@ mod tests {
     struct Dog(u32);
 
     impl Object for Cat {
-        const KIND: usize = 6;
+        const KIND: usize = 14;
         const NAME: &'static str = "cat";
     }
 
     impl Object for Dog {
-        const KIND: usize = 7;
+        const KIND: usize = 15;
         const NAME: &'static str = "dog";
     }
 

@@ -18,12 +18,17 @@
 )]
 
 pub mod buckets;
+pub mod checkpoint;
 pub mod collective;
 pub mod communicator;
 pub mod config;
+pub mod device;
 pub mod handles;
 pub mod memory;
 pub mod messenger;
+pub mod reduction;
+pub mod scaler;
+pub mod sharded;
 pub mod simple;
 pub mod status;
 pub mod types;

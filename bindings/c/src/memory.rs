@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
 
-use unisum::{Buffer, Element};
+use unisum::{Buffer, Dtype, Element};
 
 use crate::communicator::{Comm, unisum_comm};
 use crate::handles;
@@ -19,25 +19,26 @@ pub(crate) struct Piece {
     is_written: bool,
 }
 
-/// Checks a buffer of `count` elements of type `T`.
-pub(crate) fn check<T: Element>(
+/// Checks a buffer of `count` elements of type `dtype`.
+pub(crate) fn check(
+    dtype: Dtype,
     data: *const c_void,
     count: usize,
     is_written: bool,
     what: &str,
 ) -> Outcome<Piece> {
-    let bytes = count.checked_mul(size_of::<T>()).filter(|&it| isize::try_from(it).is_ok());
+    let bytes = count.checked_mul(dtype.bytes()).filter(|&it| isize::try_from(it).is_ok());
     let end = bytes.and_then(|bytes| data.addr().checked_add(bytes));
     let Some(end) = end else {
-        let name = T::DTYPE;
-        return invalid(format!("{what}: {count} elements of {name} are more than memory holds"));
+        return invalid(format!("{what}: {count} elements of {dtype} are more than memory holds"));
     };
     if count > 0 && data.is_null() {
         return invalid(format!("{what} is NULL, and is said to have {count} elements"));
     }
-    if count > 0 && !data.cast::<T>().is_aligned() {
-        let bytes = align_of::<T>();
-        return invalid(format!("{what} is not aligned to {bytes} bytes, as {} is", T::DTYPE));
+    // Elements are as large as what they are aligned to.
+    if count > 0 && !data.addr().is_multiple_of(dtype.bytes()) {
+        let bytes = dtype.bytes();
+        return invalid(format!("{what} is not aligned to {bytes} bytes, as {dtype} is"));
     }
     Ok(Piece { start: data.addr(), end, is_written })
 }
@@ -164,6 +165,26 @@ pub(crate) unsafe fn put_text(
     Ok(())
 }
 
+/// Copies bytes to `place`, `capacity` at most, and writes to `length` how many there are.
+///
+/// # Safety
+/// C promises that both may be written.
+pub(crate) unsafe fn put_bytes(
+    bytes: &[u8],
+    place: *mut c_void,
+    capacity: usize,
+    length: *mut usize,
+) -> Outcome {
+    check_place(length, "the length")?;
+    if !place.is_null() {
+        let fits = bytes.len().min(capacity);
+        // SAFETY: so many fit there, as the caller promised.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), place.cast(), fits) };
+    }
+    // SAFETY: the caller promised it.
+    unsafe { put(length, bytes.len(), "the length") }
+}
+
 /// What was allocated, by its address and the generation of processes that did.
 static ALLOCATED: [Mutex<BTreeMap<usize, Buffer<u8>>>; 2] =
     [const { Mutex::new(BTreeMap::new()) }; 2];
@@ -236,13 +257,13 @@ mod tests {
     fn buffers_that_can_not_be_are_refused() {
         let some = [0_u32; 4];
         let at = some.as_ptr().cast::<c_void>();
-        assert!(check::<u32>(at, 4, false, "x").is_ok());
-        assert!(check::<u32>(ptr::null(), 0, false, "x").is_ok());
-        assert!(check::<u32>(ptr::null(), 1, false, "x").is_err());
-        assert!(check::<u32>(at.wrapping_byte_add(1), 1, false, "x").is_err());
-        assert!(check::<u8>(at.wrapping_byte_add(1), 1, false, "x").is_ok());
+        assert!(check(Dtype::U32, at, 4, false, "x").is_ok());
+        assert!(check(Dtype::U32, ptr::null(), 0, false, "x").is_ok());
+        assert!(check(Dtype::U32, ptr::null(), 1, false, "x").is_err());
+        assert!(check(Dtype::U32, at.wrapping_byte_add(1), 1, false, "x").is_err());
+        assert!(check(Dtype::U8, at.wrapping_byte_add(1), 1, false, "x").is_ok());
         for count in [usize::MAX, usize::MAX / 4 + 2, isize::MAX as usize / 4 + 1] {
-            assert!(check::<u32>(at, count, false, "x").is_err(), "{count}");
+            assert!(check(Dtype::U32, at, count, false, "x").is_err(), "{count}");
         }
     }
 }

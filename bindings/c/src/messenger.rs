@@ -139,7 +139,7 @@ unsafe fn exchange(
         let mut pieces = Vec::with_capacity(messages.len());
         for message in messages {
             let receives = receives(message)?;
-            pieces.push(check::<T>(message.data, message.count, receives, "a message")?);
+            pieces.push(check(T::DTYPE, message.data, message.count, receives, "a message")?);
         }
         check_apart(&mut pieces)?;
         // SAFETY: the caller vouches for it; the messages were checked.

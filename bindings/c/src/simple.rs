@@ -39,6 +39,7 @@ unsafe fn simple(
         scale: 0.0,
         counts: ptr::null(),
         receive_counts: ptr::null(),
+        reduction: ptr::null(),
     };
     // SAFETY: the structure is there, and has no counts.
     let collective = unsafe { collective(&raw const asked, world) }?;

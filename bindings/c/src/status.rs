@@ -40,6 +40,10 @@ pub enum unisum_status {
     UNISUM_ABORTED = 18,
     /// The process was forked after the handle was made: only the parent may use it.
     UNISUM_FORKED = 19,
+    /// What came from a rank makes no sense: a bug of the library, or bytes that were altered.
+    UNISUM_PROTOCOL = 20,
+    /// A device or its driver failed.
+    UNISUM_DEVICE = 21,
     /// A bug of the library.
     UNISUM_INTERNAL = 99,
 }
@@ -159,7 +163,7 @@ fn keep(failure: Failure, status: unisum_status) {
     let (step, steps) = error.and_then(Error::step).unwrap_or_default();
     let number = |rank: usize| u32::try_from(rank).unwrap_or(u32::MAX);
     let ranks: Vec<u32> =
-        error.map_or(&[][..], Error::culprits).iter().map(|&it| number(it)).collect();
+        error.map_or(&[][..], Error::failed_ranks).iter().map(|&it| number(it)).collect();
     let mut last = Box::new(Last {
         error: unisum_error {
             status,
@@ -195,9 +199,11 @@ impl Failure {
                 ErrorKind::Mismatch => UNISUM_MISMATCH,
                 ErrorKind::StepFailed => UNISUM_STEP_FAILED,
                 ErrorKind::Panicked => UNISUM_CALLBACK_FAILED,
-                ErrorKind::Memory => UNISUM_MEMORY,
+                ErrorKind::Memory | ErrorKind::Resources => UNISUM_MEMORY,
                 ErrorKind::Aborted => UNISUM_ABORTED,
                 ErrorKind::Forked => UNISUM_FORKED,
+                ErrorKind::Protocol => UNISUM_PROTOCOL,
+                ErrorKind::Device => UNISUM_DEVICE,
                 _ => UNISUM_INTERNAL,
             },
         }
@@ -215,7 +221,7 @@ pub(crate) fn invalid<T>(text: impl Into<String>) -> Outcome<T> {
     Err(Failure::Here(unisum_status::UNISUM_INVALID_ARGUMENT, text.into()))
 }
 
-const NAMES: [(unisum_status, &std::ffi::CStr); 15] = {
+const NAMES: [(unisum_status, &std::ffi::CStr); 17] = {
     use unisum_status::*;
     [
         (UNISUM_OK, c"UNISUM_OK"),
@@ -232,6 +238,37 @@ const NAMES: [(unisum_status, &std::ffi::CStr); 15] = {
         (UNISUM_MEMORY, c"UNISUM_MEMORY"),
         (UNISUM_ABORTED, c"UNISUM_ABORTED"),
         (UNISUM_FORKED, c"UNISUM_FORKED"),
+        (UNISUM_PROTOCOL, c"UNISUM_PROTOCOL"),
+        (UNISUM_DEVICE, c"UNISUM_DEVICE"),
         (UNISUM_INTERNAL, c"UNISUM_INTERNAL"),
     ]
 };
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CStr;
+
+    use super::*;
+
+    fn last_text() -> &'static str {
+        // SAFETY: it points to what this thread keeps, which is a text with a NUL byte at its end.
+        let error = unsafe { &*unisum_last_error() };
+        // SAFETY: as above.
+        unsafe { CStr::from_ptr(error.text) }.to_str().unwrap()
+    }
+
+    #[test]
+    fn what_c_can_not_tell_is_told_otherwise_and_not_cut() {
+        let long = "\u{e9}".repeat(1 << 20);
+        let odd = ["before\0after", "\0", "", "one\r\ntwo \u{1b}[31m", long.as_str()];
+        for text in odd {
+            assert_eq!(guard(|| invalid(text)), unisum_status::UNISUM_INVALID_ARGUMENT);
+            assert_eq!(last_text(), text.replace('\0', "\u{fffd}"));
+            let status = guard(|| std::panic::panic_any(text.to_owned()));
+            assert_eq!(status, unisum_status::UNISUM_INTERNAL);
+            assert!(last_text().ends_with(&text.replace('\0', "\u{fffd}")));
+        }
+        assert_eq!(guard(|| std::panic::panic_any(7)), unisum_status::UNISUM_INTERNAL);
+        assert!(last_text().ends_with("a panic without a text"), "{}", last_text());
+    }
+}

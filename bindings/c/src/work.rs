@@ -7,14 +7,15 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use unisum::{Buffers, Element, Error, Outcome as Told, Owned, Work};
+use unisum::{Dtype, Error, Outcome as Told, OwnedRaw, RawBuffers, Work};
 
-use crate::collective::{self, Lent, lent_batch, unisum_buffers, unisum_collective};
+use crate::collective::{self, Asked, Lent, lent_batch, unisum_buffers, unisum_collective};
 use crate::communicator::{Comm, unisum_comm};
 use crate::handles::{self, Object};
 use crate::memory::{check_place, list, put};
+use crate::reduction::Own;
 use crate::status::{Failure, Outcome, guard, guard_status, invalid, unisum_status};
-use crate::types::{dtype, for_dtype};
+use crate::types::dtype;
 
 /// A collective under way.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ struct Started {
     work: Mutex<Box<dyn Pending>>,
     result: OnceLock<Result<Told, Error>>,
     end: Arc<End>,
+    /// What the work calls must be there until it has ended, whatever the program frees.
+    _reduction: Option<Arc<Own>>,
 }
 
 impl Object for Started {
@@ -65,9 +68,14 @@ impl<B: Send> Pending for Work<(B, Told)> {
     }
 }
 
-impl<T: Element> Owned<T> for Lent {
-    fn lend(&mut self) -> Buffers<'_, T> {
-        // SAFETY: C promises the memory until the work has ended; `start` checked it for `T`.
+// SAFETY: it is addresses of memory of C's, which stays where it is, and their element type.
+unsafe impl OwnedRaw for Lent {
+    fn dtype(&self) -> Dtype {
+        Self::dtype(self)
+    }
+
+    fn lend(&mut self) -> RawBuffers<'_> {
+        // SAFETY: C promises the memory until the work has ended.
         unsafe { Self::lend(*self) }
     }
 }
@@ -93,13 +101,12 @@ pub unsafe extern "C" fn unisum_start(
         let comm = handles::get::<Comm, _>(comm)?;
         check_place(work, "the work")?;
         // SAFETY: C promises counts.
-        let collective = unsafe { collective::collective(collective, comm.communicator.world()) }?;
+        let asked = unsafe { collective::collective(collective, comm.communicator.world()) }?;
         // SAFETY: C promises one.
         let buffers = unsafe { list(buffers, 1, "the buffers") }?;
-        let started = for_dtype!(self::dtype(dtype)?, T => {
-            let (lent, _) = Lent::new::<T>(&buffers[0])?;
-            Ok(Started::new(comm.communicator.start::<T, _>(collective, lent)))
-        })?;
+        let (lent, _) = Lent::new(self::dtype(dtype)?, &buffers[0])?;
+        let Asked { collective, reduction } = asked;
+        let started = Started::new(comm.communicator.start_raw(collective, lent), reduction);
         // SAFETY: C promises that it may be written.
         unsafe { handles::give(started, work) };
         Ok(())
@@ -120,13 +127,14 @@ pub unsafe extern "C" fn unisum_start_batch(
         let comm = handles::get::<Comm, _>(comm)?;
         check_place(work, "the work")?;
         // SAFETY: C promises counts.
-        let collective = unsafe { collective::collective(collective, comm.communicator.world()) }?;
+        let asked = unsafe { collective::collective(collective, comm.communicator.world()) }?;
         // SAFETY: C promises so many.
         let tensors = unsafe { list(tensors, count, "the tensors") }?;
-        let started = for_dtype!(self::dtype(dtype)?, T => {
-            let lent = lent_batch::<T>(tensors)?;
-            Ok(Started::new(comm.communicator.start_batch::<T, _>(collective, lent)))
-        })?;
+        let dtype = self::dtype(dtype)?;
+        let lent = lent_batch(dtype, tensors)?;
+        let Asked { collective, reduction } = asked;
+        let begun = comm.communicator.start_batch_raw(collective, dtype, lent);
+        let started = Started::new(begun, reduction);
         // SAFETY: C promises that it may be written.
         unsafe { handles::give(started, work) };
         Ok(())
@@ -203,7 +211,7 @@ pub unsafe extern "C" fn unisum_work_free(work: *const unisum_work) -> unisum_st
 }
 
 impl Started {
-    fn new<B: Send + 'static>(mut work: Work<(B, Told)>) -> Self {
+    fn new<B: Send + 'static>(mut work: Work<(B, Told)>, reduction: Option<Arc<Own>>) -> Self {
         let end = Arc::new(End::default());
         let result = OnceLock::new();
         let waker = Waker::from(end.clone());
@@ -211,7 +219,7 @@ impl Started {
             let _first = result.set(ended.map(|(_, told)| told));
             end.come();
         }
-        Self { work: Mutex::new(Box::new(work)), result, end }
+        Self { work: Mutex::new(Box::new(work)), result, end, _reduction: reduction }
     }
 
     /// What an ended work gives.

@@ -97,6 +97,11 @@ impl Drop for Ranks {
 
 /// Runs so many ranks of a program; all have to end well, in time. What they printed.
 fn run(command: &[&str], ranks: usize) -> Vec<String> {
+    run_with(command, ranks, |_, _| {})
+}
+
+/// The same; `set` sets the environment of each rank.
+fn run_with(command: &[&str], ranks: usize, set: impl Fn(usize, &mut Command)) -> Vec<String> {
     let scratch = tempfile::tempdir().unwrap();
     let start = |rank: usize| {
         let log = |what| fs::File::create(scratch.path().join(format!("{what}-{rank}"))).unwrap();
@@ -107,6 +112,7 @@ fn run(command: &[&str], ranks: usize) -> Vec<String> {
         process.env("UNISUM_RENDEZVOUS", format!("file://{}/world", scratch.path().display()));
         process.env("UNISUM_INTERFACE", "=lo").env("UNISUM_TIMEOUT", "60");
         process.env("TEST_DIRECTORY", scratch.path());
+        set(rank, &mut process);
         process.stdout(log("out")).stderr(log("err")).spawn().unwrap()
     };
     let mut running = Ranks((0..ranks).map(start).collect());
@@ -130,7 +136,10 @@ fn run(command: &[&str], ranks: usize) -> Vec<String> {
 }
 
 const TOOLS: [&str; 3] = ["gcc", "g++", "pkg-config"];
-const SCENARIOS: [&str; 8] = [
+const SCENARIOS: [&str; 11] = [
+    "reductions",
+    "sharding",
+    "saving",
     "collectives",
     "asynchronous",
     "groups",
@@ -175,6 +184,36 @@ fn ranks_in_c_get_what_ranks_in_rust_get() {
         for ranks in [2, 4] {
             run(&[program.to_str().unwrap(), scenario], ranks);
         }
+    }
+}
+
+/// On the devices of an emulated driver.
+#[test]
+fn collectives_on_devices_are_right_and_their_failures_a_status() {
+    if !has(&TOOLS) {
+        return;
+    }
+    let program = compile("gcc", "tests/device.c", "device", &["-std=c11"]);
+    let program = program.to_str().unwrap();
+    let installed = prefix().join("lib").display().to_string();
+    let libraries = cuda_emulator::library_dir().display().to_string();
+    let on_devices = |scenario: &str, ranks: usize| {
+        run_with(&[program, scenario], ranks, |rank, process| {
+            process.env("LD_LIBRARY_PATH", format!("{libraries}:{installed}"));
+            process.env("CUDA_EMULATOR_DEVICES", ranks.to_string());
+            match (scenario, rank) {
+                ("failing", 1) => process.env("CUDA_EMULATOR_FAIL", "cuLaunchKernel:7:719"),
+                ("failing", _) => process.env("CUDA_EMULATOR_LEAKS", "report"),
+                _ => process.env("CUDA_EMULATOR_LEAKS", "fail"),
+            };
+        })
+    };
+    on_devices("collectives", 2);
+    on_devices("collectives", 3);
+    on_devices("refusals", 2);
+    on_devices("failing", 3);
+    if !Path::new("/usr/lib/x86_64-linux-gnu/libcuda.so.1").exists() {
+        run(&[program, "absent"], 2);
     }
 }
 

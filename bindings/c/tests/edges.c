@@ -392,6 +392,43 @@ static void forked(void) {
     OK(unisum_comm_free(comm));
 }
 
+static void scalers(void) {
+    unisum_scaler *scaler, *other;
+    float scale;
+    uint64_t saved;
+    bool apply;
+    unisum_scaler_options options = {.scale = 1024, .growth_interval = 2};
+    OK(unisum_scaler_create(NULL, &scaler));
+    OK(unisum_scaler_scale(scaler, &scale));
+    CHECK(scale == 65536);
+    OK(unisum_scaler_free(scaler));
+    EXPECT(UNISUM_INVALID_HANDLE, unisum_scaler_scale(scaler, &scale));
+    OK(unisum_scaler_create(&options, &scaler));
+    OK(unisum_scaler_update(scaler, true, &apply));
+    OK(unisum_scaler_scale(scaler, &scale));
+    CHECK(!apply && scale == 512);
+    OK(unisum_scaler_update(scaler, false, &apply));
+    CHECK(apply);
+    OK(unisum_scaler_save(scaler, &saved));
+    /* The other has the good step that was saved. */
+    OK(unisum_scaler_create(&options, &other));
+    OK(unisum_scaler_restore(other, saved));
+    OK(unisum_scaler_update(other, false, &apply));
+    OK(unisum_scaler_scale(other, &scale));
+    CHECK(apply && scale == 1024);
+    EXPECT(UNISUM_CONFIGURATION, unisum_scaler_restore(other, UINT64_MAX));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_scaler_update(other, false, NULL));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_scaler_scale(other, NULL));
+    OK(unisum_scaler_free(other));
+    OK(unisum_scaler_free(scaler));
+    options.growth = -1;
+    EXPECT(UNISUM_CONFIGURATION, unisum_scaler_create(&options, &scaler));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_scaler_create(NULL, NULL));
+    unisum_reduction *reduction;
+    EXPECT(UNISUM_INVALID_ARGUMENT,
+           unisum_reduction_create(UNISUM_F32, NULL, NULL, true, &reduction));
+}
+
 int main(void) {
     CHECK(unisum_last_error()->status == UNISUM_OK && unisum_last_error()->text != NULL);
     nulls();
@@ -402,6 +439,7 @@ int main(void) {
     works();
     aborted();
     buckets();
+    scalers();
     threads();
     forked();
     puts("edges: all as they should be");

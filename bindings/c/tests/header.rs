@@ -8,16 +8,21 @@ use std::path::Path;
 use cbindgen::{Builder, Config, EnumConfig, ExportConfig, Language, Style};
 
 /// In the order in which a reader wants them.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 14] = [
     "status",
     "types",
     "config",
     "communicator",
+    "reduction",
     "collective",
     "simple",
     "work",
     "messenger",
     "buckets",
+    "checkpoint",
+    "sharded",
+    "scaler",
+    "device",
 ];
 
 /// Enumerations whose constants C gives as numbers.

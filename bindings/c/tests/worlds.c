@@ -325,6 +325,192 @@ static void training(void) {
     leave();
 }
 
+/* a ∘ b = (a.x b.x, a.x b.y + a.y): maps x → a.x x + a.y one after another, of 16 bits each. */
+static int compose(void *user, void *accumulator, const void *other, size_t count) {
+    CHECK(user == &called);
+    uint32_t *into = accumulator;
+    const uint32_t *from = other;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t x = into[i] & 0xffff, y = into[i] >> 16;
+        uint32_t factor = from[i] & 0xffff, offset = from[i] >> 16;
+        into[i] = (x * factor & 0xffff) | (x * offset + y) << 16;
+    }
+    return 0;
+}
+
+static int refuse(void *user, void *accumulator, const void *other, size_t count) {
+    (void)accumulator, (void)other, (void)count;
+    return *(uint32_t *)user == 1 ? 7 : 0;
+}
+
+static void reductions(void) {
+    join();
+    unisum_reduction *composed, *refused;
+    enum { COUNT = 100000 };
+    static uint32_t data[COUNT];
+    OK(unisum_reduction_create(UNISUM_U32, compose, &called, false, &composed));
+    unisum_collective collective = {.kind = UNISUM_ALL_REDUCE, .reduction = composed};
+    unisum_buffers buffers = {UNISUM_IN_PLACE, 0, data, COUNT};
+    for (int asynchronous = 0; asynchronous < 2; asynchronous++) {
+        uint32_t x = 1, y = 0;
+        for (uint32_t other = 0; other < world; other++) {
+            uint32_t factor = 2 * other + 3, offset = other + 5;
+            y = (x * offset + y) & 0xffff, x = x * factor & 0xffff;
+        }
+        for (size_t i = 0; i < COUNT; i++)
+            data[i] = (2 * rank + 3) | (rank + 5) << 16;
+        if (asynchronous) {
+            unisum_work *work;
+            OK(unisum_start(comm, &collective, UNISUM_U32, &buffers, &work));
+            /* The work keeps what it calls. */
+            OK(unisum_reduction_free(composed));
+            OK(unisum_work_wait(work, -1, NULL));
+            OK(unisum_work_free(work));
+        } else {
+            OK(unisum_run(comm, &collective, UNISUM_U32, &buffers, NULL));
+        }
+        for (size_t i = 0; i < COUNT; i++)
+            CHECK(data[i] == (x | y << 16));
+    }
+    EXPECT(UNISUM_INVALID_HANDLE, unisum_run(comm, &collective, UNISUM_U32, &buffers, NULL));
+    /* Here nothing has begun; then a function fails on one rank, and the call on all. */
+    OK(unisum_reduction_create(UNISUM_U32, refuse, &rank, true, &refused));
+    collective.reduction = refused;
+    collective.op = UNISUM_SUM;
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_run(comm, &collective, UNISUM_U32, &buffers, NULL));
+    collective.op = 0, collective.flags = UNISUM_DETECT_NONFINITE;
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_run(comm, &collective, UNISUM_U32, &buffers, NULL));
+    collective.flags = 0, collective.kind = UNISUM_ALL_GATHER;
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_run(comm, &collective, UNISUM_U32, &buffers, NULL));
+    collective.kind = UNISUM_ALL_REDUCE;
+    EXPECT(UNISUM_CONFIGURATION, unisum_run(comm, &collective, UNISUM_F32, &buffers, NULL));
+    OK(unisum_barrier(comm));
+    /* A rank that needs nothing of the one that failed may hear of it in its next call. */
+    unisum_status status = unisum_run(comm, &collective, UNISUM_U32, &buffers, NULL);
+    if (rank != 1 && status == UNISUM_OK)
+        status = unisum_barrier(comm);
+    CHECK(status == UNISUM_CALLBACK_FAILED);
+    CHECK(strstr(unisum_last_error()->text, "the reduction gave 7"));
+    const unisum_error *error = unisum_last_error();
+    CHECK(error->rank_count == 1 && error->ranks[0] == 1);
+    OK(unisum_reduction_free(refused));
+    leave();
+}
+
+/* Plain gradient descent on shards equals the same on whole gradients. */
+static void sharding(void) {
+    join();
+    size_t shapes[3][1] = {{1000}, {33}, {70001}};
+    unisum_parameter parameters[3] = {{"a", shapes[0], 1, UNISUM_F32, 0},
+                                      {"b", shapes[1], 1, UNISUM_F32, 0},
+                                      {"c", shapes[2], 1, UNISUM_F32, 0}};
+    unisum_bucket_options options = {.flags = UNISUM_SHARDED, .bucket_bytes = 16384,
+                                     .end_bucket_bytes = 16384};
+    unisum_buckets *buckets;
+    unisum_weights *weights;
+    void *memory;
+    const void *averages;
+    size_t count, bucket_count, covered = 0;
+    OK(unisum_buckets_create(comm, parameters, 3, &options, &buckets));
+    OK(unisum_weights_create(buckets, &weights));
+    OK(unisum_buckets_count(buckets, &bucket_count));
+    CHECK(bucket_count >= 2);
+    for (size_t parameter = 0; parameter < 3; parameter++) {
+        OK(unisum_weights_get(weights, parameter, &memory, &count));
+        CHECK(count == shapes[parameter][0]);
+        for (size_t i = 0; i < count; i++)
+            ((float *)memory)[i] = (float)parameter;
+    }
+    OK(unisum_buckets_begin(buckets));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_buckets_shard(buckets, 0, &averages, &count));
+    for (size_t parameter = 0; parameter < 3; parameter++) {
+        OK(unisum_buckets_view(buckets, parameter, &memory, &count));
+        for (size_t i = 0; i < count; i++)
+            ((float *)memory)[i] = (float)(rank + i % 8);
+        OK(unisum_buckets_ready(buckets, parameter));
+    }
+    OK(unisum_buckets_wait(buckets, NULL));
+    for (size_t bucket = 0; bucket < bucket_count; bucket++) {
+        unisum_shard_piece pieces[3] = {{9, 9, 9, 9}};
+        size_t shard_count, piece_count;
+        OK(unisum_buckets_shard(buckets, bucket, &averages, &count));
+        OK(unisum_weights_shard(weights, bucket, &memory, &shard_count));
+        CHECK(count == shard_count);
+        for (size_t i = 0; i < count; i++)
+            ((float *)memory)[i] -= ((const float *)averages)[i];
+        OK(unisum_buckets_shard_pieces(buckets, bucket, pieces, 3, &piece_count));
+        CHECK(piece_count <= 3);
+        for (size_t i = 0; i < piece_count; i++) {
+            CHECK(pieces[i].at + pieces[i].count <= count);
+            covered += pieces[i].count;
+        }
+    }
+    CHECK(covered > 0);
+    OK(unisum_buckets_gather(buckets, weights));
+    float middle = (float)(world - 1) / 2;
+    for (size_t parameter = 0; parameter < 3; parameter++) {
+        OK(unisum_weights_get(weights, parameter, &memory, &count));
+        for (size_t i = 0; i < count; i++)
+            CHECK(((float *)memory)[i] == (float)parameter - (middle + (float)(i % 8)));
+    }
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_weights_get(weights, 3, &memory, &count));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_weights_shard(weights, 99, &memory, &count));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_buckets_shard(buckets, 99, &averages, &count));
+    OK(unisum_weights_free(weights));
+    EXPECT(UNISUM_INVALID_HANDLE, unisum_weights_free(weights));
+    OK(unisum_buckets_free(buckets));
+    leave();
+}
+
+/* What is saved of buckets is used by others. */
+static void saving(void) {
+    join();
+    size_t shape[1] = {5000};
+    unisum_parameter parameters[2] = {{"a", shape, 1, UNISUM_F32, 0},
+                                      {"b", shape, 1, UNISUM_F32, 0}};
+    unisum_bucket_options options = {.encoding = UNISUM_BF16, .bucket_bytes = 20000,
+                                     .end_bucket_bytes = 20000};
+    unisum_buckets *buckets;
+    unsigned char layout[256], again[256], *kept;
+    size_t length, same, kept_length, count;
+    void *memory;
+    const void *shard;
+    OK(unisum_buckets_create(comm, parameters, 2, &options, &buckets));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_buckets_shard(buckets, 0, &shard, &count));
+    for (int step = 0; step < 2; step++) {
+        OK(unisum_buckets_begin(buckets));
+        /* In an order of its own. */
+        for (size_t parameter = 0; parameter < 2; parameter++) {
+            OK(unisum_buckets_view(buckets, parameter, &memory, &count));
+            for (size_t i = 0; i < count; i++)
+                ((float *)memory)[i] = 1.001f;
+            OK(unisum_buckets_ready(buckets, parameter));
+        }
+        OK(unisum_buckets_wait(buckets, NULL));
+    }
+    OK(unisum_buckets_rescale(buckets, 0.5f));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_buckets_rescale(buckets, 0));
+    OK(unisum_buckets_layout(buckets, layout, sizeof layout, &length));
+    CHECK(length > 8 && length <= sizeof layout);
+    OK(unisum_buckets_save(buckets, NULL, 0, &kept_length));
+    kept = malloc(kept_length);
+    CHECK(kept && kept_length > 0);
+    OK(unisum_buckets_save(buckets, kept, kept_length, &same));
+    CHECK(same == kept_length);
+    OK(unisum_buckets_free(buckets));
+    options.layout = layout, options.layout_bytes = length;
+    OK(unisum_buckets_create(comm, parameters, 2, &options, &buckets));
+    OK(unisum_buckets_restore(buckets, kept, kept_length));
+    EXPECT(UNISUM_CONFIGURATION, unisum_buckets_restore(buckets, kept, kept_length - 1));
+    OK(unisum_buckets_layout(buckets, again, sizeof again, &same));
+    CHECK(same == length && memcmp(layout, again, length) == 0);
+    OK(unisum_buckets_free(buckets));
+    options.layout_bytes = length - 1;
+    EXPECT(UNISUM_MISMATCH, unisum_buckets_create(comm, parameters, 2, &options, &buckets));
+    free(kept);
+    leave();
+}
+
 static int set(void *user, const char *key, const void *value, size_t length) {
     char draft[4096], path[4096];
     CHECK(user == &called);
@@ -433,7 +619,8 @@ int main(int count, char **arguments) {
     } all[] = {
         {"collectives", collectives}, {"asynchronous", asynchronous}, {"groups", groups},
         {"training", training},       {"store", by_store},            {"aborting", aborting},
-        {"dying", dying},             {"differing", differing},
+        {"dying", dying},             {"differing", differing}, {"reductions", reductions},
+        {"sharding", sharding},       {"saving", saving},
     };
     CHECK(count == 2);
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {

@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 use pyo3::{ffi, intern};
+use unisum::buckets::Place;
 use unisum::{Buffer, Dtype};
 
 use crate::dlpack::{CPU, DataType, Device, Managed, View};
@@ -14,9 +15,16 @@ use crate::elements::{dlpack_of, name_of};
 #[pyclass(frozen, name = "Array", module = "unisum")]
 #[derive(Debug)]
 pub(crate) struct Array {
-    memory: Buffer<u8>,
+    memory: Memory,
     shape: Vec<usize>,
     dtype: Dtype,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Own(Buffer<u8>),
+    /// A gradient's, in buckets.
+    Gradient(Place),
 }
 
 /// What an exported view needs as long as it lives.
@@ -28,11 +36,19 @@ struct Exported {
 
 impl Array {
     pub(crate) const fn new(memory: Buffer<u8>, shape: Vec<usize>, dtype: Dtype) -> Self {
-        Self { memory, shape, dtype }
+        Self { memory: Memory::Own(memory), shape, dtype }
+    }
+
+    /// A gradient of this shape, where it lies.
+    pub(crate) const fn of_gradient(place: Place, shape: Vec<usize>, dtype: Dtype) -> Self {
+        Self { memory: Memory::Gradient(place), shape, dtype }
     }
 
     fn address(&self) -> usize {
-        self.memory.as_ptr() as usize
+        match &self.memory {
+            Memory::Own(memory) => memory.as_ptr() as usize,
+            Memory::Gradient(place) => place.start().as_ptr() as usize,
+        }
     }
 
     fn count(&self) -> usize {

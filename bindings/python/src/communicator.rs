@@ -11,10 +11,12 @@ use pyo3::types::PyDict;
 use unisum::{Buffers, Builder, Collective, Outcome, ReduceOp, Reduction};
 
 use crate::array::Array;
+use crate::device::Device;
 use crate::elements::{Element, by_name, with_element};
 use crate::errors::{block, exception};
 use crate::messenger::Messenger;
 use crate::operands::{self, Lent, Operands};
+use crate::staging::Staging;
 use crate::store::PythonStore;
 use crate::tensor::{Layout, check_reducible};
 use crate::work::{Pending, Work};
@@ -25,11 +27,12 @@ pub(crate) struct Communicator {
     inner: RwLock<Option<Arc<unisum::Communicator>>>,
     rank: usize,
     world: usize,
+    staging: Arc<Staging>,
 }
 
 /// What is asked for, as Python passes it.
 #[derive(FromPyObject)]
-struct Request<'py>(
+pub(crate) struct Request<'py>(
     /// The collective's number.
     u8,
     /// The operation's, 0 if there is none.
@@ -58,19 +61,34 @@ const GATHER: u8 = 6;
 const SCATTER: u8 = 7;
 const BARRIER: u8 = 8;
 
-impl Request<'_> {
-    fn reduces(&self) -> bool {
+impl<'py> Request<'py> {
+    pub(crate) fn reduces(&self) -> bool {
         matches!(self.0, ALL_REDUCE | REDUCE | REDUCE_SCATTER)
     }
 
-    fn operands(&self, rank: usize) -> PyResult<Operands> {
-        let (layout, own_block) = match self.0 {
+    /// The operation's number.
+    pub(crate) const fn op(&self) -> u8 {
+        self.1
+    }
+
+    /// Input and output as Python passes them.
+    pub(crate) const fn given(&self) -> [Option<&Bound<'py, PyAny>>; 2] {
+        [self.7.as_ref(), self.8.as_ref()]
+    }
+
+    /// How elements have to lie, and which block of the longer buffer the shorter one may be.
+    pub(crate) fn layout(&self, rank: usize) -> (Layout, Option<usize>) {
+        match self.0 {
             ALL_REDUCE | REDUCE | BROADCAST => (Layout::Dense, None),
             ALL_GATHER | REDUCE_SCATTER if self.5.is_none() => (Layout::Contiguous, Some(rank)),
             // Any overlap is staged.
             _ => (Layout::Contiguous, Some(usize::MAX >> 48)),
-        };
-        Operands::new(self.7.as_ref(), self.8.as_ref(), layout, own_block)
+        }
+    }
+
+    fn operands(&self, rank: usize, staging: &Arc<Staging>) -> PyResult<Operands> {
+        let (layout, own_block) = self.layout(rank);
+        Operands::new(self.7.as_ref(), self.8.as_ref(), layout, own_block, Some(staging))
     }
 
     fn reduction(&self, element: Element) -> PyResult<Reduction> {
@@ -84,10 +102,10 @@ impl Request<'_> {
             }
             Some(_) => return Err(PyValueError::new_err("only sums of floats can be scaled")),
         };
-        Ok(if self.4 { reduction.watched() } else { reduction })
+        Ok(if self.4 { reduction.detect_nonfinite() } else { reduction })
     }
 
-    fn collective(&self, element: Element) -> PyResult<Collective> {
+    pub(crate) fn collective(&self, element: Element) -> PyResult<Collective> {
         let root = self.2;
         let collective = match self.0 {
             ALL_REDUCE => Collective::all_reduce(self.reduction(element)?),
@@ -118,8 +136,8 @@ impl Request<'_> {
     }
 
     /// The number of the element type that must be the same in one batch.
-    fn prepare(&self, rank: usize) -> PyResult<(Operands, Element)> {
-        let operands = self.operands(rank)?;
+    fn prepare(&self, communicator: &Communicator) -> PyResult<(Operands, Element)> {
+        let operands = self.operands(communicator.rank, &communicator.staging)?;
         let element = operands.element()?;
         if self.reduces() {
             check_reducible(element, self.1)?;
@@ -131,7 +149,9 @@ impl Request<'_> {
 impl Communicator {
     pub(crate) fn new(inner: unisum::Communicator) -> Self {
         let (rank, world) = (inner.rank(), inner.world());
-        Self { inner: RwLock::new(Some(Arc::new(inner))), rank, world }
+        let inner = Arc::new(inner);
+        let staging = Staging::new(&inner);
+        Self { inner: RwLock::new(Some(inner)), rank, world, staging }
     }
 
     pub(crate) fn get(&self) -> PyResult<Arc<unisum::Communicator>> {
@@ -146,7 +166,7 @@ impl Communicator {
 
     fn begin(&self, request: &Request<'_>) -> PyResult<Work> {
         let inner = self.get()?;
-        let (operands, element) = request.prepare(self.rank)?;
+        let (operands, element) = request.prepare(self)?;
         let collective = request.collective(element)?;
         let pending: Pending = with_element!(element.dtype, T => {
             let work = inner.start::<T, _>(collective, Lent::<T>::new(operands));
@@ -199,7 +219,7 @@ impl Communicator {
     /// Runs a collective; whether an infinity or NaN was found.
     fn _run(&self, py: Python<'_>, request: Request<'_>) -> PyResult<bool> {
         let inner = self.get()?;
-        let (mut operands, element) = request.prepare(self.rank)?;
+        let (mut operands, element) = request.prepare(self)?;
         let collective = request.collective(element)?;
         let outcome: Outcome = with_element!(element.dtype, T => block(py, || {
             let outcome = inner.run::<T>(&collective, operands.lend())?;
@@ -220,7 +240,7 @@ impl Communicator {
         let mut batch = Vec::with_capacity(requests.len());
         let mut known: Option<Element> = None;
         for request in &requests {
-            let (operands, element) = request.prepare(self.rank)?;
+            let (operands, element) = request.prepare(self)?;
             if known.is_some_and(|known| known != element) {
                 let text = "the tensors of a batch must have the same type";
                 return Err(PyTypeError::new_err(text));
@@ -262,6 +282,11 @@ impl Communicator {
     fn _duplicate(&self, py: Python<'_>) -> PyResult<Self> {
         let inner = self.get()?;
         block(py, || inner.duplicate()).map(Self::new)
+    }
+
+    fn _on_device(&self, py: Python<'_>, ordinal: usize) -> PyResult<Device> {
+        let inner = self.get()?;
+        block(py, || inner.on_device(ordinal)).map(Device::new)
     }
 
     fn _messenger(&self, py: Python<'_>) -> PyResult<Messenger> {

@@ -64,5 +64,9 @@ pub(crate) struct ExchangeApi {
 
 /// `kDLCPU`.
 pub(crate) const CPU: i32 = 1;
+/// `kDLCUDA`.
+pub(crate) const CUDA: i32 = 2;
+/// `kDLCUDAManaged`: memory that moves between host and devices.
+pub(crate) const CUDA_MANAGED: i32 = 13;
 /// `kDLCUDAHost`: pinned memory of the host.
 pub(crate) const CUDA_HOST: i32 = 3;

@@ -16,19 +16,22 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         ErrorKind::Configuration => "configuration",
         ErrorKind::Rendezvous => "rendezvous",
         ErrorKind::RankLost => "rank_lost",
+        ErrorKind::Protocol => "protocol",
         ErrorKind::Timeout => "timeout",
         ErrorKind::Mismatch => "mismatch",
         ErrorKind::StepFailed => "step_failed",
         ErrorKind::Panicked => "panicked",
         ErrorKind::Memory => "memory",
+        ErrorKind::Resources => "resources",
         ErrorKind::Aborted => "aborted",
         ErrorKind::Forked => "forked",
+        ErrorKind::Device => "device",
         _ => "other",
     };
     let arguments = (
         kind,
         error.to_string(),
-        error.culprits().to_vec(),
+        error.failed_ranks().to_vec(),
         error.operation().map(str::to_owned),
         error.step(),
     );

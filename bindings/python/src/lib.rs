@@ -3,12 +3,16 @@
 //! program sees is written in Python on top of it (`bindings/python/python/unisum`).
 
 mod array;
+mod buckets;
 mod communicator;
+mod device;
 mod dlpack;
 mod elements;
 mod errors;
 mod messenger;
 mod operands;
+mod scaler;
+mod staging;
 mod store;
 mod tensor;
 mod work;
@@ -21,9 +25,15 @@ mod _unisum {
     #[pymodule_export]
     use super::array::Array;
     #[pymodule_export]
+    use super::buckets::{Buckets, Report, make_buckets};
+    #[pymodule_export]
     use super::communicator::{Communicator, connect};
     #[pymodule_export]
+    use super::device::{Device, cuda_devices};
+    #[pymodule_export]
     use super::messenger::Messenger;
+    #[pymodule_export]
+    use super::scaler::LossScaler;
     #[pymodule_export]
     use super::work::{Work, next_completed};
 }

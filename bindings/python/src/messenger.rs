@@ -89,7 +89,7 @@ fn transfer<T: unisum::Element>(
     (receives, peer, tag): Way,
 ) -> Result<(), Error> {
     let moved = match (operands.lend::<T>(), receives) {
-        (unisum::Buffers::Apart(data, _), _) => {
+        (unisum::Buffers::OutOfPlace(data, _), _) => {
             messenger.exchange(&mut [Message::Send { data, to: peer, tag }])
         }
         (unisum::Buffers::InPlace(data), true) => {
@@ -177,7 +177,7 @@ impl Messenger {
 
 fn operands(tensor: &Bound<'_, PyAny>, receives: bool) -> PyResult<Operands> {
     if receives {
-        return Operands::new(Some(tensor), None, Layout::Dense, None);
+        return Operands::new(Some(tensor), None, Layout::Dense, None, None);
     }
     Operands::only_read(tensor, Layout::Dense)
 }

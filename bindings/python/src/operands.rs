@@ -1,6 +1,7 @@
 //! What a collective works on: tensors, one or several that make one buffer.
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -8,13 +9,14 @@ use pyo3::types::PyList;
 use unisum::{Buffers, Dtype, Owned};
 
 use crate::elements::Element;
+use crate::staging::{Lease, Staging};
 use crate::tensor::{Layout, Tensor};
 
 /// Input and output of a call.
 #[derive(Debug)]
 pub(crate) enum Operands {
     InPlace(Side),
-    Apart(Side, Side),
+    OutOfPlace(Side, Side),
 }
 
 /// One buffer.
@@ -24,12 +26,17 @@ pub(crate) enum Side {
     /// Used where it lies.
     Whole(Tensor),
     /// Several in a row, copied into one and from it.
-    Pieces(Vec<Tensor>, Vec<u64>),
+    Pieces(Vec<Tensor>, Option<Lease>, Arc<Staging>),
 }
 
 impl Side {
     /// What Python gave: nothing, a tensor, or a list of tensors.
-    fn of(given: Option<&Bound<'_, PyAny>>, layout: Layout, is_output: bool) -> PyResult<Self> {
+    fn of(
+        given: Option<&Bound<'_, PyAny>>,
+        layout: Layout,
+        is_output: bool,
+        staging: Option<&Arc<Staging>>,
+    ) -> PyResult<Self> {
         let Some(given) = given else { return Ok(Self::Nothing) };
         let tensor = |object: &Bound<'_, PyAny>| {
             let tensor = Tensor::of(object, layout)?;
@@ -37,10 +44,12 @@ impl Side {
         };
         let Ok(list) = given.cast::<PyList>() else { return tensor(given).map(Self::Whole) };
         let mut pieces = list.iter().map(|it| tensor(&it)).collect::<PyResult<Vec<_>>>()?;
-        match pieces.len() {
-            0 => Ok(Self::Nothing),
-            1 => Ok(Self::Whole(pieces.remove(0))),
-            _ => Ok(Self::Pieces(pieces, Vec::new())),
+        match (pieces.len(), staging) {
+            (0, _) => Ok(Self::Nothing),
+            (1, _) => Ok(Self::Whole(pieces.remove(0))),
+            _ if Tensor::are_in_a_row(&pieces) => Ok(Self::Whole(Tensor::joined(pieces, list))),
+            (_, Some(staging)) => Ok(Self::Pieces(pieces, None, staging.clone())),
+            (_, None) => Err(PyTypeError::new_err("a message is one tensor, not a list")),
         }
     }
 
@@ -48,7 +57,7 @@ impl Side {
         match self {
             Self::Nothing => &[],
             Self::Whole(tensor) => std::slice::from_ref(tensor),
-            Self::Pieces(tensors, _) => tensors,
+            Self::Pieces(tensors, ..) => tensors,
         }
     }
 
@@ -57,10 +66,13 @@ impl Side {
     }
 
     /// The same, but for a copy that is worked on.
-    fn staged(self) -> Self {
-        match self {
-            Self::Whole(tensor) => Self::Pieces(vec![tensor], Vec::new()),
-            other => other,
+    fn staged(self, staging: Option<&Arc<Staging>>) -> PyResult<Self> {
+        match (self, staging) {
+            (Self::Whole(tensor), Some(staging)) => {
+                Ok(Self::Pieces(vec![tensor], None, staging.clone()))
+            }
+            (Self::Whole(_), None) => Err(PyValueError::new_err("input and output share memory")),
+            (other, _) => Ok(other),
         }
     }
 
@@ -70,10 +82,9 @@ impl Side {
 
     /// Makes room for pieces in one buffer, and copies them there if they are `read`.
     fn gather(&mut self, read: bool) {
-        let Self::Pieces(tensors, staging) = self else { return };
+        let Self::Pieces(tensors, lease, staging) = self else { return };
         let bytes: usize = tensors.iter().map(Tensor::bytes).sum();
-        *staging = vec![0; bytes.div_ceil(8)];
-        let mut to: *mut u8 = staging.as_mut_ptr().cast();
+        let mut to = lease.insert(staging.lease(bytes)).start_mut();
         for tensor in tensors.iter().filter(|_| read) {
             // SAFETY: the tensors are alive and hold so many bytes, which fit in the room that was
             // just made, an allocation of its own.
@@ -84,8 +95,9 @@ impl Side {
 
     /// Copies results back to pieces.
     fn scatter(&mut self) {
-        let Self::Pieces(tensors, staging) = self else { return };
-        let mut from: *const u8 = staging.as_ptr().cast();
+        let Self::Pieces(tensors, lease, _) = self else { return };
+        let Some(lease) = lease.take() else { return };
+        let mut from = lease.start();
         for tensor in tensors.iter() {
             // SAFETY: as in `gather`, the other way; they were checked to be writable.
             unsafe { from.copy_to_nonoverlapping(tensor.start as *mut u8, tensor.bytes()) };
@@ -97,8 +109,8 @@ impl Side {
         match self {
             Self::Nothing => 16,
             Self::Whole(tensor) => tensor.start,
-            Self::Pieces(_, staging) if staging.is_empty() => 16,
-            Self::Pieces(_, staging) => staging.as_ptr() as usize,
+            Self::Pieces(_, None, _) => 16,
+            Self::Pieces(_, Some(lease), _) => lease.start() as usize,
         }
     }
 
@@ -110,11 +122,9 @@ impl Side {
     }
 
     fn as_mut_slice<T>(&mut self) -> &mut [T] {
-        let start = match *self {
-            Self::Pieces(_, ref mut staging) if !staging.is_empty() => {
-                staging.as_mut_ptr() as usize
-            }
-            ref side => side.start(),
+        let start = match self {
+            Self::Pieces(_, Some(lease), _) => lease.start_mut() as usize,
+            Self::Nothing | Self::Whole(_) | Self::Pieces(..) => self.start(),
         };
         // SAFETY: as in `as_slice`; results only go to what is writable, and input and output do
         // not overlap.
@@ -130,15 +140,18 @@ impl Operands {
         output: Option<&Bound<'_, PyAny>>,
         layout: Layout,
         own_block: Option<usize>,
+        staging: Option<&Arc<Staging>>,
     ) -> PyResult<Self> {
-        let Some(output) = output else { return Side::of(input, layout, true).map(Self::InPlace) };
-        let (input, output) =
-            (Side::of(input, layout, false)?, Side::of(Some(output), layout, true)?);
+        let Some(output) = output else {
+            return Side::of(input, layout, true, staging).map(Self::InPlace);
+        };
+        let input = Side::of(input, layout, false, staging)?;
+        let output = Side::of(Some(output), layout, true, staging)?;
         if !input.overlaps(&output) {
-            return Ok(Self::Apart(input, output));
+            return Ok(Self::OutOfPlace(input, output));
         }
         let (Side::Whole(from), Side::Whole(to)) = (&input, &output) else {
-            return Ok(Self::Apart(input.staged(), output));
+            return Ok(Self::OutOfPlace(input.staged(staging)?, output));
         };
         let ends = |outer: &Tensor, inner: &Tensor| {
             own_block.is_some_and(|block| outer.start + block * inner.bytes() == inner.start)
@@ -151,20 +164,20 @@ impl Operands {
                 Ok(Self::InPlace(input))
             }
             Some(_) if to.bytes() > from.bytes() && ends(to, from) => Ok(Self::InPlace(output)),
-            _ => Ok(Self::Apart(input.staged(), output)),
+            _ => Ok(Self::OutOfPlace(input.staged(staging)?, output)),
         }
     }
 
     /// What is only sent.
     pub(crate) fn only_read(input: &Bound<'_, PyAny>, layout: Layout) -> PyResult<Self> {
-        Ok(Self::Apart(Side::of(Some(input), layout, false)?, Side::Nothing))
+        Ok(Self::OutOfPlace(Side::of(Some(input), layout, false, None)?, Side::Nothing))
     }
 
     /// The element type, which all tensors share; of none, bytes.
     pub(crate) fn element(&self) -> PyResult<Element> {
         let sides: [&[Tensor]; 2] = match self {
             Self::InPlace(both) => [both.tensors(), &[]],
-            Self::Apart(input, output) => [input.tensors(), output.tensors()],
+            Self::OutOfPlace(input, output) => [input.tensors(), output.tensors()],
         };
         let mut elements = sides.into_iter().flatten().map(|tensor| tensor.element);
         let Some(first) = elements.next() else { return Element::of_dlpack(1, 8, 1) };
@@ -187,10 +200,10 @@ impl Operands {
                 both.gather(true);
                 Buffers::InPlace(both.as_mut_slice())
             }
-            Self::Apart(input, output) => {
+            Self::OutOfPlace(input, output) => {
                 input.gather(true);
                 output.gather(false);
-                Buffers::Apart(input.as_slice(), output.as_mut_slice())
+                Buffers::OutOfPlace(input.as_slice(), output.as_mut_slice())
             }
         }
     }
@@ -198,7 +211,7 @@ impl Operands {
     /// Puts results where they belong, after the call.
     pub(crate) fn settle(&mut self) {
         match self {
-            Self::InPlace(side) | Self::Apart(_, side) => side.scatter(),
+            Self::InPlace(side) | Self::OutOfPlace(_, side) => side.scatter(),
         }
     }
 }

@@ -6,11 +6,11 @@ use std::sync::{Mutex, PoisonError};
 
 use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyCapsule, PyDict, PyType};
+use pyo3::types::{PyCapsule, PyDict, PyList, PyType};
 use pyo3::{ffi, intern};
 
 use crate::array::Array;
-use crate::dlpack::{CPU, CUDA_HOST, ExchangeApi, Managed, View};
+use crate::dlpack::{CPU, CUDA, CUDA_HOST, CUDA_MANAGED, ExchangeApi, Managed, View};
 use crate::elements::{Element, Meaning, dlpack_of};
 
 /// How a tensor's elements have to lie.
@@ -22,6 +22,21 @@ pub(crate) enum Layout {
     /// element.
     Dense,
 }
+
+/// Whose memory a tensor has to lie in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Space {
+    Host,
+    /// That of CUDA devices; what the program computes it with is in this stream.
+    Cuda {
+        stream: usize,
+    },
+}
+
+const NOT_ON_DEVICE: &str = "the tensor is not on a CUDA device";
+
+/// The number by which DLPack and the array interfaces call the legacy default stream.
+const LEGACY_STREAM: usize = 1;
 
 /// A tensor's memory, kept alive.
 #[derive(Debug)]
@@ -43,7 +58,7 @@ impl Tensor {
     /// CPU, or with gaps.
     pub(crate) fn of(object: &Bound<'_, PyAny>, layout: Layout) -> PyResult<Self> {
         if let Some(api) = exchange_api(object)? {
-            return by_exchange(object, api, layout);
+            return by_exchange(object, api, layout, Space::Host);
         }
         if let Ok(array) = object.cast::<Array>() {
             let (start, count, dtype) = array.get().parts();
@@ -56,13 +71,87 @@ impl Tensor {
             return by_interface(object, &interface.cast_into()?, layout);
         }
         if object.hasattr(intern!(py, "__dlpack__"))? {
-            return by_capsule(object, layout);
+            return by_capsule(object, layout, Space::Host);
         }
         by_buffer(object, layout)
     }
 
+    /// The memory of `object` on a CUDA device, without a copy, and the stream that computes what
+    /// is there, if the object names one. Collectives will be in `stream`.
+    ///
+    /// # Errors
+    /// `TypeError` if it is no tensor, `ValueError` if it lies elsewhere, or with gaps.
+    pub(crate) fn on_device(
+        object: &Bound<'_, PyAny>,
+        layout: Layout,
+        stream: usize,
+    ) -> PyResult<(Self, Option<usize>)> {
+        let (py, space) = (object.py(), Space::Cuda { stream });
+        if let Some(api) = exchange_api(object)? {
+            return Ok((by_exchange(object, api, layout, space)?, None));
+        }
+        if let Some(interface) = object.getattr_opt(intern!(py, "__cuda_array_interface__"))? {
+            let interface = interface.cast_into::<PyDict>()?;
+            let of_producer: Option<usize> = match interface.get_item(intern!(py, "stream"))? {
+                Some(stream) => stream.extract()?,
+                None => None,
+            };
+            if interface.get_item(intern!(py, "mask"))?.is_some_and(|mask| !mask.is_none()) {
+                return Err(PyValueError::new_err("arrays with a mask are not supported"));
+            }
+            return Ok((by_interface(object, &interface, layout)?, of_producer));
+        }
+        if object.hasattr(intern!(py, "__dlpack__"))? {
+            // What is elsewhere may not know what a stream is.
+            let device = object.call_method0(intern!(py, "__dlpack_device__"))?;
+            let (kind, _): (i32, i32) = device.extract()?;
+            if !matches!(kind, CUDA | CUDA_MANAGED) {
+                return Err(PyValueError::new_err(NOT_ON_DEVICE));
+            }
+            return Ok((by_capsule(object, layout, space)?, None));
+        }
+        let name = object.get_type().name()?;
+        let text = format!(
+            "`{name}` is no array on a CUDA device: it has neither `__cuda_array_interface__` nor \
+             DLPack"
+        );
+        Err(PyTypeError::new_err(text))
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         self.count * self.element.dtype.bytes()
+    }
+
+    /// Its elements, which the program leaves alone meanwhile.
+    ///
+    /// # Panics
+    /// If they are of another type.
+    pub(crate) fn as_slice<T: unisum::Element>(&self) -> &[T] {
+        assert_eq!(self.element.dtype, T::DTYPE, "a tensor of another type");
+        // SAFETY: the address is aligned and followed by so many elements, as long as the owner
+        // lives, and any bytes are values of the types that tensors have.
+        unsafe { std::slice::from_raw_parts(self.start as *const T, self.count) }
+    }
+
+    /// Whether each begins where the one before it ends: they are one piece of memory.
+    pub(crate) fn are_in_a_row(tensors: &[Self]) -> bool {
+        tensors.windows(2).all(|pair| {
+            pair[0].start + pair[0].bytes() == pair[1].start && pair[0].element == pair[1].element
+        })
+    }
+
+    /// Tensors in a row, as one; `owners` are theirs.
+    pub(crate) fn joined(tensors: Vec<Self>, owners: &Bound<'_, PyList>) -> Self {
+        let first = &tensors[0];
+        let count = tensors.iter().map(|tensor| tensor.count).sum();
+        Self {
+            start: first.start,
+            count,
+            element: first.element,
+            is_writable: tensors.iter().all(|tensor| tensor.is_writable),
+            // The list may change.
+            _owner: owners.to_tuple().into_any().unbind(),
+        }
     }
 
     /// Whether the memory of both is the same in part.
@@ -127,7 +216,12 @@ fn capsule_pointer(capsule: &Bound<'_, PyAny>, name: &CStr) -> PyResult<*mut std
     if pointer.is_null() { Err(PyErr::fetch(capsule.py())) } else { Ok(pointer) }
 }
 
-fn by_exchange(object: &Bound<'_, PyAny>, api: usize, layout: Layout) -> PyResult<Tensor> {
+fn by_exchange(
+    object: &Bound<'_, PyAny>,
+    api: usize,
+    layout: Layout,
+    space: Space,
+) -> PyResult<Tensor> {
     let api = api as *const ExchangeApi;
     // SAFETY: `read_api` looked at it: it lives as long as the process.
     let function = unsafe { (*api).view_of_object };
@@ -142,27 +236,41 @@ fn by_exchange(object: &Bound<'_, PyAny>, api: usize, layout: Layout) -> PyResul
     }
     // SAFETY: the function has filled it, and zeroes are a value of it, too.
     let view = unsafe { view.assume_init() };
-    of_view(&view, object.clone().unbind(), layout)
+    of_view(&view, object.clone().unbind(), layout, space)
 }
 
-fn by_capsule(object: &Bound<'_, PyAny>, layout: Layout) -> PyResult<Tensor> {
+fn by_capsule(object: &Bound<'_, PyAny>, layout: Layout, space: Space) -> PyResult<Tensor> {
     let py = object.py();
     // Frameworks refuse to export what a gradient is recorded for.
     let object = match object.getattr_opt(intern!(py, "detach"))? {
         Some(detach) => detach.call0()?,
         None => object.clone(),
     };
-    let capsule = object.call_method0(intern!(py, "__dlpack__"))?;
+    let options = PyDict::new(py);
+    if let Space::Cuda { stream } = space {
+        // Whoever made it has our stream wait for it.
+        let stream = if stream == 0 { LEGACY_STREAM } else { stream };
+        options.set_item(intern!(py, "stream"), stream)?;
+    }
+    let capsule = object.call_method(intern!(py, "__dlpack__"), (), Some(&options))?;
     let managed: *const Managed = capsule_pointer(&capsule, c"dltensor")?.cast_const().cast();
     // SAFETY: the DLPack standard says that the capsule of this name holds the structure, which
     // the capsule keeps alive.
     let view = unsafe { &(*managed).view };
-    of_view(view, capsule.unbind(), layout)
+    of_view(view, capsule.unbind(), layout, space)
 }
 
-fn of_view(view: &View, owner: Py<PyAny>, layout: Layout) -> PyResult<Tensor> {
-    if !matches!(view.device.kind, CPU | CUDA_HOST) {
-        let text = "the tensor is not in the CPU's memory: unisum can't reach it yet";
+fn of_view(view: &View, owner: Py<PyAny>, layout: Layout, space: Space) -> PyResult<Tensor> {
+    let refused = match (space, view.device.kind) {
+        (Space::Host, CPU | CUDA_HOST) | (Space::Cuda { .. }, CUDA | CUDA_MANAGED) => None,
+        (Space::Host, CUDA | CUDA_MANAGED) => Some(
+            "the tensor is on a CUDA device: `Communicator.on_device` gives what has collectives \
+             for it",
+        ),
+        (Space::Host, _) => Some("the tensor is not in the CPU's memory: unisum can't reach it"),
+        (Space::Cuda { .. }, _) => Some(NOT_ON_DEVICE),
+    };
+    if let Some(text) = refused {
         return Err(PyValueError::new_err(text));
     }
     let dimensions = usize::try_from(view.dimensions).unwrap_or(0);

@@ -1,6 +1,7 @@
 """What programs of PyTorch do, over the backend that is being tested. Each scenario takes rank and
 world, and raises if something is wrong; what it returns has to be the same as over gloo."""
 
+import datetime
 import os
 import tempfile
 
@@ -161,6 +162,29 @@ def groups(rank, world):
     assert tensor[0] == 2
     dist.barrier()
     dist.monitored_barrier()
+
+
+def split_groups(rank, world):
+    order = list(reversed(range(2)))
+    group = dist.split_group(split_ranks=[order], timeout=datetime.timedelta(seconds=30))
+    if rank < 2:
+        assert dist.get_rank(group) == order.index(rank) and dist.get_world_size(group) == 2
+        tensor = torch.tensor([float(rank)])
+        dist.broadcast(tensor, 1, group=group)
+        assert tensor[0] == 1
+        tensors = [torch.zeros(1) for _ in range(2)]
+        dist.all_gather(tensors, torch.tensor([float(rank)]), group=group)
+        assert [it.item() for it in tensors] == [1, 0]
+        dist.monitored_barrier(group)
+        if world == 2:
+            # PyTorch names groups by a count of each process: all ranks have to make as many.
+            again = dist.split_group(group, [[0], [1]])
+            assert dist.get_world_size(again) == 1
+            dist.destroy_process_group(again)
+        dist.destroy_process_group(group)
+    else:
+        assert group == dist.GroupMember.NON_GROUP_MEMBER
+    dist.barrier()
 
 
 def ddp(rank, world):

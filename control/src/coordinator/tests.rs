@@ -1,6 +1,7 @@
 mod differ;
 mod parting;
 
+use super::questions::LATE_ANSWER;
 use super::*;
 use crate::status::{Status, Waiting};
 use crate::tests::call;
@@ -37,7 +38,7 @@ impl Job {
 
     fn accuse(&mut self, from: Rank, against: Rank, finding: Finding) {
         let text = format!("link to rank {against}: closed by the peer");
-        self.say(from, Message::Accuse(Report { communicator: 0, against, finding, text }));
+        self.say(from, Message::Accuse(Report::new(0, against, finding, text)));
     }
 
     fn answer(&mut self, from: Rank, number: u64, inside: bool) {
@@ -45,7 +46,7 @@ impl Job {
         let call = Some(call(number));
         let snapshot =
             Snapshot { call, inside, step: 1, steps: 2, bytes: 3, ..Snapshot::default() };
-        self.say(from, Message::Status { query, snapshot });
+        self.say(from, Message::Status { query, doing: snapshot.into() });
     }
 
     /// The rank's connection ends.
@@ -64,18 +65,18 @@ impl Job {
     }
 
     #[track_caller]
-    fn expect(&mut self, kind: VerdictKind, culprits: &[Rank]) {
+    fn expect(&mut self, kind: VerdictKind, failed_ranks: &[Rank]) {
         let verdicts: Vec<_> = self
             .outputs()
             .into_iter()
             .filter(|output| output.audience == Audience::All)
             .flat_map(|output| output.messages)
             .filter_map(|message| match message {
-                Message::Verdict(verdict) => Some((verdict.kind, verdict.culprits)),
+                Message::Verdict(verdict) => Some((verdict.kind, verdict.failed_ranks)),
                 _ => None,
             })
             .collect();
-        assert_eq!(verdicts, [(kind, culprits.to_vec())]);
+        assert_eq!(verdicts, [(kind, failed_ranks.to_vec())]);
         // Nothing is awaited after a verdict but those who are to be told.
         assert!(self.coordinator.deadline().is_none() || self.coordinator.awaits_ranks());
     }
@@ -129,7 +130,9 @@ fn ranks_that_come_just_after_the_start_has_failed_hear_why() {
     job.outputs();
     job.coordinator.connected(2);
     let told = job.outputs();
-    assert!(matches!(&told[0].messages[1], Message::Verdict(verdict) if verdict.culprits == [1]));
+    assert!(
+        matches!(&told[0].messages[1], Message::Verdict(verdict) if verdict.failed_ranks == [1])
+    );
     job.wait(LATECOMER_TIMEOUT / 2);
     assert!(!job.coordinator.is_needed() && job.coordinator.deadline().is_none());
 }
@@ -152,6 +155,26 @@ fn a_failed_link_to_a_living_rank_is_told_after_the_grace() {
     job.accuse(2, 1, Finding::LinkFailed);
     job.wait(GRACE / 2);
     job.expect(VerdictKind::LinkFailed, &[3]);
+}
+
+/// Who is silent is lost if its pulse stops as well, and else does not reach the one that says so.
+#[test]
+fn a_silent_link_is_the_other_hosts_end_or_a_cut_between_the_two() {
+    let mut job = Job::new();
+    job.accuse(3, 1, Finding::Cut);
+    job.wait(CUT_GRACE - Duration::from_millis(1));
+    job.expect_nothing();
+    job.wait(Duration::from_millis(1));
+    job.expect(VerdictKind::Cut, &[1, 3]);
+    let mut job = Job::new();
+    job.accuse(3, 1, Finding::Cut);
+    job.wait(GRACE);
+    job.coordinator.unreachable(&[(1, IpAddr::from([10, 0, 0, 1]))], CONNECT_TIMEOUT);
+    job.expect(VerdictKind::Unreachable, &[1]);
+    let mut job = Job::new();
+    job.accuse(3, 1, Finding::Cut);
+    job.lose(1);
+    job.expect(VerdictKind::Died, &[1]);
 }
 
 #[test]
@@ -329,12 +352,7 @@ fn nonsense_ends_the_job_with_its_author_named() {
         Message::Joined,
         blob(1),
         Message::Blob { round: 0, to: Some(1), blob: Bytes::new() },
-        Message::Accuse(Report {
-            communicator: 0,
-            against: WORLD,
-            finding: Finding::LinkFailed,
-            text: String::new(),
-        }),
+        Message::Accuse(Report::new(0, WORLD, Finding::LinkFailed, "")),
     ];
     for message in nonsense {
         let mut job = Job::new();
@@ -375,7 +393,7 @@ fn a_message_that_is_overdue_is_asked_about_along_the_chain() {
     let waiting = |peer| {
         let (communicator, receives, dtype) = (5, true, unisum_kernels::Dtype::U8);
         let waiting = Waiting { communicator, peer, receives, dtype, bytes: 9, tag: 1 };
-        let status = Status::default();
+        let status = Status::new((0..8).collect(), 0);
         status.wait_for_message(&waiting);
         (waiting.call(), status.snapshot())
     };
@@ -383,7 +401,7 @@ fn a_message_that_is_overdue_is_asked_about_along_the_chain() {
     job.say(0, Message::Overdue(concern));
     let query = job.coordinator.query.number;
     for (rank, snapshot) in [(0, waiting(2).1), (2, waiting(3).1), (3, Snapshot::default())] {
-        job.say(rank, Message::Status { query, snapshot });
+        job.say(rank, Message::Status { query, doing: snapshot.into() });
     }
     job.wait(ANSWER_TIMEOUT);
     // Rank 1 did not answer either, but is not in the communicator.
@@ -510,10 +528,12 @@ fn what_is_known_of_a_rank_that_does_not_join_is_told() {
     let mut job = Job::empty();
     job.say(0, blob(0));
     let from = "10.0.0.2:5".parse().unwrap();
-    (0..14).for_each(|_| job.coordinator.refused(1, from, "wrong token"));
+    (0..14).for_each(|_| job.coordinator.refused(1, from, "wrong token", false));
     // Its address may be anybody's, and its number somebody's who is there.
-    job.coordinator.refused(0, from, "wrong token");
-    job.coordinator.refused(99, from, "wrong token");
+    job.coordinator.refused(0, from, "wrong token", false);
+    job.coordinator.refused(99, from, "wrong token", false);
+    // Unless it has proven to be of the job.
+    job.coordinator.refused(99, from, "world of 100", true);
     job.coordinator.connected(2);
     job.coordinator.lost(2, "its connection ended");
     job.outputs();
@@ -521,7 +541,8 @@ fn what_is_known_of_a_rank_that_does_not_join_is_told() {
     let text = job.coordinator.verdict.as_ref().unwrap().text.clone();
     let expected = "ranks 1, 2 and 3 did not join within 30 s\n  rank 1: 10.0.0.2 said it was this \
                     rank and was refused: wrong token (14 times)\n  rank 2: connected, but did not \
-                    join: its connection ended";
+                    join: its connection ended\n  10.0.0.2 said it was rank 99 and was refused: \
+                    world of 100";
     assert_eq!(text, expected);
     job.expect(VerdictKind::Absent, &[1, 2, 3]);
 }

@@ -26,6 +26,8 @@ pub(super) struct Waited {
     notice_at: Option<Instant>,
     /// Why absent ranks may be absent, and how often that was.
     notes: BTreeMap<Rank, (String, u32)>,
+    /// Who of the job was refused as a rank that is none, or there, and how often.
+    others: BTreeMap<String, u32>,
     /// The question whether those who joined are still there.
     roll_call: Option<RollCall>,
 }
@@ -61,6 +63,13 @@ impl Waited {
         *times += 1;
     }
 
+    /// One of the job was refused as a rank that nobody misses.
+    fn note_other(&mut self, what: String) {
+        if self.others.len() < NOTES_MAX || self.others.contains_key(&what) {
+            *self.others.entry(what).or_default() += 1;
+        }
+    }
+
     /// When something is due because an exchange waits.
     pub(super) fn deadline(&self, round: &Round) -> Option<Instant> {
         let until = match &self.roll_call {
@@ -73,11 +82,15 @@ impl Waited {
 }
 
 impl Coordinator {
-    /// A dialer that said it was this rank was refused.
-    pub(crate) fn refused(&mut self, claim: Rank, from: SocketAddr, why: &str) {
+    /// A dialer that said it was this rank was refused. Only one that has proven the token is told
+    /// of where nobody is missing by that number.
+    pub(crate) fn refused(&mut self, claim: Rank, from: SocketAddr, why: &str, is_proven: bool) {
+        let from = from.ip();
         if self.is_vacant(claim) {
-            self.waited
-                .note(claim, format!("{} said it was this rank and was refused: {why}", from.ip()));
+            self.waited.note(claim, format!("{from} said it was this rank and was refused: {why}"));
+        } else if is_proven {
+            let text = format!("{from} said it was rank {claim} and was refused: {why}");
+            self.waited.note_other(text);
         }
     }
 
@@ -115,11 +128,18 @@ impl Coordinator {
     /// What is known of these ranks, a line for each of which something is.
     fn known_of(&self, ranks: &[Rank]) -> String {
         let mut text = String::new();
+        let often = |times: &u32| match times {
+            1 => String::new(),
+            _ => format!(" ({times} times)"),
+        };
         for rank in ranks {
             if let Some((what, times)) = self.waited.notes.get(rank) {
-                let often = if *times > 1 { format!(" ({times} times)") } else { String::new() };
+                let often = often(times);
                 write!(text, "\n  rank {rank}: {what}{often}").expect("strings take all");
             }
+        }
+        for (what, times) in &self.waited.others {
+            write!(text, "\n  {what}{}", often(times)).expect("strings take all");
         }
         text
     }

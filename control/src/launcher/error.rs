@@ -39,7 +39,8 @@ pub enum LauncherError {
     /// Ranks are on several hosts, or may be, and nothing says where they meet.
     #[error(
         "rank {rank} of {world} by {launcher}, {why}: set UNISUM_RENDEZVOUS=tcp://HOST:PORT with \
-         the host of rank 0 and a free port there (or MASTER_ADDR and MASTER_PORT)"
+         the host of rank 0 and a free port there (or MASTER_ADDR and MASTER_PORT){}",
+        if_local(*launcher, *world)
     )]
     NoMeetingPlace {
         /// Whose convention gave the rank.
@@ -72,6 +73,14 @@ pub enum LauncherError {
         #[source]
         error: io::Error,
     },
+}
+
+/// The easier way for ranks that the user started by hand.
+fn if_local(launcher: Source, world: usize) -> String {
+    match launcher {
+        Source::Own => format!(", or UNISUM_LOCAL_SIZE={world} if all ranks are on this host"),
+        _ => String::new(),
+    }
 }
 
 /// Whose variables these are: some are of several launchers.

@@ -2,6 +2,7 @@
 
 use unisum_link::fuzzing::Target;
 
+use super::pmi::{Exchange, Step};
 use super::{Source, Token, detect, hostlist};
 use crate::address::Rendezvous;
 use crate::fuzzing::environment;
@@ -9,6 +10,7 @@ use crate::fuzzing::environment;
 pub(crate) const TARGETS: &[Target] = &[
     Target { name: "launcher", check: check_launcher, seeds: launcher_seeds },
     Target { name: "hostlist", check: check_hostlist, seeds: hostlist_seeds },
+    Target { name: "pmi", check: check_pmi, seeds: pmi_seeds },
     Target { name: "token", check: check_token, seeds: token_seeds },
 ];
 
@@ -64,6 +66,34 @@ fn hostlist_seeds() -> Vec<Vec<u8>> {
     ["\x05node[01-03,7],gpu[1-2]x", "\x02r[0-9]n[0-9999999999999999999]"].map(Vec::from).to_vec()
 }
 
+/// Whatever mpiexec answers, an exchange comes to an end after at most as many lines as PMI-1 has,
+/// and each line that is sent is one. The first byte says whether this rank puts a value.
+fn check_pmi(bytes: &[u8]) {
+    let Some((&first, answers)) = bytes.split_first() else { return };
+    let value = (first % 2 == 1).then_some(&answers[..answers.len().min(100)]);
+    let mut exchange = Exchange::new(value);
+    let answers = String::from_utf8_lossy(answers);
+    for (at, answer) in answers.split_inclusive('\n').enumerate() {
+        match exchange.answer(answer) {
+            Ok(Step::Send(line)) => {
+                assert!(line.starts_with("cmd=") && line.find('\n') == Some(line.len() - 1));
+            }
+            Ok(Step::Done(got)) => return assert!(got.is_some() == value.is_none()),
+            Err(error) => return assert!(!error.is_empty() && !error.contains('\n')),
+        }
+        assert!(at < 6, "six answers, and then the end");
+    }
+}
+
+fn pmi_seeds() -> Vec<Vec<u8>> {
+    let opening = "cmd=response_to_init pmi_version=1 pmi_subversion=1 rc=0\ncmd=maxes \
+                   kvsname_max=256 keylen_max=64 vallen_max=1024\ncmd=my_kvsname kvsname=k\n";
+    let put = "\x01cmd=put_result rc=0 msg=success\ncmd=barrier_out\ncmd=finalize_ack\n";
+    let get = "\x00cmd=barrier_out\ncmd=get_result rc=0 value=a%20b\ncmd=finalize_ack\n";
+    let whole = |end: &str| format!("{}{opening}{}", &end[..1], &end[1..]).into_bytes();
+    vec![whole(put), whole(get)]
+}
+
 /// A token that is accepted is long enough to be a secret, and is not printed.
 fn check_token(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
@@ -78,5 +108,5 @@ fn check_token(bytes: &[u8]) {
 }
 
 fn token_seeds() -> Vec<Vec<u8>> {
-    vec![b"0123456789abcdef".to_vec(), vec![b'x'; 5000]]
+    vec![b"0123456789abcdef0123456789abcdef".to_vec(), vec![b'x'; 5000]]
 }

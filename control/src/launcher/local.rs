@@ -4,8 +4,9 @@ use std::fs::{self, DirBuilder, File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use super::LauncherError;
+use super::{LauncherError, token};
 use crate::environment::Environment;
 use crate::leftovers;
 
@@ -19,6 +20,24 @@ pub(super) fn meeting_file(environment: &Environment, job: &str) -> Result<PathB
             Ok(directory.join(file_name(job)))
         }
         Err(error) => Err(LauncherError::PrivateDirectory { path: directory, error }),
+    }
+}
+
+/// The path of a meeting file for `job` in a private directory of the user's home, beside the
+/// token, for hosts that share it. `None` without a home.
+pub(super) fn home_file(
+    environment: &Environment,
+    job: &str,
+) -> Result<Option<PathBuf>, LauncherError> {
+    let Some(directory) = token::own_directory(environment) else { return Ok(None) };
+    let jobs = directory.join("jobs");
+    match token::make_directory(&directory).and_then(|()| make_private(&jobs)) {
+        Ok(()) => {
+            // Locks may not be seen on other hosts, so that only age tells what was left behind.
+            leftovers::remove_old(&jobs, HOME_FILE_AGE, is_file_name);
+            Ok(Some(jobs.join(file_name(job))))
+        }
+        Err(error) => Err(LauncherError::PrivateDirectory { path: jobs, error }),
     }
 }
 
@@ -141,6 +160,8 @@ const MAX_GENERATIONS: usize = 64;
 /// A quarter of the default stack limit is what the kernel allows (execve(2)); this is above it.
 const MAX_ENVIRONMENT_BYTES: u64 = 8 << 20;
 const MAX_NAME_CHARS: usize = 64;
+/// No job starts for so long.
+const HOME_FILE_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 #[cfg(test)]
 mod tests {
@@ -163,6 +184,23 @@ mod tests {
         assert_ne!(first, meeting_file(&environment, "job_1").unwrap());
         let mode = fs::metadata(first.parent().unwrap()).unwrap().mode();
         assert_eq!((mode & 0o7777, first.starts_with(scratch.path())), (0o700, true));
+    }
+
+    #[test]
+    fn hosts_with_a_common_home_meet_in_it_and_only_age_removes_what_is_left() {
+        let scratch = Scratch::new();
+        let home = Environment::from_iter([("HOME", scratch.path().to_str().unwrap())]);
+        let left = home_file(&home, "job 1").unwrap().unwrap();
+        assert_eq!(left.parent().unwrap(), scratch.path().join(".config/unisum/jobs"));
+        fs::write(&left, "").unwrap();
+        let next = home_file(&home, "job 2").unwrap().unwrap();
+        assert!(next != left && left.exists(), "it may be another host's");
+        let old = std::time::SystemTime::now() - 2 * HOME_FILE_AGE;
+        File::options().write(true).open(&left).unwrap().set_modified(old).unwrap();
+        fs::write(next.with_file_name("notes"), "").unwrap();
+        home_file(&home, "job 2").unwrap();
+        assert!(!left.exists() && next.with_file_name("notes").exists());
+        assert_eq!(home_file(&Environment::default(), "job").unwrap(), None);
     }
 
     #[test]

@@ -12,11 +12,13 @@ pub mod fuzzing;
 mod hostlist;
 mod kubernetes;
 mod local;
+pub mod pmi;
 mod rendezvous;
 mod slurm;
 mod token;
 
 use std::fmt;
+use std::os::fd::RawFd;
 
 pub use error::LauncherError;
 pub use token::{Token, TokenError};
@@ -42,6 +44,8 @@ pub struct Detected {
     pub rendezvous: Option<Rendezvous>,
     /// Identity of this run of the job, the same on all ranks.
     pub job: String,
+    /// The socket to mpiexec by which the ranks meet, where that is the way.
+    pub pmi: Option<RawFd>,
     /// What else a reader of the log should know: other launchers seen, why the world is 1.
     pub note: Option<String>,
 }
@@ -50,6 +54,14 @@ impl Detected {
     /// What may help ranks that do not find each other: those that different processes started go
     /// by different files if the job is named after the process that started them.
     pub fn hint(&self) -> Option<String> {
+        if self.source == Source::OpenMpi && self.local_size != Some(self.world) {
+            let Some(Rendezvous::File(path)) = &self.rendezvous else { return None };
+            return Some(format!(
+                "ranks on several hosts meet by {}, which all have to see: if homes are not \
+                 shared, set UNISUM_RENDEZVOUS=tcp://HOST:PORT with rank 0's host (mpirun -x)",
+                path.display()
+            ));
+        }
         let is_local = matches!(self.rendezvous, Some(Rendezvous::File(_)));
         let is_named_after_process = self.job.ends_with(&local::launcher_process("UNISUM_RANK"));
         (self.source == Source::Own && is_local && is_named_after_process).then(|| {
@@ -120,6 +132,7 @@ pub fn detect(environment: &Environment) -> Result<Detected, LauncherError> {
         source: convention.launcher,
         rendezvous: meeting.rendezvous,
         job: meeting.job,
+        pmi: meeting.pmi,
         note: others(environment, convention),
     })
 }
@@ -166,6 +179,7 @@ fn single(environment: &Environment) -> Result<Detected, LauncherError> {
         source: Source::Single,
         rendezvous: rendezvous::explicit(environment)?,
         job: environment.get("UNISUM_JOB").unwrap_or("single").to_owned(),
+        pmi: None,
         note,
     })
 }
@@ -176,8 +190,10 @@ impl fmt::Display for Detected {
         if let (Some(rank), Some(size)) = (self.local_rank, self.local_size) {
             write!(f, ", local rank {rank} of {size}")?;
         }
-        if let Some(rendezvous) = &self.rendezvous {
-            write!(f, ", rendezvous {rendezvous}")?;
+        match (&self.rendezvous, self.pmi) {
+            (_, Some(_)) => f.write_str(", rendezvous by mpiexec (PMI)")?,
+            (Some(rendezvous), None) => write!(f, ", rendezvous {rendezvous}")?,
+            (None, None) => {}
         }
         self.note.as_ref().map_or(Ok(()), |note| write!(f, " ({note})"))
     }

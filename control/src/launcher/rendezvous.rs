@@ -1,5 +1,7 @@
 //! Where the ranks of a detected job meet.
 
+use std::os::fd::RawFd;
+
 use super::conventions::{Convention, Placement};
 use super::{LauncherError, Source, local, slurm};
 use crate::address::Rendezvous;
@@ -9,6 +11,14 @@ use crate::environment::Environment;
 pub(super) struct Meeting {
     pub(super) rendezvous: Option<Rendezvous>,
     pub(super) job: String,
+    /// The socket to mpiexec, if the ranks meet by PMI.
+    pub(super) pmi: Option<RawFd>,
+}
+
+impl Meeting {
+    fn at(rendezvous: Option<Rendezvous>, job: String) -> Self {
+        Self { rendezvous, job, pmi: None }
+    }
 }
 
 /// Decides where to meet: as told, by a private file if all ranks are on this host, else over TCP.
@@ -20,15 +30,18 @@ pub(super) fn find(
     let job = job(environment, convention);
     if let Some(told) = explicit(environment)? {
         let job = job.unwrap_or_else(|| told.to_string());
-        return Ok(Meeting { rendezvous: Some(told), job });
+        return Ok(Meeting::at(Some(told), job));
     }
     if placement.world == 1 {
-        return Ok(Meeting { rendezvous: None, job: job.unwrap_or_else(|| "single".to_owned()) });
+        return Ok(Meeting::at(None, job.unwrap_or_else(|| "single".to_owned())));
     }
     if placement.local_size == Some(placement.world) {
         return on_this_host(environment, convention, job);
     }
     let Some(place) = over_tcp(environment, convention, job.as_deref())? else {
+        if let Some(meeting) = by_launcher(environment, convention, job.as_deref())? {
+            return Ok(meeting);
+        }
         return Err(LauncherError::NoMeetingPlace {
             launcher: convention.launcher,
             rank: placement.rank,
@@ -40,7 +53,30 @@ pub(super) fn find(
         });
     };
     let job = job.unwrap_or_else(|| place.to_string());
-    Ok(Meeting { rendezvous: Some(place), job })
+    Ok(Meeting::at(Some(place), job))
+}
+
+/// By what the launcher itself passes between its ranks, or a file in the user's home.
+fn by_launcher(
+    environment: &Environment,
+    convention: &Convention,
+    job: Option<&str>,
+) -> Result<Option<Meeting>, LauncherError> {
+    let launcher = convention.launcher;
+    if let (Source::Hydra, Some(text)) = (launcher, environment.get("PMI_FD")) {
+        let descriptor = text.parse().ok().filter(|descriptor| *descriptor >= 0);
+        let descriptor: RawFd = descriptor.ok_or_else(|| {
+            LauncherError::malformed(launcher, "PMI_FD", text, "expected an open socket")
+        })?;
+        // The socket is of this run alone, so that its name is nobody else's business.
+        let job = job.unwrap_or("pmi").to_owned();
+        let store = Rendezvous::Store { key: "unisum".to_owned(), addresses: Vec::new() };
+        return Ok(Some(Meeting { rendezvous: Some(store), job, pmi: Some(descriptor) }));
+    }
+    // Only Open MPI's name of the run is known to be different each time.
+    let (Source::OpenMpi, Some(job)) = (launcher, job) else { return Ok(None) };
+    let path = local::home_file(environment, &format!("{launcher} {job}"))?;
+    Ok(path.map(|path| Meeting::at(Some(Rendezvous::File(path)), job.to_owned())))
 }
 
 /// The meeting place the user gave in `UNISUM_RENDEZVOUS`.
@@ -72,7 +108,7 @@ fn on_this_host(
         None => local::launcher_process(convention.rank[0]),
     };
     let path = local::meeting_file(environment, &format!("{} {job}", convention.launcher))?;
-    Ok(Meeting { rendezvous: Some(Rendezvous::File(path)), job })
+    Ok(Meeting::at(Some(Rendezvous::File(path)), job))
 }
 
 fn over_tcp(

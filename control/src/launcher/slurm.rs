@@ -3,8 +3,8 @@
 use super::{LauncherError, Source, hostlist};
 use crate::environment::Environment;
 
-/// The variables that name a job step.
-pub(super) const JOB: &[&str] = &["SLURM_JOB_ID", "SLURM_STEP_ID"];
+/// The variables that name a job step; the last one tells runs of a requeued job apart.
+pub(super) const JOB: &[&str] = &["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"];
 
 /// Whether this process is a task of a step that `srun` started.
 ///

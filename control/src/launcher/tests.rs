@@ -89,6 +89,7 @@ const LAUNCHERS: &[(&str, Source, &str)] = &[
         Source::Hydra,
         "1/2 0/1 tcp://[fd00::1]:5",
     ),
+    ("PMI_RANK=1 PMI_SIZE=2 MPI_LOCALNRANKS=1 PMI_FD=5", Source::Hydra, "1/2 -/1 store://unisum"),
     (
         "MV2_COMM_WORLD_RANK=0 MV2_COMM_WORLD_SIZE=2 MV2_COMM_WORLD_LOCAL_RANK=0 \
           MV2_COMM_WORLD_LOCAL_SIZE=2",
@@ -174,7 +175,10 @@ const MISTAKES: &[(&str, &[&str])] = &[
         "UNISUM_RANK=0 UNISUM_WORLD=4 UNISUM_LOCAL_RANK=2 UNISUM_LOCAL_SIZE=2",
         &["UNISUM_LOCAL_RANK=`2`", "below 2"],
     ),
-    ("UNISUM_RANK=0 UNISUM_WORLD=2", &["UNISUM_RENDEZVOUS=tcp://HOST:PORT"]),
+    (
+        "UNISUM_RANK=0 UNISUM_WORLD=2",
+        &["UNISUM_RENDEZVOUS=tcp://HOST:PORT", "or UNISUM_LOCAL_SIZE=2 if all"],
+    ),
     ("UNISUM_RENDEZVOUS=tcp:/x", &["UNISUM_RENDEZVOUS: `tcp:/x`"]),
     ("RANK=abc WORLD_SIZE=2 LOCAL_RANK=0", &["RANK=`abc`", "torchrun"]),
     ("RANK=2 WORLD_SIZE=2 LOCAL_RANK=0", &["RANK=`2`", "WORLD_SIZE=2"]),
@@ -191,6 +195,7 @@ const MISTAKES: &[(&str, &[&str])] = &[
         &["Open MPI", "on several hosts", "UNISUM_RENDEZVOUS"],
     ),
     ("PMI_RANK=0 PMI_SIZE=2", &["Hydra", "may be on several hosts"]),
+    ("PMI_RANK=0 PMI_SIZE=2 PMI_FD=five", &["PMI_FD=`five`", "socket"]),
     ("PMIX_RANK=0 PMIX_NAMESPACE=n", &["PMIX_RANK is set", "size of the world"]),
     ("PALS_RANKID=0", &["PMI_SIZE is not", "PALS"]),
     ("SLURM_JOB_ID=1 SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_NTASKS=2", &["Slurm", "UNISUM_REND"]),
@@ -236,6 +241,23 @@ fn an_allocation_without_a_step_is_one_process_and_says_so() {
     }
     let indexed = detected("JOB_COMPLETION_INDEX=3").unwrap();
     assert!(indexed.to_string().contains("set UNISUM_WORLD"), "{indexed}");
+}
+
+#[test]
+fn open_mpi_on_several_hosts_meets_in_the_home_or_says_what_to_set() {
+    let scratch = Scratch::new();
+    let home = format!("HOME={}", scratch.path().display());
+    let several = OPEN_MPI.replace("LOCAL_SIZE=4", "LOCAL_SIZE=2");
+    let found = detected(&format!("{several} {home}")).unwrap();
+    let Some(Rendezvous::File(path)) = &found.rendezvous else { panic!("{found}") };
+    assert!(path.starts_with(scratch.path()), "{found}");
+    let hint = found.hint().unwrap();
+    assert!(hint.contains("if homes are not shared") && hint.contains("mpirun -x"), "{hint}");
+    let told = detected(&format!("{several} {home} MASTER_ADDR=h MASTER_PORT=9")).unwrap();
+    assert_eq!(told.rendezvous.unwrap().to_string(), "tcp://h:9");
+    // A run without a name could meet what an earlier one left.
+    let nameless = several.replace("PMIX_NAMESPACE=prterun-h-7@1", "");
+    assert!(detected(&format!("{nameless} {home}")).is_err());
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+use zeroize::Zeroizing;
 
 use super::local::check_private;
 use crate::environment::Environment;
@@ -18,7 +19,7 @@ use crate::environment::Environment;
 /// The job token. `Debug` shows where it came from, never what it is.
 #[derive(Clone)]
 pub struct Token {
-    secret: String,
+    secret: Zeroizing<String>,
     origin: String,
 }
 
@@ -82,7 +83,10 @@ impl Token {
     /// # Errors
     /// If the system gives no random bytes.
     pub fn fresh() -> io::Result<Self> {
-        Ok(Self { secret: random_hex::<32>()?, origin: "the program's store".to_owned() })
+        Ok(Self {
+            secret: Zeroizing::new(random_hex::<32>()?),
+            origin: "the program's store".to_owned(),
+        })
     }
 
     /// A token that rank 0 told.
@@ -119,12 +123,20 @@ impl Token {
         if !(MIN_BYTES..=MAX_BYTES).contains(&secret.len()) {
             return Err(TokenError::Length { origin, length: secret.len() });
         }
-        Ok(Self { secret: secret.to_owned(), origin })
+        let bits = bits_at_most(secret);
+        if bits >= MIN_BITS {
+            return Ok(Self { secret: Zeroizing::new(secret.to_owned()), origin });
+        }
+        tracing::warn!(
+            "the token from {origin} has at most {bits} bits, which is few: all ranks make it \
+             dearer to guess, but `openssl rand -hex 16` gives one that nobody can guess"
+        );
+        Ok(Self { secret: stretched(secret), origin })
     }
 
     fn from_file(path: &Path) -> Result<Self, TokenError> {
         let failed = |error| TokenError::File { action: "read", path: path.to_owned(), error };
-        let text = read_private(path).map_err(failed)?;
+        let text = Zeroizing::new(read_private(path).map_err(failed)?);
         Self::new(&text, path.display().to_string())
     }
 }
@@ -135,13 +147,46 @@ impl fmt::Debug for Token {
     }
 }
 
+/// How many bits a text has at most: if each character was drawn from all of the kinds that occur
+/// in it. Words have fewer, which can't be told from the text.
+fn bits_at_most(text: &str) -> usize {
+    type Kind = (fn(char) -> bool, f64);
+    let kinds: [Kind; 6] = [
+        (|it| it.is_ascii_digit(), 10.0),
+        (|it| matches!(it, 'a'..='f'), 6.0),
+        (|it| matches!(it, 'g'..='z'), 20.0),
+        (|it| it.is_ascii_uppercase(), 26.0),
+        (|it| it == ' ' || it.is_ascii_punctuation(), 33.0),
+        (|it| !it.is_ascii() || it.is_ascii_control(), 128.0),
+    ];
+    let occur = kinds.iter().filter(|(is_one, _)| text.chars().any(is_one));
+    let alphabet: f64 = occur.map(|(_, characters)| characters).sum();
+    (text.chars().count() as f64 * alphabet.max(1.0).log2()) as usize
+}
+
+/// What is used in the place of a token that could be guessed: each guess costs as much as this.
+fn stretched(secret: &str) -> Zeroizing<String> {
+    let mut key = Zeroizing::new([0_u8; 32]);
+    pbkdf2::pbkdf2_hmac::<sha2::Sha256>(secret.as_bytes(), SALT, ROUNDS, &mut *key);
+    Zeroizing::new(key.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 fn own_path(environment: &Environment) -> Result<PathBuf, TokenError> {
+    Ok(own_directory(environment).ok_or(TokenError::NoHome)?.join("token"))
+}
+
+/// Where the user's files are, which need not exist yet; `None` without a home.
+pub(super) fn own_directory(environment: &Environment) -> Option<PathBuf> {
     let absolute =
         |name| environment.get(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let config = absolute("XDG_CONFIG_HOME")
-        .or_else(|| absolute("HOME").map(|home| home.join(".config")))
-        .ok_or(TokenError::NoHome)?;
-    Ok(config.join("unisum").join("token"))
+        .or_else(|| absolute("HOME").map(|home| home.join(".config")))?;
+    Some(config.join("unisum"))
+}
+
+/// Makes the directory that [`own_directory`] names.
+pub(super) fn make_directory(directory: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(directory)
 }
 
 fn read_private(path: &Path) -> io::Result<String> {
@@ -165,7 +210,7 @@ fn read_private(path: &Path) -> io::Result<String> {
 /// name, and the name is then given to it only if it is free.
 fn create(path: &Path) -> io::Result<()> {
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
+    make_directory(directory)?;
     let draft = directory.join(format!(".token-{}", random_hex::<8>()?));
     let published = write_draft(&draft).and_then(|()| publish(&draft, path));
     // Already gone if it was renamed; a leftover is private and harmless.
@@ -205,7 +250,13 @@ fn random_hex<const N: usize>() -> io::Result<String> {
 }
 
 const MIN_BYTES: usize = 16;
+/// What nobody can try through (NIST SP 800-57, part 1).
+const MIN_BITS: usize = 128;
 const MAX_BYTES: usize = 4096;
+/// All ranks have to come to the same bytes, so that a salt of their own is not to be had.
+const SALT: &[u8] = b"unisum token";
+/// Some 20 ms of a core, once a start.
+const ROUNDS: u32 = 100_000;
 
 #[cfg(test)]
 mod tests {
@@ -233,14 +284,32 @@ mod tests {
         let given = |token: &str| {
             Token::from_environment(&Environment::from_iter([("UNISUM_TOKEN", token)]))
         };
-        assert_eq!(given(" 0123456789abcdef\n").unwrap().as_bytes(), b"0123456789abcdef");
+        let hex = "00112233445566778899aabbccddeeff";
+        assert_eq!(given(&format!(" {hex}\n")).unwrap().as_bytes(), hex.as_bytes());
         assert!(given("0123456789abcde").unwrap_err().to_string().contains("has 15 bytes"));
+        // What could be guessed is stretched, the same on all ranks.
+        for weak in ["0123456789abcdef0123", &hex[1..], "0123456789abcdefghijklm"] {
+            let token = given(weak).unwrap();
+            assert_eq!(token.as_bytes().len(), 64, "{weak}");
+            assert_ne!(token.as_bytes(), given(&weak.replace('1', "2")).unwrap().as_bytes());
+            assert_eq!(token.as_bytes(), given(&format!("{weak} ")).unwrap().as_bytes());
+        }
+        assert_eq!(
+            given("0123456789abcdefghijklmnop").unwrap().as_bytes(),
+            b"0123456789abcdefghijklmnop"
+        );
+        assert_eq!(given("xB3$xB3$xB3$xB3$xB3$").unwrap().as_bytes(), b"xB3$xB3$xB3$xB3$xB3$");
+        assert_eq!(
+            given("one long sentence of small words").unwrap().as_bytes(),
+            b"one long sentence of small words"
+        );
         assert!(given(&"x".repeat(5000)).is_err());
     }
 
     #[test]
     fn debug_never_shows_the_secret() {
-        let token = Token::new("0123456789abcdef", "UNISUM_TOKEN".to_owned()).unwrap();
+        let token =
+            Token::new("0123456789abcdef0123456789abcdef", "UNISUM_TOKEN".to_owned()).unwrap();
         assert_eq!(format!("{token:?}"), r#"Token { origin: "UNISUM_TOKEN", .. }"#);
     }
 
@@ -264,7 +333,7 @@ mod tests {
         let tokens: BTreeSet<_> = std::thread::scope(|scope| {
             let ask = || {
                 start.wait();
-                Token::from_environment(&environment).unwrap().secret
+                Token::from_environment(&environment).unwrap().secret.to_string()
             };
             let threads: Vec<_> = (0..16).map(|_| scope.spawn(ask)).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -277,7 +346,7 @@ mod tests {
     fn child_prints_its_token() {
         if std::env::var_os("UNISUM_TEST_TOKEN_CHILD").is_some() {
             let token = Token::from_environment(&Environment::from_process()).unwrap();
-            println!("\ntoken {}", token.secret);
+            println!("\ntoken {}", *token.secret);
         }
     }
 
@@ -309,11 +378,11 @@ mod tests {
         let scratch = Scratch::new();
         let path = scratch.path().join("token");
         for mode in [0o640, 0o604, 0o620, 0o666] {
-            write_with_mode(&path, "0123456789abcdef", mode);
+            write_with_mode(&path, "0123456789abcdef0123456789abcdef", mode);
             let error = Token::from_environment(&with_file(&path)).unwrap_err().to_string();
             assert!(error.contains(&format!("mode {mode:04o}")), "{error}");
         }
-        write_with_mode(&path, "0123456789abcdef\n", 0o400);
+        write_with_mode(&path, "0123456789abcdef0123456789abcdef\n", 0o400);
         assert!(Token::from_environment(&with_file(&path)).is_ok());
     }
 
@@ -354,8 +423,8 @@ mod tests {
     fn a_token_made_meanwhile_is_kept() {
         let scratch = Scratch::new();
         let path = scratch.path().join("token");
-        write_with_mode(&path, "made by another process", 0o600);
+        write_with_mode(&path, "made by another process, not by this one", 0o600);
         create(&path).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "made by another process");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "made by another process, not by this one");
     }
 }

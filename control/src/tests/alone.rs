@@ -9,12 +9,15 @@ fn is_alone(test: &str) -> bool {
     if std::env::var_os(ALONE).is_some() {
         return true;
     }
+    let (_, module) = module_path!().split_once("::").unwrap();
     let output = Process::new(std::env::current_exe().unwrap())
-        .args(["--exact", &format!("control::tests::alone::{test}"), "--nocapture"])
+        .args(["--exact", &format!("{module}::{test}"), "--nocapture"])
         .env(ALONE, "1")
         .output()
         .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8_lossy(&output.stdout);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}{error}");
     false
 }
 
@@ -54,13 +57,7 @@ fn running_out_of_descriptors_neither_spins_nor_ends_the_job() {
     }
     let (control, rendezvous) = coordinator(2);
     let dialer = TcpStream::connect(control.addresses()[0]);
-    let mut hoard = Vec::new();
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let few = rustix::process::Rlimit { current: Some(64), ..limit };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, few).unwrap();
-    while let Ok(file) = fs::File::open("/dev/null") {
-        hoard.push(file);
-    }
+    let mut hoard = hoard();
     // One descriptor for a stranger whom the coordinator then can't accept; and one more if the
     // coordinator takes that for the dialer, whom it had not accepted yet.
     let stranger = loop {
@@ -75,6 +72,30 @@ fn running_out_of_descriptors_neither_spins_nor_ends_the_job() {
     drop((hoard, stranger, dialer));
     let second = Control::start(config(1, 2, rendezvous)).unwrap();
     exchange(&[control, second], 0);
+}
+
+/// All descriptors that this process may have.
+fn hoard() -> Vec<fs::File> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let few = rustix::process::Rlimit { current: Some(64), ..limit };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, few).unwrap();
+    std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect()
+}
+
+#[test]
+fn the_last_descriptor_is_for_a_rank_that_comes() {
+    if !is_alone("the_last_descriptor_is_for_a_rank_that_comes") {
+        return;
+    }
+    let (control, _) = coordinator(2);
+    let mut hoard = hoard();
+    // One for the dialer, and one for who lets it in.
+    hoard.truncate(hoard.len() - 2);
+    let address = control.addresses()[0];
+    let stream = TcpStream::connect(address).unwrap();
+    let reached = dial::knock(stream, address, &hello(1, 2), &credentials(), PATIENCE);
+    let reached = reached.unwrap_or_else(|error| panic!("it is turned away: {error}"));
+    assert_eq!(reached.session, control.session());
 }
 
 fn cpu_time() -> Duration {

@@ -46,10 +46,11 @@ impl ControlThread {
                 job: self.identity.job,
                 build: self.identity.build,
             };
-            let (secret, addresses) = (self.identity.secret.clone(), addresses[heir].clone());
+            let credentials = self.identity.credentials.clone();
+            let addresses = addresses[heir].clone();
             let (sender, reached) = mpsc::channel();
             let dial = move || {
-                let reached = dial::heir(&addresses, &hello, &secret, now + HEIR_TIMEOUT);
+                let reached = dial::heir(&addresses, &hello, &credentials, now + HEIR_TIMEOUT);
                 // Nobody waits for it any more if this rank has left.
                 let _ = sender.send(reached);
             };
@@ -82,7 +83,7 @@ impl ControlThread {
         let joined = match reached.unwrap_or(Heir::Gone) {
             Heir::Waits => return self.succeed(now),
             Heir::Reached(it) if it.session == self.identity.session => {
-                self.join(heir, it.stream, it.pulse).is_ok()
+                self.join(heir, it.connection, it.pulse).is_ok()
             }
             Heir::Reached(_) | Heir::Gone => false,
         };

@@ -1,11 +1,11 @@
-//! Truth values that any byte stands for.
+//! Truth values that any byte represents.
 
 use std::fmt;
 
-/// One byte: false if it is 0, else true. Reductions, and values made by [`Bool::new`], are 0 or 1.
+/// One byte: false if it is 0, true otherwise. Reductions and [`Bool::new`] give 0 or 1.
 ///
-/// Peers write into buffers of it, and a `bool` that is neither 0 nor 1 would be undefined
-/// behaviour: hence a type of its own. [`Bool::from_slice`] takes a slice of `bool` for one of it.
+/// Peers write into buffers of this type, and a `bool` that is neither 0 nor 1 would be undefined
+/// behaviour: hence a separate type. [`Bool::from_slice`] reinterprets a slice of `bool`.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
 pub struct Bool(u8);
@@ -16,7 +16,7 @@ impl Bool {
     /// True.
     pub const TRUE: Self = Self::new(true);
 
-    /// 1 if `value`, else 0.
+    /// 1 if `value`, 0 otherwise.
     pub const fn new(value: bool) -> Self {
         Self(value as u8)
     }
@@ -26,12 +26,12 @@ impl Bool {
         self.0 != 0
     }
 
-    /// The value that a byte stands for, as it is.
+    /// The value with this byte, unchanged.
     pub const fn from_byte(byte: u8) -> Self {
         Self(byte)
     }
 
-    /// The byte as it is.
+    /// The byte, unchanged.
     pub const fn to_byte(self) -> u8 {
         self.0
     }

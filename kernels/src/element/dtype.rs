@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 /// The type of the elements of a buffer.
 ///
-/// The discriminant is the wire code: peers compare it, so a code never changes its meaning.
+/// The discriminant is the wire code. Peers compare it, so a code never changes its meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 #[non_exhaustive]
@@ -81,7 +81,7 @@ impl Dtype {
         }
     }
 
-    /// What users may call it, the name it is printed with first.
+    /// The names users may use; the first is the one that is printed.
     const fn names(self) -> &'static [&'static str] {
         match self {
             Self::F16 => &["f16", "half", "float16", "fp16"],
@@ -112,7 +112,8 @@ impl fmt::Display for Dtype {
 impl FromStr for Dtype {
     type Err = UnknownName;
 
-    /// Reads a name in any letter case: `f32`, or what other libraries say (`float`, `float32`).
+    /// Parses a name in any letter case: `f32`, or the name in other libraries (`float`,
+    /// `float32`).
     fn from_str(name: &str) -> Result<Self, UnknownName> {
         UnknownName::find("dtype", name, &Self::ALL, |dtype| dtype.names())
     }
@@ -126,9 +127,9 @@ impl TryFrom<u8> for Dtype {
     }
 }
 
-/// A Rust type whose slices can be reduced. Sealed: the dtypes are those of [`Dtype`].
+/// A Rust type whose slices can be reduced. Sealed: there is one for each [`Dtype`].
 ///
-/// Any bytes are a value of it: peers write them.
+/// Any bytes are a valid value, because peers write them.
 pub trait Element: Copy + Send + Sync + 'static + private::Sealed {
     /// The dtype that describes this type to peers.
     const DTYPE: Dtype;
@@ -154,7 +155,7 @@ mod private {
     pub trait Sealed {}
 }
 
-/// A word that names no dtype or operation.
+/// A name that is no dtype or operation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown {what} `{given}`, expected one of {}", .expected.join(", "))]
 pub struct UnknownName {
@@ -180,7 +181,7 @@ impl UnknownName {
     }
 }
 
-/// A wire code that stands for no dtype or operation: the peer is newer, or the bytes are damaged.
+/// A wire code of no dtype or operation: the peer is newer, or the bytes are damaged.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown {what} code {code}")]
 pub struct UnknownCode {

@@ -14,7 +14,7 @@ macro_rules! float8 {
         pub struct $name(u8);
 
         impl $name {
-            /// The NaN that results have.
+            /// The canonical NaN, which results have.
             pub const NAN: Self = Self($nan);
             /// The greatest finite value.
             pub const MAX: Self = Self($max);
@@ -31,19 +31,19 @@ macro_rules! float8 {
                 self.0
             }
 
-            /// The nearest float, ties to even. Nothing saturates: what is too large becomes
-            /// infinity, or NaN where the type has no infinities, as in training frameworks. A
-            /// NaN becomes [`NAN`](Self::NAN).
+            /// The nearest float, ties to even. Nothing saturates: a value that is too large
+            /// becomes infinity, or NaN where the type has no infinities, as in training
+            /// frameworks. A NaN becomes [`NAN`](Self::NAN).
             pub fn from_f32(value: f32) -> Self {
                 Self($narrow(value))
             }
 
-            /// Its value, exactly. A NaN stays one.
+            /// The exact value. A NaN stays a NaN.
             pub fn to_f32(self) -> f32 {
                 $widen(self.0)
             }
 
-            /// Whether it is no number.
+            /// Whether it is NaN.
             pub fn is_nan(self) -> bool {
                 self.to_f32().is_nan()
             }
@@ -60,7 +60,7 @@ macro_rules! float8 {
             }
         }
 
-        /// As numbers are compared: NaN is unequal to itself, −0 equals +0.
+        /// Compares as numbers: NaN is unequal to itself, −0 equals +0.
         impl PartialEq for $name {
             fn eq(&self, other: &Self) -> bool {
                 self.to_f32() == other.to_f32()
@@ -90,13 +90,13 @@ macro_rules! float8 {
 float8!(
     /// 4 bits of exponent, 3 of mantissa: up to ±448, no infinities, one NaN of each sign.
     ///
-    /// What frameworks call `float8_e4m3fn`. What rounds to more than 448 becomes NaN.
+    /// Frameworks call it `float8_e4m3fn`. A value that rounds to more than 448 becomes NaN.
     f8e4m3, e4m3_to_f32, f32_to_e4m3, 0x7f, 0x7e
 );
 float8!(
     /// 5 bits of exponent, 2 of mantissa: up to ±57344, with infinities and NaN as in IEEE 754.
     ///
-    /// What rounds to more than 57344 becomes infinite.
+    /// A value that rounds to more than 57344 becomes infinite.
     f8e5m2, e5m2_to_f32, f32_to_e5m2, 0x7e, 0x7b
 );
 

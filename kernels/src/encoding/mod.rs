@@ -1,8 +1,8 @@
-//! `f32` in fewer bytes: what travels of gradients, and the way back.
+//! `f32` in fewer bytes, for sending gradients, and back.
 //!
-//! All encodings are sequences of *blocks*, one after the other: the scale of the block, if there
-//! is one, then a code for each of its values; the last block may be shorter. So the encoding of
-//! values that begin at a multiple of [`Encoding::block`] is a range of bytes of the whole.
+//! Every encoding is a sequence of *blocks*: the scale of the block, if there is one, then a code
+//! for each value. The last block may be shorter. The encoding of values that begin at a multiple
+//! of [`Encoding::block`] is therefore a range of bytes of the whole.
 
 mod int8;
 mod loops;
@@ -15,10 +15,10 @@ use self::microscaled::{MxE4M3, MxE5M2};
 use self::plain::{Bf16, F16};
 use super::Isa;
 
-/// How `f32` are written in fewer bytes.
+/// A way to write `f32` in fewer bytes.
 ///
-/// Encoding rounds to nearest; the same values give the same bytes on every instruction set.
-/// What is infinite or NaN is never made a number.
+/// Encoding rounds to nearest, and the same values give the same bytes on every instruction set.
+/// Infinities and NaNs never become finite numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Encoding {
     /// IEEE 754 binary16. Magnitudes from 65520 on become infinite.
@@ -57,7 +57,7 @@ impl Encoding {
     /// Every encoding.
     pub const ALL: [Self; 5] = [Self::F16, Self::Bf16, Self::F8E4M3, Self::F8E5M2, Self::Int8];
 
-    /// How many values share a scale, 1 where there is none.
+    /// How many values share a scale; 1 if there is no scale.
     pub const fn block(self) -> usize {
         match self {
             Self::F16 | Self::Bf16 => 1,
@@ -75,27 +75,27 @@ impl Encoding {
         }
     }
 
-    /// Writes `from` to `to`. Whether a value that decoding will give is infinite or NaN: one of
-    /// `from` is, or too large for the encoding.
+    /// Writes `from` to `to`. Returns whether decoding will give an infinity or NaN, because a
+    /// value of `from` is one or is too large for the encoding.
     ///
     /// # Panics
-    /// If `to` does not have the [bytes](Self::bytes) of as many values.
+    /// If `to` is not as long as the [bytes](Self::bytes) of that many values.
     pub fn encode(self, from: &[f32], to: &mut [u8]) -> bool {
         self.encode_with(Isa::best(), from, to)
     }
 
-    /// Writes the values that `from` stands for to `to`. Whether one is infinite or NaN.
+    /// Writes the values that `from` encodes to `to`. Returns whether one is infinite or NaN.
     ///
-    /// Any bytes stand for values.
+    /// Any bytes are valid.
     ///
     /// # Panics
-    /// If `from` does not have the [bytes](Self::bytes) of as many values as `to`.
+    /// If `from` is not as long as the [bytes](Self::bytes) of `to`'s number of values.
     pub fn decode(self, from: &[u8], to: &mut [f32]) -> bool {
         self.decode_with(Isa::best(), from, to)
     }
 
-    /// Adds the values that `from` stands for to those of `to`. Whether one of `from` is infinite
-    /// or NaN.
+    /// Adds the values that `from` encodes to `to`. Returns whether one of `from` is infinite or
+    /// NaN.
     ///
     /// # Panics
     /// As [`decode`](Self::decode).
@@ -103,8 +103,7 @@ impl Encoding {
         self.add_with(Isa::best(), from, to)
     }
 
-    /// Does what [`encode`](Self::encode) does, on the instruction set `isa`: for tests and
-    /// measurements.
+    /// Like [`encode`](Self::encode), on the instruction set `isa`: for tests and measurements.
     ///
     /// # Panics
     /// As [`encode`](Self::encode).
@@ -113,7 +112,7 @@ impl Encoding {
         by_scheme!(self, encoded(isa, from, to))
     }
 
-    /// Does what [`decode`](Self::decode) does, on the instruction set `isa`.
+    /// Like [`decode`](Self::decode), on the instruction set `isa`.
     ///
     /// # Panics
     /// As [`decode`](Self::decode).
@@ -122,7 +121,7 @@ impl Encoding {
         by_scheme!(self, decoded(isa, from, to))
     }
 
-    /// Does what [`add`](Self::add) does, on the instruction set `isa`.
+    /// Like [`add`](Self::add), on the instruction set `isa`.
     ///
     /// # Panics
     /// As [`decode`](Self::decode).

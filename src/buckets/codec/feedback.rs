@@ -4,11 +4,13 @@
 //! distributed training of speech DNNs", Interspeech 2014; Karimireddy et al., "Error feedback
 //! fixes SignSGD and other gradient compression schemes", ICML 2019, arXiv:1901.09847.
 
+use std::collections::TryReserveError;
 use std::sync::Arc;
 
 use unisum_kernels::Encoding;
 
 use super::Kept;
+use crate::memory::zeroed;
 
 /// Elements of a parameter, and where they lie in a bucket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,12 +47,16 @@ const PIECE: usize = 1024;
 impl ErrorFeedback {
     /// Nothing lost yet, in a bucket of `count` values that holds `pieces`.
     ///
+    /// # Errors
+    /// If there is no memory for the residuals.
+    ///
     /// # Panics
     /// If a piece does not lie in the bucket.
-    pub(crate) fn new(count: usize, pieces: Vec<Piece>) -> Self {
+    pub(crate) fn new(count: usize, pieces: Vec<Piece>) -> Result<Self, TryReserveError> {
         let fits = |piece: &Piece| piece.at <= count && piece.count <= count - piece.at;
         assert!(pieces.iter().all(fits), "a piece lies outside its bucket of {count} values");
-        Self { pieces, residual: vec![0.0; count], next: vec![0.0; count], is_pending: false }
+        let (residual, next) = (zeroed(count)?, zeroed(count)?);
+        Ok(Self { pieces, residual, next, is_pending: false })
     }
 
     /// Encodes `gradients` and what was lost before. Whether a value is infinite or NaN: then the
@@ -126,7 +132,7 @@ mod tests {
     }
 
     fn bucket(count: usize) -> ErrorFeedback {
-        ErrorFeedback::new(count, vec![piece("w", 0, 0, count)])
+        ErrorFeedback::new(count, vec![piece("w", 0, 0, count)]).unwrap()
     }
 
     fn residual(feedback: &ErrorFeedback) -> Vec<f32> {
@@ -204,8 +210,8 @@ mod tests {
     #[test]
     fn residuals_survive_another_layout_and_a_checkpoint() {
         let mut old = [
-            ErrorFeedback::new(7, vec![piece("a", 0, 0, 3), piece("b", 0, 4, 3)]),
-            ErrorFeedback::new(2, vec![piece("b", 3, 0, 2)]),
+            ErrorFeedback::new(7, vec![piece("a", 0, 0, 3), piece("b", 0, 4, 3)]).unwrap(),
+            ErrorFeedback::new(2, vec![piece("b", 3, 0, 2)]).unwrap(),
         ];
         let mut kept = Kept::default();
         for (values, feedback) in
@@ -216,7 +222,7 @@ mod tests {
         }
         let kept = Kept::from_bytes(&kept.to_bytes()).unwrap();
         let pieces = vec![piece("b", 1, 0, 4), piece("new", 0, 4, 1), piece("a", 1, 5, 2)];
-        let mut new = ErrorFeedback::new(7, pieces);
+        let mut new = ErrorFeedback::new(7, pieces).unwrap();
         new.residual.fill(9.0);
         new.recall(&kept);
         assert_eq!(new.residual, [5., 6., 7., 8., 0., 2., 3.]);

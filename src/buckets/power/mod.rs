@@ -15,10 +15,12 @@ mod random;
 #[cfg(test)]
 mod tests;
 
+use std::collections::TryReserveError;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::codec::{Kept, UnreadableState, take, take_u64};
+use crate::memory::zeroed;
 use random::Random;
 
 /// What is compressed, and how far. The same on all ranks.
@@ -103,9 +105,16 @@ impl PowerSgd {
     /// Nothing owed, for a bucket of `count` values that holds `tensors`; what lies between them
     /// travels as it is. Memory: 8 bytes for each value that is compressed.
     ///
+    /// # Errors
+    /// If there is no memory for that.
+    ///
     /// # Panics
     /// If a tensor does not lie in the bucket, or behind the one before.
-    pub(crate) fn new(settings: Settings, count: usize, tensors: &[Tensor]) -> Self {
+    pub(crate) fn new(
+        settings: Settings,
+        count: usize,
+        tensors: &[Tensor],
+    ) -> Result<Self, TryReserveError> {
         let (mut matrices, mut plain, mut end) = (Vec::new(), Vec::new(), 0);
         for Tensor { parameter, shape, at } in tensors {
             let Some((rows, columns)) = settings.matrix_of(shape) else { continue };
@@ -121,15 +130,15 @@ impl PowerSgd {
                 rows,
                 columns,
                 rank,
-                error: vec![0.0; size],
-                next_error: vec![0.0; size],
-                factor: vec![0.0; factor],
-                next_factor: vec![0.0; factor],
+                error: zeroed(size)?,
+                next_error: zeroed(size)?,
+                factor: zeroed(factor)?,
+                next_factor: zeroed(factor)?,
             });
         }
         plain.push(end..count);
         plain.retain(|range| !range.is_empty());
-        Self { settings, matrices, plain, count, step: 0, is_pending: false }
+        Ok(Self { settings, matrices, plain, count, step: 0, is_pending: false })
     }
 
     /// How many values travel in the first all-reduce of this step.

@@ -80,7 +80,7 @@ fn matrices_of_low_rank_arrive_in_the_first_step() {
         let gradients: Vec<Vec<f32>> =
             (1..4).map(|rank| base.iter().map(|x| x * rank as f32).collect()).collect();
         let mut ranks: Vec<_> = (0..3)
-            .map(|_| PowerSgd::new(settings(rank), 2000, &[tensor("w", &[40, 5, 10], 0)]))
+            .map(|_| PowerSgd::new(settings(rank), 2000, &[tensor("w", &[40, 5, 10], 0)]).unwrap())
             .collect();
         assert_eq!(ranks[0].first_count() + ranks[0].second_count(), 90 * rank);
         let (results, _) = step(&mut ranks, &gradients);
@@ -93,7 +93,7 @@ fn matrices_of_low_rank_arrive_in_the_first_step() {
 /// More columns than the matrix has, and none at all.
 #[test]
 fn columns_that_a_matrix_does_not_need_do_no_harm() {
-    let mut ranks = vec![PowerSgd::new(settings(4), 2000, &[tensor("w", &[40, 50], 0)])];
+    let mut ranks = vec![PowerSgd::new(settings(4), 2000, &[tensor("w", &[40, 50], 0)]).unwrap()];
     for gradients in [vec![0.0; 2000], low_rank(40, 50, 1, "one"), low_rank(40, 50, 3, "three")] {
         let (results, found) = step(&mut ranks, std::slice::from_ref(&gradients));
         assert!(distance(&results[0], &gradients) <= 1e-5 * length(&gradients));
@@ -108,7 +108,8 @@ fn all_that_was_given_arrives_in_time() {
     let gradients: Vec<Vec<f32>> =
         (0..4).map(|rank| random(1230, &format!("rank {rank}"))).collect();
     let expected = mean(&gradients);
-    let mut ranks: Vec<_> = (0..4).map(|_| PowerSgd::new(settings(2), 1230, &tensors)).collect();
+    let mut ranks: Vec<_> =
+        (0..4).map(|_| PowerSgd::new(settings(2), 1230, &tensors).unwrap()).collect();
     let mut arrived = vec![0.0_f32; 1230];
     let mut relative = |steps: Range<usize>| {
         for _ in steps.clone() {
@@ -143,7 +144,7 @@ proptest! {
         let count = gap + 2 * size + columns;
         let settings = Settings { min_compression: 1.0, start_step, ..settings(rank) };
         let mut ranks: Vec<_> =
-            (0..world).map(|_| PowerSgd::new(settings, count, &tensors)).collect();
+            (0..world).map(|_| PowerSgd::new(settings, count, &tensors).unwrap()).collect();
         for number in 0..4 {
             let gradients: Vec<Vec<f32>> =
                 (0..world).map(|rank| random(count, &format!("{rank} {number}"))).collect();
@@ -173,7 +174,8 @@ proptest! {
 #[test]
 fn a_step_that_is_not_finite_is_told_on_all_ranks_and_changes_nothing() {
     let tensors = [tensor("w", &[20, 30], 0), tensor("b", &[20], 600)];
-    let mut ranks: Vec<_> = (0..3).map(|_| PowerSgd::new(settings(2), 620, &tensors)).collect();
+    let mut ranks: Vec<_> =
+        (0..3).map(|_| PowerSgd::new(settings(2), 620, &tensors).unwrap()).collect();
     let gradients: Vec<Vec<f32>> = (0..3).map(|rank| random(620, &format!("{rank}"))).collect();
     step(&mut ranks, &gradients);
     let kept = |rank: &PowerSgd| {
@@ -215,14 +217,14 @@ fn state_survives_another_layout_and_a_checkpoint() {
     let new = [tensor("b", &[30, 20], 0), tensor("a", &[20, 30], 600)];
     let [a, b] = ["a", "b"].map(|name| random(600, name));
     let (ab, ba) = ([a.clone(), b.clone()].concat(), [b, a].concat());
-    let mut before = vec![PowerSgd::new(settings(2), 1200, &old)];
+    let mut before = vec![PowerSgd::new(settings(2), 1200, &old).unwrap()];
     for _ in 0..3 {
         step(&mut before, std::slice::from_ref(&ab));
     }
     let mut state = State::default();
     before[0].keep(&mut state);
     assert_eq!(State::from_bytes(&state.to_bytes()), Ok(state.clone()));
-    let mut after = vec![PowerSgd::new(settings(2), 1200, &new)];
+    let mut after = vec![PowerSgd::new(settings(2), 1200, &new).unwrap()];
     after[0].recall(&state);
     for _ in 0..3 {
         let (ab, _) = step(&mut before, std::slice::from_ref(&ab));
@@ -235,12 +237,13 @@ fn state_survives_another_layout_and_a_checkpoint() {
 #[test]
 fn a_rank_that_joins_gets_the_same_bits_as_the_others() {
     let tensors = [tensor("w", &[20, 30], 0)];
-    let mut ranks: Vec<_> = (0..2).map(|_| PowerSgd::new(settings(1), 600, &tensors)).collect();
+    let mut ranks: Vec<_> =
+        (0..2).map(|_| PowerSgd::new(settings(1), 600, &tensors).unwrap()).collect();
     let gradients: Vec<Vec<f32>> = (0..3).map(|rank| random(600, &format!("{rank}"))).collect();
     step(&mut ranks, &gradients[..2]);
     let mut state = State::default();
     ranks[0].keep(&mut state);
-    let mut joined = PowerSgd::new(settings(1), 600, &tensors);
+    let mut joined = PowerSgd::new(settings(1), 600, &tensors).unwrap();
     joined.recall(&State { errors: Kept::default(), ..state });
     assert!(joined.matrices[0].error.iter().all(|&error| error == 0.0));
     ranks.push(joined);
@@ -263,8 +266,8 @@ fn errors_follow_the_loss_scale() {
     let tensors = [tensor("w", &[20, 30], 0)];
     let gradients = vec![random(600, "w")];
     let half: Vec<f32> = gradients[0].iter().map(|x| x * 0.5).collect();
-    let mut ranks = vec![PowerSgd::new(settings(1), 600, &tensors)];
-    let mut scaled = vec![PowerSgd::new(settings(1), 600, &tensors)];
+    let mut ranks = vec![PowerSgd::new(settings(1), 600, &tensors).unwrap()];
+    let mut scaled = vec![PowerSgd::new(settings(1), 600, &tensors).unwrap()];
     step(&mut ranks, &gradients);
     step(&mut scaled, &gradients);
     scaled[0].rescale(0.5);

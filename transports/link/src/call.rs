@@ -4,13 +4,13 @@ use std::fmt;
 
 use unisum_kernels::{Dtype, ReduceOp};
 
-/// The collective operations unisum knows, and the messages between two ranks.
+/// The collective operations, and messages between two ranks.
 ///
 /// The discriminant is the wire code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 #[non_exhaustive]
-pub enum Collective {
+pub enum CollectiveKind {
     /// Every rank gets the reduction of all ranks' inputs.
     AllReduce = 1,
     /// The root gets the reduction of all ranks' inputs.
@@ -21,20 +21,20 @@ pub enum Collective {
     AllGather = 4,
     /// Every rank gets its own block of the reduction of all ranks' inputs.
     ReduceScatter = 5,
-    /// Every rank gets from each rank the block that this has for it.
+    /// Every rank gets the block that each rank has for it.
     AllToAll = 6,
     /// The root gets all ranks' blocks.
     Gather = 7,
     /// Every rank gets its block of the root's input.
     Scatter = 8,
-    /// Nobody goes on before everybody has come.
+    /// No rank continues before every rank has arrived.
     Barrier = 9,
-    /// No collective: what two ranks send each other apart from all others.
+    /// Not a collective: a message from one rank to another.
     Message = 10,
 }
 
-impl Collective {
-    /// Every collective, in the order of the wire codes; messages are none.
+impl CollectiveKind {
+    /// Every collective, in the order of the wire codes; messages are not included.
     pub const ALL: [Self; 9] = [
         Self::AllReduce,
         Self::Reduce,
@@ -51,7 +51,7 @@ impl Collective {
         Self::ALL.into_iter().chain([Self::Message]).find(|known| *known as u8 == code)
     }
 
-    /// Whether one rank has a part of its own.
+    /// Whether one rank, the root, has a role of its own.
     pub const fn has_root(self) -> bool {
         matches!(self, Self::Reduce | Self::Broadcast | Self::Gather | Self::Scatter)
     }
@@ -78,41 +78,42 @@ impl Collective {
     }
 }
 
-impl fmt::Display for Collective {
+impl fmt::Display for CollectiveKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }
 }
 
-/// What a rank called: each message of a collective carries it, so that two ranks whose calls
-/// differ find out from the first bytes they exchange, at no extra round trip.
+/// What a rank called. Each message of a collective carries it, so that two ranks whose calls
+/// differ detect it in the first bytes they exchange, without an extra round trip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Call {
-    /// The communicator: 0 is the whole job's. No other of a rank ever had its number.
+    /// The communicator: 0 is that of the whole job. A rank never uses a number twice.
     pub communicator: u32,
-    /// The how-manieth collective of the communicator this is, counted from 0, with those that only
-    /// try out algorithms, up to [`NUMBER_MAX`](Self::NUMBER_MAX): at a million calls a second
-    /// that takes nine years.
+    /// The index of the collective in its communicator, counted from 0 and including those that
+    /// only try algorithms, up to [`NUMBER_MAX`](Self::NUMBER_MAX), which lasts nine years at a
+    /// million calls a second.
     pub number: u64,
     /// Which collective.
-    pub collective: Collective,
+    pub collective: CollectiveKind,
     /// Element type.
     pub dtype: Dtype,
-    /// Reduction; of no meaning where nothing is reduced.
+    /// The reduction; meaningless if nothing is reduced.
     pub op: ReduceOp,
-    /// Whether infinities and NaNs among the results are told.
+    /// Whether infinities and NaNs in the results are reported.
     pub watched: bool,
-    /// Elements, the same on every rank: of one block, or of all where the blocks differ. Where
-    /// ranks know lengths of their own only, each two tell each other theirs: see [`PeerCounts`].
+    /// The number of elements, the same on every rank: of one block, or of all blocks where they
+    /// differ. Where ranks know only their own lengths, each pair of ranks exchanges theirs: see
+    /// [`PeerCounts`].
     pub count: u64,
     /// The root, or 0.
     pub root: u16,
-    /// A fingerprint of all that was ever asked of the communicator, this call included with what
-    /// no other field tells (the blocks' counts, a factor): ranks that once called different things
-    /// find out from the next bytes they exchange, whatever these are about.
+    /// A fingerprint of everything ever asked of the communicator, including what no other field of
+    /// this call contains (the blocks' counts, a factor): ranks that once called different things
+    /// detect it in the next bytes they exchange, whatever these are about.
     pub history: u64,
-    /// The number of the algorithm that executes it: ranks that differ in it would otherwise
-    /// exchange bytes of different meaning.
+    /// The number of the algorithm that executes the call: ranks that differ in it would exchange
+    /// bytes of different meaning.
     pub algorithm: u8,
 }
 
@@ -126,16 +127,16 @@ const OP_BITS: u32 = 4;
 impl Call {
     /// Bytes of an encoded call.
     pub const ENCODED: usize = 32;
-    /// In place of an algorithm: what ranks tell each other between the runs of several.
+    /// Instead of an algorithm: what ranks exchange between the runs of several algorithms.
     pub const BETWEEN_TRIALS: u8 = u8::MAX;
-    /// In place of a count, where each two ranks have their own.
+    /// Instead of a count, where each pair of ranks has its own.
     pub const COUNT_BY_PAIR: u64 = u64::MAX;
     /// The largest number.
     pub const NUMBER_MAX: u64 = (1 << NUMBER_BITS) - 1;
 
-    /// Algorithm 0's sum of `count` elements on all ranks of the job, with nothing before it.
+    /// A sum of `count` elements over all ranks of the job by algorithm 0, without a history.
     pub const fn all_reduce(number: u64, dtype: Dtype, count: u64) -> Self {
-        let (collective, op) = (Collective::AllReduce, ReduceOp::Sum);
+        let (collective, op) = (CollectiveKind::AllReduce, ReduceOp::Sum);
         Self {
             communicator: 0,
             number,
@@ -150,7 +151,7 @@ impl Call {
         }
     }
 
-    /// The call as words, for who tells it word by word. The last byte is spare, and 0.
+    /// The call as words, for transports that send it word by word. The last byte is unused, and 0.
     pub const fn words(&self) -> [u64; Self::ENCODED / 8] {
         let number = self.number & Self::NUMBER_MAX;
         let how = self.op as u64 | (self.watched as u64) << OP_BITS;
@@ -161,7 +162,7 @@ impl Call {
         [self.history, self.count, place, who | codes << 40]
     }
 
-    /// The call that these words mean; `None` if a code is unknown or the spare byte is not 0.
+    /// Decodes the words; `None` if a code is unknown or the unused byte is not 0.
     pub fn from_words(words: &[u64; Self::ENCODED / 8]) -> Option<Self> {
         let [history, count, place, who] = *words;
         let codes = u32::try_from(who >> 40).ok().filter(|codes| *codes < 1 << 16)?;
@@ -170,7 +171,7 @@ impl Call {
         Some(Self {
             communicator: who as u32,
             number: place & Self::NUMBER_MAX,
-            collective: Collective::from_code(code(0, COLLECTIVE_BITS))?,
+            collective: CollectiveKind::from_code(code(0, COLLECTIVE_BITS))?,
             dtype: Dtype::try_from(code(COLLECTIVE_BITS, DTYPE_BITS)).ok()?,
             op: ReduceOp::try_from(code(how_from, OP_BITS)).ok()?,
             watched: code(how_from + OP_BITS, 1) == 1,
@@ -190,7 +191,7 @@ impl Call {
         bytes
     }
 
-    /// Reads the wire form; `None` if a code is unknown or the spare byte is not 0.
+    /// Reads the wire form; `None` if a code is unknown or the unused byte is not 0.
     pub fn decode(bytes: &[u8; Self::ENCODED]) -> Option<Self> {
         let mut words = [0; Self::ENCODED / 8];
         for (chunk, word) in bytes.chunks_exact(8).zip(&mut words) {
@@ -199,43 +200,43 @@ impl Call {
         Self::from_words(&words)
     }
 
-    /// For people, with the algorithm's name.
+    /// Formats the call for people, with the algorithm's name.
     pub fn by<'a>(&'a self, algorithm: &'a dyn fmt::Display) -> impl fmt::Display + 'a {
         Told { call: self, algorithm }
     }
 }
 
-/// What a rank has for a peer and expects of it, in elements, in a collective whose ranks know
-/// lengths of their own only.
+/// How many elements a rank has for a peer and expects from it, in a collective whose ranks know
+/// only their own lengths.
 ///
-/// Whatever goes from one of the two to the other says both, so that each of them finds out by
-/// itself that they differ in either, from the first that it receives.
+/// Everything sent between the two carries both counts, so that each of them detects a difference
+/// in either one with the first message it receives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PeerCounts {
     /// What this rank has for the peer.
     pub sends: u64,
-    /// What it expects of the peer.
+    /// What it expects from the peer.
     pub receives: u64,
 }
 
-/// More elements than any memory holds.
+/// More elements than fit any memory.
 const COUNT_LIMIT: u64 = 1 << 48;
 
 impl PeerCounts {
-    /// What has come of `call` when the peer hears it: the count is what this rank has for the
-    /// peer, and what it expects of the peer is in the history.
+    /// `call` as this rank sends it to the peer: the count is what this rank has for the peer, and
+    /// the history includes what it expects from the peer.
     pub const fn told(self, call: Call) -> Call {
         Call { count: self.sends, history: call.history ^ self.receives, ..call }
     }
 
-    /// The same as the peer has to tell it.
+    /// `call` as the peer has to send it.
     pub const fn heard(self, call: Call) -> Call {
         Self { sends: self.receives, receives: self.sends }.told(call)
     }
 
-    /// The two calls of a mismatch as people are told them, where both ranks called `call`: each
+    /// The two calls of a mismatch as errors describe them, where both ranks called `call`: each
     /// with its count in the direction in which the two differ. Calls without such counts, and
-    /// those of another history, are as they were.
+    /// those with another history, stay as they are.
     pub(crate) const fn in_words(call: &Call, ours: Call, theirs: Call) -> (Call, Call) {
         let expects = [ours.history ^ call.history, theirs.history ^ call.history];
         if expects[0] >= COUNT_LIMIT || expects[1] >= COUNT_LIMIT {
@@ -292,7 +293,7 @@ mod tests {
     fn call() -> Call {
         Call {
             number: 7,
-            collective: Collective::Reduce,
+            collective: CollectiveKind::Reduce,
             dtype: Dtype::Bf16,
             op: ReduceOp::Max,
             count: 1 << 40,
@@ -368,7 +369,7 @@ mod tests {
     #[test]
     fn every_code_fits_its_bits() {
         for dtype in Dtype::ALL {
-            for (collective, op) in Collective::ALL.into_iter().zip(ReduceOp::ALL) {
+            for (collective, op) in CollectiveKind::ALL.into_iter().zip(ReduceOp::ALL) {
                 let call = Call { collective, dtype, op, ..call() };
                 assert_eq!(Call::decode(&call.encode()), Some(call));
             }

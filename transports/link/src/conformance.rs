@@ -1,8 +1,8 @@
 //! The conformance suite that every transport passes.
 //!
-//! A transport's test describes how to make its links as a [`Mesh`] and calls
-//! [`conformance_tests!`](crate::conformance_tests), which makes one `#[test]` of each case here.
-//! The cases are plain functions that panic on failure; each rank is a thread of the process.
+//! A transport's test describes how to create its links as a [`Mesh`] and calls
+//! [`conformance_tests!`](crate::conformance_tests), which makes one `#[test]` of each case. The
+//! cases are plain functions that panic on failure; each rank is a thread of the process.
 
 mod endings;
 mod groups;
@@ -17,7 +17,7 @@ pub use endings::{
 };
 pub use groups::{
     deposits_survive_fast_and_slow_members, group_mismatch_reaches_every_member,
-    group_parks_end_by_deadline_and_by_wake, groups_fold_private_regions_over_benches,
+    group_parks_end_by_deadline_and_by_wake, groups_fold_private_regions_over_staging_buffers,
     groups_fold_registered_regions, late_members_are_named,
 };
 pub use memory::Memory;
@@ -39,9 +39,9 @@ use crate::Link;
 pub struct End {
     /// The connected link.
     pub link: Box<dyn Link>,
-    /// Where this rank gets registered memory (`bytes` to memory), if the transport has any.
+    /// Allocates registered memory of this rank (`bytes` to memory), if the transport has any.
     pub registered: Option<fn(&dyn std::any::Any, usize) -> Memory>,
-    /// What `registered` is called with: the rank's heap.
+    /// The argument for `registered`: the rank's heap.
     pub heap: Box<dyn std::any::Any + Send>,
 }
 
@@ -55,10 +55,10 @@ impl End {
 /// How to connect the ranks of a world over the transport under test.
 #[derive(Clone, Copy, Debug)]
 pub struct Mesh {
-    /// Connects `world` ranks; the index is the rank. None at all where the machine lacks what
-    /// the transport needs: then the case runs nothing.
+    /// Connects `world` ranks; the index is the rank. Empty where the machine lacks what the
+    /// transport needs: the case then runs nothing.
     pub connect: fn(world: usize) -> Vec<End>,
-    /// Whether a link notices by itself that the process at the other end is gone.
+    /// Whether a link detects by itself that the process at the other end is gone.
     pub sees_peer_death: bool,
 }
 
@@ -86,7 +86,7 @@ macro_rules! conformance_tests {
             nothing_taken_back_is_an_input
             deposits_survive_fast_and_slow_members
             groups_fold_registered_regions
-            groups_fold_private_regions_over_benches
+            groups_fold_private_regions_over_staging_buffers
             group_mismatch_reaches_every_member
             late_members_are_named
             group_parks_end_by_deadline_and_by_wake

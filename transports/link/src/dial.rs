@@ -34,6 +34,19 @@ pub enum Failure<E> {
     Met(E),
 }
 
+impl<E: fmt::Debug> std::error::Error for Unreached<E>
+where
+    Self: fmt::Display,
+{
+    /// What the system said to the first attempt that it refused.
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.tried.iter().find_map(|(_, failure)| match failure {
+            Failure::Connect(error) => Some(error as _),
+            _ => None,
+        })
+    }
+}
+
 /// Connects to the addresses in this order until `meet` finds at the other end who is looked for,
 /// and gives what it gave. An address that does not answer within 250 ms goes on being tried
 /// beside the next ones. `prepare` sees each socket before it connects. Blocks until `until`, and

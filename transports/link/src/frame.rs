@@ -81,7 +81,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::Collective;
+    use crate::CollectiveKind;
     use unisum_kernels::{Dtype, ReduceOp};
 
     proptest! {
@@ -89,7 +89,7 @@ mod tests {
         fn headers_survive_the_wire(
             marked: bool, bytes: u64, number: u32, count: u64, algorithm: u8,
         ) {
-            let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
+            let (collective, dtype, op) = (CollectiveKind::AllReduce, Dtype::F32, ReduceOp::Sum);
             let (communicator, root, history) = (2, 3, 4);
             let call = Call {
                 communicator, number: number.into(), collective, dtype, op, watched: marked, count,

@@ -16,6 +16,7 @@
 //!
 //! The token is proven, not the bytes that follow: those are neither encrypted nor signed. A token
 //! that can be guessed can be guessed offline from a recorded handshake: use a random one.
+//! [`crate::secure`] is the handshake of encrypted connections, with the same hello and proofs.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -23,34 +24,38 @@ use std::io::{self, Read, Write};
 use bytes::{Buf, BufMut};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
+use zeroize::{Zeroize as _, Zeroizing};
 
 /// Bytes of an encoded hello.
-const HELLO_BYTES: usize = 84 + BUILD_BYTES;
+pub(crate) const HELLO_BYTES: usize = 84 + BUILD_BYTES;
 /// Bytes of a build in it.
 const BUILD_BYTES: usize = 14;
 /// Bytes of an answer's head: magic and kind.
-const HEAD_BYTES: usize = 5;
+pub(crate) const HEAD_BYTES: usize = 5;
 /// Most bytes of a refusal's text.
 const REASON_BYTES_MAX: usize = 200;
 const NONCE_BYTES: usize = 32;
-const MAC_BYTES: usize = 32;
+pub(crate) const MAC_BYTES: usize = 32;
 /// Of the bytes of the handshake itself; what comes after it is told apart by [`Build`].
 const VERSION: u16 = 3;
 const DIALER: &[u8; 4] = b"usmH";
-const LISTENER: &[u8; 4] = b"usmL";
+pub(crate) const LISTENER: &[u8; 4] = b"usmL";
 const CHALLENGE: u8 = 1;
-const ACCEPTED: u8 = 2;
+pub(crate) const ACCEPTED: u8 = 2;
 const REFUSED: u8 = 3;
 const LATER: u8 = 4;
 
 /// The key that all processes of a job share, derived from the job token.
 #[derive(Clone)]
-pub struct Secret([u8; 32]);
+pub struct Secret(Zeroizing<[u8; 32]>);
 
 impl Secret {
     /// The secret of a token.
     pub fn new(token: &[u8]) -> Self {
-        Self(Sha256::digest(token).into())
+        let mut digest = Sha256::digest(token);
+        let secret = Self(Zeroizing::new(digest.into()));
+        digest.zeroize();
+        secret
     }
 }
 
@@ -74,7 +79,8 @@ pub fn verify(secret: &Secret, label: &str, parts: &[&[u8]], proof: &[u8]) -> bo
 }
 
 fn keyed(secret: &Secret, label: &str, parts: &[&[u8]]) -> Hmac<Sha256> {
-    let mut mac = Hmac::<Sha256>::new_from_slice(&secret.0).expect("HMAC takes keys of any length");
+    let mut mac =
+        Hmac::<Sha256>::new_from_slice(&*secret.0).expect("HMAC takes keys of any length");
     for part in [label.as_bytes()].iter().chain(parts) {
         mac.update(&(part.len() as u64).to_le_bytes());
         mac.update(part);
@@ -109,6 +115,16 @@ pub enum Purpose {
     Data = 2,
     /// Nothing: the kernels find out by it whether they reach each other.
     Pulse = 3,
+    /// What two members of an elastic job agree on.
+    View = 4,
+}
+
+impl Purpose {
+    pub(crate) fn from_wire(byte: u8) -> Option<Self> {
+        [Self::Control, Self::Data, Self::Pulse, Self::View]
+            .into_iter()
+            .find(|it| *it as u8 == byte)
+    }
 }
 
 /// How a dialer introduces itself.
@@ -124,7 +140,8 @@ pub struct Hello {
     pub to: u32,
     /// How many ranks the dialer expects in the job.
     pub world: u32,
-    /// The session that the coordinator chose; zeros on a control connection, which learns it.
+    /// The session that the coordinator chose; on a control connection, which learns it,
+    /// [`Hello::of_process`].
     pub session: [u8; 16],
     /// [`job_hash`] of the job's name.
     pub job: [u8; 16],
@@ -150,7 +167,24 @@ impl fmt::Display for Build {
 }
 
 impl Hello {
-    fn encode(&self, nonce: &[u8; NONCE_BYTES]) -> [u8; HELLO_BYTES] {
+    /// What stands for the session before that is known: the dialer's process.
+    pub fn of_process(id: u32) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&id.to_le_bytes());
+        bytes
+    }
+
+    /// The dialer's process, in words, if it is said in place of a session.
+    pub fn process(&self) -> String {
+        match self.session {
+            [a, b, c, d, rest @ ..] if rest == [0; 12] && [a, b, c, d] != [0; 4] => {
+                format!("process {}", u32::from_le_bytes([a, b, c, d]))
+            }
+            _ => "another process".into(),
+        }
+    }
+
+    pub(crate) fn encode(&self, nonce: &[u8; NONCE_BYTES]) -> [u8; HELLO_BYTES] {
         let mut encoded = [0; HELLO_BYTES];
         let mut to = &mut encoded[..];
         to.put_slice(DIALER);
@@ -168,15 +202,25 @@ impl Hello {
         encoded
     }
 
+    /// Looks at magic and version as soon as they are there: hellos of other versions may have
+    /// other sizes.
+    pub(crate) fn check_head(said: &[u8]) -> Result<(), Refusal> {
+        let seen = said.len().min(DIALER.len());
+        if said[..seen] != DIALER[..seen] {
+            return Err(Refusal::Garbage);
+        }
+        match said[seen..] {
+            [low, high, ..] if [low, high] != VERSION.to_le_bytes() => {
+                Err(Refusal::Version { theirs: u16::from_le_bytes([low, high]) })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reads what follows magic and version, which are checked already.
-    fn decode(encoded: &[u8; HELLO_BYTES]) -> Result<Self, Refusal> {
+    pub(crate) fn decode(encoded: &[u8; HELLO_BYTES]) -> Result<Self, Refusal> {
         let mut from = &encoded[6..];
-        let purpose = match from.get_u8() {
-            1 => Purpose::Control,
-            2 => Purpose::Data,
-            3 => Purpose::Pulse,
-            _ => return Err(Refusal::Garbage),
-        };
+        let purpose = Purpose::from_wire(from.get_u8()).ok_or(Refusal::Garbage)?;
         let socket = from.get_u8();
         let (rank, to, world) = (from.get_u32_le(), from.get_u32_le(), from.get_u32_le());
         let (mut session, mut job) = ([0; 16], [0; 16]);
@@ -189,7 +233,7 @@ impl Hello {
 }
 
 /// Why a listener turns a dialer away. The dialer is told the text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
     /// The bytes are not unisum's: a stranger. It is told nothing at all.
@@ -239,8 +283,15 @@ pub enum Refusal {
         to: u32,
     },
     /// Another process with this rank is connected.
-    #[error("rank {0} is taken: another process has joined with it")]
-    RankTaken(u32),
+    #[error("rank {rank} is taken: {first} has joined with it, and {second} would")]
+    RankTaken {
+        /// The rank of both.
+        rank: u32,
+        /// The one that has joined, and where it is.
+        first: String,
+        /// The dialer.
+        second: String,
+    },
     /// The dialer belongs to another session of the job: an earlier start of it.
     #[error("another session of the job")]
     Session,
@@ -251,6 +302,15 @@ pub enum Refusal {
     /// The listener's process, or its system, has no file descriptor left.
     #[error("no file descriptor left there: raise the limit on open files (ulimit -n)")]
     Exhausted,
+    /// The dialer speaks in clear text, which this job does not.
+    #[error("this job's connections are encrypted: UNISUM_TLS must be the same on all ranks")]
+    Clear,
+    /// The dialer wants an encrypted connection, and this job has none.
+    #[error("this job's connections are in clear text: UNISUM_TLS must be the same on all ranks")]
+    Encrypted,
+    /// One of the two does not accept the other's certificate, and why.
+    #[error("{0}")]
+    Certificate(String),
 }
 
 impl Refusal {
@@ -329,7 +389,8 @@ impl Listening {
     ) -> Heard {
         self.step(bytes, secret, admit).unwrap_or_else(|refusal| {
             self.stage = Stage::Over;
-            Heard::Refused(refusal, refusal.encode())
+            let answer = refusal.encode();
+            Heard::Refused(refusal, answer)
         })
     }
 
@@ -348,7 +409,7 @@ impl Listening {
         self.buffer[self.filled..self.filled + taken].copy_from_slice(&bytes[..taken]);
         self.filled += taken;
         if matches!(self.stage, Stage::Hello) {
-            self.check_head()?;
+            Hello::check_head(&self.buffer[..self.filled])?;
         }
         if taken < bytes.len() {
             return Err(Refusal::Garbage);
@@ -362,20 +423,6 @@ impl Listening {
             Stage::Proof { hello, encoded } => self.judge(hello, &encoded, secret, admit),
             Stage::Over => Err(Refusal::Garbage),
         }
-    }
-
-    /// Looks at magic and version as soon as they are there: hellos of other versions may have
-    /// other sizes.
-    fn check_head(&self) -> Result<(), Refusal> {
-        let seen = self.filled.min(DIALER.len());
-        if self.buffer[..seen] != DIALER[..seen] {
-            return Err(Refusal::Garbage);
-        }
-        let theirs = u16::from_le_bytes([self.buffer[4], self.buffer[5]]);
-        if self.filled >= 6 && theirs != VERSION {
-            return Err(Refusal::Version { theirs });
-        }
-        Ok(())
     }
 
     fn challenge(&mut self) -> Result<Heard, Refusal> {
@@ -400,7 +447,7 @@ impl Listening {
     }
 }
 
-fn answer(kind: u8, body: &[u8; 32]) -> Vec<u8> {
+pub(crate) fn answer(kind: u8, body: &[u8; 32]) -> Vec<u8> {
     [&LISTENER[..], &[kind], body].concat()
 }
 
@@ -423,6 +470,12 @@ pub enum HandshakeError {
     /// The listener has no time for this dialer now, and why.
     #[error("turned away for now: {0}")]
     Later(String),
+    /// One of the two does not accept the other's certificate, and why.
+    #[error("{0}")]
+    Certificate(String),
+    /// What was said is not TLS as it has to be: it may have been altered on its way.
+    #[error("the TLS handshake failed: {0}")]
+    Tls(String),
 }
 
 impl HandshakeError {
@@ -430,7 +483,7 @@ impl HandshakeError {
     /// is, or what it thinks of the dialer. A connection that broke says nothing: its listener may
     /// have had too many strangers.
     pub const fn is_answer(&self) -> bool {
-        matches!(self, Self::NotUnisum | Self::Impostor | Self::Refused(_))
+        matches!(self, Self::NotUnisum | Self::Impostor | Self::Refused(_) | Self::Certificate(_))
     }
 }
 
@@ -488,23 +541,26 @@ impl Challenged {
     }
 }
 
-fn read_answer(stream: &mut impl Read, wanted: u8) -> Result<[u8; 32], HandshakeError> {
+pub(crate) fn read_answer(stream: &mut impl Read, wanted: u8) -> Result<[u8; 32], HandshakeError> {
     let mut head = [0; HEAD_BYTES];
     stream.read_exact(&mut head)?;
-    if head[..4] != LISTENER[..] {
-        return Err(HandshakeError::NotUnisum);
-    }
-    match head[4] {
-        REFUSED => return Err(HandshakeError::Refused(read_reason(stream)?)),
-        LATER => return Err(HandshakeError::Later(read_reason(stream)?)),
-        _ => {}
-    }
-    if head[4] != wanted {
-        return Err(HandshakeError::NotUnisum);
+    if head[..4] != LISTENER[..] || head[4] != wanted {
+        return Err(read_refusal(&head, stream));
     }
     let mut body = [0; 32];
     stream.read_exact(&mut body)?;
     Ok(body)
+}
+
+/// What an answer says that is not the one which was wanted.
+pub(crate) fn read_refusal(head: &[u8; HEAD_BYTES], stream: &mut impl Read) -> HandshakeError {
+    let reason = match head[4] {
+        _ if head[..4] != LISTENER[..] => return HandshakeError::NotUnisum,
+        REFUSED => read_reason(stream).map(HandshakeError::Refused),
+        LATER => read_reason(stream).map(HandshakeError::Later),
+        _ => return HandshakeError::NotUnisum,
+    };
+    reason.unwrap_or_else(HandshakeError::Io)
 }
 
 /// A refusal's text. It comes from somebody who has proven nothing: control characters, which a

@@ -6,8 +6,8 @@ use std::ptr::NonNull;
 /// Memory of one collective call on this rank: plain memory of the process, or part of the shared
 /// heap that the ranks of a node map.
 ///
-/// A region is a promise made by whoever creates it: the memory stays valid and nobody else in
-/// this process touches it until the engine reports the collective's end.
+/// A region is a promise of its creator: the memory stays valid, and nobody else in this process
+/// touches it, until the engine reports the end of the collective.
 #[derive(Clone, Copy, Debug)]
 pub struct Region {
     base: NonNull<u8>,
@@ -80,9 +80,9 @@ impl Region {
 /// that has no input or no output has an empty region for it.
 #[derive(Clone, Copy, Debug)]
 pub struct Regions {
-    /// What this rank puts in; read only, unless it is the output as well.
+    /// This rank's contribution; read only, unless it is the output as well.
     pub input: Region,
-    /// Where its result goes.
+    /// Where the result goes.
     pub output: Region,
 }
 

@@ -1,4 +1,4 @@
-//! How to wait without burning a core: a few pauses, a few yields, then park.
+//! How to wait without burning a core: spin, yield, then park.
 
 use std::hint;
 use std::time::{Duration, Instant};
@@ -6,57 +6,56 @@ use std::time::{Duration, Instant};
 /// What the waiter should do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pause {
-    /// It was a pause: look again.
+    /// It paused the processor: check again.
     Again,
-    /// The core was given to another thread, if one wanted it: look again.
+    /// It yielded the core to another thread, if one was ready: check again.
     Yielded,
     /// Enough: sleep until woken.
     Park,
 }
 
-/// How often a wait looks again before it parks.
+/// How often a waiting thread checks again before it parks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patience {
-    /// Looks with a pause before each: these catch a peer that runs on another core.
+    /// Checks with a processor pause before each: they catch a peer that runs on another core.
     pub pauses: u32,
-    /// Looks after yielding: these let a peer that shares this core run.
+    /// Checks after yielding: they let a peer that shares this core run.
     pub yields: u32,
-    /// After that many yields more follow, until so much time has passed.
+    /// After that many yields, more follow until this much time has passed.
     pub spell: Duration,
 }
 
 impl Patience {
     /// Longer than it takes to wake a sleeper (up to 70 us where the core was idle). With less, two
-    /// ranks that fell asleep once go on sleeping in every operation: whoever is woken comes later
-    /// than the other waits. Measured on 2 cores: 2 ranks over shared memory, 256 KiB 59 to 5.3 us;
-    /// 4 ranks over TCP, 32 KiB 54 to 30 us.
+    /// ranks that once fell asleep keep sleeping in every operation: the one that is woken comes
+    /// later than the other is willing to wait. Measured on 2 cores: 2 ranks over shared memory,
+    /// 256 KiB 59 to 5.3 us; 4 ranks over TCP, 32 KiB 54 to 30 us.
     pub const SPELL: Duration = Duration::from_micros(100);
-    /// Parking that ends earlier was no sleep: what was waited for was there by then.
+    /// Parking that ends earlier was not a sleep: the awaited event had already happened.
     const SLEEP_MIN: Duration = Duration::from_micros(5);
-    /// The longest, where waking was found to take longer than that: guests of busy hosts need 300
-    /// us.
+    /// The longest, where waking was found to take longer: guests of busy hosts need 300 us.
     pub const SPELL_MAX: Duration = Duration::from_millis(1);
 
-    /// Where a look is a load from memory.
+    /// For checks that are a load from memory.
     ///
     /// Measured on 2 cores: about 40 pauses catch a peer that runs on another core; 2 to 8 yields
     /// are cheaper than two futex calls where cores are shared.
     pub const MEMORY: Self = Self { pauses: 40, yields: 8, spell: Self::SPELL };
 
-    /// Where a look is a load from memory, but ranks share cores: a pause then keeps the core
+    /// For checks that are a load from memory where ranks share cores: a pause would keep the core
     /// from the rank that is waited for.
     ///
     /// Measured on 2 cores, without the 40 pauses: 16 ranks 78 to 51 us, 4 ranks 15 to 8.7.
     pub const CROWDED: Self = Self { pauses: 0, yields: 16, spell: Self::SPELL };
 
-    /// Where a look is a system call, of some 0.4 us: it takes longer than a pause, and while ranks
-    /// share cores it takes them from those who have work (see [`Patience::min`]).
+    /// For checks that are a system call of about 0.4 us. It takes longer than a pause, and where
+    /// ranks share cores it takes the core from those that have work (see [`Patience::min`]).
     ///
     /// Measured with 2 ranks on 2 cores over TCP, without the pauses: the 99th percentile of 8 B
     /// 25 to 13 us, sleeps in 10,000 operations 54 to 6, the median the same.
     pub const SYSTEM_CALL: Self = Self { pauses: 24, yields: 8, spell: Self::SPELL };
 
-    /// The shorter of two: for waits on both at once.
+    /// The shorter of two, for waiting on both at once.
     #[must_use]
     pub fn min(self, other: Self) -> Self {
         Self {
@@ -66,8 +65,8 @@ impl Patience {
         }
     }
 
-    /// The spell of the waits after one that `slept` so long after its own: twice as long if the
-    /// longest would have been enough, else as short as ever. If it did not sleep, the same.
+    /// The spin time after a wait that `slept` for this long after its own: twice as long if the
+    /// maximum would have been enough, or else the default. If it did not sleep, it stays the same.
     #[must_use]
     pub fn spell_after(spell: Duration, slept: Duration) -> Duration {
         match spell + slept < Self::SPELL_MAX {
@@ -78,7 +77,7 @@ impl Patience {
     }
 }
 
-/// The pauses between two looks at a condition, for one wait.
+/// The pauses between two checks of a condition, for one wait.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Backoff {
     looks: u32,
@@ -87,7 +86,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// A fresh wait.
+    /// A new wait.
     pub const fn new() -> Self {
         Self { looks: 0, since: None }
     }

@@ -1,26 +1,26 @@
-//! Why shared memory can't be used, or not any more.
+//! Why shared memory cannot be used, or can no longer be used.
 
 use std::io;
 
 use unisum_link::Rank;
 
-/// A failure to join or use the memory of a host. Whoever gets one while joining falls back to
+/// A failure to join or use the memory of a host. A rank that gets one while joining falls back to
 /// another transport.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ShmError {
-    /// No other rank is on this host, as far as the cards tell.
+    /// No other rank is on this host, according to the cards.
     #[error("no other rank shares this host")]
     Alone,
-    /// A rank's card can't be read: another version, or garbage.
+    /// A rank's card cannot be decoded: another version, or garbage.
     #[error("the shared-memory card of rank {0} can't be read: do all ranks run the same version?")]
     Card(Rank),
     /// The operating system refused.
     #[error("{context}: {source}")]
     Os {
-        /// What was tried.
+        /// What was attempted.
         context: &'static str,
-        /// The system's words.
+        /// The system's error.
         source: io::Error,
     },
     /// This rank's address space is limited too much.
@@ -29,12 +29,12 @@ pub enum ShmError {
          memory takes {least}"
     )]
     Narrow {
-        /// The room that it leaves, in bytes.
+        /// The room it leaves, in bytes.
         room: u64,
         /// The room that the ranks of this host need at least, in bytes.
         least: u64,
     },
-    /// A rank of the host was not heard of in time.
+    /// A rank of the host did not respond in time.
     #[error("ranks {0:?} of this host did not take part in time")]
     Late(Vec<Rank>),
     /// The job ended while this rank waited for the others of the host.
@@ -51,9 +51,9 @@ pub enum ShmError {
     /// The heap has no free range of that size.
     #[error("no {bytes} free bytes in a shared heap of {heap_bytes}")]
     Full {
-        /// What was asked for.
+        /// The requested size.
         bytes: usize,
-        /// What the heap has in all.
+        /// The total size of the heap.
         heap_bytes: u64,
     },
     /// The link of this heap was aborted.
@@ -62,8 +62,8 @@ pub enum ShmError {
 }
 
 impl ShmError {
-    /// The ranks that stand in the way; none if it is this rank that lacks something.
-    pub fn culprits(&self) -> Vec<Rank> {
+    /// The ranks that prevent sharing; empty if this rank itself lacks something.
+    pub fn failed_ranks(&self) -> Vec<Rank> {
         match self {
             Self::Late(ranks) => ranks.clone(),
             Self::Refused { leader, .. } => vec![*leader],
@@ -75,6 +75,11 @@ impl ShmError {
             | Self::Full { .. }
             | Self::Aborted => Vec::new(),
         }
+    }
+
+    /// Whether this rank has run out of something that the system gives: descriptors, memory.
+    pub fn is_lack(&self) -> bool {
+        matches!(self, Self::Os { source, .. } if unisum_link::is_lack(source))
     }
 
     /// The system's refusal of what `context` names; for `map_err`.

@@ -57,15 +57,16 @@ fn candidates_seeds() -> Vec<Vec<u8>> {
     vec![[&[length], &card[..], &card, &card].concat()]
 }
 
-/// The sizes that a leader tells (seats, bytes of a heap) are refused or give a layout in which
+/// The sizes that a leader sends (ranks, bytes of a heap) are refused or give a layout in which
 /// nothing overflows and the heaps end where the memory does.
 fn check_layout(bytes: &[u8]) {
-    let Some((seats, rest)) = bytes.split_first_chunk() else { return };
+    let Some((local_ranks, rest)) = bytes.split_first_chunk() else { return };
     let Some(heap_bytes) = rest.first_chunk() else { return };
-    let (seats, heap_bytes) = (u32::from_le_bytes(*seats), u64::from_le_bytes(*heap_bytes));
-    let Some(layout) = Layout::new(seats as usize, heap_bytes) else { return };
+    let (local_ranks, heap_bytes) =
+        (u32::from_le_bytes(*local_ranks), u64::from_le_bytes(*heap_bytes));
+    let Some(layout) = Layout::new(local_ranks as usize, heap_bytes) else { return };
     assert!(layout.heap_bytes() <= heap_bytes && layout.dense_bytes() <= layout.bytes());
-    let last = u64::from(seats) - 1;
+    let last = u64::from(local_ranks) - 1;
     assert!(layout.slot(last, 1).deposit() + SLOT_BYTES as u64 <= layout.mailbox(0, 0));
     assert!(layout.mailbox(last, last) < layout.dense_bytes());
     let (staging, staging_bytes) = layout.staging(last, last);
@@ -76,7 +77,9 @@ fn check_layout(bytes: &[u8]) {
 
 fn layout_seeds() -> Vec<Vec<u8>> {
     let sizes = [(1_u32, 0_u64), (16, 4 << 20), (1 << 14, 1 << 30), (2, u64::MAX)];
-    sizes.map(|(seats, heap)| [&seats.to_le_bytes()[..], &heap.to_le_bytes()].concat()).to_vec()
+    sizes
+        .map(|(local_ranks, heap)| [&local_ranks.to_le_bytes()[..], &heap.to_le_bytes()].concat())
+        .to_vec()
 }
 
 /// The words of an entry or a card in the memory mean nothing, or exactly what encodes to them.

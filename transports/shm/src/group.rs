@@ -1,20 +1,19 @@
 //! The ranks of a host as a group.
 //!
-//! Each member has two slots, for arrivals of odd and of even numbers, which only it writes. An
-//! arrival is one line of the cache: the card (which arrival it is, the call, where the region is,
-//! or the data itself if it is small) is filled, its first word last. Whoever waits looks at the
-//! others' cards one after the other. So between two cores one line moves each way, and with it
-//! the data. Nobody reads what it published itself: a core that reads a line takes it away from the
-//! one that wrote it (AMD's do), and it would have to come back.
+//! Each member has two slots, for arrivals with odd and with even numbers, which only it writes. An
+//! arrival is one cache line: the card (which arrival it is, the call, where the region is, or the
+//! data itself if small), whose first word is written last. Waiting members check the others' cards
+//! one after the other, so that between two cores one line moves each way, with the data. Nobody
+//! reads back what it published: a core that reads a line may take it from the one that wrote it
+//! (AMD's do).
 //!
-//! A slot is free again after two arrivals: whoever makes the k+2nd has completed the k+1st, which
-//! everyone made after it was done with what the k-th published. So a collective of deposits needs
-//! a single arrival.
+//! A slot is free again after two arrivals: a member that makes the k+2nd has completed the k+1st,
+//! which everyone made after finishing with the k-th. So one arrival is enough for deposits.
 //!
-//! Who sleeps counts itself first and looks at all cards then; who completes an arrival has filled
-//! its own card first and looks for sleepers then (Dekker, with a fence between the two on either
-//! side). So whoever fills the last card finds all sleepers, or they find the card. It can't miss
-//! them by going to sleep itself: of several who do, the last to count itself sees all cards.
+//! A member that is about to sleep counts itself and then checks all cards; one that completes an
+//! arrival has filled its card and then looks for sleepers (Dekker, with a fence on either side).
+//! So the last to fill a card finds all sleepers, or they find the card. It cannot miss them by
+//! going to sleep itself: of several that do, the last to count itself sees all cards.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -24,12 +23,13 @@ use std::time::Instant;
 use unisum_kernels::copy;
 use unisum_link::{Arrival, Group, LinkError, Part, Rank, Region, Regions};
 
-use crate::bell::Bell;
+use crate::doorbell::Doorbell;
 use crate::ffi::current_core;
 use crate::heaps::{Heaps, PeerHeap};
 use crate::inbox::Peer;
 use crate::layout::{
-    BENCH_BYTES, GroupCard, INLINE_BYTES, MARKED, SLEEPERS, SLOT_BYTES, Slot, WITHDRAWN, WOKEN,
+    GROUP_STAGING_BYTES, GroupCard, INLINE_BYTES, MARKED, SLEEPERS, SLOT_BYTES, Slot, WITHDRAWN,
+    WOKEN,
 };
 use crate::mailbox::CallWords;
 use crate::mapping::Mapping;
@@ -156,7 +156,7 @@ const LOOKS: u32 = 16;
 #[derive(Debug)]
 pub(crate) struct Team {
     mapping: Arc<Mapping>,
-    bell: Arc<Bell>,
+    doorbell: Arc<Doorbell>,
     members: Vec<Rank>,
     /// In the order of `members`, this rank included.
     peers: Vec<Peer>,
@@ -192,7 +192,7 @@ pub(crate) struct Team {
 impl Team {
     pub(crate) fn new(
         mapping: Arc<Mapping>,
-        bell: Arc<Bell>,
+        doorbell: Arc<Doorbell>,
         peers: Vec<Peer>,
         heaps: &Heaps,
         own: usize,
@@ -202,11 +202,11 @@ impl Team {
             heaps: peers.iter().map(|peer| heaps.of(peer.rank)).collect(),
             slots: peers
                 .iter()
-                .map(|peer| [0, 1].map(|arrival| mapping.layout().slot(peer.seat, arrival)))
+                .map(|peer| [0, 1].map(|arrival| mapping.layout().slot(peer.local_index, arrival)))
                 .collect(),
             peers,
             mapping,
-            bell,
+            doorbell,
             own,
             call: CallWords::default(),
             regions: None,
@@ -246,7 +246,7 @@ impl Team {
     /// Looks up the members' process ids, once they are all there.
     pub(crate) fn look_up_processes(&mut self) {
         for peer in &mut self.peers {
-            let control = self.mapping.layout().control(peer.seat);
+            let control = self.mapping.layout().control(peer.local_index);
             // Relaxed: written before the peer's first arrival, and that is complete.
             peer.pid = self.mapping.word(control.pid()).load(Ordering::Relaxed);
         }
@@ -301,7 +301,7 @@ impl Team {
     fn tell_core(&mut self) {
         let core = current_core().map_or(0, |core| core + 1);
         if core != self.spread.core {
-            let control = self.mapping.layout().control(self.peers[self.own].seat);
+            let control = self.mapping.layout().control(self.peers[self.own].local_index);
             // Relaxed: a hint, and wrong for a moment whenever the scheduler moves a rank.
             self.mapping.word(control.core()).store(core, Ordering::Relaxed);
             self.spread.core = core;
@@ -310,7 +310,7 @@ impl Team {
 
     /// The core on which the member at `index` waited last, counted from 1.
     fn core_of(&self, index: usize) -> u32 {
-        let control = self.mapping.layout().control(self.peers[index].seat);
+        let control = self.mapping.layout().control(self.peers[index].local_index);
         // Relaxed: see `tell_core`.
         self.mapping.word(control.core()).load(Ordering::Relaxed)
     }
@@ -327,7 +327,7 @@ impl Team {
         // follows is for who has not seen all cards, and those this rank saw.
         let before = self.mapping.wide(WOKEN).fetch_max(arrival.0, Ordering::AcqRel);
         if before < arrival.0 {
-            self.bell.wake_group();
+            self.doorbell.wake_group();
         }
     }
 
@@ -373,14 +373,14 @@ impl Team {
         Ok(places)
     }
 
-    /// Finds who took its memory back, after the word that somebody did; `seat`, counted from 1, is
-    /// said to have been the first.
+    /// Finds the rank that took its memory back; `local_index`, counted from 1, is that of the
+    /// first.
     #[cold]
-    fn look_who_withdrew(&self, seat: u32) -> Result<(), LinkError> {
-        let (own, first) = (self.peers[self.own].seat, u64::from(seat));
-        let others = || self.peers.iter().filter(|peer| peer.seat != own);
+    fn look_who_withdrew(&self, local_index: u32) -> Result<(), LinkError> {
+        let (own, first) = (self.peers[self.own].local_index, u64::from(local_index));
+        let others = || self.peers.iter().filter(|peer| peer.local_index != own);
         // What follows from a failure comes after it: the first is the one to name.
-        let all = others().filter(|peer| peer.seat + 1 == first).chain(others());
+        let all = others().filter(|peer| peer.local_index + 1 == first).chain(others());
         all.into_iter().try_for_each(|peer| peer.confirm(&self.mapping))
     }
 
@@ -507,7 +507,7 @@ impl Group for Team {
     }
 
     fn park(&mut self, arrival: Arrival, until: Instant) -> Result<(), LinkError> {
-        if self.bell.take_poke() {
+        if self.doorbell.take_poke() {
             return Ok(());
         }
         let sleepers = self.mapping.word(SLEEPERS);
@@ -516,7 +516,7 @@ impl Group for Team {
         // SeqCst: see the head of this file; pairs with the fence in `wake_sleepers`.
         fence(Ordering::SeqCst);
         let all_made = || (0..self.peers.len()).all(|index| self.has_made(index, arrival));
-        let outcome = self.bell.park_grouped(all_made, until);
+        let outcome = self.doorbell.park_grouped(all_made, until);
         // Relaxed: a sleeper too many costs one system call.
         sleepers.fetch_sub(1, Ordering::Relaxed);
         let own = self.members[self.own];
@@ -572,7 +572,7 @@ impl Group for Team {
         // Acquire: pairs with the Release in `ShmLink::leave`, for the words of the members.
         match self.mapping.word(WITHDRAWN).load(Ordering::Acquire) {
             0 => Ok(()),
-            seat => self.look_who_withdrew(seat),
+            local_index => self.look_who_withdrew(local_index),
         }
     }
 
@@ -587,14 +587,14 @@ impl Group for Team {
         self.heaps[index].mapped(member, offset + bytes.start as u64, bytes.len() as u64)
     }
 
-    fn bench_bytes(&self) -> usize {
-        BENCH_BYTES
+    fn staging_bytes(&self) -> usize {
+        GROUP_STAGING_BYTES
     }
 
-    fn bench(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
-        assert!(bytes.end <= BENCH_BYTES, "{bytes:?} lie outside of a bench");
-        let seat = self.peers[self.index(member)].seat;
-        let at = self.mapping.layout().bench(seat) + bytes.start as u64;
+    fn staging(&self, member: Rank, bytes: Range<usize>) -> *mut u8 {
+        assert!(bytes.end <= GROUP_STAGING_BYTES, "{bytes:?} lie outside of a staging buffer");
+        let local_index = self.peers[self.index(member)].local_index;
+        let at = self.mapping.layout().group_staging(local_index) + bytes.start as u64;
         self.mapping.pointer(at, bytes.len() as u64)
     }
 }

@@ -1,4 +1,4 @@
-//! Registered memory: this rank's part of the shared memory, handed out in blocks.
+//! Registered memory: this rank's part of the shared memory, allocated in blocks.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -32,8 +32,8 @@ struct State {
     aborted: Option<Vec<Range<u64>>>,
 }
 
-/// A page-aligned piece of a [`Heap`] that every rank of the host reaches, zeroed. Dropping it
-/// returns the memory to the system. It stays valid when the link is gone.
+/// A page-aligned piece of a [`Heap`], initially zero, that every rank of the host can access.
+/// Dropping it returns the memory to the system. It stays valid after the link is gone.
 ///
 /// The peers of the rank can read and write it at any time; in an honest job they do so only
 /// during collectives on it.
@@ -45,19 +45,20 @@ pub struct Block {
 }
 
 impl Heap {
-    pub(crate) fn new(mapping: Arc<Mapping>, seat: u64) -> Self {
-        let (start, bytes) = (mapping.layout().heap(seat), mapping.layout().heap_bytes());
+    pub(crate) fn new(mapping: Arc<Mapping>, local_index: u64) -> Self {
+        let (start, bytes) = (mapping.layout().heap(local_index), mapping.layout().heap_bytes());
         let state = Mutex::new(State { free: FreeList::new(bytes), aborted: None });
         Self(Arc::new(Inner { mapping, start, state }))
     }
 
-    /// A block of at least `bytes` bytes.
+    /// Allocates a block of at least `bytes` bytes.
     ///
-    /// The pages are allocated and mapped at once, at about a millisecond per MiB: what the first
-    /// touch would cost otherwise, and the only way to learn of too little memory by an error.
+    /// The pages are allocated and mapped immediately, at about a millisecond per MiB. The first
+    /// access would cost as much otherwise, and this is the only way to get an error if memory is
+    /// short.
     ///
     /// # Errors
-    /// If the heap or the system has not that much memory left, or after an abort.
+    /// If the heap or the system does not have that much memory left, or after an abort.
     pub fn allocate(&self, bytes: usize) -> Result<Block, ShmError> {
         let heap_bytes = self.0.mapping.layout().heap_bytes();
         let full = ShmError::Full { bytes, heap_bytes };
@@ -89,8 +90,15 @@ impl Heap {
         Ok(block)
     }
 
-    /// The place of `bytes` bytes at `address` in this heap, if they lie in it: what
-    /// [`Region::new`] wants to know.
+    /// The addresses of the heap in this process.
+    pub(crate) fn range(&self) -> Range<usize> {
+        let bytes = self.0.mapping.layout().heap_bytes();
+        let start = self.0.mapping.pointer(self.0.start, bytes) as usize;
+        start..start + bytes as usize
+    }
+
+    /// The offset of `bytes` bytes at `address` in this heap, if they lie in it, as [`Region::new`]
+    /// takes it.
     #[inline]
     pub fn offset_of(&self, address: *const u8, bytes: usize) -> Option<u64> {
         let offset = self.0.mapping.offset_of(address, bytes)?.checked_sub(self.0.start)?;
@@ -140,7 +148,7 @@ impl Block {
         self.range.start
     }
 
-    /// The bytes asked for.
+    /// The requested size in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }

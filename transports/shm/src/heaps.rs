@@ -1,7 +1,7 @@
 //! The registered memory of all ranks of a host, for several links.
 //!
-//! Groups of a job's ranks have links of their own, in memory of their own, but what is registered
-//! is registered for all of them: it lies in the heaps of the link that was there first.
+//! Groups of a job's ranks have links of their own, in memory of their own. Registered memory is
+//! the same for all of them: it lies in the heaps of the first link.
 
 use std::sync::Arc;
 
@@ -18,34 +18,36 @@ pub struct Heaps {
     pub(crate) own: Heap,
     mapping: Arc<Mapping>,
     /// By rank, ascending.
-    seats: Arc<[(Rank, u64)]>,
+    local_ranks: Arc<[(Rank, u64)]>,
 }
 
 /// Where a link finds the heap of one of its ranks.
 #[derive(Clone, Debug)]
 pub(crate) struct PeerHeap {
     mapping: Arc<Mapping>,
-    seat: u64,
+    local_index: u64,
 }
 
 impl Heaps {
-    pub(crate) fn new(own: Heap, mapping: Arc<Mapping>, mut seats: Vec<(Rank, u64)>) -> Self {
-        seats.sort_unstable();
-        Self { own, mapping, seats: seats.into() }
+    pub(crate) fn new(own: Heap, mapping: Arc<Mapping>, mut local_ranks: Vec<(Rank, u64)>) -> Self {
+        local_ranks.sort_unstable();
+        Self { own, mapping, local_ranks: local_ranks.into() }
     }
 
-    /// The same heaps for a link that calls its ranks by other numbers: its rank r is rank
-    /// `ranks[r]` here. For those of its ranks that are in `members`.
+    /// The same heaps for a link that numbers its ranks differently: its rank r is rank `ranks[r]`
+    /// here. Covers those of its ranks that are in `members`.
     ///
     /// # Errors
     /// If a member has no heap here.
     pub fn renamed(&self, members: &[Rank], ranks: &[Rank]) -> Result<Self, ShmError> {
-        let seat = |&member: &Rank| {
-            let found = self.seats.binary_search_by_key(&ranks[member], |(rank, _)| *rank);
-            found.map(|at| (member, self.seats[at].1)).map_err(|_| ShmError::Late(vec![member]))
+        let local_index = |&member: &Rank| {
+            let found = self.local_ranks.binary_search_by_key(&ranks[member], |(rank, _)| *rank);
+            found
+                .map(|at| (member, self.local_ranks[at].1))
+                .map_err(|_| ShmError::Late(vec![member]))
         };
-        let seats = members.iter().map(seat).collect::<Result<_, _>>()?;
-        Ok(Self::new(self.own.clone(), Arc::clone(&self.mapping), seats))
+        let local_ranks = members.iter().map(local_index).collect::<Result<_, _>>()?;
+        Ok(Self::new(self.own.clone(), Arc::clone(&self.mapping), local_ranks))
     }
 
     /// This rank's own heap.
@@ -54,9 +56,9 @@ impl Heaps {
     }
 
     pub(crate) fn of(&self, rank: Rank) -> PeerHeap {
-        let at = self.seats.binary_search_by_key(&rank, |(rank, _)| *rank);
-        let (_, seat) = self.seats[at.expect("every rank of a link has a heap")];
-        PeerHeap { mapping: Arc::clone(&self.mapping), seat }
+        let at = self.local_ranks.binary_search_by_key(&rank, |(rank, _)| *rank);
+        let (_, local_index) = self.local_ranks[at.expect("every rank of a link has a heap")];
+        PeerHeap { mapping: Arc::clone(&self.mapping), local_index }
     }
 }
 
@@ -68,6 +70,6 @@ impl PeerHeap {
         if !inside {
             return Err(LinkError::protocol(rank, "a message outside of the sender's heap"));
         }
-        Ok(self.mapping.pointer(layout.heap(self.seat) + offset, bytes))
+        Ok(self.mapping.pointer(layout.heap(self.local_index) + offset, bytes))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 use unisum_kernels::copy;
 use unisum_link::{Call, Landing, LinkError, LinkErrorKind, Rank, Region, Ticket};
 
-use crate::bell::{Bell, URGENT};
+use crate::doorbell::{Doorbell, URGENT};
 use crate::ffi::read_process;
 use crate::heaps::PeerHeap;
 use crate::layout::STAGE_BYTES;
@@ -17,6 +17,8 @@ use crate::mapping::Mapping;
 #[derive(Debug)]
 pub(crate) struct Inbox {
     mailbox: Mailbox,
+    /// This rank.
+    rank: Rank,
     peer: Peer,
     heap: PeerHeap,
     /// Entries whose room was given back.
@@ -75,7 +77,7 @@ unsafe impl Send for Arrived {}
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Peer {
     pub(crate) rank: Rank,
-    pub(crate) seat: u64,
+    pub(crate) local_index: u64,
     pub(crate) pid: u32,
 }
 
@@ -106,7 +108,7 @@ impl Peer {
         // see that now, what we read was what was lent. Acquire: orders our reads before the load;
         // pairs with the fence in `ShmLink::leave`.
         fence(Ordering::Acquire);
-        let control = mapping.layout().control(self.seat);
+        let control = mapping.layout().control(self.local_index);
         // Relaxed: after the fence.
         match mapping.word(control.gone()).load(Ordering::Relaxed) {
             0 => Ok(()),
@@ -126,9 +128,10 @@ impl Peer {
 }
 
 impl Inbox {
-    pub(crate) fn new(mapping: &Mapping, own: u64, peer: Peer, heap: PeerHeap) -> Self {
+    pub(crate) fn new(mapping: &Mapping, own: &Peer, peer: Peer, heap: PeerHeap) -> Self {
         Self {
-            mailbox: Mailbox::new(mapping.layout(), peer.seat, own),
+            mailbox: Mailbox::new(mapping.layout(), peer.local_index, own.local_index),
+            rank: own.rank,
             peer,
             heap,
             consumed: 0,
@@ -173,7 +176,7 @@ impl Inbox {
     pub(crate) fn progress(
         &mut self,
         mapping: &Mapping,
-        bell: &Bell,
+        doorbell: &Doorbell,
         done: &mut impl FnMut(Ticket, Option<Arrived>),
     ) -> Result<(), LinkError> {
         while !self.queue.is_empty() {
@@ -183,7 +186,7 @@ impl Inbox {
             };
             self.take(mapping, number, &message, done)?;
             // Not once at the end: the sender may go on while we copy the next.
-            self.consume(mapping, bell);
+            self.consume(mapping, doorbell);
         }
         Ok(())
     }
@@ -192,11 +195,11 @@ impl Inbox {
     pub(crate) fn release(
         &mut self,
         mapping: &Mapping,
-        bell: &Bell,
+        doorbell: &Doorbell,
         arrived: Arrived,
     ) -> Result<(), LinkError> {
         match arrived.holds {
-            Holds::Entry(number) => return self.let_go(mapping, bell, number),
+            Holds::Entry(number) => return self.let_go(mapping, doorbell, number),
             Holds::Scratch(scratch) if self.spare.len() < SPARES => self.spare.push(scratch),
             Holds::Scratch(_) => {}
         }
@@ -208,29 +211,34 @@ impl Inbox {
     pub(crate) fn copy_out(
         &mut self,
         mapping: &Mapping,
-        bell: &Bell,
+        doorbell: &Doorbell,
         arrived: &mut Arrived,
     ) -> Result<(), LinkError> {
         let Holds::Entry(number) = arrived.holds else {
             return Ok(());
         };
         let (from, bytes) = (arrived.at, arrived.bytes);
-        let mut scratch = buffer(&mut self.spare, bytes);
+        let mut scratch = buffer(&mut self.spare, bytes, self.rank)?;
         // SAFETY: an arrival is readable until its entry is let go, and the buffer is as long.
         unsafe { copy(from, scratch.as_mut_ptr().cast(), bytes) };
         *arrived = Arrived::in_scratch(scratch, bytes);
-        self.let_go(mapping, bell, number)
+        self.let_go(mapping, doorbell, number)
     }
 
     /// What an entry held was read for the last time.
-    fn let_go(&mut self, mapping: &Mapping, bell: &Bell, number: u64) -> Result<(), LinkError> {
+    fn let_go(
+        &mut self,
+        mapping: &Mapping,
+        doorbell: &Doorbell,
+        number: u64,
+    ) -> Result<(), LinkError> {
         let taken = &mut self.taken[(number - self.consumed) as usize];
         taken.held = false;
         if taken.lent {
             // Before the sender hears that it may use its memory again.
             self.peer.confirm(mapping)?;
         }
-        self.consume(mapping, bell);
+        self.consume(mapping, doorbell);
         Ok(())
     }
 
@@ -277,7 +285,7 @@ impl Inbox {
                 (self.mailbox.stage(mapping, number), STAGE_BYTES.min(bytes - first.arrived))
             }
             Place::Process(address) => {
-                let into = first.room(&mut self.spare, bytes);
+                let into = first.room(&mut self.spare, bytes, self.rank)?;
                 // SAFETY: `room` has that many bytes.
                 unsafe { self.peer.pull(mapping, address, into, bytes) }?;
                 first.arrived = bytes;
@@ -287,7 +295,7 @@ impl Inbox {
         if first.landing == Landing::Slot && piece == bytes {
             return Ok(Some(from));
         }
-        let into = first.room(&mut self.spare, piece);
+        let into = first.room(&mut self.spare, piece, self.rank)?;
         // SAFETY: both have `piece` bytes and lie in memory of different ranks; the sender leaves
         // the source alone until we say that it is consumed, or says that it does not.
         unsafe { copy(from, into, piece) };
@@ -299,7 +307,7 @@ impl Inbox {
     }
 
     /// Gives the room of entries back that nobody holds, and tells a sender that waits for it.
-    fn consume(&mut self, mapping: &Mapping, bell: &Bell) {
+    fn consume(&mut self, mapping: &Mapping, doorbell: &Doorbell) {
         let (mut awaited, before) = (0, self.consumed);
         while self.taken.front().is_some_and(|first| !first.held) {
             awaited += u32::from(self.taken.pop_front().is_some_and(|first| first.lent));
@@ -311,7 +319,7 @@ impl Inbox {
         let stalled = self.mailbox.consume(mapping, self.consumed);
         let weight = if stalled { URGENT } else { awaited };
         if weight > 0 {
-            bell.ring(self.peer.seat, weight);
+            doorbell.ring(self.peer.local_index, weight);
         }
     }
 }
@@ -338,25 +346,39 @@ impl Incoming {
 
     /// Where the next `piece` bytes go: their place in the region, or scratch for the slot.
     ///
+    /// # Errors
+    /// If rank `rank`, which is this one, has no memory for the slot.
+    ///
     /// # Panics
     /// If there are not so many left.
-    fn room(&mut self, spare: &mut Vec<Vec<u64>>, piece: usize) -> *mut u8 {
+    fn room(
+        &mut self,
+        spare: &mut Vec<Vec<u64>>,
+        piece: usize,
+        rank: Rank,
+    ) -> Result<*mut u8, LinkError> {
         let place = self.memory.pointer(&(self.arrived..self.arrived + piece));
         if self.landing == Landing::Place {
-            return place;
+            return Ok(place);
         }
         if self.scratch.is_empty() {
-            self.scratch = buffer(spare, self.memory.bytes());
+            self.scratch = buffer(spare, self.memory.bytes(), rank)?;
         }
-        self.scratch.as_mut_ptr().cast::<u8>().wrapping_add(self.arrived)
+        Ok(self.scratch.as_mut_ptr().cast::<u8>().wrapping_add(self.arrived))
     }
 }
 
-/// A buffer for `bytes` bytes, a used one if there is one.
-fn buffer(spare: &mut Vec<Vec<u64>>, bytes: usize) -> Vec<u64> {
+/// A buffer for `bytes` bytes, a used one if there is one; an error of rank `rank`, which is this
+/// one, if there is no memory for it.
+fn buffer(spare: &mut Vec<Vec<u64>>, bytes: usize, rank: Rank) -> Result<Vec<u64>, LinkError> {
     let mut buffer = spare.pop().unwrap_or_default();
-    buffer.resize(bytes.div_ceil(8), 0);
-    buffer
+    let words = bytes.div_ceil(8);
+    buffer.try_reserve_exact(words.saturating_sub(buffer.len())).map_err(|error| {
+        let what = format!("has no memory for the {bytes} bytes of an arrival");
+        LinkError::lacking(rank, what, error)
+    })?;
+    buffer.resize(words, 0);
+    Ok(buffer)
 }
 
 /// Slot buffers kept per peer.

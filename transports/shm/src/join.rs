@@ -1,7 +1,7 @@
-//! How the ranks of a host come to share one memory.
+//! How the ranks of a host join one shared memory.
 //!
-//! Every rank binds a socket of a random name in the abstract namespace and tells its name on its
-//! card. The lowest candidate leads: it creates the memory and hands it to the others.
+//! Every rank binds a socket with a random name in the abstract namespace and states the name on
+//! its card. The lowest candidate leads: it creates the memory and passes it to the others.
 //!
 //! ```text
 //! leader   challenge [32]                                    to whoever connects as our user
@@ -11,17 +11,18 @@
 //! leader   1 byte, after it found the member's nonce: both see the same memory
 //! ```
 //!
-//! Nobody waits for a rank that has given up. A member that gives up closes its connection; before
-//! it has proven itself it lacks nothing that could make it give up, as the descriptors that
-//! joining takes are set aside with the offer. A leader that gives up closes its socket: a member
-//! that has connected is cut off and dials again, and one that dials is refused. So a member that
-//! is cut off while the leader still listens, as one stranger too many, only tries once more.
+//! No rank waits for one that has given up. A member that gives up closes its connection; before it
+//! has proven itself, it lacks nothing that could make it give up, because the descriptors for
+//! joining are reserved with the offer. A leader that gives up closes its socket: a connected
+//! member is cut off and dials again, and a dialing member is refused. A member that is cut off
+//! while the leader still listens, because there were too many strangers, therefore only tries once
+//! more.
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
-mod guests;
 mod host;
 mod member;
+mod pending;
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
@@ -31,38 +32,37 @@ use std::time::Instant;
 
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Secret, random};
-use unisum_link::{Group, Rank};
+use unisum_link::{Group, Limit, Passed, Rank};
 
-use crate::bell::Bell;
 use crate::card::{Card, candidates};
+use crate::doorbell::Doorbell;
 use crate::ffi::read_process;
 use crate::group::Team;
 use crate::heap::Heap;
 use crate::heaps::Heaps;
 use crate::inbox::Peer;
-use crate::layout::BENCH_BYTES;
-use crate::limit::Passed;
+use crate::layout::GROUP_STAGING_BYTES;
 use crate::mapping::Mapping;
-use crate::{Limit, ShmError, ShmLink};
+use crate::{ShmError, ShmLink};
 
-/// This rank's offer to share memory with whoever is on the same host.
+/// This rank's offer to share memory with ranks on the same host.
 #[derive(Debug)]
 pub struct Offer {
     secret: Secret,
     listener: ParentOnly<UnixListener>,
-    /// Descriptors set aside for joining, so that a rank that is short of them makes no offer.
+    /// Descriptors reserved for joining, so that a rank that is short of them makes no offer.
     reserve: Vec<UnixDatagram>,
     card: Card,
 }
 
-/// What joining opens beside the listener: the memory, the doorbell, and one connection.
+/// What joining opens besides the listener: the memory, the doorbell, and one connection.
 const RESERVE: usize = 3;
 
 impl Offer {
-    /// Binds this rank's socket. `secret` is the job's: strangers are refused by it.
+    /// Binds this rank's socket. `secret` is the job's secret, which strangers lack.
     ///
     /// # Errors
-    /// If the system refuses, or tells too little about itself.
+    /// If the system refuses, or does not identify itself sufficiently.
     pub fn new(secret: &Secret) -> Result<Self, ShmError> {
         let name: [u8; 32] = random().map_err(ShmError::os("drawing a name"))?;
         let address =
@@ -78,23 +78,23 @@ impl Offer {
         Ok(Self { secret: secret.clone(), listener, reserve, card: Card::here(name)? })
     }
 
-    /// What all ranks must know of this offer: opaque bytes.
+    /// What all ranks must know about this offer, as opaque bytes.
     pub fn card(&self) -> Vec<u8> {
         self.card.encode()
     }
 
-    /// Shares memory with the other ranks of this host. Every rank with a card calls this, with
-    /// the same `cards` (by rank; empty where a rank made no offer) and `session` (the job's, so
-    /// that two jobs never mix).
+    /// Shares memory with the other ranks of this host. Every rank with a card calls this, with the
+    /// same `cards` (by rank; empty where a rank made no offer) and the same `session` (that of the
+    /// job, so that two jobs never mix).
     ///
-    /// `heap_bytes` is how much registered memory each rank may have at most, by default as much
-    /// as the machine has; nothing is committed before it is allocated. The lowest rank of the
-    /// host decides. Blocks until all are there or have given up, within `limit`.
+    /// `heap_bytes` is the maximum registered memory of each rank, by default as much as the
+    /// machine has; nothing is committed before it is allocated. The value of the host's lowest
+    /// rank applies. Blocks until all ranks have joined or given up, for at most `limit`.
     ///
     /// # Errors
-    /// [`ShmError::Alone`] if no other rank is here, and whatever stands against sharing; then
-    /// this rank must use another transport, and tell the others. [`ShmError::Over`] if the job
-    /// ends meanwhile.
+    /// [`ShmError::Alone`] if no other rank is on this host, and any obstacle to sharing: this rank
+    /// must then use another transport, and tell the others. [`ShmError::Over`] if the job ends
+    /// meanwhile.
     pub fn join<'a>(
         self,
         me: Rank,
@@ -114,7 +114,7 @@ impl Offer {
             drop(self.listener);
             member::join(&proof, &ranks, me, &found[0].1, limit)?
         };
-        Ok(mapped.seat(me, ranks))
+        Ok(mapped.local_index(me, ranks))
     }
 }
 
@@ -125,45 +125,52 @@ struct Proof {
     session: [u8; 16],
 }
 
-/// This rank's part of a mapping, before it is known who else takes part.
+/// This rank's part of a mapping, before it is known which other ranks take part.
 struct Mapped {
     mapping: Arc<Mapping>,
-    bell: Bell,
+    doorbell: Doorbell,
     probe: Arc<AtomicU64>,
 }
 
 impl Mapped {
-    /// Writes down who sits at `seat`: all that peers need to know.
-    fn new(mapping: Mapping, seat: u64) -> Result<Self, ShmError> {
+    /// Publishes which rank is at `local_index`: all that peers need to know.
+    fn new(mapping: Mapping, local_index: u64) -> Result<Self, ShmError> {
         // Now, and not when it is first written: then there would be no way to say that memory
         // ran out.
-        let bench = mapping.layout().bench(seat);
+        let staging = mapping.layout().group_staging(local_index);
         mapping
-            .reserve(bench..bench + BENCH_BYTES as u64)
+            .reserve(staging..staging + GROUP_STAGING_BYTES as u64)
             .map_err(ShmError::os("allocating shared memory for private buffers"))?;
         let mapping = Arc::new(mapping);
-        let bell = Bell::new(Arc::clone(&mapping), seat)?;
+        let doorbell = Doorbell::new(Arc::clone(&mapping), local_index)?;
         let drawn = random().map_err(ShmError::os("drawing a probe"))?;
         let probe = Arc::new(AtomicU64::new(u64::from_le_bytes(drawn)));
-        let control = mapping.layout().control(seat);
+        let control = mapping.layout().control(local_index);
         // Relaxed: read after the socket's messages that follow.
         mapping.word(control.pid()).store(std::process::id(), Ordering::Relaxed);
         mapping.wide(control.probe_address()).store(probe.as_ptr() as u64, Ordering::Relaxed);
         mapping.wide(control.probe_value()).store(u64::from_le_bytes(drawn), Ordering::Relaxed);
-        Ok(Self { mapping, bell, probe })
+        Ok(Self { mapping, doorbell, probe })
     }
 
-    fn seat(self, me: Rank, candidates: Vec<Rank>) -> Candidate {
-        let Self { mapping, bell, probe } = self;
-        Candidate { mapping, bell: Arc::new(bell), probe, me, candidates, private_reads: true }
+    fn local_index(self, me: Rank, candidates: Vec<Rank>) -> Candidate {
+        let Self { mapping, doorbell, probe } = self;
+        Candidate {
+            mapping,
+            doorbell: Arc::new(doorbell),
+            probe,
+            me,
+            candidates,
+            private_reads: true,
+        }
     }
 }
 
-/// A rank that shares the memory of its host, before all know who else does.
+/// A rank that shares the memory of its host, before all ranks know who else does.
 #[derive(Debug)]
 pub struct Candidate {
     mapping: Arc<Mapping>,
-    bell: Arc<Bell>,
+    doorbell: Arc<Doorbell>,
     probe: Arc<AtomicU64>,
     me: Rank,
     candidates: Vec<Rank>,
@@ -171,44 +178,44 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// The rank that created the memory. Ranks share memory exactly if they name the same.
+    /// The rank that created the memory. Ranks share memory if and only if they name the same rank.
     pub fn leader(&self) -> Rank {
         self.candidates[0]
     }
 
-    /// Makes the link do without `process_vm_readv`, as if the kernel forbade it.
+    /// Makes the link work without `process_vm_readv`, as if the kernel forbade it.
     #[must_use]
     pub fn without_private_reads(mut self) -> Self {
         self.private_reads = false;
         self
     }
 
-    /// The link among `members`: ascending, the same on all of them, all of which joined.
+    /// Connects `members`, all of which joined: ascending, and the same on all of them.
     ///
-    /// Finds out whether the members can read each other's private memory, so it waits for all of
-    /// them, within `limit`.
+    /// Tests whether the members can read each other's private memory, and therefore waits for all
+    /// of them, for at most `limit`.
     ///
     /// # Errors
-    /// [`ShmError::Late`] if a member doesn't connect, [`ShmError::Over`] if the job ends
+    /// [`ShmError::Late`] if a member does not connect, [`ShmError::Over`] if the job ends
     /// meanwhile.
     ///
     /// # Panics
-    /// If `members` names a rank that is no candidate, or lacks this one.
+    /// If `members` names a rank that is not a candidate, or lacks this one.
     pub fn connect<'a>(
         self,
         members: &[Rank],
         limit: impl Into<Limit<'a>>,
     ) -> Result<ShmLink, ShmError> {
-        let own = Heap::new(Arc::clone(&self.mapping), self.seat(self.me));
-        let seats = members.iter().map(|&rank| (rank, self.seat(rank))).collect();
-        let heaps = Heaps::new(own, Arc::clone(&self.mapping), seats);
+        let own = Heap::new(Arc::clone(&self.mapping), self.local_index(self.me));
+        let local_ranks = members.iter().map(|&rank| (rank, self.local_index(rank))).collect();
+        let heaps = Heaps::new(own, Arc::clone(&self.mapping), local_ranks);
         let mut link = self.connect_beside(members, heaps, limit)?;
         link.spread();
         Ok(link)
     }
 
-    /// The same for a link whose registered memory is that of another link, `heaps`, by the
-    /// numbers that the ranks have here.
+    /// The same for a link that uses the registered memory of another link, `heaps`, indexed by the
+    /// ranks' numbers here.
     ///
     /// # Errors
     /// As [`Candidate::connect`].
@@ -222,15 +229,17 @@ impl Candidate {
         limit: impl Into<Limit<'a>>,
     ) -> Result<ShmLink, ShmError> {
         let limit = limit.into();
-        let peers = members.iter().map(|&rank| Peer { rank, seat: self.seat(rank), pid: 0 });
+        let peers =
+            members.iter().map(|&rank| Peer { rank, local_index: self.local_index(rank), pid: 0 });
         let own = members.binary_search(&self.me).expect("this rank is a member");
-        let (mapping, bell) = (Arc::clone(&self.mapping), Arc::clone(&self.bell));
-        let mut team = Team::new(mapping, bell, peers.collect(), &heaps, own);
+        let (mapping, doorbell) = (Arc::clone(&self.mapping), Arc::clone(&self.doorbell));
+        let mut team = Team::new(mapping, doorbell, peers.collect(), &heaps, own);
         meet(&mut team, limit)?;
         team.look_up_processes();
         let can_read = self.private_reads && team.peers().iter().all(|peer| self.can_read(peer));
-        let verdict =
-            |peer: &Peer| self.mapping.word(self.mapping.layout().control(peer.seat).verdict());
+        let verdict = |peer: &Peer| {
+            self.mapping.word(self.mapping.layout().control(peer.local_index).verdict())
+        };
         // Relaxed, here and below: ordered by the arrival between them.
         verdict(&team.peers()[own]).store(u32::from(can_read), Ordering::Relaxed);
         meet(&mut team, limit)?;
@@ -238,17 +247,17 @@ impl Candidate {
             team.peers().iter().all(|peer| verdict(peer).load(Ordering::Relaxed) == 1);
         tracing::debug!(?members, reads_private, "shared memory connected");
         let (mapping, me) = (Arc::clone(&self.mapping), team.peers()[own]);
-        Ok(ShmLink::new(mapping, self.bell, team, me, heaps, self.probe, reads_private))
+        Ok(ShmLink::new(mapping, self.doorbell, team, me, heaps, self.probe, reads_private))
     }
 
-    fn seat(&self, rank: Rank) -> u64 {
+    fn local_index(&self, rank: Rank) -> u64 {
         self.candidates.binary_search(&rank).expect("members are candidates") as u64
     }
 
     /// Whether the kernel lets us read the peer's memory; a process id of another namespace would
     /// name another process, so the content is compared.
     fn can_read(&self, peer: &Peer) -> bool {
-        let control = self.mapping.layout().control(peer.seat);
+        let control = self.mapping.layout().control(peer.local_index);
         let address = self.mapping.wide(control.probe_address()).load(Ordering::Relaxed);
         let expected = self.mapping.wide(control.probe_value()).load(Ordering::Relaxed);
         let mut found = 0u64;

@@ -2,15 +2,15 @@
 //!
 //! ```text
 //! header      one page: magic, nonce, who sleeps in the group, who has left it
-//! control     per seat, 3 lines: doorbell | who it is | name of its socket
-//! slots       per seat and parity of an arrival: a card (one line) and a deposit
-//! mailboxes   per ordered pair of seats: a line for the reader, then a ring of entries
+//! control     per rank, 3 lines: doorbell | identity | name of its socket
+//! slots       per rank and parity of an arrival: a card (one line) and a deposit
+//! mailboxes   per ordered pair of ranks: a line for the reader, then a ring of entries
 //! staging     per ordered pair: one buffer per ring entry (pages appear with the first use)
-//! benches     per seat: what moves between private regions, page by page as it is used
-//! heaps       per seat: registered memory, sparse
+//! group       per rank: a staging buffer for data between private regions, page by page
+//! heaps       per rank: registered memory, sparse
 //! ```
-//! A *seat* is a rank's index among the candidates of the host. Everything that several
-//! processes write or poll has a cache line of its own.
+//! Ranks are addressed by their *local index*: their index among the candidates of the host.
+//! Everything that several processes write or poll has a cache line of its own.
 
 use std::sync::atomic::AtomicU64;
 
@@ -24,8 +24,8 @@ pub(crate) const STAGE_BYTES: usize = 8 << 10;
 pub(crate) const INLINE_BYTES: usize = 24;
 /// Bytes of a deposit.
 pub(crate) const SLOT_BYTES: usize = 16 << 10;
-/// Bytes of a bench.
-pub(crate) const BENCH_BYTES: usize = 1 << 20;
+/// Bytes of a group staging buffer.
+pub(crate) const GROUP_STAGING_BYTES: usize = 1 << 20;
 /// What the memory begins with: "unishm" and the version of this layout.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"unishm\x00\x04");
 
@@ -39,8 +39,8 @@ pub(crate) const WAKES: u64 = 68;
 pub(crate) const WOKEN: u64 = 72;
 /// The last enter of each parity whose collective was marked (see `group`).
 pub(crate) const MARKED: [u64; 2] = [128, 136];
-/// Who took its memory back first, as its seat counted from 1. Alone on its line, which is written
-/// when the group ends: to look at it costs nothing until then.
+/// The rank that took its memory back first, as its local index counted from 1. Alone on its line,
+/// which is written when the group ends: reading it costs nothing until then.
 pub(crate) const WITHDRAWN: u64 = 192;
 
 const LINE: u64 = 64;
@@ -57,18 +57,20 @@ const BYTES_MAX: u64 = 1 << 56;
 /// The sizes that everything else follows from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
-    seats: u64,
+    local_ranks: u64,
     heap_bytes: u64,
 }
 
 impl Layout {
-    /// The layout for `seats` ranks with heaps of at most `heap_bytes` bytes (rounded down);
+    /// The layout for `local_ranks` ranks with heaps of at most `heap_bytes` bytes (rounded down);
     /// `None` if that is more than memory can ever be.
-    pub(crate) fn new(seats: usize, heap_bytes: u64) -> Option<Self> {
-        let seats = u64::try_from(seats).ok().filter(|seats| (1..=1 << 14).contains(seats))?;
+    pub(crate) fn new(local_ranks: usize, heap_bytes: u64) -> Option<Self> {
+        let local_ranks = u64::try_from(local_ranks)
+            .ok()
+            .filter(|local_ranks| (1..=1 << 14).contains(local_ranks))?;
         let heap_bytes = heap_bytes / HEAP_ALIGN * HEAP_ALIGN;
-        let layout = Self { seats, heap_bytes };
-        let heaps = seats.checked_mul(heap_bytes).filter(|&bytes| bytes < BYTES_MAX)?;
+        let layout = Self { local_ranks, heap_bytes };
+        let heaps = local_ranks.checked_mul(heap_bytes).filter(|&bytes| bytes < BYTES_MAX)?;
         (layout.heaps() + heaps < BYTES_MAX).then_some(layout)
     }
 
@@ -79,7 +81,7 @@ impl Layout {
 
     /// Bytes of all of it.
     pub(crate) const fn bytes(&self) -> u64 {
-        self.heap(self.seats)
+        self.heap(self.local_ranks)
     }
 
     /// The part at the start that is always in use: everything before the staging buffers.
@@ -87,54 +89,55 @@ impl Layout {
         self.stagings()
     }
 
-    /// The control lines of a seat.
-    pub(crate) const fn control(&self, seat: u64) -> Control {
-        Control(PAGE + seat * CONTROL_BYTES)
+    /// The control lines of the rank at a local index.
+    pub(crate) const fn control(&self, local_index: u64) -> Control {
+        Control(PAGE + local_index * CONTROL_BYTES)
     }
 
-    /// What a seat publishes with an arrival: every other one has the same place.
-    pub(crate) const fn slot(&self, seat: u64, arrival: u64) -> Slot {
-        Slot(self.slots() + (2 * seat + (arrival & 1)) * SLOT_STRIDE)
+    /// What a rank publishes with an arrival: every other one has the same place.
+    pub(crate) const fn slot(&self, local_index: u64, arrival: u64) -> Slot {
+        Slot(self.slots() + (2 * local_index + (arrival & 1)) * SLOT_STRIDE)
     }
 
     /// The line of the mailbox that the reader writes.
     pub(crate) const fn mailbox(&self, from: u64, to: u64) -> u64 {
-        self.mailboxes() + (from * self.seats + to) * MAILBOX_BYTES
+        self.mailboxes() + (from * self.local_ranks + to) * MAILBOX_BYTES
     }
 
     /// The staging buffers of an ordered pair, and their bytes.
     pub(crate) const fn staging(&self, from: u64, to: u64) -> (u64, u64) {
-        (self.stagings() + (from * self.seats + to) * STAGING_BYTES, STAGING_BYTES)
+        (self.stagings() + (from * self.local_ranks + to) * STAGING_BYTES, STAGING_BYTES)
     }
 
-    /// The bench of a seat.
-    pub(crate) const fn bench(&self, seat: u64) -> u64 {
-        self.benches() + seat * BENCH_BYTES as u64
+    /// The group staging buffer of the rank at a local index.
+    pub(crate) const fn group_staging(&self, local_index: u64) -> u64 {
+        self.group_stagings() + local_index * GROUP_STAGING_BYTES as u64
     }
 
-    /// The heap of a seat.
-    pub(crate) const fn heap(&self, seat: u64) -> u64 {
-        self.heaps() + seat * self.heap_bytes
+    /// The heap of the rank at a local index.
+    pub(crate) const fn heap(&self, local_index: u64) -> u64 {
+        self.heaps() + local_index * self.heap_bytes
     }
 
     const fn slots(&self) -> u64 {
-        PAGE + self.seats * CONTROL_BYTES
+        PAGE + self.local_ranks * CONTROL_BYTES
     }
 
     const fn mailboxes(&self) -> u64 {
-        self.slots() + self.seats * 2 * SLOT_STRIDE
+        self.slots() + self.local_ranks * 2 * SLOT_STRIDE
     }
 
     const fn stagings(&self) -> u64 {
-        (self.mailboxes() + self.seats * self.seats * MAILBOX_BYTES).next_multiple_of(PAGE)
+        (self.mailboxes() + self.local_ranks * self.local_ranks * MAILBOX_BYTES)
+            .next_multiple_of(PAGE)
     }
 
-    const fn benches(&self) -> u64 {
-        self.stagings() + self.seats * self.seats * STAGING_BYTES
+    const fn group_stagings(&self) -> u64 {
+        self.stagings() + self.local_ranks * self.local_ranks * STAGING_BYTES
     }
 
     const fn heaps(&self) -> u64 {
-        self.bench(self.seats).next_multiple_of(HEAP_ALIGN)
+        self.group_staging(self.local_ranks).next_multiple_of(HEAP_ALIGN)
     }
 }
 
@@ -143,13 +146,13 @@ pub(crate) const fn entry(mailbox: u64, number: u64) -> u64 {
     mailbox + (1 + number % RING) * LINE
 }
 
-/// Offsets of a seat's control lines.
+/// Offsets of a rank's control lines.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Control(u64);
 
 #[rustfmt::skip]
 impl Control {
-    /// Doorbell: counts what happened for this seat.
+    /// Doorbell: counts what happened for this rank.
     pub(crate) const fn events(self) -> u64 { self.0 }
     /// Doorbell: the count at which its sleeper wants to be woken.
     pub(crate) const fn wake_at(self) -> u64 { self.0 + 4 }
@@ -218,18 +221,18 @@ mod tests {
     /// Every part of a layout as (offset, bytes).
     fn parts(layout: &Layout) -> Vec<(u64, u64)> {
         let mut parts = vec![(0, PAGE)];
-        for seat in 0..layout.seats {
-            parts.push((layout.control(seat).events(), CONTROL_BYTES));
-            parts.push((layout.heap(seat), layout.heap_bytes));
-            parts.push((layout.bench(seat), BENCH_BYTES as u64));
+        for local_index in 0..layout.local_ranks {
+            parts.push((layout.control(local_index).events(), CONTROL_BYTES));
+            parts.push((layout.heap(local_index), layout.heap_bytes));
+            parts.push((layout.group_staging(local_index), GROUP_STAGING_BYTES as u64));
             for parity in [6, 7] {
-                let slot = layout.slot(seat, parity);
+                let slot = layout.slot(local_index, parity);
                 parts.push((slot.card(), LINE));
                 parts.push((slot.deposit(), SLOT_BYTES as u64));
             }
-            for peer in 0..layout.seats {
-                parts.push((layout.mailbox(seat, peer), MAILBOX_BYTES));
-                parts.push(layout.staging(seat, peer));
+            for peer in 0..layout.local_ranks {
+                parts.push((layout.mailbox(local_index, peer), MAILBOX_BYTES));
+                parts.push(layout.staging(local_index, peer));
             }
         }
         parts.sort_unstable();
@@ -238,11 +241,11 @@ mod tests {
 
     #[test]
     fn parts_do_not_overlap_and_are_aligned() {
-        for seats in [1, 2, 3, 16, 61] {
-            let layout = Layout::new(seats, 5 << 20).unwrap();
+        for local_ranks in [1, 2, 3, 16, 61] {
+            let layout = Layout::new(local_ranks, 5 << 20).unwrap();
             let parts = parts(&layout);
             for pair in parts.windows(2) {
-                assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{seats} seats: {pair:?}");
+                assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{local_ranks} local_ranks: {pair:?}");
             }
             assert!(parts.iter().all(|(offset, _)| offset % LINE == 0));
             let (offset, bytes) = parts[parts.len() - 1];

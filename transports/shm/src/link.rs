@@ -1,4 +1,4 @@
-//! The link: a mailbox to and from each rank of the host, and the group of all.
+//! The link: a mailbox to and from each rank of the host, and the group of all ranks.
 
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
@@ -10,7 +10,7 @@ use unisum_link::{
     Call, Group, Landing, Link, LinkError, PeerCounts, Rank, Region, Regions, Ticket, Wake,
 };
 
-use crate::bell::{Bell, URGENT};
+use crate::doorbell::{Doorbell, URGENT};
 use crate::group::Team;
 use crate::heap::Heap;
 use crate::heaps::Heaps;
@@ -24,11 +24,11 @@ use crate::outbox::{Outbox, Sender};
 #[derive(Debug)]
 pub struct ShmLink {
     mapping: Arc<Mapping>,
-    bell: Arc<Bell>,
+    doorbell: Arc<Doorbell>,
     heaps: Heaps,
     team: Team,
     rank: Rank,
-    seat: u64,
+    local_index: u64,
     /// The other members, ascending.
     peers: Vec<Rank>,
     /// In the order of `peers`.
@@ -68,7 +68,7 @@ impl ShmLink {
 
     pub(crate) fn new(
         mapping: Arc<Mapping>,
-        bell: Arc<Bell>,
+        doorbell: Arc<Doorbell>,
         team: Team,
         me: Peer,
         heaps: Heaps,
@@ -77,20 +77,20 @@ impl ShmLink {
     ) -> Self {
         let others = team.peers().iter().filter(|peer| peer.rank != me.rank);
         let pair = |peer: &Peer| Pair {
-            inbox: Inbox::new(&mapping, me.seat, *peer, heaps.of(peer.rank)),
-            outbox: Outbox::new(&mapping, me.seat, *peer),
+            inbox: Inbox::new(&mapping, &me, *peer, heaps.of(peer.rank)),
+            outbox: Outbox::new(&mapping, me.local_index, *peer),
             counts: None,
         };
         Self {
             peers: others.clone().map(|peer| peer.rank).collect(),
             pairs: others.map(pair).collect(),
-            seen: bell.events(),
+            seen: doorbell.events(),
             mapping,
-            bell,
+            doorbell,
             heaps,
             team,
             rank: me.rank,
-            seat: me.seat,
+            local_index: me.local_index,
             call: CallWords::default(),
             output: None,
             marked: false,
@@ -122,7 +122,7 @@ impl ShmLink {
     fn push_out(&mut self, index: usize) -> Result<(), LinkError> {
         let mut sender = Sender {
             mapping: &self.mapping,
-            bell: &self.bell,
+            doorbell: &self.doorbell,
             readable: self.reads_private,
             marked: self.marked,
             done: &mut self.done,
@@ -130,26 +130,26 @@ impl ShmLink {
         self.pairs[index].outbox.progress(&mut sender)
     }
 
-    /// Lets go of what was lent by peers: while we sleep they may be waiting for it. An engine
-    /// that exchanges a range, say, can fold an arrival only when its own send is done, which the
-    /// peer in turn may hold.
+    /// Copies and releases what peers lent, because they may wait for it while we sleep. An engine
+    /// that exchanges a range, for example, can fold an arrival only when its own send is done,
+    /// which the peer in turn may hold.
     fn copy_out(&mut self) {
         for (index, slot) in self.arrived.values_mut() {
-            let copied = self.pairs[*index].inbox.copy_out(&self.mapping, &self.bell, slot);
+            let copied = self.pairs[*index].inbox.copy_out(&self.mapping, &self.doorbell, slot);
             if let Err(error) = copied {
                 self.failed.get_or_insert(error);
             }
         }
     }
 
-    /// Takes back what this rank lent: tells the peers that its memory is no longer what it was.
+    /// Takes back what this rank lent: announces to the peers that its memory has changed.
     fn leave(&self) {
-        let control = self.mapping.layout().control(self.seat);
+        let control = self.mapping.layout().control(self.local_index);
         self.mapping.word(control.gone()).store(1, Ordering::Relaxed);
         // Release: who sees the word finds the rank's own set. Otherwise another was first.
         let _ = self.mapping.word(WITHDRAWN).compare_exchange(
             0,
-            self.seat as u32 + 1,
+            self.local_index as u32 + 1,
             Ordering::Release,
             Ordering::Relaxed,
         );
@@ -219,7 +219,7 @@ impl Link for ShmLink {
     }
 
     fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError> {
-        self.seen = self.bell.events();
+        self.seen = self.doorbell.events();
         self.posted = false;
         if let Some(error) = &self.failed {
             return Err(error.clone());
@@ -233,7 +233,7 @@ impl Link for ShmLink {
                     arrived.insert(ticket, (index, slot));
                 }
             };
-            self.pairs[index].inbox.progress(&self.mapping, &self.bell, &mut finish)?;
+            self.pairs[index].inbox.progress(&self.mapping, &self.doorbell, &mut finish)?;
         }
         done.append(&mut self.done);
         Ok(())
@@ -245,7 +245,7 @@ impl Link for ShmLink {
 
     fn release(&mut self, ticket: Ticket) -> Result<(), LinkError> {
         let (index, slot) = self.arrived.remove(&ticket).expect("only arrivals are released");
-        self.pairs[index].inbox.release(&self.mapping, &self.bell, slot)
+        self.pairs[index].inbox.release(&self.mapping, &self.doorbell, slot)
     }
 
     fn mark(&mut self) {
@@ -259,7 +259,7 @@ impl Link for ShmLink {
 
     fn park(&mut self, until: Instant, wanted: usize) -> Result<(), LinkError> {
         // What was posted may concern an event that was already counted.
-        if self.posted || self.bell.take_poke() {
+        if self.posted || self.doorbell.take_poke() {
             return Ok(());
         }
         self.copy_out();
@@ -269,7 +269,7 @@ impl Link for ShmLink {
         // Every ticket takes an event at least, and events that oblige us weigh more than any
         // number wanted.
         let wanted = u32::try_from(wanted).unwrap_or(u32::MAX).clamp(1, URGENT - 1);
-        self.bell
+        self.doorbell
             .park(self.seen, wanted, until)
             .map_err(|error| LinkError::os(self.rank, "sleeping on a futex", error))
     }
@@ -279,19 +279,19 @@ impl Link for ShmLink {
             return false;
         }
         self.copy_out();
-        self.failed.is_none() && self.bell.arm(self.seen)
+        self.failed.is_none() && self.doorbell.arm(self.seen)
     }
 
     fn disarm(&mut self) {
-        self.bell.disarm();
+        self.doorbell.disarm();
     }
 
     fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.bell.descriptor()
+        self.doorbell.descriptor()
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
-        Arc::clone(&self.bell) as Arc<dyn Wake>
+        Arc::clone(&self.doorbell) as Arc<dyn Wake>
     }
 
     fn abort(&mut self) {

@@ -1,4 +1,4 @@
-//! The ring of message descriptors from one seat to another.
+//! The ring of message descriptors from one rank to another.
 //!
 //! An entry's sequence number is stored last (`Release`) and read first (`Acquire`): a reader that
 //! sees it sees the entry, and what was staged for it. The count of consumed entries travels back

@@ -6,7 +6,7 @@ use std::ops::Range;
 use unisum_kernels::copy;
 use unisum_link::{LinkError, Region, Ticket};
 
-use crate::bell::{Bell, URGENT};
+use crate::doorbell::{Doorbell, URGENT};
 use crate::inbox::Peer;
 use crate::layout::{RING, STAGE_BYTES};
 use crate::mailbox::{CallWords, Mailbox, Message, Place};
@@ -45,7 +45,7 @@ struct Outgoing {
 /// What sending needs beside the outbox.
 pub(crate) struct Sender<'a> {
     pub(crate) mapping: &'a Mapping,
-    pub(crate) bell: &'a Bell,
+    pub(crate) doorbell: &'a Doorbell,
     /// Whether peers can read this process's private memory.
     pub(crate) readable: bool,
     /// Whether the collective is marked.
@@ -55,9 +55,9 @@ pub(crate) struct Sender<'a> {
 
 impl Outbox {
     pub(crate) fn new(mapping: &Mapping, own: u64, peer: Peer) -> Self {
-        let (start, bytes) = mapping.layout().staging(own, peer.seat);
+        let (start, bytes) = mapping.layout().staging(own, peer.local_index);
         Self {
-            mailbox: Mailbox::new(mapping.layout(), own, peer.seat),
+            mailbox: Mailbox::new(mapping.layout(), own, peer.local_index),
             peer,
             staging: start..start + bytes,
             staging_reserved: false,
@@ -129,7 +129,7 @@ impl Outbox {
         }
         self.stalled = Some(self.posted);
         let consumed = self.mailbox.stall(sender.mapping, true);
-        sender.bell.ring(self.peer.seat, URGENT);
+        sender.doorbell.ring(self.peer.local_index, URGENT);
         self.hear(consumed)
     }
 
@@ -159,7 +159,7 @@ impl Outbox {
         let message = Message { call, bytes, marked, place: Some(place) };
         self.mailbox.publish(sender.mapping, self.posted, &message);
         self.posted += 1;
-        sender.bell.ring(self.peer.seat, weight);
+        sender.doorbell.ring(self.peer.local_index, weight);
         Ok(())
     }
 
@@ -178,8 +178,8 @@ impl Outbox {
 
     fn reserve_staging(&mut self, mapping: &Mapping) -> Result<(), LinkError> {
         if !self.staging_reserved {
-            let failed =
-                |error| LinkError::os(self.peer.rank, "allocating shared memory to send", error);
+            let what = "allocating shared memory to send";
+            let failed = |error| LinkError::system(self.peer.rank, what, error);
             mapping.reserve(self.staging.clone()).map_err(failed)?;
             self.staging_reserved = true;
         }

@@ -1,13 +1,13 @@
-//! Keeps the ranks of a host on all the cores that they may use.
+//! Spreads the ranks of a host over all the cores that they may use.
 //!
-//! Ranks that wait for each other are never long off a core, so that the scheduler takes their data
-//! for hot and leaves them where they woke up: two on one core beside an idle one, or three and
-//! one. Whoever shares its core with more members than another core has goes there. It may run
-//! wherever it might before: only the moment's place changes. Where members are is counted from 1,
-//! as 0 says that nobody knows.
+//! Ranks that wait for each other are never off a core for long, so the scheduler considers their
+//! data hot and leaves them where they woke up: two on one core next to an idle one, or three and
+//! one. A rank that shares its core with more members than another core has moves there. Its set of
+//! allowed cores stays the same; only its current core changes. Cores are counted from 1, because 0
+//! means unknown.
 //!
-//! Only the link that has all ranks of the job on this host does so: what is even for the members
-//! of one group may not be for those of another.
+//! Only the link with all ranks of the job on this host does this: what is even for the members of
+//! one group may be uneven for those of another.
 
 use std::io;
 use std::time::{Duration, Instant};

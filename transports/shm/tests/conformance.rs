@@ -32,6 +32,6 @@ mod without_private_reads {
         a_dropped_peer_hangs_nobody
         nothing_taken_back_is_received
         deposits_survive_fast_and_slow_members
-        groups_fold_private_regions_over_benches
+        groups_fold_private_regions_over_staging_buffers
     );
 }

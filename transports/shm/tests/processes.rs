@@ -69,9 +69,9 @@ fn rotate(link: &mut ShmLink, rank: usize, number: u64, region: Region) {
 fn sources(link: &mut ShmLink, rank: usize, region: Region) {
     let arrival = link.group().unwrap().enter(false);
     complete(link, arrival);
-    let bench = link.group().unwrap().bench(rank, 0..BYTES);
-    // SAFETY: both are that long, and nobody reads the bench before the next arrival.
-    unsafe { bench.copy_from_nonoverlapping(region.base(), BYTES) };
+    let staging = link.group().unwrap().staging(rank, 0..BYTES);
+    // SAFETY: both are that long, and nobody reads the staging buffer before the next arrival.
+    unsafe { staging.copy_from_nonoverlapping(region.base(), BYTES) };
     let arrival = link.group().unwrap().arrive();
     complete(link, arrival);
     for member in 0..WORLD {
@@ -79,7 +79,7 @@ fn sources(link: &mut ShmLink, rank: usize, region: Region) {
         assert_eq!(group.registered(Part::Input), region.heap_offset().is_some());
         let mapped = group.source(member, Part::Input, 0..BYTES).unwrap();
         assert_eq!(mapped.is_some(), member == rank || group.registered(Part::Input));
-        check(mapped.unwrap_or_else(|| group.bench(member, 0..BYTES).cast_const()), member);
+        check(mapped.unwrap_or_else(|| group.staging(member, 0..BYTES).cast_const()), member);
     }
     if region.heap_offset().is_some() {
         let arrival = link.group().unwrap().arrive();

@@ -11,12 +11,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
 use socket2::{SockRef, Socket};
 use unisum_link::dial::{Failure, Unreached, dial};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, HandshakeError, Hello, Secret};
-use unisum_link::{LinkError, LinkErrorKind, Rank, Wake};
+use unisum_link::handshake::{HandshakeError, Hello};
+use unisum_link::secure::{self, Credentials, Proven};
+use unisum_link::{Cause, LinkError, LinkErrorKind, Rank, Wake};
 
 use crate::congestion;
 use crate::route::Route;
@@ -54,7 +54,7 @@ struct State {
 pub(crate) struct Arrived {
     pub(crate) peer: Rank,
     pub(crate) socket: u8,
-    pub(crate) result: Result<ParentOnly<TcpStream>, LinkError>,
+    pub(crate) result: Result<Proven, LinkError>,
 }
 
 /// A connection to open.
@@ -64,7 +64,7 @@ pub(crate) struct Dial {
     /// This rank's own.
     pub(crate) own: Arc<Route>,
     pub(crate) hello: Hello,
-    pub(crate) secret: Secret,
+    pub(crate) credentials: Credentials,
     /// How long that may take, with all attempts.
     pub(crate) timeout: Duration,
 }
@@ -89,8 +89,8 @@ impl Inbox {
 
     /// Takes over a connection that `peer` opened as its `socket`-th to this rank, and whose
     /// handshake is done.
-    pub fn deliver(&self, peer: Rank, socket: u8, stream: ParentOnly<TcpStream>) {
-        self.put(Arrived { peer, socket, result: Ok(stream) });
+    pub fn deliver(&self, peer: Rank, socket: u8, connection: Proven) {
+        self.put(Arrived { peer, socket, result: Ok(connection) });
     }
 
     fn put(&self, arrived: Arrived) {
@@ -147,7 +147,7 @@ impl Inbox {
                 result => {
                     drop(state);
                     let Hello { to, socket, .. } = pending.dial.hello;
-                    let result = result.map_err(|unreached| pending.given_up(&unreached));
+                    let result = result.map_err(|unreached| pending.given_up(unreached));
                     self.put(Arrived { peer: to as Rank, socket, result });
                 }
             }
@@ -175,7 +175,7 @@ impl Inbox {
     /// One attempt at a connection, at all addresses. Before the proof it may be broken off, for
     /// the peer takes nothing over that has not proven the token; after it there is time until the
     /// deadline, or the peer could have the same connection twice.
-    fn open(&self, pending: &Pending) -> Result<ParentOnly<TcpStream>, Unreached<HandshakeError>> {
+    fn open(&self, pending: &Pending) -> Result<Proven, Unreached<HandshakeError>> {
         let wanted = &pending.dial;
         let time = pending.doubled(ATTEMPT_MIN, ATTEMPT_MAX).min(pending.left());
         let prepare = |socket: &Socket, address: SocketAddr| {
@@ -186,11 +186,14 @@ impl Inbox {
         let meet = |stream, address| {
             let mut stream = ParentOnly::new(stream);
             self.prepare(&stream, time)?;
-            let challenged = handshake::greet(&mut *stream, &wanted.hello)?;
+            let (hello, credentials) = (&wanted.hello, &wanted.credentials);
+            let ends = (stream.local_addr()?.ip(), stream.peer_addr()?.ip());
+            let wants_records = credentials.want_records(hello.purpose, ends.0, ends.1);
+            let challenged = secure::greet(&mut *stream, hello, credentials, wants_records)?;
             set_timeouts(&stream, pending.left())?;
-            challenged.prove(&mut *stream, &wanted.secret)?;
+            let session = challenged.prove(&mut *stream, credentials)?;
             wanted.route.worked_at(address);
-            Ok(stream)
+            Ok(Proven::new(stream, session))
         };
         dial(&wanted.route.in_order(), Instant::now() + time, prepare, meet)
     }
@@ -242,10 +245,10 @@ impl Pending {
         first.saturating_mul(1 << self.attempts.saturating_sub(1).min(16)).min(most)
     }
 
-    fn given_up(&self, unreached: &Unreached<HandshakeError>) -> LinkError {
+    fn given_up(&self, unreached: Unreached<HandshakeError>) -> LinkError {
         let peer = self.dial.hello.to as Rank;
         if unreached.tried.iter().any(|(_, failure)| is_lack(failure)) {
-            return LinkError::lacking(peer, "connecting failed", unreached);
+            return LinkError::lacking(peer, "connecting failed", Cause::other(unreached));
         }
         let seconds = self.since.elapsed().as_secs_f64();
         let attempts = match self.attempts {
@@ -255,7 +258,11 @@ impl Pending {
         let is_silent = unreached.tried.iter().any(|(_, failure)| is_silence(failure));
         let hint = if is_silent { FIREWALL } else { "" };
         let why = format!("connecting failed after {seconds:.1} s{attempts}: {unreached}{hint}");
-        LinkError { peer, kind: LinkErrorKind::Unreachable(why) }
+        let kind = match is_silent {
+            true => LinkErrorKind::Unanswered(why),
+            false => LinkErrorKind::Unreachable(why),
+        };
+        LinkError { peer, kind }
     }
 }
 
@@ -276,14 +283,14 @@ fn is_silence(failure: &Failure<HandshakeError>) -> bool {
     }
 }
 
-/// Whether this process, or its host, has used something up that a connection takes: whoever is at
-/// the other end has no part in that.
+/// Whether this process, or its host, has used something up that a connection takes.
 fn is_lack(failure: &Failure<HandshakeError>) -> bool {
-    let (Failure::Connect(error) | Failure::Met(HandshakeError::Io(error))) = failure else {
-        return false;
-    };
-    let lacks = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-    Errno::from_io_error(error).is_some_and(|error| lacks.contains(&error))
+    match failure {
+        Failure::Connect(error) | Failure::Met(HandshakeError::Io(error)) => {
+            unisum_link::is_lack(error)
+        }
+        _ => false,
+    }
 }
 
 /// Whether an error says that the network, or the other end, has no time for this rank now:

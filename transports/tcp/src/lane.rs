@@ -8,8 +8,11 @@ use std::os::fd::AsFd as _;
 use rustix::net::{self, RecvFlags, SendFlags};
 use unisum_link::fork::ParentOnly;
 use unisum_link::frame::{HEADER_BYTES, Header};
+use unisum_link::secure::Proven;
 use unisum_link::{Call, LinkError, LinkErrorKind, Rank};
 
+use crate::sealed::Sealed;
+use crate::silence::{self, Told};
 use crate::sleep::{Ready, Watched};
 
 /// A message's memory: part of the region, or of a slot the link keeps until the message is done.
@@ -25,21 +28,27 @@ unsafe impl Send for Span {}
 
 /// A message under way, with the link's name for the transfer it belongs to.
 #[derive(Debug)]
-struct Message {
+pub(crate) struct Message {
     transfer: usize,
-    header: [u8; HEADER_BYTES],
+    pub(crate) header: [u8; HEADER_BYTES],
     span: Span,
-    /// Bytes of header and payload that are through.
-    through: usize,
+    /// Bytes of header and payload that are through; where records are sent, those that are sealed.
+    pub(crate) through: usize,
+    /// Where records are sent: at which of their bytes the message ends, once it is sealed.
+    pub(crate) ends_at: u64,
 }
 
 impl Message {
-    const fn total(&self) -> usize {
+    const fn new(transfer: usize, header: [u8; HEADER_BYTES], span: Span) -> Self {
+        Self { transfer, header, span, through: 0, ends_at: 0 }
+    }
+
+    pub(crate) const fn total(&self) -> usize {
         HEADER_BYTES + self.span.bytes
     }
 
     /// The part of header and payload that is not through yet.
-    fn rest(&mut self) -> (&mut [u8], &mut [u8]) {
+    pub(crate) fn rest(&mut self) -> (&mut [u8], &mut [u8]) {
         let of_header = self.through.min(HEADER_BYTES);
         let of_payload = self.through - of_header;
         // SAFETY: `of_payload` is at most `span.bytes`, so the address stays inside the span.
@@ -76,9 +85,12 @@ impl Default for Moving {
 }
 
 /// One socket. Until the connection is there, messages wait in the queues.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Lane {
+    pub(crate) peer: Rank,
     stream: Option<ParentOnly<TcpStream>>,
+    /// What is between the messages and the stream, unless that is in clear text.
+    pub(crate) sealed: Option<Box<Sealed>>,
     sends: VecDeque<Message>,
     receives: VecDeque<Message>,
     /// Whether a try is worth it: cleared when the kernel has no more, set by its next event.
@@ -89,12 +101,35 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
-    pub(crate) fn connect(&mut self, stream: ParentOnly<TcpStream>) {
+    /// A lane to a rank, without its connection.
+    pub(crate) const fn new(peer: Rank) -> Self {
+        Self {
+            peer,
+            stream: None,
+            sealed: None,
+            sends: VecDeque::new(),
+            receives: VecDeque::new(),
+            readable: false,
+            writable: false,
+            listed: false,
+        }
+    }
+
+    /// Takes over the `socket`-th connection to a peer.
+    pub(crate) fn connect(&mut self, socket: u8, connection: Proven) {
+        let Proven { stream, session, .. } = connection;
+        self.sealed = session.map(|session| Box::new(Sealed::new(socket, session)));
         (self.stream, self.readable, self.writable) = (Some(stream), true, true);
     }
 
     pub(crate) const fn is_connected(&self) -> bool {
         self.stream.is_some()
+    }
+
+    /// What the kernel says of the connection.
+    pub(crate) fn told(&self) -> io::Result<Told> {
+        let stream = self.stream.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        silence::ask(stream.as_fd())
     }
 
     /// Takes over that the socket may be ready.
@@ -123,19 +158,19 @@ impl Lane {
 
     /// Whether `flush` or `drain` could move something without a new event.
     pub(crate) fn can_move(&self) -> bool {
+        // What was read already makes no event.
+        let has_input = self.readable || self.sealed.as_ref().is_some_and(|it| it.has_record());
         self.is_connected()
-            && (self.writable && !self.sends.is_empty()
-                || self.readable && !self.receives.is_empty())
+            && (self.writable && !self.sends.is_empty() || has_input && !self.receives.is_empty())
     }
 
     pub(crate) fn post_send(&mut self, transfer: usize, marked: bool, call: Call, span: Span) {
         let header = Header { marked, bytes: span.bytes as u64, call }.encode();
-        self.sends.push_back(Message { transfer, header, span, through: 0 });
+        self.sends.push_back(Message::new(transfer, header, span));
     }
 
     pub(crate) fn post_receive(&mut self, transfer: usize, span: Span) {
-        let header = [0; HEADER_BYTES];
-        self.receives.push_back(Message { transfer, header, span, through: 0 });
+        self.receives.push_back(Message::new(transfer, [0; HEADER_BYTES], span));
     }
 
     /// The transfer of the newest posted receive, if nothing of that has come.
@@ -159,6 +194,15 @@ impl Lane {
         let Some(stream) = &self.stream else {
             return Ok(());
         };
+        if let Some(sealed) = &mut self.sealed {
+            return match sealed.flush(stream, &mut self.sends, &mut self.writable) {
+                Ok(through) => {
+                    moving.finished.extend(self.sends.drain(..through).map(|it| it.transfer));
+                    Ok(())
+                }
+                Err(error) => Err(failed(peer, "sending", error)),
+            };
+        }
         while self.writable {
             let Some(message) = self.sends.front_mut() else {
                 break;
@@ -171,7 +215,7 @@ impl Lane {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(failed(peer, "sending", &error)),
+                Err(error) => return Err(failed(peer, "sending", error)),
             }
             if message.through == message.total() {
                 moving.finished.push(message.transfer);
@@ -191,6 +235,26 @@ impl Lane {
         let Some(stream) = &self.stream else {
             return Ok(());
         };
+        if let Some(sealed) = &mut self.sealed {
+            while let Some(message) = self.receives.front_mut() {
+                let check = |message: &Message, header| check(message, header, peer, ours);
+                if !sealed.receive(message, peer, check, &mut moving.marked)? {
+                    match sealed.read(stream, message, &mut self.readable) {
+                        Ok(true) => continue,
+                        Ok(false) => break,
+                        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                            return Err(LinkError::closed(peer));
+                        }
+                        Err(error) => return Err(failed(peer, "receiving", error)),
+                    }
+                }
+                if message.through == message.total() {
+                    moving.finished.push(message.transfer);
+                    self.receives.pop_front();
+                }
+            }
+            return Ok(());
+        }
         while self.readable {
             let Some(message) = self.receives.front_mut() else {
                 break;
@@ -204,7 +268,7 @@ impl Lane {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(failed(peer, "receiving", &error)),
+                Err(error) => return Err(failed(peer, "receiving", error)),
             }
             if message.through == message.total() {
                 moving.finished.push(message.transfer);
@@ -228,8 +292,18 @@ fn advance(
     if complete_before || message.through < HEADER_BYTES {
         return Ok(false);
     }
-    let header = Header::decode(&message.header)
-        .map_err(|error| LinkError::protocol(peer, error.to_string()))?;
+    check(message, message.header, peer, ours)
+}
+
+/// Whether a header says what the message is to be, and whether that is marked.
+fn check(
+    message: &Message,
+    header: [u8; HEADER_BYTES],
+    peer: Rank,
+    ours: Call,
+) -> Result<bool, LinkError> {
+    let header =
+        Header::decode(&header).map_err(|error| LinkError::protocol(peer, error.to_string()))?;
     if header.call != ours {
         let kind = LinkErrorKind::Mismatch { ours, theirs: header.call };
         return Err(LinkError { peer, kind });
@@ -279,10 +353,10 @@ fn receive(
     Ok(net::recvmsg(stream, &mut parts, &mut Default::default(), flags)?.bytes)
 }
 
-fn failed(peer: Rank, doing: &str, error: &io::Error) -> LinkError {
+fn failed(peer: Rank, doing: &str, error: io::Error) -> LinkError {
     match error.kind() {
         io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => LinkError::closed(peer),
-        _ => LinkError::os(peer, doing, error),
+        _ => LinkError::system(peer, doing, error),
     }
 }
 
@@ -303,8 +377,8 @@ mod tests {
         let (own, _) = listener.accept().expect("connected");
         own.set_nonblocking(true).expect("a socket");
         other.set_nodelay(true).expect("a socket");
-        let mut lane = Lane::default();
-        lane.connect(ParentOnly::new(own));
+        let mut lane = Lane::new(1);
+        lane.connect(0, ParentOnly::new(own).into());
         (lane, other)
     }
 

@@ -13,10 +13,14 @@ mod inbox;
 mod lane;
 mod link;
 mod route;
+mod sealed;
+mod silence;
 mod sleep;
 mod slots;
+mod transport;
 
 pub use congestion::prepare_listener;
 pub use inbox::Inbox;
 pub use link::{TcpConfig, TcpLink};
 pub use route::Route;
+pub use transport::{TcpJob, TcpTransport};

@@ -9,16 +9,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use socket2::{SockRef, TcpKeepalive};
-use unisum_link::handshake::{Build, Hello, Purpose, Secret};
+use unisum_link::handshake::{Build, Hello, Purpose};
+use unisum_link::secure::Credentials;
 use unisum_link::{
-    Call, Group, Landing, Link, LinkError, Patience, PeerCounts, Rank, Region, Regions, Ticket,
-    Wake,
+    Call, Group, Landing, Link, LinkError, LinkErrorKind, Patience, PeerCounts, Rank, Region,
+    Regions, Ticket, Wake,
 };
 
 use crate::congestion;
 use crate::inbox::{Arrived, Dial, Inbox};
 use crate::lane::{Lane, Moving, Span};
 use crate::route::Route;
+use crate::silence::Silences;
 use crate::sleep::{FEW, Ready, Sleeper, Watched};
 use crate::slots::Slots;
 
@@ -33,14 +35,14 @@ pub struct TcpConfig {
     pub session: [u8; 16],
     /// Fingerprint of the job's name.
     pub job: [u8; 16],
-    /// The job's secret.
-    pub secret: Secret,
+    /// By what connections are proven to be the job's, and whether they are encrypted.
+    pub credentials: Credentials,
     /// Sockets to each peer, at least 1: large messages are split over them.
     pub sockets_per_peer: u8,
     /// How long opening a connection may take.
     pub connect_timeout: Duration,
-    /// How long another host may give no sign of life. Its end is for others to tell; a connection
-    /// on which this rank only waits fails a little after twice the time.
+    /// How long another host may give no sign of life. Its end is for others to tell first; a
+    /// connection on which it acknowledges nothing fails within about twice the time.
     pub heartbeat_timeout: Duration,
 }
 
@@ -59,14 +61,14 @@ pub struct TcpLink {
     config: TcpConfig,
     sleeper: Sleeper,
     inbox: Arc<Inbox>,
-    /// `sockets_per_peer` lanes per rank, rank-major.
+    /// `sockets_per_peer` lanes, one after the other, for each rank that was used.
     lanes: Vec<Lane>,
+    /// By rank, its first lane.
+    first_lanes: Vec<u32>,
     /// Lanes with posted messages.
     busy: Vec<usize>,
     /// Which of the busy lanes is tried next, when nothing is known of any.
     next_try: usize,
-    /// Whether a rank's connections were asked for.
-    opened: Vec<bool>,
     transfers: Vec<Option<Transfer>>,
     free_transfers: Vec<usize>,
     arrived: HashMap<Ticket, Vec<u8>>,
@@ -75,6 +77,9 @@ pub struct TcpLink {
     /// By rank, what the call under way has for it and expects of it; empty where the call says it.
     counts: Vec<PeerCounts>,
     moving: Moving,
+    silences: Silences,
+    /// What was found before a sleep, for `progress` to tell.
+    silent: Option<LinkError>,
 }
 
 /// What a socket inside the host may hold before its sender waits: with the megabytes that the
@@ -84,6 +89,9 @@ const LOCAL_SEND_BYTES: usize = 512 << 10;
 
 /// How often the kernel asks in vain for a sign of life, a quarter of the time apart.
 const PROBES: u32 = 8;
+
+/// In place of the first lane of a rank that was not used yet.
+const NO_LANE: u32 = u32::MAX;
 
 /// Messages from this size on are split over all sockets of a peer.
 const SPLIT_BYTES: usize = 64 << 10;
@@ -96,15 +104,14 @@ impl TcpLink {
     /// If the system gives no event queue (descriptors exhausted).
     pub fn new(config: TcpConfig) -> io::Result<Self> {
         let sleeper = Sleeper::new()?;
-        let world = config.routes.len();
-        let lanes = world * usize::from(config.sockets_per_peer);
+        let first_lanes = vec![NO_LANE; config.routes.len()];
         Ok(Self {
             inbox: Arc::new(Inbox::new(sleeper.bell())),
             sleeper,
-            lanes: (0..lanes).map(|_| Lane::default()).collect(),
+            lanes: Vec::new(),
+            first_lanes,
             busy: Vec::new(),
             next_try: 0,
-            opened: vec![false; world],
             transfers: Vec::new(),
             free_transfers: Vec::new(),
             arrived: HashMap::new(),
@@ -112,6 +119,8 @@ impl TcpLink {
             current: None,
             counts: Vec::new(),
             moving: Moving::default(),
+            silences: Silences::new(config.heartbeat_timeout),
+            silent: None,
             config,
         })
     }
@@ -125,11 +134,34 @@ impl TcpLink {
         usize::from(self.config.sockets_per_peer)
     }
 
-    /// Sees to it that the connections to `peer` exist or are being opened: the higher rank
-    /// dials, so that a pair never opens two.
-    fn open(&mut self, peer: Rank) -> Result<(), LinkError> {
-        if std::mem::replace(&mut self.opened[peer], true) || peer > self.config.rank {
-            return Ok(());
+    /// The first lane of `peer`. Sees to it that its connections exist or are being opened: the
+    /// higher rank dials, so that a pair never opens two.
+    #[inline]
+    fn open(&mut self, peer: Rank) -> Result<usize, LinkError> {
+        match self.first_lane(peer) {
+            Some(lane) => Ok(lane),
+            None => self.open_first(peer),
+        }
+    }
+
+    #[inline]
+    fn first_lane(&self, peer: Rank) -> Option<usize> {
+        Some(self.first_lanes[peer]).filter(|&lane| lane != NO_LANE).map(|lane| lane as usize)
+    }
+
+    /// Makes the lanes of a rank.
+    fn add_lanes(&mut self, peer: Rank) -> usize {
+        let first = self.lanes.len();
+        self.lanes.extend((0..self.sockets()).map(|_| Lane::new(peer)));
+        self.first_lanes[peer] = u32::try_from(first).expect("16 sockets to each of 2^28 ranks");
+        first
+    }
+
+    #[cold]
+    fn open_first(&mut self, peer: Rank) -> Result<usize, LinkError> {
+        let lane = self.add_lanes(peer);
+        if peer > self.config.rank {
+            return Ok(lane);
         }
         let routes = &self.config.routes;
         for socket in 0..self.config.sockets_per_peer {
@@ -147,28 +179,37 @@ impl TcpLink {
                 route: routes[peer].clone(),
                 own: routes[self.config.rank].clone(),
                 hello,
-                secret: self.config.secret.clone(),
+                credentials: self.config.credentials.clone(),
                 timeout: self.config.connect_timeout,
             })?;
         }
-        Ok(())
+        Ok(lane)
     }
 
     fn admit(&mut self, arrived: Arrived) -> Result<(), LinkError> {
         let Arrived { peer, socket, result } = arrived;
         let sockets = self.sockets();
-        let lane = peer * sockets + usize::from(socket);
+        let first = match self.first_lane(peer) {
+            Some(lane) => lane,
+            None if peer > self.config.rank => self.add_lanes(peer),
+            None => return Err(LinkError::protocol(peer, "a connection that nobody asked for")),
+        };
+        let lane = first + usize::from(socket);
         if usize::from(socket) >= sockets || self.lanes[lane].is_connected() {
             let what = format!("connection {socket} opened twice or one too many ({sockets} set)");
             return Err(LinkError::protocol(peer, what));
         }
-        let stream = result?;
-        prepare(&stream, self.config.heartbeat_timeout)
-            .map_err(|error| LinkError::os(peer, "preparing the socket", error))?;
+        let connection = result?;
+        let stream = &connection.stream;
+        let is_far = prepare(stream, self.config.heartbeat_timeout)
+            .map_err(|error| LinkError::system(peer, "preparing the socket", error))?;
+        if is_far {
+            self.silences.add(lane);
+        }
         self.sleeper
             .watch(lane, stream.as_fd())
-            .map_err(|error| LinkError::os(peer, "watching the socket", error))?;
-        self.lanes[lane].connect(stream);
+            .map_err(|error| LinkError::system(peer, "watching the socket", error))?;
+        self.lanes[lane].connect(socket, connection);
         Ok(())
     }
 
@@ -203,18 +244,29 @@ impl TcpLink {
         Ok(())
     }
 
+    /// Looks, now and then, whether other hosts acknowledge what was sent there.
+    fn look_for_silence(&mut self) {
+        let lanes = &self.lanes;
+        let Some((lane, silent)) = self.silences.look(|lane| lanes[lane].told()) else { return };
+        let peer = self.lanes[lane].peer;
+        self.silent = Some(match silent {
+            Ok(time) => LinkError { peer, kind: LinkErrorKind::Unacknowledged(time) },
+            Err(error) => LinkError::system(peer, "asking about the socket", error),
+        });
+    }
+
     fn own_error(&self, doing: &str, error: io::Error) -> LinkError {
-        LinkError::os(self.config.rank, doing, error)
+        LinkError::system(self.config.rank, doing, error)
     }
 
     fn admit_arrived(&mut self) -> Result<(), LinkError> {
         self.inbox.take().into_iter().try_for_each(|arrived| self.admit(arrived))
     }
 
-    /// Posts a transfer's parts on the peer's lanes and returns the lanes used.
+    /// Posts a transfer's parts on the peer's lanes, from `first` on, and returns the lanes used.
     fn post(
         &mut self,
-        peer: Rank,
+        first: usize,
         span: Span,
         transfer: Transfer,
         mut post: impl FnMut(&mut Lane, usize, Span),
@@ -226,7 +278,6 @@ impl TcpLink {
             self.transfers.push(None);
         }
         self.transfers[index] = Some(transfer);
-        let first = peer * self.sockets();
         for part in 0..parts {
             let (from, to) = (span.bytes * part / parts, span.bytes * (part + 1) / parts);
             let part_span = Span { start: span.start.wrapping_add(from), bytes: to - from };
@@ -255,10 +306,6 @@ impl TcpLink {
         self.counts.get(peer).map_or(call, |counts| counts.heard(call))
     }
 
-    fn peer_of(&self, lane: usize) -> Rank {
-        lane / self.sockets()
-    }
-
     /// Counts finished parts and reports the transfers they complete.
     fn settle(&mut self, done: &mut Vec<Ticket>) {
         for index in self.moving.finished.drain(..) {
@@ -282,7 +329,7 @@ impl TcpLink {
         let mut result = Ok(());
         for at in (0..self.busy.len()).rev() {
             let index = self.busy[at];
-            let peer = self.peer_of(index);
+            let peer = self.lanes[index].peer;
             let call = self.call_from(peer);
             let lane = &mut self.lanes[index];
             if result.is_ok() {
@@ -306,16 +353,16 @@ impl Link for TcpLink {
     }
 
     fn pair_counts(&mut self, peer: Rank, counts: PeerCounts) {
-        self.counts.resize(self.opened.len(), PeerCounts::default());
+        self.counts.resize(self.first_lanes.len(), PeerCounts::default());
         self.counts[peer] = counts;
     }
 
     fn send(&mut self, to: Rank, memory: Region, ticket: Ticket) -> Result<(), LinkError> {
-        self.open(to)?;
+        let first = self.open(to)?;
         let (call, marked) = (self.call_to(to), self.moving.marked);
         let span = Span { start: memory.base(), bytes: memory.bytes() };
         let transfer = Transfer { ticket, parts_left: 0, slot: None };
-        let mut lanes = self.post(to, span, transfer, |lane, index, span| {
+        let mut lanes = self.post(first, span, transfer, |lane, index, span| {
             lane.post_send(index, marked, call, span);
         });
         lanes.try_for_each(|lane| self.lanes[lane].flush(to, &mut self.moving))
@@ -328,30 +375,34 @@ impl Link for TcpLink {
         landing: Landing,
         ticket: Ticket,
     ) -> Result<(), LinkError> {
-        self.open(from)?;
+        let first = self.open(from)?;
         let (start, slot) = match landing {
             Landing::Place => (memory.base(), None),
             Landing::Slot => {
-                let mut slot = self.slots.take(memory.bytes());
+                let bytes = memory.bytes();
+                let mut slot = self.slots.take(bytes).map_err(|error| {
+                    let what = format!("has no memory for the {bytes} bytes of an arrival");
+                    LinkError::lacking(self.config.rank, what, error)
+                })?;
                 (slot.as_mut_ptr(), Some(slot))
             }
         };
         let span = Span { start, bytes: memory.bytes() };
         let transfer = Transfer { ticket, parts_left: 0, slot };
-        self.post(from, span, transfer, Lane::post_receive);
+        self.post(first, span, transfer, Lane::post_receive);
         Ok(())
     }
 
     fn hears_leaving(&self, peer: Rank) -> bool {
         // The end of a connection comes after all that was sent on it.
-        let sockets = usize::from(self.config.sockets_per_peer);
-        self.lanes[peer * sockets..][..sockets].iter().all(Lane::is_connected)
+        let Some(first) = self.first_lane(peer) else { return false };
+        self.lanes[first..][..self.sockets()].iter().all(Lane::is_connected)
     }
 
     fn retract(&mut self, from: Rank, ticket: Ticket) -> bool {
         // A message that was split has parts that can't all be looked at; who retracts has a small
         // one.
-        let first = from * self.sockets();
+        let Some(first) = self.first_lane(from) else { return false };
         let Some(index) = self.lanes[first].newest_untouched() else { return false };
         let is_it = |transfer: &mut Transfer| transfer.ticket == ticket && transfer.parts_left == 1;
         if self.transfers[index].take_if(is_it).is_none() {
@@ -364,6 +415,9 @@ impl Link for TcpLink {
 
     fn progress(&mut self, done: &mut Vec<Ticket>) -> Result<(), LinkError> {
         let before = done.len();
+        if let Some(error) = self.silent.take() {
+            return Err(error);
+        }
         self.admit_arrived()?;
         // What was sent at once is news enough: a look at a socket is a system call.
         self.settle(done);
@@ -405,7 +459,7 @@ impl Link for TcpLink {
     }
 
     fn park(&mut self, until: Instant, wanted: usize) -> Result<(), LinkError> {
-        let left = until.saturating_duration_since(Instant::now());
+        let left = until.saturating_duration_since(Instant::now()).min(self.silences.pause());
         if self.arm() && !left.is_zero() {
             let under_way = self.transfers.len() - self.free_transfers.len();
             let all_needed = wanted >= under_way
@@ -417,7 +471,9 @@ impl Link for TcpLink {
     }
 
     fn arm(&mut self) -> bool {
-        self.inbox.is_empty() && !self.busy.iter().any(|&lane| self.lanes[lane].can_move())
+        self.look_for_silence();
+        let is_told = self.silent.is_none() && self.inbox.is_empty();
+        is_told && !self.busy.iter().any(|&lane| self.lanes[lane].can_move())
     }
 
     fn disarm(&mut self) {
@@ -455,19 +511,75 @@ impl Drop for TcpLink {
     }
 }
 
-fn prepare(stream: &TcpStream, limit: Duration) -> io::Result<()> {
+/// Sets a socket up; whether it leads to another host.
+fn prepare(stream: &TcpStream, limit: Duration) -> io::Result<bool> {
     let socket = SockRef::from(stream);
     socket.set_tcp_nodelay(true)?;
-    // No TCP_USER_TIMEOUT: it ends a connection also if the peer only reads nothing for so long.
+    // No TCP_USER_TIMEOUT: it ends a connection also if the peer only reads nothing for so long,
+    // and after an outage that was shorter. `Silences` looks at what the kernel knows instead.
     let period = (limit / 4).clamp(Duration::from_secs(1), Duration::from_secs(3600));
     let keepalive =
         TcpKeepalive::new().with_time(period).with_interval(period).with_retries(PROBES);
     socket.set_tcp_keepalive(&keepalive)?;
-    if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
+    let is_far = stream.peer_addr()?.ip() != stream.local_addr()?.ip();
+    if is_far {
+        congestion::across(&socket)?;
+    } else {
         congestion::inside(&socket);
         socket.set_send_buffer_size(LOCAL_SEND_BYTES)?;
-    } else {
-        congestion::across(&socket)?;
     }
-    stream.set_nonblocking(true)
+    stream.set_nonblocking(true)?;
+    Ok(is_far)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use unisum_kernels::Dtype;
+    use unisum_link::conformance::Memory;
+    use unisum_link::handshake::Secret;
+
+    use super::*;
+
+    fn link(rank: Rank, world: usize) -> TcpLink {
+        let route = || Arc::new(Route::from(SocketAddr::from(([127, 0, 0, 1], 9))));
+        let config = TcpConfig {
+            rank,
+            routes: (0..world).map(|_| route()).collect(),
+            session: [1; 16],
+            job: [2; 16],
+            credentials: Credentials::clear(Secret::new(b"a token of the tests")),
+            sockets_per_peer: 3,
+            connect_timeout: Duration::from_secs(1),
+            heartbeat_timeout: Duration::from_secs(10),
+        };
+        TcpLink::new(config).unwrap()
+    }
+
+    #[test]
+    fn only_ranks_that_are_used_have_lanes() {
+        let mut link = link(0, 1024);
+        let memory = Memory::private(8);
+        let region = memory.region();
+        link.begin(&Call::all_reduce(0, Dtype::U8, 8), &Regions::in_place(region));
+        assert!(link.lanes.is_empty());
+        for (ticket, peer) in [(0, 700), (1, 3), (2, 700)] {
+            link.receive(peer, region, Landing::Place, Ticket(ticket)).unwrap();
+        }
+        let peers: Vec<Rank> = link.lanes.iter().map(|lane| lane.peer).collect();
+        assert_eq!(peers, [700, 700, 700, 3, 3, 3]);
+        assert!(!link.hears_leaving(5) && !link.retract(5, Ticket(0)));
+        assert!(link.retract(700, Ticket(2)) && !link.retract(700, Ticket(2)));
+        link.abort();
+    }
+
+    #[test]
+    fn a_rank_below_does_not_dial() {
+        let mut link = link(1, 3);
+        let result = Err(LinkError::closed(0));
+        let error = link.admit(Arrived { peer: 0, socket: 0, result }).unwrap_err();
+        assert!(matches!(error.kind, LinkErrorKind::Protocol(_)) && error.peer == 0, "{error}");
+        assert!(link.lanes.is_empty());
+    }
 }

@@ -1,5 +1,7 @@
 //! Recycled memory for arrivals that reduce.
 
+use std::collections::TryReserveError;
+
 /// Slots of received bytes. At most as many exist as transfers are open at once; each keeps the
 /// largest size it ever had.
 #[derive(Debug, Default)]
@@ -9,12 +11,16 @@ pub(crate) struct Slots {
 
 impl Slots {
     /// A slot of at least `bytes` bytes with unspecified content.
-    pub(crate) fn take(&mut self, bytes: usize) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// If there is no memory for it.
+    pub(crate) fn take(&mut self, bytes: usize) -> Result<Vec<u8>, TryReserveError> {
         let mut slot = self.free.pop().unwrap_or_default();
         if slot.len() < bytes {
+            slot.try_reserve_exact(bytes - slot.len())?;
             slot.resize(bytes, 0);
         }
-        slot
+        Ok(slot)
     }
 
     /// Gives a slot back.

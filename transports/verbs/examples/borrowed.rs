@@ -64,10 +64,8 @@ fn connect() -> Result<Vec<VerbsLink>, Box<dyn Error>> {
     let mut links = links.collect::<Result<Vec<_>, _>>()?;
     let until = Instant::now() + Duration::from_secs(20);
     thread::scope(|scope| {
-        let proofs: Vec<_> = links
-            .iter_mut()
-            .map(|link| scope.spawn(move || link.prove(until, &|| false)))
-            .collect();
+        let proofs: Vec<_> =
+            links.iter_mut().map(|link| scope.spawn(move || link.prove(until))).collect();
         proofs.into_iter().try_for_each(|proof| proof.join().expect("proving does not panic"))
     })?;
     Ok(links)

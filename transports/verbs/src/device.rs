@@ -1,4 +1,4 @@
-//! The RDMA devices of this host and their addresses, as the kernel tells them under /sys.
+//! The RDMA devices of this host and their addresses, as reported by the kernel under /sys.
 
 use std::fmt;
 use std::fs;
@@ -18,7 +18,7 @@ pub struct Port {
     pub device: String,
     /// Number of the port, from 1.
     pub number: u8,
-    /// `ACTIVE`, `DOWN` and so on; empty if the kernel doesn't tell.
+    /// `ACTIVE`, `DOWN` and so on; empty if the kernel does not report it.
     pub state: String,
     /// Version of the device's firmware; empty if it has none.
     pub firmware: String,
@@ -26,7 +26,7 @@ pub struct Port {
     pub rate: String,
     /// Whether it is Ethernet (RoCE) and not InfiniBand.
     pub is_ethernet: bool,
-    /// Whether it is made by software (rxe, siw): no bus has it.
+    /// Whether it is a software device (rxe, siw), which is on no bus.
     pub is_software: bool,
     /// Its addresses, ascending.
     pub gids: Vec<Gid>,
@@ -39,21 +39,21 @@ pub struct Gid {
     pub index: u8,
     /// The address, in network order.
     pub raw: [u8; 16],
-    /// Whether it speaks RoCE v2 (over UDP).
+    /// Whether it uses RoCE v2 (over UDP).
     pub is_v2: bool,
 }
 
 impl Port {
-    /// Whether traffic can go over it now.
+    /// Whether it can carry traffic now.
     pub fn is_active(&self) -> bool {
         self.state == "ACTIVE"
     }
 
-    /// The address to use. InfiniBand has one; of RoCE's, version 2 is preferred, which routers
-    /// pass on, then IPv4, then what is not only valid on the link.
+    /// The address to use. InfiniBand has one. For RoCE, version 2 is preferred, which routers
+    /// forward, then IPv4, then addresses that are not link-local.
     ///
     /// # Errors
-    /// What is missing, in words that go on from the port's name.
+    /// What is missing, as text that continues after the port's name.
     pub fn gid(&self, wanted: Option<u8>) -> Result<Gid, String> {
         if let Some(index) = wanted {
             let gid = self.gids.iter().find(|gid| gid.index == index);
@@ -111,7 +111,7 @@ impl fmt::Display for Gid {
     }
 }
 
-/// All ports of all RDMA devices, by name. Empty if the kernel has none.
+/// All ports of all RDMA devices, by name. Empty if the kernel knows none.
 pub fn ports() -> Vec<Port> {
     ports_in(Path::new(DEVICES))
 }
@@ -124,7 +124,7 @@ fn ports_in(devices: &Path) -> Vec<Port> {
             numbers.into_iter().filter_map(move |port| read_port(&device, &port))
         })
         .collect();
-    // Numbers in names count as numbers: mlx5_2 comes before mlx5_10.
+    // Numbers in names are compared as numbers: mlx5_2 comes before mlx5_10.
     ports.sort_by_cached_key(|port| (port.device.len(), port.device.clone(), port.number));
     ports
 }
@@ -170,8 +170,8 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
-/// The ports to use, in the order of their use: those that are active and that the user named, or
-/// without a filter all that are real hardware (`software` allows the others too).
+/// The ports to use, in order: those that are active and that the user named, or, without a filter,
+/// all active hardware ports (`software` allows the others, too).
 ///
 /// # Errors
 /// Why there is none.

@@ -11,37 +11,42 @@ pub enum VerbsError {
     /// The library can't be opened.
     #[error("libibverbs was not found: {0}")]
     Library(String),
-    /// There is no device to speak of, as on most hosts.
+    /// There is no RDMA device, as on most hosts.
     #[error("{0}")]
     Absent(String),
-    /// No device fits, or none that works.
+    /// No device matches, or none that works.
     #[error("{0}")]
     Device(String),
     /// The system refused.
     #[error("{0}: {1}")]
     Os(String, #[source] io::Error),
-    /// What a rank told of its devices makes no sense.
+    /// A rank's card cannot be decoded.
     #[error("rank {0} told {1}")]
     Card(usize, String),
-    /// The device refuses the way to a rank.
+    /// The device refuses the path to a rank.
     #[error("no way to rank {0} {1}")]
     Path(usize, String),
 }
 
 impl VerbsError {
+    /// Whether this rank has run out of something that the system gives: descriptors, memory.
+    pub fn is_lack(&self) -> bool {
+        matches!(self, Self::Os(_, error) if unisum_link::is_lack(error))
+    }
+
     /// The last error of the system, while `what` was tried.
     pub(crate) fn os(what: String) -> Self {
         Self::Os(what, io::Error::last_os_error())
     }
 }
 
-/// What to tell whoever could not register memory, behind what was tried: empty if it was not for
-/// the limit.
+/// A hint for errors of registering memory, to follow the description: empty unless the limit
+/// caused it.
 pub(crate) fn locked_memory_hint(error: &io::Error) -> String {
     let limit = getrlimit(Resource::Memlock).current;
     let limited = match error.raw_os_error() {
         Some(ENOMEM) => true,
-        // Who may lock nothing at all is told that it is not permitted.
+        // A process that may lock nothing at all gets EPERM.
         Some(EPERM) => limit == Some(0),
         _ => false,
     };

@@ -1,13 +1,13 @@
-//! Which devices and ports the user allows, in the syntax NCCL's users know.
+//! Which devices and ports the user allows, in NCCL's syntax.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// A choice of devices in the syntax of `NCCL_IB_HCA`.
+/// A selection of devices in the syntax of `NCCL_IB_HCA`.
 ///
-/// A comma list of device name prefixes, each with a port if one is meant (`mlx5,rxe0:1`); `=` in
-/// front of the list for whole names (`=mlx5_0:1`), `^` to exclude what matches (`^mlx5_3`), `^=`
-/// to exclude whole names.
+/// A comma-separated list of device name prefixes, each with an optional port (`mlx5,rxe0:1`). A
+/// leading `=` matches whole names (`=mlx5_0:1`), `^` excludes what matches (`^mlx5_3`), and `^=`
+/// excludes whole names.
 ///
 /// Source: NCCL user guide, "NCCL_IB_HCA".
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,7 +23,7 @@ struct Item {
     port: Option<u8>,
 }
 
-/// A text that is no device filter, and why.
+/// A text that is not a device filter, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not a device filter: {problem} (expected e.g. mlx5 or =mlx5_0:1 or ^rxe)")]
 pub struct FilterError {
@@ -42,7 +42,7 @@ impl DeviceFilter {
         !self.exclude && self.position(name, port).is_some()
     }
 
-    /// The place in the list of the first item that fits: the user's order of preference.
+    /// The index in the list of the first item that matches: the user's order of preference.
     pub fn position(&self, name: &str, port: u8) -> Option<usize> {
         let fits = |item: &Item| {
             let named = if self.exact { name == item.name } else { name.starts_with(&item.name) };

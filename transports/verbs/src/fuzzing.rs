@@ -2,7 +2,7 @@
 
 use unisum_kernels::{Dtype, ReduceOp};
 use unisum_link::fuzzing::Target;
-use unisum_link::{Call, Collective};
+use unisum_link::{Call, CollectiveKind};
 
 use crate::card::{Card, RailCard};
 use crate::filter::DeviceFilter;
@@ -40,7 +40,7 @@ fn check_ready(bytes: &[u8]) {
 }
 
 fn ready_seeds() -> Vec<Vec<u8>> {
-    let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
+    let (collective, dtype, op) = (CollectiveKind::AllReduce, Dtype::F32, ReduceOp::Sum);
     let (communicator, root, history) = (0, 0, 0);
     let call = Call {
         communicator,

@@ -6,42 +6,42 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use unisum_link::{
-    Call, Group, Landing, Link, LinkError, LinkErrorKind, Patience, PeerCounts, Rank, Region,
-    Regions, Ticket, Wake,
+    Call, Cause, Group, Landing, Limit, Link, LinkError, LinkErrorKind, Patience, PeerCounts, Rank,
+    Region, Regions, Ticket, Wake,
 };
 
 use crate::completions::{Completions, Notice};
-use crate::desk::{Desk, Receive, Send};
+use crate::connection::Connection;
 use crate::domain::Domain;
 use crate::ffi;
-use crate::lane::Lane;
+use crate::link_state::{LinkState, Receive, Send};
 use crate::memory::{Pages, Registry};
 use crate::peer::Peer;
 use crate::sleep::{News, Sleeper};
 use crate::wire::{Kind, Word};
 
-/// A device with what this rank has on it.
+/// A device and this rank's objects on it.
 #[derive(Debug)]
 pub(crate) struct Rail {
     pub(crate) completions: Arc<Completions>,
     /// Which peer's which connection each queue pair is, ascending by its number.
     pub(crate) pairs: Vec<(u32, usize, usize)>,
-    /// What the queue was last asked to tell, until it did.
+    /// What the queue was last asked to report, until it has.
     asked: Option<Notice>,
 }
 
-/// What a link has done so far.
+/// Counters of a link.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Writes posted: data, announcements, small messages, credits.
     pub writes: u64,
-    /// Reports of own writes.
+    /// Completions of own writes.
     pub reports: u64,
-    /// Announcing writes of peers.
+    /// Writes of peers with an immediate word.
     pub announcements: u64,
-    /// Times it slept.
+    /// How often it slept.
     pub sleeps: u64,
-    /// Times it registered borrowed memory.
+    /// How often it registered borrowed memory.
     pub registrations: u64,
 }
 
@@ -50,33 +50,32 @@ pub struct Counts {
 pub struct VerbsLink {
     // Connections first: what they touch must outlive them.
     peers: Vec<Peer>,
-    desk: Desk,
+    state: LinkState,
     rails: Vec<Rail>,
-    /// By rank: which of the peers it is.
+    /// The index of each rank among the peers.
     places: Vec<Option<usize>>,
-    /// Peers to look after.
+    /// Peers that need attention.
     listed: Vec<usize>,
     sleeper: Sleeper,
-    /// Why nothing can go on, for the next progress.
+    /// Why no progress is possible, for the next call of `progress`.
     failure: Option<LinkError>,
     /// Peers that left or broke.
     gone: Vec<usize>,
-    /// Whether all connections are proven. Until then every report is waited for.
+    /// Whether all connections are proven. Until then, every completion is waited for.
     is_proven: bool,
     counts: Counts,
     description: String,
     _areas: Pages,
 }
 
-/// Completions that are looked at together.
+/// How many completions are handled together.
 const BATCH: usize = 16;
-/// Looks after yielding before a rank sleeps. Going to sleep on a completion queue and waking takes
-/// several system calls and an interrupt, 10 to 20 us: looking for as long costs twice the best at
-/// most (Karlin et al., Competitive randomized algorithms for nonuniform problems, 1994).
+/// How often a rank checks after yielding before it sleeps. Sleeping on a completion queue and
+/// waking takes several system calls and an interrupt, 10 to 20 us: checking for as long costs at
+/// most twice the optimum (Karlin et al., Competitive randomized algorithms for nonuniform
+/// problems, 1994).
 const YIELDS: u32 = 64;
-/// How often a proof asks whether there is still a point in it.
-const PROOF_NAP: Duration = Duration::from_millis(100);
-/// How long a link that is left waits for its last messages to be read by its devices.
+/// How long a link that is dropped waits for the devices to read its last messages.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 impl Rail {
@@ -93,7 +92,7 @@ impl VerbsLink {
     pub(crate) fn new(
         world: usize,
         peers: Vec<Peer>,
-        desk: Desk,
+        state: LinkState,
         rails: Vec<Rail>,
         areas: Pages,
         description: String,
@@ -106,11 +105,11 @@ impl VerbsLink {
         peers.iter().enumerate().for_each(|(index, peer)| places[peer.rank] = Some(index));
         let (listed, gone, failure, is_proven) = (Vec::new(), Vec::new(), None, false);
         let counts = Counts::default();
-        let description = format!("{description}; {}", desk.registry.profile());
+        let description = format!("{description}; {}", state.registry.profile());
         let _areas = areas;
         Ok(Self {
             peers,
-            desk,
+            state,
             rails,
             places,
             listed,
@@ -124,32 +123,23 @@ impl VerbsLink {
         })
     }
 
-    /// Where a communicator registers the memory that it allocates.
+    /// The registry in which a communicator registers its allocations.
     pub fn registry(&self) -> Arc<Registry> {
-        self.desk.registry.clone()
+        self.state.registry.clone()
     }
 
-    /// The devices in use and what is done with borrowed memory, for people.
-    pub fn description(&self) -> &str {
-        &self.description
-    }
-
-    /// What it has done so far.
+    /// The counters so far.
     pub const fn counts(&self) -> Counts {
-        Counts { registrations: self.desk.registrations, ..self.counts }
+        Counts { registrations: self.state.registrations, ..self.counts }
     }
 
-    /// Sends an empty word over every connection and waits until each has brought one.
+    /// Sends an empty word over every connection, and waits until each has received one.
     ///
     /// # Errors
-    /// The first connection that fails, or one that was silent until `until`, or until
-    /// `is_pointless`, which is asked now and then.
-    pub fn prove(
-        &mut self,
-        until: Instant,
-        is_pointless: &dyn Fn() -> bool,
-    ) -> Result<(), LinkError> {
-        let expected: u64 = self.peers.iter().map(|peer| peer.lanes.len() as u64).sum();
+    /// The first connection that fails, or one that was silent until the limit.
+    pub fn prove<'a>(&mut self, limit: impl Into<Limit<'a>>) -> Result<(), LinkError> {
+        let limit = limit.into();
+        let expected: u64 = self.peers.iter().map(|peer| peer.connections.len() as u64).sum();
         for peer in &mut self.peers {
             peer.push_probes();
             self.counts.writes += peer.flush()? as u64;
@@ -163,15 +153,15 @@ impl VerbsLink {
                 self.is_proven = true;
                 return Ok(());
             }
-            let now = Instant::now();
-            if now >= until || is_pointless() {
-                let is_proven = |lane: &Lane| lane.has_heard() && !lane.is_busy();
-                let silent = self.peers.iter().find(|peer| !peer.lanes.iter().all(is_proven));
-                let peer = silent.map_or(self.desk.rank, |peer| peer.rank);
+            if limit.check().is_err() {
+                let is_proven =
+                    |connection: &Connection| connection.has_heard() && !connection.is_busy();
+                let silent = self.peers.iter().find(|peer| !peer.connections.iter().all(is_proven));
+                let peer = silent.map_or(self.state.rank, |peer| peer.rank);
                 let kind = LinkErrorKind::Unreachable("no packets came through in time".into());
                 return Err(LinkError { peer, kind });
             }
-            self.park(until.min(now + PROOF_NAP), 1)?;
+            self.park(Instant::now() + limit.nap(), 1)?;
         }
     }
 
@@ -185,7 +175,7 @@ impl VerbsLink {
         }
     }
 
-    /// Takes all completions. `true` if there were any.
+    /// Handles all completions. Returns whether there were any.
     fn look(&mut self) -> Result<bool, LinkError> {
         let mut found_any = false;
         for rail in 0..self.rails.len() {
@@ -193,7 +183,7 @@ impl VerbsLink {
                 let mut found = [ffi::Completion::default(); BATCH];
                 let count = self.rails[rail].completions.poll(&mut found).map_err(|code| {
                     let what = format!("polling the completions of {}", self.device_name(rail));
-                    LinkError::os(self.desk.rank, what, format!("code {code}"))
+                    LinkError::os(self.state.rank, what, io::Error::from_raw_os_error(code.abs()))
                 })?;
                 found[..count].iter().try_for_each(|completion| self.take(rail, completion))?;
                 found_any |= count > 0;
@@ -205,8 +195,8 @@ impl VerbsLink {
         Ok(found_any)
     }
 
-    /// Gives the error of a peer that is gone and is missed, if there is one. A connection that
-    /// breaks flushes what it holds: of several failures the one is told that is no such
+    /// Returns the error of a peer that is gone and still needed, if there is one. A connection
+    /// that breaks flushes what it holds: of several failures, the one reported is not such a
     /// consequence.
     fn look_who_is_missed(&self) -> Result<(), LinkError> {
         let missed = |&index: &usize| Some((self.peers[index].is_missed()?, index));
@@ -224,13 +214,17 @@ impl VerbsLink {
         let pairs = &self.rails[rail].pairs;
         let Ok(at) = pairs.binary_search_by_key(&completion.qp_num, |(number, ..)| *number) else {
             let what = format!("a completion of queue pair {}, which is none", completion.qp_num);
-            return Err(LinkError::protocol(self.desk.rank, what));
+            return Err(LinkError::protocol(self.state.rank, what));
         };
-        let (_, peer, lane) = pairs[at];
+        let (_, peer, connection) = pairs[at];
         if completion.status != ffi::WC_SUCCESS {
             let status = self.rails[rail].completions.describe(completion.status);
             let (place, peer) = (peer, &mut self.peers[peer]);
-            let error = LinkError::os(peer.rank, peer.lanes[lane].pair.to_string(), status);
+            let error = LinkError::os(
+                peer.rank,
+                peer.connections[connection].pair.to_string(),
+                Cause::other(status),
+            );
             let is_consequence = completion.status == ffi::WC_FLUSHED;
             peer.broke(error, is_consequence);
             self.note_gone(place);
@@ -240,14 +234,19 @@ impl VerbsLink {
         if completion.opcode == ffi::WC_RECV_RDMA_WITH_IMM {
             self.counts.announcements += 1;
             let word = Word::decode(u32::from_be(completion.imm_data));
-            self.peers[peer].hear(lane, word, completion.byte_len as usize, &mut self.desk)?;
+            self.peers[peer].hear(
+                connection,
+                word,
+                completion.byte_len as usize,
+                &mut self.state,
+            )?;
             if word.kind == Kind::Goodbye {
                 self.note_gone(peer);
             }
             Ok(())
         } else {
             self.counts.reports += 1;
-            self.peers[peer].reported(lane, &mut self.desk)
+            self.peers[peer].reported(connection, &mut self.state)
         }
     }
 
@@ -257,12 +256,12 @@ impl VerbsLink {
         }
     }
 
-    /// Looks after the listed peers.
+    /// Advances the listed peers.
     fn advance_listed(&mut self) -> Result<(), LinkError> {
         while let Some(index) = self.listed.pop() {
             let peer = &mut self.peers[index];
             peer.is_listed = false;
-            self.counts.writes += peer.advance(&mut self.desk)? as u64;
+            self.counts.writes += peer.advance(&mut self.state)? as u64;
         }
         Ok(())
     }
@@ -276,10 +275,10 @@ impl VerbsLink {
         self.look_who_is_missed()
     }
 
-    /// What has to wake this rank: peers' messages, and reports only if they are waited for.
+    /// What must wake this rank: peers' messages, and completions only if they are waited for.
     fn notice(&self) -> Notice {
         let waits = !self.is_proven
-            || self.desk.is_sending()
+            || self.state.is_sending()
             || self.peers.iter().any(Peer::waits_for_reports);
         if waits { Notice::All } else { Notice::Messages }
     }
@@ -292,14 +291,14 @@ impl VerbsLink {
             }
             rail.completions.ask(notice).map_err(|code| {
                 let what = format!("asking {} for completions", rail.device().port.device);
-                LinkError::os(self.desk.rank, what, format!("code {code}"))
+                LinkError::os(self.state.rank, what, io::Error::from_raw_os_error(code.abs()))
             })?;
             rail.asked = Some(notice);
         }
         Ok(())
     }
 
-    /// Takes over what a sleep has brought.
+    /// Handles what a sleep has brought.
     fn wake_up(&mut self, news: News) {
         if news.completions {
             for rail in &mut self.rails {
@@ -313,21 +312,25 @@ impl VerbsLink {
         }
     }
 
-    /// What ends everything: a failure of this link, or of a device.
+    /// A failure of the whole link or of a device, if there is one.
     fn failure(&self) -> Option<LinkError> {
         let of_device = |rail: &Rail| {
             let what = rail.device().failure()?;
-            Some(LinkError::os(self.desk.rank, what.to_owned(), "a broken connection"))
+            Some(LinkError::os(
+                self.state.rank,
+                what.to_owned(),
+                Cause::other("a broken connection"),
+            ))
         };
         self.failure.clone().or_else(|| self.rails.iter().find_map(of_device))
     }
 
-    /// Waits for the devices to have read what was sent last, as it was reported as done when it
-    /// was copied; then says goodbye. Peers that have said so themselves are not waited for.
+    /// Waits until the devices have read the last messages, which were reported as done once
+    /// copied; then says goodbye. Does not wait for peers that have said goodbye themselves.
     fn say_last_words(&mut self) {
         let until = Instant::now() + LAST_WORDS;
         self.settle(until);
-        if self.desk.open == 0 {
+        if self.state.open == 0 {
             self.peers.iter_mut().for_each(Peer::push_goodbye);
             (0..self.peers.len()).for_each(|peer| self.list(peer));
             self.settle(until);
@@ -337,7 +340,7 @@ impl VerbsLink {
     /// Waits until all writes are done, unless transfers are open.
     fn settle(&mut self, until: Instant) {
         let is_busy = |peers: &[Peer]| peers.iter().any(Peer::is_busy);
-        while self.desk.open == 0 && is_busy(&self.peers) && Instant::now() < until {
+        while self.state.open == 0 && is_busy(&self.peers) && Instant::now() < until {
             if self.advance_listed().is_err() || self.look().is_err() {
                 return;
             }
@@ -348,7 +351,7 @@ impl VerbsLink {
 
 impl Link for VerbsLink {
     fn begin(&mut self, call: &Call, regions: &Regions) {
-        self.desk.begin(call, regions);
+        self.state.begin(call, regions);
         for peer in 0..self.peers.len() {
             self.peers[peer].counts = None;
             if self.peers[peer].is_ahead() {
@@ -366,7 +369,7 @@ impl Link for VerbsLink {
         let from = memory.base().cast_const();
         let peer = self.place(to);
         self.peers[peer].send(Send { ticket, from, bytes: memory.bytes() })?;
-        self.desk.open += 1;
+        self.state.open += 1;
         self.list(peer);
         Ok(())
     }
@@ -380,7 +383,7 @@ impl Link for VerbsLink {
     ) -> Result<(), LinkError> {
         let into = memory.base();
         let peer = self.place(from);
-        self.desk.open += 1;
+        self.state.open += 1;
         self.peers[peer].receive(Receive { ticket, into, bytes: memory.bytes(), landing });
         self.list(peer);
         Ok(())
@@ -389,7 +392,7 @@ impl Link for VerbsLink {
     fn retract(&mut self, from: Rank, ticket: Ticket) -> bool {
         let peer = self.place(from);
         let retracted = self.peers[peer].retract(ticket);
-        self.desk.open -= usize::from(retracted);
+        self.state.open -= usize::from(retracted);
         retracted
     }
 
@@ -398,7 +401,7 @@ impl Link for VerbsLink {
             return Err(failure);
         }
         let result = self.move_on();
-        done.append(&mut self.desk.done);
+        done.append(&mut self.state.done);
         match &result {
             // It ends only what it concerns, and that may be taken back.
             Err(LinkError { kind: LinkErrorKind::Closed, .. }) | Ok(()) => {}
@@ -408,20 +411,20 @@ impl Link for VerbsLink {
     }
 
     fn arrived(&self, ticket: Ticket) -> *const u8 {
-        self.desk.arrival(ticket)
+        self.state.arrival(ticket)
     }
 
     fn release(&mut self, ticket: Ticket) -> Result<(), LinkError> {
-        self.desk.release(ticket);
+        self.state.release(ticket);
         Ok(())
     }
 
     fn mark(&mut self) {
-        self.desk.marked = true;
+        self.state.marked = true;
     }
 
     fn is_marked(&self) -> bool {
-        self.desk.marked
+        self.state.marked
     }
 
     fn patience(&self) -> Patience {
@@ -438,13 +441,13 @@ impl Link for VerbsLink {
         self.counts.sleeps += 1;
         let news = self.sleeper.sleep(until.saturating_duration_since(Instant::now()));
         let news =
-            news.map_err(|error| LinkError::os(self.desk.rank, "waiting for completions", error))?;
+            news.map_err(|error| LinkError::os(self.state.rank, "waiting for completions", error))?;
         self.wake_up(news);
         Ok(())
     }
 
     fn arm(&mut self) -> bool {
-        if !self.listed.is_empty() || !self.desk.done.is_empty() || self.failure().is_some() {
+        if !self.listed.is_empty() || !self.state.done.is_empty() || self.failure().is_some() {
             return false;
         }
         // What came before the queues were asked tells nobody: look once more.
@@ -469,7 +472,7 @@ impl Link for VerbsLink {
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
-        self.sleeper.bell()
+        self.sleeper.doorbell()
     }
 
     fn abort(&mut self) {
@@ -477,15 +480,31 @@ impl Link for VerbsLink {
             self.say_last_words();
         }
         // Without their queue pairs the devices touch no memory for this link any more.
-        self.peers.iter_mut().for_each(|peer| peer.lanes.clear());
+        self.peers.iter_mut().for_each(|peer| peer.connections.clear());
         self.peers.clear();
         self.gone.clear();
         self.listed.clear();
-        self.desk.clear();
+        self.state.clear();
     }
 
     fn group(&mut self) -> Option<&mut dyn Group> {
         None
+    }
+
+    /// The devices in use and how borrowed memory is handled.
+    fn description(&self) -> String {
+        format!("RDMA: {}", self.description)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let Counts { writes, reports, announcements, sleeps, registrations } = self.counts();
+        vec![
+            ("writes", writes),
+            ("reports", reports),
+            ("announcements", announcements),
+            ("sleeps", sleeps),
+            ("registrations", registrations),
+        ]
     }
 }
 

@@ -1,10 +1,12 @@
-//! Memory that the devices may use: what the communicator allocates, what is borrowed for one
-//! collective, and a link's own.
+//! Memory that the devices may use: allocations of the communicator, memory that is borrowed for
+//! one collective, and a link's own.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use unisum_link::{Registrar, Registration as Registered};
 
 use crate::domain::{Access, Domain, Registration};
 use crate::error::VerbsError;
@@ -20,7 +22,7 @@ pub(crate) struct Keys {
     pub(crate) remote: [u32; RAILS_MAX],
 }
 
-/// Memory that is registered on all devices. Dropping it ends that.
+/// Memory that is registered on all devices until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     _registrations: Vec<Registration>,
@@ -31,7 +33,7 @@ pub(crate) struct Pinned {
 
 impl Pinned {
     /// # Errors
-    /// What the first device that refuses says.
+    /// The error of the first device that refuses.
     ///
     /// # Safety
     /// As [`Domain::register`].
@@ -53,7 +55,7 @@ impl Pinned {
     }
 }
 
-/// Pages of this link's own, zeroed and registered.
+/// Pages of this link, zeroed and registered.
 #[derive(Debug)]
 pub(crate) struct Pages {
     // Before the memory, so that it is dropped before.
@@ -74,7 +76,7 @@ impl Pages {
     /// At least `bytes` bytes.
     ///
     /// # Errors
-    /// If there is no memory, or it can't be registered.
+    /// If there is no memory, or it cannot be registered.
     pub(crate) fn new(domains: &[Arc<Domain>], bytes: usize) -> Result<Self, VerbsError> {
         let out_of_memory = || VerbsError::Device(format!("no memory for {bytes} bytes"));
         let bytes = bytes.max(1).next_multiple_of(PAGE);
@@ -110,10 +112,11 @@ impl Drop for Memory {
 
 /// The memory of a communicator that stays registered, from its allocation until it is freed.
 ///
-/// Only memory whose owner says when it is freed can be here. The kernel keeps registered pages
-/// where they are: if addresses were freed and given out again, a registration of theirs would go
-/// on naming the old pages. So memory that a program only lends is registered anew for each
-/// collective, or passes slots: as it was measured when the devices were opened.
+/// Only memory whose owner reports when it is freed can be registered here. The kernel keeps
+/// registered pages in place: if addresses were freed and reused, their registration would keep
+/// naming the old pages. Memory that a program only lends is therefore registered for each
+/// collective, or copied through slots, depending on what was measured when the devices were
+/// opened.
 #[derive(Debug)]
 pub struct Registry {
     domains: Vec<Arc<Domain>>,
@@ -129,7 +132,7 @@ struct Entry {
     pinned: Pinned,
 }
 
-/// A registration's hold on allocated memory: drop it before the memory is freed.
+/// A registration of allocated memory: drop it before the memory is freed.
 #[derive(Debug)]
 pub struct Adopted {
     registry: Arc<Registry>,
@@ -147,13 +150,13 @@ impl Registry {
         &self.profile
     }
 
-    /// Borrowed memory from this size on is registered for a collective.
+    /// The size from which borrowed memory is registered for a collective.
     pub(crate) fn register_from(&self) -> usize {
         // Relaxed: see `set_register_from`.
         self.register_from.load(Ordering::Relaxed)
     }
 
-    /// Has borrowed memory registered from `bytes` on, whatever was measured. For tests and
+    /// Registers borrowed memory from `bytes` on, whatever was measured. For tests and
     /// measurements.
     pub fn set_register_from(&self, bytes: usize) {
         // Relaxed: any value is right at any time; who sets it between collectives of the same
@@ -170,7 +173,7 @@ impl Registry {
     /// Cost: a system call for each device; the kernel pins every page.
     ///
     /// # Errors
-    /// If the system refuses; the memory can be used all the same, like any other.
+    /// If the system refuses; the memory can still be used, like any other.
     ///
     /// # Safety
     /// The memory stays mapped, with the same pages, until the returned value is dropped.
@@ -199,6 +202,19 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
         // No code that holds the lock can panic half-way through a change.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Registrar for Registry {
+    unsafe fn register(
+        self: Arc<Self>,
+        start: NonNull<u8>,
+        bytes: usize,
+    ) -> Result<Registered, String> {
+        // SAFETY: the caller promised it.
+        let adopted = unsafe { self.adopt(start, bytes) };
+        let adopted = adopted.map_err(|error| error.to_string())?;
+        Ok(Registered(Box::new(adopted)))
     }
 }
 

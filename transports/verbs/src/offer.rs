@@ -1,9 +1,9 @@
-//! Setting up: from devices to a link whose every connection is proven.
+//! Setting up: from devices to a link whose connections have all been tested.
 //!
-//! All ranks do the same: make an [`Offer`], give each peer its card, [`Offer::connect`], tell each
-//! other how that went, [`VerbsLink::prove`], and tell each other again. Packets to a queue pair
-//! that isn't connected yet would be lost, and their repetition takes a while: hence the exchange
-//! between connecting and proving.
+//! All ranks do the same: create an [`Offer`], give each peer its card, call [`Offer::connect`],
+//! exchange the outcome, call [`VerbsLink::prove`], and exchange the outcome again. Packets to a
+//! queue pair that is not connected yet would be lost, and their retransmission takes a while:
+//! hence the exchange between connecting and proving.
 
 use std::net::Ipv6Addr;
 use std::sync::Arc;
@@ -14,34 +14,34 @@ use unisum_link::handshake::random;
 use crate::area::{Area, Layout};
 use crate::card::{Card, MTU_CODES, NUMBER_LIMIT, RailCard};
 use crate::completions::Completions;
-use crate::desk::Desk;
+use crate::connection::{Connection, REFILL, WRITES};
 use crate::device::{self, Port};
 use crate::domain::Domain;
 use crate::error::VerbsError;
 use crate::filter::DeviceFilter;
-use crate::lane::{Lane, REFILL, WRITES};
 use crate::link::{Rail, VerbsLink};
+use crate::link_state::LinkState;
 use crate::memory::{Pages, Registry};
 use crate::peer::Peer;
 use crate::queue_pair::{Path, QueuePair};
 use crate::wire::RAILS_MAX;
 
-/// What a rank may set about its devices.
+/// The settings of a rank's devices.
 #[derive(Clone, Debug)]
 pub struct VerbsConfig {
-    /// Which devices may be used; `None` means all that are not software.
+    /// The devices that may be used; `None` means all hardware devices.
     pub devices: Option<DeviceFilter>,
-    /// Whether devices made by software may be used although they are not named.
+    /// Whether software devices may be used even if they are not named.
     pub software: bool,
-    /// Place of the address to use in the port's table; `None` chooses.
+    /// Index of the address in the port's table; `None` chooses automatically.
     pub gid_index: Option<u8>,
     /// Queue pairs for each peer on each device, 1 to 16.
     pub pairs_per_peer: usize,
     /// Largest packet in bytes; `None` takes what the ports agree on.
     pub mtu: Option<usize>,
-    /// A lost packet is repeated after 4.096 µs · 2^this, 1 to 31.
+    /// A lost packet is retransmitted after 4.096 µs · 2^this, 1 to 31.
     pub timeout: u8,
-    /// How often a packet is repeated before the connection counts as broken, 0 to 7.
+    /// How often a packet is retransmitted before the connection counts as broken, 0 to 7.
     pub retries: u8,
     /// The traffic class of packets (for RoCE the IP header's, with DSCP in its upper six bits).
     pub traffic_class: u8,
@@ -80,11 +80,11 @@ pub struct Offer {
 }
 
 impl Offer {
-    /// Opens the devices and makes what `rank` needs for `peers`.
+    /// Opens the devices and creates what `rank` needs for `peers`.
     ///
     /// # Errors
-    /// [`VerbsError`] in words that name what is missing: the library, a device, an active port,
-    /// an address, memory that may be locked.
+    /// A [`VerbsError`] that names what is missing: the library, a device, an active port, an
+    /// address, memory that may be locked.
     pub fn new(
         rank: Rank,
         world: usize,
@@ -101,9 +101,9 @@ impl Offer {
         Self::beside(&Registry::new(domains), rank, world, peers, config)
     }
 
-    /// The same for one more link over devices that are open: queue pairs and memory to receive in
-    /// are its own, what is registered in `registry` is registered for it as well. Whatever
-    /// `config` says about the choice of devices does not count.
+    /// The same for another link over devices that are already open. The link has its own queue
+    /// pairs and memory to receive in, and shares the memory registered in `registry`. The choice
+    /// of devices in `config` is ignored.
     ///
     /// # Errors
     /// As [`Offer::new`].
@@ -115,8 +115,8 @@ impl Offer {
         config: VerbsConfig,
     ) -> Result<Self, VerbsError> {
         let (layout, domains) = (Layout::new(world), registry.domains());
-        let lanes = peers.len() * config.pairs_per_peer;
-        let entries = lanes * (layout.announcements() + REFILL + WRITES);
+        let connections = peers.len() * config.pairs_per_peer;
+        let entries = connections * (layout.announcements() + REFILL + WRITES);
         let rails: Vec<Rail> = domains
             .iter()
             .map(|domain| Completions::new(domain, entries).map(Rail::new))
@@ -142,7 +142,7 @@ impl Offer {
         Ok(Self { rank, world, config, layout, rails, peers, registry, areas, psn })
     }
 
-    /// What each peer has to know, by rank; nothing for who is none.
+    /// What each peer must know, by rank; empty for ranks that are not peers.
     pub fn cards(&self) -> Vec<Vec<u8>> {
         let rail = |domain: &Arc<Domain>| RailCard {
             gid: domain.gid.raw,
@@ -174,11 +174,10 @@ impl Offer {
         port.min(allowed)
     }
 
-    /// Connects to all peers, of whom `cards` has the cards for this rank, by rank. Nothing is sent
-    /// yet.
+    /// Connects to all peers. `cards` has their cards for this rank, by rank. Nothing is sent yet.
     ///
     /// # Errors
-    /// If a card makes no sense or offers nothing to this rank, or a device refuses a path.
+    /// If a card cannot be decoded or offers nothing to this rank, or a device refuses a path.
     pub fn connect(mut self, cards: &[Vec<u8>]) -> Result<VerbsLink, VerbsError> {
         let mut peers = Vec::new();
         let mut mtu = *MTU_CODES.end();
@@ -187,7 +186,7 @@ impl Offer {
             let card = Card::decode(&cards[peer]).map_err(wrong)?;
             let rails = self.rails.len().min(card.rails.len());
             let turns = self.config.pairs_per_peer.min(card.pairs.len() / card.rails.len());
-            let mut lanes = Vec::new();
+            let mut connections = Vec::new();
             for (place, pair) in pairs.into_iter().enumerate() {
                 let (turn, rail) = (place / self.rails.len(), place % self.rails.len());
                 if turn >= turns || rail >= rails {
@@ -201,15 +200,15 @@ impl Offer {
                     let address = Ipv6Addr::from(path.gid).to_canonical();
                     VerbsError::Path(peer, format!("at {address}: {error}"))
                 })?;
-                self.rails[rail].pairs.push((pair.number(), index, lanes.len()));
-                lanes.push(Lane::new(rail, pair));
+                self.rails[rail].pairs.push((pair.number(), index, connections.len()));
+                connections.push(Connection::new(rail, pair));
             }
-            peers.push(Peer::new(peer, lanes, self.area(index, &card)));
+            peers.push(Peer::new(peer, connections, self.area(index, &card)));
         }
         self.rails.iter_mut().for_each(|rail| rail.pairs.sort_unstable());
         let description = self.describe(mtu);
-        let desk = Desk::new(self.rank, self.registry);
-        VerbsLink::new(self.world, peers, desk, self.rails, self.areas, description)
+        let state = LinkState::new(self.rank, self.registry);
+        VerbsLink::new(self.world, peers, state, self.rails, self.areas, description)
             .map_err(|error| VerbsError::Os("making an event queue".into(), error))
     }
 
@@ -272,13 +271,13 @@ fn chosen_ports(config: &VerbsConfig) -> Result<Vec<Port>, VerbsError> {
     Ok(ports)
 }
 
-/// Bytes of the packets that a code stands for.
+/// The packet size of a code, in bytes.
 const fn mtu_bytes(code: u8) -> usize {
     128 << code
 }
 
-/// What this host offers, a line for each port: whether libibverbs is there, and each port's
-/// firmware, address and packet size. Opens the devices.
+/// Describes what this host offers, one line for each port: whether libibverbs is there, and each
+/// port's firmware, address and packet size. Opens the devices.
 pub fn describe_devices() -> Vec<String> {
     let describe = |port: Port| {
         let text = port.to_string();

@@ -17,9 +17,9 @@ use std::io;
 use unisum_link::{Call, Landing, LinkError, PeerCounts, Rank, Ticket};
 
 use crate::area::{Area, CELL_BYTES};
-use crate::desk::{Desk, Hold, Receive, Send, UnderWay};
+use crate::connection::{Carries, Connection};
 use crate::domain::Access;
-use crate::lane::{Carries, Lane};
+use crate::link_state::{LinkState, Receive, Send, TransferMemory, UnderWay};
 use crate::queue_pair::Write;
 use crate::wire::{CREDITS, Kind, READY_BYTES, Ready, Word, part, parts};
 use ending::Ending;
@@ -33,7 +33,7 @@ const MARK_AT: usize = Call::ENCODED - 1;
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) rank: Rank,
-    pub(crate) lanes: Vec<Lane>,
+    pub(crate) connections: Vec<Connection>,
     area: Area,
     /// Whether the link looks after it at its next progress.
     pub(crate) is_listed: bool,
@@ -76,14 +76,14 @@ pub(crate) struct Peer {
 struct Incoming {
     receive: Receive,
     parts_left: usize,
-    hold: Hold,
+    memory: TransferMemory,
 }
 
 impl Peer {
-    pub(crate) fn new(rank: Rank, lanes: Vec<Lane>, area: Area) -> Self {
+    pub(crate) fn new(rank: Rank, connections: Vec<Connection>, area: Area) -> Self {
         Self {
             rank,
-            lanes,
+            connections,
             area,
             is_listed: false,
             counts: None,
@@ -146,19 +146,19 @@ impl Peer {
     /// Whether it has to be told as soon as own writes are reported, and not only when the peer
     /// sends something.
     pub(crate) fn waits_for_reports(&self) -> bool {
-        !self.small_out.is_empty() || self.lanes.iter().any(Lane::has_pending)
+        !self.small_out.is_empty() || self.connections.iter().any(Connection::has_pending)
     }
 
     /// Does what messages and reports have made possible, and posts it. How many writes that were.
     ///
     /// # Errors
     /// If the peer's calls differ or make no sense, memory can't be had, or a connection is broken.
-    pub(crate) fn advance(&mut self, desk: &mut Desk) -> Result<usize, LinkError> {
-        self.take_small(desk)?;
-        self.send_small(desk);
-        self.send_large(desk)?;
-        self.announce(desk)?;
-        self.check_ahead(desk)?;
+    pub(crate) fn advance(&mut self, state: &mut LinkState) -> Result<usize, LinkError> {
+        self.take_small(state)?;
+        self.send_small(state);
+        self.send_large(state)?;
+        self.announce(state)?;
+        self.check_ahead(state)?;
         self.flush()
     }
 
@@ -168,34 +168,34 @@ impl Peer {
     /// If it makes no sense.
     pub(crate) fn hear(
         &mut self,
-        lane: usize,
+        connection: usize,
         word: Word,
         bytes: usize,
-        desk: &mut Desk,
+        state: &mut LinkState,
     ) -> Result<(), LinkError> {
-        self.lanes[lane].heard();
-        if lane == 0 {
+        self.connections[connection].heard();
+        if connection == 0 {
             self.credit(word.credit)?;
         }
         match word.kind {
-            Kind::Small if lane == 0 => {
+            Kind::Small if connection == 0 => {
                 self.lengths.push_back(bytes);
                 let is_sane = self.lengths.len() <= self.area.layout.cells;
                 self.require(is_sane, "more small messages than there are cells")
             }
-            Kind::Ready { count } if lane == 0 => {
+            Kind::Ready { count } if connection == 0 => {
                 self.heard = self.heard.wrapping_add(u32::from(count));
                 let open = self.heard.wrapping_sub(self.used) as usize;
                 let is_sane = open <= self.area.layout.readies;
                 self.require(is_sane, "more announcements than there are places")
             }
             Kind::Data { place } => {
-                desk.marked |= word.marked;
-                self.part_arrived(usize::from(place), desk)
+                state.marked |= word.marked;
+                self.part_arrived(usize::from(place), state)
             }
             Kind::Credit => Ok(()),
             Kind::Goodbye => {
-                self.says_goodbye(desk);
+                self.says_goodbye(state);
                 Ok(())
             }
             Kind::Small | Kind::Ready { .. } => {
@@ -205,15 +205,19 @@ impl Peer {
     }
 
     /// Takes note of a reported write on a connection.
-    pub(crate) fn reported(&mut self, lane: usize, desk: &mut Desk) -> Result<(), LinkError> {
+    pub(crate) fn reported(
+        &mut self,
+        connection: usize,
+        state: &mut LinkState,
+    ) -> Result<(), LinkError> {
         if self.has_left() {
             return Ok(());
         }
-        let finished = self.lanes[lane].reported();
+        let finished = self.connections[connection].reported();
         self.require(finished.is_some(), "a report of a write that was not posted")?;
         let finished = finished.unwrap_or_default();
         self.reported = self.reported.wrapping_add(finished.smalls);
-        finished.large.into_iter().for_each(|number| desk.part_sent(number));
+        finished.large.into_iter().for_each(|number| state.part_sent(number));
         Ok(())
     }
 
@@ -224,7 +228,7 @@ impl Peer {
         self.require(is_sane, "credit for messages that were not sent")
     }
 
-    fn send_small(&mut self, desk: &mut Desk) {
+    fn send_small(&mut self, state: &mut LinkState) {
         let cells = self.area.layout.cells as u32;
         while let Some(send) = self.small_out.front() {
             let there = self.sent.wrapping_sub(self.taken_there);
@@ -233,8 +237,8 @@ impl Peer {
                 return;
             }
             let at = self.area.layout.cell(self.sent as usize % self.area.layout.cells);
-            let mut encoded = self.encoded_call(desk);
-            encoded[MARK_AT] = u8::from(desk.marked);
+            let mut encoded = self.encoded_call(state);
+            encoded[MARK_AT] = u8::from(state.marked);
             // SAFETY: the write from this cell is reported, and the array is that long.
             unsafe { self.area.copy_out(at, encoded.as_ptr(), encoded.len()) };
             // SAFETY: as above; the region's promise covers what is sent until it is done.
@@ -243,35 +247,35 @@ impl Peer {
             self.small_out.pop_front();
             self.sent = self.sent.wrapping_add(1);
             self.push_word(Kind::Small, at, bytes, Carries::Small);
-            desk.finish(ticket);
+            state.finish(ticket);
         }
     }
 
-    fn take_small(&mut self, desk: &mut Desk) -> Result<(), LinkError> {
+    fn take_small(&mut self, state: &mut LinkState) -> Result<(), LinkError> {
         while let (Some(receive), Some(&length)) = (self.small_in.front(), self.lengths.front()) {
             let at = self.area.layout.cell(self.taken as usize % self.area.layout.cells);
             let Receive { ticket, bytes, landing, into } = *receive;
             let (call, marked) = self.small_call(length)?;
-            self.check_call(call.as_ref(), self.call_from(desk))?;
-            desk.marked |= marked;
+            self.check_call(call.as_ref(), self.call_from(state))?;
+            state.marked |= marked;
             if length != Call::ENCODED + bytes {
                 let what = format!("a message of {length} bytes with its call, and not of {bytes}");
                 return Err(LinkError::protocol(self.rank, what));
             }
-            let mut vessel = match landing {
+            let mut bounce = match landing {
                 Landing::Place => None,
-                Landing::Slot => Some(desk.take_vessel(bytes)),
+                Landing::Slot => Some(state.take_bounce_buffer(bytes)),
             };
-            let into = vessel.as_mut().map_or(into, |vessel| vessel.as_mut_ptr());
+            let into = bounce.as_mut().map_or(into, |bounce| bounce.as_mut_ptr());
             // SAFETY: the message was announced, and its cell is given back below. The place is
-            // the region's, untouched by others until the receive is done; a vessel has the room.
+            // the region's, untouched by others until the receive is done; a bounce has the room.
             unsafe { self.area.copy_in(at + Call::ENCODED, bytes, into) };
             self.small_in.pop_front();
             self.lengths.pop_front();
             self.taken = self.taken.wrapping_add(1);
-            match vessel {
-                Some(vessel) => desk.small_arrived(ticket, vessel),
-                None => desk.finish(ticket),
+            match bounce {
+                Some(bounce) => state.small_arrived(ticket, bounce),
+                None => state.finish(ticket),
             }
         }
         Ok(())
@@ -289,17 +293,17 @@ impl Peer {
         Ok((Call::decode(&encoded), marked))
     }
 
-    fn send_large(&mut self, desk: &mut Desk) -> Result<(), LinkError> {
+    fn send_large(&mut self, state: &mut LinkState) -> Result<(), LinkError> {
         while self.heard != self.used
             && let Some(send) = self.large_out.pop_front()
         {
             let ready = self.oldest_ready();
-            self.check_call(ready.as_ref().map(|ready| &ready.call), self.call_to(desk))?;
+            self.check_call(ready.as_ref().map(|ready| &ready.call), self.call_to(state))?;
             let Some(ready) = ready.filter(|ready| ready.bytes == send.bytes as u64) else {
                 let what = format!("an announcement that is not of {} bytes", send.bytes);
                 return Err(LinkError::protocol(self.rank, what));
             };
-            self.depart(&send, &ready, desk)?;
+            self.depart(&send, &ready, state)?;
             self.used = self.used.wrapping_add(1);
         }
         Ok(())
@@ -316,25 +320,30 @@ impl Peer {
         Ready::decode(&encoded)
     }
 
-    fn depart(&mut self, send: &Send, ready: &Ready, desk: &mut Desk) -> Result<(), LinkError> {
+    fn depart(
+        &mut self,
+        send: &Send,
+        ready: &Ready,
+        state: &mut LinkState,
+    ) -> Result<(), LinkError> {
         let place = (self.used as usize % self.area.layout.readies) as u8;
-        let hold = desk.hold(send.from, send.bytes, Access::Read)?;
-        if let Some(slot) = hold.slot() {
+        let memory = state.memory_for(send.from, send.bytes, Access::Read)?;
+        if let Some(slot) = memory.slot() {
             // SAFETY: the region's promise covers what is sent until it is done; the slot has the
             // room and is nobody else's.
             unsafe { slot.start().copy_from_nonoverlapping(send.from, send.bytes) };
         }
-        let from = hold.slot().map_or(send.from, |slot| slot.start().cast_const());
-        let (keys, parts_left) = (hold.keys(), parts(send.bytes, self.lanes.len()));
-        let number = desk.depart(UnderWay { ticket: send.ticket, parts_left, hold });
+        let from = memory.slot().map_or(send.from, |slot| slot.start().cast_const());
+        let (keys, parts_left) = (memory.keys(), parts(send.bytes, self.connections.len()));
+        let number = state.depart(UnderWay { ticket: send.ticket, parts_left, memory });
         for index in 0..parts_left {
             let part = part(send.bytes, parts_left, index);
             // Single parts take turns.
             let turn = if parts_left == 1 { self.used as usize } else { index };
-            let lane = turn % self.lanes.len();
-            let rail = self.lanes[lane].rail;
-            let (kind, marked) = (Kind::Data { place }, desk.marked);
-            let word = Word { kind, marked, credit: self.credit_on(lane) };
+            let connection = turn % self.connections.len();
+            let rail = self.connections[connection].rail;
+            let (kind, marked) = (Kind::Data { place }, state.marked);
+            let word = Word { kind, marked, credit: self.credit_on(connection) };
             let write = Write {
                 from: from.wrapping_add(part.start) as u64,
                 bytes: part.len() as u32,
@@ -344,38 +353,38 @@ impl Peer {
                 immediate: Some(word.encode()),
                 signalled: true,
             };
-            self.lanes[lane].push(write, Carries::Large(number));
+            self.connections[connection].push(write, Carries::Large(number));
         }
         Ok(())
     }
 
     /// Writes down announcements of posted receives, as far as there are places.
-    fn announce(&mut self, desk: &mut Desk) -> Result<(), LinkError> {
+    fn announce(&mut self, state: &mut LinkState) -> Result<(), LinkError> {
         let places = self.area.layout.readies;
         while self.incoming[self.announced as usize % places].is_none()
             && let Some(receive) = self.large_in.pop_front()
         {
             let place = self.announced as usize % places;
-            let hold = match receive.landing {
-                Landing::Place => desk.hold(receive.into, receive.bytes, Access::Write)?,
-                Landing::Slot => Hold::Slot(desk.take_slot(receive.bytes)?),
+            let memory = match receive.landing {
+                Landing::Place => state.memory_for(receive.into, receive.bytes, Access::Write)?,
+                Landing::Slot => TransferMemory::Slot(state.take_slot(receive.bytes)?),
             };
-            let into = hold.slot().map_or(receive.into, |slot| slot.start());
-            let (bytes, call) = (receive.bytes as u64, self.call_from(desk));
-            let ready = Ready { address: into as u64, bytes, keys: hold.keys().remote, call };
+            let into = memory.slot().map_or(receive.into, |slot| slot.start());
+            let (bytes, call) = (receive.bytes as u64, self.call_from(state));
+            let ready = Ready { address: into as u64, bytes, keys: memory.keys().remote, call };
             let encoded = ready.encode();
             let at = self.area.layout.ready(place);
             // SAFETY: what was announced in this place has arrived, so that its announcement was
             // read; the array is that long.
             unsafe { self.area.copy_out(at, encoded.as_ptr(), READY_BYTES) };
-            let parts_left = parts(receive.bytes, self.lanes.len());
-            self.incoming[place] = Some(Incoming { receive, parts_left, hold });
+            let parts_left = parts(receive.bytes, self.connections.len());
+            self.incoming[place] = Some(Incoming { receive, parts_left, memory });
             self.announced = self.announced.wrapping_add(1);
         }
         Ok(())
     }
 
-    fn part_arrived(&mut self, place: usize, desk: &mut Desk) -> Result<(), LinkError> {
+    fn part_arrived(&mut self, place: usize, state: &mut LinkState) -> Result<(), LinkError> {
         let entry = self.incoming.get_mut(place).filter(|entry| entry.is_some());
         let Some(entry) = entry else {
             return self.require(false, "data for a place where nothing is awaited");
@@ -384,17 +393,19 @@ impl Peer {
             incoming.parts_left -= 1;
             incoming.parts_left == 0
         };
-        let Some(Incoming { receive, hold, .. }) = entry.take_if(last) else { return Ok(()) };
-        match (receive.landing, hold) {
-            (Landing::Slot, Hold::Slot(slot)) => desk.large_arrived(receive.ticket, slot),
-            (_, hold) => {
-                if let Some(slot) = hold.slot() {
+        let Some(Incoming { receive, memory, .. }) = entry.take_if(last) else { return Ok(()) };
+        match (receive.landing, memory) {
+            (Landing::Slot, TransferMemory::Slot(slot)) => {
+                state.large_arrived(receive.ticket, slot)
+            }
+            (_, memory) => {
+                if let Some(slot) = memory.slot() {
                     // SAFETY: the slot holds the message, and the region's promise covers the
                     // place until the receive is done.
                     unsafe { receive.into.copy_from_nonoverlapping(slot.start(), receive.bytes) };
                 }
-                desk.let_go(hold);
-                desk.finish(receive.ticket);
+                state.give_back(memory);
+                state.finish(receive.ticket);
             }
         }
         Ok(())
@@ -402,8 +413,8 @@ impl Peer {
 
     /// What a word on this connection tells of small messages taken: only one connection carries
     /// credit, so that it comes in order.
-    fn credit_on(&mut self, lane: usize) -> u32 {
-        if lane > 0 {
+    fn credit_on(&mut self, connection: usize) -> u32 {
+        if connection > 0 {
             return 0;
         }
         self.told = self.taken;
@@ -422,13 +433,13 @@ impl Peer {
             immediate: Some(word.encode()),
             signalled: false,
         };
-        self.lanes[0].push(write, carries);
+        self.connections[0].push(write, carries);
     }
 
     /// Sends an empty word on every connection: what proves that there is a way.
     pub(crate) fn push_probes(&mut self) {
         let word = Word { kind: Kind::Credit, marked: false, credit: 0 };
-        for lane in &mut self.lanes {
+        for connection in &mut self.connections {
             let write = Write {
                 from: self.area.outbound as u64,
                 bytes: 0,
@@ -438,7 +449,7 @@ impl Peer {
                 immediate: Some(word.encode()),
                 signalled: false,
             };
-            lane.push(write, Carries::Word);
+            connection.push(write, Carries::Word);
         }
     }
 
@@ -466,13 +477,13 @@ impl Peer {
             self.push_word(Kind::Credit, 0, 0, Carries::Word);
         }
         let mut posted = 0;
-        for lane in &mut self.lanes {
+        for connection in &mut self.connections {
             // SAFETY: cells and announcements are changed only when their writes are reported or
             // their contents were read; slots and the region's bytes when their sends are done.
-            let flushed = lane.refill().and_then(|()| unsafe { lane.flush() });
+            let flushed = connection.refill().and_then(|()| unsafe { connection.flush() });
             posted += flushed.map_err(|code| {
                 let error = io::Error::from_raw_os_error(code.abs());
-                LinkError::os(self.rank, format!("posting to {}", lane.pair), error)
+                LinkError::os(self.rank, format!("posting to {}", connection.pair), error)
             })?;
         }
         Ok(posted)

@@ -1,4 +1,4 @@
-//! How the link sleeps: in epoll, on the devices' event descriptors and a bell.
+//! How the link sleeps: in epoll, on the devices' event descriptors and a doorbell.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -25,32 +25,32 @@ pub(crate) struct News {
 #[derive(Debug)]
 pub(crate) struct Sleeper {
     queue: OwnedFd,
-    bell: Arc<Bell>,
+    doorbell: Arc<Doorbell>,
 }
 
 /// Ends a sleep from any thread.
 #[derive(Debug)]
-pub(crate) struct Bell(OwnedFd);
+pub(crate) struct Doorbell(OwnedFd);
 
-impl Wake for Bell {
+impl Wake for Doorbell {
     fn wake(&self) {
         // It fails only if the counter is full, and then a wake-up is pending.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 }
 
-const BELL: u64 = 0;
+const DOORBELL: u64 = 0;
 const COMPLETIONS: u64 = 1;
 const EVENTS: u64 = 2;
-/// Two for each device and one for the bell are watched.
+/// Two for each device and one for the doorbell are watched.
 const EVENTS_MAX: usize = 2 * RAILS_MAX + 1;
 
 impl Sleeper {
     pub(crate) fn new() -> io::Result<Self> {
         let queue = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let sleeper = Self { queue, bell: Arc::new(Bell(bell)) };
-        sleeper.watch(sleeper.bell.0.as_fd(), BELL)?;
+        let doorbell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let sleeper = Self { queue, doorbell: Arc::new(Doorbell(doorbell)) };
+        sleeper.watch(sleeper.doorbell.0.as_fd(), DOORBELL)?;
         Ok(sleeper)
     }
 
@@ -69,8 +69,8 @@ impl Sleeper {
         Ok(epoll::add(&self.queue, descriptor, data, epoll::EventFlags::IN)?)
     }
 
-    pub(crate) fn bell(&self) -> Arc<Bell> {
-        self.bell.clone()
+    pub(crate) fn doorbell(&self) -> Arc<Doorbell> {
+        self.doorbell.clone()
     }
 
     /// Readable when there is news.
@@ -78,7 +78,7 @@ impl Sleeper {
         self.queue.as_fd()
     }
 
-    /// Sleeps for at most `timeout`; silences the bell.
+    /// Sleeps for at most `timeout`; silences the doorbell.
     pub(crate) fn sleep(&self, timeout: Duration) -> io::Result<News> {
         let mut room = [const { MaybeUninit::uninit() }; EVENTS_MAX];
         let timeout = Timespec::try_from(timeout).ok();
@@ -92,7 +92,7 @@ impl Sleeper {
                 COMPLETIONS => news.completions = true,
                 EVENTS => news.events = true,
                 // It fails only if nobody rang.
-                _ => drop(rustix::io::read(&self.bell.0, &mut [0; 8])),
+                _ => drop(rustix::io::read(&self.doorbell.0, &mut [0; 8])),
             }
         }
         Ok(news)

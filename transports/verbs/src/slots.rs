@@ -1,4 +1,4 @@
-//! Registered memory for messages that can't go straight to or from their place.
+//! Registered memory for messages that cannot go directly to or from their place.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -7,9 +7,8 @@ use crate::domain::Domain;
 use crate::error::VerbsError;
 use crate::memory::{PAGE, Pages};
 
-/// Recycled slots. Of those that are free, [`KEPT_BYTES`] stay, and beyond that what was used
-/// lately; the rest is given back, the least recently used first. All free ones are given back
-/// where memory is short.
+/// Recycled slots. [`KEPT_BYTES`] of free slots are kept, and beyond that, those used recently; the
+/// rest is freed, the least recently used first. All free slots are freed when memory runs short.
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
     /// By the logarithm of their size, the least recently used of each size first.
@@ -22,24 +21,24 @@ pub(crate) struct Slots {
 #[derive(Debug)]
 struct Free {
     pages: Pages,
-    /// When it was used last.
+    /// When it was last used.
     since: u64,
 }
 
-/// Free slots up to this many bytes stay, however long nobody uses them.
+/// Free slots of up to this many bytes are kept, however long they are unused.
 const KEPT_BYTES: usize = 16 << 20;
-/// Beyond that they stay while fewer slots than this are taken, so that a collective that comes
-/// again finds its own.
+/// Beyond that, they are kept while fewer slots than this are taken, so that a repeated collective
+/// finds its own.
 const KEPT_FOR: u64 = 1024;
-/// A collective counts as so many slots taken, also if it takes none.
+/// A collective counts as this many slots taken, even if it takes none.
 const COLLECTIVE: u64 = 64;
-/// What has to be free beside memory that is registered for a collective: what arrives to be
-/// reduced passes slots even then, four slices at once as a rule.
+/// What must be free besides memory that is registered for a collective: arrivals that reduce go
+/// through slots even then, usually four slices at once.
 const RESERVE_BYTES: usize = 1 << 20;
 const SLICE_BYTES: usize = 256 << 10;
 
 impl Slots {
-    /// Another collective begins.
+    /// Begins another collective.
     pub(crate) fn begin(&mut self) {
         self.now += COLLECTIVE;
         self.trim();
@@ -63,7 +62,7 @@ impl Slots {
     /// A slot of at least `bytes` bytes with unspecified content.
     ///
     /// # Errors
-    /// If there is none free and no memory for another, even without those that are.
+    /// If none is free and there is no memory for another, even after freeing the free ones.
     pub(crate) fn take(
         &mut self,
         domains: &[Arc<Domain>],
@@ -82,7 +81,7 @@ impl Slots {
         })
     }
 
-    /// Makes sure that there are some free slots.
+    /// Ensures that there are some free slots.
     ///
     /// # Errors
     /// If there is no memory for them.
@@ -93,7 +92,7 @@ impl Slots {
         Ok(())
     }
 
-    /// Takes a slot that is not used any more.
+    /// Takes back a slot that is no longer used.
     pub(crate) fn give(&mut self, pages: Pages) {
         let class = pages.bytes().trailing_zeros() as usize;
         if self.free.len() <= class {
@@ -104,7 +103,7 @@ impl Slots {
         self.trim();
     }
 
-    /// Frees all free slots: how many bytes that were.
+    /// Frees all free slots, and returns how many bytes they had.
     pub(crate) fn give_back(&mut self) -> usize {
         self.free.clear();
         std::mem::take(&mut self.free_bytes)

@@ -125,8 +125,8 @@ impl Ready {
 
 /// How a large message is cut: one part for each connection, or more if they would be larger than
 /// a device takes. Both ends reckon alike.
-pub(crate) fn parts(bytes: usize, lanes: usize) -> usize {
-    let spread = if bytes < SPLIT_BYTES { 1 } else { lanes };
+pub(crate) fn parts(bytes: usize, connections: usize) -> usize {
+    let spread = if bytes < SPLIT_BYTES { 1 } else { connections };
     spread.max(bytes.div_ceil(PART_BYTES_MAX))
 }
 
@@ -145,7 +145,7 @@ const PART_BYTES_MAX: usize = 1 << 30;
 mod tests {
     use proptest::prelude::*;
     use unisum_kernels::{Dtype, ReduceOp};
-    use unisum_link::Collective;
+    use unisum_link::CollectiveKind;
 
     use super::*;
 
@@ -157,8 +157,8 @@ mod tests {
         }
 
         #[test]
-        fn parts_cover_the_message_once(bytes in 1_usize..1 << 33, lanes in 1_usize..9) {
-            let parts = parts(bytes, lanes);
+        fn parts_cover_the_message_once(bytes in 1_usize..1 << 33, connections in 1_usize..9) {
+            let parts = parts(bytes, connections);
             let mut end = 0;
             for index in 0..parts {
                 let part = part(bytes, parts, index);
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn announcements_survive_the_wire() {
-        let (collective, dtype, op) = (Collective::AllReduce, Dtype::F32, ReduceOp::Sum);
+        let (collective, dtype, op) = (CollectiveKind::AllReduce, Dtype::F32, ReduceOp::Sum);
         let (communicator, root, history) = (1, 2, 3);
         let call = Call {
             communicator,

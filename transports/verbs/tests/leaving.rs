@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use unisum_kernels::Dtype;
-use unisum_link::{Call, Collective, Landing, Link, LinkError, Rank, Region, Regions, Ticket};
+use unisum_link::{Call, CollectiveKind, Landing, Link, LinkError, Rank, Region, Regions, Ticket};
 use unisum_verbs::{VerbsConfig, VerbsLink};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -24,7 +24,7 @@ fn region(bytes: &mut [u8]) -> Region {
 }
 
 fn begin(link: &mut VerbsLink) {
-    let call = Call { collective: Collective::Message, ..Call::all_reduce(0, Dtype::U8, 0) };
+    let call = Call { collective: CollectiveKind::Message, ..Call::all_reduce(0, Dtype::U8, 0) };
     link.begin(&call, &Regions::in_place(region(&mut [])));
 }
 

@@ -41,8 +41,8 @@ fn prove(spoil: impl Fn(&mut Vec<u8>)) -> Result<(), LinkError> {
     let mut ours = own.connect(&cards).unwrap();
     let until = Instant::now() + Duration::from_secs(1);
     thread::scope(|scope| {
-        scope.spawn(|| theirs.prove(until, &|| false));
-        ours.prove(until, &|| false)
+        scope.spawn(|| theirs.prove(until));
+        ours.prove(until)
     })
 }
 

@@ -45,10 +45,11 @@ impl Row {
         self.communication_s - self.exposed_s(about)
     }
 
-    /// The hidden share of what could be hidden, in percent, if that is anything.
+    /// The hidden share of what could be hidden, in percent, if that is anything. Times that vary
+    /// more than there is to hide don't take it beyond 0 and 100.
     fn overlap_percent(&self, about: &About) -> Option<f64> {
         let share = self.hidden_s(about) / self.hideable_s;
-        (self.hideable_s > 0.0).then_some(100.0 * share)
+        (self.hideable_s > 0.0).then_some(100.0 * share.clamp(0.0, 1.0))
     }
 
     /// All there is, by name; the machine-readable forms.
@@ -187,6 +188,11 @@ mod tests {
         };
         assert_eq!((row.exposed_s(&about), row.hidden_s(&about)), (1.0, 3.0));
         assert_eq!(row.overlap_percent(&about), Some(80.0));
+        // Times vary: more may seem hidden than there is, or less than nothing.
+        row.hideable_s = 0.3;
+        assert_eq!(row.overlap_percent(&about), Some(100.0));
+        row.steps_s = vec![90.0];
+        assert_eq!(row.overlap_percent(&about), Some(0.0));
         row.hideable_s = 0.0;
         assert_eq!(row.overlap_percent(&about), None);
     }

@@ -8,7 +8,7 @@ mod table;
 use std::io::{self, Write as _};
 
 use serde_json::{Value, json};
-use unisum::{Communicator, Dtype, ReduceOp};
+use unisum::{Dtype, ReduceOp};
 
 pub(crate) use progress::Progress;
 pub(crate) use records::Records;
@@ -16,6 +16,7 @@ pub(crate) use records::Records;
 use crate::args::{Args, Format, Memory};
 use crate::collective::Case;
 use crate::measure::Measurement;
+use crate::world::World;
 
 /// A form of the report.
 pub(crate) trait Report {
@@ -63,11 +64,11 @@ pub(crate) struct About {
 }
 
 impl About {
-    pub(crate) fn new(args: &Args, comm: &Communicator) -> Self {
+    pub(crate) fn new(args: &Args, world: &World) -> Self {
         Self {
-            ranks: comm.world(),
-            transport: comm.transport().to_string(),
-            memory: args.memory,
+            ranks: world.comm.world(),
+            transport: world.transport(),
+            memory: args.place_of_buffers(),
             checked: args.check,
         }
     }
@@ -175,6 +176,7 @@ impl Row {
             ("cpu_seconds", json!(self.measured.cpu_seconds)),
             ("cpu_seconds_per_GB", json!(self.cpu_seconds_per_gb())),
             ("voluntary_switches", json!(self.measured.voluntary_switches)),
+            ("wall_us", json!(self.measured.wall_s.map(|wall_s| wall_s * 1e6))),
         ]
     }
 }
@@ -222,6 +224,7 @@ mod tests {
             wrong: Some(0),
             cpu_seconds: 0.5,
             voluntary_switches: 0,
+            wall_s: None,
         };
         let kind = Kind::ALL_REDUCE;
         let mut row = Row {

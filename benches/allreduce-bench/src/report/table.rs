@@ -3,29 +3,36 @@
 use std::io;
 
 use super::{About, Report, Row, rate, say, significant, title, verdict};
+use crate::args::Memory;
 use crate::collective::Case;
 
 /// One line per size.
 #[derive(Debug, Default)]
 pub(super) struct Table {
     checked: bool,
+    /// Whether there is the column of times by the hosts' clocks, too.
+    has_wall: bool,
 }
 
 impl Report for Table {
     fn begin(&mut self, about: &About) -> io::Result<()> {
         self.checked = about.checked;
+        self.has_wall = about.memory == Memory::Device;
         say(&about.headline())
     }
 
     fn series(&mut self, series: &Case) -> io::Result<()> {
         say("#")?;
         say(&title(series))?;
-        say(&heading(HEADS))?;
-        say(&heading(UNITS))
+        say(&self.heading(HEADS, "wall"))?;
+        say(&self.heading(UNITS, "(us, mean)"))
     }
 
     fn size(&mut self, rows: &[Row]) -> io::Result<()> {
-        rows.iter().try_for_each(|row| say(&line(cells(row))))
+        rows.iter().try_for_each(|row| {
+            let wall_s = row.measured.wall_s.filter(|_| self.has_wall);
+            say(&line(cells(row), wall_s.map(|wall_s| significant(wall_s * 1e6))))
+        })
     }
 
     fn end(&mut self, wrong: u64) -> io::Result<()> {
@@ -92,12 +99,16 @@ fn cells(row: &Row) -> [String; COLUMNS] {
     ]
 }
 
-/// A line that is no data: its first character, always a space, becomes a mark.
-fn heading(names: [&str; COLUMNS]) -> String {
-    line(names.map(String::from)).replacen(' ', "#", 1)
+impl Table {
+    /// A line that is no data: its first character, always a space, becomes a mark.
+    fn heading(&self, names: [&str; COLUMNS], wall: &str) -> String {
+        let wall = self.has_wall.then(|| wall.to_owned());
+        line(names.map(String::from), wall).replacen(' ', "#", 1)
+    }
 }
 
-fn line(cells: [String; COLUMNS]) -> String {
+fn line(cells: [String; COLUMNS], wall: Option<String>) -> String {
     let padded = cells.iter().zip(WIDTHS).map(|(cell, width)| format!("{cell:>width$}"));
-    padded.collect::<Vec<_>>().join(" ")
+    let wall = wall.map(|wall| format!("{wall:>10}"));
+    padded.chain(wall).collect::<Vec<_>>().join(" ")
 }

@@ -13,8 +13,10 @@ PyTorch programs say ``torch.distributed.init_process_group("unisum")``; see ``u
 
 from __future__ import annotations
 
+from ._buckets import BucketReport, Buckets, Parameter, Step, StepReport
 from ._communicator import OPS, Communicator, Messenger, Work, empty
 from ._connect import connect
+from ._device import DeviceCommunicator
 from ._errors import (
     AbortedError,
     ConfigurationError,
@@ -25,23 +27,31 @@ from ._errors import (
     TimeoutError,
 )
 from ._spawn import RankFailed, spawn
-from ._unisum import Array
+from ._unisum import Array, LossScaler, cuda_devices
 
 __all__ = [
     "AbortedError",
     "Array",
+    "BucketReport",
+    "Buckets",
     "Communicator",
     "ConfigurationError",
+    "DeviceCommunicator",
     "Error",
+    "LossScaler",
     "Messenger",
     "MismatchError",
     "OPS",
+    "Parameter",
     "RankFailed",
     "RankLostError",
     "RendezvousError",
+    "Step",
+    "StepReport",
     "TimeoutError",
     "Work",
     "connect",
+    "cuda_devices",
     "empty",
     "spawn",
 ]

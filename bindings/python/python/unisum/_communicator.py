@@ -404,6 +404,20 @@ class Communicator:
         """The same ranks, with an order of calls of their own. Collective."""
         return Communicator(self._native._duplicate())
 
+    def on_device(self, ordinal: Optional[int] = None) -> "DeviceCommunicator":
+        """The same ranks with a CUDA device each, for collectives on its memory: this rank's is
+        the device ``ordinal`` of this process; by default, by its number on the host, as if there
+        were enough. Collective."""
+        from ._device import DeviceCommunicator
+
+        if ordinal is None:
+            try:
+                ordinal = self.local_rank % _unisum.cuda_devices()
+            except _errors.ConfigurationError:
+                # The call below says on all ranks what is missing.
+                ordinal = 0
+        return DeviceCommunicator(self._native._on_device(ordinal))
+
     def messenger(self) -> "Messenger":
         """Messages between two ranks, with tags. Collective."""
         return Messenger(self._native._messenger())

@@ -14,7 +14,8 @@ torch.set_num_threads(1)
 
 def prepare(backend: str) -> None:
     """Sets what PyTorch's test modules read when they are imported. `backend` is "unisum", "gloo",
-    or "unisum-as-gloo": unisum under gloo's name, so that tests for gloo alone run too."""
+    "unisum-as-gloo": unisum under gloo's name, so that tests for gloo alone run too, or
+    "unisum-ddp-as-gloo": that with unisum's DistributedDataParallel in the place of PyTorch's."""
     name = "gloo" if backend.endswith("gloo") else backend
     os.environ["BACKEND"] = name
     from torch.testing._internal.common_distributed import DistTestCases
@@ -22,6 +23,9 @@ def prepare(backend: str) -> None:
     if backend != "gloo":
         import unisum.torch
 
+        if backend.startswith("unisum-ddp"):
+            # Its own in the place of PyTorch's.
+            torch.nn.parallel.DistributedDataParallel = unisum.torch.DistributedDataParallel
         if name == "gloo":
             create = functools.partial(unisum.torch._group.create, name="gloo")
             dist.Backend.register_backend("gloo", create, extended_api=True, devices=["cpu"])

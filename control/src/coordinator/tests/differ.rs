@@ -1,17 +1,19 @@
 //! Ranks whose calls differ, or may.
 
+use unisum_link::Call;
+
 use super::*;
 use crate::status::Told;
 
 fn told(number: u64, history: u64, text: &str) -> Told {
-    Told { number, history, text: text.into() }
+    Told { call: Call { history, ..call(number) }, text: text.into() }
 }
 
 #[test]
 fn ranks_whose_calls_differ_are_asked_and_quoted() {
     let mut job = Job::new();
-    let (finding, text) = (Finding::Mismatch, "they differ".into());
-    job.say(1, Message::Accuse(Report { communicator: 7, against: 3, finding, text }));
+    let (finding, text) = (Finding::Mismatch, "they differ");
+    job.say(1, Message::Accuse(Report::new(7, 3, finding, text)));
     let asked: Vec<_> = job.outputs().into_iter().map(|output| output.audience).collect();
     assert_eq!(asked, [Audience::One(1), Audience::One(3)]);
     job.say(1, Message::Recounted { communicator: 7, calls: vec![told(4, 1, "a")] });
@@ -48,7 +50,7 @@ fn calls_that_differ_come_before_what_follows_from_them() {
 /// is the other.
 #[test]
 fn of_two_that_differ_the_one_is_to_blame_that_differs_from_most() {
-    for (histories, culprits) in
+    for (histories, failed_ranks) in
         [([1, 1, 1, 2], &[3][..]), ([2, 1, 1, 2], &[1, 3]), ([2, 1, 2, 2], &[1])]
     {
         let mut job = Job::new();
@@ -57,7 +59,7 @@ fn of_two_that_differ_the_one_is_to_blame_that_differs_from_most() {
             let calls = vec![told(4, history, "a call")];
             job.say(rank, Message::Recounted { communicator: 0, calls });
         }
-        job.expect(VerdictKind::Mismatch, culprits);
+        job.expect(VerdictKind::Mismatch, failed_ranks);
     }
 }
 

@@ -76,13 +76,13 @@ pub fn deposits_survive_fast_and_slow_members(mesh: &Mesh) {
     });
 }
 
-/// Folds `bytes` bytes at `at` of all members' regions or benches, in rank order.
+/// Folds `bytes` bytes at `at` of all members' regions or staging buffers, in rank order.
 fn fold_sources(port: &mut Port<'_>, world: usize, at: usize, bytes: usize) -> Vec<u8> {
     let group = port.group();
     let source = |member| {
         let mapped =
             group.source(member, Part::Input, at..at + bytes).expect("regions are where they say");
-        mapped.unwrap_or_else(|| group.bench(member, at..at + bytes).cast_const())
+        mapped.unwrap_or_else(|| group.staging(member, at..at + bytes).cast_const())
     };
     fold(&(0..world).map(source).collect::<Vec<_>>(), bytes)
 }
@@ -131,9 +131,9 @@ pub fn groups_fold_registered_regions(mesh: &Mesh) {
     });
 }
 
-/// Private regions go over the benches: each member lays its region out, folds its slice of all
-/// benches, lays that out and copies the others'.
-pub fn groups_fold_private_regions_over_benches(mesh: &Mesh) {
+/// Private regions pass through the staging buffers: each member stages its region, folds its slice
+/// of all staging buffers, stages the result, and copies the others'.
+pub fn groups_fold_private_regions_over_staging_buffers(mesh: &Mesh) {
     run_groups(mesh, 100_000, Kind::Private, |port, world| {
         for round in 0..200 {
             let bytes = if round % 10 == 0 { 100_000 } else { 1000 };
@@ -145,18 +145,18 @@ pub fn groups_fold_private_regions_over_benches(mesh: &Mesh) {
             let own = port.rank;
             let other = (own + 1) % world;
             assert_eq!(port.group().source(other, Part::Input, 0..4), Ok(None), "nobody maps it");
-            lay_out(port, 0..bytes);
+            stage(port, 0..bytes);
             arrive(port);
             let mine = slice(own, world, bytes);
             let sum = fold_sources(port, world, mine.start, mine.len());
             port.memory.write(mine.start, &sum);
             arrive(port);
             dawdle(own, round);
-            lay_out(port, mine);
+            stage(port, mine);
             arrive(port);
             for member in (0..world).filter(|&member| member != own) {
                 let theirs = slice(member, world, bytes);
-                let from = port.group().bench(member, theirs.clone());
+                let from = port.group().staging(member, theirs.clone());
                 port.memory.write(theirs.start, &copy(from, theirs.len()));
             }
             arrive(port);
@@ -166,13 +166,13 @@ pub fn groups_fold_private_regions_over_benches(mesh: &Mesh) {
     });
 }
 
-/// Copies `bytes` of the region to the same place of this rank's bench.
-fn lay_out(port: &mut Port<'_>, bytes: std::ops::Range<usize>) {
+/// Copies `bytes` of the region to the same place of this rank's staging buffer.
+fn stage(port: &mut Port<'_>, bytes: std::ops::Range<usize>) {
     let data = port.memory.read(bytes.start, bytes.len());
     let (own, len) = (port.rank, bytes.len());
-    let bench = port.group().bench(own, bytes);
-    // SAFETY: the bench has that room, and nobody reads it before the next arrival.
-    unsafe { bench.copy_from_nonoverlapping(data.as_ptr(), len) };
+    let staging = port.group().staging(own, bytes);
+    // SAFETY: the staging buffer is that long, and nobody reads it before the next arrival.
+    unsafe { staging.copy_from_nonoverlapping(data.as_ptr(), len) };
 }
 
 fn arrive(port: &mut Port<'_>) {
@@ -219,7 +219,7 @@ pub fn late_members_are_named(mesh: &Mesh) {
     });
 }
 
-/// A group's park lasts until its deadline, burns no CPU, and ends by a wake.
+/// A group's park lasts until its deadline, uses no CPU, and ends by a wake.
 pub fn group_parks_end_by_deadline_and_by_wake(mesh: &Mesh) {
     run_groups(mesh, 64, Kind::Private, |port, _| {
         port.begin(call(0, 64));

@@ -47,7 +47,8 @@ impl Write for Wire<'_> {
         self.recorded.push(bytes.clone());
         (self.tamper)(self.writes, &mut bytes);
         self.writes += 1;
-        self.last = self.listening.feed(&bytes, &self.secret, |_| self.admit);
+        let admit = self.admit.clone();
+        self.last = self.listening.feed(&bytes, &self.secret, |_| admit);
         match &self.last {
             Heard::More => {}
             Heard::Send(send) | Heard::Admitted(_, send) | Heard::Refused(_, send) => {
@@ -96,9 +97,9 @@ fn a_byte_at_a_time_is_enough() {
 #[test]
 fn a_refusal_reaches_the_dialer_with_its_reason() {
     let mut wire = Wire::new("token", [1; 32], &|_, _| {});
-    wire.admit = Err(Refusal::RankTaken(1));
+    wire.admit = Err(taken());
     let error = dial(&mut wire, &HELLO, &secret()).unwrap_err();
-    assert_eq!(error.to_string(), format!("refused: {}", Refusal::RankTaken(1)));
+    assert_eq!(error.to_string(), format!("refused: {}", taken()));
 }
 
 #[test]
@@ -108,7 +109,7 @@ fn only_who_was_turned_away_for_now_or_lost_the_connection_comes_again() {
     assert_eq!(error.to_string(), format!("turned away for now: {}", Refusal::Crowded));
     assert!(!error.is_answer());
     assert!(!dial(&mut Answers(&[]), &HELLO, &secret()).unwrap_err().is_answer());
-    for refusal in [Refusal::Token, Refusal::Session, Refusal::RankTaken(1), Refusal::Exhausted] {
+    for refusal in [Refusal::Token, Refusal::Session, taken(), Refusal::Exhausted] {
         let answers = refusal.encode();
         assert!(
             dial(&mut Answers(&answers), &HELLO, &secret()).unwrap_err().is_answer(),
@@ -198,7 +199,11 @@ fn every_refusal_fits_its_message() {
         Refusal::Version { theirs: u16::MAX },
         Refusal::World { theirs: u32::MAX, ours: u32::MAX },
         Refusal::Rank { from: u32::MAX, to: u32::MAX },
-        Refusal::RankTaken(u32::MAX),
+        Refusal::RankTaken {
+            rank: u32::MAX,
+            first: "process 4294967295 at ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255".into(),
+            second: "process 4294967295".into(),
+        },
         Refusal::Build { from: u32::MAX, to: u32::MAX, theirs: largest, ours: largest },
     ];
     for refusal in all {
@@ -264,4 +269,9 @@ proptest! {
         let hello = Hello { purpose, socket, from, to, world, session, job, build };
         prop_assert_eq!(Hello::decode(&hello.encode(&[0; 32])), Ok(hello));
     }
+}
+
+fn taken() -> Refusal {
+    let [first, second] = ["process 7 at 10.0.0.1", "process 8"].map(str::to_owned);
+    Refusal::RankTaken { rank: 1, first, second }
 }

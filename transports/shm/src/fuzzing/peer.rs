@@ -12,7 +12,7 @@ use std::time::Instant;
 use unisum_kernels::Dtype;
 use unisum_link::{Arrival, Call, Landing, Link as _, LinkError, Part, Region, Regions, Ticket};
 
-use crate::bell::Bell;
+use crate::doorbell::Doorbell;
 use crate::group::Team;
 use crate::heap::{Block, Heap};
 use crate::heaps::Heaps;
@@ -94,15 +94,19 @@ impl Scene {
     fn new() -> Result<Self, ShmError> {
         let layout = Layout::new(2, HEAP_BYTES).expect("two small heaps fit");
         let mapping = Arc::new(Mapping::new(create(layout)?, layout)?);
-        let bell = Arc::new(Bell::new(Arc::clone(&mapping), 0)?);
-        let peer = |seat: u64| Peer { rank: seat as usize, seat, pid: std::process::id() };
+        let doorbell = Arc::new(Doorbell::new(Arc::clone(&mapping), 0)?);
+        let peer = |local_index: u64| Peer {
+            rank: local_index as usize,
+            local_index,
+            pid: std::process::id(),
+        };
         let own = Heap::new(Arc::clone(&mapping), 0);
         let regions = (own.allocate(BUFFER)?, own.allocate(BUFFER)?);
         let heaps = Heaps::new(own, Arc::clone(&mapping), vec![(0, 0), (1, 1)]);
         let peers = vec![peer(0), peer(1)];
-        let team = Team::new(Arc::clone(&mapping), Arc::clone(&bell), peers, &heaps, 0);
+        let team = Team::new(Arc::clone(&mapping), Arc::clone(&doorbell), peers, &heaps, 0);
         let probe = Arc::new(AtomicU64::new(0));
-        let link = ShmLink::new(Arc::clone(&mapping), bell, team, peer(0), heaps, probe, false);
+        let link = ShmLink::new(Arc::clone(&mapping), doorbell, team, peer(0), heaps, probe, false);
         let call = Call::all_reduce(0, Dtype::U8, 1);
         let mut scene = Self {
             link,
@@ -230,7 +234,7 @@ impl Scene {
     fn peer_writes(&self, a: u8, b: u8, c: u8) {
         let layout = self.mapping.layout();
         let (own, theirs) = (layout.control(0), layout.control(1));
-        let card = |seat: u64, parity: u64| layout.slot(seat, parity).card();
+        let card = |local_index: u64, parity: u64| layout.slot(local_index, parity).card();
         let words = [
             layout.mailbox(0, 1),
             layout.mailbox(0, 1) + 8,

@@ -9,38 +9,38 @@ use std::time::{Duration, Instant};
 use unisum_link::Rank;
 use unisum_link::handshake::{Secret, mac, random};
 
-use super::guests::Guests;
 use super::member::ask;
+use super::pending::PendingConnections;
 use super::{CHALLENGE_BYTES, GRANT_BYTES, Proof, REQUEST_BYTES};
 use crate::layout::Layout;
 use crate::mapping::{Mapping, create};
 
-/// A leader hands its memory to nobody without the secret, and to an owner of it once, as the rank
-/// it has. The guest says all of `bytes`; the first one tells whether it knows the secret: then
-/// four bytes are its rank and 32 its nonce, and the proof that goes with them follows.
+/// A leader gives its memory to nobody without the secret, and to a rank that has it only once. The
+/// connection sends all of `bytes`; the first one decides whether it knows the secret: four bytes
+/// are then its rank and 32 its nonce, followed by the matching proof.
 pub(crate) fn check_leader(bytes: &[u8]) {
     let Some((&how, said)) = bytes.split_first() else { return };
     let listener = listen().expect("an abstract socket can be bound");
     let mapping = memory();
     let proof = proof();
-    let mut guests = Guests::new(&listener, &proof, &mapping, [1; 16], &CANDIDATES);
-    let mut guest = connect(&listener).expect("the listener has room");
-    turn(&mut guests);
+    let mut pending = PendingConnections::new(&listener, &proof, &mapping, [1; 16], &CANDIDATES);
+    let mut connection = connect(&listener).expect("the listener has room");
+    turn(&mut pending);
     let mut challenge = [0; CHALLENGE_BYTES];
-    guest.read_exact(&mut challenge).expect("whoever comes is challenged");
+    connection.read_exact(&mut challenge).expect("whoever comes is challenged");
     let (request, is_owner) = request(how, said, &proof, &challenge);
-    guest.write_all(&request).expect("the socket has room");
-    guest.shutdown(Shutdown::Write).expect("the socket is open");
+    connection.write_all(&request).expect("the socket has room");
+    connection.shutdown(Shutdown::Write).expect("the socket is open");
     // It is read in two pieces, and then its end.
-    (0..3).for_each(|_| turn(&mut guests));
+    (0..3).for_each(|_| turn(&mut pending));
     let mut answer = Vec::new();
     // Closed with unread bytes, a Unix socket resets the connection.
-    let _ = guest.read_to_end(&mut answer);
+    let _ = connection.read_to_end(&mut answer);
     assert_eq!(answer.len(), if is_owner { GRANT_BYTES } else { 0 });
-    assert!(guests.is_waiting());
+    assert!(pending.is_waiting());
 }
 
-/// What the guest says, and whether the memory is its to have.
+/// What the connection sends, and whether it may have the memory.
 fn request(how: u8, said: &[u8], proof: &Proof, challenge: &[u8]) -> (Vec<u8>, bool) {
     let honest = how % 2 == 1 && said.len() >= REQUEST_BYTES - 32;
     if !honest {
@@ -99,8 +99,8 @@ fn memory() -> Mapping {
 }
 
 /// One turn, without waiting.
-fn turn(guests: &mut Guests<'_>) {
-    guests.turn(Duration::ZERO).expect("polling works");
+fn turn(pending: &mut PendingConnections<'_>) {
+    pending.turn(Duration::ZERO).expect("polling works");
 }
 
 /// The leader, and the two that it waits for: whoever else asks has no business here.

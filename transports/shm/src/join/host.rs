@@ -6,15 +6,14 @@ use std::sync::atomic::Ordering;
 
 use rustix::process::{Resource, getrlimit};
 use rustix::system::sysinfo;
-use unisum_link::Rank;
 use unisum_link::handshake::random;
+use unisum_link::{Limit, Passed, Rank};
 
-use super::guests::Guests;
+use super::pending::PendingConnections;
 use super::{Mapped, Proof};
+use crate::ShmError;
 use crate::layout::{HEAP_ALIGN, Layout, MAGIC, NONCE};
-use crate::limit::Passed;
 use crate::mapping::{Mapping, create};
-use crate::{Limit, ShmError};
 
 /// Creates the memory and serves it until all of `candidates` have it or failed, within `limit`.
 pub(super) fn serve(
@@ -33,15 +32,15 @@ pub(super) fn serve(
     // Relaxed: whoever maps it does so after a message from us.
     mapping.wide(0).store(MAGIC, Ordering::Relaxed);
     let mapped = Mapped::new(mapping, 0)?;
-    let mut guests = Guests::new(listener, proof, &mapped.mapping, nonce, candidates);
-    while guests.is_waiting() {
+    let mut pending = PendingConnections::new(listener, proof, &mapped.mapping, nonce, candidates);
+    while pending.is_waiting() {
         match limit.check() {
-            Ok(()) => guests.turn(limit.nap()).map_err(ShmError::os("taking in a rank"))?,
+            Ok(()) => pending.turn(limit.nap()).map_err(ShmError::os("taking in a rank"))?,
             Err(Passed::Late) => break,
             Err(Passed::Over) => return Err(ShmError::Over),
         }
     }
-    for (rank, state) in guests.absent() {
+    for (rank, state) in pending.absent() {
         tracing::warn!(rank, state, "a rank of this host does not share memory");
     }
     Ok(mapped)
@@ -49,13 +48,17 @@ pub(super) fn serve(
 
 /// Creates and maps memory with heaps as large as the limits of the process and of the address
 /// space allow.
-fn create_mapping(seats: usize, heap_bytes: Option<u64>, room: u64) -> Result<Mapping, ShmError> {
+fn create_mapping(
+    local_ranks: usize,
+    heap_bytes: Option<u64>,
+    room: u64,
+) -> Result<Mapping, ShmError> {
     let asked = heap_bytes.unwrap_or_else(physical_bytes);
     // Exceeding the file size limit would be a signal and not an error.
     let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX).min(room);
-    let mut heap = asked.min(limit / seats as u64).max(HEAP_ALIGN);
+    let mut heap = asked.min(limit / local_ranks as u64).max(HEAP_ALIGN);
     loop {
-        let error = match Layout::new(seats, heap).filter(|layout| layout.bytes() <= limit) {
+        let error = match Layout::new(local_ranks, heap).filter(|layout| layout.bytes() <= limit) {
             None => {
                 let source = io::Error::from(io::ErrorKind::OutOfMemory);
                 ShmError::Os { context: "fitting shared memory into the limits", source }

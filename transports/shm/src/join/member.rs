@@ -13,17 +13,16 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SocketAddrUnix, SocketFlags, SocketType, connect, recvmsg, socket_with,
 };
-use unisum_link::Rank;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{mac, random, verify};
+use unisum_link::{Limit, Passed, Rank};
 
 use super::host::nonce_words;
 use super::{CHALLENGE_BYTES, GRANT_BYTES, Mapped, Proof, SEEN};
+use crate::ShmError;
 use crate::card::Card;
 use crate::layout::{Layout, MAGIC, NONCE};
-use crate::limit::Passed;
 use crate::mapping::Mapping;
-use crate::{Limit, ShmError};
 
 /// Why a member is not given the memory.
 #[derive(Debug)]
@@ -52,7 +51,7 @@ fn check(limit: Limit<'_>, leader: Rank) -> Result<(), ShmError> {
     })
 }
 
-/// Gets the memory from the leader (the first of `candidates`) and takes this rank's seat.
+/// Gets the memory from the leader (the first of `candidates`) and takes this rank's place in it.
 pub(super) fn join(
     proof: &Proof,
     candidates: &[Rank],
@@ -71,13 +70,13 @@ pub(super) fn join(
     if magic != MAGIC || found != nonce_words(&grant.nonce) {
         return Err(refused(leader, "the memory is not what it says"));
     }
-    let seat = candidates.binary_search(&me).expect("this rank is a candidate") as u64;
-    let control = mapping.layout().control(seat);
+    let local_index = candidates.binary_search(&me).expect("this rank is a candidate") as u64;
+    let control = mapping.layout().control(local_index);
     let words = nonce_words(&grant.identity);
     for (offset, word) in [control.identity(), control.identity() + 8].into_iter().zip(words) {
         mapping.wide(offset).store(word, Ordering::Relaxed);
     }
-    let mapped = Mapped::new(mapping, seat)?;
+    let mapped = Mapped::new(mapping, local_index)?;
     stream.write_all(&[SEEN]).map_err(|error| refused(leader, error.to_string()))?;
     match read_within(&mut stream, leader, limit) {
         Ok([SEEN]) => Ok(mapped),

@@ -1,7 +1,8 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
-use unisum_link::handshake::{Build, Heard, Listening, Purpose, Refusal, random};
+use unisum_link::handshake::{Build, Heard, Purpose, Refusal, Secret, random};
+use unisum_link::secure::Listening;
 
 use super::*;
 
@@ -15,8 +16,8 @@ impl Wake for Silent {
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-fn secret() -> Secret {
-    Secret::new(b"the token of these tests")
+fn credentials() -> Credentials {
+    Credentials::clear(Secret::new(b"the token of these tests"))
 }
 
 fn inbox() -> Arc<Inbox> {
@@ -28,7 +29,7 @@ fn dial(address: SocketAddr, to: u32, timeout: Duration) -> Dial {
     let build = Build::default();
     let hello = Hello { purpose, socket: 0, from: 9, to, world: 10, session, job, build };
     let own = Arc::new(Route::from(SocketAddr::from(([127, 0, 0, 1], 1))));
-    Dial { route: Arc::new(address.into()), own, hello, secret: secret(), timeout }
+    Dial { route: Arc::new(address.into()), own, hello, credentials: credentials(), timeout }
 }
 
 fn next_arrival(inbox: &Inbox) -> Arrived {
@@ -47,7 +48,7 @@ fn text(arrived: Arrived) -> String {
 }
 
 /// Where a listener ends a handshake.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 enum Ends {
     AtOnce,
     BeforeTheChallenge,
@@ -59,14 +60,14 @@ enum Ends {
 
 /// The listener's half of a handshake, broken off where `ends` says.
 fn hear(mut stream: TcpStream, ends: Ends) {
-    let mut listening = Listening::new(random().unwrap());
+    let mut listening = Listening::new(random().unwrap(), true);
     let mut buffer = [0; 256];
     let reset =
         |stream: &TcpStream| SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
     if matches!(ends, Ends::AtOnce) {
         return reset(&stream);
     }
-    if let Ends::WithAWord(refusal) = ends {
+    if let Ends::WithAWord(refusal) = &ends {
         stream.write_all(&refusal.encode()).unwrap();
         let _ = stream.shutdown(Shutdown::Write);
         while stream.read(&mut buffer).is_ok_and(|read| read > 0) {}
@@ -75,7 +76,7 @@ fn hear(mut stream: TcpStream, ends: Ends) {
     loop {
         let read = stream.read(&mut buffer).unwrap();
         assert!(read > 0, "the dialer gave up: {ends:?}");
-        match (listening.feed(&buffer[..read], &secret(), |_| Ok(())), ends) {
+        match (listening.feed(&buffer[..read], &credentials(), |_| Ok(())), &ends) {
             (Heard::More, _) => {}
             (Heard::Send(_), Ends::BeforeTheChallenge) => return reset(&stream),
             (Heard::Send(send), Ends::AfterTheChallenge) => {
@@ -111,14 +112,14 @@ fn a_connection_that_is_broken_off_before_it_stands_is_opened_anew() {
     let crowded = Ends::WithAWord(Refusal::Crowded);
     let every =
         [Ends::AtOnce, Ends::BeforeTheChallenge, Ends::AfterTheChallenge, Ends::AfterTheProof];
-    let mut all = [every, every].concat();
-    all.extend([crowded, crowded, Ends::Never]);
+    let mut all = [every.clone(), every].concat();
+    all.extend([crowded.clone(), crowded, Ends::Never]);
     let (address, serving) = listen(all);
     let inbox = inbox();
     inbox.dial(dial(address, 3, PATIENCE)).unwrap();
     let arrived = next_arrival(&inbox);
     assert_eq!((arrived.peer, arrived.socket), (3, 0));
-    let mut stream = arrived.result.unwrap();
+    let mut stream = arrived.result.unwrap().stream;
     stream.write_all(&[0]).unwrap();
     serving.join().unwrap();
 }

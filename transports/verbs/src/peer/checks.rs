@@ -3,22 +3,22 @@
 use unisum_link::{Call, LinkError, LinkErrorKind};
 
 use super::Peer;
-use crate::desk::Desk;
+use crate::link_state::LinkState;
 
 impl Peer {
     /// Looks at what came that nothing was posted for. If it is of the running collective's number
     /// and not of its call, nothing ever will be.
-    pub(super) fn check_ahead(&self, desk: &Desk) -> Result<(), LinkError> {
-        if desk.current.is_none() {
+    pub(super) fn check_ahead(&self, state: &LinkState) -> Result<(), LinkError> {
+        if state.current.is_none() {
             return Ok(());
         }
         // A message says what the peer has for this rank, an announcement what it expects of it.
         let mut calls = Vec::new();
         if let Some(&length) = self.lengths.front() {
-            calls.extend(self.small_call(length)?.0.map(|call| (self.call_from(desk), call)));
+            calls.extend(self.small_call(length)?.0.map(|call| (self.call_from(state), call)));
         }
         if self.heard != self.used {
-            calls.extend(self.oldest_ready().map(|ready| (self.call_to(desk), ready.call)));
+            calls.extend(self.oldest_ready().map(|ready| (self.call_to(state), ready.call)));
         }
         let differs =
             |(ours, theirs): &&(Call, Call)| theirs.number == ours.number && theirs != ours;
@@ -27,22 +27,22 @@ impl Peer {
     }
 
     /// The call under way as the peer hears it with what is sent.
-    pub(super) fn call_to(&self, desk: &Desk) -> Call {
-        let call = desk.current().call;
+    pub(super) fn call_to(&self, state: &LinkState) -> Call {
+        let call = state.current().call;
         self.counts.map_or(call, |counts| counts.told(call))
     }
 
     /// The call under way as the peer has to say it with what it sends.
-    pub(super) fn call_from(&self, desk: &Desk) -> Call {
-        let call = desk.current().call;
+    pub(super) fn call_from(&self, state: &LinkState) -> Call {
+        let call = state.current().call;
         self.counts.map_or(call, |counts| counts.heard(call))
     }
 
     /// What goes before a small message.
-    pub(super) fn encoded_call(&self, desk: &Desk) -> [u8; Call::ENCODED] {
+    pub(super) fn encoded_call(&self, state: &LinkState) -> [u8; Call::ENCODED] {
         match self.counts {
-            Some(_) => self.call_to(desk).encode(),
-            None => desk.current().encoded,
+            Some(_) => self.call_to(state).encode(),
+            None => state.current().encoded,
         }
     }
 

@@ -8,8 +8,8 @@
 use unisum_link::LinkError;
 
 use super::Peer;
-use crate::desk::Desk;
-use crate::lane::{Carries, Lane};
+use crate::connection::{Carries, Connection};
+use crate::link_state::LinkState;
 use crate::wire::Kind;
 
 /// What is known of a peer's end.
@@ -63,10 +63,10 @@ impl Peer {
     }
 
     /// The peer leaves: it has all that was on the way to it, acknowledged or not.
-    pub(super) fn says_goodbye(&mut self, desk: &mut Desk) {
+    pub(super) fn says_goodbye(&mut self, state: &mut LinkState) {
         self.ending.has_left = true;
-        let read = self.lanes.iter_mut().flat_map(Lane::drain);
-        read.for_each(|number| desk.part_sent(number));
+        let read = self.connections.iter_mut().flat_map(Connection::drain);
+        read.for_each(|number| state.part_sent(number));
     }
 
     /// A connection broke, as the device says. Of several errors the first counts that is not the
@@ -88,6 +88,6 @@ impl Peer {
 
     /// Whether writes to it are not known to be done that somebody may wait for.
     pub(crate) fn is_busy(&self) -> bool {
-        !self.is_gone() && self.lanes.iter().any(Lane::is_busy)
+        !self.is_gone() && self.connections.iter().any(Connection::is_busy)
     }
 }

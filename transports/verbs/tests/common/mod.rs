@@ -38,7 +38,7 @@ pub fn links(world: usize, config: &VerbsConfig) -> Vec<VerbsLink> {
     let until = Instant::now() + Duration::from_secs(30);
     let prove = |mut link: VerbsLink| {
         thread::spawn(move || {
-            link.prove(until, &|| false).unwrap();
+            link.prove(until).unwrap();
             link
         })
     };

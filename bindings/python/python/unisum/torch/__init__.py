@@ -12,16 +12,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from . import hooks
+from ._ddp import DistributedDataParallel
 from ._group import UnisumProcessGroup, create
 
-__all__ = ["UnisumProcessGroup", "register"]
+__all__ = ["DistributedDataParallel", "UnisumProcessGroup", "hooks", "register"]
 
 
 def register(name: str = "unisum", **options: Any) -> None:
     """Registers the backend. PyTorch calls it by the entry point, and importing this module does."""
     if name.upper() not in dist.Backend._plugins or options:
         dist.Backend.register_backend(
-            name, create, extended_api=True, devices=["cpu"], **options
+            name, create, extended_api=True, devices=["cpu", "cuda"], **options
         )
 
 

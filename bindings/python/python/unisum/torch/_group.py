@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import timedelta
 from typing import Any, Callable, List, Optional, Sequence
 
@@ -11,10 +12,11 @@ from torch._C._distributed_c10d import ProcessGroup
 
 from .. import _completion, _errors
 from .._communicator import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BARRIER, BROADCAST, GATHER
-from .._communicator import REDUCE, REDUCE_SCATTER, SCATTER
+from .._communicator import REDUCE, REDUCE_SCATTER, SCATTER, Communicator
 from .._connect import connect
 from . import _options, _profiling
 from ._barrier import monitored_barrier
+from ._cuda import CudaCalls
 from ._options import counts, flat, nested, single
 from ._sparse import all_reduce_sparse
 from ._work import UnisumWork, overdue, seconds
@@ -56,7 +58,7 @@ class UnisumProcessGroup(ProcessGroup):
 
     # Each collective travels by itself or in batches of unisum's own.
     supports_coalescing = False
-    supports_splitting = False
+    supports_splitting = True
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class UnisumProcessGroup(ProcessGroup):
         timeout: timedelta,
         is_default: bool = False,
         name: str = "unisum",
+        communicator: Optional[Communicator] = None,
     ) -> None:
         super().__init__(rank, world)
         self._backend_name = name
@@ -76,13 +79,17 @@ class UnisumProcessGroup(ProcessGroup):
         self._name = self._desc = ""
         self._barriers = self._sequence = 0
         self._error: Optional[BaseException] = None
-        settings = _options.settings(self._timeout, is_default)
-        self._communicator = connect(
-            rank=rank, world=world, store=store, key="unisum/rendezvous", **settings
-        )
+        self._is_split = communicator is not None
+        if communicator is None:
+            settings = _options.settings(self._timeout, is_default)
+            communicator = connect(
+                rank=rank, world=world, store=store, key="unisum/rendezvous", **settings
+            )
+        self._communicator = communicator
         self._native = self._communicator._native
         self._messenger = self._native._messenger()
         self._done = UnisumWork([], [])
+        self._cuda = CudaCalls(self._communicator.on_device)
 
     # What PyTorch asks of every group.
 
@@ -118,10 +125,46 @@ class UnisumProcessGroup(ProcessGroup):
         # While PyTorch makes the group it must not attach its flight recorder, which needs a group
         # that is not written in Python; it asks here whether it can.
         is_made = self in dist.distributed_c10d._world.pg_map
+        if self._is_split and not is_made:
+            # `split_group` asks besides, on which device the new group is.
+            is_made = sys._getframe(1).f_code.co_name != "_maybe_attach_flight_recorder"
         return [torch.device("cpu")] if is_made else []
 
     def _get_backend(self, _device: Any) -> "UnisumProcessGroup":
         return self
+
+    def split_group(
+        self,
+        ranks: List[int],
+        timeout: Any = None,
+        opts: Any = None,
+        group_name: Optional[str] = None,
+        group_desc: Optional[str] = None,
+        device_types: Any = None,
+    ) -> "Optional[UnisumProcessGroup]":
+        """A group of these ranks of this one, by this one's connections: what
+        ``torch.distributed.split_group`` calls. Collective over this group; ``None`` on ranks that
+        are in no new group."""
+        is_member = self._rank in ranks
+        native = self._native._split(
+            min(ranks) if is_member else None, ranks.index(self._rank) if is_member else 0
+        )
+        if native is None:
+            return None
+        name = group_name or f"split of {self._name}: {ranks}"
+        group = UnisumProcessGroup(
+            dist.PrefixStore(name, self._store),
+            ranks.index(self._rank),
+            len(ranks),
+            # The connections' deadline is that of this group.
+            timedelta(seconds=self._timeout),
+            name=self._backend_name,
+            communicator=Communicator(native),
+        )
+        group._set_default_timeout(timeout)
+        group.setGroupName(name)
+        group.setGroupDesc(group_desc or "")
+        return group
 
     def get_group_store(self) -> Any:
         return self._store
@@ -182,6 +225,12 @@ class UnisumProcessGroup(ProcessGroup):
         limit = seconds(getattr(opts, "timeout", None)) or self._default_timeout
         self._sequence += 1
         is_async = getattr(opts, "asyncOp", True) or limit < self._timeout
+        given = result or (data if isinstance(data, list) else [data])
+        if kind == BARRIER:
+            self._on_device(self._cuda.barrier)
+        elif given and given[0].is_cuda:
+            is_async = getattr(opts, "asyncOp", True)
+            return self._on_device(lambda: self._cuda.run(request, result, is_async))
         if _profiling.is_on():
             is_async = True
             shown = data if isinstance(data, list) else [data] if data is not None else result
@@ -197,6 +246,13 @@ class UnisumProcessGroup(ProcessGroup):
         if after is not None:
             after()
         return self._done
+
+    def _on_device(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except _errors.Error as error:
+            self._error = error
+            raise
 
     def _profiled(
         self, name: str, tensors: List[torch.Tensor], after: Optional[Callable[[], None]]
@@ -231,6 +287,15 @@ class UnisumProcessGroup(ProcessGroup):
         scale: Optional[float] = None,
     ) -> Any:
         """One collective on several tensors: a batch for each type among them."""
+        if pairs and pairs[0][0].is_cuda:
+            work = self._done
+            for data, out in pairs:
+                request = (kind, op, 0, scale, False, None, None, data, out)
+                is_async = getattr(opts, "asyncOp", True)
+                # The last one's end is that of all: they are in one stream.
+                work = self._on_device(lambda: self._cuda.run(request, result, is_async))
+            self._sequence += 1
+            return work
         by_type: dict = {}
         for data, out in pairs:
             request = (kind, op, 0, scale, False, None, None, data, out)
@@ -305,6 +370,9 @@ class UnisumProcessGroup(ProcessGroup):
         after = None
         if _profiling.is_on():
             after = self._profiled("all_gather", list(inputs), None)
+        if inputs and inputs[0].is_cuda:
+            pairs = list(zip(inputs, result))
+            return self._batch(ALL_GATHER, pairs, opts, [it for out in result for it in out])
         self._sequence += 1
         _completion.starts_collective()
         works = [
@@ -413,6 +481,7 @@ class UnisumProcessGroup(ProcessGroup):
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> UnisumWork:
         tensor = single(tensors)
+        self._refuse_device(tensor)
         _completion.starts_collective()
         flat([tensor])
         after = None
@@ -423,7 +492,12 @@ class UnisumProcessGroup(ProcessGroup):
         made._source = lambda: work.source
         return made
 
+    def _refuse_device(self, tensor: torch.Tensor) -> None:
+        if tensor.is_cuda:
+            raise ValueError("unisum sends messages of the CPU's memory only: copy to it first")
+
     def _message(self, receives: bool, tensor: torch.Tensor, peer: int, tag: int) -> UnisumWork:
+        self._refuse_device(tensor)
         _completion.starts_collective()
         flat([tensor])
         after = None
@@ -439,6 +513,7 @@ class UnisumProcessGroup(ProcessGroup):
 
     def shutdown(self) -> None:
         """Leaves the job after what is under way; ``destroy_process_group`` calls it."""
+        self._cuda.close()
         self._messenger.close()
         self._communicator.close()
 

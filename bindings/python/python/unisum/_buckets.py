@@ -1,0 +1,278 @@
+"""Gradient buckets: what a training loop calls during the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+from . import _completion, _unisum
+from ._communicator import Communicator, Work
+from ._unisum import Array
+
+
+class Parameter(NamedTuple):
+    """A parameter of a model: its name, which no other has, its shape, and its gradient's type:
+    float16, bfloat16, float32 or float64.
+
+    ``uses`` is how often the model uses it: the gradient of a tied parameter is final when it was
+    marked ready so often.
+    """
+
+    name: str
+    shape: Tuple[int, ...]
+    dtype: str = "float32"
+    uses: int = 1
+
+
+class BucketReport(NamedTuple):
+    """What became of a bucket in a step, in seconds since the step's beginning."""
+
+    bytes: int
+    #: When its last gradient was ready.
+    ready: float
+    #: When its reduction began.
+    started: float
+    #: When it had ended.
+    finished: float
+
+
+class StepReport(NamedTuple):
+    """A step that all ranks committed to. Times are in seconds, since its beginning."""
+
+    #: Whether some averaged gradient is infinite or NaN: the same on all ranks.
+    nonfinite: bool
+    #: How many ranks had gradients; the average is over these.
+    participants: int
+    #: Parameters that no rank put anything in: their gradients are zero.
+    unused: List[int]
+    #: When the program had put in all it would, and waited.
+    computed: float
+    #: When all ranks had agreed on how the step ended.
+    ended: float
+    #: How long the program waited for communication after it had computed.
+    exposed: float
+    #: How long buckets were being reduced in all.
+    communicated: float
+    #: By bucket, in launching order.
+    buckets: List[BucketReport]
+
+
+def _report(told: Any) -> StepReport:
+    return StepReport(*told[:-1], buckets=[BucketReport(*it) for it in told[-1]])
+
+
+class Buckets:
+    """The gradients of a model in buckets of registered memory, which are averaged over all ranks
+    while the backward pass goes on::
+
+        buckets = unisum.Buckets(comm, [unisum.Parameter("weight", (128, 64)),
+                                        unisum.Parameter("bias", (64,))])
+        with buckets.begin() as step:
+            step.view("bias").numpy()[:] = ...      # written where it is reduced
+            step.ready("bias")                      # final: travels once its bucket is full
+            step.put("weight", gradient)            # or copied there
+        buckets.gradient("bias").numpy()            # the average, when the block has ended
+
+    Collective: every rank makes them, with the same parameters, in the order in which they were
+    registered, and the same settings; it begins its steps in the same order. Parameters are told
+    by name or by place. Which gradient lies where changes once, after the first step, unless
+    ``relayout`` is false or a ``layout`` is given: arrays of before then show old memory.
+
+    ``wire`` is how gradients travel: as they are (``None``), as ``"bf16"``, ``"f16"``,
+    ``"f8e4m3"``, ``"f8e5m2"`` or ``"int8"``, or in few columns, ``"powersgd:4"``. Sums are made in
+    float32, and what rounding lost is added in the next step, unless ``feedback`` is false.
+    PowerSGD compresses from step ``start_step`` (1,000) on what gets ``at_least`` so many times (2)
+    smaller.
+
+    ``unused_parameters``: a step may end without a gradient for some, which are then zero.
+    ``static_graph``: what a rank does not use in its first step it never uses.
+    ``uneven_inputs``: ranks may run out of data at different times, and call ``join``.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        parameters: Sequence[Union[Parameter, Tuple[Any, ...]]],
+        *,
+        wire: Optional[str] = None,
+        feedback: Optional[bool] = None,
+        start_step: Optional[int] = None,
+        at_least: Optional[float] = None,
+        bucket_bytes: Optional[int] = None,
+        end_bucket_bytes: Optional[int] = None,
+        unused_parameters: bool = False,
+        static_graph: bool = False,
+        uneven_inputs: bool = False,
+        relayout: Optional[bool] = None,
+        layout: Optional[bytes] = None,
+    ) -> None:
+        #: The parameters, as they were given.
+        self.parameters: List[Parameter] = [Parameter(*it) for it in parameters]
+        self._places = {it.name: place for place, it in enumerate(self.parameters)}
+        options = {
+            "wire": wire,
+            "feedback": feedback,
+            "start_step": start_step,
+            "at_least": at_least,
+            "bucket_bytes": bucket_bytes,
+            "end_bucket_bytes": end_bucket_bytes,
+            "unused_parameters": unused_parameters,
+            "static_graph": static_graph,
+            "uneven_inputs": uneven_inputs,
+            "relayout": relayout,
+            "layout": layout,
+        }
+        described = [(it.name, list(it.shape), it.dtype, it.uses) for it in self.parameters]
+        self._native = _unisum.make_buckets(communicator._native, described, options)
+
+    def _place(self, parameter: Union[int, str]) -> int:
+        if isinstance(parameter, int):
+            return parameter
+        try:
+            return self._places[parameter]
+        except KeyError:
+            raise ValueError(f"there is no parameter {parameter!r}") from None
+
+    def begin(self) -> "Step":
+        """Begins a step whose gradients, with those that were accumulated before, are averaged
+        over all ranks. Collective. Blocks only to lay buckets out anew, in the second step."""
+        self._native._begin(False)
+        return Step(self)
+
+    def begin_accumulating(self) -> "Step":
+        """Begins a step whose gradients stay on this rank and add to those of the next steps,
+        until ``begin`` is called. Every rank accumulates equally many steps."""
+        self._native._begin(True)
+        return Step(self)
+
+    def gradient(self, parameter: Union[int, str]) -> Array:
+        """A parameter's gradient: after a step the average over the ranks that took part, after an
+        accumulating step what this rank has. It may be changed, until the next step begins."""
+        return self._native._gradient(self._place(parameter))
+
+    def join(self, update: Callable[[StepReport, List[Array]], Any]) -> None:
+        """Takes part in the steps of the ranks that have data still, with nothing of its own,
+        until all have called this. Takes ``uneven_inputs``.
+
+        After each step ``update(report, gradients)`` is called, with the averages by parameter:
+        the optimizer's step. It calls nothing of these buckets. Collective. Blocks.
+        """
+        self._native._join(lambda told, gradients: update(_report(told), gradients))
+
+    @property
+    def layout(self) -> bytes:
+        """Where gradients lie, to be saved with a checkpoint and given to ``layout=``."""
+        return bytes(self._native._layout()[0])
+
+    @property
+    def layout_version(self) -> int:
+        """0 for the layout that follows from the parameters, 1 for that which was observed."""
+        return self._native._layout()[1]
+
+    @property
+    def buckets(self) -> List[List[int]]:
+        """The parameters of each bucket, by their places."""
+        return self._native._layout()[2]
+
+    def rescale(self, factor: float) -> None:
+        """From the next step on gradients come with a loss scale that is ``factor`` times that of
+        the last: what is kept of them for the next step is multiplied."""
+        self._native._rescale(factor)
+
+    def save(self) -> bytes:
+        """What is kept from step to step, such as what rounding lost, for a checkpoint: this
+        rank's own. Empty if nothing is."""
+        return bytes(self._native._save())
+
+    def restore(self, saved: bytes) -> None:
+        """Goes on where ``save`` was called."""
+        self._native._restore(saved)
+
+    def close(self) -> None:
+        """Ends them. A step under way fails on all ranks."""
+        self._native.close()
+
+    def __enter__(self) -> "Buckets":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"unisum.Buckets({len(self.parameters)} parameters)"
+
+
+class Step:
+    """A step under way. Gradients are put in and marked ready, by any threads in any order.
+
+    As a ``with`` block it waits at the end; if the block raises, the step fails on all ranks, and
+    their error names this one.
+    """
+
+    def __init__(self, buckets: Buckets) -> None:
+        self._buckets = buckets
+        self._native = buckets._native
+        #: How the step ended, once it has.
+        self.report: Optional[StepReport] = None
+        self._is_open = True
+
+    def view(self, parameter: Union[int, str]) -> Array:
+        """The gradient of a parameter, in the memory that is reduced: zero if it is the first view
+        since the last reduction, else what was left there. It is the program's until ``ready``."""
+        return self._native._view(self._buckets._place(parameter))
+
+    def ready(self, parameter: Union[int, str]) -> None:
+        """The gradient is final, as what was written to its view. Not blocking."""
+        self._native._ready(self._buckets._place(parameter), False)
+
+    def put(self, parameter: Union[int, str], gradient: Any) -> None:
+        """Copies a gradient that lies elsewhere, adds it if the parameter has one already, and
+        marks it ready. It has the parameter's type."""
+        self._native._put(self._buckets._place(parameter), gradient)
+
+    def wait(self) -> StepReport:
+        """Ends the step and waits until all buckets are reduced and all ranks agree.
+
+        Raises ``unisum.Error`` of kind ``"step_failed"``, on all ranks alike, if a rank has no
+        gradient for a parameter, marked one twice, or gave its step up: the next can be begun.
+        """
+        report = self.finish().wait()
+        return report  # type: ignore[no-any-return]
+
+    def finish(self) -> Work:
+        """Ends the program's part: what was not marked ready is from here on. The work's ``wait``
+        gives the ``StepReport``."""
+        work, report = self._native._finish()
+        self._is_open = False
+        _completion.starts_collective()
+        return _StepWork(self, work, report)
+
+    def __enter__(self) -> "Step":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if not self._is_open:
+            return
+        if error is None:
+            self.wait()
+            return
+        self._is_open = False
+        self._native._drop_step(f"the step was given up: {kind.__name__}: {error}")
+
+    def __repr__(self) -> str:
+        return f"unisum.Step(open={self._is_open})"
+
+
+class _StepWork(Work):
+    """The end of a step."""
+
+    __slots__ = ("_step", "_report")
+
+    def __init__(self, step: Step, work: _unisum.Work, report: _unisum.Report) -> None:
+        super().__init__([work], None)
+        self._step = step
+        self._report = report
+
+    def wait(self, timeout: Optional[float] = None) -> StepReport:
+        super().wait(timeout)
+        self._step.report = report = _report(self._report._told())
+        return report

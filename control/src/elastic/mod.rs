@@ -1,0 +1,239 @@
+//! The control plane of elastic jobs: who is in the job, agreed on anew after each loss, on
+//! connections that outlive communicators.
+//!
+//! Every two members have a connection, served by one thread in each process, and dead while
+//! nothing changes. The kernel closes a dead process's connections at once, and those to a host
+//! that does not answer after a time that the user sets; what follows is for
+//! [`Participant`](unisum_views::Participant) to say (`unisum-views`: pure). A [`Control`] belongs
+//! to one view: its epoch's communicator and the groups of that. When the view changes, those that
+//! were bound to an earlier one get a verdict, and the members start another one, whose first rank
+//! tells the others by these connections where it listens.
+
+mod dialing;
+mod shared;
+mod thread;
+mod words;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mio::{Poll, Waker};
+use unisum_link::handshake::{Build, job_hash};
+use unisum_link::secure::Credentials;
+
+use self::dialing::Dialer;
+use self::shared::{Command, Shared};
+use self::thread::ViewsThread;
+use super::{Control, ControlError, GOODBYE_TIMEOUT, listen};
+use crate::address::PortRange;
+use crate::interface::InterfaceFilter;
+
+pub use self::shared::Membership;
+pub use unisum_views::{Member, Standing, View};
+
+/// What a process needs to be a member of an elastic job.
+#[derive(Clone, Debug)]
+pub struct ViewsConfig {
+    /// The job's name, the same on all ranks.
+    pub job: String,
+    /// What proves that a process belongs to the job.
+    pub credentials: Credentials,
+    /// Which network interfaces other members may reach this one by.
+    pub interface: Option<InterfaceFilter>,
+    /// Which ports this process may listen on.
+    pub port_range: Option<PortRange>,
+    /// How long a member may be silent before it is lost.
+    pub silence: Duration,
+    /// How long connecting to the others may take.
+    pub connect_timeout: Duration,
+    /// Which build this is: members of different builds are refused.
+    pub build: Build,
+}
+
+/// A process that listens for other members, and is no member yet.
+#[derive(Debug)]
+pub struct Prospect {
+    config: ViewsConfig,
+    listening: listen::Listening,
+}
+
+/// This process's membership in an elastic job. Dropping it leaves, in order.
+pub struct Views {
+    shared: Arc<Shared>,
+    waker: Waker,
+    own: Member,
+    process: u32,
+}
+
+impl Prospect {
+    /// Listens on a port of its own.
+    ///
+    /// # Errors
+    /// If this process can't listen.
+    pub fn listen(config: ViewsConfig) -> Result<Self, ControlError> {
+        let listening = listen::at_free_port(config.interface.as_ref(), None, config.port_range)?;
+        Ok(Self { config, listening })
+    }
+
+    /// Where the other members reach this process.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.listening.addresses
+    }
+
+    /// Founds the job's views: a first view of as many members as there are `addresses`, by rank,
+    /// in which this process has rank `rank`. Connects to the members of lower ranks; the others
+    /// connect to this one, which all have done when all have returned from this. Blocks for that,
+    /// `connect_timeout` at most.
+    ///
+    /// # Errors
+    /// If another member can't be reached.
+    pub fn found(
+        self,
+        session: [u8; 16],
+        rank: usize,
+        addresses: Vec<Vec<SocketAddr>>,
+    ) -> Result<Views, ControlError> {
+        let view = View::first((0..addresses.len() as u64).map(Member).collect());
+        let own = Member(rank as u64);
+        let directory = (0..).map(Member).zip(addresses).collect();
+        let dialer = Dialer::new(&self.config, own, session);
+        let views = self.spawn(own, Some(view), session, directory)?;
+        for lower in (0..rank as u64).map(Member) {
+            let addresses = views.shared.addresses(lower);
+            let stream = dialer.dial(lower, &addresses)?;
+            views.command(Command::Connected(lower, stream));
+        }
+        Ok(views)
+    }
+
+    fn spawn(
+        self,
+        own: Member,
+        view: Option<View>,
+        session: [u8; 16],
+        directory: Vec<(Member, Vec<SocketAddr>)>,
+    ) -> Result<Views, ControlError> {
+        let shared = Arc::new(Shared::new(view.clone(), directory));
+        let system = |error| ControlError::system("starting the thread of an elastic job", error);
+        let poll = Poll::new().map_err(system)?;
+        let waker = Waker::new(poll.registry(), thread::WAKER).map_err(system)?;
+        let (listeners, world) = (self.listening.listeners, shared.world());
+        let identity = thread::Identity {
+            own,
+            session,
+            job: job_hash(&self.config.job),
+            build: self.config.build,
+            credentials: self.config.credentials,
+            silence: self.config.silence,
+        };
+        let started = ViewsThread::new(poll, identity, (listeners, world), view, shared.clone());
+        let mut thread = started.map_err(system)?;
+        let end = End(shared.clone());
+        let run = move || {
+            let end = end;
+            if let Err(error) = thread.run() {
+                end.0.fail(&format!("the thread of the elastic job failed: {error}"));
+            }
+        };
+        std::thread::Builder::new().name("unisum-views".into()).spawn(run).map_err(system)?;
+        Ok(Views { shared, waker, own, process: std::process::id() })
+    }
+}
+
+/// Lets nobody wait for a thread that has ended.
+struct End(Arc<Shared>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.fail("the thread of the elastic job has ended");
+    }
+}
+
+impl Views {
+    /// Who this process is, in all views.
+    pub const fn own(&self) -> Member {
+        self.own
+    }
+
+    /// What this process knows of the job now.
+    pub fn membership(&self) -> Membership {
+        self.shared.membership()
+    }
+
+    /// Has the view changed, for the whole job: without the members in `out`, and with those that
+    /// wait to be let in if it `admits` them. Only if the epoch is still `epoch`: a change that is
+    /// over is not repeated. Never blocks.
+    pub fn change(&self, epoch: u64, out: Vec<Member>, admits: bool) {
+        self.command(Command::Change { epoch, out, admits });
+    }
+
+    /// Waits until the job is in a later epoch than `epoch` and the view is not changing, or this
+    /// process is no longer in it; `until` at most. What is known then.
+    pub fn await_change(&self, epoch: u64, until: Instant) -> Membership {
+        self.shared.wait(until, |it| it.is_over() || it.view.epoch > epoch && !it.is_changing)
+    }
+
+    /// Ends `control` when the job leaves `epoch`, at once if it has: what waits there gets a
+    /// verdict.
+    pub fn bind(&self, epoch: u64, control: &Arc<Control>) {
+        self.shared.bind(epoch, control.supersede());
+    }
+
+    /// Tells all members of `epoch` a value, where its first rank can be reached. Never blocks.
+    pub fn tell(&self, epoch: u64, value: &[u8]) {
+        self.command(Command::Tell { epoch, value: value.to_vec() });
+    }
+
+    /// What the first rank of `epoch` told last. Blocks until it has, or the epoch is over, or
+    /// `until`.
+    pub fn told(&self, epoch: u64, until: Instant) -> Option<Vec<u8>> {
+        self.shared.told(epoch, until)
+    }
+
+    /// Says whether every member of the view is needed, as this process makes a communicator of it:
+    /// then those that leave in order are lost like others. Never blocks.
+    pub fn need_all(&self, need: bool) {
+        self.command(Command::NeedAll(need));
+    }
+
+    /// Whether `epoch` is over, or about to be.
+    pub fn is_left(&self, epoch: u64) -> bool {
+        self.shared.membership().has_left(epoch)
+    }
+
+    /// Whether `epoch` is over, or about to be, at `until` or before; blocks until it is.
+    pub fn await_left(&self, epoch: u64, until: Instant) -> bool {
+        self.shared.wait(until, |it| it.has_left(epoch)).has_left(epoch)
+    }
+
+    /// Leaves in order: to the others this process has not died. Waits until the kernel has the
+    /// goodbyes, a second at most. Idempotent. Does nothing in a forked child.
+    pub fn leave(&self) {
+        if self.process != std::process::id() {
+            return;
+        }
+        self.command(Command::Leave);
+        self.shared.await_goodbye(Instant::now() + GOODBYE_TIMEOUT);
+    }
+
+    fn command(&self, command: Command) {
+        self.shared.command(command);
+        // Writing to an eventfd fails only when it is full, and then the thread is awake.
+        let _ = self.waker.wake();
+    }
+}
+
+impl Drop for Views {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl fmt::Debug for Views {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let membership = self.membership();
+        f.debug_struct("Views").field("own", &self.own).field("is", &membership).finish()
+    }
+}

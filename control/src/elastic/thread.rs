@@ -1,0 +1,429 @@
+//! The thread of an elastic job: an event loop that owns the port and the connections to all other
+//! members, and drives this process's part in the agreement.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use socket2::{SockRef, TcpKeepalive};
+use unisum_link::handshake::{Build, Hello, Purpose, Refusal};
+use unisum_link::secure::{Credentials, Proven};
+use unisum_views::{Member, Output, Participant, Standing, View, Wait};
+
+use super::super::connection::{Connection, Received};
+use super::super::door::Door;
+use super::super::listen::Listeners;
+use super::super::message::Message;
+use super::shared::{Command, Membership, Shared};
+use super::words::Word;
+
+const LISTENER: usize = 0;
+pub(super) const WAKER: Token = Token(1);
+const FIRST_GUEST: usize = 2;
+/// Tokens of connections that this process has opened.
+const FIRST_DIALLED: usize = 1 << 40;
+/// How often the kernel asks whether the other host is there.
+const PERIOD: Duration = Duration::from_secs(1);
+/// How long a process that finds itself without a quorum waits for others that know better.
+const STRANDED_FOR: Duration = Duration::from_millis(500);
+/// How long the thread stays after its goodbyes for the others to close first.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// What a connection must name to be a member's.
+pub(super) struct Identity {
+    pub(super) own: Member,
+    pub(super) session: [u8; 16],
+    pub(super) job: [u8; 16],
+    pub(super) build: Build,
+    pub(super) credentials: Credentials,
+    pub(super) silence: Duration,
+}
+
+pub(super) struct ViewsThread {
+    poll: Poll,
+    identity: Identity,
+    shared: Arc<Shared>,
+    door: Door,
+    participant: Participant,
+    connections: BTreeMap<usize, (Member, Connection)>,
+    /// Members that have left in order: they are lost when that matters to anybody.
+    departed: BTreeSet<Member>,
+    needs_all: bool,
+    next_token: usize,
+    /// What the participant waits for, and until when.
+    timer: Option<(Wait, Instant)>,
+    stranded_since: Option<Instant>,
+    linger_until: Option<Instant>,
+}
+
+impl ViewsThread {
+    pub(super) fn new(
+        poll: Poll,
+        identity: Identity,
+        (listeners, world): (Listeners, usize),
+        view: Option<View>,
+        shared: Arc<Shared>,
+    ) -> io::Result<Self> {
+        let door = Door::new(listeners, LISTENER, FIRST_GUEST, world, poll.registry())?;
+        let participant = match view {
+            Some(view) => Participant::new(identity.own, view),
+            None => Participant::newcomer(identity.own),
+        };
+        Ok(Self {
+            poll,
+            identity,
+            shared,
+            door,
+            participant,
+            connections: BTreeMap::new(),
+            departed: BTreeSet::new(),
+            needs_all: false,
+            next_token: FIRST_DIALLED,
+            timer: None,
+            stranded_since: None,
+            linger_until: None,
+        })
+    }
+
+    /// Runs until this process has left.
+    pub(super) fn run(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(256);
+        loop {
+            self.flush();
+            let now = Instant::now();
+            if self.is_over(now) {
+                self.shared.said_goodbye();
+                return Ok(());
+            }
+            self.keep_time(now);
+            match self.poll.poll(&mut events, self.timeout(now)) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result?,
+            }
+            let now = Instant::now();
+            for event in &events {
+                self.handle(event.token().0, now);
+            }
+            self.door.accept(self.poll.registry(), now);
+            self.door.sweep(self.poll.registry(), now);
+            for command in self.shared.take_commands() {
+                self.obey(command);
+            }
+            self.expire(now);
+            self.tell_process(now);
+        }
+    }
+
+    fn handle(&mut self, token: usize, now: Instant) {
+        match token {
+            LISTENER => self.door.knock(),
+            token if self.door.has_guest(token) => self.visit(token, now),
+            token => self.serve(token),
+        }
+    }
+
+    fn visit(&mut self, token: usize, now: Instant) {
+        let Self { door, identity, connections, poll, .. } = self;
+        let is_connected = |member| connections.values().any(|(it, _)| *it == member);
+        let admit = |hello: &Hello| identity.admit(hello, is_connected);
+        let admitted = door.visit(token, &identity.credentials, admit, poll.registry(), now);
+        let Some(admitted) = admitted else { return };
+        let member = Member(u64::from(admitted.hello.from));
+        match connection(admitted.connection, identity.silence) {
+            Ok(connection) => {
+                self.connections.insert(admitted.token, (member, connection));
+                self.serve(admitted.token);
+            }
+            // It sees its connection end.
+            Err(error) => tracing::warn!(?member, %error, "a member's connection failed"),
+        }
+    }
+
+    /// Takes a connection over that this process has opened.
+    fn connected(&mut self, member: Member, proven: Proven) {
+        let token = self.next_token;
+        self.next_token += 1;
+        let made = connection(proven, self.identity.silence).and_then(|connection| {
+            let socket = connection.stream().as_raw_fd();
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            self.poll.registry().register(&mut SourceFd(&socket), Token(token), interest)?;
+            Ok(connection)
+        });
+        match made {
+            Ok(connection) => {
+                self.connections.insert(token, (member, connection));
+                self.serve(token);
+            }
+            Err(error) => {
+                tracing::warn!(?member, %error, "a member's connection failed");
+                self.lose(member);
+            }
+        }
+    }
+
+    /// Reads and handles all that a connection brings.
+    fn serve(&mut self, token: usize) {
+        while let Some((member, connection)) = self.connections.get_mut(&token) {
+            let member = *member;
+            let received = connection.receive();
+            while let Some((_, connection)) = self.connections.get_mut(&token) {
+                let word = match connection.next() {
+                    Ok(None) => break,
+                    Ok(Some(Message::View(bytes))) => Word::decode(bytes),
+                    Ok(Some(_)) | Err(_) => None,
+                };
+                let Some(word) = word else {
+                    tracing::warn!(?member, "a member said what no member says");
+                    return self.ended(token);
+                };
+                self.hear(member, word);
+            }
+            match received {
+                Ok(Received::More) => {}
+                Ok(Received::Drained) => return,
+                Ok(Received::Ended) | Err(_) => return self.ended(token),
+            }
+        }
+    }
+
+    fn hear(&mut self, member: Member, word: Word) {
+        match word {
+            Word::Agreement(message) => {
+                let output = self.participant.hear(member, message);
+                self.carry(output);
+            }
+            Word::Bye => {
+                self.departed.insert(member);
+                self.count_departed();
+            }
+            Word::Tell { epoch, value } => self.shared.set_told(epoch, value.into()),
+            Word::Directory(entries) => self.shared.add_addresses(entries),
+        }
+    }
+
+    /// A connection has ended.
+    fn ended(&mut self, token: usize) {
+        let Some((member, connection)) = self.connections.remove(&token) else { return };
+        let socket = connection.stream().as_raw_fd();
+        // Dropping it deregisters it too, unless a forked child holds it as well.
+        let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
+        drop(connection);
+        if self.linger_until.is_none() && !self.departed.contains(&member) {
+            self.lose(member);
+        }
+    }
+
+    fn lose(&mut self, member: Member) {
+        let output = self.participant.lose(member);
+        self.carry(output);
+    }
+
+    /// Who has left in order is missed only by those that need another view.
+    fn count_departed(&mut self) {
+        if !self.participant.is_changing() && !self.needs_all {
+            return;
+        }
+        for member in std::mem::take(&mut self.departed) {
+            let output = self.participant.lose(member);
+            self.send_all(output);
+        }
+    }
+
+    /// Sends what the participant has to say.
+    fn carry(&mut self, output: Output) {
+        self.send_all(output);
+        self.count_departed();
+    }
+
+    fn send_all(&mut self, output: Output) {
+        for (to, message) in output.sends {
+            self.send(to, &Word::Agreement(message));
+        }
+    }
+
+    fn send(&mut self, to: Member, word: &Word) {
+        // To a member without a connection nothing can be said: it is lost, or about to be.
+        for (_, connection) in self.connections.values_mut().filter(|(member, _)| *member == to) {
+            connection.queue(encode(word));
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        if self.linger_until.is_some() {
+            return;
+        }
+        match command {
+            Command::Connected(member, proven) => self.connected(member, proven),
+            Command::Change { epoch, out, admits } => {
+                let output = self.participant.change(epoch, &out, admits);
+                self.carry(output);
+            }
+            Command::Tell { epoch, value } => {
+                self.shared.set_told(epoch, value.clone());
+                let word = encode(&Word::Tell { epoch, value: value.into() });
+                for (_, connection) in self.connections.values_mut() {
+                    connection.queue(word.clone());
+                }
+            }
+            Command::NeedAll(need) => {
+                self.needs_all = need;
+                self.count_departed();
+            }
+            Command::Leave => self.leave(),
+        }
+    }
+
+    /// Nothing is said after the goodbye.
+    fn leave(&mut self) {
+        self.linger_until = Some(Instant::now() + LINGER);
+        self.door.close(self.poll.registry());
+        for (_, connection) in self.connections.values_mut() {
+            connection.queue(encode(&Word::Bye));
+            connection.finish();
+        }
+    }
+
+    /// Writes what is queued.
+    fn flush(&mut self) {
+        loop {
+            let flush = |(token, (_, connection)): (&usize, &mut (Member, Connection))| {
+                connection.flush().err().map(|_| *token)
+            };
+            let Some(token) = self.connections.iter_mut().find_map(flush) else { break };
+            // What the other end said before is read first.
+            self.serve(token);
+            self.ended(token);
+        }
+        if self.linger_until.is_some() && self.connections.values().all(|(_, it)| it.is_flushed()) {
+            self.shared.said_goodbye();
+        }
+    }
+
+    /// Starts the clock of what the participant waits for, or starts it anew.
+    fn keep_time(&mut self, now: Instant) {
+        let waits = self.participant.waits();
+        let runs = self.timer.map(|(wait, _)| wait);
+        if waits == runs {
+            return;
+        }
+        self.timer = waits.map(|wait| {
+            let Wait { timer, ballot, .. } = wait;
+            let lasts = timer.lasts(self.identity.silence, self.participant.rank(), ballot);
+            (wait, now + lasts)
+        });
+    }
+
+    fn expire(&mut self, now: Instant) {
+        let Some((wait, _)) = self.timer.take_if(|(_, at)| *at <= now) else { return };
+        let output = self.participant.expire(wait.timer);
+        self.carry(output);
+    }
+
+    /// Says how things stand to the process's other threads.
+    fn tell_process(&mut self, now: Instant) {
+        let (view, standing) = (self.participant.view().clone(), self.participant.standing());
+        let stranded = (standing == Standing::Stranded).then_some(now);
+        self.stranded_since = stranded.map(|now| self.stranded_since.unwrap_or(now));
+        let is_final = self.stranded_since.is_some_and(|since| now - since >= STRANDED_FOR);
+        let end = match standing {
+            Standing::Excluded => Some(format!(
+                "the other ranks went on without this one, in epoch {}: they lost their \
+                 connections to it, or it did not answer in time, or it was asked out",
+                view.epoch
+            )),
+            Standing::Stranded if is_final => Some(self.describe_stranded(&view)),
+            _ => None,
+        };
+        let is_changing = self.participant.is_changing() || standing == Standing::Stranded;
+        let newcomers = self.participant.newcomers();
+        self.shared.update(Membership { view, standing, is_changing, newcomers, end });
+    }
+
+    fn describe_stranded(&self, view: &View) -> String {
+        let out: BTreeSet<Member> = self.participant.out().collect();
+        let lost: Vec<usize> = view
+            .members
+            .iter()
+            .filter_map(|it| view.rank(*it).filter(|_| out.contains(it)))
+            .collect();
+        let (left, world) = (world_left(view, &lost), view.members.len());
+        let rule = if 2 * left == world {
+            ": of two halves the one with rank 0 goes on"
+        } else {
+            ": the others may have gone on without this one"
+        };
+        format!(
+            "ranks {lost:?} of {world} in epoch {} are lost, and the {left} that are left are no \
+             quorum{rule}",
+            view.epoch
+        )
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        self.linger_until.is_some_and(|until| self.connections.is_empty() || until <= now)
+    }
+
+    fn timeout(&self, now: Instant) -> Option<Duration> {
+        let stranded = self.stranded_since.filter(|_| !self.shared.membership().is_over());
+        let due = [
+            self.door.deadline(now),
+            self.timer.map(|(_, at)| at),
+            stranded.map(|since| since + STRANDED_FOR),
+            self.linger_until,
+        ];
+        due.into_iter().flatten().min().map(|at| at.saturating_duration_since(now))
+    }
+}
+
+fn world_left(view: &View, lost: &[usize]) -> usize {
+    view.members.len() - lost.len()
+}
+
+impl Identity {
+    /// Whether a connection that has proven the token may come in.
+    fn admit(&self, hello: &Hello, is_connected: impl Fn(Member) -> bool) -> Result<(), Refusal> {
+        let Hello { from, to, .. } = *hello;
+        if hello.job != self.job {
+            return Err(Refusal::Job);
+        }
+        if hello.build != self.build {
+            return Err(Refusal::Build { from, to, theirs: hello.build, ours: self.build });
+        }
+        if hello.purpose != Purpose::View || u64::from(to) != self.own.0 || from == to {
+            return Err(Refusal::Rank { from, to });
+        }
+        if hello.session != self.session {
+            return Err(Refusal::Session);
+        }
+        match is_connected(Member(u64::from(from))) {
+            true => Err(Refusal::RankTaken {
+                rank: from,
+                first: "another process".into(),
+                second: hello.process(),
+            }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The kernel ends it when the other host has not answered for `silence`.
+fn connection(proven: Proven, silence: Duration) -> io::Result<Connection> {
+    let connection = Connection::new(proven, silence)?;
+    let socket = SockRef::from(connection.stream());
+    let keepalive = TcpKeepalive::new().with_time(PERIOD).with_interval(PERIOD);
+    socket.set_tcp_keepalive(&keepalive)?;
+    // From the last answer on, which may have come a period before an outage began.
+    socket.set_tcp_user_timeout(Some(silence.saturating_add(PERIOD)))?;
+    Ok(connection)
+}
+
+fn encode(word: &Word) -> Bytes {
+    let mut encoded = BytesMut::new();
+    Message::View(word.encode()).encode(&mut encoded);
+    encoded.freeze()
+}

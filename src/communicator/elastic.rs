@@ -1,0 +1,164 @@
+//! Jobs that outlive their ranks: what survivors of a loss do.
+
+use unisum_link::Rank;
+
+use super::builder;
+use crate::wiring::{Epoch, Position, Standing, identities};
+use crate::{Communicator, Error, ErrorKind};
+
+/// How a job goes on when it loses ranks, see [`Builder::elastic`](crate::Builder::elastic). All
+/// ranks give the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Elastic {
+    /// How many ranks the job needs: if fewer are left, it ends with
+    /// [`ErrorKind::RankLost`] on all of them.
+    pub minimum: usize,
+}
+
+impl Default for Elastic {
+    /// A job that goes on while there is anybody.
+    fn default() -> Self {
+        Self { minimum: 1 }
+    }
+}
+
+/// Who is in an elastic job during an epoch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// 1 at the start of the job; each change adds 1.
+    pub epoch: u64,
+    /// By rank, which process it is: the same process has the same number in all epochs, and no
+    /// other has it.
+    pub processes: Vec<u64>,
+}
+
+/// What a rank has once it has entered a view.
+#[derive(Debug)]
+pub(crate) struct Entered {
+    pub(crate) communicator: Communicator,
+    pub(crate) epoch: Epoch,
+    /// By rank.
+    pub(crate) standings: Vec<Standing>,
+}
+
+impl Epoch {
+    /// Enters the view after this one. If the view has not changed yet, it does now. All ranks that
+    /// are left call it, wherever they are. Blocks until they have; if ranks are lost meanwhile, it
+    /// goes on with those that are left then.
+    ///
+    /// # Errors
+    /// As [`Communicator::rebuild`].
+    pub(crate) fn enter_next(&self, position: Position) -> Result<Entered, Error> {
+        let mut epoch = self.clone();
+        let _all = epoch.need_all();
+        // Does nothing if the view has changed.
+        epoch.change(&[]);
+        loop {
+            let view = epoch.await_next()?;
+            epoch = Self { view, ..epoch };
+            match builder::of_view(&epoch, epoch.lineage.standing(position)) {
+                Ok((communicator, standings)) => {
+                    return Ok(Entered { communicator, epoch, standings });
+                }
+                // Ranks were lost while it was made: those that are left begin again.
+                Err(_) if epoch.is_left_soon() => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl Communicator {
+    /// The view that this communicator was made of; `None` if the job is not elastic, and for
+    /// groups.
+    pub fn view(&self) -> Option<View> {
+        let Epoch { view, .. } = self.epoch.as_ref()?;
+        Some(View { epoch: view.epoch, processes: identities(view) })
+    }
+
+    /// The communicator of those that are left, after [`ErrorKind::ViewChanged`]: of the job's next
+    /// view, in which ranks are numbered anew, in the same order. Links and memory are its own;
+    /// groups, messengers and buckets of the old communicator have to be made again, and buffers of
+    /// [`Communicator::allocate`] go on as memory that others reach with a copy.
+    ///
+    /// Collective: every rank that is left calls it. Blocks until all have, or another change of
+    /// view. If ranks are lost meanwhile, it goes on with those that are left then. If the view has
+    /// not changed since this communicator was made, this makes it change, with the same ranks:
+    /// calls of others on the old communicator end with [`ErrorKind::ViewChanged`].
+    ///
+    /// Cost: that of joining, about 0.1 s for 8 ranks.
+    ///
+    /// # Errors
+    /// [`ErrorKind::RankLost`] if too few are left: less than [`Elastic::minimum`], or no quorum
+    /// (more than half of the view before, or half of it with its rank 0), or if the others went on
+    /// without this rank. [`ErrorKind::Configuration`] if the job is not elastic, or this is a
+    /// group; and as [`Communicator::from_environment`].
+    pub fn rebuild(&self) -> Result<Self, Error> {
+        let mut epoch = self.elastic_epoch()?.clone();
+        // Its steps end with this epoch, on this rank at least.
+        epoch.lineage.release(None);
+        loop {
+            let entered = epoch.enter_next(Position::Program);
+            let Entered { communicator, epoch: next, standings } =
+                entered.map_err(|error| error.on(self.rank()))?;
+            if standings.iter().all(|it| it.position == Position::Program) {
+                return Ok(communicator);
+            }
+            // Steps can't go on without this rank: they end, and all meet again.
+            epoch = next;
+        }
+    }
+
+    /// The communicator of all ranks but those in `exclude`, which need not take part: a rank that
+    /// is stuck or slow can be left behind. Their calls, and whatever they call later, end with
+    /// [`ErrorKind::RankLost`].
+    ///
+    /// Collective: every other rank calls it, with the same list; see [`Communicator::rebuild`].
+    /// More than half of the ranks have to be there to agree, or half with rank 0; excluded ranks
+    /// whose processes live count.
+    ///
+    /// # Errors
+    /// As [`Communicator::rebuild`]; [`ErrorKind::Configuration`] if `exclude` names this rank, or
+    /// one that does not exist.
+    pub fn shrink(&self, exclude: &[Rank]) -> Result<Self, Error> {
+        let epoch = self.elastic_epoch()?;
+        if let Some(&rank) = exclude.iter().find(|&&it| it == self.rank() || it >= self.world()) {
+            let text = format!("shrink {exclude:?} of {} ranks: not rank {rank}", self.world());
+            return Err(Error::new(ErrorKind::Configuration, text).on(self.rank()));
+        }
+        epoch.change(exclude);
+        self.rebuild()
+    }
+
+    /// Ends all calls on this communicator, on all ranks, with [`ErrorKind::ViewChanged`]; all
+    /// ranks then [`rebuild`](Communicator::rebuild). The job's processes stay the same.
+    ///
+    /// Not collective: any thread of any rank may call it. Returns at once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`] if the job is not elastic, or this is a group.
+    pub fn revoke(&self) -> Result<(), Error> {
+        self.elastic_epoch()?.change(&[]);
+        Ok(())
+    }
+
+    fn elastic_epoch(&self) -> Result<&Epoch, Error> {
+        self.epoch.as_ref().ok_or_else(|| {
+            let text = "only the job's own communicator can be rebuilt, and only if it was made \
+                        with `Builder::elastic`";
+            Error::new(ErrorKind::Configuration, text).on(self.rank())
+        })
+    }
+
+    /// The epoch of the job's own communicator, if the job is elastic.
+    pub(crate) const fn epoch(&self) -> Option<&Epoch> {
+        self.epoch.as_ref()
+    }
+
+    /// This communicator as that of an elastic job's view.
+    pub(crate) fn in_epoch(self, epoch: Option<Epoch>) -> Self {
+        let mut communicator = self;
+        communicator.epoch = epoch;
+        communicator
+    }
+}

@@ -1,0 +1,74 @@
+//! Which algorithm a call on device memory takes.
+
+use unisum_algorithms::{Shape, Topology};
+use unisum_kernels::cuda::staged_kernel;
+use unisum_kernels::{Dtype, Element, Fold, ReduceOp};
+use unisum_link::{CollectiveKind, Rank};
+
+use super::program::{Choice, Form, Programs};
+use super::{DeviceCommunicator, State};
+use crate::collective::key::Key;
+use crate::collective::{Blocks, Collective};
+use crate::execution::programs;
+
+impl DeviceCommunicator {
+    /// The algorithm that this collective uses on buffers of `count` elements (the longer of input
+    /// and output): the same on all ranks. If calls are staged, it is the hosts'.
+    ///
+    /// `"one-shot"` stands for two ways that give the same bits: a queue of a few operations, and,
+    /// for all-reduces of up to 1 MiB of the frequent types and operations, a single launch.
+    pub fn choice<T: Element>(&self, collective: &Collective, count: usize) -> &'static str {
+        let mut state = self.lock();
+        if state.direct.is_none() {
+            let staging = state.staging.as_ref();
+            return staging.map_or("none", |it| it.communicator().choice::<T>(collective, count));
+        }
+        if collective.kind() == CollectiveKind::Barrier {
+            return "direct"; // Each rank has a flag for each other.
+        }
+        let fold = collective.fold(T::DTYPE);
+        let key = collective.typical_key(self.world(), T::DTYPE, count);
+        let blocks = match &key.blocks {
+            // Nobody knows the other ranks' counts.
+            Blocks::Pairs(..) => Blocks::Even(count.div_ceil(self.world())),
+            known => known.clone(),
+        };
+        let average = fold.op == ReduceOp::Average && collective.kind().reduces();
+        let (scales, ordered) = (fold.factor.is_some(), false);
+        let key = Key { blocks, average, scales, ordered, in_place: false, ..key };
+        let form = self.form(key, &fold, None);
+        let choice = self.choose(&mut state, &form, (fold.op, fold.dtype));
+        choice.map_or("none", |choice| Programs::name(&form, choice))
+    }
+
+    pub(super) fn choose(
+        &self,
+        state: &mut State,
+        form: &Form,
+        (op, dtype): (ReduceOp, Dtype),
+    ) -> Result<Choice, String> {
+        let launches = state.direct.as_ref().is_some_and(|direct| direct.blocks_max > 0);
+        let has_kernel = launches && staged_kernel(op, dtype).is_some();
+        state.programs.choice(form, self.rank(), has_kernel)
+    }
+
+    /// What all ranks know of a call; of an all-to-all with counts by pair, from all counts.
+    pub(super) fn form(&self, key: Key, fold: &Fold, counts: Option<&[Vec<usize>]>) -> Form {
+        let host = self.host();
+        let topology = host.member.as_ref().map_or_else(
+            || Topology::flat(1),
+            |member| member.core.runner.choice.topology().clone(),
+        );
+        let shapes = match counts {
+            None => vec![programs::shape(&key, self.rank(), &topology)],
+            Some(counts) => {
+                let sends = |from: Rank| -> &[usize] { &counts[from] };
+                let receives = |to: Rank| counts.iter().map(|row| row[to]).collect::<Vec<_>>();
+                let shape =
+                    |rank| Shape::pairs(topology.clone(), rank, sends(rank), &receives(rank));
+                (0..counts.len()).map(shape).collect()
+            }
+        };
+        Form { key, watched: fold.watch, shapes: shapes.into() }
+    }
+}

@@ -1,0 +1,64 @@
+//! The control connection.
+
+use std::time::Duration;
+
+use super::{Meeting, builtin, rendezvous_error, with_hint};
+use crate::settings::Settings;
+use crate::version::BUILD;
+use crate::{Error, ErrorKind};
+use unisum_control::launcher::Detected;
+use unisum_control::{Control, ControlConfig};
+
+/// Tells the others, which would wait for it, that this rank can't join, and why, if rank 0 is
+/// there. Blocks for 2 s at most.
+pub(super) fn tell_that_not(detected: &Detected, meeting: &Meeting, why: &Error) {
+    // What is wrong may be in the settings: none of them matters for that.
+    let told = config(detected, &Settings::default(), meeting)
+        .map_err(|error| error.to_string())
+        .and_then(|config| {
+            let told = unisum_control::tell_that_not(&config, why, Duration::from_secs(5));
+            told.map_err(|error| error.to_string())
+        });
+    if let Err(error) = told {
+        tracing::info!("the other ranks are not told why this one does not join: {error}");
+    }
+}
+
+pub(super) fn start_control(
+    detected: &Detected,
+    settings: &Settings,
+    meeting: &Meeting,
+) -> Result<Control, Error> {
+    Control::start(config(detected, settings, meeting)?).map_err(|error| {
+        let error = rendezvous_error(error);
+        let is_own = error.failed_ranks().is_empty();
+        if is_own { error.caused_by(vec![detected.rank]) } else { with_hint(error, detected) }
+    })
+}
+
+fn config(
+    detected: &Detected,
+    settings: &Settings,
+    meeting: &Meeting,
+) -> Result<ControlConfig, Error> {
+    let rendezvous = detected.rendezvous.clone().ok_or_else(|| {
+        let text = "no rendezvous address; set UNISUM_RENDEZVOUS=tcp://HOST:PORT";
+        Error::new(ErrorKind::Configuration, text)
+    })?;
+    Ok(ControlConfig {
+        rank: detected.rank,
+        world: detected.world,
+        rendezvous,
+        job: detected.job.clone(),
+        credentials: meeting.credentials.clone(),
+        secret_origin: meeting.secret_origin.clone(),
+        interface: settings.interface.clone(),
+        port_range: settings.port_range,
+        connect_timeout: settings.connect_timeout,
+        heartbeat_timeout: settings.heartbeat_timeout,
+        publish: meeting.publish(),
+        is_moot: meeting.is_moot(),
+        build: BUILD,
+        prepare_listener: builtin::prepare_listener,
+    })
+}

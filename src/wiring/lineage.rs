@@ -1,0 +1,323 @@
+//! An elastic job as this process knows it, from view to view: what outlives communicators.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use unisum_control::address::Rendezvous;
+use unisum_control::elastic::{Member, Prospect, View, Views, ViewsConfig};
+use unisum_control::launcher::Detected;
+use unisum_control::{Control, IsMoot, Verdict, VerdictKind};
+use unisum_link::Rank;
+
+use super::meeting::Meeting;
+use super::standing::{Decided, Position, Standing};
+use super::store::{Store, StoreEntry};
+use crate::error::ViewChange;
+use crate::settings::Settings;
+use crate::version::BUILD;
+use crate::{Elastic, Error, ErrorKind};
+
+/// How much longer than silence may last the others may take to agree on the next view.
+const AGREEMENT_SPARE: Duration = Duration::from_secs(3);
+/// How long a failure waits for a loss that explains it.
+const EXPLAINED_WITHIN: Duration = Duration::from_secs(1);
+
+/// An elastic job: its views, and what making a communicator of one takes.
+#[derive(Debug)]
+pub(crate) struct Lineage {
+    views: Views,
+    elastic: Elastic,
+    settings: Settings,
+    detected: Detected,
+    credentials: (unisum_link::secure::Credentials, String),
+    layer: Mutex<Layer>,
+}
+
+/// The gradient buckets whose steps outlive a change of view: one layer at a time.
+#[derive(Debug, Default)]
+struct Layer {
+    /// Counts the layers that there were.
+    number: u64,
+    is_there: bool,
+    /// The last step of the last layer that this rank saw decided.
+    decided: Option<Decided>,
+}
+
+/// The view that a communicator was made of.
+#[derive(Clone, Debug)]
+pub(crate) struct Epoch {
+    pub(crate) lineage: Arc<Lineage>,
+    pub(crate) view: View,
+}
+
+impl Lineage {
+    /// Founds the views of a job whose ranks have just met. All ranks call it. Blocks for all.
+    pub(crate) fn found(
+        elastic: &Elastic,
+        settings: &Settings,
+        detected: &Detected,
+        meeting: &Meeting,
+        control: &Arc<Control>,
+    ) -> Result<Epoch, Error> {
+        let config = ViewsConfig {
+            job: detected.job.clone(),
+            credentials: meeting.credentials.clone(),
+            interface: settings.interface.clone(),
+            port_range: settings.port_range,
+            silence: settings.heartbeat_timeout,
+            connect_timeout: settings.connect_timeout,
+            build: BUILD,
+        };
+        let failed = |error: unisum_control::ControlError| super::rendezvous_error(error);
+        let prospect = Prospect::listen(config).map_err(failed)?;
+        let own: Vec<_> = prospect.addresses().iter().map(ToString::to_string).collect();
+        let blobs = control.exchange(own.join(" ").into_bytes()).map_err(failed)?;
+        let addresses = blobs.iter().enumerate().map(|(rank, blob)| {
+            parse_addresses(blob).ok_or_else(|| {
+                let text = format!("rank {rank} told no address for the elastic job");
+                Error::new(ErrorKind::Rendezvous, text).caused_by(vec![rank])
+            })
+        });
+        let addresses = addresses.collect::<Result<Vec<_>, _>>()?;
+        let views = prospect.found(control.session(), detected.rank, addresses).map_err(failed)?;
+        // When all have come so far, every two are connected.
+        control.exchange(Vec::new()).map_err(failed)?;
+        let view = views.membership().view;
+        let lineage = Arc::new(Self {
+            views,
+            elastic: elastic.clone(),
+            settings: settings.clone(),
+            detected: detected.clone(),
+            credentials: (meeting.credentials.clone(), meeting.secret_origin.clone()),
+            layer: Mutex::default(),
+        });
+        let epoch = Epoch { lineage, view };
+        epoch.bind(control);
+        Ok(epoch)
+    }
+
+    pub(crate) const fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The number of a new layer of gradient buckets, unless there is one.
+    pub(crate) fn claim(&self) -> Option<u64> {
+        let mut layer = self.layer();
+        if layer.is_there {
+            return None;
+        }
+        *layer = Layer { number: layer.number + 1, is_there: true, decided: None };
+        Some(layer.number)
+    }
+
+    /// Whether the layer of this number goes on in later views.
+    pub(crate) fn has(&self, number: u64) -> bool {
+        let layer = self.layer();
+        layer.is_there && layer.number == number
+    }
+
+    /// The layer of this number ends, or whichever there is: it goes on in no later view.
+    pub(crate) fn release(&self, number: Option<u64>) {
+        let mut layer = self.layer();
+        if number.is_none_or(|number| number == layer.number) {
+            layer.is_there = false;
+        }
+    }
+
+    /// This rank saw a step of the layer decided.
+    pub(crate) fn decide(&self, number: u64, decided: Decided) {
+        let mut layer = self.layer();
+        if layer.number == number {
+            layer.decided = Some(decided);
+        }
+    }
+
+    /// How far this rank is, there.
+    pub(crate) fn standing(&self, position: Position) -> Standing {
+        Standing { position, decided: self.layer().decided.clone() }
+    }
+
+    fn layer(&self) -> MutexGuard<'_, Layer> {
+        // Every critical section leaves it whole.
+        self.layer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long the others may take to agree on a view.
+    fn patience(&self) -> Duration {
+        self.settings.heartbeat_timeout * 4 + AGREEMENT_SPARE
+    }
+
+    /// What this process joins a view with: its rank there, and where its ranks meet.
+    pub(crate) fn meet(self: &Arc<Self>, view: &View) -> Result<(Detected, Meeting), Error> {
+        let rank = view.rank(self.views.own()).ok_or_else(|| {
+            let text = format!("this process is not in epoch {}", view.epoch);
+            Error::new(ErrorKind::RankLost, text)
+        })?;
+        let job = format!("{} epoch {}", self.detected.job, view.epoch);
+        let mut detected =
+            Detected { rank, world: view.members.len(), job, ..self.detected.clone() };
+        (detected.local_rank, detected.local_size, detected.pmi) = (None, None, None);
+        let store = ViewStore { lineage: self.clone(), epoch: view.epoch };
+        let entry = StoreEntry::new(Arc::new(store), "the next epoch");
+        let mut addresses = Vec::new();
+        if rank > 0 && view.members.len() > 1 {
+            addresses = entry.look_up(self.settings.connect_timeout)?.addresses;
+        }
+        let key = format!("epoch {}", view.epoch);
+        detected.rendezvous = Some(Rendezvous::Store { key, addresses });
+        let (credentials, origin) = self.credentials.clone();
+        let (lineage, epoch) = (self.clone(), view.epoch);
+        let is_moot = IsMoot(Box::new(move || lineage.views.is_left(epoch)));
+        let entry = (rank == 0).then_some(entry);
+        Ok((detected, Meeting::of_view(credentials, origin, entry, is_moot)))
+    }
+}
+
+impl Epoch {
+    /// Ends `control` when the job leaves this epoch.
+    pub(crate) fn bind(&self, control: &Arc<Control>) {
+        self.lineage.views.bind(self.view.epoch, control);
+    }
+
+    /// Has the job leave this epoch, without these of its ranks.
+    pub(crate) fn change(&self, out: &[Rank]) {
+        let member = |&rank: &Rank| self.view.members.get(rank).copied();
+        self.lineage.views.change(self.view.epoch, out.iter().filter_map(member).collect(), false);
+    }
+
+    /// Waits until the job has left this epoch for another one. Blocks for as long as silence may
+    /// last, and for a few seconds more.
+    ///
+    /// # Errors
+    /// If this process is no longer in the job, or too few are, or no view is agreed on.
+    pub(crate) fn await_next(&self) -> Result<View, Error> {
+        let until = Instant::now() + self.lineage.patience();
+        let now = self.lineage.views.await_change(self.view.epoch, until);
+        if let Some(end) = now.end {
+            return Err(Error::new(ErrorKind::RankLost, end));
+        }
+        let (left, minimum) = (now.view.members.len(), self.lineage.elastic.minimum);
+        if now.view.epoch <= self.view.epoch || now.is_changing {
+            let seconds = self.lineage.patience().as_secs_f64();
+            let text = format!("the ranks did not agree on who is left within {seconds} s");
+            return Err(Error::new(ErrorKind::Timeout, text));
+        }
+        if left < minimum {
+            let text = format!("{left} ranks are left, and the job needs {minimum}");
+            return Err(Error::new(ErrorKind::RankLost, text).caused_by(self.lost_in(&now.view)));
+        }
+        Ok(now.view)
+    }
+
+    /// Until what is returned is dropped, ranks that leave in order are lost like others: every one
+    /// of them is needed to make a communicator.
+    pub(crate) fn need_all(&self) -> NeedsAll {
+        self.lineage.views.need_all(true);
+        NeedsAll(self.lineage.clone())
+    }
+
+    /// Whether the job leaves this epoch within about a second: a loss is seen as soon, but not at
+    /// once.
+    pub(crate) fn is_left_soon(&self) -> bool {
+        let until = Instant::now() + EXPLAINED_WITHIN;
+        self.lineage.views.await_left(self.view.epoch, until)
+    }
+
+    /// This epoch's ranks that are not in a later view.
+    fn lost_in(&self, later: &View) -> Vec<Rank> {
+        let members = self.view.members.iter().enumerate();
+        members.filter(|(_, it)| !later.has(**it)).map(|(rank, _)| rank).collect()
+    }
+
+    /// What an error is in an elastic job: if ranks are lost, that is a change of view, which this
+    /// waits for. `verdict` is what all ranks were told, if they were.
+    pub(crate) fn explain(&self, error: Error, verdict: Option<&Verdict>) -> Error {
+        let is_loss = match verdict.map(|it| it.kind) {
+            Some(VerdictKind::Superseded | VerdictKind::Unresponsive) => true,
+            _ => error.kind() == ErrorKind::RankLost,
+        };
+        if !is_loss {
+            return error;
+        }
+        let noticed = Instant::now();
+        // Of two that do not reach each other, one can stay.
+        let skipped = usize::from(verdict.is_some_and(|it| it.kind == VerdictKind::Cut));
+        self.change(error.failed_ranks().get(skipped..).unwrap_or_default());
+        let rank = error.rank();
+        let on = |it: Error| rank.map_or_else(|| it.clone(), |rank| it.clone().on(rank));
+        match self.await_next() {
+            Ok(view) => on(self.changed(&view, &error, noticed)),
+            Err(end) => {
+                let text = format!("{end} ({error})");
+                let lost = match end.failed_ranks() {
+                    [] => error.failed_ranks().to_vec(),
+                    lost => lost.to_vec(),
+                };
+                on(Error::new(end.kind(), text).caused_by(lost))
+            }
+        }
+    }
+
+    /// The error of calls on a communicator of this epoch once the job is in a later one.
+    fn changed(&self, view: &View, cause: &Error, noticed: Instant) -> Error {
+        let lost = self.lost_in(view);
+        let joined = view.members.iter().enumerate().filter(|(_, it)| !self.view.has(**it));
+        let joined: Vec<Rank> = joined.map(|(rank, _)| rank).collect();
+        let (epoch, world) = (view.epoch, view.members.len());
+        let what = match (&lost[..], &joined[..]) {
+            ([], []) => "the same ranks".to_owned(),
+            ([], joined) => format!("{} more", joined.len()),
+            (lost, []) => format!("without ranks {lost:?}"),
+            (lost, joined) => format!("without ranks {lost:?} and {} more", joined.len()),
+        };
+        let text = format!("the job goes on in epoch {epoch}, of {world} ranks, {what}: {cause}");
+        Error::new(ErrorKind::ViewChanged, text).caused_by(lost.clone()).changing(ViewChange {
+            epoch,
+            lost,
+            joined,
+            noticed,
+        })
+    }
+}
+
+/// While every rank of the view is needed.
+pub(crate) struct NeedsAll(Arc<Lineage>);
+
+impl Drop for NeedsAll {
+    fn drop(&mut self) {
+        self.0.views.need_all(false);
+    }
+}
+
+/// How the ranks of a view meet: the first tells the others by the connections that there are.
+struct ViewStore {
+    lineage: Arc<Lineage>,
+    epoch: u64,
+}
+
+impl Store for ViewStore {
+    fn set(&self, _: &str, value: &[u8]) -> Result<(), String> {
+        self.lineage.views.tell(self.epoch, value);
+        Ok(())
+    }
+
+    fn get(&self, _: &str, timeout: Duration) -> Result<Vec<u8>, String> {
+        let told = self.lineage.views.told(self.epoch, Instant::now() + timeout);
+        told.ok_or_else(|| match self.lineage.views.is_left(self.epoch) {
+            true => "the view has changed again".to_owned(),
+            false => "its first rank has not said where it listens".to_owned(),
+        })
+    }
+}
+
+fn parse_addresses(blob: &[u8]) -> Option<Vec<SocketAddr>> {
+    let text = std::str::from_utf8(blob).ok()?;
+    let addresses: Vec<_> = text.split(' ').map(|it| it.parse().ok()).collect::<Option<_>>()?;
+    (!addresses.is_empty()).then_some(addresses)
+}
+
+/// Who a member is, for programs: the same process has the same number in all views.
+pub(crate) fn identities(view: &View) -> Vec<u64> {
+    view.members.iter().map(|&Member(identity)| identity).collect()
+}

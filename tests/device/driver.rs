@@ -1,0 +1,145 @@
+//! The emulated driver, as the tests' ranks get it, and memory that only the driver gives.
+
+use std::ffi::c_void;
+use std::path::PathBuf;
+
+use cudarc::driver::sys;
+use unisum::DeviceStream;
+
+use super::support::World;
+
+/// Whether the driver of this machine is wanted, not the emulated one (`tests/gpu/run`).
+pub fn is_installed() -> bool {
+    std::env::var("UNISUM_TEST_DRIVER").is_ok_and(|word| word == "installed")
+}
+
+/// How many devices a world that wants so many can have; ranks share those that there are.
+pub fn available(devices: usize) -> usize {
+    match is_installed() {
+        true => devices.min(unisum::cuda_devices().unwrap()),
+        false => devices,
+    }
+}
+
+/// A world that finds the emulated driver, with so many devices.
+pub fn with(world: World, devices: usize) -> World {
+    if is_installed() {
+        return world;
+    }
+    world
+        .set("LD_LIBRARY_PATH", cuda_emulator::library_dir().display())
+        .set("CUDA_EMULATOR_DEVICES", devices)
+        .set("CUDA_EMULATOR_LEAKS", "fail")
+}
+
+/// Whether all cases are wanted, not drawn ones.
+pub fn is_whole() -> bool {
+    std::env::var_os("UNISUM_TEST_WHOLE").is_some()
+        || std::env::var("UNISUM_TEST_DRAWS").is_ok_and(|text| text == "all")
+}
+
+/// Where no driver is.
+pub fn empty_directory() -> String {
+    env!("CARGO_TARGET_TMPDIR").into()
+}
+
+/// Whether this machine has a driver of its own.
+pub fn has_real_one() -> bool {
+    let places = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/cuda/compat"];
+    places.iter().any(|place| PathBuf::from(place).join("libcuda.so.1").exists())
+}
+
+/// What this process has allocated on devices through unisum.
+pub fn allocations() -> usize {
+    unisum_cuda_ipc::allocations().0
+}
+
+/// Whether everything in the stream has ended, however.
+pub fn is_done(stream: &DeviceStream) -> bool {
+    // SAFETY: the stream lives.
+    let state = unsafe { sys::cuStreamQuery(stream.raw().cast()) };
+    state != sys::CUresult::CUDA_ERROR_NOT_READY
+}
+
+/// A device's primary context, for memory of its pool, which other processes can't open.
+pub struct Pool {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+}
+
+/// Memory of a pool.
+pub struct Pooled<'a> {
+    pool: &'a Pool,
+    pub address: u64,
+}
+
+fn check(result: sys::CUresult) {
+    assert_eq!(result, sys::CUresult::CUDA_SUCCESS);
+}
+
+impl Pool {
+    pub fn new(ordinal: usize) -> Self {
+        let (mut device, mut context) = (0, std::ptr::null_mut());
+        // SAFETY: the driver writes one number.
+        check(unsafe { sys::cuDeviceGet(&raw mut device, ordinal as i32) });
+        // SAFETY: the driver writes one pointer.
+        check(unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) });
+        Self { device, context }
+    }
+
+    pub fn allocate(&self, bytes: usize) -> Pooled<'_> {
+        let mut address = 0;
+        self.enter();
+        // SAFETY: the driver writes one address.
+        check(unsafe {
+            sys::cuMemAllocAsync(&raw mut address, bytes.max(1), std::ptr::null_mut())
+        });
+        // SAFETY: the stream is the default one.
+        check(unsafe { sys::cuStreamSynchronize(std::ptr::null_mut()) });
+        Pooled { pool: self, address }
+    }
+
+    fn enter(&self) {
+        // SAFETY: the context is retained.
+        check(unsafe { sys::cuCtxSetCurrent(self.context) });
+    }
+}
+
+impl Pooled<'_> {
+    /// Copies into it, in the stream, and waits.
+    pub fn write(&self, bytes: &[u8], stream: &DeviceStream) {
+        self.pool.enter();
+        let (from, raw) = (bytes.as_ptr().cast::<c_void>(), stream.raw().cast());
+        // SAFETY: so many bytes are there, and stay until it is done.
+        check(unsafe { sys::cuMemcpyHtoDAsync_v2(self.address, from, bytes.len(), raw) });
+        // SAFETY: the stream lives.
+        check(unsafe { sys::cuStreamSynchronize(raw) });
+    }
+
+    /// Copies out of it, in the stream, and waits.
+    pub fn read(&self, bytes: &mut [u8], stream: &DeviceStream) {
+        self.pool.enter();
+        let (to, raw) = (bytes.as_mut_ptr().cast::<c_void>(), stream.raw().cast());
+        // SAFETY: so many bytes are there, and stay until it is done.
+        check(unsafe { sys::cuMemcpyDtoHAsync_v2(to, self.address, bytes.len(), raw) });
+        // SAFETY: the stream lives.
+        check(unsafe { sys::cuStreamSynchronize(raw) });
+    }
+}
+
+impl Drop for Pooled<'_> {
+    fn drop(&mut self) {
+        self.pool.enter();
+        // SAFETY: allocated once, and what used it has ended.
+        check(unsafe { sys::cuMemFreeAsync(self.address, std::ptr::null_mut()) });
+        // SAFETY: the stream is the default one.
+        check(unsafe { sys::cuStreamSynchronize(std::ptr::null_mut()) });
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // SAFETY: retained once.
+        check(unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) });
+    }
+}

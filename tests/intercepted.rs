@@ -1,0 +1,312 @@
+//! Somebody between the hosts, on every control and data connection: it learns nothing but lengths
+//! and times, and whatever it does, no rank has a wrong result or hangs, and errors say whom they
+//! concern.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+#[path = "support/certificates.rs"]
+mod certificates;
+#[path = "support/middle.rs"]
+mod middle;
+mod support;
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use certificates::{Mounted, Says, authority, issue};
+use middle::{Change, Middle, Plan, Seen, address};
+use support::hosts::inside;
+use support::{Random, Running, World, setting};
+use unisum::{Communicator, Error, Message, Messenger, ReduceOp};
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[("work", work)]);
+}
+
+const LIMIT: Duration = Duration::from_secs(100);
+/// The ports at which each host is reached: one may be in use for a moment when a job has ended.
+const PORTS: std::ops::RangeInclusive<u16> = 7001..=7004;
+const RANKS: usize = 3;
+/// What buffers are full of.
+const PAYLOAD: &[u8; 32] = b"the weights that nobody may see!";
+/// What is said between the ranks at the start.
+const SETTINGS: &[u8] = b"UNISUM_TLS=";
+
+/// Joins, calls, makes a group and leaves, again and again; each time as a line says.
+fn work() {
+    let stream = UnixStream::connect(setting("STEERED_BY")).unwrap();
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    let mut stream = stream;
+    writeln!(stream, "{}", setting("UNISUM_RANK")).unwrap();
+    while let Some(job) = lines.next().transpose().unwrap() {
+        let started = Instant::now();
+        let outcome = match once(&job) {
+            Ok(()) => "right".to_owned(),
+            Err(error) => {
+                let text = error.to_string().replace('\n', " | ");
+                format!("{:?} {:?} {text}", error.kind(), error.failed_ranks())
+            }
+        };
+        writeln!(stream, "{} {outcome}", started.elapsed().as_millis()).unwrap();
+    }
+}
+
+fn once(job: &str) -> Result<(), Error> {
+    let communicator = Communicator::builder().job(job).connect()?;
+    let (rank, world) = (communicator.rank(), communicator.world());
+    for count in [1, 500, 6000] {
+        call(&communicator, count)?;
+    }
+    let messenger = Messenger::new(&communicator)?;
+    let (next, last) = ((rank + 1) % world, (rank + world - 1) % world);
+    for bytes in [40, 40_000] {
+        let sent: Vec<u8> = PAYLOAD.iter().copied().cycle().take(bytes).collect();
+        let mut received = vec![0; bytes];
+        messenger.exchange(&mut [
+            Message::Send { data: &sent, to: next, tag: 7 },
+            Message::Receive { data: &mut received, from: last, tag: 7 },
+        ])?;
+        assert!(received == sent, "wrong bytes from rank {last}");
+    }
+    call(&communicator.duplicate()?, 100)
+}
+
+/// Sums that show in any part whether it is right, and of bytes that are known.
+fn call(communicator: &Communicator, count: usize) -> Result<(), Error> {
+    let (rank, world) = (communicator.rank() as u64, communicator.world() as u64);
+    let mut numbers: Vec<u64> = (0..count as u64).map(|at| at * (rank + 1)).collect();
+    communicator.all_reduce(&mut numbers, ReduceOp::Sum)?;
+    let expected = |at: u64| at * world * (world + 1) / 2;
+    assert!((0..).zip(&numbers).all(|(at, &sum)| sum == expected(at)), "a wrong sum");
+    let mut bytes: Vec<u8> = PAYLOAD.repeat(count.min(200));
+    communicator.all_reduce(&mut bytes, ReduceOp::Max)?;
+    assert!(bytes.chunks(PAYLOAD.len()).all(|part| part == PAYLOAD), "wrong bytes");
+    Ok(())
+}
+
+/// Ranks on a host each, which join as often as they are told to.
+struct Steered {
+    running: Option<Running>,
+    /// By rank.
+    ranks: Vec<(UnixStream, BufReader<UnixStream>)>,
+    jobs: usize,
+    _folder: tempfile::TempDir,
+}
+
+impl Steered {
+    fn new(world: World) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("steer");
+        let listener = UnixListener::bind(&path).unwrap();
+        let world = world
+            .set("STEERED_BY", path.display())
+            .set("UNISUM_RENDEZVOUS", format!("tcp://{}:{}", address(0), PORTS.start()))
+            .set("UNISUM_INTERFACE", "")
+            .set("UNISUM_PORT_RANGE", format!("{}-{}", PORTS.start(), PORTS.end()))
+            // Nothing is tried: what a call sends is known.
+            .set("UNISUM_ALGORITHM", "ring")
+            .set("UNISUM_TIMEOUT", 4)
+            .set("UNISUM_HEARTBEAT_TIMEOUT", 2)
+            .set("UNISUM_CONNECT_TIMEOUT", 5);
+        let running = world.start();
+        let mut ranks: Vec<_> = (0..RANKS)
+            .map(|_| {
+                let stream = listener.accept().unwrap().0;
+                stream.set_read_timeout(Some(HANG)).unwrap();
+                let mut reader = BufReader::new(stream.try_clone().unwrap());
+                let mut rank = String::new();
+                reader.read_line(&mut rank).unwrap();
+                (rank.trim().parse::<usize>().unwrap(), stream, reader)
+            })
+            .collect();
+        ranks.sort_by_key(|(rank, ..)| *rank);
+        let ranks = ranks.into_iter().map(|(_, stream, reader)| (stream, reader)).collect();
+        Self { running: Some(running), ranks, jobs: 0, _folder: folder }
+    }
+
+    /// Has all ranks join and work once. What each says, and after how long.
+    fn job(&mut self) -> Vec<(Duration, String)> {
+        self.jobs += 1;
+        for (stream, _) in &mut self.ranks {
+            writeln!(stream, "job {}", self.jobs).unwrap();
+        }
+        let mut outcomes = Vec::new();
+        for rank in 0..RANKS {
+            let mut line = String::new();
+            let read = self.ranks[rank].1.read_line(&mut line);
+            if !read.is_ok_and(|read| read > 0) {
+                self.ranks.clear();
+                let ended = self.running.take().unwrap().wait(Duration::from_secs(5));
+                panic!("rank {rank} has hung or ended: {ended:#?}");
+            }
+            let (millis, outcome) = line.trim().split_once(' ').unwrap();
+            outcomes.push((Duration::from_millis(millis.parse().unwrap()), outcome.to_owned()));
+        }
+        outcomes
+    }
+
+    fn end(mut self) -> Vec<support::Ended> {
+        self.ranks.clear();
+        let ended = self.running.take().unwrap().wait(LIMIT);
+        for ended in &ended {
+            assert_eq!(ended.status, 0, "{ended:#?}");
+        }
+        ended
+    }
+}
+
+/// All time-outs together, and a busy machine.
+const HANG: Duration = Duration::from_secs(60);
+
+/// One at a time: the namespaces have fixed names within this process.
+fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn world(tls: &str) -> World {
+    World::new(RANKS, "work").set("UNISUM_TLS", tls).through(inside)
+}
+
+fn finds(seen: &Seen, what: &[u8]) -> bool {
+    let has = |said: &Vec<u8>| said.windows(what.len()).any(|part| part == what);
+    seen.said.values().any(has)
+}
+
+#[test]
+fn whoever_reads_the_wire_finds_nothing_that_is_known() {
+    let _one = alone();
+    let Some(middle) = Middle::new(RANKS, PORTS) else { return };
+    let ca = authority();
+    let folders: Vec<_> = (0..RANKS)
+        .map(|rank| Mounted::new(&issue(&ca, &Says::new(format!("rank-{rank}"))), &ca.pem()))
+        .collect();
+    let words: Vec<_> = folders.iter().map(Mounted::environment).collect();
+    let certified =
+        World::new(RANKS, "work").through(move |rank| [inside(rank), words[rank].clone()].concat());
+    let worlds = [
+        ("off", world("off")),
+        ("auto", world("auto")),
+        ("token", world("token")),
+        ("mtls", certified),
+    ];
+    for (tls, world) in worlds {
+        let mut steered = Steered::new(world);
+        middle.begin(None);
+        let outcomes = steered.job();
+        assert!(outcomes.iter().all(|(_, outcome)| outcome == "right"), "{tls}: {outcomes:?}");
+        steered.end();
+        let seen = middle.seen();
+        let bytes: usize = seen.said.values().map(Vec::len).sum();
+        println!("{tls}: {bytes} bytes on {} connections", seen.said.len() / 2);
+        // Both control and data go through here; in clear text both can be read.
+        let is_clear = tls == "off";
+        let job = unisum_link::handshake::job_hash("job 1");
+        let token = b"a token of the tests";
+        let certificate = b"rank-1";
+        for known in [&PAYLOAD[..16], &PAYLOAD[7..], SETTINGS, b"allreduce", &job[..8]] {
+            let may_be = is_clear && known != b"allreduce";
+            assert_eq!(finds(&seen, known), may_be, "{tls}: {}", String::from_utf8_lossy(known));
+        }
+        assert!(!finds(&seen, token) && !finds(&seen, certificate), "{tls}");
+        let sums: Vec<u8> = (1000_u64..1004).flat_map(|at| (at * 6).to_le_bytes()).collect();
+        assert_eq!(finds(&seen, &sums), is_clear, "{tls}: a result");
+    }
+}
+
+/// What a job says when nobody meddles: the places where one can.
+fn places(seen: &Seen) -> Vec<(usize, bool, usize)> {
+    let of = |(&(connection, dialer), said): (&(usize, bool), &Vec<u8>)| {
+        (connection, dialer, said.len())
+    };
+    seen.said.iter().map(of).filter(|(.., bytes)| *bytes > 0).collect()
+}
+
+fn draw(random: &mut Random, places: &[(usize, bool, usize)], clean: &Seen, flips: bool) -> Plan {
+    // Half of them anywhere in a connection, else data would have them all.
+    let (connection, is_of_dialer, bytes) = random.of(places);
+    let at = match random.below(4) {
+        0 => random.below(bytes.min(2000)),
+        _ => random.below(bytes),
+    };
+    let length = [1, 4, 20, 100, 1000][random.below(5)];
+    let mut noise = || (0..length).map(|_| random.below(256) as u8).collect::<Vec<_>>();
+    let noise = noise();
+    let (other, dialer, _) = random.of(places);
+    let change = match if flips { 0 } else { 1 + random.below(10) } {
+        0 => Change::Flip(random.below(8) as u8),
+        1 => Change::Cut,
+        2 => Change::Drop(length),
+        3 => Change::Repeat(length),
+        4 => Change::Swap(length),
+        5 => Change::Inject(noise),
+        // What was said here before, in an earlier job, or on another connection.
+        6 => Change::Replay(clean.said[&(connection, is_of_dialer)][at..].to_vec()),
+        7 => Change::Replay(clean.said[&(other, dialer)].clone()),
+        8 => Change::Reflect,
+        9 => Change::Redirect,
+        _ => Change::Withhold,
+    };
+    Plan { connection, is_of_dialer, at, change }
+}
+
+/// What the outcomes of a job may be that somebody has meddled with.
+fn check(outcomes: &[(Duration, String)], plan: &Plan) {
+    for (rank, (took, outcome)) in outcomes.iter().enumerate() {
+        let told = || format!("{plan:?}: rank {rank}: {outcomes:#?}");
+        let names_one = outcome.contains("rank ") && outcome.chars().any(|c| c.is_ascii_digit());
+        assert!(outcome == "right" || names_one, "{}", told());
+        // Joining takes a time-out, and the call that fails another one, at most.
+        assert!(*took < Duration::from_secs(25), "{}", told());
+    }
+}
+
+fn meddle(tls: &str, trials: usize, flips: bool) {
+    let _one = alone();
+    let Some(middle) = Middle::new(RANKS, PORTS) else { return };
+    let mut random = Random::new();
+    let mut steered = Steered::new(world(tls));
+    middle.begin(None);
+    let outcomes = steered.job();
+    assert!(outcomes.iter().all(|(_, outcome)| outcome == "right"), "{outcomes:?}");
+    let clean = middle.seen();
+    let places = places(&clean);
+    let (mut changed, mut failed) = (0, 0);
+    let started = Instant::now();
+    for _ in 0..trials {
+        let plan = draw(&mut random, &places, &clean, flips);
+        middle.begin(Some(plan.clone()));
+        let outcomes = steered.job();
+        changed += usize::from(middle.seen().is_changed);
+        failed += usize::from(outcomes.iter().any(|(_, outcome)| outcome != "right"));
+        check(&outcomes, &plan);
+    }
+    println!(
+        "{tls}: of {trials}, {changed} changed and {failed} failed in {:?}",
+        started.elapsed()
+    );
+    // One that was meddled with does not disturb the next.
+    middle.begin(None);
+    let outcomes = steered.job();
+    assert!(outcomes.iter().all(|(_, outcome)| outcome == "right"), "{outcomes:?}");
+    steered.end();
+    assert!(changed > trials / 2 && failed > trials / 4, "it did next to nothing");
+}
+
+/// How many trials, unless `UNISUM_TEST_MEDDLED` says.
+fn trials(few: usize) -> usize {
+    std::env::var("UNISUM_TEST_MEDDLED").map_or(few, |trials| trials.parse().unwrap())
+}
+
+#[test]
+fn a_flipped_bit_is_never_a_wrong_result_or_a_hang() {
+    meddle("auto", trials(100), true);
+}
+
+#[test]
+fn nothing_that_is_done_to_a_connection_is_a_wrong_result_or_a_hang() {
+    meddle("auto", trials(40), false);
+}

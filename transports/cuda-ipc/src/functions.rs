@@ -1,0 +1,128 @@
+//! The driver's functions, as its library has them.
+//!
+//! Results are plain numbers here. cudarc's own functions return an enumeration, which a newer
+//! driver's code is no value of: that would be undefined behaviour. Of cudarc, only the types and
+//! constants are used, and that it finds the library.
+
+use std::ffi::{c_char, c_int, c_uchar, c_uint, c_void};
+use std::sync::OnceLock;
+
+use cudarc::driver::sys::{
+    self, CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction,
+    CUipcMemHandle, CUmodule, CUpointer_attribute, CUstream, CUuuid,
+};
+
+/// What every function returns: 0, or the driver's code.
+pub(crate) type Code = c_int;
+
+macro_rules! functions {
+    ($(fn $name:ident($($argument:ty),* $(,)?);)*) => {
+        /// The addresses of all functions that this crate calls.
+        #[allow(non_snake_case, reason = "the driver's names")]
+        pub(crate) struct Functions {
+            $(pub(crate) $name: unsafe extern "C" fn($($argument),*) -> Code,)*
+        }
+
+        impl Functions {
+            /// Looks all of them up.
+            ///
+            /// # Errors
+            /// The first one that the library lacks.
+            fn find() -> Result<Self, &'static str> {
+                // SAFETY: the library is present: the caller has asked.
+                let library = unsafe { sys::culib() };
+                Ok(Self {
+                    $($name: {
+                        let name = stringify!($name);
+                        // SAFETY: the type is that of the function of this name in cuda.h, of which
+                        // the driver keeps every version; enumerations that it writes are numbers.
+                        let found = unsafe { library.get(name.as_bytes()) };
+                        *found.map_err(|_| name)?
+                    },)*
+                })
+            }
+        }
+    };
+}
+
+// What every call needs to find in the library. The driver is backward compatible: a newer one has
+// them all.
+functions! {
+    fn cuInit(c_uint);
+    fn cuDriverGetVersion(*mut c_int);
+    fn cuGetErrorName(Code, *mut *const c_char);
+    fn cuDeviceGetCount(*mut c_int);
+    fn cuDeviceGet(*mut CUdevice, c_int);
+    fn cuDeviceGetName(*mut c_char, c_int, CUdevice);
+    fn cuDeviceGetUuid_v2(*mut CUuuid, CUdevice);
+    fn cuDeviceGetAttribute(*mut c_int, CUdevice_attribute, CUdevice);
+    fn cuDeviceCanAccessPeer(*mut c_int, CUdevice, CUdevice);
+    fn cuDevicePrimaryCtxRetain(*mut CUcontext, CUdevice);
+    fn cuDevicePrimaryCtxRelease_v2(CUdevice);
+    fn cuCtxPushCurrent_v2(CUcontext);
+    fn cuCtxPopCurrent_v2(*mut CUcontext);
+    fn cuCtxEnablePeerAccess(CUcontext, c_uint);
+    fn cuMemAlloc_v2(*mut CUdeviceptr, usize);
+    fn cuMemFree_v2(CUdeviceptr);
+    fn cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
+    fn cuMemFreeHost(*mut c_void);
+    fn cuMemHostGetDevicePointer_v2(*mut CUdeviceptr, *mut c_void, c_uint);
+    fn cuMemGetAddressRange_v2(*mut CUdeviceptr, *mut usize, CUdeviceptr);
+    fn cuPointerGetAttribute(*mut c_void, CUpointer_attribute, CUdeviceptr);
+    fn cuMemcpyAsync(CUdeviceptr, CUdeviceptr, usize, CUstream);
+    fn cuMemcpyHtoD_v2(CUdeviceptr, *const c_void, usize);
+    fn cuMemcpyDtoH_v2(*mut c_void, CUdeviceptr, usize);
+    fn cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
+    fn cuMemcpyDtoHAsync_v2(*mut c_void, CUdeviceptr, usize, CUstream);
+    fn cuMemsetD8_v2(CUdeviceptr, c_uchar, usize);
+    fn cuIpcGetMemHandle(*mut CUipcMemHandle, CUdeviceptr);
+    fn cuIpcOpenMemHandle_v2(*mut CUdeviceptr, CUipcMemHandle, c_uint);
+    fn cuIpcCloseMemHandle(CUdeviceptr);
+    fn cuStreamCreate(*mut CUstream, c_uint);
+    fn cuStreamDestroy_v2(CUstream);
+    fn cuStreamQuery(CUstream);
+    fn cuStreamSynchronize(CUstream);
+    fn cuStreamWaitEvent(CUstream, CUevent, c_uint);
+    fn cuStreamIsCapturing(CUstream, *mut c_uint);
+    fn cuEventCreate(*mut CUevent, c_uint);
+    fn cuEventRecord(CUevent, CUstream);
+    fn cuEventQuery(CUevent);
+    fn cuEventElapsedTime(*mut f32, CUevent, CUevent);
+    fn cuEventDestroy_v2(CUevent);
+    fn cuModuleLoadDataEx(*mut CUmodule, *const c_void, c_uint, *mut c_int, *mut *mut c_void);
+    fn cuModuleUnload(CUmodule);
+    fn cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
+    fn cuLaunchKernel(
+        CUfunction,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        c_uint,
+        CUstream,
+        *mut *mut c_void,
+        *mut *mut c_void,
+    );
+}
+
+static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
+
+/// Looks the functions up, before anything is called. The library must be present.
+///
+/// # Errors
+/// The first one that it lacks.
+pub(crate) fn load() -> Result<(), &'static str> {
+    if FUNCTIONS.get().is_none() {
+        let found = Functions::find()?;
+        // Another thread may have been faster, with the same.
+        let _ = FUNCTIONS.set(found);
+    }
+    Ok(())
+}
+
+/// The functions: only [`crate::Driver::find`] gives what calls are made with, and loads them.
+pub(crate) fn functions() -> &'static Functions {
+    FUNCTIONS.get().expect("the driver was found before anything was called")
+}

@@ -1,0 +1,27 @@
+//! CUDA devices of one host: memory that other processes open, streams, and the kernels that reduce
+//! on a device.
+//!
+//! The driver's library is found at run time ([`Driver::find`] says why there is none); neither
+//! building nor starting a program needs it. The crate knows devices and addresses, but no ranks,
+//! plans or collectives: those are the facade's. It uses `unisum-kernels` for the names of types
+//! and operations and for the kernels' images.
+//!
+//! Start at [`Device`], then [`Allocation`] and [`Opened`] for memory, [`Stream`] and [`Kernels`]
+//! for work.
+
+mod device;
+mod driver;
+mod error;
+mod functions;
+mod ipc;
+mod kernels;
+mod memory;
+mod stream;
+
+pub use device::{Device, DeviceError, Reach};
+pub use driver::{Absent, Driver, describe};
+pub use error::CudaError;
+pub use ipc::{Handle, Opened, opened};
+pub use kernels::Kernels;
+pub use memory::{Allocation, Origin, Pinned, PlaceError, allocations};
+pub use stream::{Event, Stream};

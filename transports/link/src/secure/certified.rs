@@ -1,0 +1,404 @@
+//! Certificates of the user: read from files, read again when they change, and whom they name.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::crypto::{CryptoProvider, verify_tls13_signature};
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ParsedCertificate, VerifierBuilderError, WebPkiClientVerifier};
+use rustls::version::TLS13;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
+    ServerConfig, SignatureScheme,
+};
+
+use super::tls::{Configs, provider};
+
+/// How often files are read that are replaced meanwhile.
+const ATTEMPTS: usize = 5;
+
+/// Where a process's certificate is, and whose it accepts. All files are PEM.
+#[derive(Clone, Debug)]
+pub struct Files {
+    /// Its own certificate, then those by which its CA is found, if any.
+    pub certificate: PathBuf,
+    /// The key of its own certificate.
+    pub key: PathBuf,
+    /// The CAs that sign the others' certificates.
+    pub authorities: PathBuf,
+    /// Whose certificates are accepted of those.
+    pub peers: Peers,
+}
+
+/// Which names a certificate may have: DNS names or URIs (SPIFFE IDs) among its alternative names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peers {
+    /// Any.
+    Any,
+    /// One of these.
+    Names(Vec<String>),
+    /// One of the lines of this file, which is read again when it changes.
+    File(PathBuf),
+}
+
+impl FromStr for Peers {
+    type Err = String;
+
+    /// Names with commas between them, or `@` and the path of a file with a name on each line.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
+        match text.strip_prefix('@') {
+            Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
+            None if names.iter().all(|name| !name.is_empty()) => Ok(Self::Names(names)),
+            _ => Err("names with commas between them, or @FILE".to_owned()),
+        }
+    }
+}
+
+/// Why certificates can't be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} {}: {why}", path.display())]
+pub struct CertificateError {
+    /// What the file should be.
+    what: &'static str,
+    path: PathBuf,
+    why: String,
+}
+
+/// Whose certificate is not accepted, as the alternative names in it say.
+#[derive(Debug, thiserror::Error)]
+#[error("its certificate names {0}, which this rank does not accept (UNISUM_TLS_PEERS)")]
+struct NotAccepted(String);
+
+/// What the files said last, and when.
+#[derive(Debug)]
+pub(super) struct Certified {
+    files: Files,
+    seen: Vec<Option<Stamp>>,
+    configs: Configs,
+}
+
+/// By what a file is known to be the one that was read.
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp {
+    modified: Option<SystemTime>,
+    bytes: u64,
+    inode: u64,
+}
+
+impl Certified {
+    pub(super) fn new(files: Files) -> Result<Self, CertificateError> {
+        let (seen, configs) = files.read_whole();
+        Ok(Self { files, seen, configs: configs? })
+    }
+
+    /// What the files say now. If they make no sense, perhaps because not all are replaced yet,
+    /// what they said before holds, and there is a warning.
+    pub(super) fn configs(&mut self) -> Configs {
+        if stamps(&self.files) != self.seen {
+            let (seen, read) = self.files.read_whole();
+            match read {
+                Ok(configs) => {
+                    self.configs = configs;
+                    tracing::info!("certificates were read again");
+                }
+                Err(error) => tracing::warn!(%error, "the certificates read before are kept"),
+            }
+            self.seen = seen;
+        }
+        self.configs.clone()
+    }
+}
+
+fn stamps(files: &Files) -> Vec<Option<Stamp>> {
+    use std::os::unix::fs::MetadataExt as _;
+    let stamp = |path: &Path| {
+        let file = fs::metadata(path).ok()?;
+        Some(Stamp { modified: file.modified().ok(), bytes: file.len(), inode: file.ino() })
+    };
+    let peers = match &files.peers {
+        Peers::File(path) => Some(path),
+        Peers::Any | Peers::Names(_) => None,
+    };
+    let all = [&files.certificate, &files.key, &files.authorities];
+    all.into_iter().chain(peers).map(|path| stamp(path)).collect()
+}
+
+impl Files {
+    /// What the files say, and when they were as they were read. If they are being replaced at this
+    /// moment, half of what was read may be of each generation: then they are read once more.
+    fn read_whole(&self) -> (Vec<Option<Stamp>>, Result<Configs, CertificateError>) {
+        let mut attempts = 1;
+        loop {
+            let (seen, read) = (stamps(self), self.read());
+            if attempts == ATTEMPTS || stamps(self) == seen {
+                return (seen, read);
+            }
+            attempts += 1;
+        }
+    }
+
+    fn read(&self) -> Result<Configs, CertificateError> {
+        let provider = provider();
+        let chain = certificates("certificate", &self.certificate)?;
+        let key = PrivateKeyDer::from_pem_file(&self.key)
+            .map_err(|error| fault("key", &self.key, &error))?;
+        let of_key = |error: Error| CertificateError {
+            what: "key",
+            path: self.key.clone(),
+            why: format!("it does not go with {}: {error}", self.certificate.display()),
+        };
+        let verifier = Arc::new(self.verifier(&provider)?);
+        let client = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])
+            .map_err(of_key)?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier.clone())
+            .with_client_auth_cert(chain.clone(), key.clone_key())
+            .map_err(of_key)?;
+        let server = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])
+            .map_err(of_key)?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(chain, key)
+            .map_err(of_key)?;
+        Ok(Configs::new(client, server))
+    }
+
+    fn verifier(&self, provider: &Arc<CryptoProvider>) -> Result<Verifier, CertificateError> {
+        let mut roots = RootCertStore::empty();
+        let refused = |why: String| CertificateError {
+            what: "CA certificates",
+            path: self.authorities.clone(),
+            why,
+        };
+        for authority in certificates("CA certificates", &self.authorities)? {
+            roots.add(authority).map_err(|error| refused(error.to_string()))?;
+        }
+        let accepted = match &self.peers {
+            Peers::Any => None,
+            Peers::Names(names) => Some(names.clone()),
+            Peers::File(path) => {
+                let text = fs::read_to_string(path)
+                    .map_err(|error| fault("list of peers", path, &pem::Error::Io(error)))?;
+                let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+                Some(lines.map(str::to_owned).collect())
+            }
+        };
+        Verifier::new(roots, accepted, provider).map_err(|error| refused(error.to_string()))
+    }
+}
+
+fn certificates(
+    what: &'static str,
+    path: &Path,
+) -> Result<Vec<CertificateDer<'static>>, CertificateError> {
+    let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+    let read: Vec<_> = read.map_err(|error| fault(what, path, &error))?;
+    match read.is_empty() {
+        true => Err(fault(what, path, &pem::Error::NoItemsFound)),
+        false => Ok(read),
+    }
+}
+
+fn fault(what: &'static str, path: &Path, error: &pem::Error) -> CertificateError {
+    let why = match error {
+        pem::Error::Io(error) if error.kind() == io::ErrorKind::NotFound => "no such file".into(),
+        pem::Error::Io(error) => error.to_string(),
+        pem::Error::NoItemsFound => "none is in it (PEM is expected)".to_owned(),
+        error => error.to_string(),
+    };
+    CertificateError { what, path: path.to_owned(), why }
+}
+
+/// Looks at the other end's certificate: who has signed it, and whom it names. The address at which
+/// it was reached does not matter.
+#[derive(Debug)]
+struct Verifier {
+    roots: Arc<RootCertStore>,
+    of_dialers: Arc<dyn ClientCertVerifier>,
+    accepted: Option<Vec<String>>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl Verifier {
+    fn new(
+        roots: RootCertStore,
+        accepted: Option<Vec<String>>,
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Self, VerifierBuilderError> {
+        let (roots, provider) = (Arc::new(roots), provider.clone());
+        let of_dialers =
+            WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build()?;
+        Ok(Self { roots, of_dialers, accepted, provider })
+    }
+
+    /// Whether one of the names in a certificate is accepted.
+    fn check_names(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
+        let Some(accepted) = &self.accepted else { return Ok(()) };
+        let parsed = webpki::EndEntityCert::try_from(certificate)
+            .map_err(|_| rustls::CertificateError::BadEncoding)?;
+        let names: Vec<&str> = parsed.valid_dns_names().chain(parsed.valid_uri_names()).collect();
+        let is_it = |name: &&str| accepted.iter().any(|known| known.eq_ignore_ascii_case(name));
+        if names.iter().any(is_it) {
+            return Ok(());
+        }
+        // They are somebody else's words, on their way to a terminal.
+        let names: Vec<String> = names.iter().map(|it| it.escape_debug().to_string()).collect();
+        let names = if names.is_empty() { "nobody".to_owned() } else { names.join(", ") };
+        let error = OtherError(Arc::new(NotAccepted(names)));
+        Err(rustls::CertificateError::Other(error).into())
+    }
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let parsed = ParsedCertificate::try_from(end_entity)?;
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        let (roots, between) = (&self.roots, intermediates);
+        verify_server_cert_signed_by_trust_anchor(&parsed, roots, between, now, algorithms)?;
+        self.check_names(end_entity)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("TLS 1.3 only".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for Verifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        // A hint would tell strangers who the CAs are.
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self.of_dialers.verify_client_cert(end_entity, intermediates, now)?;
+        self.check_names(end_entity)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("TLS 1.3 only".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.of_dialers.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.of_dialers.supported_verify_schemes()
+    }
+}
+
+/// What was wrong with the other end's certificate, or with this one's, in words.
+pub(super) fn why(error: &Error) -> String {
+    use rustls::AlertDescription as Alert;
+    use rustls::CertificateError as Fault;
+    match error {
+        Error::InvalidCertificate(fault) => match fault {
+            Fault::Expired | Fault::ExpiredContext { .. } => "its certificate has expired".into(),
+            Fault::NotValidYet | Fault::NotValidYetContext { .. } => {
+                "its certificate is not valid yet".into()
+            }
+            Fault::UnknownIssuer | Fault::BadSignature => {
+                "its certificate is not signed by a CA of UNISUM_TLS_CA".into()
+            }
+            Fault::InvalidPurpose | Fault::InvalidPurposeContext { .. } => {
+                "its certificate is not for this use: ranks need `server auth` and `client auth`"
+                    .into()
+            }
+            Fault::Other(OtherError(why)) => why.to_string(),
+            fault => format!("its certificate: {fault}"),
+        },
+        Error::NoCertificatesPresented => "it has no certificate".into(),
+        Error::AlertReceived(alert) => match alert {
+            Alert::CertificateExpired => {
+                "it says that this rank's certificate has expired, or is not valid yet".into()
+            }
+            Alert::UnknownCA | Alert::DecryptError => {
+                "it says that this rank's certificate is not signed by a CA that it knows".into()
+            }
+            Alert::CertificateUnknown => {
+                "it does not accept the names in this rank's certificate (UNISUM_TLS_PEERS there)"
+                    .into()
+            }
+            Alert::CertificateRequired => "it wants a certificate of this rank".into(),
+            alert => format!("it broke the TLS handshake off: {alert:?}"),
+        },
+        error => error.to_string(),
+    }
+}
+
+/// For the fuzz targets: the certificate of somebody whom no CA knows is refused at both ends, with
+/// words that no terminal obeys.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn check_stranger(authority: &'static [u8], certificate: &[u8]) {
+    static VERIFIER: std::sync::OnceLock<Verifier> = std::sync::OnceLock::new();
+    let verifier = VERIFIER.get_or_init(|| {
+        let mut roots = RootCertStore::empty();
+        roots.add(authority.into()).expect("it is a CA");
+        Verifier::new(roots, Some(vec!["worker".into()]), &provider()).expect("it has a CA")
+    });
+    let (certificate, now) = (CertificateDer::from(certificate), UnixTime::now());
+    let name = ServerName::try_from("unisum").expect("it is a name");
+    let errors = [
+        verifier.verify_server_cert(&certificate, &[], &name, &[], now).err(),
+        verifier.verify_client_cert(&certificate, &[], now).err(),
+        // It comes last there, and only if the CA has signed it.
+        Some(verifier.check_names(&certificate).err().unwrap_or(Error::DecryptError)),
+    ];
+    for error in errors {
+        let said = why(&error.expect("a stranger's certificate was accepted"));
+        assert!(!said.contains(char::is_control), "{said}");
+    }
+}

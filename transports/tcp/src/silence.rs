@@ -1,0 +1,218 @@
+//! Connections on which the other host acknowledges nothing any more, while both hosts reach
+//! others: neither the control connections nor the pulses tell of that, and TCP itself goes on
+//! sending for a quarter of an hour.
+//!
+//! The kernel acknowledges for a process that is stopped or reads nothing, so that only a host or a
+//! network that is away is silent. What was lost is sent again after pauses that double: a silence
+//! counts only once something was sent after the limit and not answered either, so that an outage
+//! that is shorter than the limit ends no connection, however long the pause at its end.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::time::{Duration, Instant};
+
+/// How long the answer to one more attempt may take.
+const ANSWER: Duration = Duration::from_secs(1);
+/// By how much the kernel's times may differ from one look to the next: it counts ticks.
+const TICKS: Duration = Duration::from_millis(100);
+/// How often to look, at least and at most.
+const LOOK_MIN: Duration = Duration::from_millis(250);
+const LOOK_MAX: Duration = Duration::from_secs(1);
+
+/// The lanes to other hosts, and how long each has been silent.
+#[derive(Debug)]
+pub(crate) struct Silences {
+    limit: Duration,
+    /// The time of the last look.
+    looked: Instant,
+    by_lane: Vec<(usize, Option<Silence>)>,
+}
+
+/// Of a lane: something was sent and is not acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Silence {
+    since: Instant,
+    attempts: u32,
+    /// When the answer to an attempt after the limit is due.
+    answer_by: Option<Instant>,
+}
+
+/// What the kernel says of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Told {
+    /// Whether something awaits an acknowledgement: data, a probe of a full receiver, a keepalive.
+    awaits: bool,
+    /// How often it was sent again since the last acknowledgement.
+    attempts: u32,
+    /// How long ago the last acknowledgement came.
+    heard: Duration,
+}
+
+impl Silences {
+    /// Lanes are lost that were silent for `limit`.
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self { limit, looked: Instant::now(), by_lane: Vec::new() }
+    }
+
+    /// A lane to another host.
+    pub(crate) fn add(&mut self, lane: usize) {
+        self.by_lane.push((lane, None));
+    }
+
+    /// How long a sleep may last until the next look.
+    pub(crate) fn pause(&self) -> Duration {
+        match self.by_lane.is_empty() {
+            true => Duration::MAX,
+            false => (self.limit / 4).clamp(LOOK_MIN, LOOK_MAX),
+        }
+    }
+
+    /// Looks at all lanes, unless that was done a moment ago; the first that is lost, or whose
+    /// socket can't be asked, and for how long it has been silent.
+    pub(crate) fn look(
+        &mut self,
+        ask: impl Fn(usize) -> io::Result<Told>,
+    ) -> Option<(usize, io::Result<Duration>)> {
+        if self.by_lane.is_empty() {
+            return None;
+        }
+        let (looked, now) = (self.looked, Instant::now());
+        if now - looked < self.pause() {
+            return None;
+        }
+        self.looked = now;
+        let limit = self.limit;
+        self.by_lane.iter_mut().find_map(|(lane, silence)| match ask(*lane) {
+            Ok(told) => {
+                *silence = Silence::after(*silence, told, (looked, now), limit);
+                let lost = silence.filter(|it| it.answer_by.is_some_and(|by| by <= now))?;
+                Some((*lane, Ok(now - lost.since)))
+            }
+            Err(error) => Some((*lane, Err(error))),
+        })
+    }
+}
+
+impl Silence {
+    /// What follows for a lane from what the kernel says `now`, after the last look at `looked`.
+    fn after(
+        before: Option<Self>,
+        told: Told,
+        (looked, now): (Instant, Instant),
+        limit: Duration,
+    ) -> Option<Self> {
+        if !told.awaits {
+            return None;
+        }
+        let was_silent = |it: &Self| told.heard + TICKS >= now - it.since;
+        let Some(mut silence) = before.filter(was_silent) else {
+            return Some(Self { since: now, attempts: told.attempts, answer_by: None });
+        };
+        // The attempt was made after the last look, perhaps at once.
+        if told.attempts != silence.attempts && looked - silence.since >= limit {
+            silence.answer_by.get_or_insert(now + ANSWER);
+        }
+        silence.attempts = told.attempts;
+        Some(silence)
+    }
+}
+
+/// Asks the kernel about a connection.
+pub(crate) fn ask(socket: BorrowedFd<'_>) -> io::Result<Told> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut bytes = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `bytes` bytes to `info`, and their number to `bytes`; the
+    // socket is open while it is borrowed.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut bytes,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: numbers of which all bits are valid; what the kernel did not write is zero.
+    let info = unsafe { info.assume_init() };
+    Ok(Told {
+        awaits: info.tcpi_unacked > 0 || info.tcpi_probes > 0,
+        attempts: u32::from(info.tcpi_retransmits) + u32::from(info.tcpi_probes),
+        heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(6);
+
+    /// Looks once a second at a lane that was last heard `heard(second)` seconds ago and has made
+    /// `attempts(second)` attempts since; the second at which it is lost.
+    fn lost_at(heard: impl Fn(u64) -> u64, attempts: impl Fn(u64) -> u32) -> Option<u64> {
+        let start = Instant::now();
+        let at = |second| start + Duration::from_secs(second);
+        let mut silence = None;
+        (1..60).find(|&second| {
+            let heard = Duration::from_secs(heard(second));
+            let told = Told { awaits: true, attempts: attempts(second), heard };
+            silence = Silence::after(silence, told, (at(second - 1), at(second)), LIMIT);
+            silence.is_some_and(|it| it.answer_by.is_some_and(|by| by <= at(second)))
+        })
+    }
+
+    /// Attempts after 1, 3, 7, 15, … seconds.
+    fn doubling(second: u64) -> u32 {
+        (second + 1).ilog2()
+    }
+
+    #[test]
+    fn a_lane_is_lost_that_answers_no_attempt_after_the_limit() {
+        // Silent from the first second on; the attempt of second 7 may have come before the limit.
+        assert_eq!(lost_at(|second| second + 90, doubling), Some(16));
+        assert_eq!(lost_at(|second| second + 90, |second| second as u32), Some(9));
+    }
+
+    #[test]
+    fn without_an_attempt_after_the_limit_nothing_is_known() {
+        assert_eq!(lost_at(|second| second + 90, |second| second.min(6) as u32), None);
+    }
+
+    #[test]
+    fn any_acknowledgement_begins_anew() {
+        // The outage ended in second 12, before what was sent again in second 15 could be missed.
+        let heard = |second: u64| if second < 15 { second } else { (second - 15) % 5 };
+        assert_eq!(lost_at(heard, doubling), None);
+        assert_eq!(lost_at(|second| second % 5, |second| second as u32), None);
+    }
+
+    #[test]
+    fn what_awaits_nothing_is_not_silent() {
+        let (start, hour) = (Instant::now(), Duration::from_secs(3600));
+        let told = Told { awaits: false, attempts: 0, heard: hour };
+        let before = Some(Silence { since: start, attempts: 3, answer_by: Some(start) });
+        assert_eq!(Silence::after(before, told, (start, start + hour), LIMIT), None);
+    }
+
+    #[test]
+    fn a_connection_that_is_read_awaits_nothing() {
+        use std::io::{Read as _, Write as _};
+        use std::net::{TcpListener, TcpStream};
+        use std::os::fd::AsFd as _;
+
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(&[1; 100]).unwrap();
+        other.read_exact(&mut [0; 100]).unwrap();
+        let until = Instant::now() + Duration::from_secs(10);
+        while ask(stream.as_fd()).unwrap().awaits {
+            assert!(Instant::now() < until, "it was read");
+        }
+        assert!(ask(stream.as_fd()).unwrap().heard < Duration::from_secs(10));
+    }
+}
