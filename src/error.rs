@@ -185,9 +185,6 @@ impl Error {
 
     /// The same failure, as reported by a later call.
     pub(crate) fn repeated(&self) -> Self {
-        if self.kind == ErrorKind::ViewChanged {
-            return Self { operation: None, ..self.clone() };
-        }
         self.ending("the communicator was aborted")
     }
 
@@ -197,6 +194,9 @@ impl Error {
     }
 
     fn ending(&self, what: &str) -> Self {
+        if self.kind == ErrorKind::ViewChanged {
+            return Self { operation: None, ..self.clone() };
+        }
         let cause = Self { rank: None, ..self.clone() };
         let detail = format!("{what} by an earlier error: {cause}");
         let Self { rank, failed_ranks, details, .. } = self.clone();

@@ -19,6 +19,7 @@ fn rank_process() {
     support::run_if_rank(&[
         ("train", train),
         ("shard", shard),
+        ("hold", hold),
         ("leave_the_step", leave_the_step),
         ("fail_and_die", fail_and_die),
     ]);
@@ -306,6 +307,50 @@ fn sharded_steps_end_with_an_error_and_can_be_begun_again() {
     let ended = running.wait(LIMIT);
     for rank in [0, 2, 3] {
         assert_eq!(ended[rank].told, ["3"], "{ended:#?}");
+    }
+}
+
+/// Rank 1 dies when all buckets are reduced, and the others know of it before they give their step
+/// away: no call of the layer fails.
+fn hold() {
+    let communicator = match setting("ELASTIC").as_str() {
+        "yes" => connect(),
+        _ => Communicator::from_environment().unwrap(),
+    };
+    let mut buckets = Buckets::builder(&communicator).sharded().build(&parameters(100)).unwrap();
+    let step = buckets.begin().unwrap();
+    Training::fill(&step, communicator.rank() as u64, 1);
+    (0..step.buckets()).for_each(|bucket| step.bucket(bucket).wait().unwrap());
+    reach("reduced");
+    if communicator.rank() == 1 {
+        std::thread::sleep(LIMIT);
+    }
+    let lost = communicator.barrier().unwrap_err().kind();
+    let ended = step.wait().unwrap_err();
+    assert_eq!(ended.kind(), lost, "{ended}");
+    let refused = buckets.begin().unwrap_err();
+    tell(format!("{:?} {:?} {:?}", lost, refused.kind(), refused.failed_ranks()));
+    if lost == ErrorKind::ViewChanged {
+        // Nobody leaves before all know of the change.
+        communicator.rebuild().unwrap().barrier().unwrap();
+    }
+}
+
+#[test]
+fn no_step_begins_after_one_that_ended_with_the_job_between_two_calls() {
+    let _one = alone();
+    for (elastic, told) in [("yes", "ViewChanged ViewChanged [1]"), ("no", "RankLost Aborted [1]")]
+    {
+        for transport in support::transports() {
+            let world = World::new(4, "hold").set("ELASTIC", elastic);
+            let running = world.set("UNISUM_TRANSPORT", transport).start();
+            running.wait_for("reduced", 4, LIMIT);
+            running.signal(1, libc::SIGKILL);
+            let ended = running.wait(LIMIT);
+            for rank in [0, 2, 3] {
+                assert_eq!(ended[rank].told, [told], "{ended:#?}");
+            }
+        }
     }
 }
 

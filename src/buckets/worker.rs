@@ -28,7 +28,8 @@ pub(super) struct Core {
     hook: Mutex<Box<dyn Hook>>,
     /// Steps that were reduced.
     steps: AtomicU64,
-    /// Why there are no more steps: code of the program panicked.
+    /// Why there are no more steps though no call has failed: code of the program panicked, or the
+    /// job has ended or changed between two calls.
     ended: Ended,
 }
 
@@ -118,7 +119,7 @@ impl Core {
         refusal.or_else(ended)
     }
 
-    /// Whether there are no more steps, because code of the program panicked.
+    /// Whether there are no more steps.
     pub(super) fn has_ended(&self) -> bool {
         self.ended.get().is_some()
     }
@@ -174,7 +175,8 @@ impl Core {
         loop {
             match self.attempt(flight, &mut attempt) {
                 Err(error) if self.outlives(&error) => {
-                    self.recover(flight, &mut attempt, error)?;
+                    let recovered = self.recover(flight, &mut attempt, error);
+                    recovered.inspect_err(|error| self.ended.by(error))?;
                 }
                 end => {
                     return end.map(|outcome| Outcome { change: attempt.change, ..outcome });
@@ -196,6 +198,10 @@ impl Core {
             flight.await_closed();
             if let Some(error) = self.communicator().verdict() {
                 // Came while the program took its time: the others have given the step up.
+                if !self.outlives(&error) {
+                    // No call has failed, so the communicator does not know.
+                    self.ended.by(&error);
+                }
                 return Err(error);
             }
             let ballot = self.vote(flight, nonfinite);
