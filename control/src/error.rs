@@ -61,6 +61,14 @@ pub enum ControlError {
         /// The store's words.
         why: String,
     },
+    /// This process could not join a job that runs.
+    #[error("joining the job, for {seconds:.1} s: {why}", seconds = waited.as_secs_f64())]
+    NotJoined {
+        /// How long it was tried.
+        waited: Duration,
+        /// Why it was in vain.
+        why: String,
+    },
     /// The system refused something else.
     #[error("{what}: {source}")]
     System {

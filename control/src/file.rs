@@ -23,7 +23,7 @@ const MAGIC: &str = "unisum2";
 #[derive(Debug)]
 pub(super) struct Published {
     path: PathBuf,
-    line: String,
+    text: String,
     /// Tells others that its process lives.
     _file: ParentOnly<File>,
 }
@@ -42,13 +42,21 @@ pub(super) fn publish(
     session.iter().for_each(|byte| line.push_str(&format!("{byte:02x}")));
     addresses.iter().for_each(|&address| line.push_str(&format!(" {}", without_scope(address))));
     line.push('\n');
+    publish_text(path, line)
+}
+
+/// Publishes a text, in place of what the file said before.
+///
+/// # Errors
+/// As [`publish`].
+pub(super) fn publish_text(path: &Path, text: String) -> io::Result<Published> {
     let name = path.file_name().ok_or_else(|| io::Error::other("the path names no file"))?;
     let suffix = u64::from_le_bytes(handshake::random()?);
     let draft = path.with_file_name(format!(".{}.{suffix:016x}", name.to_string_lossy()));
     let _kept = path.parent().map(leftovers::keep).transpose()?;
-    let published = write(&draft, &line).and_then(|file| fs::rename(&draft, path).map(|()| file));
+    let published = write(&draft, &text).and_then(|file| fs::rename(&draft, path).map(|()| file));
     match published {
-        Ok(file) => Ok(Published { path: path.to_owned(), line, _file: file }),
+        Ok(file) => Ok(Published { path: path.to_owned(), text, _file: file }),
         Err(error) => {
             // There may be no draft to remove; the first error is the one to tell.
             let _ = fs::remove_file(&draft);
@@ -57,11 +65,11 @@ pub(super) fn publish(
     }
 }
 
-fn write(path: &Path, line: &str) -> io::Result<ParentOnly<File>> {
+fn write(path: &Path, text: &str) -> io::Result<ParentOnly<File>> {
     let file = OpenOptions::new().write(true).create_new(true).open(path)?;
     let mut file = ParentOnly::new(file);
     leftovers::mark(&file);
-    file.write_all(line.as_bytes())?;
+    file.write_all(text.as_bytes())?;
     // Network file systems report a full disk only here.
     file.sync_all()?;
     Ok(file)
@@ -72,7 +80,7 @@ fn write(path: &Path, line: &str) -> io::Result<ParentOnly<File>> {
 /// # Errors
 /// If the file can't be read, or is not (yet) whole.
 pub(super) fn read(path: &Path) -> io::Result<Vec<SocketAddr>> {
-    let line = read_line(path)?;
+    let line = read_text(path, LINE_BYTES_MAX)?;
     let why = match line.split(' ').next() {
         Some(word) if word.starts_with("unisum") && word != MAGIC => {
             "another version of unisum has written it"
@@ -82,16 +90,20 @@ pub(super) fn read(path: &Path) -> io::Result<Vec<SocketAddr>> {
     parse(&line).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, why))
 }
 
-/// Blocks for no writer of a pipe that somebody has put there.
-fn read_line(path: &Path) -> io::Result<String> {
+/// At most `bytes` of what the file says. Blocks for no writer of a pipe that somebody has put
+/// there.
+///
+/// # Errors
+/// If the file can't be read, or is not a regular one.
+pub(super) fn read_text(path: &Path, bytes: u64) -> io::Result<String> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
     }
-    let mut line = String::new();
-    file.take(LINE_BYTES_MAX).read_to_string(&mut line)?;
-    Ok(line)
+    let mut text = String::new();
+    file.take(bytes).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 pub(super) fn parse(line: &str) -> Option<Vec<SocketAddr>> {
@@ -105,7 +117,8 @@ pub(super) fn parse(line: &str) -> Option<Vec<SocketAddr>> {
 impl Drop for Published {
     /// Removes the file, unless a later job has published its own meanwhile.
     fn drop(&mut self) {
-        if read_line(&self.path).is_ok_and(|line| line == self.line) {
+        let is_own = |text: String| text == self.text;
+        if read_text(&self.path, self.text.len() as u64 + 1).is_ok_and(is_own) {
             // Somebody else may have removed it.
             let _ = fs::remove_file(&self.path);
         }

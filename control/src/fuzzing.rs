@@ -11,6 +11,7 @@ use unisum_link::{Call, Rank};
 
 use super::address;
 use super::coordinator::{Audience, Coordinator};
+use super::elastic::Record;
 use super::environment::Environment;
 use super::file;
 use super::interface;
@@ -40,6 +41,7 @@ const TARGETS: &[Target] = &[
     Target { name: "coordinator", check: check_coordinator, seeds: coordinator_seeds },
     Target { name: "control_member", check: check_member, seeds: member_seeds },
     Target { name: "rendezvous_file", check: check_file, seeds: file_seeds },
+    Target { name: "members_record", check: check_record, seeds: record_seeds },
 ];
 
 /// Messages that are accepted encode to the bytes that they were read from, and are the same in
@@ -254,6 +256,22 @@ fn check_file(bytes: &[u8]) {
     assert_eq!(file::parse(&format!("unisum2 00 {}\n", texts.join(" "))), Some(addresses));
     let parts = line.char_indices().map(|(end, _)| &line[..end]);
     parts.for_each(|part| assert_eq!(file::parse(part), None, "{part:?}"));
+}
+
+/// A members record that is accepted is read again as it is written, and no part of it is one.
+fn check_record(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let Ok(record) = Record::decode(text) else { return };
+    let written = record.encode();
+    let again = Record::decode(&written).map(|it| it.encode());
+    assert_eq!(again.as_ref(), Ok(&written));
+    assert!(text.char_indices().all(|(end, _)| Record::decode(&text[..end]).is_err()));
+}
+
+fn record_seeds() -> Vec<Vec<u8>> {
+    let head = "unisum-members1 000102030405060708090a0b0c0d0e0f 7\n";
+    let members = "0 10.0.0.1:4000 [2001:db8::1]:4000\n3000000000 127.0.0.1:1\n";
+    vec![format!("{head}{members}end\n").into(), format!("{head}end\n").into()]
 }
 
 fn file_seeds() -> Vec<Vec<u8>> {

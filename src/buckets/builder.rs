@@ -17,7 +17,7 @@ use super::shard::ReduceScatter;
 use super::worker::{Core, Settings};
 use super::{Buckets, Compressed, LowRank};
 use crate::communicator::groups::Making;
-use crate::{Communicator, Error, ErrorKind};
+use crate::{Communicator, Error, ErrorKind, ReduceOp};
 
 /// Settings of [`Buckets`], the same on all ranks.
 #[derive(Debug)]
@@ -134,8 +134,9 @@ impl<'c> Builder<'c> {
     /// rank; as [`Communicator::split`].
     pub fn build(mut self, parameters: &[Parameter]) -> Result<Buckets, Error> {
         // Shards of the gradients die with their ranks.
-        let epoch = self.communicator.epoch().filter(|_| self.limits.pieces == 1);
-        let continuity = epoch.and_then(Continuity::new);
+        let epoch = self.communicator.epoch();
+        let lineage = epoch.map(|epoch| epoch.lineage.clone());
+        let continuity = epoch.filter(|_| self.limits.pieces == 1).and_then(Continuity::new);
         if continuity.is_some() {
             self.settings.relayout = false;
         }
@@ -143,14 +144,22 @@ impl<'c> Builder<'c> {
         let rank = communicator.rank();
         let name = Panic::catch(|| self.hook.name());
         let name = name.map_err(|panic| communicator.panicked(&panicked_in("name", &panic)))?;
-        let layout = self.agree(&communicator, parameters, &name)?;
+        let (layout, signature) = self.agree(&communicator, parameters, &name)?;
         let plan = Plan::new(parameters.into(), layout, &communicator);
         let plan = plan.and_then(|plan| {
             continuity.as_ref().map_or(Ok(()), |it| it.reserve(&plan)).map(|()| plan)
         });
         let why = plan.as_ref().map_or_else(ToString::to_string, |_| String::new());
         refuse_any(&communicator, &communicator.exchange(why.into_bytes())?)?;
-        let core = Arc::new(Core::new(communicator, continuity, self.settings, self.hook));
+        let mut steps = 0;
+        if continuity.is_some() {
+            steps = count_steps(&communicator, 0)?;
+            self.enter(&communicator, steps)?;
+        }
+        let continuity = continuity.map(|it| it.with_signature(signature));
+        let job = (continuity, lineage);
+        let core = Arc::new(Core::new(communicator, job, self.settings, self.hook));
+        core.set_steps(steps);
         let (sender, flights) = mpsc::channel();
         let worker = core.clone();
         let thread = thread::Builder::new()
@@ -161,6 +170,21 @@ impl<'c> Builder<'c> {
                 Error::new(ErrorKind::Memory, text).on(rank)
             })?;
         Ok(Buckets::new(core, plan?.into(), self.limits, (sender, thread)))
+    }
+
+    /// The hook goes on as that of the ranks that were there before this one.
+    fn enter(&mut self, communicator: &Communicator, steps: u64) -> Result<(), Error> {
+        if steps == 0 {
+            return Ok(());
+        }
+        let told = communicator.share_state(None)?.unwrap_or_default();
+        let hook = &mut self.hook;
+        let restore = || if told.is_empty() { Ok(()) } else { hook.restore(&told) };
+        let restored = Panic::catch(restore);
+        let restored =
+            restored.map_err(|panic| communicator.panicked(&panicked_in("restore", &panic)))?;
+        let why = restored.err().unwrap_or_default();
+        refuse_any(communicator, &communicator.exchange(why.into_bytes())?)
     }
 
     /// The settings by name, for ranks to compare, separated as
@@ -192,13 +216,13 @@ impl<'c> Builder<'c> {
         .join(parameter::SETTINGS_SEPARATOR)
     }
 
-    /// The layout, if all ranks have the same parameters and settings.
+    /// The layout, if all ranks have the same parameters and settings, and these in words.
     fn agree(
         &self,
         communicator: &Communicator,
         parameters: &[Parameter],
         hook: &str,
-    ) -> Result<Layout, Error> {
+    ) -> Result<(Layout, String), Error> {
         let layout = parameter::check(parameters).and_then(|()| match &self.layout {
             Some(saved) => Layout::from_bytes(saved, parameters, self.limits.pieces),
             None => {
@@ -211,16 +235,46 @@ impl<'c> Builder<'c> {
         let layout = layout.map_err(|text| Error::new(ErrorKind::Mismatch, text))?;
         let settings = self.told(hook, &layout);
         let signature = parameter::signature(&settings, parameters);
-        let hashes = communicator.exchange(job_hash(&signature).to_vec())?;
-        let Some(other) = hashes.iter().position(|hash| *hash != hashes[0]) else {
-            return Ok(layout);
-        };
-        let signatures = communicator.exchange(signature.into_bytes())?;
-        let [first, second] = [0, other].map(|rank| String::from_utf8_lossy(&signatures[rank]));
-        let text = parameter::first_difference((0, &first), (other, &second));
-        let error = Error::new(ErrorKind::Mismatch, text).on(communicator.rank());
-        Err(error.caused_by(vec![0, other]))
+        check_signature(communicator, &signature)?;
+        Ok((layout, signature))
     }
+}
+
+/// Checks that all ranks have the same parameters and settings.
+fn check_signature(communicator: &Communicator, signature: &str) -> Result<(), Error> {
+    let hashes = communicator.exchange(job_hash(signature).to_vec())?;
+    let Some(other) = hashes.iter().position(|hash| *hash != hashes[0]) else { return Ok(()) };
+    let signatures = communicator.exchange(signature.as_bytes().to_vec())?;
+    let [first, second] = [0, other].map(|rank| String::from_utf8_lossy(&signatures[rank]));
+    let text = parameter::first_difference((0, &first), (other, &second));
+    let error = Error::new(ErrorKind::Mismatch, text).on(communicator.rank());
+    Err(error.caused_by(vec![0, other]))
+}
+
+/// How many steps the job has made, as the rank says that has made most.
+fn count_steps(communicator: &Communicator, own: u64) -> Result<u64, Error> {
+    let mut steps = [own];
+    communicator.all_reduce(&mut steps, ReduceOp::Max)?;
+    Ok(steps[0])
+}
+
+/// The part of those that are there already while newcomers build their layers: takes part in the
+/// same calls. `steps` were made, and `common` is what newcomers' hooks need. How many steps the
+/// job has made.
+pub(super) fn welcome(
+    communicator: &Communicator,
+    signature: &str,
+    (steps, common): (u64, &[u8]),
+) -> Result<u64, Error> {
+    refuse_any(communicator, &communicator.exchange(Vec::new())?)?;
+    check_signature(communicator, signature)?;
+    refuse_any(communicator, &communicator.exchange(Vec::new())?)?;
+    let all = count_steps(communicator, steps)?;
+    if all > 0 {
+        communicator.share_state((steps > 0).then_some(common))?;
+        refuse_any(communicator, &communicator.exchange(Vec::new())?)?;
+    }
+    Ok(all)
 }
 
 /// Whether a hook is of this library, whose hooks do not panic.

@@ -9,12 +9,15 @@
 //!
 //! Source of the rule: Gray, "Notes on data base operating systems", 1978.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use unisum_link::Rank;
 
+use super::builder;
 use super::flight::InFlightStep;
+use super::hook::panicked_in;
 use super::plan::Plan;
 use super::worker::Core;
 use crate::communicator::elastic::Entered;
@@ -45,7 +48,9 @@ pub struct StepChange {
 #[derive(Debug)]
 pub(super) struct Continuity {
     /// The number of the layer in its job.
-    layer: u64,
+    layer: AtomicU64,
+    /// The parameters and settings, in words, for newcomers to be compared with.
+    signature: String,
     epoch: Mutex<Epoch>,
     /// The communicator of the view, until the program takes it.
     communicator: Mutex<Option<Communicator>>,
@@ -77,8 +82,20 @@ impl Continuity {
     /// For gradients of a communicator whose view is `epoch`. `None` if the job has such a layer.
     pub(super) fn new(epoch: &Epoch) -> Option<Self> {
         let layer = epoch.lineage.claim()?;
+        let (layer, signature) = (AtomicU64::new(layer), String::new());
         let (communicator, kept) = (Mutex::default(), Mutex::default());
-        Some(Self { layer, epoch: Mutex::new(epoch.clone()), communicator, kept })
+        Some(Self { layer, signature, epoch: Mutex::new(epoch.clone()), communicator, kept })
+    }
+
+    /// For the parameters and settings that `signature` describes.
+    pub(super) fn with_signature(mut self, signature: String) -> Self {
+        self.signature = signature;
+        self
+    }
+
+    fn layer(&self) -> u64 {
+        // Relaxed: changed between steps, whose beginning orders it.
+        self.layer.load(Ordering::Relaxed)
     }
 
     /// Makes room for a copy of all buckets.
@@ -102,7 +119,7 @@ impl Continuity {
 
     /// Whether the layer goes on in the next view: not once the program has left it.
     fn goes_on(&self) -> bool {
-        self.epoch().lineage.has(self.layer)
+        self.epoch().lineage.has(self.layer())
     }
 
     pub(super) fn epoch(&self) -> Epoch {
@@ -121,13 +138,61 @@ impl Continuity {
     /// This rank saw a step decided.
     fn decide(&self, step: u64, ballot: &[u8]) {
         let decided = Decided { step, ballot: ballot.to_vec() };
-        self.epoch().lineage.decide(self.layer, decided);
+        self.epoch().lineage.decide(self.layer(), decided);
+    }
+}
+
+impl Core {
+    /// Goes on in the next view, with the processes that enter it.
+    ///
+    /// # Errors
+    /// As [`Buckets::admit`](super::Buckets::admit).
+    pub(super) fn admit(&self) -> Result<Communicator, Error> {
+        let rank = self.communicator().rank();
+        let Some(continuity) = &self.continuity else {
+            let text = "newcomers enter buckets of an elastic job only, and no sharded ones";
+            return Err(Error::new(ErrorKind::Configuration, text).on(rank));
+        };
+        continuity.epoch().admit();
+        loop {
+            let epoch = continuity.epoch();
+            // All meet in the program.
+            epoch.lineage.release(None);
+            let entered = epoch.enter_next(Position::Program).and_then(Entered::in_program);
+            let communicator = entered.map_err(|error| error.on(rank))?;
+            if let Some(epoch) = communicator.epoch() {
+                *lock(&continuity.epoch) = epoch.clone();
+            }
+            match self.welcome(continuity, &communicator) {
+                Ok(()) => {
+                    *lock(&continuity.communicator) = None;
+                    return Ok(communicator);
+                }
+                Err(error) if error.kind() == ErrorKind::ViewChanged => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Takes part as newcomers build their layers, and goes on on a communicator with them.
+    fn welcome(&self, continuity: &Continuity, communicator: &Communicator) -> Result<(), Error> {
+        let own = communicator.duplicate_for(&Making::Buckets)?;
+        let common = self.with_hook(|hook| hook.save_common());
+        let common = common.map_err(|panic| self.panicked(&panicked_in("save_common", &panic)))?;
+        let known = (self.steps(), &common[..]);
+        self.set_steps(builder::welcome(&own, &continuity.signature, known)?);
+        self.move_to(own);
+        if let Some(layer) = continuity.epoch().lineage.claim() {
+            // Relaxed: changed between steps, whose beginning orders it.
+            continuity.layer.store(layer, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 
 impl Drop for Continuity {
     fn drop(&mut self) {
-        self.epoch().lineage.release(Some(self.layer));
+        self.epoch().lineage.release(Some(self.layer()));
     }
 }
 
@@ -196,7 +261,7 @@ impl Core {
             }
             if !Standing::are_together(&standings) {
                 // All meet again in the program.
-                epoch.lineage.release(Some(continuity.layer));
+                epoch.lineage.release(Some(continuity.layer()));
                 epoch.change(&[]);
                 return if is_redone { Err(cause) } else { Ok(()) };
             }

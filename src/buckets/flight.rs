@@ -42,6 +42,8 @@ pub(super) struct Cycle {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Outcome {
     pub(super) nonfinite: bool,
+    /// Whether all ranks know of a process that asks to be let into the job.
+    pub(super) newcomers: bool,
     pub(super) participants: usize,
     /// By parameter: whether any rank put something in.
     pub(super) used: Vec<bool>,

@@ -71,6 +71,12 @@ pub trait Hook: Send + fmt::Debug {
         let _ = factor;
     }
 
+    /// The part of [`Hook::save`] that is the same on all ranks, for processes that enter an
+    /// elastic job: their [`Hook::restore`] gets it, unless it is empty.
+    fn save_common(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
     /// The state kept from step to step, for a checkpoint.
     fn save(&self) -> Vec<u8> {
         Vec::new()
@@ -89,6 +95,10 @@ pub trait Hook: Send + fmt::Debug {
 }
 
 impl<H: Hook + ?Sized> Hook for Box<H> {
+    fn save_common(&self) -> Vec<u8> {
+        (**self).save_common()
+    }
+
     fn name(&self) -> String {
         (**self).name()
     }

@@ -142,6 +142,10 @@ impl Hook for LowRank {
         self.rooms.iter_mut().for_each(|room| room.power.rescale(factor));
     }
 
+    fn save_common(&self) -> Vec<u8> {
+        self.state().without_errors().to_bytes()
+    }
+
     fn save(&self) -> Vec<u8> {
         self.state().to_bytes()
     }

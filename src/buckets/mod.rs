@@ -209,6 +209,31 @@ impl Buckets {
         self.core.continuity.as_ref()?.take_communicator()
     }
 
+    /// Lets the processes into the job that ask for it ([`StepReport::newcomers`]), and goes on
+    /// with them: the communicator of the view, in place of the program's earlier one. As
+    /// [`Communicator::admit`], but these buckets, their gradients and their hook's state stay.
+    ///
+    /// Collective: every rank calls it, between two steps, and none while gradients accumulate.
+    /// Newcomers build their own buckets meanwhile, with the same parameters and settings, before
+    /// they call anything else on their communicator.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`] in a job that is not elastic, in sharded mode, or while
+    /// gradients accumulate; [`ErrorKind::Mismatch`], on all ranks, if a newcomer has other
+    /// parameters or settings; as [`Communicator::admit`].
+    pub fn admit(&mut self) -> Result<Communicator, Error> {
+        let rank = self.core.communicator().rank();
+        if self.is_forked() {
+            return Err(Error::forked().on(rank));
+        }
+        self.settle();
+        if self.cycle.is_some() {
+            let text = "newcomers enter after a step that reduces, not while gradients accumulate";
+            return Err(Error::new(ErrorKind::Configuration, text).on(rank));
+        }
+        self.core.admit()
+    }
+
     /// The view of the last step, in an elastic job.
     pub fn view(&self) -> Option<crate::View> {
         self.settle();

@@ -11,6 +11,10 @@ use super::flight::{InFlightStep, Outcome, Times};
 pub struct StepReport {
     /// Whether an averaged gradient is infinite or NaN: the same on all ranks.
     pub nonfinite: bool,
+    /// Whether processes ask to be let into an elastic job, and all ranks know of one: the same on
+    /// all ranks, so that all can call [`Buckets::admit`](super::Buckets::admit) or
+    /// [`Communicator::admit`](crate::Communicator::admit) after this step.
+    pub newcomers: bool,
     /// The number of ranks that had gradients; the average is over these.
     pub participants: usize,
     /// Parameters, by their index in the list, to which no rank contributed: their gradients are
@@ -70,6 +74,7 @@ impl StepReport {
         let unused = outcome.used.iter().enumerate().filter(|(_, used)| !**used);
         Self {
             nonfinite: outcome.nonfinite,
+            newcomers: outcome.newcomers,
             participants: outcome.participants,
             unused: unused.map(|(parameter, _)| parameter).collect(),
             reduced: buckets.iter().map(|bucket| bucket.finished).max().unwrap_or_default(),

@@ -13,6 +13,7 @@ use super::hook::{Bucket, Hook, panicked_in};
 use super::plan::Plan;
 use super::shard::Gather;
 use crate::execution::failure::Ended;
+use crate::wiring::Lineage;
 use crate::{Collective, Communicator, Error, ErrorKind, ReduceOp};
 use unisum_control::callers;
 
@@ -22,6 +23,8 @@ pub(super) struct Core {
     communicator: RwLock<Arc<Communicator>>,
     /// In an elastic job.
     pub(super) continuity: Option<Continuity>,
+    /// The job, if it is elastic.
+    lineage: Option<Arc<Lineage>>,
     /// Whether the communicator has changed since the hook saw one.
     has_moved: AtomicBool,
     pub(super) settings: Settings,
@@ -55,6 +58,8 @@ const FAULT_BYTES_MAX: usize = 4 << 10;
 /// The first byte of a vote.
 const FAILED: u8 = 1;
 const NONFINITE: u8 = 2;
+/// The rank knows of no process that asks to be let into the job.
+const NO_NEWCOMERS: u8 = 4;
 /// Where a vote says which parameters were used, a bit each. Before it are how many steps have
 /// accumulated, and the complement of that.
 const USED: usize = 9;
@@ -62,14 +67,14 @@ const USED: usize = 9;
 impl Core {
     pub(super) fn new(
         communicator: Communicator,
-        continuity: Option<Continuity>,
+        (continuity, lineage): (Option<Continuity>, Option<Arc<Lineage>>),
         settings: Settings,
         hook: Box<dyn Hook>,
     ) -> Self {
         let communicator = RwLock::new(Arc::new(communicator));
         let (hook, steps, ended) = (Mutex::new(hook), AtomicU64::new(0), Ended::default());
         let has_moved = AtomicBool::new(false);
-        Self { communicator, continuity, has_moved, settings, hook, steps, ended }
+        Self { communicator, continuity, lineage, has_moved, settings, hook, steps, ended }
     }
 
     /// That of the layer, which nobody else uses.
@@ -128,6 +133,12 @@ impl Core {
     pub(super) fn count_step(&self) {
         // Relaxed: read between steps, whose end orders it.
         self.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// So many steps were reduced by the ranks that were there before this one.
+    pub(super) fn set_steps(&self, steps: u64) {
+        // Relaxed: between steps, whose beginning orders it.
+        self.steps.store(steps, Ordering::Relaxed);
     }
 
     pub(super) fn steps(&self) -> u64 {
@@ -322,7 +333,10 @@ impl Core {
             ballot[5..USED].copy_from_slice(&(!accumulated).to_le_bytes());
         }
         let failed = if flight.fault().is_some() { FAILED } else { 0 };
-        ballot[0] = failed | if nonfinite { NONFINITE } else { 0 };
+        let newcomers = self.lineage.as_ref().map_or(0, |lineage| lineage.newcomers());
+        ballot[0] = failed
+            | if nonfinite { NONFINITE } else { 0 }
+            | if newcomers == 0 { NO_NEWCOMERS } else { 0 };
         for (parameter, _) in used.iter().enumerate().filter(|(_, used)| **used && !is_shadow) {
             ballot[USED + parameter / 8] |= 1 << (parameter % 8);
         }
@@ -358,6 +372,7 @@ impl Core {
         let is_used = |parameter: usize| ballot[USED + parameter / 8] & 1 << (parameter % 8) != 0;
         Ok(Outcome {
             nonfinite: ballot[0] & NONFINITE != 0,
+            newcomers: ballot[0] & NO_NEWCOMERS == 0,
             participants: attempt.participants,
             used: (0..parameters).map(is_used).collect(),
             change: None,

@@ -7,13 +7,16 @@ use std::time::Duration;
 
 use unisum_link::{Rank, Transport};
 
+use super::elastic::Entered;
 use crate::execution::background::Background;
 use crate::execution::member::{Core, Member};
 use crate::execution::membership::Membership;
 use crate::execution::runner::Runner;
 use crate::settings::{self, Settings};
 use crate::version;
-use crate::wiring::{self, Custom, Elasticity, Epoch, Joined, Meeting, Standing};
+use crate::wiring::{
+    self, Custom, Elasticity, Epoch, Joined, Lineage, Meeting, Position, Standing,
+};
 use crate::{Communicator, Elastic, Error, ErrorKind, Store};
 use unisum_control::Environment;
 use unisum_control::callers;
@@ -196,16 +199,8 @@ impl Builder {
     ///
     /// # Errors
     /// As [`Communicator::from_environment`].
-    pub fn connect(self) -> Result<Communicator, Error> {
-        let mut environment = Environment::from_process().with(self.overrides);
-        if self.store.is_some() && environment.get(RENDEZVOUS).is_none() {
-            environment = environment.with([(RENDEZVOUS, STORE_RENDEZVOUS.to_owned())].into());
-        }
-        callers::calls();
-        let settings = match self.custom.check() {
-            Ok(()) => Settings::read(&environment, self.custom).map_err(configuration),
-            Err(error) => Err(error),
-        };
+    pub fn connect(mut self) -> Result<Communicator, Error> {
+        let (environment, settings) = self.read();
         let settings = settings.inspect_err(|error| wiring::tell_that_not(&environment, error))?;
         let mut detected = launcher::detect(&environment).map_err(configuration)?;
         tracing::info!("{detected}");
@@ -214,7 +209,14 @@ impl Builder {
                 crate::warning::warning!("each such process trains alone, a world of one: {note}");
             }
             let description = format!("a world of one rank ({})\n", detected.source);
-            return Ok(Communicator::new(0, 1, None, "none".into(), description));
+            let alone = Communicator::new(0, 1, None, "none".into(), description);
+            let Some(elastic) = self.elastic.filter(|_| detected.rendezvous.is_some()) else {
+                return Ok(alone);
+            };
+            let known = (&environment, &settings);
+            let meeting = Meeting::prepare(&mut detected, known, self.store.as_ref())?;
+            let epoch = Lineage::found_alone(&elastic, &settings, &detected, &meeting)?;
+            return Ok(alone.in_epoch(Some(epoch)));
         }
         if detected.rank == 0 && version::IS_UNOPTIMISED {
             crate::warning::warning!("{UNOPTIMISED}");
@@ -225,6 +227,48 @@ impl Builder {
         let elasticity = elastic.map_or(Elasticity::None, Elasticity::Founded);
         let (membership, joined) = wiring::join(&detected, &settings, &meeting, elasticity)?;
         Ok(communicator(&detected, &settings, membership, joined))
+    }
+
+    /// Joins an elastic job that runs ([`Builder::elastic`], with what the job's ranks give), as a
+    /// new rank behind the others. The job is found by the members record beside its rendezvous: a
+    /// rendezvous file or a store, the same as its ranks were given. Rank and world, if they are
+    /// set, count for nothing.
+    ///
+    /// Waits until the job lets this process in, which its program decides
+    /// ([`Communicator::admit`]). Blocks until then, `UNISUM_CONNECT_TIMEOUT` at most.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`] without [`Builder::elastic`], without such a rendezvous, or if
+    /// variables are malformed. [`ErrorKind::Rendezvous`] if there is no such job, it has ended or
+    /// ends meanwhile, it refuses this process (another token, job or build, other settings), or
+    /// nobody lets it in in time. [`ErrorKind::RankLost`] if it is lost as it enters.
+    pub fn join(mut self) -> Result<Communicator, Error> {
+        let (environment, settings) = self.read();
+        let settings = settings?;
+        let elastic = self.elastic.as_ref().ok_or_else(|| {
+            let text = "joining a job that runs is for elastic jobs: `Builder::elastic` is needed";
+            Error::new(ErrorKind::Configuration, text)
+        })?;
+        let detected = launcher::detect_job(&environment).map_err(configuration)?;
+        let known = (&environment, &settings);
+        let epoch = Lineage::join(elastic, detected, known, self.store.as_ref())?;
+        epoch.enter(Position::Program).and_then(Entered::in_program)
+    }
+
+    /// The environment, and the settings in it.
+    fn read(&mut self) -> (Environment, Result<Settings, Error>) {
+        let overrides = std::mem::take(&mut self.overrides);
+        let mut environment = Environment::from_process().with(overrides);
+        if self.store.is_some() && environment.get(RENDEZVOUS).is_none() {
+            environment = environment.with([(RENDEZVOUS, STORE_RENDEZVOUS.to_owned())].into());
+        }
+        callers::calls();
+        let custom = std::mem::take(&mut self.custom);
+        let settings = match custom.check() {
+            Ok(()) => Settings::read(&environment, custom).map_err(configuration),
+            Err(error) => Err(error),
+        };
+        (environment, settings)
     }
 }
 

@@ -49,22 +49,51 @@ impl Epoch {
     /// # Errors
     /// As [`Communicator::rebuild`].
     pub(crate) fn enter_next(&self, position: Position) -> Result<Entered, Error> {
-        let mut epoch = self.clone();
-        let _all = epoch.need_all();
+        // This process may be in a later view already, by a step of gradient buckets.
+        let last = self.last();
+        let _all = last.need_all();
         // Does nothing if the view has changed.
-        epoch.change(&[]);
+        last.change(&[]);
+        let view = last.await_next()?;
+        Self { view, ..last }.enter(position)
+    }
+
+    /// Enters this view, in which all ranks are about to do so, or a later one if ranks are lost
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// As [`Communicator::rebuild`].
+    pub(crate) fn enter(self, position: Position) -> Result<Entered, Error> {
+        let _all = self.need_all();
+        let mut epoch = self;
         loop {
-            let view = epoch.await_next()?;
-            epoch = Self { view, ..epoch };
             match builder::of_view(&epoch, epoch.lineage.standing(position)) {
                 Ok((communicator, standings)) => {
+                    epoch.entered();
                     return Ok(Entered { communicator, epoch, standings });
                 }
                 // Ranks were lost while it was made: those that are left begin again.
                 Err(_) if epoch.is_left_soon() => {}
                 Err(error) => return Err(error),
             }
+            let view = epoch.await_next()?;
+            epoch = Self { view, ..epoch };
         }
+    }
+}
+
+impl Entered {
+    /// The communicator of a view in which all ranks are in the program: steps can't go on without
+    /// this rank, so those that are in one end it, and all meet again.
+    ///
+    /// # Errors
+    /// As [`Communicator::rebuild`].
+    pub(crate) fn in_program(self) -> Result<Communicator, Error> {
+        let mut entered = self;
+        while entered.standings.iter().any(|it| it.position != Position::Program) {
+            entered = entered.epoch.enter_next(Position::Program)?;
+        }
+        Ok(entered.communicator)
     }
 }
 
@@ -94,19 +123,38 @@ impl Communicator {
     /// without this rank. [`ErrorKind::Configuration`] if the job is not elastic, or this is a
     /// group; and as [`Communicator::from_environment`].
     pub fn rebuild(&self) -> Result<Self, Error> {
-        let mut epoch = self.elastic_epoch()?.clone();
+        let epoch = self.elastic_epoch()?;
         // Its steps end with this epoch, on this rank at least.
         epoch.lineage.release(None);
-        loop {
-            let entered = epoch.enter_next(Position::Program);
-            let Entered { communicator, epoch: next, standings } =
-                entered.map_err(|error| error.on(self.rank()))?;
-            if standings.iter().all(|it| it.position == Position::Program) {
-                return Ok(communicator);
-            }
-            // Steps can't go on without this rank: they end, and all meet again.
-            epoch = next;
-        }
+        let entered = epoch.enter_next(Position::Program).and_then(Entered::in_program);
+        entered.map_err(|error| error.on(self.rank()))
+    }
+
+    /// How many processes ask to be let into the job ([`Builder::join`](crate::Builder::join)), as
+    /// far as this rank knows: other ranks may know of more, or of fewer. 0 in a job that is not
+    /// elastic, and in groups. Never blocks.
+    pub fn newcomers(&self) -> usize {
+        self.epoch.as_ref().map_or(0, |epoch| epoch.lineage.newcomers())
+    }
+
+    /// The communicator of the next view, into which the processes are let that ask for it
+    /// ([`Communicator::newcomers`]): their ranks follow those that there are. As
+    /// [`Communicator::rebuild`] otherwise: also if nobody asks, or if those that ask are lost
+    /// meanwhile, there is another view.
+    ///
+    /// Collective: every rank calls it, for example after a step in which an all-reduce has told
+    /// all ranks that there are newcomers ([`StepReport::newcomers`]). Calls of others on this
+    /// communicator end with [`ErrorKind::ViewChanged`], and they may call
+    /// [`Communicator::rebuild`] as well: the newcomers enter. Those have a communicator in the
+    /// same state, and nothing else: [`Communicator::share_state`] gives them the program's.
+    ///
+    /// [`StepReport::newcomers`]: crate::buckets::StepReport::newcomers
+    ///
+    /// # Errors
+    /// As [`Communicator::rebuild`].
+    pub fn admit(&self) -> Result<Self, Error> {
+        self.elastic_epoch()?.admit();
+        self.rebuild()
     }
 
     /// The communicator of all ranks but those in `exclude`, which need not take part: a rank that

@@ -5,6 +5,7 @@ mod calls;
 pub(crate) mod elastic;
 pub(crate) mod groups;
 pub(crate) mod mesh;
+mod state;
 
 use std::fmt;
 use std::sync::OnceLock;

@@ -5,11 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use unisum_control::address::Rendezvous;
-use unisum_control::elastic::{Member, Prospect, View, Views, ViewsConfig};
+use unisum_control::elastic::{Member, Prospect, Record, View, Views, ViewsConfig};
 use unisum_control::launcher::Detected;
 use unisum_control::{Control, IsMoot, Verdict, VerdictKind};
 use unisum_link::Rank;
 
+use super::Elasticity;
+use super::joining::{Published, RecordPlace};
 use super::meeting::Meeting;
 use super::standing::{Decided, Position, Standing};
 use super::store::{Store, StoreEntry};
@@ -32,6 +34,11 @@ pub(crate) struct Lineage {
     detected: Detected,
     credentials: (unisum_link::secure::Credentials, String),
     layer: Mutex<Layer>,
+    /// The last view that this process has made a communicator of.
+    entered: Mutex<View>,
+    pub(super) place: RecordPlace,
+    /// While this process is the first rank.
+    published: Mutex<Option<Published>>,
 }
 
 /// The gradient buckets whose steps outlive a change of view: one layer at a time.
@@ -60,15 +67,7 @@ impl Lineage {
         meeting: &Meeting,
         control: &Arc<Control>,
     ) -> Result<Epoch, Error> {
-        let config = ViewsConfig {
-            job: detected.job.clone(),
-            credentials: meeting.credentials.clone(),
-            interface: settings.interface.clone(),
-            port_range: settings.port_range,
-            silence: settings.heartbeat_timeout,
-            connect_timeout: settings.connect_timeout,
-            build: BUILD,
-        };
+        let config = config(elastic, settings, detected, meeting);
         let failed = |error: unisum_control::ControlError| super::rendezvous_error(error);
         let prospect = Prospect::listen(config).map_err(failed)?;
         let own: Vec<_> = prospect.addresses().iter().map(ToString::to_string).collect();
@@ -84,17 +83,75 @@ impl Lineage {
         // When all have come so far, every two are connected.
         control.exchange(Vec::new()).map_err(failed)?;
         let view = views.membership().view;
-        let lineage = Arc::new(Self {
+        let lineage = Arc::new(Self::new(views, elastic, (settings, detected), meeting));
+        let epoch = Epoch { lineage, view };
+        epoch.bind(control);
+        epoch.entered();
+        Ok(epoch)
+    }
+
+    /// Founds the views of a job that has one rank as yet.
+    pub(crate) fn found_alone(
+        elastic: &Elastic,
+        settings: &Settings,
+        detected: &Detected,
+        meeting: &Meeting,
+    ) -> Result<Epoch, Error> {
+        let failed = |error: unisum_control::ControlError| super::rendezvous_error(error);
+        let config = config(elastic, settings, detected, meeting);
+        let prospect = Prospect::listen(config).map_err(failed)?;
+        let session = unisum_link::handshake::random().map_err(|error| {
+            Error::new(ErrorKind::Rendezvous, format!("choosing a session: {error}"))
+        })?;
+        let addresses = vec![prospect.addresses().to_vec()];
+        let views = prospect.found(session, 0, addresses).map_err(failed)?;
+        let view = views.membership().view;
+        let lineage = Arc::new(Self::new(views, elastic, (settings, detected), meeting));
+        let epoch = Epoch { lineage, view };
+        epoch.entered();
+        Ok(epoch)
+    }
+
+    pub(super) fn new(
+        views: Views,
+        elastic: &Elastic,
+        (settings, detected): (&Settings, &Detected),
+        meeting: &Meeting,
+    ) -> Self {
+        Self {
             views,
             elastic: elastic.clone(),
             settings: settings.clone(),
             detected: detected.clone(),
             credentials: (meeting.credentials.clone(), meeting.secret_origin.clone()),
             layer: Mutex::default(),
-        });
-        let epoch = Epoch { lineage, view };
-        epoch.bind(control);
-        Ok(epoch)
+            entered: Mutex::default(),
+            place: meeting.place.clone(),
+            published: Mutex::default(),
+        }
+    }
+
+    /// Who this process is, in all views.
+    pub(super) const fn own(&self) -> Member {
+        self.views.own()
+    }
+
+    /// Where the members of a view are.
+    pub(super) fn record(&self, view: &View) -> Record {
+        self.views.record(view)
+    }
+
+    /// Keeps the members record that this process has written until there is another one.
+    pub(super) fn keep_published(&self, published: Option<Published>) {
+        let mut place = self.published.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut *place, published);
+        drop(place);
+        before.into_iter().for_each(Published::is_replaced);
+    }
+
+    /// How many processes ask to be let in, as far as this one knows.
+    pub(crate) fn newcomers(&self) -> usize {
+        self.views.membership().newcomers
     }
 
     pub(crate) const fn settings(&self) -> &Settings {
@@ -174,7 +231,49 @@ impl Lineage {
     }
 }
 
+/// What a process is a member of an elastic job with.
+pub(super) fn config(
+    elastic: &Elastic,
+    settings: &Settings,
+    detected: &Detected,
+    meeting: &Meeting,
+) -> ViewsConfig {
+    ViewsConfig {
+        job: detected.job.clone(),
+        credentials: meeting.credentials.clone(),
+        interface: settings.interface.clone(),
+        port_range: settings.port_range,
+        silence: settings.heartbeat_timeout,
+        connect_timeout: settings.connect_timeout,
+        build: BUILD,
+        terms: super::told_settings(settings, Elasticity::Founded(elastic)),
+    }
+}
+
 impl Epoch {
+    /// This process has made a communicator of the view. The first rank says to those that want to
+    /// join where its members are.
+    pub(crate) fn entered(&self) {
+        let mut entered = self.lineage.entered.lock().unwrap_or_else(PoisonError::into_inner);
+        *entered = self.view.clone();
+        drop(entered);
+        self.lineage.publish(self);
+    }
+
+    /// The last epoch that this process has made a communicator of, or this one.
+    pub(crate) fn last(&self) -> Self {
+        let entered = self.lineage.entered.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_later = entered.epoch > self.view.epoch;
+        let view = if is_later { entered.clone() } else { self.view.clone() };
+        Self { lineage: self.lineage.clone(), view }
+    }
+
+    /// Has the job leave this epoch, and those enter the next one that ask to be let in.
+    pub(crate) fn admit(&self) {
+        let last = self.last().view.epoch;
+        self.lineage.views.change(last, Vec::new(), true);
+    }
+
     /// Ends `control` when the job leaves this epoch.
     pub(crate) fn bind(&self, control: &Arc<Control>) {
         self.lineage.views.bind(self.view.epoch, control);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use unisum_link::handshake::Secret;
 use unisum_link::secure::Credentials;
 
+use super::joining::RecordPlace;
 use crate::settings::Settings;
 use crate::wiring::store::StoreEntry;
 use crate::{Error, ErrorKind, Store};
@@ -23,6 +24,8 @@ pub(crate) struct Meeting {
     pub(crate) secret_origin: String,
     /// With the token that rank 0 puts there, if it made one.
     entry: Option<(StoreEntry, Option<Token>)>,
+    /// Where the members record of an elastic job goes.
+    pub(super) place: RecordPlace,
     /// Whether joining has no purpose any more.
     is_moot: Mutex<Option<IsMoot>>,
 }
@@ -40,13 +43,15 @@ impl Meeting {
         let launcher: Option<Arc<dyn Store>> = launcher.map(|store| Arc::new(store) as _);
         let store = launcher.as_ref().or(store);
         let Some(Rendezvous::Store { key, addresses }) = &mut detected.rendezvous else {
-            return Self::by_token(environment, settings);
+            let place = RecordPlace::beside(detected.rendezvous.as_ref());
+            return Ok(Self { place, ..Self::by_token(environment, settings)? });
         };
-        let store = store.ok_or_else(|| {
-            let text = format!("UNISUM_RENDEZVOUS=store://{key}: the program hands in no store");
-            Error::new(ErrorKind::Configuration, text)
-        })?;
-        let entry = StoreEntry::new(store.clone(), key);
+        let entry = StoreEntry::new(given_store(key, store)?.clone(), key);
+        let place = |token: Option<Token>| match launcher {
+            // It serves once.
+            Some(_) => RecordPlace::Nowhere,
+            None => RecordPlace::Store(entry.of_members(), token),
+        };
         let given = Token::is_given(environment).then(|| Token::from_environment(environment));
         let given = given.transpose().map_err(configuration)?;
         if detected.rank == 0 {
@@ -55,16 +60,45 @@ impl Meeting {
                 Error::new(ErrorKind::Rendezvous, format!("making a token: {error}"))
             })?;
             let told = told.then(|| token.clone());
-            return Self::new(&token, Some((entry, told)), settings);
+            let place = place(told.clone());
+            return Ok(Self { place, ..Self::new(&token, Some((entry, told)), settings)? });
         }
         let published = entry.look_up(settings.connect_timeout)?;
         *addresses = published.addresses;
+        let place = place(published.token.clone());
         let token = given.or(published.token).ok_or_else(|| {
             let text = "rank 0 has a token of its own (UNISUM_TOKEN or UNISUM_TOKEN_FILE), and \
                         this rank has none: give it to all ranks or to none";
             Error::new(ErrorKind::Configuration, text).on(detected.rank)
         })?;
-        Self::new(&token, None, settings)
+        Ok(Self { place, ..Self::new(&token, None, settings)? })
+    }
+
+    /// What a process needs to join a job that runs. Blocks in the store until the job has written
+    /// its record there.
+    pub(super) fn of_newcomer(
+        detected: &Detected,
+        (environment, settings): (&Environment, &Settings),
+        store: Option<&Arc<dyn Store>>,
+    ) -> Result<Self, Error> {
+        let Some(Rendezvous::Store { key, .. }) = &detected.rendezvous else {
+            let place = RecordPlace::beside(detected.rendezvous.as_ref());
+            return Ok(Self { place, ..Self::by_token(environment, settings)? });
+        };
+        let entry = StoreEntry::new(given_store(key, store)?.clone(), key).of_members();
+        if Token::is_given(environment) {
+            let place = RecordPlace::Store(entry, None);
+            return Ok(Self { place, ..Self::by_token(environment, settings)? });
+        }
+        let found = entry.look_up_record(settings.connect_timeout);
+        let (token, _) = found.map_err(|why| Error::new(ErrorKind::Rendezvous, why))?;
+        let token = token.ok_or_else(|| {
+            let text = "rank 0 has a token of its own (UNISUM_TOKEN or UNISUM_TOKEN_FILE), and \
+                        this process has none: give it to all or to none";
+            Error::new(ErrorKind::Configuration, text)
+        })?;
+        let place = RecordPlace::Store(entry, Some(token.clone()));
+        Ok(Self { place, ..Self::new(&token, None, settings)? })
     }
 
     /// With the token of the environment, or the user's own.
@@ -82,7 +116,8 @@ impl Meeting {
         let secret = Secret::new(token.as_bytes());
         let credentials = credentials(secret, settings)?;
         let secret_origin = token.origin().to_owned();
-        Ok(Self { credentials, secret_origin, entry, is_moot: Mutex::new(None) })
+        let (place, is_moot) = (RecordPlace::Nowhere, Mutex::new(None));
+        Ok(Self { credentials, secret_origin, entry, place, is_moot })
     }
 
     /// In an elastic job's view, whose first rank has an `entry` to tell the others where it
@@ -94,7 +129,8 @@ impl Meeting {
         is_moot: IsMoot,
     ) -> Self {
         let entry = entry.map(|entry| (entry, None));
-        Self { credentials, secret_origin, entry, is_moot: Mutex::new(Some(is_moot)) }
+        let (place, is_moot) = (RecordPlace::Nowhere, Mutex::new(Some(is_moot)));
+        Self { credentials, secret_origin, entry, place, is_moot }
     }
 
     /// Says, to who asks first, whether joining has no purpose any more.
@@ -121,6 +157,16 @@ impl Meeting {
             entry.close();
         }
     }
+}
+
+fn given_store<'a>(
+    key: &str,
+    store: Option<&'a Arc<dyn Store>>,
+) -> Result<&'a Arc<dyn Store>, Error> {
+    store.ok_or_else(|| {
+        let text = format!("UNISUM_RENDEZVOUS=store://{key}: the program hands in no store");
+        Error::new(ErrorKind::Configuration, text)
+    })
 }
 
 /// mpiexec's own store, which serves once: the first value that is set is told to all ranks.

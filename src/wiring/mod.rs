@@ -16,6 +16,7 @@ mod earlier;
 pub(crate) mod fuzzing;
 mod group;
 mod job;
+mod joining;
 mod lineage;
 mod meeting;
 mod node;
@@ -364,12 +365,7 @@ fn exchange_cards(
         host: node::host_name(),
         pid: std::process::id(),
         cores: Cores::own(),
-        settings: format!(
-            "{} UNISUM_TIMEOUT={} elastic={elasticity} transports={}",
-            common_settings(settings),
-            settings.timeout.as_secs_f64(),
-            settings.custom.names().collect::<Vec<_>>().join(",")
-        ),
+        settings: told_settings(settings, elasticity),
         node: endpoint.info(),
         standing: elasticity.standing(),
     };
@@ -386,6 +382,16 @@ fn exchange_cards(
         .collect::<Result<_, _>>()?;
     check_settings(rank, &cards)?;
     Ok(cards)
+}
+
+/// All that has to be the same on all ranks.
+fn told_settings(settings: &Settings, elasticity: Elasticity<'_>) -> String {
+    format!(
+        "{} UNISUM_TIMEOUT={} elastic={elasticity} transports={}",
+        common_settings(settings),
+        settings.timeout.as_secs_f64(),
+        settings.custom.names().collect::<Vec<_>>().join(",")
+    )
 }
 
 /// The settings that have to be the same on all ranks, as a user would write them, but for the

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use unisum_kernels::Panic;
 
 use crate::{Error, ErrorKind};
+use unisum_control::elastic::Record;
 use unisum_control::interface::{ADDRESSES_MAX, without_scope};
 use unisum_control::launcher::Token;
 
@@ -88,6 +89,60 @@ impl StoreEntry {
         let mut line = format!("{MAGIC} at {}", token.map_or(NO_TOKEN, Token::secret));
         addresses.iter().for_each(|&it| line.push_str(&format!(" {}", without_scope(it))));
         self.set(&line)
+    }
+
+    /// The entry of the members record.
+    pub(crate) fn of_members(&self) -> Self {
+        Self { store: self.store.clone(), key: format!("{}.members", self.key) }
+    }
+
+    /// Writes the members record, and the job's token if others are to take it from here; what was
+    /// written.
+    ///
+    /// # Errors
+    /// The store's words.
+    pub(crate) fn publish_record(
+        &self,
+        token: Option<&Token>,
+        record: &Record,
+    ) -> Result<String, String> {
+        let token = token.map_or(NO_TOKEN, Token::secret);
+        let written = format!("{MAGIC} members {token}\n{}", record.encode().trim_end());
+        self.set(&written)?;
+        Ok(written)
+    }
+
+    /// Says that the job of a members record has ended, unless another one has been written
+    /// meanwhile.
+    pub(crate) fn retract(&self, written: &str, timeout: Duration) {
+        if self.get(timeout).is_ok_and(|now| now.trim_ascii_end() == written.as_bytes()) {
+            self.close();
+        }
+    }
+
+    /// The members record, and the job's token if it is there. Blocks as the store does, for
+    /// `timeout` at most if it keeps to it.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub(crate) fn look_up_record(
+        &self,
+        timeout: Duration,
+    ) -> Result<(Option<Token>, Record), String> {
+        let doing = self.doing("reading");
+        let bytes = self.get(timeout).map_err(|why| format!("{doing}: {why}"))?;
+        let text = std::str::from_utf8(&bytes).unwrap_or_default();
+        let (head, record) = text.split_once('\n').unwrap_or_default();
+        if head == format!("{MAGIC} over") {
+            return Err(format!("{doing}: the job that it names has ended"));
+        }
+        let token = match head.strip_prefix(&format!("{MAGIC} members ")) {
+            Some(NO_TOKEN) => None,
+            Some(token) => Some(Token::told(token).map_err(|why| format!("{doing}: {why}"))?),
+            None => return Err(format!("{doing}: it is not what an elastic job writes")),
+        };
+        let record = Record::decode(record).map_err(|why| format!("{doing}: {why}"))?;
+        Ok((token, record))
     }
 
     /// Says that rank 0 could not start, so that nobody waits for it.

@@ -195,6 +195,12 @@ impl World {
         self
     }
 
+    /// The same ranks with another scenario.
+    pub const fn running(mut self, scenario: &'static str) -> Self {
+        self.scenario = scenario;
+        self
+    }
+
     pub fn set(mut self, name: &str, value: impl ToString) -> Self {
         self.variables.insert(name.into(), value.to_string());
         self

@@ -268,7 +268,8 @@ impl Participant {
     }
 
     fn let_wait(&mut self, newcomer: Member, output: &mut Output) {
-        if self.standing == Standing::Outside {
+        // Who hears of a newcomer from others may know already that it is gone.
+        if self.standing == Standing::Outside || self.lost.contains(&newcomer) {
             return;
         }
         if self.view.has(newcomer) {

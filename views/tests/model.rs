@@ -32,7 +32,8 @@ struct State {
     doubts: usize,
     retries: usize,
     renewed: bool,
-    asked: bool,
+    /// How many of the newcomers have asked.
+    asked: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,7 +52,7 @@ impl Model for Job {
 
     fn init_states(&self) -> Vec<State> {
         let world = World::new(self.members, self.newcomers);
-        vec![State { world, doubts: 0, retries: 0, renewed: false, asked: false }]
+        vec![State { world, doubts: 0, retries: 0, renewed: false, asked: 0 }]
     }
 
     fn actions(&self, state: &State, actions: &mut Vec<Action>) {
@@ -78,7 +79,7 @@ impl Model for Job {
                 actions.push(Action::Expire(process, timer));
             }
         }
-        if self.newcomers > 0 && !state.asked && world.is_alive(self.members) {
+        if state.asked < self.newcomers && world.is_alive(self.members + state.asked) {
             actions.push(Action::Ask);
         }
         if self.renews && !state.renewed {
@@ -103,8 +104,8 @@ impl Model for Job {
                 world.act(process, |it| it.expire(timer));
             }
             Action::Ask => {
-                state.asked = true;
-                let newcomer = world.processes[self.members].own();
+                let newcomer = world.processes[self.members + state.asked].own();
+                state.asked += 1;
                 // Of all members the last, which coordinates last.
                 let member = (0..self.members).rev().find(|&it| world.is_alive(it))?;
                 world.act(member, |it| it.ask(newcomer));
@@ -167,10 +168,13 @@ fn whoever_dies_whenever() {
 }
 
 #[test]
-fn a_newcomer_enters_while_others_die() {
+fn newcomers_enter_while_others_die() {
     let joining = Job { newcomers: 1, renews: true, ..PLAIN };
     for (members, deaths) in [(1, 1), (2, 1), (2, 2), (3, 0), (3, 1)] {
         check(Job { members, deaths, ..joining });
+    }
+    for (members, deaths) in [(1, 1), (2, 0), (2, 1)] {
+        check(Job { members, deaths, newcomers: 2, ..joining });
     }
 }
 

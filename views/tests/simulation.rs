@@ -26,6 +26,8 @@ enum Event {
     Kill(usize),
     Change(usize, Vec<Member>),
     Ask(usize),
+    /// A newcomer asks all members that it reaches.
+    AskAll(usize),
     /// The first so many processes no longer reach the others.
     Part(usize),
     /// Two processes no longer reach each other.
@@ -171,6 +173,15 @@ impl Simulation {
                     self.world.act(asked, |it| it.ask(member));
                 }
             }
+            Event::AskAll(newcomer) if self.world.is_alive(newcomer) => {
+                let member = self.world.processes[newcomer].own();
+                for asked in 0..self.world.processes.len() {
+                    let is_member = self.world.processes[asked].standing() == Standing::Inside;
+                    if self.world.is_alive(asked) && is_member {
+                        self.world.act(asked, |it| it.ask(member));
+                    }
+                }
+            }
             Event::Part(first) => {
                 for a in 0..first {
                     (first..self.world.processes.len()).for_each(|b| self.sever(a, b));
@@ -248,6 +259,47 @@ fn survivors_of_deaths_go_on_in_one_view() {
         }
         simulation.run(seed);
         assert!(simulation.world.is_settled(), "seed {seed}: {:#?}", simulation.world);
+    }
+}
+
+/// Newcomers ask all members while some of these die, and some of the newcomers too. With the next
+/// change that lets them in, whoever of them lives is in the view, and in the same one.
+#[test]
+fn all_that_ask_and_live_enter_with_the_next_change() {
+    for seed in schedules() {
+        let mut random = Random::new(!seed);
+        let members = 1 + random.below(7) as usize;
+        let newcomers = 1 + random.below(4) as usize;
+        let mut simulation = Simulation::new(seed, members, newcomers);
+        let span = [10, 100, 3000][random.below(3) as usize];
+        // The others remain a quorum.
+        for _ in 0..random.below((members as u64 - 1) / 2 + 1) {
+            let process = random.below((members + newcomers) as u64) as usize;
+            simulation.at(random.below(span), Event::Kill(process));
+        }
+        for newcomer in members..members + newcomers {
+            simulation.at(random.below(span), Event::AskAll(newcomer));
+        }
+        simulation.run(seed);
+        let lives = |world: &World, it: &usize| world.is_alive(*it);
+        let first = (0..members).find(|it| lives(&simulation.world, it)).unwrap();
+        let at = simulation.now + 1;
+        simulation.at(at, Event::Change(first, Vec::new()));
+        // One that dies as it enters is put out again.
+        let dies = random.chance(30).then(|| members + random.below(newcomers as u64) as usize);
+        if let Some(dies) = dies {
+            simulation.at(at + random.below(3 * simulation.delay_max + 1), Event::Kill(dies));
+        }
+        simulation.run(seed);
+        let world = &simulation.world;
+        let view = world.processes[first].view();
+        for process in (0..members + newcomers).filter(|it| lives(world, it)) {
+            let it = &world.processes[process];
+            let is_in = it.standing() == Standing::Inside && it.view() == view;
+            assert!(is_in && !it.is_changing(), "seed {seed}, process {process}: {world:#?}");
+        }
+        let count = (0..members + newcomers).filter(|it| lives(world, it)).count();
+        assert_eq!(view.members.len(), count, "seed {seed}: {world:#?}");
     }
 }
 

@@ -1,24 +1,30 @@
 //! How a member reaches another one. Blocks.
 
+use std::collections::VecDeque;
 use std::net::{SocketAddr, TcpStream};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use unisum_link::dial::{Failure, dial};
+use mio::Waker;
+use unisum_link::dial::{Failure, Unreached, dial};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{HandshakeError, Hello, Purpose, job_hash};
+use unisum_link::handshake::{HandshakeError, Hello, Purpose, Refusal, job_hash};
 use unisum_link::secure::{self, Credentials, Proven};
 use unisum_views::Member;
 
 use super::super::ControlError;
 use super::super::error::Reasons;
 use super::ViewsConfig;
+use super::shared::{Command, Shared};
 use crate::interface::Paths;
 
 /// Longest time for one attempt.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 const PAUSE_MAX: Duration = Duration::from_millis(200);
+/// Most threads that dial at a time.
+const DIALLERS_MAX: usize = 16;
 
 /// What a process dials with.
 #[derive(Clone, Debug)]
@@ -43,11 +49,29 @@ impl Dialer {
         Self { hello, credentials: config.credentials.clone(), timeout: config.connect_timeout }
     }
 
-    /// Connects to a member that listens there.
+    /// Connects to a member that listens there, once; why not.
+    pub(super) fn try_once(
+        &self,
+        to: Member,
+        addresses: &[SocketAddr],
+        time: Duration,
+    ) -> Result<Proven, Missed> {
+        let hello = Hello { to: to.0 as u32, ..self.hello };
+        let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
+        let paths = Paths::new(None);
+        let paths = paths.map_err(|error| Missed { why: error.to_string(), is_final: true })?;
+        let addresses = paths.to(addresses, true);
+        let meet = |stream, _| self.knock(stream, &hello, time);
+        let met = dial(&addresses, Instant::now() + time, |_, _| {}, meet);
+        met.map_err(|unreached| Missed::new(&unreached))
+    }
+
+    /// Connects to a member that listens there, unless that `is_moot` meanwhile.
     pub(super) fn dial(
         &self,
         to: Member,
         addresses: &[SocketAddr],
+        is_moot: impl Fn() -> bool,
     ) -> Result<Proven, ControlError> {
         let hello = Hello { to: to.0 as u32, ..self.hello };
         let started = Instant::now();
@@ -70,7 +94,7 @@ impl Dialer {
             });
             reasons.add(unreached.to_string());
             let now = Instant::now();
-            if is_final || now >= until {
+            if is_final || now >= until || is_moot() {
                 let target = format!("member {to:?} at {addresses:?}");
                 let (waited, hint) = (now - started, String::new());
                 return Err(ControlError::Unreachable { target, waited, reasons, hint });
@@ -95,4 +119,105 @@ impl Dialer {
         let session = secure::dial(&mut *stream, hello, &self.credentials, wants_records)?;
         Ok(Proven::new(stream, session))
     }
+}
+
+/// Why a member was not reached.
+#[derive(Debug)]
+pub(super) struct Missed {
+    pub(super) why: String,
+    /// Whether it would be so again: the member has said what it thinks of this process.
+    pub(super) is_final: bool,
+}
+
+impl Missed {
+    fn new(unreached: &Unreached<HandshakeError>) -> Self {
+        let is_final = unreached.tried.iter().any(|(_, failure)| match failure {
+            // Another process has the port now, of another job or program.
+            Failure::Met(HandshakeError::NotUnisum) => false,
+            Failure::Met(HandshakeError::Refused(why)) => *why != Refusal::Session.to_string(),
+            Failure::Met(error) => error.is_answer(),
+            Failure::Connect(_) | Failure::Silent(_) => false,
+        });
+        Self { why: unreached.to_string(), is_final }
+    }
+}
+
+/// Connects to others beside the thread of the elastic job, which never blocks.
+pub(super) struct Dials {
+    dialer: Dialer,
+    shared: Arc<Shared>,
+    waker: Arc<Waker>,
+    queue: Arc<Mutex<Queue>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    targets: VecDeque<(Member, Vec<SocketAddr>)>,
+    /// How many threads serve it.
+    threads: usize,
+}
+
+impl Dials {
+    pub(super) fn new(dialer: Dialer, shared: Arc<Shared>, waker: Arc<Waker>) -> Self {
+        Self { dialer, shared, waker, queue: Arc::default() }
+    }
+
+    /// Has a process dialled. What comes of it is a command to the thread.
+    pub(super) fn add(&self, member: Member, addresses: Vec<SocketAddr>) {
+        let mut queue = lock(&self.queue);
+        queue.targets.push_back((member, addresses));
+        if queue.threads == DIALLERS_MAX {
+            return;
+        }
+        queue.threads += 1;
+        drop(queue);
+        let (dialer, shared, waker) =
+            (self.dialer.clone(), self.shared.clone(), self.waker.clone());
+        let targets = self.queue.clone();
+        let serve = move || {
+            while let Some((member, addresses)) = next(&targets) {
+                let is_moot = || !shared.is_wanted(member);
+                shared.command(match dialer.dial(member, &addresses, is_moot) {
+                    Ok(proven) => Command::Connected(member, proven),
+                    Err(error) => Command::Unreached(member, error.to_string()),
+                });
+                // Writing to an eventfd fails only when it is full, and then the thread is awake.
+                let _ = waker.wake();
+            }
+            // It may wait for all to be dialled.
+            let _ = waker.wake();
+        };
+        if let Err(error) = thread::Builder::new().name("unisum-dialer".into()).spawn(serve) {
+            let mut queue = lock(&self.queue);
+            queue.threads -= 1;
+            // Those that there are serve it.
+            if queue.threads == 0 {
+                for (member, _) in queue.targets.drain(..) {
+                    let why = format!("starting a thread that dials: {error}");
+                    self.shared.command(Command::Unreached(member, why));
+                }
+                let _ = self.waker.wake();
+            }
+        }
+    }
+
+    /// Whether nobody is being dialled.
+    pub(super) fn are_idle(&self) -> bool {
+        lock(&self.queue).threads == 0
+    }
+}
+
+/// The next target; the thread that gets none ends.
+fn next(queue: &Mutex<Queue>) -> Option<(Member, Vec<SocketAddr>)> {
+    let mut queue = lock(queue);
+    let target = queue.targets.pop_front();
+    if target.is_none() {
+        queue.threads -= 1;
+    }
+    target
+}
+
+fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
+    // Every critical section leaves it whole.
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,7 +10,11 @@
 //! tells the others by these connections where it listens.
 
 mod dialing;
+mod joining;
+mod record;
 mod shared;
+#[cfg(test)]
+mod tests;
 mod thread;
 mod words;
 
@@ -23,14 +27,17 @@ use mio::{Poll, Waker};
 use unisum_link::handshake::{Build, job_hash};
 use unisum_link::secure::Credentials;
 
-use self::dialing::Dialer;
+use self::dialing::{Dialer, Dials};
 use self::shared::{Command, Shared};
-use self::thread::ViewsThread;
+use self::thread::{Mesh, ViewsThread};
 use super::{Control, ControlError, GOODBYE_TIMEOUT, listen};
 use crate::address::PortRange;
 use crate::interface::InterfaceFilter;
 
+pub use self::joining::Find;
+pub use self::record::{PublishedRecord, Record};
 pub use self::shared::Membership;
+use unisum_views::Participant;
 pub use unisum_views::{Member, Standing, View};
 
 /// What a process needs to be a member of an elastic job.
@@ -50,6 +57,9 @@ pub struct ViewsConfig {
     pub connect_timeout: Duration,
     /// Which build this is: members of different builds are refused.
     pub build: Build,
+    /// What all members have to have alike, as text: a newcomer that has something else ends with
+    /// an error before it asks to be let in.
+    pub terms: String,
 }
 
 /// A process that listens for other members, and is no member yet.
@@ -62,8 +72,9 @@ pub struct Prospect {
 /// This process's membership in an elastic job. Dropping it leaves, in order.
 pub struct Views {
     shared: Arc<Shared>,
-    waker: Waker,
+    waker: Arc<Waker>,
     own: Member,
+    session: [u8; 16],
     process: u32,
 }
 
@@ -99,10 +110,10 @@ impl Prospect {
         let own = Member(rank as u64);
         let directory = (0..).map(Member).zip(addresses).collect();
         let dialer = Dialer::new(&self.config, own, session);
-        let views = self.spawn(own, Some(view), session, directory)?;
+        let views = self.spawn(own, Some(view), session, (directory, dialer.clone()))?;
         for lower in (0..rank as u64).map(Member) {
             let addresses = views.shared.addresses(lower);
-            let stream = dialer.dial(lower, &addresses)?;
+            let stream = dialer.dial(lower, &addresses, || false)?;
             views.command(Command::Connected(lower, stream));
         }
         Ok(views)
@@ -113,12 +124,12 @@ impl Prospect {
         own: Member,
         view: Option<View>,
         session: [u8; 16],
-        directory: Vec<(Member, Vec<SocketAddr>)>,
+        (directory, dialer): (Vec<(Member, Vec<SocketAddr>)>, Dialer),
     ) -> Result<Views, ControlError> {
         let shared = Arc::new(Shared::new(view.clone(), directory));
         let system = |error| ControlError::system("starting the thread of an elastic job", error);
         let poll = Poll::new().map_err(system)?;
-        let waker = Waker::new(poll.registry(), thread::WAKER).map_err(system)?;
+        let waker = Arc::new(Waker::new(poll.registry(), thread::WAKER).map_err(system)?);
         let (listeners, world) = (self.listening.listeners, shared.world());
         let identity = thread::Identity {
             own,
@@ -128,7 +139,14 @@ impl Prospect {
             credentials: self.config.credentials,
             silence: self.config.silence,
         };
-        let started = ViewsThread::new(poll, identity, (listeners, world), view, shared.clone());
+        let dials = Dials::new(dialer, shared.clone(), waker.clone());
+        let mesh = Mesh::new(dials, self.config.terms, view.clone().unwrap_or_default());
+        let participant = match view {
+            Some(view) => Participant::new(own, view),
+            None => Participant::newcomer(own),
+        };
+        let with = (shared.clone(), mesh);
+        let started = ViewsThread::new(poll, identity, (listeners, world), participant, with);
         let mut thread = started.map_err(system)?;
         let end = End(shared.clone());
         let run = move || {
@@ -138,7 +156,7 @@ impl Prospect {
             }
         };
         std::thread::Builder::new().name("unisum-views".into()).spawn(run).map_err(system)?;
-        Ok(Views { shared, waker, own, process: std::process::id() })
+        Ok(Views { shared, waker, own, session, process: std::process::id() })
     }
 }
 
@@ -155,6 +173,15 @@ impl Views {
     /// Who this process is, in all views.
     pub const fn own(&self) -> Member {
         self.own
+    }
+
+    /// Where the members of a view can be reached, as far as this process knows, for processes that
+    /// want to join.
+    pub fn record(&self, view: &View) -> Record {
+        let mut members = self.shared.directory();
+        members.retain(|(member, addresses)| view.has(*member) && !addresses.is_empty());
+        members.sort_by_key(|(member, _)| view.rank(*member));
+        Record { session: self.session, epoch: view.epoch, members }
     }
 
     /// What this process knows of the job now.

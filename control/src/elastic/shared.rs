@@ -38,8 +38,10 @@ impl Membership {
 /// What the process asks of the thread.
 #[derive(Debug)]
 pub(super) enum Command {
-    /// This process has dialled a member.
+    /// This process has dialled a member, or a process that asks to be let in.
     Connected(Member, Proven),
+    /// It could not, and why.
+    Unreached(Member, String),
     Change {
         epoch: u64,
         out: Vec<Member>,
@@ -66,6 +68,7 @@ struct State {
     membership: Membership,
     commands: Vec<Command>,
     directory: BTreeMap<Member, Vec<SocketAddr>>,
+    seen: Option<View>,
     told: BTreeMap<u64, Vec<u8>>,
     bound: Vec<(u64, Supersede)>,
     said_goodbye: bool,
@@ -80,6 +83,7 @@ impl Shared {
             membership,
             commands: Vec::new(),
             directory: directory.into_iter().collect(),
+            seen: None,
             told: BTreeMap::new(),
             bound: Vec::new(),
             said_goodbye: false,
@@ -100,12 +104,50 @@ impl Shared {
         self.lock().directory.get(&member).cloned().unwrap_or_default()
     }
 
-    pub(super) fn add_addresses(&self, entries: Vec<(Member, Vec<SocketAddr>)>) {
-        self.lock().directory.extend(entries);
+    /// Where the processes that this one knows of listen.
+    pub(super) fn directory(&self) -> Vec<(Member, Vec<SocketAddr>)> {
+        self.lock().directory.clone().into_iter().collect()
+    }
+
+    /// Takes the entries that are new, and gives them.
+    pub(super) fn learn(
+        &self,
+        entries: Vec<(Member, Vec<SocketAddr>)>,
+    ) -> Vec<(Member, Vec<SocketAddr>)> {
+        let directory = &mut self.lock().directory;
+        let mut new = entries;
+        new.retain(|(member, _)| !directory.contains_key(member));
+        directory.extend(new.iter().cloned());
+        new
+    }
+
+    /// Forgets where some listen.
+    pub(super) fn forget(&self, is_gone: impl Fn(Member) -> bool) {
+        self.lock().directory.retain(|&member, _| !is_gone(member));
+    }
+
+    /// Whether a process is worth being dialled still.
+    pub(super) fn is_wanted(&self, member: Member) -> bool {
+        let state = self.lock();
+        state.directory.contains_key(&member) && !state.membership.is_over() && !state.said_goodbye
+    }
+
+    /// This process was told of the job that it wants to join.
+    pub(super) fn was_told(&self, seen: &View) {
+        self.lock().seen = Some(seen.clone());
+    }
+
+    /// The latest view of the job that this process was told of while it was outside.
+    pub(super) fn seen(&self) -> Option<View> {
+        self.lock().seen.clone()
     }
 
     pub(super) fn command(&self, command: Command) {
         self.lock().commands.push(command);
+    }
+
+    pub(super) fn has_commands(&self) -> bool {
+        !self.lock().commands.is_empty()
     }
 
     pub(super) fn take_commands(&self) -> Vec<Command> {
@@ -134,9 +176,14 @@ impl Shared {
     }
 
     /// This process is no longer in the job.
-    pub(super) fn fail(&self, why: &str) {
+    pub(super) fn end(&self, why: &str) {
         let membership = self.membership();
         self.update(Membership { end: Some(why.to_owned()), ..membership });
+    }
+
+    /// The thread has ended, and this process is no longer in the job.
+    pub(super) fn fail(&self, why: &str) {
+        self.end(why);
         self.lock().said_goodbye = true;
         self.changed.notify_all();
     }

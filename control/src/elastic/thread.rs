@@ -1,6 +1,8 @@
 //! The thread of an elastic job: an event loop that owns the port and the connections to all other
 //! members, and drives this process's part in the agreement.
 
+mod mesh;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,7 +15,9 @@ use mio::{Events, Interest, Poll, Token};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::handshake::{Build, Hello, Purpose, Refusal};
 use unisum_link::secure::{Credentials, Proven};
-use unisum_views::{Member, Output, Participant, Standing, View, Wait};
+use unisum_views::{
+    Member, Message as AgreementMessage, Output, Participant, Standing, View, Wait,
+};
 
 use super::super::connection::{Connection, Received};
 use super::super::door::Door;
@@ -21,6 +25,7 @@ use super::super::listen::Listeners;
 use super::super::message::Message;
 use super::shared::{Command, Membership, Shared};
 use super::words::Word;
+pub(super) use mesh::Mesh;
 
 const LISTENER: usize = 0;
 pub(super) const WAKER: Token = Token(1);
@@ -53,6 +58,7 @@ pub(super) struct ViewsThread {
     connections: BTreeMap<usize, (Member, Connection)>,
     /// Members that have left in order: they are lost when that matters to anybody.
     departed: BTreeSet<Member>,
+    mesh: Mesh,
     needs_all: bool,
     next_token: usize,
     /// What the participant waits for, and until when.
@@ -66,14 +72,10 @@ impl ViewsThread {
         poll: Poll,
         identity: Identity,
         (listeners, world): (Listeners, usize),
-        view: Option<View>,
-        shared: Arc<Shared>,
+        participant: Participant,
+        (shared, mesh): (Arc<Shared>, Mesh),
     ) -> io::Result<Self> {
         let door = Door::new(listeners, LISTENER, FIRST_GUEST, world, poll.registry())?;
-        let participant = match view {
-            Some(view) => Participant::new(identity.own, view),
-            None => Participant::newcomer(identity.own),
-        };
         Ok(Self {
             poll,
             identity,
@@ -82,6 +84,7 @@ impl ViewsThread {
             participant,
             connections: BTreeMap::new(),
             departed: BTreeSet::new(),
+            mesh,
             needs_all: false,
             next_token: FIRST_DIALLED,
             timer: None,
@@ -115,7 +118,9 @@ impl ViewsThread {
                 self.obey(command);
             }
             self.expire(now);
+            self.follow_view(now);
             self.tell_process(now);
+            self.check_abandoned();
         }
     }
 
@@ -137,7 +142,7 @@ impl ViewsThread {
         match connection(admitted.connection, identity.silence) {
             Ok(connection) => {
                 self.connections.insert(admitted.token, (member, connection));
-                self.serve(admitted.token);
+                self.meet(admitted.token, member);
             }
             // It sees its connection end.
             Err(error) => tracing::warn!(?member, %error, "a member's connection failed"),
@@ -157,7 +162,7 @@ impl ViewsThread {
         match made {
             Ok(connection) => {
                 self.connections.insert(token, (member, connection));
-                self.serve(token);
+                self.meet(token, member);
             }
             Err(error) => {
                 tracing::warn!(?member, %error, "a member's connection failed");
@@ -194,15 +199,24 @@ impl ViewsThread {
     fn hear(&mut self, member: Member, word: Word) {
         match word {
             Word::Agreement(message) => {
+                if let AgreementMessage::Decided(view) = &message {
+                    self.see(view);
+                }
                 let output = self.participant.hear(member, message);
                 self.carry(output);
+            }
+            // A newcomer that has given up: nobody is to wait for it.
+            Word::Bye if !self.participant.view().has(member) => {
+                self.departed.insert(member);
+                self.lose(member);
             }
             Word::Bye => {
                 self.departed.insert(member);
                 self.count_departed();
             }
             Word::Tell { epoch, value } => self.shared.set_told(epoch, value.into()),
-            Word::Directory(entries) => self.shared.add_addresses(entries),
+            Word::Directory(entries) => self.learn(member, entries),
+            Word::Terms(terms) => self.compare(&terms),
         }
     }
 
@@ -213,6 +227,7 @@ impl ViewsThread {
         // Dropping it deregisters it too, unless a forked child holds it as well.
         let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
         drop(connection);
+        self.part_from(member);
         if self.linger_until.is_none() && !self.departed.contains(&member) {
             self.lose(member);
         }
@@ -247,9 +262,12 @@ impl ViewsThread {
     }
 
     fn send(&mut self, to: Member, word: &Word) {
-        // To a member without a connection nothing can be said: it is lost, or about to be.
-        for (_, connection) in self.connections.values_mut().filter(|(member, _)| *member == to) {
-            connection.queue(encode(word));
+        let encoded = encode(word);
+        match self.connections.values_mut().find(|(member, _)| *member == to) {
+            Some((_, connection)) => connection.queue(encoded),
+            // To a member whose connection has ended nothing can be said: it is lost, or about to
+            // be.
+            None => self.keep_for(to, encoded),
         }
     }
 
@@ -259,16 +277,18 @@ impl ViewsThread {
         }
         match command {
             Command::Connected(member, proven) => self.connected(member, proven),
+            Command::Unreached(member, why) => self.unreached(member, &why),
             Command::Change { epoch, out, admits } => {
                 let output = self.participant.change(epoch, &out, admits);
                 self.carry(output);
             }
             Command::Tell { epoch, value } => {
                 self.shared.set_told(epoch, value.clone());
-                let word = encode(&Word::Tell { epoch, value: value.into() });
-                for (_, connection) in self.connections.values_mut() {
-                    connection.queue(word.clone());
-                }
+                let word = Word::Tell { epoch, value: value.into() };
+                let connected = self.connections.values().map(|(member, _)| *member);
+                let members = self.participant.view().members.iter().copied();
+                let all: BTreeSet<Member> = connected.chain(members).collect();
+                all.into_iter().for_each(|it| self.send(it, &word));
             }
             Command::NeedAll(need) => {
                 self.needs_all = need;
@@ -375,6 +395,7 @@ impl ViewsThread {
             self.timer.map(|(_, at)| at),
             stranded.map(|since| since + STRANDED_FOR),
             self.linger_until,
+            self.mesh.deadline(),
         ];
         due.into_iter().flatten().min().map(|at| at.saturating_duration_since(now))
     }
@@ -394,11 +415,11 @@ impl Identity {
         if hello.build != self.build {
             return Err(Refusal::Build { from, to, theirs: hello.build, ours: self.build });
         }
-        if hello.purpose != Purpose::View || u64::from(to) != self.own.0 || from == to {
-            return Err(Refusal::Rank { from, to });
-        }
         if hello.session != self.session {
             return Err(Refusal::Session);
+        }
+        if hello.purpose != Purpose::View || u64::from(to) != self.own.0 || from == to {
+            return Err(Refusal::Rank { from, to });
         }
         match is_connected(Member(u64::from(from))) {
             true => Err(Refusal::RankTaken {

@@ -19,6 +19,8 @@ pub(super) enum Word {
     Tell { epoch: u64, value: Bytes },
     /// Where members, and those that ask to be let in, listen.
     Directory(Vec<(Member, Vec<SocketAddr>)>),
+    /// What all members have to have alike, for a process that asks to be let in.
+    Terms(String),
 }
 
 impl Word {
@@ -43,6 +45,10 @@ impl Word {
                     to.put_slice(line.as_bytes());
                 }
             }
+            Self::Terms(terms) => {
+                to.put_u8(5);
+                to.put_slice(terms.as_bytes());
+            }
         }
         to.freeze()
     }
@@ -64,6 +70,7 @@ impl Word {
                 let text = std::str::from_utf8(&bytes).ok()?;
                 text.lines().map(entry).collect::<Option<_>>().map(Self::Directory)
             }
+            5 => String::from_utf8(bytes.to_vec()).ok().map(Self::Terms),
             _ => None,
         }
     }
@@ -94,6 +101,7 @@ mod tests {
             Word::Tell { epoch: u64::MAX, value: Bytes::new() },
             Word::Directory(directory),
             Word::Directory(Vec::new()),
+            Word::Terms("minimum:2 transport=auto".into()),
         ] {
             assert_eq!(Word::decode(word.encode()), Some(word));
         }
@@ -101,7 +109,15 @@ mod tests {
 
     #[test]
     fn what_is_no_word_is_refused() {
-        for bytes in [&b""[..], b"\x00", b"\x02x", b"\x03short", b"\x04x 127.0.0.1:1\n", b"\x09"] {
+        for bytes in [
+            &b""[..],
+            b"\x00",
+            b"\x02x",
+            b"\x03short",
+            b"\x04x 127.0.0.1:1\n",
+            b"\x05\xff",
+            b"\x09",
+        ] {
             assert_eq!(Word::decode(Bytes::from_static(bytes)), None, "{bytes:?}");
         }
         assert_eq!(Word::decode(Bytes::from_static(b"\x041 nowhere\n")), None);

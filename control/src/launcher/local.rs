@@ -117,12 +117,14 @@ fn file_name(job: &str) -> String {
     format!("{readable}-{:016x}", fnv1a(job))
 }
 
-/// Whether [`file_name`] made a name, or it is that of a draft of such a file.
+/// Whether [`file_name`] made a name, or it is that of the members record beside such a file, or of
+/// a draft.
 fn is_file_name(name: &str) -> bool {
     let (name, mark) = match name.strip_prefix('.').and_then(|name| name.rsplit_once('.')) {
         Some((name, suffix)) => (name, Some(suffix)),
         None => (name, None),
     };
+    let name = name.strip_suffix(".members").unwrap_or(name);
     let hash = name.rsplit_once('-').map(|(_, hash)| hash);
     let is_hex = |it: &str| it.len() == 16 && it.bytes().all(|byte| byte.is_ascii_hexdigit());
     hash.is_some_and(is_hex) && mark.is_none_or(is_hex)

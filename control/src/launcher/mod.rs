@@ -137,6 +137,21 @@ pub fn detect(environment: &Environment) -> Result<Detected, LauncherError> {
     })
 }
 
+/// Finds the job that a process is to join while it runs: its meeting place and its name. Rank and
+/// world say nothing then; without a launcher, the name is that of ranks that were told the same
+/// meeting place.
+///
+/// # Errors
+/// As [`detect`].
+pub fn detect_job(environment: &Environment) -> Result<Detected, LauncherError> {
+    let detected = detect(environment)?;
+    let is_named = environment.get("UNISUM_JOB").is_some() || detected.source != Source::Single;
+    Ok(match &detected.rendezvous {
+        Some(told) if !is_named => Detected { job: told.to_string(), ..detected },
+        _ => detected,
+    })
+}
+
 /// The first convention at work, in the order of the table.
 ///
 /// Slurm, Flux and PALS speak PMI to the ranks they start themselves. If the PMI variables say the

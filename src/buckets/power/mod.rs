@@ -316,6 +316,11 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// What is the same on all ranks.
+    pub(crate) fn without_errors(&self) -> Self {
+        Self { errors: Kept::default(), ..self.clone() }
+    }
+
     /// Multiplies what ranks owe: gradients come with another loss scale from now on.
     pub(crate) fn rescale(&mut self, factor: f32) {
         self.errors.scale(factor);

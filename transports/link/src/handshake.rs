@@ -95,6 +95,11 @@ pub fn job_hash(job: &str) -> [u8; 16] {
     hash
 }
 
+/// A fingerprint of bytes (SHA-256), by which processes find out whether they have the same.
+pub fn fingerprint(bytes: &[u8]) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
 /// Fresh random bytes for a nonce or a session.
 ///
 /// # Errors
