@@ -123,7 +123,11 @@ impl<'a> Checkpoints<'a> {
 }
 
 impl State {
-    fn to_bytes(&self, parameters: &[Parameter]) -> Result<Vec<u8>> {
+    /// The state in the safetensors format.
+    ///
+    /// # Errors
+    /// If a tensor has not the shape of its parameter.
+    pub(crate) fn to_bytes(&self, parameters: &[Parameter]) -> Result<Vec<u8>> {
         let kinds =
             [("weights", &self.weights), ("means", &self.means), ("squares", &self.squares)];
         let mut tensors = Vec::new();
@@ -147,7 +151,11 @@ impl State {
         Ok(serialize(views.collect::<Result<Vec<_>>>()?, Some([training].into()))?)
     }
 
-    fn from_bytes(bytes: &[u8], parameters: &[Parameter]) -> Result<Self> {
+    /// The state that [`State::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// If the bytes are none, or of other parameters.
+    pub(crate) fn from_bytes(bytes: &[u8], parameters: &[Parameter]) -> Result<Self> {
         let (_, header) = SafeTensors::read_metadata(bytes)?;
         let training = header.metadata().as_ref().and_then(|all| all.get(TRAINING));
         let training = training.ok_or("it does not say which training it is of")?;

@@ -67,6 +67,11 @@ impl Exchange {
         Ok((outcome, step.wait()?))
     }
 
+    /// The communicator of the view that steps have led into, if they have.
+    pub(crate) fn take_communicator(&mut self) -> Option<Communicator> {
+        self.buckets.take_communicator()
+    }
+
     /// The average over all ranks.
     pub(crate) fn gradient(&self, parameter: usize) -> &[f32] {
         self.buckets.gradient(parameter)

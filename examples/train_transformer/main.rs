@@ -34,7 +34,7 @@ use clap::Parser;
 use unisum::{Communicator, Elastic};
 
 use checkpoint::State;
-use model::Precision;
+use model::{Model, Precision};
 use text::Text;
 use training::{Plan, Training};
 use wire::Wire;
@@ -85,9 +85,14 @@ struct Options {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 
-    /// Go on without ranks that are lost, as long as half of them are left
+    /// Go on without ranks that are lost, as long as half of them are left, and with those that
+    /// join
     #[arg(long, conflicts_with_all = ["checkpoint", "trace", "events"])]
     elastic: bool,
+
+    /// Join an elastic training that runs, whose ranks meet by the same UNISUM_RENDEZVOUS: a file
+    #[arg(long, requires = "elastic")]
+    join: bool,
 
     /// Fail if the loss on the held-out text is above this in the end
     #[arg(long, value_name = "NATS")]
@@ -98,29 +103,34 @@ fn main() -> ExitCode {
     let options = Options::parse();
     let launch = if options.elastic { ranks::launch_elastic } else { ranks::launch };
     let is_rank = unisum::local::is_rank();
-    let outcome = if is_rank { join(&options) } else { launch(options.ranks) };
+    let outcome = if is_rank || options.join { join(&options) } else { launch(options.ranks) };
     ranks::report("train_transformer", outcome)
 }
 
 /// What each rank does.
 fn join(options: &Options) -> Result<(), Box<dyn Error>> {
-    let mut communicator = connect(options.elastic)?;
-    ranks::tell_launch(&communicator);
     let text = Text::load()?;
+    let parameters = Model::new(Plan::new(text.vocabulary).size).parameters;
+    let mut communicator = connect(options.elastic, options.join)?;
+    ranks::tell_launch(&communicator);
+    let mut state = None;
+    if options.join {
+        let (joined, aligned) = elastic::align(communicator, (None, &parameters))?;
+        (communicator, state) = (joined, Some(aligned));
+    }
     let first = communicator.rank() == 0;
     if first {
         let unigram = text.unigram_loss();
         println!("Knowing only how often each character occurs, loss {unigram:.4}");
     }
-    let mut state = None;
     let (loss, hash) = loop {
-        let mut reached = state.clone();
-        match train(options, &text, &communicator, &mut reached) {
+        let (mut reached, mut entered) = (state.clone(), None);
+        match train(options, &text, &communicator, (&mut reached, &mut entered)) {
             Err(error) if options.elastic && elastic::is_change(&*error) => {
-                // Before the first step there is nothing to go on from.
-                let Some(reached) = reached else { return Err(error) };
-                let (smaller, aligned) = elastic::go_on(communicator, reached)?;
-                (communicator, state) = (smaller, Some(aligned));
+                let from = (reached, &parameters[..]);
+                let last = entered.unwrap_or(communicator);
+                let (next, aligned) = elastic::go_on(last, &*error, from)?;
+                (communicator, state) = (next, Some(aligned));
             }
             result => break result?,
         }
@@ -135,12 +145,12 @@ fn join(options: &Options) -> Result<(), Box<dyn Error>> {
 }
 
 /// Trains to the end, from a state if there is one: the loss, and a hash of the weights. If that
-/// fails, `state` is how far it came.
+/// fails, `state` is how far it came, and `entered` the communicator of a view that it entered.
 fn train(
     options: &Options,
     text: &Text,
     communicator: &Communicator,
-    state: &mut Option<State>,
+    (state, entered): (&mut Option<State>, &mut Option<Communicator>),
 ) -> Result<(f64, u64), Box<dyn Error>> {
     let plan = Plan::new(text.vocabulary);
     let mut training = Training::new(options, plan, text, communicator)?;
@@ -149,20 +159,21 @@ fn train(
     }
     let result = training.run();
     *state = Some(training.state());
+    *entered = training.take_communicator();
     Ok((result?.mean_loss(), training.hash_on_all_ranks()?))
 }
 
-/// Joins the world. Sums take the same way in every run, unless the environment names another: the
-/// automatic choice follows from measurements, and floats that are added in another order give
-/// other bits.
-fn connect(elastic: bool) -> Result<Communicator, unisum::Error> {
+/// Joins the world, or a job that runs. Sums take the same way in every run, unless the environment
+/// names another: the automatic choice follows from measurements, and floats that are added in
+/// another order give other bits.
+fn connect(elastic: bool, joins: bool) -> Result<Communicator, unisum::Error> {
     let mut builder = Communicator::builder();
     if elastic {
         builder = builder.elastic(Elastic::default());
     }
-    match std::env::var_os("UNISUM_ALGORITHM") {
+    let builder = match std::env::var_os("UNISUM_ALGORITHM") {
         Some(_) => builder,
         None => builder.algorithm("two-shot"),
-    }
-    .connect()
+    };
+    if joins { builder.join() } else { builder.connect() }
 }

@@ -28,7 +28,7 @@ fn rank_process() {
     let mut text = Text::load().unwrap();
     text.training.truncate(3000);
     text.held_out.truncate(300);
-    let communicator = connect(false).unwrap();
+    let communicator = connect(false, false).unwrap();
     let plan = plan(&text);
     let mut training = Training::new(&options, plan, &text, &communicator).unwrap();
     training.run().unwrap();

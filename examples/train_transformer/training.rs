@@ -11,6 +11,7 @@ use unisum::{Communicator, ReduceOp};
 
 use crate::Options;
 use crate::checkpoint::{Checkpoints, State};
+use crate::elastic::Turn;
 use crate::events::Events;
 use crate::exchange::{Cost, Exchange};
 use crate::model::{Judgement, Model, Pass, Size, Weights};
@@ -180,7 +181,13 @@ impl<'a> Training<'a> {
         if update.factor != 1.0 {
             self.exchange.rescale(update.factor);
         }
-        self.record(judgement, &report, start.elapsed().as_secs_f64())
+        self.record(judgement, &report, start.elapsed().as_secs_f64())?;
+        match &report {
+            // The batches are shared out anew.
+            StepReport { change: Some(_), .. } => Err(Turn::Losses.into()),
+            StepReport { newcomers: true, .. } => Err(Turn::Newcomers.into()),
+            _ => Ok(()),
+        }
     }
 
     /// Rises to its highest within the first steps, then falls to zero at the last.
@@ -275,6 +282,11 @@ impl<'a> Training<'a> {
             layout: self.exchange.layout(),
             scaler: self.scaling.save(),
         }
+    }
+
+    /// The communicator of the view that steps have led into, if they have.
+    pub(crate) fn take_communicator(&mut self) -> Option<Communicator> {
+        self.exchange.take_communicator()
     }
 
     /// Goes on from what a checkpoint has; the exchange has its layout already.
