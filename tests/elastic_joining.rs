@@ -173,6 +173,7 @@ fn newcomer() {
         Err(error) => return tell_error(&error),
     };
     reach("joined");
+    reach(&format!("joined-{}", std::process::id()));
     Training::tell(Training { communicator, state: None, admits: true }.run());
 }
 
@@ -274,7 +275,7 @@ fn a_newcomer_that_dies_at_any_moment_disturbs_nobody() {
             running.signal(3, libc::SIGKILL);
             // Another one enters all the same.
             running.add(&newcomers(&world), 4);
-            running.wait_for("world-4", 4, LIMIT);
+            running.wait_for(&format!("joined-{}", running.pid(4)), 1, LIMIT);
             let ended = finish(running);
             assert!(alike(&ended, &[3]).starts_with("of 4 after "), "{ended:#?}");
         }
