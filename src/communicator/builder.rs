@@ -69,7 +69,8 @@ impl Builder {
 
     /// Lets the job outlive ranks that it loses: calls then end with
     /// [`ErrorKind::ViewChanged`] instead of [`ErrorKind::RankLost`], and the ranks that are left
-    /// go on with [`Communicator::rebuild`]. All ranks give the same; see docs/elastic.md.
+    /// go on with [`Communicator::rebuild`]. All ranks give the same; see docs/elastic.md
+    /// (`UNISUM_ELASTIC`, which is the minimum).
     ///
     /// Costs a thread, a port and a connection to every other rank, on which nothing is said while
     /// nobody is lost.
@@ -221,10 +222,11 @@ impl Builder {
         if detected.rank == 0 && version::IS_UNOPTIMISED {
             crate::warning::warning!("{UNOPTIMISED}");
         }
-        let elastic = self.elastic.as_ref();
+        let by_variable = || settings.elastic.map(|minimum| Elastic { minimum });
+        let elastic = self.elastic.or_else(by_variable);
         let known = (&environment, &settings);
         let meeting = Meeting::prepare(&mut detected, known, self.store.as_ref())?;
-        let elasticity = elastic.map_or(Elasticity::None, Elasticity::Founded);
+        let elasticity = elastic.as_ref().map_or(Elasticity::None, Elasticity::Founded);
         let (membership, joined) = wiring::join(&detected, &settings, &meeting, elasticity)?;
         Ok(communicator(&detected, &settings, membership, joined))
     }

@@ -193,7 +193,7 @@ impl Communicator {
     fn elastic_epoch(&self) -> Result<&Epoch, Error> {
         self.epoch.as_ref().ok_or_else(|| {
             let text = "only the job's own communicator can be rebuilt, and only if it was made \
-                        with `Builder::elastic`";
+                        with `Builder::elastic` or UNISUM_ELASTIC";
             Error::new(ErrorKind::Configuration, text).on(self.rank())
         })
     }

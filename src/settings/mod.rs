@@ -28,6 +28,9 @@ pub(crate) struct Settings {
     pub(crate) connect_timeout: Duration,
     /// How long another host may give no sign of life before it is lost.
     pub(crate) heartbeat_timeout: Duration,
+    /// How many ranks a job that outlives its ranks needs; `None` if it ends with the first that is
+    /// lost.
+    pub(crate) elastic: Option<usize>,
     /// Name of the algorithm to use for every operation; `None` chooses by size.
     pub(crate) algorithm: Option<String>,
     /// Whether algorithms are chosen by nothing that was measured.
@@ -97,6 +100,7 @@ impl Settings {
             heartbeat_timeout: read
                 .seconds_from(1.0, "UNISUM_HEARTBEAT_TIMEOUT")?
                 .unwrap_or(defaults.heartbeat_timeout),
+            elastic: read.number("UNISUM_ELASTIC", 0..=1 << 16)?.filter(|&minimum| minimum > 0),
             algorithm: read.algorithm("UNISUM_ALGORITHM")?,
             reproducible,
             tuning: read.tuning("UNISUM_TUNING", reproducible)?,
@@ -144,6 +148,7 @@ impl Default for Settings {
             timeout: Duration::from_secs(300),
             connect_timeout: Duration::from_secs(120),
             heartbeat_timeout: Duration::from_secs(10),
+            elastic: None,
             algorithm: None,
             reproducible: false,
             tuning: None,

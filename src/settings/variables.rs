@@ -68,6 +68,11 @@ pub(crate) const VARIABLES: &[Variable] = &[
         "10",
         "seconds without a sign of life from another host, 1 or more, until it is lost",
     ),
+    variable(
+        "UNISUM_ELASTIC",
+        "0",
+        "ranks that a job needs to go on when it loses some; 0 ends it with the first that is lost",
+    ),
     variable("UNISUM_ALGORITHM", "auto", "algorithm for every operation, or `auto`"),
     variable(
         "UNISUM_REPRODUCIBLE",

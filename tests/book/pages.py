@@ -63,6 +63,8 @@ ELSEWHERE = [
      "docs/quick-start/pytorch.md", 'dist.init_process_group("unisum")'),
     ("docs/pytorch", "from unisum.torch import DistributedDataParallel",
      "bindings/python/tests/ddp_scenarios.py", "DistributedDataParallel"),
+    ("docs/elastic", "comm = unisum.connect(elastic=2)", "bindings/python/tests/test_elastic.py",
+     "unisum.connect(elastic=1)"),
     ("README", "cargo run --release --bin allreduce-bench -- -n 16", ".ci/run",
      "cargo run --release --bin allreduce-bench -- -n 16"),
     ("README", "srun -N 4", "tests/launchers/cases.py", "srun {options} {context.bench}"),

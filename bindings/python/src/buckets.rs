@@ -37,8 +37,10 @@ pub(crate) struct Report(Arc<Mutex<Option<StepReport>>>);
 
 /// By bucket: bytes, and when it was ready, was begun and had ended, in seconds.
 type BucketTimes = Vec<(usize, f64, f64, f64)>;
+/// The fields of `unisum.StepChange`, in their order: epoch, processes, lost, redone, took.
+type Change = (u64, Vec<u64>, Vec<usize>, bool, f64);
 /// The fields of `unisum.StepReport`, in their order.
-type Told = (bool, usize, Vec<usize>, f64, f64, f64, f64, BucketTimes);
+type Told = (bool, usize, Vec<usize>, f64, f64, f64, f64, BucketTimes, Option<Change>);
 
 /// Evaluates an expression with `$T` standing for the Rust type of a gradient's elements.
 macro_rules! with_gradient {
@@ -255,6 +257,19 @@ impl Buckets {
         Ok((layout.to_bytes(), layout.version(), members))
     }
 
+    /// The epoch and the processes of the view of the last step, if the job is elastic.
+    fn _view_of_job(&self, py: Python<'_>) -> PyResult<Option<(u64, Vec<u64>)>> {
+        let mut state = self.alone()?;
+        let buckets = state.idle()?;
+        let view = py.detach(|| buckets.view());
+        Ok(view.map(|view| (view.epoch, view.processes)))
+    }
+
+    /// The communicator of the job's view, if steps have changed it since the last call of this.
+    fn _take_communicator(&self) -> PyResult<Option<Communicator>> {
+        Ok(self.alone()?.idle()?.take_communicator().map(Communicator::new))
+    }
+
     fn _rescale(&self, py: Python<'_>, factor: f32) -> PyResult<()> {
         let mut state = self.alone()?;
         let buckets = state.idle()?;
@@ -321,6 +336,15 @@ fn told(report: &StepReport) -> Told {
         report.exposed().as_secs_f64(),
         report.communicated().as_secs_f64(),
         report.buckets.iter().map(bucket).collect(),
+        report.change.as_ref().map(|it| {
+            (
+                it.view.epoch,
+                it.view.processes.clone(),
+                it.lost.clone(),
+                it.redone,
+                it.took.as_secs_f64(),
+            )
+        }),
     )
 }
 

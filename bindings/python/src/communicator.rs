@@ -263,6 +263,27 @@ impl Communicator {
         Ok(Work::new(pending))
     }
 
+    /// The epoch and the processes of the job's view, if the job is elastic.
+    fn _view(&self) -> PyResult<Option<(u64, Vec<u64>)>> {
+        Ok(self.get()?.view().map(|view| (view.epoch, view.processes)))
+    }
+
+    fn _rebuild(&self, py: Python<'_>) -> PyResult<Self> {
+        let inner = self.get()?;
+        in_background(py, "unisum-rebuild", move || inner.rebuild())
+    }
+
+    fn _shrink(&self, py: Python<'_>, exclude: Vec<usize>) -> PyResult<Self> {
+        let inner = self.get()?;
+        in_background(py, "unisum-shrink", move || inner.shrink(&exclude))
+    }
+
+    /// Ends the calls of all ranks on it.
+    fn revoke(&self, py: Python<'_>) -> PyResult<()> {
+        let inner = self.get()?;
+        py.detach(|| inner.revoke()).map_err(|error| exception(py, &error))
+    }
+
     fn _barrier(&self, py: Python<'_>) -> PyResult<()> {
         let inner = self.get()?;
         let barrier = Collective::barrier();
@@ -355,12 +376,21 @@ pub(crate) fn connect(
     if let Some(store) = store {
         builder = builder.store(PythonStore::new(store));
     }
+    in_background(py, "unisum-connect", move || builder.connect())
+}
+
+/// Has a thread make a communicator, and hears signals meanwhile.
+fn in_background(
+    py: Python<'_>,
+    name: &str,
+    make: impl FnOnce() -> Result<unisum::Communicator, unisum::Error> + Send + 'static,
+) -> PyResult<Communicator> {
     let (sender, receiver) = channel();
     let join = move || {
         // Nobody waits any more if a signal handler has raised: then the job is left again.
-        let _ = sender.send(builder.connect());
+        let _ = sender.send(make());
     };
-    thread::Builder::new().name("unisum-connect".into()).spawn(join)?;
+    thread::Builder::new().name(name.into()).spawn(join)?;
     let (nap, receiver) = (Duration::from_millis(50), Mutex::new(receiver));
     loop {
         let received =
@@ -402,6 +432,11 @@ fn builder(options: &Bound<'_, PyDict>) -> PyResult<Builder> {
             "tuning" => builder.tuning(&text()?),
             "port_range" => builder.port_range(&text()?),
             "interface" => builder.interface(&text()?),
+            "elastic" => {
+                let minimum: usize = value.extract()?;
+                let set = builder.variable("UNISUM_ELASTIC", &minimum.to_string());
+                set.map_err(|error| exception(value.py(), &error))?
+            }
             "timeout" => builder.timeout(seconds()?),
             "connect_timeout" => builder.connect_timeout(seconds()?),
             "heartbeat_timeout" => builder.heartbeat_timeout(seconds()?),

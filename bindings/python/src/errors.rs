@@ -16,6 +16,7 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         ErrorKind::Configuration => "configuration",
         ErrorKind::Rendezvous => "rendezvous",
         ErrorKind::RankLost => "rank_lost",
+        ErrorKind::ViewChanged => "view_changed",
         ErrorKind::Protocol => "protocol",
         ErrorKind::Timeout => "timeout",
         ErrorKind::Mismatch => "mismatch",
@@ -34,6 +35,7 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         error.failed_ranks().to_vec(),
         error.operation().map(str::to_owned),
         error.step(),
+        error.epoch().map(|epoch| (epoch, error.lost().to_vec(), error.joined().to_vec())),
     );
     let made = py.import("unisum._errors").and_then(|it| it.call_method1("make", arguments));
     made.map_or_else(|failed| failed, PyErr::from_value)

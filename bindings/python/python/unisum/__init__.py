@@ -13,8 +13,8 @@ PyTorch programs say ``torch.distributed.init_process_group("unisum")``; see ``u
 
 from __future__ import annotations
 
-from ._buckets import BucketReport, Buckets, Parameter, Step, StepReport
-from ._communicator import OPS, Communicator, Messenger, Work, empty
+from ._buckets import BucketReport, Buckets, Parameter, Step, StepChange, StepReport
+from ._communicator import OPS, Communicator, Messenger, View, Work, empty
 from ._connect import connect
 from ._device import DeviceCommunicator
 from ._errors import (
@@ -25,6 +25,7 @@ from ._errors import (
     RankLostError,
     RendezvousError,
     TimeoutError,
+    ViewChanged,
 )
 from ._spawn import RankFailed, spawn
 from ._unisum import Array, LossScaler, cuda_devices
@@ -47,8 +48,11 @@ __all__ = [
     "RankLostError",
     "RendezvousError",
     "Step",
+    "StepChange",
     "StepReport",
     "TimeoutError",
+    "View",
+    "ViewChanged",
     "Work",
     "connect",
     "cuda_devices",

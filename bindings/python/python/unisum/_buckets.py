@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from . import _completion, _unisum
-from ._communicator import Communicator, Work
+from ._communicator import Communicator, View, Work, succeed
 from ._unisum import Array
 
 
@@ -35,6 +36,21 @@ class BucketReport(NamedTuple):
     finished: float
 
 
+class StepChange(NamedTuple):
+    """How the view of an elastic job changed during a step, which all ranks that are left have
+    ended in the same way."""
+
+    #: The view in which the step ended: ``Buckets.take_communicator`` gives its communicator.
+    view: View
+    #: The ranks that were lost, as they were numbered when the step began.
+    lost: List[int]
+    #: Whether the gradients were averaged again, over the ranks that are left; otherwise they are
+    #: averages over those that there were before.
+    redone: bool
+    #: Seconds from when this rank noticed the first loss until it was in the view.
+    took: float
+
+
 class StepReport(NamedTuple):
     """A step that all ranks committed to. Times are in seconds, since its beginning."""
 
@@ -54,10 +70,16 @@ class StepReport(NamedTuple):
     communicated: float
     #: By bucket, in launching order.
     buckets: List[BucketReport]
+    #: How the job's view changed meanwhile, if it did.
+    change: Optional[StepChange] = None
 
 
 def _report(told: Any) -> StepReport:
-    return StepReport(*told[:-1], buckets=[BucketReport(*it) for it in told[-1]])
+    *fields, buckets, change = told
+    if change is not None:
+        epoch, processes, *rest = change
+        change = StepChange(View(epoch, processes), *rest)
+    return StepReport(*fields, [BucketReport(*it) for it in buckets], change)
 
 
 class Buckets:
@@ -71,6 +93,9 @@ class Buckets:
             step.ready("bias")                      # final: travels once its bucket is full
             step.put("weight", gradient)            # or copied there
         buckets.gradient("bias").numpy()            # the average, when the block has ended
+
+    In an elastic job a step outlives ranks: ``report.change`` tells of it, and the program takes
+    the new communicator with ``take_communicator``.
 
     Collective: every rank makes them, with the same parameters, in the order in which they were
     registered, and the same settings; it begins its steps in the same order. Parameters are told
@@ -122,6 +147,8 @@ class Buckets:
             "layout": layout,
         }
         described = [(it.name, list(it.shape), it.dtype, it.uses) for it in self.parameters]
+        # They may outlive it.
+        self._communicator = weakref.ref(communicator)
         self._native = _unisum.make_buckets(communicator._native, described, options)
 
     def _place(self, parameter: Union[int, str]) -> int:
@@ -172,6 +199,23 @@ class Buckets:
     def buckets(self) -> List[List[int]]:
         """The parameters of each bucket, by their places."""
         return self._native._layout()[2]
+
+    @property
+    def view(self) -> Optional[View]:
+        """Who is in the job since the last step, if the job is elastic."""
+        view = self._native._view_of_job()
+        return None if view is None else View(*view)
+
+    def take_communicator(self) -> Optional[Communicator]:
+        """The communicator of the ranks that are left, if steps have changed the job's view
+        (``StepReport.change``) since the last call of this: in place of the earlier one, which has
+        ended. Not collective. These buckets go on with it."""
+        native = self._native._take_communicator()
+        if native is None:
+            return None
+        communicator = succeed(self._communicator(), Communicator(native))
+        self._communicator = weakref.ref(communicator)
+        return communicator
 
     def rescale(self, factor: float) -> None:
         """From the next step on gradients come with a loss scale that is ``factor`` times that of

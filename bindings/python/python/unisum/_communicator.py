@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import weakref
-from typing import Any, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union, overload
+from typing import (
+    Any,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+    overload,
+)
 
 from . import _completion, _errors, _unisum
 from ._unisum import Array
@@ -102,6 +113,15 @@ class Work:
         return asyncio.wrap_future(self.future()).__await__()
 
 
+class View(NamedTuple):
+    """Who is in an elastic job during an epoch."""
+
+    #: 1 at the start of the job; each change adds 1.
+    epoch: int
+    #: By rank, which process it is: the same process has the same number in all epochs.
+    processes: List[int]
+
+
 _last: "Optional[weakref.ref[Communicator]]" = None
 
 
@@ -109,6 +129,13 @@ def remember(communicator: "Communicator") -> None:
     """From here on ``unisum.empty`` allocates for it."""
     global _last
     _last = weakref.ref(communicator)
+
+
+def succeed(former: "Optional[Communicator]", communicator: "Communicator") -> "Communicator":
+    """``unisum.empty`` allocates for the later one, if it did for the former."""
+    if former is not None and _last is not None and _last() is former:
+        remember(communicator)
+    return communicator
 
 
 def empty(shape: Union[int, Sequence[int]], dtype: str = "float32") -> Array:
@@ -129,8 +156,9 @@ class Communicator:
     ends them: on all ranks with an error, since the others need this one. With ``async_op=True``
     they return a ``Work`` at once.
 
-    After an error the communicator is aborted on every rank. ``close`` leaves the job; a ``with``
-    block does.
+    After an error the communicator is aborted on every rank; in an elastic job
+    (``unisum.connect(elastic=1)``) ``rebuild`` gives another one. ``close`` leaves the job; a
+    ``with`` block does.
     """
 
     def __init__(self, native: _unisum.Communicator) -> None:
@@ -167,6 +195,36 @@ class Communicator:
     def set_algorithm(self, name: Optional[str]) -> None:
         """Fixes the algorithm of later calls, or has it chosen (``None``). All ranks call it."""
         self._native.set_algorithm(name)
+
+    @property
+    def view(self) -> Optional[View]:
+        """Who is in the job, in the epoch that this communicator is of. ``None`` if the job is not
+        elastic, and for groups."""
+        view = self._native._view()
+        return None if view is None else View(*view)
+
+    def rebuild(self) -> "Communicator":
+        """The communicator of the ranks that are left, after ``unisum.ViewChanged``: numbered anew,
+        in the same order. Groups, messengers and buckets of this one are made again from it; arrays
+        of ``empty`` stay.
+
+        Collective: every rank that is left calls it. Blocks until all have; if ranks are lost
+        meanwhile, it goes on with those that are left then. If the view has not changed, this makes
+        it change, with the same ranks. Raises ``unisum.RankLostError`` if too few are left, or if
+        the others went on without this rank.
+        """
+        return succeed(self, Communicator(self._native._rebuild()))
+
+    def shrink(self, exclude: Sequence[int]) -> "Communicator":
+        """The communicator of all ranks but these, which need not take part, and get
+        ``unisum.RankLostError``. Every other rank calls it, with the same list; else as
+        ``rebuild``."""
+        return succeed(self, Communicator(self._native._shrink(list(exclude))))
+
+    def revoke(self) -> None:
+        """Ends all calls on this communicator, on all ranks, with ``unisum.ViewChanged``: all then
+        ``rebuild``. Any thread of any rank may call it; it returns at once."""
+        self._native.revoke()
 
     def abort(self, why: str = "the program aborted it") -> BaseException:
         """Ends the job on all ranks: their calls under way raise ``unisum.AbortedError``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from . import _unisum
 from ._communicator import Communicator, remember
@@ -27,12 +27,17 @@ def connect(
     timeout: Optional[float] = None,
     connect_timeout: Optional[float] = None,
     heartbeat_timeout: Optional[float] = None,
+    elastic: Union[bool, int, None] = None,
 ) -> Communicator:
     """Joins the job that this process was started in, and waits until all ranks have.
 
     Rank, world and meeting place come from the launcher (torchrun, mpirun, srun, ...) or the
     ``UNISUM_*`` variables; arguments win over them, and stand for the variables of their names in
     docs/configuration.md. Times are in seconds.
+
+    ``elastic`` is how many ranks the job needs to go on when it loses some; ``True`` is one. Calls
+    then end with ``unisum.ViewChanged``, and ``Communicator.rebuild`` gives the communicator of
+    those that are left. Without it the job ends with the first rank that is lost.
 
     ``store`` is a key-value store that all ranks have, with ``set(key, text)`` and ``get(key)``,
     as PyTorch's: rank 0 puts its addresses and a fresh token there, under ``key``. Starts at the
@@ -53,6 +58,7 @@ def connect(
         "timeout": timeout,
         "connect_timeout": connect_timeout,
         "heartbeat_timeout": heartbeat_timeout,
+        "elastic": None if elastic is None else int(elastic),
     }
     if store is not None and rendezvous is None and not os.environ.get("UNISUM_RENDEZVOUS"):
         options["rendezvous"] = f"store://{key}"

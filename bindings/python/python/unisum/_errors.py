@@ -52,6 +52,38 @@ class RankLostError(Error, ConnectionError):
     """A rank's process ended, or its host or network went away."""
 
 
+class ViewChanged(Error):
+    """An elastic job has lost ranks, or has taken some in: ``Communicator.rebuild`` gives the
+    communicator of those that are there now. What the call was to read is as it was before."""
+
+    #: The epoch that the job is in now.
+    epoch: Optional[int]
+    #: The ranks that are not in it any more, as they were numbered before.
+    lost: Tuple[int, ...]
+    #: The ranks that are new in it, as they are numbered there.
+    joined: Tuple[int, ...]
+
+    def __init__(
+        self,
+        message: str = "",
+        kind: str = "view_changed",
+        ranks: Sequence[int] = (),
+        operation: Optional[str] = None,
+        step: Optional[Tuple[int, int]] = None,
+        epoch: Optional[int] = None,
+        lost: Sequence[int] = (),
+        joined: Sequence[int] = (),
+    ) -> None:
+        super().__init__(message, kind, ranks, operation, step)
+        self.epoch = epoch
+        self.lost = tuple(lost)
+        self.joined = tuple(joined)
+
+    def __reduce__(self):
+        kind, arguments = super().__reduce__()
+        return kind, (*arguments, self.epoch, self.lost, self.joined)
+
+
 class TimeoutError(Error, builtins.TimeoutError):
     """The deadline passed: a rank is stopped, too late, too slow, or never called."""
 
@@ -68,12 +100,15 @@ _CLASSES = {
     "configuration": ConfigurationError,
     "rendezvous": RendezvousError,
     "rank_lost": RankLostError,
+    "view_changed": ViewChanged,
     "timeout": TimeoutError,
     "mismatch": MismatchError,
     "aborted": AbortedError,
 }
 
 
-def make(kind, message, ranks, operation, step):
+def make(kind, message, ranks, operation, step, change=None):
     """The exception for an error of the native part, which calls this."""
+    if kind == "view_changed":
+        return ViewChanged(message, kind, ranks, operation, step, *(change or ()))
     return _CLASSES.get(kind, Error)(message, kind, ranks, operation, step)
