@@ -6,11 +6,13 @@ tensor parallelism with `--tensor-parallel`. What is unisum's about it is the ba
     python gpt.py --fsdp
     python gpt.py --tensor-parallel
     python gpt.py --own --wire int8         # unisum's own DDP, gradients in 8 bits
+    python gpt.py --elastic --ranks 4       # kill ranks: the others finish
     python gpt.py --width 384 --layers 6    # 11 M parameters
 """
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -80,7 +82,9 @@ def parallel(model, arguments):
     if arguments.own:
         import unisum.torch
 
-        return unisum.torch.DistributedDataParallel(model, wire=arguments.wire)
+        return unisum.torch.DistributedDataParallel(
+            model, wire=arguments.wire, elastic=arguments.elastic
+        )
     if not (arguments.fsdp or arguments.tensor_parallel):
         return DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (arguments.ranks,))
@@ -95,6 +99,35 @@ def parallel(model, arguments):
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def align(model, optimizer, step):
+    """After ranks were lost: those that are left, all with the state of the furthest one."""
+    import unisum.torch
+
+    while True:
+        unisum.torch.rebuild(model)
+        try:
+            steps = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+            dist.all_gather_into_tensor(steps, torch.tensor([step]))
+            ahead = int(steps.argmax())
+            if (steps != steps[ahead]).any():
+                state = [model.module.state_dict(), optimizer.state_dict()]
+                dist.broadcast_object_list(state, src=ahead)
+                model.module.load_state_dict(state[0])
+                optimizer.load_state_dict(state[1])
+            return int(steps[ahead])
+        except unisum.ViewChanged:
+            pass
+
+
+def are_equal(model):
+    """Whether all ranks have the same weights, bit by bit."""
+    bits = torch.cat([it.detach().flatten() for it in model.parameters()]).view(torch.int32)
+    most, least = bits.clone(), bits.clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return torch.equal(most, least)
 
 
 def worker(rank, arguments, init_file):
@@ -127,15 +160,36 @@ def worker(rank, arguments, init_file):
         optimizer.step()
         return loss.detach().clone()
 
+    changes, world = (), arguments.ranks
+    if arguments.elastic:
+        import unisum
+
+        changes = unisum.ViewChanged
     begun = time.perf_counter()
-    for step in range(1, arguments.steps + 1):
-        loss = train()
-        if step % arguments.report == 0 or step == arguments.steps:
-            dist.all_reduce(loss)
-            if rank == 0:
+    step, is_checked = 0, not arguments.elastic
+    while step < arguments.steps or not is_checked:
+        try:
+            if step == arguments.steps:
+                assert are_equal(model), "ranks have different weights"
+                is_checked = True
+                continue
+            loss = train()
+            step += 1
+            if step % arguments.report == 0 or step == arguments.steps:
+                dist.all_reduce(loss)
                 took = time.perf_counter() - begun
-                nats = loss.item() / arguments.ranks
-                print(f"step {step}: {nats:.3f} nats a character, {took:.1f} s", flush=True)
+                nats = loss.item() / dist.get_world_size()
+                if dist.get_rank() == 0:
+                    print(f"step {step}: {nats:.3f} nats a character, {took:.1f} s", flush=True)
+        except changes:
+            step = align(model, optimizer, step)
+        if arguments.elastic and dist.get_rank() == 0 and dist.get_world_size() != world:
+            world = dist.get_world_size()
+            print(f"after step {step}: {world} ranks are left", flush=True)
+    if arguments.elastic:
+        if dist.get_rank() == 0:
+            print(f"weights are the same on all {world} ranks")
+        return dist.destroy_process_group()
     spent = communication_s(train)
     if arguments.own:
         spent = model.last_report.communicated
@@ -143,6 +197,23 @@ def worker(rank, arguments, init_file):
         each = took / arguments.steps
         print(f"{1e3 * each:.1f} ms a step, {1e3 * spent:.1f} ms of communication in one")
     dist.destroy_process_group()
+
+
+def outlive(arguments, init_file):
+    """Starts ranks that may be killed: 1 if one that was not has failed, or all were."""
+    os.environ["UNISUM_ELASTIC"] = "1"
+    context = mp.get_context("spawn")
+    ranks = [
+        context.Process(target=worker, args=(rank, arguments, init_file))
+        for rank in range(arguments.ranks)
+    ]
+    for rank, process in enumerate(ranks):
+        process.start()
+        print(f"rank {rank} is process {process.pid}", flush=True)
+    for process in ranks:
+        process.join()
+    statuses = [process.exitcode for process in ranks]
+    return int(any(it > 0 for it in statuses) or all(it < 0 for it in statuses))
 
 
 def main():
@@ -153,6 +224,9 @@ def main():
         "--tensor-parallel", action="store_true", help="divide the layers among the ranks"
     )
     parser.add_argument("--own", action="store_true", help="unisum's DistributedDataParallel")
+    parser.add_argument(
+        "--elastic", action="store_true", help="go on without ranks that are killed, with --own"
+    )
     parser.add_argument("--wire", help="how gradients travel with --own: int8, bf16, ...")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
@@ -163,7 +237,14 @@ def main():
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--report", type=int, default=50)
     arguments = parser.parse_args()
+    if arguments.elastic and (
+        arguments.backend != "unisum" or arguments.fsdp or arguments.tensor_parallel
+    ):
+        parser.error("--elastic is of unisum's DistributedDataParallel")
+    arguments.own |= arguments.elastic
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.elastic:
+            sys.exit(outlive(arguments, os.path.join(folder, "init")))
         mp.spawn(worker, (arguments, os.path.join(folder, "init")), nprocs=arguments.ranks)
 
 

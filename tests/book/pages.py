@@ -65,6 +65,8 @@ ELSEWHERE = [
      "bindings/python/tests/ddp_scenarios.py", "DistributedDataParallel"),
     ("docs/elastic", "comm = unisum.connect(elastic=2)", "bindings/python/tests/test_elastic.py",
      "unisum.connect(elastic=1)"),
+    ("docs/elastic", "model = unisum.torch.DistributedDataParallel",
+     "bindings/python/tests/test_torch_elastic.py", "elastic=True)"),
     ("README", "cargo run --release --bin allreduce-bench -- -n 16", ".ci/run",
      "cargo run --release --bin allreduce-bench -- -n 16"),
     ("README", "srun -N 4", "tests/launchers/cases.py", "srun {options} {context.bench}"),

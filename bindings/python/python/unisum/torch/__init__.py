@@ -14,9 +14,19 @@ import torch.distributed as dist
 
 from . import hooks
 from ._ddp import DistributedDataParallel
+from ._elastic import rank, rebuild, view, world
 from ._group import UnisumProcessGroup, create
 
-__all__ = ["DistributedDataParallel", "UnisumProcessGroup", "hooks", "register"]
+__all__ = [
+    "DistributedDataParallel",
+    "UnisumProcessGroup",
+    "hooks",
+    "rank",
+    "rebuild",
+    "register",
+    "view",
+    "world",
+]
 
 
 def register(name: str = "unisum", **options: Any) -> None:

@@ -38,6 +38,14 @@ class DistributedDataParallel(_TorchDDP):
         From which step on PowerSGD compresses (1,000), and that it leaves alone what would not get
         so many times smaller (2).
 
+    ``elastic``
+        Whether training outlives ranks, in a job that does (``UNISUM_ELASTIC=MINIMUM``, see
+        docs/elastic.md). The ranks that are left end the step that a loss interrupts, with the same
+        gradients on all of them: ``backward`` returns, ``last_report.change`` tells of it, and the
+        group's rank and size are those of the new view. If a loss hits a rank in another call,
+        ``backward`` raises ``unisum.ViewChanged``: see ``unisum.torch.rebuild``. Forward passes
+        broadcast no buffers, unless ``broadcast_buffers`` is given. Not with ``join``.
+
     What the wire keeps from step to step is saved by ``wire_state_dict``, for each rank its own.
 
     ``register_comm_hook``, ``mixed_precision`` and optimizers that run in the backward pass need
@@ -52,6 +60,7 @@ class DistributedDataParallel(_TorchDDP):
         feedback: Optional[bool] = None,
         powersgd_start: Optional[int] = None,
         powersgd_at_least: Optional[float] = None,
+        elastic: bool = False,
         **options: Any,
     ) -> None:
         # By name, whatever the version of PyTorch has in which place.
@@ -70,11 +79,17 @@ class DistributedDataParallel(_TorchDDP):
             "start_step": powersgd_start,
             "at_least": powersgd_at_least,
         }
+        self.__dict__["_is_elastic"] = elastic
         self.__dict__["_syncs"] = options.get("init_sync", True)
         syncs_buffers = options.get("broadcast_buffers")
         if options.get("forward_sync_buffers") is not None:
             syncs_buffers = True
         self.__dict__["_syncs_buffers"] = syncs_buffers is not False
+        if elastic and syncs_buffers is None:
+            # A call in each forward pass, which a loss could hit.
+            known = inspect.signature(_TorchDDP.__init__).parameters
+            name = "forward_sync_buffers"
+            options[name if name in known else "broadcast_buffers"] = False
         # Parameters that differ are told by the buckets, on all ranks alike, before anything is
         # sent.
         super().__init__(module, **{**options, "init_sync": False})
@@ -88,6 +103,12 @@ class DistributedDataParallel(_TorchDDP):
             raise ValueError(
                 "unisum.torch.DistributedDataParallel needs a process group of unisum's: "
                 'init_process_group("unisum")'
+            )
+        if self._is_elastic and group.view is None:
+            raise ValueError(
+                "elastic=True needs a job that outlives its ranks: UNISUM_ELASTIC=MINIMUM in the"
+                " environment of init_process_group, of which this is the default group, with more"
+                " than one rank"
             )
         known = {id(it): name for name, it in self.module.named_parameters()}
         named: Dict[str, torch.Tensor] = {known[id(it)]: it for it in parameters}
@@ -139,6 +160,19 @@ class DistributedDataParallel(_TorchDDP):
 
     def _match_unused_params_allreduce(self) -> None:
         pass
+
+    def join(self, *arguments: Any, **options: Any) -> Any:
+        if self._is_elastic:
+            raise NotImplementedError(
+                "elastic training has no `join`: after a loss ranks share the data out anew"
+            )
+        return super().join(*arguments, **options)
+
+    def _follow(self, group: Any) -> None:
+        """Goes on in another view of the group: what `unisum.torch.rebuild` calls."""
+        if self.process_group is not group:
+            raise ValueError("the model has another process group")
+        self.reducer.follow(group)
 
     def register_comm_hook(self, state: Any, hook: Any) -> None:
         raise NotImplementedError(

@@ -17,6 +17,7 @@ from .._connect import connect
 from . import _options, _profiling
 from ._barrier import monitored_barrier
 from ._cuda import CudaCalls
+from ._elastic import ElasticGroup
 from ._options import counts, flat, nested, single
 from ._sparse import all_reduce_sparse
 from ._work import UnisumWork, overdue, seconds
@@ -47,10 +48,11 @@ def create(
         options.timeout,
         is_default=not options.global_ranks_in_group,
         name=name,
+        is_elastic=getattr(options, "enable_reconfigure", False),
     )
 
 
-class UnisumProcessGroup(ProcessGroup):
+class UnisumProcessGroup(ElasticGroup, ProcessGroup):
     """A ``torch.distributed`` process group over unisum.
 
     Made by ``init_process_group("unisum")`` and ``new_group``; its ranks meet by PyTorch's store.
@@ -69,6 +71,7 @@ class UnisumProcessGroup(ProcessGroup):
         is_default: bool = False,
         name: str = "unisum",
         communicator: Optional[Communicator] = None,
+        is_elastic: bool = False,
     ) -> None:
         super().__init__(rank, world)
         self._backend_name = name
@@ -81,7 +84,7 @@ class UnisumProcessGroup(ProcessGroup):
         self._error: Optional[BaseException] = None
         self._is_split = communicator is not None
         if communicator is None:
-            settings = _options.settings(self._timeout, is_default)
+            settings = _options.settings(self._timeout, is_default, is_elastic)
             communicator = connect(
                 rank=rank, world=world, store=store, key="unisum/rendezvous", **settings
             )
@@ -89,7 +92,7 @@ class UnisumProcessGroup(ProcessGroup):
         self._native = self._communicator._native
         self._messenger = self._native._messenger()
         self._done = UnisumWork([], [])
-        self._cuda = CudaCalls(self._communicator.on_device)
+        self._cuda = CudaCalls(lambda ordinal: self._communicator.on_device(ordinal))
 
     # What PyTorch asks of every group.
 
@@ -487,7 +490,7 @@ class UnisumProcessGroup(ProcessGroup):
         after = None
         if _profiling.is_on():
             after = self._profiled("recvAnySource", [tensor], None)
-        work = self._messenger._start_any(tensor, tag)
+        work = self._messages()._start_any(tensor, tag)
         made = UnisumWork([work], [tensor], after)
         made._source = lambda: work.source
         return made
@@ -503,7 +506,7 @@ class UnisumProcessGroup(ProcessGroup):
         after = None
         if _profiling.is_on():
             after = self._profiled("recv" if receives else "send", [tensor], None)
-        work = self._messenger._start(receives, tensor, peer, tag)
+        work = self._messages()._start(receives, tensor, peer, tag)
         made = UnisumWork([work], [tensor], after)
         if receives:
             made._source = lambda: peer
@@ -514,7 +517,8 @@ class UnisumProcessGroup(ProcessGroup):
     def shutdown(self) -> None:
         """Leaves the job after what is under way; ``destroy_process_group`` calls it."""
         self._cuda.close()
-        self._messenger.close()
+        if self._messenger is not None:
+            self._messenger.close()
         self._communicator.close()
 
     def abort(self) -> None:

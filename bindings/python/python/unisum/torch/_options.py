@@ -85,7 +85,7 @@ def split_counts(splits: List[int], tensor: torch.Tensor, world: int) -> List[in
     return [split * width for split in splits]
 
 
-def settings(timeout: float, is_default: bool) -> Dict[str, Any]:
+def settings(timeout: float, is_default: bool, is_elastic: bool = False) -> Dict[str, Any]:
     """What PyTorch says, where the environment does not say otherwise."""
     said = {"timeout": timeout, "connect_timeout": timeout}
     known = {name: value for name, value in said.items() if not _is_set(name)}
@@ -95,6 +95,11 @@ def settings(timeout: float, is_default: bool) -> Dict[str, Any]:
         options["interface"] = ",".join(f"={name}" for name in interface.split(",")[:1])
     if is_default and _is_set("rendezvous"):
         options["rendezvous"] = os.environ["UNISUM_RENDEZVOUS"]
+    if not is_default:
+        # The ranks of other groups are some of the job's: they are made again in its next view.
+        options["elastic"] = False
+    elif is_elastic and not _is_set("elastic"):
+        options["elastic"] = True
     return options
 
 

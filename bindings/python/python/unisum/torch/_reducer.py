@@ -153,6 +153,18 @@ class Reducer:
         self._version = -1
         self._steps = 0
 
+    def follow(self, group: Any) -> None:
+        """Goes on in another view of the group, with the next step. Collective."""
+        self._is_expected = self._is_open = False
+        self._joined = None
+        if self.buckets is not None:
+            self.buckets.close()
+        for gradient in self._gradients:
+            gradient.is_ready = gradient.is_used = False
+            # What lies there may be reduced in part.
+            gradient.parameter.grad = None
+        self._update_process_group(group)
+
     # A backward pass.
 
     def prepare_for_forward(self) -> None:
@@ -235,6 +247,8 @@ class Reducer:
             self._ready += 1
 
     def _backward_ended(self, _end: Any) -> None:
+        # An exception that is kept keeps it: the next pass has another end.
+        self._end = None
         if not self._is_expected:
             return
         if self._is_static and self._steps == 1 and self._is_open:
@@ -252,6 +266,7 @@ class Reducer:
             self._finish()
 
     def _backward_raised(self, _end: Any) -> None:
+        self._end = None
         if self._is_expected and self._is_open:
             self._drop("its backward pass raised an exception")
 
@@ -277,6 +292,7 @@ class Reducer:
         work, told = self.buckets._native._finish()
         work.wait(None)
         self.report = report = _report(told._told())
+        self._take_view()
         unused = set(report.unused)
         for gradient in self._gradients:
             if not gradient.is_ready and gradient.place not in unused:
@@ -287,6 +303,13 @@ class Reducer:
             for gradient in self._gradients:
                 if gradient.parameter.grad is not None and gradient.place not in unused:
                     gradient.parameter.grad.mul_(factor)
+
+    def _take_view(self) -> None:
+        """The group is in the view in which the step has ended."""
+        assert self.buckets is not None
+        communicator = self.buckets.take_communicator()
+        if communicator is not None:
+            self._group._adopt(communicator)
 
     def _factor(self) -> float:
         """What averages over all ranks are multiplied by, to be over those that have data."""
@@ -317,6 +340,7 @@ class Reducer:
             native._begin(False)
             self._steps += 1
             native._finish()[0].wait(None)
+            self._take_view()
             self._version = -1 if self._steps <= 2 else self._version
         for parameter in self._sparse:
             nothing = torch.sparse_coo_tensor(size=parameter.shape, dtype=parameter.dtype)
