@@ -93,6 +93,11 @@ enum unisum_status
      */
     UNISUM_DEVICE = 21,
     /**
+     * An elastic job has lost ranks, or has taken some in: unisum_comm_rebuild gives the
+     * communicator of those that are there now.
+     */
+    UNISUM_VIEW_CHANGED = 22,
+    /**
      * A bug of the library.
      */
     UNISUM_INTERNAL = 99,
@@ -457,6 +462,26 @@ typedef struct unisum_error {
      * How many steps it has; 0 if there is no operation.
      */
     uint64_t steps;
+    /**
+     * The epoch that an elastic job is in now, of UNISUM_VIEW_CHANGED; else 0.
+     */
+    uint64_t epoch;
+    /**
+     * The ranks that are not in that epoch any more, as they were numbered before.
+     */
+    const uint32_t *lost;
+    /**
+     * How many.
+     */
+    size_t lost_count;
+    /**
+     * The ranks that are new in that epoch, as they are numbered there.
+     */
+    const uint32_t *joined;
+    /**
+     * How many.
+     */
+    size_t joined_count;
 } unisum_error;
 
 /**
@@ -653,6 +678,42 @@ typedef struct unisum_bucket_options {
 } unisum_bucket_options;
 
 /**
+ * How the view of an elastic job changed during a step, which all ranks that are left have ended
+ * in the same way.
+ */
+typedef struct unisum_step_change {
+    /**
+     * The epoch in which the step ended: unisum_buckets_take_communicator gives its communicator.
+     */
+    uint64_t epoch;
+    /**
+     * By rank of that epoch, which process it is, as in unisum_comm_view.
+     */
+    const uint64_t *processes;
+    /**
+     * How many ranks it has.
+     */
+    size_t process_count;
+    /**
+     * The ranks that were lost, as they were numbered when the step began.
+     */
+    const uint32_t *lost;
+    /**
+     * How many.
+     */
+    size_t lost_count;
+    /**
+     * Whether the gradients were averaged again, over the ranks that are left; otherwise they are
+     * averages over those that there were before.
+     */
+    bool redone;
+    /**
+     * From when this rank noticed the first loss until it was in the view, in seconds.
+     */
+    double took_s;
+} unisum_step_change;
+
+/**
  * What a step tells. Fields may be added at the end.
  */
 typedef struct unisum_step_report {
@@ -672,6 +733,11 @@ typedef struct unisum_step_report {
      * How long buckets were being reduced, in seconds.
      */
     double communicated_s;
+    /**
+     * How the view of an elastic job changed meanwhile; NULL if it did not. Valid until the next
+     * step of these buckets ends, or they are freed; in a join, until the update returns.
+     */
+    const struct unisum_step_change *change;
 } unisum_step_report;
 
 /**
@@ -1287,6 +1353,56 @@ unisum_status unisum_buckets_gather(const struct unisum_buckets *buckets,
 unisum_status unisum_weights_free(const struct unisum_weights *weights);
 
 /**
+ * Who is in an elastic job: `epoch` gets 1 at the start of the job and 1 more after each change,
+ * or 0 if the job is not elastic (UNISUM_ELASTIC), and for groups. `processes` gets, by rank,
+ * which process it is, `capacity` at most: the same process has the same number in all epochs.
+ * `count` gets how many ranks there are. All but the communicator may be NULL.
+ */
+unisum_status unisum_comm_view(const struct unisum_comm *comm,
+                               uint64_t *epoch,
+                               uint64_t *processes,
+                               size_t capacity,
+                               size_t *count);
+
+/**
+ * Makes the communicator of the ranks that are left, after UNISUM_VIEW_CHANGED: they are numbered
+ * anew, in the same order. Groups, messengers and buckets are made again from it; memory stays.
+ * The old communicator is still to be freed.
+ *
+ * Collective: every rank that is left calls it. Blocks until all have. If ranks are lost
+ * meanwhile, it goes on with those that are left then. If the view has not changed, this makes it
+ * change, with the same ranks. UNISUM_RANK_LOST if too few are left, or if the others went on
+ * without this rank.
+ */
+unisum_status unisum_comm_rebuild(const struct unisum_comm *comm, struct unisum_comm **next);
+
+/**
+ * Makes the communicator of all ranks but those that are listed, which need not take part: their
+ * calls end with UNISUM_RANK_LOST. Collective: every other rank calls it, with the same list. Else
+ * as unisum_comm_rebuild.
+ */
+unisum_status unisum_comm_shrink(const struct unisum_comm *comm,
+                                 const uint32_t *exclude,
+                                 size_t count,
+                                 struct unisum_comm **next);
+
+/**
+ * Ends all calls on an elastic job's communicator, on all ranks, with UNISUM_VIEW_CHANGED: all
+ * then call unisum_comm_rebuild. Not collective: any thread of any rank may call it. Returns at
+ * once.
+ */
+unisum_status unisum_comm_revoke(const struct unisum_comm *comm);
+
+/**
+ * Gives the communicator of the ranks that are left, if steps have changed the view of an elastic
+ * job (unisum_step_report.change) since the last call of this; else NULL. It takes the place of
+ * the earlier one, which has ended, and is freed by unisum_comm_free, as that is. The buckets go
+ * on with it. Not collective, not blocking. Not while a step is under way.
+ */
+unisum_status unisum_buckets_take_communicator(const struct unisum_buckets *buckets,
+                                               struct unisum_comm **comm);
+
+/**
  * Makes a scaler. NULL options are the defaults. Freed by unisum_scaler_free. Not collective.
  */
 unisum_status unisum_scaler_create(const struct unisum_scaler_options *options,
@@ -1747,6 +1863,56 @@ unisum_status unisum_device_take_nonfinite(const struct unisum_device *device,
  * ranks to free theirs, 2 s at most.
  */
 unisum_status unisum_device_free(const struct unisum_device *device);
+
+/**
+ * Who is in an elastic job: `epoch` gets 1 at the start of the job and 1 more after each change,
+ * or 0 if the job is not elastic (UNISUM_ELASTIC), and for groups. `processes` gets, by rank,
+ * which process it is, `capacity` at most: the same process has the same number in all epochs.
+ * `count` gets how many ranks there are. All but the communicator may be NULL.
+ */
+unisum_status unisum_comm_view(const struct unisum_comm *comm,
+                               uint64_t *epoch,
+                               uint64_t *processes,
+                               size_t capacity,
+                               size_t *count);
+
+/**
+ * Makes the communicator of the ranks that are left, after UNISUM_VIEW_CHANGED: they are numbered
+ * anew, in the same order. Groups, messengers and buckets are made again from it; memory stays.
+ * The old communicator is still to be freed.
+ *
+ * Collective: every rank that is left calls it. Blocks until all have. If ranks are lost
+ * meanwhile, it goes on with those that are left then. If the view has not changed, this makes it
+ * change, with the same ranks. UNISUM_RANK_LOST if too few are left, or if the others went on
+ * without this rank.
+ */
+unisum_status unisum_comm_rebuild(const struct unisum_comm *comm, struct unisum_comm **next);
+
+/**
+ * Makes the communicator of all ranks but those that are listed, which need not take part: their
+ * calls end with UNISUM_RANK_LOST. Collective: every other rank calls it, with the same list. Else
+ * as unisum_comm_rebuild.
+ */
+unisum_status unisum_comm_shrink(const struct unisum_comm *comm,
+                                 const uint32_t *exclude,
+                                 size_t count,
+                                 struct unisum_comm **next);
+
+/**
+ * Ends all calls on an elastic job's communicator, on all ranks, with UNISUM_VIEW_CHANGED: all
+ * then call unisum_comm_rebuild. Not collective: any thread of any rank may call it. Returns at
+ * once.
+ */
+unisum_status unisum_comm_revoke(const struct unisum_comm *comm);
+
+/**
+ * Gives the communicator of the ranks that are left, if steps have changed the view of an elastic
+ * job (unisum_step_report.change) since the last call of this; else NULL. It takes the place of
+ * the earlier one, which has ended, and is freed by unisum_comm_free, as that is. The buckets go
+ * on with it. Not collective, not blocking. Not while a step is under way.
+ */
+unisum_status unisum_buckets_take_communicator(const struct unisum_buckets *buckets,
+                                               struct unisum_comm **comm);
 
 /**
  * Allocates zeroed memory that the links of a communicator reach without copies: peers on this

@@ -9,6 +9,7 @@ use unisum::buckets::{
 use unisum::{Dtype, Element};
 
 use crate::communicator::{Comm, unisum_comm};
+use crate::elastic::{Change, unisum_step_change};
 use crate::handles::{self, Object};
 use crate::memory::{check, check_place, elements, list, put, text};
 use crate::status::{Outcome, guard, invalid, unisum_status};
@@ -87,6 +88,9 @@ pub struct unisum_step_report {
     pub exposed_s: f64,
     /// How long buckets were being reduced, in seconds.
     pub communicated_s: f64,
+    /// How the view of an elastic job changed meanwhile; NULL if it did not. Valid until the next
+    /// step of these buckets ends, or they are freed; in a join, until the update returns.
+    pub change: *const unisum_step_change,
 }
 
 /// What unisum_buckets_join calls after each step of the others, whose averages all ranks get: the
@@ -110,6 +114,8 @@ pub(crate) struct State {
     step: Option<Step<'static>>,
     buckets: Box<Buckets>,
     is_sharded: bool,
+    /// What the last report points to.
+    change: Option<Box<Change>>,
 }
 
 impl Object for Layer {
@@ -234,7 +240,8 @@ pub unsafe extern "C" fn unisum_buckets_create(
             builder = unsafe { configured(builder, &options[0]) }?;
         }
         let made = Box::new(builder.build(&parameters)?);
-        let layer = Layer(RwLock::new(State { step: None, buckets: made, is_sharded }));
+        let layer =
+            Layer(RwLock::new(State { step: None, buckets: made, is_sharded, change: None }));
         // SAFETY: C promises that it may be written.
         unsafe { handles::give(layer, buckets) };
         Ok(())
@@ -423,7 +430,9 @@ pub unsafe extern "C" fn unisum_buckets_wait(
         let mut state = layer.alone()?;
         state.step()?;
         let step = state.step.take().expect("it was looked at");
-        let told = told(&step.wait()?);
+        let ended = step.wait()?;
+        state.change = Change::of(&ended).map(Box::new);
+        let told = told(&ended, state.change.as_deref());
         if report.is_null() {
             return Ok(());
         }
@@ -432,12 +441,13 @@ pub unsafe extern "C" fn unisum_buckets_wait(
     })
 }
 
-fn told(report: &StepReport) -> unisum_step_report {
+fn told(report: &StepReport, change: Option<&Change>) -> unisum_step_report {
     unisum_step_report {
         nonfinite: report.nonfinite,
         participants: u32::try_from(report.participants).unwrap_or(u32::MAX),
         exposed_s: report.exposed().as_secs_f64(),
         communicated_s: report.communicated().as_secs_f64(),
+        change: Change::place(change),
     }
 }
 
@@ -526,7 +536,8 @@ fn call_update(
     let all = all.map(|(parameter, dtype)| averaged(buckets, parameter, dtype));
     let all = all.collect::<Outcome<Vec<_>>>().map_err(|_| "a gradient of no type".to_owned())?;
     let (gradients, counts): (Vec<_>, Vec<_>) = all.into_iter().unzip();
-    let told = told(report);
+    let change = Change::of(report);
+    let told = told(report, change.as_ref());
     // SAFETY: C promises a function that takes these; they live until it returns.
     let failed =
         unsafe { update(user, &raw const told, gradients.as_ptr(), counts.as_ptr(), counts.len()) };

@@ -192,7 +192,7 @@ pub unsafe extern "C" fn unisum_comm_duplicate(
     })
 }
 
-fn give_group(group: Option<Communicator>, place: *mut *mut unisum_comm) -> Outcome {
+pub(crate) fn give_group(group: Option<Communicator>, place: *mut *mut unisum_comm) -> Outcome {
     match group {
         // SAFETY: C promises that it may be written.
         Some(group) => unsafe { handles::give(Comm::new(group), place) },

@@ -44,6 +44,9 @@ pub enum unisum_status {
     UNISUM_PROTOCOL = 20,
     /// A device or its driver failed.
     UNISUM_DEVICE = 21,
+    /// An elastic job has lost ranks, or has taken some in: unisum_comm_rebuild gives the
+    /// communicator of those that are there now.
+    UNISUM_VIEW_CHANGED = 22,
     /// A bug of the library.
     UNISUM_INTERNAL = 99,
 }
@@ -69,6 +72,16 @@ pub struct unisum_error {
     pub step: u64,
     /// How many steps it has; 0 if there is no operation.
     pub steps: u64,
+    /// The epoch that an elastic job is in now, of UNISUM_VIEW_CHANGED; else 0.
+    pub epoch: u64,
+    /// The ranks that are not in that epoch any more, as they were numbered before.
+    pub lost: *const u32,
+    /// How many.
+    pub lost_count: usize,
+    /// The ranks that are new in that epoch, as they are numbered there.
+    pub joined: *const u32,
+    /// How many.
+    pub joined_count: usize,
 }
 
 /// Why a function fails.
@@ -86,6 +99,8 @@ struct Last {
     text: CString,
     operation: CString,
     ranks: Vec<u32>,
+    lost: Vec<u32>,
+    joined: Vec<u32>,
 }
 
 thread_local! {
@@ -124,7 +139,21 @@ static NOTHING: Nothing = Nothing(unisum_error {
     operation: ptr::null(),
     step: 0,
     steps: 0,
+    epoch: 0,
+    lost: ptr::null(),
+    lost_count: 0,
+    joined: ptr::null(),
+    joined_count: 0,
 });
+
+fn number(rank: usize) -> u32 {
+    u32::try_from(rank).unwrap_or(u32::MAX)
+}
+
+/// Ranks as C has them.
+pub(crate) fn numbers(ranks: &[usize]) -> Vec<u32> {
+    ranks.iter().map(|&rank| number(rank)).collect()
+}
 
 /// Runs what a function of the interface does. No panic leaves it; failures are kept.
 pub(crate) fn guard(code: impl FnOnce() -> Outcome) -> unisum_status {
@@ -161,9 +190,8 @@ fn keep(failure: Failure, status: unisum_status) {
     let error = error.as_ref();
     let operation = error.and_then(Error::operation);
     let (step, steps) = error.and_then(Error::step).unwrap_or_default();
-    let number = |rank: usize| u32::try_from(rank).unwrap_or(u32::MAX);
-    let ranks: Vec<u32> =
-        error.map_or(&[][..], Error::failed_ranks).iter().map(|&it| number(it)).collect();
+    let [ranks, lost, joined] = [Error::failed_ranks, Error::lost, Error::joined]
+        .map(|of: fn(&Error) -> &[usize]| numbers(error.map_or(&[], of)));
     let mut last = Box::new(Last {
         error: unisum_error {
             status,
@@ -171,14 +199,21 @@ fn keep(failure: Failure, status: unisum_status) {
             rank_count: ranks.len(),
             step: step as u64,
             steps: steps as u64,
+            epoch: error.and_then(Error::epoch).unwrap_or_default(),
+            lost_count: lost.len(),
+            joined_count: joined.len(),
             ..NOTHING.0
         },
         text: text(words),
         operation: text(operation.unwrap_or_default().to_owned()),
         ranks,
+        lost,
+        joined,
     });
     last.error.text = last.text.as_ptr();
     last.error.ranks = last.ranks.as_ptr();
+    last.error.lost = last.lost.as_ptr();
+    last.error.joined = last.joined.as_ptr();
     if operation.is_some() {
         last.error.operation = last.operation.as_ptr();
     }
@@ -195,6 +230,7 @@ impl Failure {
                 ErrorKind::Configuration => UNISUM_CONFIGURATION,
                 ErrorKind::Rendezvous => UNISUM_RENDEZVOUS,
                 ErrorKind::RankLost => UNISUM_RANK_LOST,
+                ErrorKind::ViewChanged => UNISUM_VIEW_CHANGED,
                 ErrorKind::Timeout => UNISUM_TIMEOUT,
                 ErrorKind::Mismatch => UNISUM_MISMATCH,
                 ErrorKind::StepFailed => UNISUM_STEP_FAILED,
@@ -221,7 +257,7 @@ pub(crate) fn invalid<T>(text: impl Into<String>) -> Outcome<T> {
     Err(Failure::Here(unisum_status::UNISUM_INVALID_ARGUMENT, text.into()))
 }
 
-const NAMES: [(unisum_status, &std::ffi::CStr); 17] = {
+const NAMES: [(unisum_status, &std::ffi::CStr); 18] = {
     use unisum_status::*;
     [
         (UNISUM_OK, c"UNISUM_OK"),
@@ -231,6 +267,7 @@ const NAMES: [(unisum_status, &std::ffi::CStr); 17] = {
         (UNISUM_CONFIGURATION, c"UNISUM_CONFIGURATION"),
         (UNISUM_RENDEZVOUS, c"UNISUM_RENDEZVOUS"),
         (UNISUM_RANK_LOST, c"UNISUM_RANK_LOST"),
+        (UNISUM_VIEW_CHANGED, c"UNISUM_VIEW_CHANGED"),
         (UNISUM_TIMEOUT, c"UNISUM_TIMEOUT"),
         (UNISUM_MISMATCH, c"UNISUM_MISMATCH"),
         (UNISUM_STEP_FAILED, c"UNISUM_STEP_FAILED"),

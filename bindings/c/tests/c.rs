@@ -102,37 +102,91 @@ fn run(command: &[&str], ranks: usize) -> Vec<String> {
 
 /// The same; `set` sets the environment of each rank.
 fn run_with(command: &[&str], ranks: usize, set: impl Fn(usize, &mut Command)) -> Vec<String> {
-    let scratch = tempfile::tempdir().unwrap();
-    let start = |rank: usize| {
-        let log = |what| fs::File::create(scratch.path().join(format!("{what}-{rank}"))).unwrap();
-        let mut process = Command::new(command[0]);
-        process.args(&command[1..]);
-        process.env("UNISUM_RANK", rank.to_string()).env("UNISUM_WORLD", ranks.to_string());
-        process.env("UNISUM_TOKEN", "a token of the tests, long enough");
-        process.env("UNISUM_RENDEZVOUS", format!("file://{}/world", scratch.path().display()));
-        process.env("UNISUM_INTERFACE", "=lo").env("UNISUM_TIMEOUT", "60");
-        process.env("TEST_DIRECTORY", scratch.path());
-        set(rank, &mut process);
-        process.stdout(log("out")).stderr(log("err")).spawn().unwrap()
-    };
-    let mut running = Ranks((0..ranks).map(start).collect());
-    let said = |what: &str, rank: usize| {
-        fs::read_to_string(scratch.path().join(format!("{what}-{rank}"))).unwrap()
-    };
-    let told = |rank| format!("rank {rank}: {}{}", said("out", rank), said("err", rank));
-    let all = || (0..ranks).map(told).collect::<Vec<_>>().join("\n");
-    let deadline = Instant::now() + LIMIT;
-    for rank in 0..ranks {
-        let status = loop {
-            if let Some(status) = running.0[rank].try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "{command:?} takes too long\n{}", all());
-            std::thread::sleep(Duration::from_millis(2));
+    World::start(command, ranks, set).end(&[])
+}
+
+/// Ranks of a program that run.
+struct World {
+    command: String,
+    running: Ranks,
+    scratch: tempfile::TempDir,
+    deadline: Instant,
+}
+
+impl World {
+    fn start(command: &[&str], ranks: usize, set: impl Fn(usize, &mut Command)) -> Self {
+        let scratch = tempfile::tempdir().unwrap();
+        let start = |rank: usize| {
+            let log =
+                |what| fs::File::create(scratch.path().join(format!("{what}-{rank}"))).unwrap();
+            let mut process = Command::new(command[0]);
+            process.args(&command[1..]);
+            process.env("UNISUM_RANK", rank.to_string()).env("UNISUM_WORLD", ranks.to_string());
+            process.env("UNISUM_TOKEN", "a token of the tests, long enough");
+            process.env("UNISUM_RENDEZVOUS", format!("file://{}/world", scratch.path().display()));
+            process.env("UNISUM_INTERFACE", "=lo").env("UNISUM_TIMEOUT", "60");
+            process.env("TEST_DIRECTORY", scratch.path());
+            set(rank, &mut process);
+            process.stdout(log("out")).stderr(log("err")).spawn().unwrap()
         };
-        assert!(status.success(), "{command:?}, rank {rank}: {status}\n{}", all());
+        let running = Ranks((0..ranks).map(start).collect());
+        let command = format!("{command:?}");
+        Self { command, running, scratch, deadline: Instant::now() + LIMIT }
     }
-    (0..ranks).map(|rank| said("out", rank)).collect()
+
+    fn said(&self, what: &str, rank: usize) -> String {
+        fs::read_to_string(self.scratch.path().join(format!("{what}-{rank}"))).unwrap()
+    }
+
+    fn all(&self) -> String {
+        let told = |rank| {
+            let [out, err] = ["out", "err"].map(|what| self.said(what, rank));
+            format!("rank {rank}: {out}{err}")
+        };
+        (0..self.running.0.len()).map(told).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Fails if it takes too long.
+    fn pause(&self) {
+        assert!(Instant::now() < self.deadline, "{} takes too long\n{}", self.command, self.all());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+
+    /// Until all ranks have come to a point; none has ended.
+    fn wait_for(&mut self, point: &str) {
+        for rank in 0..self.running.0.len() {
+            while !self.scratch.path().join(format!("{point}-{rank}")).exists() {
+                let ended = self.running.0[rank].try_wait().unwrap();
+                assert!(ended.is_none(), "rank {rank}: {ended:?}\n{}", self.all());
+                self.pause();
+            }
+        }
+    }
+
+    fn kill(&mut self, rank: usize) {
+        self.running.0[rank].kill().unwrap();
+    }
+
+    /// Waits until all have ended, and all but `victims` well: what these printed.
+    fn end(mut self, victims: &[usize]) -> Vec<String> {
+        let mut survivors = Vec::new();
+        for rank in 0..self.running.0.len() {
+            let status = loop {
+                if let Some(status) = self.running.0[rank].try_wait().unwrap() {
+                    break status;
+                }
+                self.pause();
+            };
+            if victims.contains(&rank) {
+                assert!(!status.success(), "rank {rank} was killed too late");
+                continue;
+            }
+            let all = || self.all();
+            assert!(status.success(), "{}, rank {rank}: {status}\n{}", self.command, all());
+            survivors.push(self.said("out", rank));
+        }
+        survivors
+    }
 }
 
 const TOOLS: [&str; 3] = ["gcc", "g++", "pkg-config"];
@@ -185,6 +239,70 @@ fn ranks_in_c_get_what_ranks_in_rust_get() {
             run(&[program.to_str().unwrap(), scenario], ranks);
         }
     }
+}
+
+/// Random moments; repeated with the same `UNISUM_TEST_SEED`.
+fn drawn(what: &str) -> impl FnMut(usize) -> usize {
+    let seed = std::env::var("UNISUM_TEST_SEED").ok().map(|seed| seed.parse().unwrap());
+    let clock = || std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos().into();
+    let mut state: u64 = seed.unwrap_or_else(clock);
+    println!("{what}: UNISUM_TEST_SEED={state}");
+    move |below| {
+        // Knuth's generator, of which the upper bits are good.
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    }
+}
+
+/// `UNISUM_TEST_KILLS=N` makes so many trials, by hand.
+#[test]
+fn survivors_of_kills_go_on_with_the_same_bits() {
+    if !has(&TOOLS) {
+        return;
+    }
+    let program = compile("gcc", "tests/elastic.c", "elastic", &["-std=c11"]);
+    let program = program.to_str().unwrap();
+    let trials = std::env::var("UNISUM_TEST_KILLS").map_or(8, |it| it.parse().unwrap());
+    let mut draw = drawn("kills");
+    for trial in 0..trials {
+        let ranks = 3 + draw(3);
+        // Rank 0 no less often than others; two where a quorum is left.
+        let mut victims = vec![if trial % 2 == 0 { 0 } else { draw(ranks) }];
+        if ranks > 4 {
+            victims.push((victims[0] + 1 + draw(ranks - 1)) % ranks);
+        }
+        let scenario = ["training", "calls"][trial / 2 % 2];
+        let transport = ["tcp", "shm"][trial / 4 % 2];
+        println!("trial {trial}: {scenario} over {transport}, of {ranks} {victims:?} die");
+        let after = Duration::from_micros(draw(30_000) as u64);
+        kill_some(&[program, scenario], ranks, &victims, transport, after);
+    }
+}
+
+/// Kills these ranks a while after all have begun; the others tell the same in the end.
+fn kill_some(command: &[&str], ranks: usize, victims: &[usize], transport: &str, after: Duration) {
+    let mut world = World::start(command, ranks, |_, process| {
+        process.env("LAST", (ranks - victims.len()).to_string());
+        process.env("UNISUM_TRANSPORT", transport);
+    });
+    world.wait_for("training");
+    std::thread::sleep(after);
+    for &victim in victims {
+        world.kill(victim);
+    }
+    let told = world.end(victims);
+    assert!(told.iter().all(|it| *it == told[0] && it.starts_with("epoch ")), "{told:#?}");
+}
+
+#[test]
+fn views_change_when_they_are_told_to_and_only_in_elastic_jobs() {
+    if !has(&TOOLS) {
+        return;
+    }
+    let program = compile("gcc", "tests/elastic.c", "views", &["-std=c11"]);
+    run(&[program.to_str().unwrap(), "changes"], 4);
+    run(&[program.to_str().unwrap(), "otherwise"], 2);
 }
 
 /// On the devices of an emulated driver.
@@ -242,6 +360,13 @@ fn sanitizers_find_nothing() {
     for scenario in SCENARIOS {
         run(&[worlds.to_str().unwrap(), scenario], 2);
     }
+    let elastic = compile("gcc", "tests/elastic.c", "elastic-sanitized", &flags);
+    let elastic = elastic.to_str().unwrap();
+    for scenario in ["training", "calls"] {
+        kill_some(&[elastic, scenario], 3, &[0], "shm", Duration::from_millis(5));
+    }
+    run(&[elastic, "changes"], 4);
+    run(&[elastic, "otherwise"], 2);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::path::Path;
 use cbindgen::{Builder, Config, EnumConfig, ExportConfig, Language, Style};
 
 /// In the order in which a reader wants them.
-const SOURCES: [&str; 14] = [
+const SOURCES: [&str; 15] = [
     "status",
     "types",
     "config",
@@ -21,6 +21,7 @@ const SOURCES: [&str; 14] = [
     "buckets",
     "checkpoint",
     "sharded",
+    "elastic",
     "scaler",
     "device",
 ];
