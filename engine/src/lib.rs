@@ -27,6 +27,8 @@ mod scoreboard;
 mod segment;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod taken_back;
 mod token;
 
 use std::ptr::NonNull;
