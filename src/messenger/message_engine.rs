@@ -295,6 +295,19 @@ impl MessageEngine {
         self.awaited().filter(|&rank| !links.all[links.route[rank]].hears_leaving(rank))
     }
 
+    /// Whether the link does not tell the leaving of a rank that operations wait for.
+    pub(super) fn is_unheard(&self, rank: Rank) -> bool {
+        self.awaited_unheard().any(|unheard| unheard == rank)
+    }
+
+    /// A rank that operations wait for, and that has left, as far as others tell. Everything that
+    /// it sent has come then, unless this rank is still connecting to it: then the connection, or
+    /// its failure, tells.
+    pub(super) fn gone(&self, has_left: impl Fn(Rank) -> bool) -> Option<Rank> {
+        let Links { all, route, .. } = &self.links;
+        self.awaited_unheard().find(|&rank| !all[route[rank]].is_connecting(rank) && has_left(rank))
+    }
+
     /// Moves what can be moved now; whether anything was.
     pub(super) fn advance(&mut self) -> Result<bool, Failure> {
         let mut moved = false;
@@ -558,3 +571,6 @@ impl Failure {
         }
     }
 }
+
+#[cfg(all(test, feature = "tcp"))]
+mod tests;

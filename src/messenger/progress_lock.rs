@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::time::Instant;
 
-use unisum_link::{Backoff, LinkError, Pause, Rank, Wake};
+use unisum_link::{Backoff, LinkError, LinkErrorKind, Pause, Rank, Wake};
 
 use super::header::Envelope;
 use super::message_engine::{CallNumber, Failure, MessageEngine, Posted};
@@ -236,13 +236,13 @@ impl ProgressLock {
         self.check(state)?;
         self.ask(state);
         // Asked before the last look at the links: what a rank sent before it left has come then.
-        let gone = self.membership.as_ref().and_then(|membership| {
-            state.engine.awaited_unheard().find(|&rank| membership.has_left(rank))
-        });
+        let gone = self
+            .membership
+            .as_ref()
+            .and_then(|membership| state.engine.gone(|rank| membership.has_left(rank)));
         if let Some(rank) = gone {
             let moved = state.engine.advance()?;
-            let is_awaited = state.engine.awaited().any(|awaited| awaited == rank);
-            return match is_awaited && !moved {
+            return match state.engine.is_unheard(rank) && !moved {
                 true => Err(Failure::Link(LinkError::closed(rank))),
                 false => Ok(()),
             };
@@ -334,7 +334,17 @@ impl ProgressLock {
         }
         // The links only end when all know why: see `Runner::fail`.
         let error = match (failure, &self.membership) {
-            (Failure::Link(error), Some(membership)) => membership.judge(error),
+            (Failure::Link(error), Some(membership)) => {
+                // Nobody answers where a rank was that has left.
+                let is_unanswered = matches!(
+                    error.kind,
+                    LinkErrorKind::Unreachable(_) | LinkErrorKind::Unanswered(_)
+                );
+                membership.judge(match is_unanswered && membership.has_left(error.peer) {
+                    true => LinkError::closed(error.peer),
+                    false => error,
+                })
+            }
             (Failure::Link(error), None) => Error::new(ErrorKind::Aborted, error.to_string()),
             (Failure::Mismatch(peer, ours, theirs), membership) => {
                 let (us, them) = (self.job_rank(), self.in_job(peer));

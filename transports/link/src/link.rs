@@ -86,6 +86,13 @@ pub trait Link: Send + fmt::Debug {
         false
     }
 
+    /// Whether this rank is connecting to `peer`: the peer may have taken the connection, sent, and
+    /// left, before this rank knows that it is connected. What becomes of it is told by what is
+    /// posted.
+    fn is_connecting(&self, _peer: Rank) -> bool {
+        false
+    }
+
     /// Moves what can be moved now, and appends the tickets that are done.
     ///
     /// # Errors

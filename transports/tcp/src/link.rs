@@ -399,6 +399,12 @@ impl Link for TcpLink {
         self.lanes[first..][..self.sockets()].iter().all(Lane::is_connected)
     }
 
+    fn is_connecting(&self, peer: Rank) -> bool {
+        // The higher rank dials. A dial ends with a connection or an error.
+        let dials = peer < self.config.rank && self.first_lane(peer).is_some();
+        dials && !self.hears_leaving(peer)
+    }
+
     fn retract(&mut self, from: Rank, ticket: Ticket) -> bool {
         // A message that was split has parts that can't all be looked at; who retracts has a small
         // one.
@@ -569,7 +575,9 @@ mod tests {
         }
         let peers: Vec<Rank> = link.lanes.iter().map(|lane| lane.peer).collect();
         assert_eq!(peers, [700, 700, 700, 3, 3, 3]);
-        assert!(!link.hears_leaving(5) && !link.retract(5, Ticket(0)));
+        assert!(!link.hears_leaving(5) && !link.is_connecting(5));
+        assert!(!link.hears_leaving(3) && !link.is_connecting(3), "it is the one that dials");
+        assert!(!link.retract(5, Ticket(0)));
         assert!(link.retract(700, Ticket(2)) && !link.retract(700, Ticket(2)));
         link.abort();
     }
