@@ -1,4 +1,11 @@
 //! Who comes in: accepts connections, hears their proofs, and turns strangers away at little cost.
+//!
+//! What is said first is read as soon as a connection is accepted, and who has not said what a
+//! rank would is turned away there: nothing is registered or kept for it. Those who know a
+//! session of this job ([`Knock`]) are heard at once. To others, who may not have joined yet,
+//! there are only so many TLS handshakes, unless somebody is missing in the job. After strangers
+//! were turned away, the listeners are left alone for a moment, so that many of them wake the
+//! thread once.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
@@ -11,7 +18,7 @@ use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, Heard, Hello, Refusal};
-use unisum_link::secure::{Credentials, Listening, Proven};
+use unisum_link::secure::{Credentials, Knock, Listening, Proven};
 
 use super::guests::{self, Guest, Guests};
 use super::listen::Listeners;
@@ -19,7 +26,14 @@ use super::listen::Listeners;
 /// How long a guest may take to prove the token.
 const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections accepted before others get a turn.
-const ACCEPTS_PER_TURN: usize = 64;
+const ACCEPTS_PER_TURN: usize = 256;
+/// How long the listeners are left alone after strangers were turned away: neighbours that come
+/// meanwhile wait as long, and the kernel's queue holds the others.
+const NAP: Duration = Duration::from_millis(10);
+/// TLS handshakes of those who do not know the session: so many at once, and in a second. They are
+/// for processes of other jobs, say, to hear what is wrong.
+const UNKNOWN_AT_ONCE: usize = 8;
+const UNKNOWN_PER_SECOND: f64 = 2.0;
 /// How long to leave new connections alone when the process can't have more descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How long descriptors may be missing before those who knock are turned away.
@@ -27,6 +41,17 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Refusals logged per [`LOG_PERIOD`].
 const LOG_LINES: u32 = 10;
 const LOG_PERIOD: Duration = Duration::from_secs(10);
+
+/// Whose door it is: what it knows of those who come.
+pub(super) trait Host {
+    fn credentials(&self) -> &Credentials;
+    /// Whether a knock is that of a session in which connections are made.
+    fn knows(&self, knock: Knock) -> bool;
+    /// Whether somebody is missing who can't know the session yet.
+    fn awaits_unknown(&self) -> bool;
+    /// Whether who has proven the token may come in.
+    fn admit(&self, hello: &Hello) -> Result<(), Refusal>;
+}
 
 /// The listening sockets and the guests that have proven nothing yet.
 pub(super) struct Door {
@@ -36,6 +61,13 @@ pub(super) struct Door {
     /// Whether somebody may be waiting to be accepted.
     is_knocking: bool,
     paused_until: Option<Instant>,
+    /// The listeners' token.
+    token: usize,
+    /// The listeners are left alone: they are not registered.
+    is_napping: bool,
+    /// Who was turned away in this turn.
+    turned_away: usize,
+    unknown: Allowance,
     /// A descriptor to give up when there is no other: with it those who wait can be turned away
     /// with a word, instead of waiting until their deadlines.
     reserve: Option<File>,
@@ -90,6 +122,10 @@ impl Door {
             next_token: first_token,
             is_knocking: false,
             paused_until: None,
+            token,
+            is_napping: false,
+            turned_away: 0,
+            unknown: Allowance::new(UNKNOWN_AT_ONCE, UNKNOWN_PER_SECOND),
             reserve: reserve(),
             exhausted_since: None,
             log: RefusalLog::default(),
@@ -107,25 +143,57 @@ impl Door {
     }
 
     /// Accepts those who wait, a number at a time.
-    pub(super) fn accept(&mut self, registry: &Registry, now: Instant) {
-        if self.paused_until.is_some_and(|until| until > now) {
+    pub(super) fn accept(&mut self, host: &impl Host, registry: &Registry, now: Instant) {
+        if self.paused_until.is_some_and(|until| until > now) || !self.wake(registry, now) {
             return;
         }
-        self.paused_until = None;
+        self.turned_away = 0;
         // Who came in one turn is heard in the next, before others take the places.
-        for _ in 0..ACCEPTS_PER_TURN.min(self.guests.most().div_ceil(2)) {
-            if !self.is_knocking || self.paused_until.is_some() {
-                return;
+        let mut places = self.guests.most().div_ceil(2);
+        for _ in 0..ACCEPTS_PER_TURN {
+            if !self.is_knocking || self.paused_until.is_some() || places == 0 {
+                break;
             }
             match self.listeners.accept() {
                 Ok((stream, address)) => {
                     self.exhausted_since = None;
-                    self.admit_guest(ParentOnly::new(stream), address, registry, now);
+                    let stays = self.receive(ParentOnly::new(stream), address, host, registry, now);
+                    places -= usize::from(stays);
                 }
                 Err(error) if is_about_it(&error) => {}
-                Err(error) => return self.accept_failed(&error, registry, now),
+                Err(error) => {
+                    self.accept_failed(&error, registry, now);
+                    break;
+                }
             }
         }
+        if self.turned_away > 0 && !self.is_knocking {
+            self.nap(registry, now);
+        }
+    }
+
+    /// Leaves the listeners alone: those who come meanwhile wake nobody.
+    fn nap(&mut self, registry: &Registry, now: Instant) {
+        self.deregister(registry);
+        (self.is_napping, self.is_knocking) = (true, true);
+        self.paused_until = Some(now + NAP);
+    }
+
+    /// Ends a pause; `false` if the listeners can't be watched again yet.
+    fn wake(&mut self, registry: &Registry, now: Instant) -> bool {
+        self.paused_until = None;
+        if !self.is_napping {
+            return true;
+        }
+        let watch = |listener| register(registry, listener, self.token, Interest::READABLE);
+        if let Err(error) = self.listeners.iter().try_for_each(watch) {
+            self.deregister(registry);
+            self.paused_until = Some(now + PAUSE);
+            self.log.line(now, &"new connections", &error.to_string());
+            return false;
+        }
+        self.is_napping = false;
+        true
     }
 
     /// Where descriptors or memory are missing, guests that are not expected give theirs up, one a
@@ -161,7 +229,6 @@ impl Door {
             return false;
         };
         // Best effort: a dialer that does not get the words sees the connection closed.
-        let _ = stream.set_nonblocking(true);
         let _ = stream.write(&Refusal::Exhausted.encode());
         drop(stream);
         self.reserve = reserve();
@@ -169,27 +236,72 @@ impl Door {
         true
     }
 
-    fn admit_guest(
+    /// Hears what a new guest has said so far, and has it stay unless it is none. Whether it does.
+    fn receive(
         &mut self,
         stream: ParentOnly<TcpStream>,
         address: SocketAddr,
+        host: &impl Host,
         registry: &Registry,
         now: Instant,
-    ) {
+    ) -> bool {
+        let heard = guest(stream, address, now).map(|mut guest| {
+            let fate = hear_once(&mut guest, host, &mut self.unknown, now);
+            (guest, fate)
+        });
+        let (guest, fate) = match heard {
+            Ok(heard) => heard,
+            Err(error) => {
+                self.log.line(now, &address, &error.to_string());
+                return false;
+            }
+        };
+        let reason = match fate {
+            None | Some(Fate::Stays) => return self.keep(guest, host, registry, now),
+            // Nobody proves anything before it is asked to.
+            Some(Fate::Admitted(_)) => Refusal::Garbage.to_string(),
+            Some(Fate::Gone) => return false,
+            Some(Fate::Refused(reason)) => reason,
+        };
+        self.turned_away += 1;
+        leave(&guest, None);
+        self.log.line(now, &address, &reason);
+        false
+    }
+
+    /// Has a guest stay, if need be in another one's place.
+    fn keep(&mut self, guest: Guest, host: &impl Host, registry: &Registry, now: Instant) -> bool {
         let token = self.next_token;
         self.next_token += 1;
-        match guest(stream, address, token, registry, now) {
-            Ok(guest) => self.guests.insert(token, guest),
-            Err(error) => self.log.line(now, &address, &error.to_string()),
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        // If more has come meanwhile, that is an event.
+        if let Err(error) = register(registry, &*guest.stream, token, interest) {
+            self.log.line(now, &guest.address, &error.to_string());
+            return false;
         }
+        self.guests.insert(token, guest);
+        self.esteem(token, host);
         if self.guests.are_too_many() {
             self.evict(registry, now);
+        }
+        true
+    }
+
+    /// Expects a guest whose claim would be admitted with a proof, or that shakes hands.
+    fn esteem(&mut self, token: usize, host: &impl Host) {
+        let Some(guest) = self.guests.get_mut(token).filter(|guest| !guest.is_expected) else {
+            return;
+        };
+        let is_expected = guest.listening.claim().is_some_and(|claim| host.admit(claim).is_ok());
+        if is_expected || guest.listening.shakes_hands() {
+            self.guests.expect(token);
         }
     }
 
     /// Turns a guest away so that another one has its place.
     fn evict(&mut self, registry: &Registry, now: Instant) {
         let Some(mut guest) = self.guests.remove_least() else { return };
+        self.turned_away += 1;
         // Best effort: it has no claim to an answer, but a rank that is told so comes again.
         if guest.is_expected {
             let _ = guest.stream.write(&Refusal::Crowded.encode());
@@ -198,24 +310,19 @@ impl Door {
         self.refuse(&guest, &reason, registry, now);
     }
 
-    /// Hears what a guest has to say. `admit` is asked if it proves the token.
+    /// Hears what a guest has to say.
     pub(super) fn visit(
         &mut self,
         token: usize,
-        credentials: &Credentials,
-        admit: impl Fn(&Hello) -> Result<(), Refusal>,
+        host: &impl Host,
         registry: &Registry,
         now: Instant,
     ) -> Option<Admitted> {
         let guest = self.guests.get_mut(token)?;
         let claim = guest.listening.claim().copied();
-        match hear(guest, credentials, &admit) {
+        match hear(guest, host, &mut self.unknown, now) {
             Fate::Stays => {
-                let is_expected = |claim: &Hello| admit(claim).is_ok();
-                let is_expected = guest.listening.claim().is_some_and(is_expected);
-                if !guest.is_expected && (is_expected || guest.listening.shakes_hands()) {
-                    self.guests.expect(token);
-                }
+                self.esteem(token, host);
                 None
             }
             Fate::Admitted(hello) => {
@@ -236,7 +343,7 @@ impl Door {
             }
             Fate::Gone => {
                 let guest = self.guests.remove(token)?;
-                leave(&guest, registry);
+                leave(&guest, Some(registry));
                 None
             }
         }
@@ -264,7 +371,7 @@ impl Door {
             && let Some(guest) = self.guests.remove_oldest()
         {
             if guest.is_dismissed {
-                leave(&guest, registry);
+                leave(&guest, Some(registry));
                 continue;
             }
             let reason = format!("no proof of the token within {} s", PROOF_TIMEOUT.as_secs());
@@ -280,6 +387,10 @@ impl Door {
 
     /// Closes: nobody comes in any more.
     pub(super) fn close(&mut self, registry: &Registry) {
+        self.deregister(registry);
+    }
+
+    fn deregister(&self, registry: &Registry) {
         for listener in self.listeners.iter() {
             // It is deregistered by the end of the epoll instance at the latest.
             let _ = registry.deregister(&mut SourceFd(&listener.as_raw_fd()));
@@ -287,17 +398,19 @@ impl Door {
     }
 
     fn refuse(&mut self, guest: &Guest, reason: &str, registry: &Registry, now: Instant) {
-        leave(guest, registry);
+        leave(guest, Some(registry));
         self.log.line(now, &guest.address, reason);
     }
 }
 
-/// Ends a guest's connection.
-fn leave(guest: &Guest, registry: &Registry) {
+/// Ends a guest's connection, which is registered if a registry is given.
+fn leave(guest: &Guest, registry: Option<&Registry>) {
     let stream = &guest.stream;
-    // Closing it deregisters it, unless a forked child holds it as well.
-    let _ = registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
-    if guest.is_expected || guest.listening.is_over() {
+    if let Some(registry) = registry {
+        // Closing it deregisters it, unless a forked child holds it as well.
+        let _ = registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
+    }
+    if guest.is_expected || guest.is_told {
         let _ = stream.shutdown(std::net::Shutdown::Both);
     } else {
         // It was told nothing that it could miss: the kernel need not remember it either.
@@ -314,22 +427,12 @@ fn reserve() -> Option<File> {
     File::open("/dev/null").ok()
 }
 
-fn guest(
-    stream: ParentOnly<TcpStream>,
-    address: SocketAddr,
-    token: usize,
-    registry: &Registry,
-    now: Instant,
-) -> io::Result<Guest> {
-    stream.set_nonblocking(true)?;
-    // The answers are small and awaited.
-    stream.set_nodelay(true)?;
+fn guest(stream: ParentOnly<TcpStream>, address: SocketAddr, now: Instant) -> io::Result<Guest> {
     let is_inside = stream.local_addr()?.ip().to_canonical() == address.ip().to_canonical();
     let listening = Listening::new(handshake::random()?, is_inside);
-    register(registry, &*stream, token, Interest::READABLE | Interest::WRITABLE)?;
     let until = now + PROOF_TIMEOUT;
-    let (is_expected, is_dismissed) = (false, false);
-    Ok(Guest { stream, address, listening, until, is_expected, is_dismissed })
+    let (is_expected, is_told, is_dismissed) = (false, false, false);
+    Ok(Guest { stream, address, listening, until, is_expected, is_told, is_dismissed })
 }
 
 fn register(
@@ -342,37 +445,75 @@ fn register(
 }
 
 /// Reads until the guest has said all it may for now.
-fn hear(
-    guest: &mut Guest,
-    credentials: &Credentials,
-    admit: &impl Fn(&Hello) -> Result<(), Refusal>,
-) -> Fate {
-    let mut buffer = [0; 1024];
+fn hear(guest: &mut Guest, host: &impl Host, unknown: &mut Allowance, now: Instant) -> Fate {
     loop {
-        let read = match guest.stream.read(&mut buffer) {
-            Ok(0) if guest.is_dismissed => return Fate::Gone,
-            Ok(0) => return Fate::Refused("it closed before it proved the token".into()),
-            Ok(_) if guest.is_dismissed => continue,
-            Ok(read) => read,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Fate::Stays,
-            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            Err(_) if guest.is_dismissed => return Fate::Gone,
-            Err(error) => return Fate::Refused(error.to_string()),
-        };
-        let (fate, send) = match guest.listening.feed(&buffer[..read], credentials, admit) {
-            Heard::More => continue,
-            Heard::Send(send) => (Fate::Stays, send),
-            Heard::Admitted(hello, send) => (Fate::Admitted(hello), send),
-            Heard::Refused(refusal, send) => (Fate::Refused(refusal.to_string()), send),
-        };
-        // A few kilobytes always fit into the buffer of a socket that has sent next to nothing.
-        let is_sent = matches!(guest.stream.write(&send), Ok(sent) if sent == send.len());
-        match fate {
-            Fate::Refused(_) | Fate::Gone => return fate,
-            _ if !is_sent => return Fate::Refused("it takes no answer".into()),
-            Fate::Admitted(_) => return fate,
-            Fate::Stays => {}
+        if let Some(fate) = hear_once(guest, host, unknown, now) {
+            return fate;
         }
+    }
+}
+
+/// Reads once; `None` if there may be more.
+fn hear_once(
+    guest: &mut Guest,
+    host: &impl Host,
+    unknown: &mut Allowance,
+    now: Instant,
+) -> Option<Fate> {
+    let mut buffer = [0; 1024];
+    let read = match guest.stream.read(&mut buffer) {
+        Ok(0) if guest.is_dismissed => return Some(Fate::Gone),
+        Ok(0) => return Some(Fate::Refused("it closed before it proved the token".into())),
+        Ok(_) if guest.is_dismissed => return None,
+        Ok(read) => read,
+        Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(Fate::Stays),
+        Err(error) if error.kind() == ErrorKind::Interrupted => return None,
+        Err(_) if guest.is_dismissed => return Some(Fate::Gone),
+        Err(error) => return Some(Fate::Refused(error.to_string())),
+    };
+    let hears = |knock| host.knows(knock) || host.awaits_unknown() || unknown.take(now);
+    let admit = |hello: &Hello| host.admit(hello);
+    let listening = &mut guest.listening;
+    let (fate, send) = match listening.feed_if(&buffer[..read], host.credentials(), hears, admit) {
+        Heard::More => return None,
+        Heard::Send(send) => (None, send),
+        Heard::Admitted(hello, send) => (Some(Fate::Admitted(hello)), send),
+        Heard::Refused(refusal, send) => (Some(Fate::Refused(refusal.to_string())), send),
+    };
+    guest.is_told |= fate.is_some() && !send.is_empty();
+    // A few kilobytes always fit into the buffer of a socket that has sent next to nothing.
+    let is_sent =
+        send.is_empty() || matches!(guest.stream.write(&send), Ok(sent) if sent == send.len());
+    match fate {
+        Some(Fate::Refused(_)) => fate,
+        _ if !is_sent => Some(Fate::Refused("it takes no answer".into())),
+        _ => fate,
+    }
+}
+
+/// So many at a time, and so many in a second.
+#[derive(Debug)]
+struct Allowance {
+    most: f64,
+    per_second: f64,
+    left: f64,
+    at: Option<Instant>,
+}
+
+impl Allowance {
+    fn new(most: usize, per_second: f64) -> Self {
+        let most = most as f64;
+        Self { most, per_second, left: most, at: None }
+    }
+
+    /// Takes one, if there is one.
+    fn take(&mut self, now: Instant) -> bool {
+        let since = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        self.at = Some(now);
+        self.left = (self.left + since.as_secs_f64() * self.per_second).min(self.most);
+        let is_there = self.left >= 1.0;
+        self.left -= f64::from(u8::from(is_there));
+        is_there
     }
 }
 
@@ -398,3 +539,7 @@ impl RefusalLog {
         }
     }
 }
+
+#[cfg(test)]
+#[cfg(feature = "tls")]
+mod tests;

@@ -23,7 +23,9 @@ pub(super) struct Guest {
     pub(super) until: Instant,
     /// It has told a claim that would be admitted with a proof.
     pub(super) is_expected: bool,
-    /// It was told, in TLS, that it is refused.
+    /// It was told why it is refused.
+    pub(super) is_told: bool,
+    /// It was told so in TLS.
     pub(super) is_dismissed: bool,
 }
 
@@ -170,6 +172,7 @@ mod tests {
                 listening: Listening::new([0; 32], true),
                 until: Instant::now() + Duration::from_secs(5),
                 is_expected: false,
+                is_told: false,
                 is_dismissed: false,
             };
             self.guests.insert(self.next, guest);

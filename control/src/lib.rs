@@ -59,7 +59,7 @@ use std::time::{Duration, Instant};
 use mio::{Poll, Waker};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, Build, Hello, Purpose, job_hash};
-use unisum_link::secure::{Credentials, Proven};
+use unisum_link::secure::{Credentials, Knock, Proven};
 use unisum_link::{Rank, Wake};
 
 use self::coordinator::Coordinator;
@@ -547,7 +547,8 @@ fn prepare(
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), thread::WAKER)?;
     let job = job_hash(&job);
-    let identity = Identity { rank, world, session, job, build, credentials, secret_origin };
+    let knock = Knock::of(&session);
+    let identity = Identity { rank, world, session, knock, job, build, credentials, secret_origin };
     let thread = ControlThread::new(poll, identity, Arc::clone(shared), listeners, pulses)?;
     Ok((waker, thread))
 }

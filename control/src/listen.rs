@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{self, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
+use rustix::net::{self, SocketFlags};
 use socket2::{Domain, Socket, Type};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake;
+use unisum_link::{handshake, listener};
 
 use super::ControlError;
 use crate::address::{self, PortRange};
@@ -49,7 +50,7 @@ impl Listeners {
         self.all.iter().map(|listener| &**listener)
     }
 
-    /// Accepts a connection of any of them, in turns.
+    /// Accepts a connection of any of them, in turns. It does not block.
     ///
     /// # Errors
     /// `WouldBlock` if nobody waits at any of them, else what went wrong at one.
@@ -57,7 +58,7 @@ impl Listeners {
         for _ in &self.all {
             let at = self.next.get();
             self.next.set((at + 1) % self.all.len());
-            match self.all[at].accept() {
+            match accept(&self.all[at]) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 other => return other,
             }
@@ -72,6 +73,14 @@ impl Listeners {
         let mut listeners: Vec<PollFd<'_>> = self.iter().map(poll).collect();
         event::poll(&mut listeners, Some(&Timespec::default())).map_or(true, |ready| ready > 0)
     }
+}
+
+/// Accepts a connection that does not block, by one system call.
+fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let (stream, address) = net::acceptfrom_with(listener, flags)?;
+    let address = address.ok_or(Errno::CONNABORTED)?;
+    Ok((stream.into(), address.try_into()?))
 }
 
 /// Listens on the rendezvous port itself: on all addresses of the rendezvous, if it is given as an
@@ -279,6 +288,11 @@ fn bind(address: SocketAddr) -> io::Result<ParentOnly<TcpListener>> {
     if address.is_ipv6() {
         socket.set_only_v6(!address.ip().is_unspecified())?;
     }
+    // Accepted connections inherit it: the answers are small and awaited.
+    socket.set_tcp_nodelay(true)?;
+    if let Err(error) = listener::defer_silent(&socket) {
+        tracing::debug!(%error, "this system shows listeners also those who say nothing");
+    }
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     socket.set_nonblocking(true)?;
@@ -287,6 +301,8 @@ fn bind(address: SocketAddr) -> io::Result<ParentOnly<TcpListener>> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     #[test]
@@ -353,7 +369,11 @@ mod tests {
         let listeners = [(); 3].map(|()| bind("127.0.0.1:0".parse().unwrap()).unwrap());
         let listeners = Listeners::new(listeners.into());
         assert_eq!(listeners.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
-        let knock = |listener: &TcpListener| TcpStream::connect(listener.local_addr().unwrap());
+        // Who says nothing is not shown at once.
+        let knock = |listener: &TcpListener| {
+            let mut stream = TcpStream::connect(listener.local_addr().unwrap())?;
+            stream.write_all(b"x").map(|()| stream)
+        };
         for listener in listeners.iter() {
             let _guest = knock(listener).unwrap();
             listeners.accept().unwrap();

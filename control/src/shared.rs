@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::secure::Proven;
+use unisum_link::secure::{Knock, Proven};
 use unisum_link::{Rank, Wake};
 
 use super::callers;
@@ -69,6 +69,7 @@ struct Arrivals {
 struct Channel {
     communicator: u32,
     session: [u8; 16],
+    knock: Knock,
     /// This rank's number in it, and how many ranks it has.
     rank: Rank,
     world: usize,
@@ -223,8 +224,8 @@ impl Shared {
         session: [u8; 16],
         (rank, world): (Rank, usize),
     ) {
-        let (inbox, early) = (None, Vec::new());
-        let channel = Channel { communicator, session, rank, world, inbox, early };
+        let (knock, inbox, early) = (Knock::of(&session), None, Vec::new());
+        let channel = Channel { communicator, session, knock, rank, world, inbox, early };
         lock(&self.arrivals).channels.push(channel);
     }
 
@@ -233,6 +234,11 @@ impl Shared {
         let arrivals = lock(&self.arrivals);
         let channel = arrivals.channels.iter().find(|channel| channel.session == *session)?;
         Some((channel.rank, channel.world))
+    }
+
+    /// Whether data connections are taken for the session with this knock.
+    pub(super) fn awaits(&self, knock: Knock) -> bool {
+        lock(&self.arrivals).channels.iter().any(|channel| channel.knock == knock)
     }
 
     /// Hands a data connection over, or keeps it until somebody takes it. `false` if too many

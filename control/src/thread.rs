@@ -1,5 +1,6 @@
 //! The control thread: an event loop that owns the listening port and the control connections.
 
+mod reception;
 mod succession;
 
 use std::cell::Cell;
@@ -12,12 +13,13 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token};
+use mio::{Events, Interest, Poll, Registry, Token};
 use unisum_link::Rank;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Build, Hello, Purpose, Refusal};
-use unisum_link::secure::{Credentials, Proven};
+use unisum_link::secure::{Credentials, Knock, Proven};
 
+use self::reception::Reception;
 use self::succession::Dialing;
 use super::connection::{Connection, Received};
 use super::coordinator::{Coordinator, Output};
@@ -51,6 +53,8 @@ pub(super) struct Identity {
     pub(super) rank: Rank,
     pub(super) world: usize,
     pub(super) session: [u8; 16],
+    /// By which those are known who have joined.
+    pub(super) knock: Knock,
     pub(super) job: [u8; 16],
     pub(super) build: Build,
     pub(super) credentials: Credentials,
@@ -150,10 +154,7 @@ impl ControlThread {
             for event in &events {
                 self.handle(event.token().0, now);
             }
-            if let Some(door) = &mut self.door {
-                door.accept(self.poll.registry(), now);
-                door.sweep(self.poll.registry(), now);
-            }
+            self.attend(now);
             for command in self.shared.take_commands() {
                 self.obey(command, now);
             }
@@ -173,30 +174,31 @@ impl ControlThread {
         }
     }
 
+    /// Looks after the door.
+    fn attend(&mut self, now: Instant) {
+        let Some((door, registry, host)) = self.reception() else { return };
+        door.accept(&host, registry, now);
+        door.sweep(registry, now);
+    }
+
+    /// The door, and what it has to know.
+    fn reception(&mut self) -> Option<(&mut Door, &Registry, Reception<'_>)> {
+        let host = Reception {
+            identity: &self.identity,
+            shared: &self.shared,
+            coordinator: self.coordinator.as_ref(),
+            connections: &self.connections,
+            processes: &self.processes,
+            is_proven: Cell::new(false),
+        };
+        Some((self.door.as_mut()?, self.poll.registry(), host))
+    }
+
     fn visit(&mut self, token: usize, now: Instant) {
-        let Self {
-            door: Some(door),
-            identity,
-            coordinator,
-            poll,
-            shared,
-            connections,
-            processes,
-            ..
-        } = self
-        else {
-            return;
-        };
-        let is_connected = |rank| connections.values().any(|(connected, _)| *connected == rank);
-        // Only who has proven the token is looked at more closely.
-        let is_proven = Cell::new(false);
-        let admit = |hello: &Hello| {
-            is_proven.set(true);
-            let taken = |rank: &Rank| processes.get(rank).cloned();
-            identity.admit(hello, coordinator.as_ref(), shared, (is_connected, taken))
-        };
-        let admitted = door.visit(token, &identity.credentials, admit, poll.registry(), now);
-        let refused = door.take_refused();
+        let Some((door, registry, host)) = self.reception() else { return };
+        let admitted = door.visit(token, &host, registry, now);
+        let (refused, is_proven) = (door.take_refused(), host.is_proven.get());
+        let Self { identity, coordinator, .. } = self;
         if let (Some(refused), Some(coordinator)) = (refused, coordinator) {
             let Refused { claim, address, mut reason } = refused;
             if reason == Refusal::Token.to_string() {
@@ -204,7 +206,7 @@ impl ControlThread {
             }
             if claim.purpose == Purpose::Control {
                 let claim = claim.from as Rank;
-                coordinator.refused(claim, address, &reason, is_proven.get());
+                coordinator.refused(claim, address, &reason, is_proven);
             }
         }
         let Some(admitted) = admitted else { return };

@@ -572,5 +572,6 @@ impl Failure {
     }
 }
 
-#[cfg(all(test, feature = "tcp"))]
+#[cfg(test)]
+#[cfg(feature = "tcp")]
 mod tests;

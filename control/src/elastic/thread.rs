@@ -14,13 +14,13 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::handshake::{Build, Hello, Purpose, Refusal};
-use unisum_link::secure::{Credentials, Proven};
+use unisum_link::secure::{Credentials, Knock, Proven};
 use unisum_views::{
     Member, Message as AgreementMessage, Output, Participant, Standing, View, Wait,
 };
 
 use super::super::connection::{Connection, Received};
-use super::super::door::Door;
+use super::super::door::{Door, Host};
 use super::super::listen::Listeners;
 use super::super::message::Message;
 use super::shared::{Command, Membership, Shared};
@@ -43,6 +43,8 @@ const LINGER: Duration = Duration::from_secs(1);
 pub(super) struct Identity {
     pub(super) own: Member,
     pub(super) session: [u8; 16],
+    /// By which the members and newcomers of this job are known.
+    pub(super) knock: Knock,
     pub(super) job: [u8; 16],
     pub(super) build: Build,
     pub(super) credentials: Credentials,
@@ -112,7 +114,8 @@ impl ViewsThread {
             for event in &events {
                 self.handle(event.token().0, now);
             }
-            self.door.accept(self.poll.registry(), now);
+            let Self { door, identity, connections, poll, .. } = self;
+            door.accept(&Reception { identity, connections }, poll.registry(), now);
             self.door.sweep(self.poll.registry(), now);
             for command in self.shared.take_commands() {
                 self.obey(command);
@@ -134,9 +137,8 @@ impl ViewsThread {
 
     fn visit(&mut self, token: usize, now: Instant) {
         let Self { door, identity, connections, poll, .. } = self;
-        let is_connected = |member| connections.values().any(|(it, _)| *it == member);
-        let admit = |hello: &Hello| identity.admit(hello, is_connected);
-        let admitted = door.visit(token, &identity.credentials, admit, poll.registry(), now);
+        let host = Reception { identity, connections };
+        let admitted = door.visit(token, &host, poll.registry(), now);
         let Some(admitted) = admitted else { return };
         let member = Member(u64::from(admitted.hello.from));
         match connection(admitted.connection, identity.silence) {
@@ -403,6 +405,32 @@ impl ViewsThread {
 
 fn world_left(view: &View, lost: &[usize]) -> usize {
     view.members.len() - lost.len()
+}
+
+/// What the door of a member knows of those who come.
+struct Reception<'a> {
+    identity: &'a Identity,
+    connections: &'a BTreeMap<usize, (Member, Connection)>,
+}
+
+impl Host for Reception<'_> {
+    fn credentials(&self) -> &Credentials {
+        &self.identity.credentials
+    }
+
+    fn knows(&self, knock: Knock) -> bool {
+        knock == self.identity.knock
+    }
+
+    /// A newcomer was told the session before it comes here.
+    fn awaits_unknown(&self) -> bool {
+        false
+    }
+
+    fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
+        let is_connected = |member| self.connections.values().any(|(it, _)| *it == member);
+        self.identity.admit(hello, is_connected)
+    }
 }
 
 impl Identity {

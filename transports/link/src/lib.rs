@@ -17,6 +17,7 @@ pub mod fuzzing;
 pub mod handshake;
 mod limit;
 mod link;
+pub mod listener;
 mod region;
 pub mod secure;
 mod transport;

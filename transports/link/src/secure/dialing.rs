@@ -2,6 +2,8 @@
 
 use std::io::{Read, Write};
 
+#[cfg(feature = "tls")]
+use super::Knock;
 use super::{Credentials, Session};
 use crate::handshake::{self, HandshakeError, Hello};
 
@@ -34,7 +36,7 @@ pub fn greet(
 ) -> Result<Challenged, HandshakeError> {
     #[cfg(feature = "tls")]
     if let Some(tls) = credentials.tls() {
-        let client = encrypted::Client::greet(tls, stream)?;
+        let client = encrypted::Client::greet(tls, stream, Knock::of(&hello.session))?;
         return Ok(Challenged(How::Encrypted {
             client: Box::new(client),
             hello: *hello,
@@ -141,12 +143,13 @@ mod encrypted {
         pub(super) fn greet(
             tls: &tls::Tls,
             stream: &mut (impl Read + Write),
+            knock: Knock,
         ) -> Result<Self, HandshakeError> {
             // Nobody looks at the name: see `certified`.
             let name = ServerName::try_from("unisum").expect("it is a name");
             let config = tls.configs().client;
             let mut client = Self(ClientConnection::new(config, name).map_err(failed)?);
-            client.send(stream)?;
+            client.send(stream, &knock.encode())?;
             while client.0.is_handshaking() {
                 client.receive(stream)?;
             }
@@ -176,14 +179,15 @@ mod encrypted {
                 Ok(_) => Ok(()),
                 Err(error) => {
                     // The listener is told why, if it still listens.
-                    let _ = self.send(stream);
+                    let _ = self.send(stream, &[]);
                     Err(failed(error))
                 }
             }
         }
 
-        fn send(&mut self, stream: &mut impl Write) -> io::Result<()> {
-            let mut wire = Vec::new();
+        /// Sends what rustls has to say, behind `before`.
+        fn send(&mut self, stream: &mut impl Write, before: &[u8]) -> io::Result<()> {
+            let mut wire = before.to_vec();
             while self.0.wants_write() {
                 self.0.write_tls(&mut wire)?;
             }
@@ -202,7 +206,7 @@ mod encrypted {
             let (encoded, wish) = (hello.encode(&random()?), [u8::from(wants_records)]);
             let proof = mac(secret, DIALER_LABEL, &[&encoded, &wish, &binding]);
             self.0.writer().write_all(&[&encoded[..], &wish, &proof].concat())?;
-            self.send(stream)?;
+            self.send(stream, &[])?;
             let mut answers = InTls { client: self, stream, failed: None };
             let proof = read_answer(&mut answers, ACCEPTED);
             let proof = proof.map_err(|error| answers.failed.take().unwrap_or(error))?;

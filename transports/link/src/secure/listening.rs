@@ -1,6 +1,7 @@
 //! The listener's half of a handshake, in clear text or encrypted.
 
-use super::{Credentials, Session};
+use super::knock::{Beginning, Head};
+use super::{Credentials, Knock, Session};
 use crate::handshake::{self, Heard, Hello, Refusal};
 
 /// One handshake at a listener (sans-IO). What it holds is bounded.
@@ -18,8 +19,8 @@ pub struct Listening {
 
 #[derive(Debug)]
 enum How {
-    /// Nothing has come.
-    Unknown,
+    /// Less has come than says what it is.
+    Unknown(Head),
     Clear(Box<handshake::Listening>),
     #[cfg(feature = "tls")]
     Encrypted(Box<encrypted::Server>),
@@ -33,7 +34,7 @@ impl Listening {
         Self {
             nonce,
             is_inside,
-            how: How::Unknown,
+            how: How::Unknown(Head::new()),
             session: None,
             was_encrypted: false,
             claimed: None,
@@ -76,27 +77,53 @@ impl Listening {
         self.session.take()
     }
 
-    /// Takes what the dialer sent. `admit` is asked once, after the dialer has proven the token:
-    /// is there room for this hello? After [`Heard::Admitted`] or [`Heard::Refused`] everything
-    /// is refused.
+    /// Takes what the dialer sent, as [`Listening::feed_if`] does, and hears everybody.
     pub fn feed(
         &mut self,
         bytes: &[u8],
         credentials: &Credentials,
         admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
     ) -> Heard {
-        if matches!(self.how, How::Unknown) && !bytes.is_empty() {
-            match begin(bytes[0], self.nonce, credentials) {
+        self.feed_if(bytes, credentials, |_| true, admit)
+    }
+
+    /// Takes what the dialer sent. `hears` is asked once, before a TLS handshake costs anything: is
+    /// there time for who knocks so? `admit` is asked once, after the dialer has proven the token:
+    /// is there room for this hello? After [`Heard::Admitted`] or [`Heard::Refused`] everything
+    /// is refused.
+    pub fn feed_if(
+        &mut self,
+        bytes: &[u8],
+        credentials: &Credentials,
+        hears: impl FnOnce(Knock) -> bool,
+        admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
+    ) -> Heard {
+        let (mut bytes, mut joined) = (bytes, Vec::new());
+        if let How::Unknown(head) = &mut self.how {
+            let how = match head.take(&mut bytes) {
+                Beginning::Unknown => return Heard::More,
+                Beginning::Knock(knock) => begin(knock, credentials, hears),
+                // TLS, of no rank.
+                Beginning::Other if head.taken()[0] == HANDSHAKE_RECORD => Err(Refusal::Garbage),
+                Beginning::Other => {
+                    joined.extend(head.taken().iter().chain(bytes));
+                    bytes = &joined;
+                    Ok(How::Clear(Box::new(handshake::Listening::new(self.nonce))))
+                }
+            };
+            match how {
                 Ok(how) => self.how = how,
                 Err(refusal) => {
                     self.how = How::Over;
-                    let answer = refusal.encode();
+                    // Nobody who is only crowded out is told so at the listener's cost.
+                    let is_told = refusal != Refusal::Crowded;
+                    let answer = if is_told { refusal.encode() } else { Vec::new() };
                     return Heard::Refused(refusal, answer);
                 }
             }
         }
         let heard = match &mut self.how {
-            How::Unknown => return Heard::More,
+            How::Unknown(_) => return Heard::More,
             How::Over => Heard::Refused(Refusal::Garbage, Vec::new()),
             How::Clear(listening) => {
                 let heard = listening.feed(bytes, credentials.secret(), admit);
@@ -125,17 +152,21 @@ impl Listening {
     }
 }
 
-/// What the first byte announces.
-fn begin(first: u8, nonce: [u8; 32], credentials: &Credentials) -> Result<How, Refusal> {
-    if first != HANDSHAKE_RECORD {
-        return Ok(How::Clear(Box::new(handshake::Listening::new(nonce))));
-    }
+/// An encrypted handshake, for who knocks.
+fn begin(
+    knock: Knock,
+    credentials: &Credentials,
+    hears: impl FnOnce(Knock) -> bool,
+) -> Result<How, Refusal> {
     #[cfg(feature = "tls")]
     if let Some(tls) = credentials.tls() {
-        let server = encrypted::Server::new(tls).map_err(|_| Refusal::Garbage)?;
+        if !hears(knock) {
+            return Err(Refusal::Crowded);
+        }
+        let server = encrypted::Server::new(tls, knock).map_err(|_| Refusal::Garbage)?;
         return Ok(How::Encrypted(Box::new(server)));
     }
-    let _ = credentials;
+    let _ = (knock, credentials, hears);
     Err(Refusal::Encrypted)
 }
 
@@ -163,6 +194,7 @@ mod encrypted {
     #[derive(Debug)]
     pub(super) struct Server {
         connection: ServerConnection,
+        knock: Knock,
         said: usize,
         proof: [u8; PROOF_BYTES],
         filled: usize,
@@ -170,10 +202,11 @@ mod encrypted {
     }
 
     impl Server {
-        pub(super) fn new(tls: &tls::Tls) -> Result<Self, Error> {
+        pub(super) fn new(tls: &tls::Tls, knock: Knock) -> Result<Self, Error> {
             let server: Arc<ServerConfig> = tls.configs().server;
             let connection = ServerConnection::new(server)?;
-            Ok(Self { connection, said: 0, proof: [0; PROOF_BYTES], filled: 0, claimed: None })
+            let (proof, claimed) = ([0; PROOF_BYTES], None);
+            Ok(Self { connection, knock, said: 0, proof, filled: 0, claimed })
         }
 
         pub(super) fn feed(
@@ -222,6 +255,9 @@ mod encrypted {
             let binding = tls::binding(&self.connection).map_err(refusal)?;
             let Proof { hello, wants_records } =
                 Proof::verify(&self.proof, credentials.secret(), &binding)?;
+            if self.knock != Knock::of(&hello.session) {
+                return Err(Refusal::Garbage);
+            }
             admit(&hello)?;
             let wants_records = wants_records || credentials.want_inside(hello.purpose, is_inside);
             let answered = [u8::from(wants_records)];

@@ -7,7 +7,7 @@
 //! Recorded bytes let nobody guess a token, for the proofs are encrypted.
 //!
 //! ```text
-//! dialer    TLS ClientHello
+//! dialer    knock (see `knock`), TLS ClientHello
 //! listener  TLS ServerHello .. Finished
 //! dialer    TLS Finished, and in TLS: hello, wish (1), mac("tls dialer", hello, wish, binding)
 //! listener  in TLS: "usmL" 2 mac("tls listener", hello, answer, binding) answer (1)
@@ -23,6 +23,7 @@ mod absent;
 #[cfg(feature = "tls")]
 mod certified;
 mod dialing;
+mod knock;
 mod listening;
 #[cfg(feature = "tls")]
 mod records;
@@ -44,6 +45,7 @@ pub(crate) use self::certified::check_stranger;
 #[cfg(feature = "tls")]
 pub use self::certified::{CertificateError, Files, Peers};
 pub use self::dialing::{Challenged, dial, greet};
+pub use self::knock::Knock;
 pub use self::listening::Listening;
 #[cfg(feature = "tls")]
 pub use self::records::{Opener, Sealer};
