@@ -211,7 +211,8 @@ impl Builder {
             }
             let description = format!("a world of one rank ({})\n", detected.source);
             let alone = Communicator::new(0, 1, None, "none".into(), description);
-            let Some(elastic) = self.elastic.filter(|_| detected.rendezvous.is_some()) else {
+            let elastic = self.elasticity(&settings).filter(|_| detected.rendezvous.is_some());
+            let Some(elastic) = elastic else {
                 return Ok(alone);
             };
             let known = (&environment, &settings);
@@ -222,8 +223,7 @@ impl Builder {
         if detected.rank == 0 && version::IS_UNOPTIMISED {
             crate::warning::warning!("{UNOPTIMISED}");
         }
-        let by_variable = || settings.elastic.map(|minimum| Elastic { minimum });
-        let elastic = self.elastic.or_else(by_variable);
+        let elastic = self.elasticity(&settings);
         let known = (&environment, &settings);
         let meeting = Meeting::prepare(&mut detected, known, self.store.as_ref())?;
         let elasticity = elastic.as_ref().map_or(Elasticity::None, Elasticity::Founded);
@@ -247,14 +247,21 @@ impl Builder {
     pub fn join(mut self) -> Result<Communicator, Error> {
         let (environment, settings) = self.read();
         let settings = settings?;
-        let elastic = self.elastic.as_ref().ok_or_else(|| {
-            let text = "joining a job that runs is for elastic jobs: `Builder::elastic` is needed";
+        let elastic = self.elasticity(&settings).ok_or_else(|| {
+            let text = "joining a job that runs is for elastic jobs: `Builder::elastic` or \
+                        UNISUM_ELASTIC is needed";
             Error::new(ErrorKind::Configuration, text)
         })?;
         let detected = launcher::detect_job(&environment).map_err(configuration)?;
         let known = (&environment, &settings);
-        let epoch = Lineage::join(elastic, detected, known, self.store.as_ref())?;
+        let epoch = Lineage::join(&elastic, detected, known, self.store.as_ref())?;
         epoch.enter(Position::Program).and_then(Entered::in_program)
+    }
+
+    /// How the job goes on when it loses ranks, if it does.
+    fn elasticity(&self, settings: &Settings) -> Option<Elastic> {
+        let by_variable = || settings.elastic.map(|minimum| Elastic { minimum });
+        self.elastic.clone().or_else(by_variable)
     }
 
     /// The environment, and the settings in it.
