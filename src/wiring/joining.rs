@@ -84,7 +84,7 @@ fn members_of(path: &Path) -> PathBuf {
 
 impl Published {
     /// Another record is there now, in the same place.
-    pub(super) fn is_replaced(mut self) {
+    pub(super) fn forget(mut self) {
         if let Self::Store(written) = &mut self {
             *written = None;
         }

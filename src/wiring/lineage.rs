@@ -146,7 +146,7 @@ impl Lineage {
         let mut place = self.published.lock().unwrap_or_else(PoisonError::into_inner);
         let before = std::mem::replace(&mut *place, published);
         drop(place);
-        before.into_iter().for_each(Published::is_replaced);
+        before.into_iter().for_each(Published::forget);
     }
 
     /// How many processes ask to be let in, as far as this one knows.

@@ -44,7 +44,8 @@ impl Views {
                     Outcome::Joined(views) => return Ok(*views),
                     Outcome::Missed(record, why) => {
                         reasons.add(why);
-                        let (known, since) = stale.get_or_insert((record.clone(), Instant::now()));
+                        let met = || (record.clone(), Instant::now());
+                        let (known, since) = stale.get_or_insert_with(met);
                         if *known != record {
                             stale = None;
                         } else if since.elapsed() >= STALE_AFTER {
