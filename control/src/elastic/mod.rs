@@ -4,7 +4,7 @@
 //! Every two members have a connection, served by one thread in each process, and dead while
 //! nothing changes. The kernel closes a dead process's connections at once, and those to a host
 //! that does not answer after a time that the user sets; what follows is for
-//! [`Participant`](unisum_views::Participant) to say (`unisum-views`: pure). A [`Control`] belongs
+//! [`Participant`] to say (`unisum-views`: pure). A [`Control`] belongs
 //! to one view: its epoch's communicator and the groups of that. When the view changes, those that
 //! were bound to an earlier one get a verdict, and the members start another one, whose first rank
 //! tells the others by these connections where it listens.
