@@ -40,7 +40,7 @@ type BucketTimes = Vec<(usize, f64, f64, f64)>;
 /// The fields of `unisum.StepChange`, in their order: epoch, processes, lost, redone, took.
 type Change = (u64, Vec<u64>, Vec<usize>, bool, f64);
 /// The fields of `unisum.StepReport`, in their order.
-type Told = (bool, usize, Vec<usize>, f64, f64, f64, f64, BucketTimes, Option<Change>);
+type Told = (bool, usize, Vec<usize>, f64, f64, f64, f64, BucketTimes, Option<Change>, bool);
 
 /// Evaluates an expression with `$T` standing for the Rust type of a gradient's elements.
 macro_rules! with_gradient {
@@ -270,6 +270,13 @@ impl Buckets {
         Ok(self.alone()?.idle()?.take_communicator().map(Communicator::new))
     }
 
+    /// Lets newcomers into the job, and goes on with them.
+    fn _admit(&self, py: Python<'_>) -> PyResult<Communicator> {
+        let mut state = self.alone()?;
+        let buckets = state.idle()?;
+        Ok(Communicator::new(block(py, || buckets.admit())?))
+    }
+
     fn _rescale(&self, py: Python<'_>, factor: f32) -> PyResult<()> {
         let mut state = self.alone()?;
         let buckets = state.idle()?;
@@ -345,6 +352,7 @@ fn told(report: &StepReport) -> Told {
                 it.took.as_secs_f64(),
             )
         }),
+        report.newcomers,
     )
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 use unisum::{Buffers, Builder, Collective, Outcome, ReduceOp, Reduction};
 
 use crate::array::Array;
@@ -273,6 +273,26 @@ impl Communicator {
         in_background(py, "unisum-rebuild", move || inner.rebuild())
     }
 
+    /// How many processes ask to be let into the job.
+    fn _newcomers(&self) -> PyResult<usize> {
+        Ok(self.get()?.newcomers())
+    }
+
+    fn _admit(&self, py: Python<'_>) -> PyResult<Self> {
+        let inner = self.get()?;
+        in_background(py, "unisum-admit", move || inner.admit())
+    }
+
+    fn _share_state(
+        &self,
+        py: Python<'_>,
+        state: Option<Vec<u8>>,
+    ) -> PyResult<Option<Py<PyBytes>>> {
+        let inner = self.get()?;
+        let received = block(py, || inner.share_state(state.as_deref()))?;
+        Ok(received.map(|bytes| PyBytes::new(py, &bytes).unbind()))
+    }
+
     fn _shrink(&self, py: Python<'_>, exclude: Vec<usize>) -> PyResult<Self> {
         let inner = self.get()?;
         in_background(py, "unisum-shrink", move || inner.shrink(&exclude))
@@ -364,19 +384,24 @@ fn detached(inner: Arc<unisum::Communicator>) -> Result<(), Arc<unisum::Communic
     inner.map_or(Ok(()), Err)
 }
 
-/// Joins a job: the environment, with `options` on top, and a store to meet by.
+/// Joins a job: the environment, with `options` on top, and a store to meet by. The job may run
+/// already: then `is_newcomer`.
 #[pyfunction]
-#[pyo3(signature = (options, store=None))]
+#[pyo3(signature = (options, store=None, is_newcomer=false))]
 pub(crate) fn connect(
     py: Python<'_>,
     options: &Bound<'_, PyDict>,
     store: Option<Py<PyAny>>,
+    is_newcomer: bool,
 ) -> PyResult<Communicator> {
     let mut builder = builder(options)?;
     if let Some(store) = store {
         builder = builder.store(PythonStore::new(store));
     }
-    in_background(py, "unisum-connect", move || builder.connect())
+    in_background(py, "unisum-connect", move || match is_newcomer {
+        true => builder.join(),
+        false => builder.connect(),
+    })
 }
 
 /// Has a thread make a communicator, and hears signals meanwhile.

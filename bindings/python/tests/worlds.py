@@ -21,18 +21,24 @@ class World:
             "UNISUM_INTERFACE": "=lo",
             **environment,
         }
+        self._context, self._meeting = context, meeting
         self._told, self._processes = {}, []
         for rank in range(ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            own = {**meeting, "UNISUM_RANK": rank, "UNISUM_LOCAL_RANK": rank}
-            own = {name: str(value) for name, value in own.items()}
-            process = context.Process(
-                target=_run, args=(sender, own, function, tuple(args)), daemon=True
-            )
-            process.start()
-            sender.close()
-            self._processes.append(process)
-            self._told[rank] = (receiver, [])
+            self.add(function, args, UNISUM_RANK=rank, UNISUM_LOCAL_RANK=rank)
+
+    def add(self, function, args=(), **environment):
+        """Another process, which runs `function(talk, *args)`; its number here."""
+        number = len(self._processes)
+        receiver, sender = self._context.Pipe(duplex=False)
+        own = {name: str(value) for name, value in {**self._meeting, **environment}.items()}
+        process = self._context.Process(
+            target=_run, args=(sender, own, function, tuple(args)), daemon=True
+        )
+        process.start()
+        sender.close()
+        self._processes.append(process)
+        self._told[number] = (receiver, [])
+        return number
 
     def __enter__(self):
         return self

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from ._buckets import BucketReport, Buckets, Parameter, Step, StepChange, StepReport
 from ._communicator import OPS, Communicator, Messenger, View, Work, empty
-from ._connect import connect
+from ._connect import connect, join
 from ._device import DeviceCommunicator
 from ._errors import (
     AbortedError,
@@ -57,5 +57,6 @@ __all__ = [
     "connect",
     "cuda_devices",
     "empty",
+    "join",
     "spawn",
 ]

@@ -72,14 +72,17 @@ class StepReport(NamedTuple):
     buckets: List[BucketReport]
     #: How the job's view changed meanwhile, if it did.
     change: Optional[StepChange] = None
+    #: Whether processes ask to be let into an elastic job (``unisum.join``), and all ranks know: the
+    #: same on all ranks, so that all can call ``Buckets.admit`` after this step.
+    newcomers: bool = False
 
 
 def _report(told: Any) -> StepReport:
-    *fields, buckets, change = told
+    *fields, buckets, change, newcomers = told
     if change is not None:
         epoch, processes, *rest = change
         change = StepChange(View(epoch, processes), *rest)
-    return StepReport(*fields, [BucketReport(*it) for it in buckets], change)
+    return StepReport(*fields, [BucketReport(*it) for it in buckets], change, newcomers)
 
 
 class Buckets:
@@ -214,6 +217,19 @@ class Buckets:
         if native is None:
             return None
         communicator = succeed(self._communicator(), Communicator(native))
+        self._communicator = weakref.ref(communicator)
+        return communicator
+
+    def admit(self) -> Communicator:
+        """Lets the processes into the job that ask for it (``StepReport.newcomers``), and goes on with
+        them: the communicator of the view. As ``Communicator.admit``, but these buckets, their
+        gradients and what the wire keeps stay.
+
+        Collective: every rank calls it between two steps, and newcomers make their own buckets
+        meanwhile, with the same parameters and settings, before they call anything else. Blocks
+        until they have; Ctrl-C is heard after that.
+        """
+        communicator = succeed(self._communicator(), Communicator(self._native._admit()))
         self._communicator = weakref.ref(communicator)
         return communicator
 

@@ -215,6 +215,28 @@ class Communicator:
         """
         return succeed(self, Communicator(self._native._rebuild()))
 
+    @property
+    def newcomers(self) -> int:
+        """How many processes ask to be let into the job (``unisum.join``), as far as this rank knows:
+        others may know of more, or of fewer. Never blocks."""
+        return self._native._newcomers()
+
+    def admit(self) -> "Communicator":
+        """As ``rebuild``, and the processes enter that ask to be let in: their ranks follow those that
+        there are. Collective: every rank calls it, for example once a minimum of ``newcomers`` over
+        all ranks has shown that all know of one. ``share_state`` gives newcomers the program's
+        state."""
+        return succeed(self, Communicator(self._native._admit()))
+
+    def share_state(self, state: Optional[bytes] = None) -> Optional[bytes]:
+        """Gives the program's state, as bytes, to the ranks that pass ``None``, which get it returned.
+        The lowest rank that has it sends it; on the others that have it, it has to be the same, or
+        all raise ``unisum.MismatchError`` with the ranks that differ.
+
+        Collective: every rank calls it, with its state or with ``None``.
+        """
+        return self._native._share_state(None if state is None else bytes(state))
+
     def shrink(self, exclude: Sequence[int]) -> "Communicator":
         """The communicator of all ranks but these, which need not take part, and get
         ``unisum.RankLostError``. Every other rank calls it, with the same list; else as

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Optional, Union
+from typing import Any, Dict, Optional, Union
 
 from . import _unisum
 from ._communicator import Communicator, remember
@@ -60,9 +60,38 @@ def connect(
         "heartbeat_timeout": heartbeat_timeout,
         "elastic": None if elastic is None else int(elastic),
     }
-    if store is not None and rendezvous is None and not os.environ.get("UNISUM_RENDEZVOUS"):
+    return _connected(options, store, key)
+
+
+def join(
+    *,
+    rendezvous: Optional[str] = None,
+    store: Any = None,
+    key: str = "unisum",
+    elastic: Union[bool, int, None] = None,
+    **options: Any,
+) -> Communicator:
+    """Joins an elastic job that runs, as a new rank behind the others, and waits until its ranks let
+    this process in: ``Communicator.admit`` or ``Buckets.admit``.
+
+    The job is found by ``rendezvous`` (a file) or ``store``, the same as its ranks were given; it needs
+    neither rank nor world. Other options are those of ``connect``, and ``elastic`` is what the job's
+    ranks give. Waits ``connect_timeout`` at most. Raises ``unisum.RendezvousError`` if there is no
+    such job, it ends, refuses this process, or lets nobody in.
+    """
+    options.update(rendezvous=rendezvous, elastic=None if elastic is None else int(elastic))
+    return _connected(options, store, key, is_newcomer=True)
+
+
+def _connected(
+    options: Dict[str, Any], store: Any, key: str, is_newcomer: bool = False
+) -> Communicator:
+    if (
+        store is not None
+        and options["rendezvous"] is None
+        and not os.environ.get("UNISUM_RENDEZVOUS")
+    ):
         options["rendezvous"] = f"store://{key}"
-    communicator = Communicator(_unisum.connect(options, store))
+    communicator = Communicator(_unisum.connect(options, store, is_newcomer))
     remember(communicator)
     return communicator
-
