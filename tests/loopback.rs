@@ -231,7 +231,8 @@ fn lose_one_and_go_on() {
     }
     let mut data = vec![1.0_f32; 1000];
     let error = (0..).find_map(|_| communicator.all_reduce(&mut data, ReduceOp::Sum).err());
-    assert_eq!(error.unwrap().kind(), ErrorKind::ViewChanged);
+    let error = error.unwrap();
+    assert_eq!(error.kind(), ErrorKind::ViewChanged, "{error}");
     let communicator = communicator.rebuild().unwrap();
     let mut data = vec![communicator.rank() as f32; 1000];
     communicator.all_reduce(&mut data, ReduceOp::Sum).unwrap();

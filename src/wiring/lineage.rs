@@ -82,7 +82,9 @@ impl Lineage {
         let views = prospect.found(control.session(), detected.rank, addresses).map_err(failed)?;
         // When all have come so far, every two are connected.
         control.exchange(Vec::new()).map_err(failed)?;
-        let view = views.membership().view;
+        // That of the communicator, though ranks may have been lost since: another view may be
+        // decided already, in which ranks have other numbers.
+        let view = View::first((0..detected.world as u64).map(Member).collect());
         let lineage = Arc::new(Self::new(views, elastic, (settings, detected), meeting));
         let epoch = Epoch { lineage, view };
         epoch.bind(control);
