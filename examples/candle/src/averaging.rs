@@ -1,9 +1,9 @@
 //! Data parallelism for candle: weights that are the same on all ranks, and gradients averaged over
 //! them.
 //!
-//! candle owns its gradients: `backward` allocates them, and returns them all at its end. So each is
-//! copied into its bucket, and its average is copied into a tensor that takes its place. The copies
-//! of later buckets hide the communication of earlier ones; the backward pass hides none.
+//! candle owns its gradients: `backward` allocates them, and returns them all at its end. So each
+//! is copied into its bucket, and its average is copied into a tensor that takes its place. The
+//! copies of later buckets hide the communication of earlier ones; the backward pass hides none.
 
 use std::error::Error;
 use std::time::Instant;
