@@ -123,7 +123,8 @@ impl Training {
         who.ready();
     }
 
-    fn take_step(&mut self) {
+    /// Takes a step; how many ranks it is the average of, which is the same on all.
+    fn take_step(&mut self) -> usize {
         let step = self.buckets.begin().unwrap();
         Self::fill(&step, self.process, self.steps);
         let report = step.wait().unwrap();
@@ -142,6 +143,7 @@ impl Training {
         let now = Instant::now();
         self.stall = self.stall.max(self.last.map_or(Duration::ZERO, |last| now - last));
         self.last = Some(now);
+        report.participants
     }
 
     /// The averages are over whole ranks: as many as the report says, and those of the view if the
@@ -176,18 +178,19 @@ impl Training {
     }
 }
 
-/// Trains until the world has its last size, and 5 steps more.
+/// Trains until a step was made by the last ranks, and 5 steps more. Some ranks may hear of the
+/// change in an earlier step than others.
 fn train() {
     let count = setting("COUNT").parse().unwrap();
     let last: usize = setting("LAST").parse().unwrap();
     let mut training = Training::new(connect(), count);
     let mut until = u64::MAX;
     while training.steps < until {
-        training.take_step();
+        let participants = training.take_step();
         if training.steps == 3 {
             reach("training");
         }
-        if training.communicator.world() == last && until == u64::MAX {
+        if participants == last && until == u64::MAX {
             until = training.steps + 5;
         }
     }

@@ -69,6 +69,7 @@ class Training:
         self.steps += 1
         self.learn(step.report)
         self.follow(step.report.change)
+        return step.report.participants
 
     def learn(self, report):
         """The averages are over whole ranks: as many as the report says."""
@@ -111,10 +112,11 @@ def train(talk, count, last, wire):
     training = Training(count, wire)
     until = None
     while until is None or training.steps < until:
-        training.step()
+        participants = training.step()
         if training.steps == 3:
             talk("training")
-        if training.comm.world == last and until is None:
+        # Some ranks may hear of the change in an earlier step than others.
+        if participants == last and until is None:
             until = training.steps + 5
     assert training.changes
     talk(training.told())
