@@ -144,6 +144,14 @@ pub fn detect(environment: &Environment) -> Result<Detected, LauncherError> {
 /// # Errors
 /// As [`detect`].
 pub fn detect_job(environment: &Environment) -> Result<Detected, LauncherError> {
+    let is_set = |name| environment.get(name).is_some();
+    let mut environment = environment.clone();
+    if is_set("UNISUM_RANK") != is_set("UNISUM_WORLD") {
+        // A template that starts ranks and newcomers alike says one of them.
+        let neither = ["UNISUM_RANK", "UNISUM_WORLD"].map(|name| (name, String::new()));
+        environment = environment.with(neither.into());
+    }
+    let environment = &environment;
     let detected = detect(environment)?;
     let is_named = environment.get("UNISUM_JOB").is_some() || detected.source != Source::Single;
     Ok(match &detected.rendezvous {

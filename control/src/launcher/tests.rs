@@ -298,3 +298,15 @@ fn all_ranks_of_a_slurm_step_agree_on_job_and_place() {
     assert_eq!((&first.job, &first.rendezvous), (&other.job, &other.rendezvous));
     assert_eq!(first.job, "77.0");
 }
+
+#[test]
+fn a_newcomer_finds_the_job_whatever_is_said_of_rank_and_world() {
+    let told = "UNISUM_RENDEZVOUS=file:///shared/x";
+    let job = detected(&format!("UNISUM_RANK=1 UNISUM_WORLD=4 {told}")).unwrap().job;
+    for said in ["", "UNISUM_WORLD=4", "UNISUM_RANK=9", "UNISUM_RANK=1 UNISUM_WORLD=4"] {
+        let text = format!("{said} {told}");
+        let found = detect_job(&environment(&Scratch::new(), &text)).unwrap();
+        assert_eq!(found.job, job, "{said}");
+        assert_eq!(found.rendezvous.unwrap().to_string(), "file:///shared/x", "{said}");
+    }
+}
