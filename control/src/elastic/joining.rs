@@ -16,7 +16,7 @@ use super::{Prospect, Record, Views, ViewsConfig};
 pub type Find<'a> = dyn FnMut() -> Result<Record, String> + 'a;
 
 /// The numbers of newcomers begin here; below are those that the job was started with.
-const FIRST_NEWCOMER: u64 = 1 << 31;
+pub(super) const FIRST_NEWCOMER: u64 = 1 << 31;
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long none of a record's members may answer before the record is one of a job that has ended:

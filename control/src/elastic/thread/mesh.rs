@@ -16,6 +16,7 @@ use bytes::Bytes;
 use unisum_views::{Member, Message, Standing, View};
 
 use super::super::dialing::Dials;
+use super::super::joining::FIRST_NEWCOMER;
 use super::super::words::Word;
 use super::ViewsThread;
 
@@ -76,11 +77,14 @@ impl ViewsThread {
     /// There is a connection with another process.
     pub(super) fn meet(&mut self, token: usize, member: Member) {
         self.mesh.met.insert(member);
-        if self.is_outside() {
-            let own = self.identity.own;
+        let own = self.identity.own;
+        if own.0 >= FIRST_NEWCOMER {
+            // Also inside: two newcomers that enter at once may meet there, and whoever joins later
+            // is told by either where the other listens.
             let entry = (own, self.shared.addresses(own));
             self.send(member, &Word::Directory(vec![entry]));
-        } else if !self.participant.view().has(member) {
+        }
+        if !self.is_outside() && !self.participant.view().has(member) {
             self.tell_outsider(member);
         }
         let waiting = self.mesh.waiting.remove(&member).unwrap_or_default();
@@ -117,13 +121,15 @@ impl ViewsThread {
         if self.participant.standing() == Standing::Excluded {
             return;
         }
-        let view = self.participant.view();
         let new = self.shared.learn(entries);
-        let outside: Vec<_> = new.into_iter().filter(|(it, _)| !view.has(*it)).collect();
         if !self.is_outside() {
-            for entry in outside {
+            for entry in new {
+                let view = self.participant.view();
+                let is_inside = view.has(entry.0);
                 let others = self.connections.values().map(|(member, _)| *member);
-                let are_to_dial = |it: &Member| *it > entry.0 && *it != from;
+                // Members of a view know each other's addresses, or tell them as they meet.
+                let are_to_dial =
+                    |it: &Member| *it > entry.0 && *it != from && !(is_inside && view.has(*it));
                 let told: BTreeSet<Member> = others.filter(are_to_dial).collect();
                 told.into_iter()
                     .for_each(|it| self.send(it, &Word::Directory(vec![entry.clone()])));
