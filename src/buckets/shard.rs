@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use unisum_kernels::Element;
+use unisum_kernels::{Element, Panic};
 
 use super::hook::{Bucket, Hook};
 use super::plan::Plan;
@@ -245,13 +245,27 @@ impl Gather {
     /// Gathers, on the layer's thread.
     pub(super) fn run(&self, core: &Core) {
         let communicator = core.communicator();
-        for bucket in (0..self.plan.layout.plans().len()).rev() {
+        let gather = |bucket| {
             // SAFETY: who started the gathering waits before anybody touches a bucket that has not
             // come.
-            let world = communicator.world();
-            // SAFETY: as above.
-            let mut lent = unsafe { core.lend(&communicator, &self.plan, bucket, world) };
-            let gathered = lent.run(&Collective::all_gather());
+            let mut lent =
+                unsafe { core.lend(&communicator, &self.plan, bucket, communicator.world()) };
+            lent.run(&Collective::all_gather())
+        };
+        self.run_with(gather, |panic| {
+            core.panicked(&format!("gathering weights panicked: {}", panic.text()))
+        });
+    }
+
+    /// Gathers each bucket, and wakes who waits for it, whatever the end.
+    fn run_with(
+        &self,
+        gather: impl Fn(usize) -> Result<(), Error>,
+        panicked: impl Fn(&Panic) -> Error,
+    ) {
+        for bucket in (0..self.plan.layout.plans().len()).rev() {
+            let gathered = Panic::catch(|| gather(bucket));
+            let gathered = gathered.unwrap_or_else(|panic| Err(panicked(&panic)));
             let mut come = self.lock();
             match gathered {
                 Ok(()) => come.buckets[bucket] = true,
@@ -287,6 +301,7 @@ mod tests {
     use unisum_kernels::Dtype;
 
     use super::*;
+    use crate::Communicator;
     use crate::buckets::Parameter;
     use crate::buckets::layout::Limits;
 
@@ -310,5 +325,31 @@ mod tests {
             }
             assert!(seen.iter().flatten().all(|&times| times == 1), "{world} ranks: {seen:?}");
         }
+    }
+
+    #[test]
+    fn a_panic_while_weights_are_gathered_reaches_who_waits_for_them() {
+        let communicator =
+            Communicator::builder().rank(0).world(1).connect().expect("a world of one");
+        let list: Vec<_> =
+            [500, 700].map(|count| Parameter::new("weights", &[count], Dtype::F32)).into();
+        let limits = Limits { bytes: 2000, end_bytes: 2000, pieces: 1 };
+        let layout = Layout::new(0, &list, &[1, 0], limits);
+        let buckets = layout.plans().len();
+        assert_eq!(buckets, 2);
+        let plan = Plan::new(list.into(), layout, &communicator).expect("a little memory");
+        let gather = Gather::new(Arc::new(plan));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| gather.wait(|come| come.buckets[0]));
+            gather.run_with(
+                |bucket| if bucket == 0 { panic!("in the first bucket") } else { Ok(()) },
+                |panic| Error::new(ErrorKind::Panicked, panic.text()),
+            );
+            let error = waits.join().expect("it waits only").expect_err("it never comes");
+            assert_eq!(error.kind(), ErrorKind::Panicked);
+            assert!(error.to_string().contains("in the first bucket"), "{error}");
+        });
+        // What came before has come.
+        assert!(gather.wait(|come| come.buckets[1]).is_ok());
     }
 }
