@@ -47,6 +47,7 @@ mod version;
 mod warning;
 mod wiring;
 
+pub use autotuning::selector::AlgorithmRange;
 pub use buckets::LossScaler;
 pub use collective::raw::RawBuffers;
 pub use collective::reduction::{Outcome, Reduction};
@@ -70,6 +71,7 @@ pub use unisum_kernels::{Bool, CustomOp, Dtype, Element, ReduceOp, f8e4m3, f8e5m
 pub use unisum_link as link;
 pub use unisum_link::Rank;
 pub use wiring::store::Store;
+pub use wiring::{Description, MeasuredCost, RankDescription, Rates};
 
 /// The names of all algorithms, as [`Communicator::set_algorithm`] takes them: first those of the
 /// all-reduce, then those that only other collectives have.

@@ -68,7 +68,7 @@ fn join() {
     match Communicator::from_environment() {
         Ok(communicator) => {
             sum(&communicator).unwrap();
-            tell(format!("worked: {}", communicator.describe().replace('\n', " | ")));
+            tell(format!("worked: {}", communicator.describe().to_string().replace('\n', " | ")));
         }
         Err(error) => {
             let text = error.to_string().replace('\n', " | ");

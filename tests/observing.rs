@@ -89,7 +89,32 @@ fn observe() {
         // What it gets comes from the late rank.
         assert!(events.contains(&Event::Blocked { on: Some(2) }), "{events:?}");
     }
+    check_description(&communicator);
     communicator.barrier().unwrap();
+}
+
+/// What it consists of is data, and its text has all of it.
+fn check_description(communicator: &Communicator) {
+    let described = communicator.describe();
+    let text = described.to_string();
+    let world = communicator.world();
+    assert_eq!(
+        (described.ranks.len(), &described.transport[..]),
+        (world, communicator.transport())
+    );
+    assert_eq!(described.ranks[communicator.rank()].pid, std::process::id());
+    assert!(described.ranks.iter().all(|rank| text.contains(&format!("pid {}", rank.pid))));
+    assert!(described.joined_in.is_some_and(|time| time < LIMIT));
+    assert!(text.starts_with(&described.summary()), "{text}");
+    let [cost, ..] = &described.costs[..] else { panic!("{text}") };
+    assert!(cost.rates.latency_s > 0.0 && text.contains(&cost.what), "{text}");
+    let sizes: Vec<_> = described.algorithms.iter().map(|it| (it.above, it.up_to)).collect();
+    assert!(sizes[0].0 == 0 && sizes.windows(2).all(|pair| pair[0].1 == pair[1].0), "{sizes:?}");
+    // Fixed by `observe`.
+    assert!(described.algorithms.iter().all(|it| it.algorithm == "ring"), "{text}");
+    let group = communicator.split(Some(0), 0).unwrap().unwrap();
+    let described = group.describe();
+    assert!(described.ranks.is_empty() && described.summary().contains("over"), "{described}");
 }
 
 fn events_of(events: &[Event], is: fn(&Event) -> bool) -> Vec<Event> {

@@ -241,7 +241,7 @@ fn sum_under_load() {
 fn described() {
     let communicator = Communicator::from_environment().unwrap();
     communicator.all_reduce(&mut vec![1_f32; 5000], ReduceOp::Sum).unwrap();
-    tell(communicator.describe().replace('\n', "; "));
+    tell(communicator.describe().to_string().replace('\n', "; "));
 }
 
 #[test]

@@ -28,7 +28,7 @@ fn start(ranks: usize) -> std::io::Result<LocalRanks> {
 /// Says how the ranks found each other, on rank 0.
 pub(crate) fn tell_launch(communicator: &unisum::Communicator) {
     if communicator.rank() == 0 {
-        eprintln!("{}", communicator.describe().lines().next().unwrap_or_default());
+        eprintln!("{}", communicator.describe().summary());
     }
 }
 

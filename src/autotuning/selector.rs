@@ -1,7 +1,6 @@
 //! Chooses the algorithm of a call: by the measured links and the cost model, by the result of
 //! trying candidates in the first call of its size, or as the user fixed it.
 
-use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -115,6 +114,21 @@ pub(crate) fn index_of(name: &str) -> Result<usize, Error> {
     })
 }
 
+/// Which algorithm is chosen for a range of sizes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct AlgorithmRange {
+    /// It begins above so many bytes.
+    pub above: usize,
+    /// The largest size that was looked at.
+    pub up_to: usize,
+    /// The algorithm's name.
+    pub algorithm: &'static str,
+    /// Seconds that a call of `up_to` bytes takes, by the cost model; `None` where it knows none,
+    /// as of an algorithm that was fixed and would not be chosen.
+    pub seconds: Option<f64>,
+}
+
 impl AlgorithmSelector {
     /// A selector for ranks in `topology`, with links like those of `model`; `slowest` is the
     /// slowest link between nodes.
@@ -183,15 +197,19 @@ impl AlgorithmSelector {
         self.fixed.load(Ordering::Relaxed)
     }
 
+    /// The fixed algorithm among those of a collective.
+    fn fixed_of(&self, list: &[&dyn Algorithm]) -> Option<usize> {
+        let named = crate::algorithms().get(self.fixed()).copied();
+        list.iter().position(|algorithm| Some(algorithm.name()) == named)
+    }
+
     /// The number of the algorithm for a call, among those of its collective.
     pub(crate) fn algorithm(&self, shape: &Shape, key: &Key) -> usize {
         let list = algorithms(shape.collective);
         let fits = |index: &usize| {
             list[*index].supports(shape) && (!key.ordered || list[*index].in_rank_order())
         };
-        let named = crate::algorithms().get(self.fixed()).copied();
-        let fixed = list.iter().position(|algorithm| Some(algorithm.name()) == named);
-        if let Some(fixed) = fixed.filter(fits) {
+        if let Some(fixed) = self.fixed_of(list).filter(fits) {
             return fixed;
         }
         let class = class_of(shape, key);
@@ -267,6 +285,30 @@ impl AlgorithmSelector {
     pub(crate) fn all_reduce_seconds(&self, bytes: usize) -> f64 {
         let index = self.for_class(PlanKind::AllReduce, class(bytes));
         self.seconds(PlanKind::AllReduce, index, bytes)
+    }
+
+    /// The algorithms of an all-reduce of `f32`, by size in ascending order.
+    pub(crate) fn ranges(&self) -> Vec<AlgorithmRange> {
+        let (collective, mut above, mut ranges) = (PlanKind::AllReduce, 0, Vec::new());
+        let list = algorithms(collective);
+        let chosen = |class| {
+            let count = typical_bytes(class) / size_of::<f32>();
+            let shape = typical_shape(self.topology.clone(), collective, count);
+            let fixed = self.fixed_of(list).filter(|&fixed| list[fixed].supports(&shape));
+            fixed.unwrap_or_else(|| self.for_class(collective, class))
+        };
+        for class in 3..=30 {
+            let index = chosen(class);
+            if class == 30 || chosen(class + 1) != index {
+                let up_to = typical_bytes(class);
+                let seconds = self.seconds(collective, index, up_to);
+                let seconds = Some(seconds).filter(|seconds| seconds.is_finite());
+                let algorithm = list[index].name();
+                ranges.push(AlgorithmRange { above, up_to, algorithm, seconds });
+                above = up_to;
+            }
+        }
+        ranges
     }
 
     fn for_class(&self, collective: PlanKind, class: usize) -> usize {
@@ -413,25 +455,6 @@ const fn typical_class(world: usize) -> usize {
 
 const fn typical_bytes(class: usize) -> usize {
     1 << class
-}
-
-impl fmt::Display for AlgorithmSelector {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "algorithms of an all-reduce (by modelled time until tried, float32):")?;
-        let collective = PlanKind::AllReduce;
-        let mut from = 0;
-        for class in 3..=30 {
-            let index = self.for_class(collective, class);
-            if class == 30 || self.for_class(collective, class + 1) != index {
-                let name = algorithms(collective)[index].name();
-                let to = typical_bytes(class);
-                let micros = self.seconds(collective, index, to) * 1e6;
-                writeln!(f, "  above {from:>10} up to {to:>10} B: {name} ({micros:.1} us there)")?;
-                from = to;
-            }
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use crate::execution::runner::Runner;
 use crate::settings::{self, Settings};
 use crate::version;
 use crate::wiring::{
-    self, Custom, Elasticity, Epoch, Joined, Lineage, Meeting, Position, Standing,
+    self, Custom, Description, Elasticity, Epoch, Joined, Lineage, Meeting, Position, Standing,
 };
 use crate::{Communicator, Elastic, Error, ErrorKind, Store};
 use unisum_control::Environment;
@@ -209,8 +209,8 @@ impl Builder {
             if let Some(note) = &detected.note {
                 crate::warning::warning!("each such process trains alone, a world of one: {note}");
             }
-            let description = format!("a world of one rank ({})\n", detected.source);
-            let alone = Communicator::new(0, 1, None, "none".into(), description);
+            let origin = format!("a world of one rank ({})", detected.source);
+            let alone = Communicator::new(0, 1, None, Description::alone(origin));
             let elastic = self.elasticity(&settings).filter(|_| detected.rendezvous.is_some());
             let Some(elastic) = elastic else {
                 return Ok(alone);
@@ -293,8 +293,8 @@ pub(super) fn of_view(
 ) -> Result<(Communicator, Vec<Standing>), Error> {
     let settings = epoch.lineage.settings();
     if epoch.view.members.len() == 1 {
-        let description = format!("one rank is left, in epoch {}\n", epoch.view.epoch);
-        let communicator = Communicator::new(0, 1, None, "none".into(), description);
+        let origin = format!("one rank is left, in epoch {}", epoch.view.epoch);
+        let communicator = Communicator::new(0, 1, None, Description::alone(origin));
         return Ok((communicator.in_epoch(Some(epoch.clone())), vec![standing]));
     }
     let (detected, meeting) = epoch.lineage.meet(&epoch.view)?;
@@ -330,13 +330,13 @@ fn communicator(
     membership: Membership,
     joined: Joined,
 ) -> Communicator {
-    let Joined { job, engine, choice, tuning, transport, description, .. } = joined;
+    let Joined { job, engine, choice, tuning, description, .. } = joined;
     let (rank, world) = (detected.rank, detected.world);
     let epoch = membership.epoch().cloned();
     let runner = Runner::new(rank, settings.timeout, membership, engine, choice, tuning);
     let core = Core { runner, job, rank, world, restores: epoch.is_some() }.into();
     let member = Member { core, background: Background::default() };
-    Communicator::new(rank, world, Some(member), transport, description).in_epoch(epoch)
+    Communicator::new(rank, world, Some(member), description).in_epoch(epoch)
 }
 
 fn configuration(error: impl std::error::Error) -> Error {

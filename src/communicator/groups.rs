@@ -14,7 +14,7 @@ use crate::collective::{Buffers, Collective};
 use crate::execution::background::Background;
 use crate::execution::member::{Core, Member};
 use crate::execution::runner::Runner;
-use crate::wiring::{self, Group, Parent};
+use crate::wiring::{self, Description, Group, Parent};
 use crate::{Communicator, Error, ErrorKind};
 use unisum_control::Share;
 use unisum_engine::Tuning;
@@ -76,7 +76,7 @@ impl Communicator {
     ) -> Result<Option<Self>, Error> {
         if self.member.is_none() {
             self.check_making(making)?;
-            return Ok(color.map(|_| Self::of_one(self.description().into())));
+            return Ok(color.map(|_| Self::of_one(self.origin().into())));
         }
         let (joined, group) = self.regroup(making, color, key)?;
         let Some(group) = group else { return Ok(None) };
@@ -205,8 +205,8 @@ impl Communicator {
         Ok(same.unwrap_or_else(|| unreachable!("every rank gave the color")))
     }
 
-    fn of_one(description: String) -> Self {
-        Self::new(0, 1, None, "none".into(), description + "\n")
+    fn of_one(origin: String) -> Self {
+        Self::new(0, 1, None, Description::alone(origin))
     }
 
     fn group(
@@ -224,8 +224,7 @@ impl Communicator {
         let restores = restores && runner.membership.epoch().is_some();
         let core = Core { runner, job, rank, world, restores }.into();
         let member = Member { core, background: Background::default() };
-        let description = format!("{name}, over {transport}\n");
-        Self::new(rank, world, Some(member), transport, description)
+        Self::new(rank, world, Some(member), Description::of(name, &transport))
     }
 
     /// Gives every rank's blobs to the ranks that they are for: what each rank has for this one, in

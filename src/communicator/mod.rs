@@ -20,7 +20,7 @@ use crate::execution::programs;
 use crate::execution::stats::Stats;
 use crate::memory::Arena;
 use crate::memory::buffer::Buffer;
-use crate::wiring::Epoch;
+use crate::wiring::{Description, Epoch};
 use crate::{Builder, Error, ErrorKind};
 
 /// This process's membership in a job: one rank of a world of ranks that reduce together.
@@ -39,8 +39,7 @@ pub struct Communicator {
     world: usize,
     /// `None` in a world of one, which needs no peers.
     pub(crate) member: Option<Member>,
-    description: String,
-    transport: String,
+    description: Box<Description>,
     /// Why a world of one was aborted, if it was.
     aborted: OnceLock<Error>,
     /// Of an elastic job's own communicator.
@@ -66,15 +65,15 @@ impl Communicator {
         Builder::new()
     }
 
-    pub(crate) const fn new(
+    pub(crate) fn new(
         rank: Rank,
         world: usize,
         member: Option<Member>,
-        transport: String,
-        description: String,
+        description: Description,
     ) -> Self {
         let aborted = OnceLock::new();
-        Self { rank, world, member, description, transport, aborted, epoch: None }
+        let description = Box::new(description);
+        Self { rank, world, member, description, aborted, epoch: None }
     }
 
     /// This process's rank in the world, from 0.
@@ -384,13 +383,14 @@ impl Communicator {
         Ok(())
     }
 
-    pub(crate) fn description(&self) -> &str {
-        self.description.trim_end()
+    /// Which launcher started the ranks, or what the communicator was made from.
+    pub(crate) fn origin(&self) -> &str {
+        &self.description.origin
     }
 
     /// The transports in use, such as "tcp", "shm" or "shm+tcp".
     pub fn transport(&self) -> &str {
-        &self.transport
+        &self.description.transport
     }
 
     /// What this rank has done so far in this communicator's collectives, and what it is doing.
@@ -402,12 +402,14 @@ impl Communicator {
             .map_or_else(Stats::default, |member| member.core.runner.stats(self.world))
     }
 
-    /// Describes for people, in several lines, which launcher started the ranks and how they found
-    /// each other (the first line), where they are, what the links cost, and which algorithm is
-    /// chosen from which size on.
-    pub fn describe(&self) -> String {
-        let table = self.member.as_ref().map(|member| member.core.runner.choice.to_string());
-        format!("{}{}", self.description, table.unwrap_or_default())
+    /// Describes which launcher started the ranks and how they found each other, where they are,
+    /// what the links cost, and which algorithm is chosen from which size on, as data. Printed, it
+    /// is several lines for people. Not collective; never waits.
+    pub fn describe(&self) -> Description {
+        let member = self.member.as_ref();
+        let algorithms = member.map(|member| member.core.runner.choice.ranges());
+        let algorithms = algorithms.unwrap_or_default();
+        Description { algorithms, ..(*self.description).clone() }
     }
 }
 

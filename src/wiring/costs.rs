@@ -1,6 +1,5 @@
 //! What the links cost: measured between a few ranks, then agreed by all.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use unisum_kernels::{Fold, Folded};
 use unisum_link::{Call, LinkError, Rank, Regions};
 
 use super::calibrate::{self, Limit};
+use super::description::{MeasuredCost, Rates};
 use super::earlier::{Earlier, look_up};
 use super::pairs::{self, Across, Measured};
 use super::{Job, rendezvous_error, starting_failed};
@@ -70,11 +70,16 @@ pub(super) struct Agreed {
     tries: bool,
     /// What earlier runs settled, and where this run saves its results.
     tunings: Option<Arc<Tunings>>,
-    /// The costs and their origin, as text for people.
-    pub(super) text: String,
+    /// Where they come from, in words.
+    pub(super) notes: Vec<String>,
 }
 
 impl Agreed {
+    /// What was measured. What was not measured is not shown.
+    pub(super) fn described(&self) -> Vec<MeasuredCost> {
+        if self.tries { self.costs.described() } else { Vec::new() }
+    }
+
     /// The selector of the job's communicator.
     pub(super) fn choice(
         self,
@@ -106,8 +111,8 @@ pub(super) fn agree(engine: &mut Engine, context: MeasureContext<'_>) -> Result<
     let has_groups = told.iter().any(|told| told.has_group);
     if context.job.settings.reproducible {
         let costs = Costs { has_groups, ..Costs::of_kinds(topology, &told) };
-        let text = "links as any of their kinds, not measured (UNISUM_REPRODUCIBLE)\n".to_owned();
-        return Ok(Agreed { costs, tries: false, tunings: None, text });
+        let note = "links as any of their kinds, not measured (UNISUM_REPRODUCIBLE)".to_owned();
+        return Ok(Agreed { costs, tries: false, tunings: None, notes: vec![note] });
     }
     let earlier = if told[0].keeps { Some(look_up(context, &told)?) } else { None };
     let known = earlier.as_ref().and_then(|earlier| earlier.measured.clone());
@@ -126,15 +131,14 @@ pub(super) fn agree(engine: &mut Engine, context: MeasureContext<'_>) -> Result<
     if rank == 0 && !is_known {
         costs.warn();
     }
-    let mut text = costs.to_string();
-    if let Some(Earlier { tunings, note, .. }) = &earlier {
-        if !is_known {
-            tunings.keep_measured(&blobs);
-        }
-        text += &format!("{note}\n");
+    if let Some(Earlier { tunings, .. }) = &earlier
+        && !is_known
+    {
+        tunings.keep_measured(&blobs);
     }
-    let tunings = earlier.map(|earlier| earlier.tunings);
-    Ok(Agreed { costs: Costs { has_groups, ..costs }, tries: true, tunings, text })
+    let (tunings, note) = earlier.map(|earlier| (earlier.tunings, earlier.note)).unzip();
+    let notes = note.into_iter().collect();
+    Ok(Agreed { costs: Costs { has_groups, ..costs }, tries: true, tunings, notes })
 }
 
 /// Measures: rank 0 with a rank of its node, each two neighbouring nodes with one rank each, and
@@ -426,6 +430,32 @@ impl Costs {
         AlgorithmSelector::new(topology, model, slowest, node, fixed)
     }
 
+    /// Costs that were not measured are not shown: one kind may only stand for the other.
+    pub(super) fn described(&self) -> Vec<MeasuredCost> {
+        let mut all = Vec::new();
+        let mut tell = |what: &str, rates, source: String| {
+            all.push(MeasuredCost { what: what.to_owned(), rates, source });
+        };
+        if self.nodes.is_none() || self.inside != self.across {
+            tell("inside a node", Rates::of_link(&self.inside), "measured by rank 0".into());
+        }
+        if let Some(Across { slowest, links, .. }) = self.nodes {
+            let median = format!("median of {links} links");
+            tell("across nodes", Rates::of_link(&self.across), median);
+            if links > 1 {
+                let [from, to] = slowest.pair;
+                let pair = format!("ranks {from} and {to}");
+                tell("slowest of them", Rates::of_link(&slowest.cost), pair);
+            }
+        }
+        for (name, line) in ["one-shot", "two-shot"].iter().zip(self.group.iter().flatten()) {
+            let rates = Rates::new(line.start_s, line.s_per_byte);
+            tell(name, rates, "measured by all ranks".into());
+        }
+        tell("reducing", Rates::new(0.0, self.gamma_s_per_byte), "a core".into());
+        all
+    }
+
     /// Warns if one link between nodes is much slower than most.
     fn warn(&self) {
         let Some(nodes) = self.nodes else { return };
@@ -435,47 +465,10 @@ impl Costs {
                 "the link between ranks {from} and {to} takes {times:.1} times as long for 1 MiB \
                  as the fastest third of {} links between nodes: {}, not {}",
                 nodes.links,
-                Profile(&nodes.slowest.cost),
-                Profile(&nodes.fast.cost),
+                Rates::of_link(&nodes.slowest.cost),
+                Rates::of_link(&nodes.fast.cost),
             );
         }
-    }
-}
-
-/// A link's cost, formatted for people.
-struct Profile<'a>(&'a LinkCost);
-
-impl fmt::Display for Profile<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let LinkCost { alpha_s, beta_s_per_byte, beta_cached_s_per_byte } = self.0;
-        let rate = |s_per_byte: f64| match s_per_byte > calibrate::S_PER_BYTE_MIN {
-            true => format!("{:.2}", 1e-9 / s_per_byte),
-            false => "?".to_owned(),
-        };
-        let (micros, rate, cached) =
-            (alpha_s * 1e6, rate(*beta_s_per_byte), rate(*beta_cached_s_per_byte));
-        write!(f, "{micros:.1} us + bytes at {rate} GB/s, {cached} in cache")
-    }
-}
-
-impl fmt::Display for Costs {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Costs that were not measured are not shown: one kind may only stand for the other.
-        if self.nodes.is_none() || self.inside != self.across {
-            writeln!(f, "inside a node: {} (measured by rank 0)", Profile(&self.inside))?;
-        }
-        if let Some(Across { slowest, links, .. }) = self.nodes {
-            writeln!(f, "across nodes: {} (median of {links} links)", Profile(&self.across))?;
-            if links > 1 {
-                let [from, to] = slowest.pair;
-                writeln!(f, "slowest of them: {} (ranks {from} and {to})", Profile(&slowest.cost))?;
-            }
-        }
-        for (name, line) in ["one-shot", "two-shot"].iter().zip(self.group.iter().flatten()) {
-            let (micros, rate) = (line.start_s * 1e6, 1e-9 / line.s_per_byte);
-            writeln!(f, "{name} of all ranks: {micros:.1} us + bytes at {rate:.2} GB/s")?;
-        }
-        writeln!(f, "reducing: {:.1} GB/s a core", 1e-9 / self.gamma_s_per_byte)
     }
 }
 
@@ -511,9 +504,10 @@ mod tests {
             let blobs = [encode(&measured, Some(figures)), encode(&[], None)];
             let costs = combine(&Topology::nodes(nodes), &blobs).unwrap();
             assert_eq!((costs.inside, costs.across, costs.group), (cost, cost, None));
-            let text = costs.to_string();
-            let told = ["inside a node", "across nodes"].map(|kind| text.contains(kind));
-            assert_eq!(told, [nodes.len() == 1, nodes.len() > 1], "{text}");
+            let told = costs.described();
+            let is_told = ["inside a node", "across nodes"]
+                .map(|kind| told.iter().any(|cost| cost.what == kind));
+            assert_eq!(is_told, [nodes.len() == 1, nodes.len() > 1], "{told:?}");
         }
     }
 

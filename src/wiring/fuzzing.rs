@@ -50,7 +50,7 @@ fn check_costs(bytes: &[u8]) {
     }
     assert!(costs.gamma_s_per_byte.is_finite() && costs.cores.is_finite());
     // Printing divides by them.
-    assert!(!costs.to_string().is_empty());
+    costs.described().iter().for_each(|cost| assert!(!cost.to_string().is_empty()));
 }
 
 fn costs_seeds() -> Vec<Vec<u8>> {

@@ -11,6 +11,7 @@ mod card;
 mod control;
 mod cores;
 mod costs;
+mod description;
 mod earlier;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
@@ -42,6 +43,7 @@ use calibrate::Limit as MeasureLimit;
 use card::Card;
 use cores::Cores;
 use costs::MeasureContext;
+pub use description::{Description, MeasuredCost, RankDescription, Rates};
 pub(crate) use group::{Group, Member, Parent};
 pub(crate) use job::Job;
 pub(crate) use lineage::{Epoch, Lineage, identities};
@@ -62,8 +64,7 @@ pub(crate) struct Joined {
     pub(crate) engine: Engine,
     pub(crate) choice: AlgorithmSelector,
     pub(crate) tuning: Tuning,
-    pub(crate) transport: String,
-    pub(crate) description: String,
+    pub(crate) description: Description,
     /// By rank, how far it was as it entered the view of an elastic job.
     pub(crate) standings: Vec<Standing>,
 }
@@ -192,15 +193,21 @@ fn wire(
         MeasureContext { rank, members, job, topology, transport, tuning, limit }
     };
     let agreed = costs::agree(&mut engine, context)?;
-    let how = describe(detected, &cards, &topology, &transport, start.elapsed().as_secs_f64());
     let protection = settings.tls.in_words(&transport);
-    tracing::info!("{}; {protection}", how.lines().next().unwrap_or_default());
-    let described = engine.links().iter().map(|link| link.description());
-    let devices: String = described.filter(|it| !it.is_empty()).map(|it| it + "\n").collect();
-    let description = format!("{how}{protection}\n{devices}{}", agreed.text);
+    let links = engine.links().iter().map(|link| link.description());
+    let description = Description {
+        joined_in: Some(start.elapsed()),
+        ranks: describe(&cards, &topology),
+        protection: Some(protection.clone()),
+        links: links.filter(|it| !it.is_empty()).collect(),
+        costs: agreed.described(),
+        notes: agreed.notes.clone(),
+        ..Description::of(detected.to_string(), &transport)
+    };
+    tracing::info!("{}; {protection}", description.summary());
     let choice = agreed.choice(topology, &mut engine, tuning, fixed);
     let (job, standings) = (Arc::new(job), standings(&cards));
-    Ok(Joined { job, engine, choice, tuning, transport, description, standings })
+    Ok(Joined { job, engine, choice, tuning, description, standings })
 }
 
 /// How far the ranks of an elastic job were as they entered its view.
@@ -443,22 +450,11 @@ fn rendezvous_error(error: ControlError) -> Error {
     Error::new(ErrorKind::Rendezvous, error.to_string()).caused_by(error.failed_ranks())
 }
 
-fn describe(
-    detected: &Detected,
-    cards: &[Card],
-    topology: &Topology,
-    transport: &str,
-    seconds: f64,
-) -> String {
-    let nodes = topology.node_count();
-    let plural = if nodes == 1 { "" } else { "s" };
-    let mut text =
-        format!("{detected}; {nodes} node{plural}, over {transport}, joined in {seconds:.3} s\n");
-    for (rank, card) in cards.iter().enumerate() {
-        let addresses: Vec<_> = card.addresses.iter().map(ToString::to_string).collect();
-        let address = if addresses.is_empty() { "-".to_owned() } else { addresses.join(" or ") };
-        let node = topology.node_of(rank);
-        text += &format!("  rank {rank}: node {node}, pid {}, {address}\n", card.pid);
-    }
-    text
+fn describe(cards: &[Card], topology: &Topology) -> Vec<RankDescription> {
+    let of = |(rank, card): (Rank, &Card)| RankDescription {
+        node: topology.node_of(rank) as usize,
+        pid: card.pid,
+        addresses: card.addresses.iter().map(ToString::to_string).collect(),
+    };
+    cards.iter().enumerate().map(of).collect()
 }

@@ -66,9 +66,10 @@ fn join(args: &Args) -> Result<ExitCode> {
     let connect_ms = start.elapsed().as_secs_f64() * 1e3;
     if world.is_first() && !world.is_alone() {
         let description = world.comm.describe();
-        let found = description.lines().next().unwrap_or_default();
-        let told = if args.verbose > 0 { description.trim_end() } else { found };
-        eprintln!("{told}");
+        match args.verbose {
+            0 => eprintln!("{}", description.summary()),
+            _ => eprint!("{description}"),
+        }
     }
     if let Some(device) = world.device.as_ref().filter(|_| world.is_first()) {
         eprintln!("{}", device.comm.describe().trim_end());

@@ -100,7 +100,7 @@ pub unsafe extern "C" fn unisum_comm_describe(
     length: *mut usize,
 ) -> unisum_status {
     guard(|| {
-        let description = self::comm(comm)?.communicator.describe();
+        let description = self::comm(comm)?.communicator.describe().to_string();
         // SAFETY: C promises that both may be written.
         unsafe { put_text(&description, text, capacity, length) }
     })

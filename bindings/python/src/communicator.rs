@@ -206,7 +206,7 @@ impl Communicator {
 
     /// Where the ranks are, what links cost, which algorithm is chosen from which size on.
     fn describe(&self) -> PyResult<String> {
-        Ok(self.get()?.describe())
+        Ok(self.get()?.describe().to_string())
     }
 
     /// Fixes the algorithm of later calls, or has it chosen (None). All ranks call it alike.
