@@ -61,7 +61,7 @@ pub use device::{
     DeviceBuffer, DeviceCommunicator, DeviceEvent, DeviceRoute, DeviceStream, RawDeviceBuffers,
 };
 pub use error::{Error, ErrorKind, MismatchedCall};
-pub use execution::stats::{PeerStats, RunningCall, Stats};
+pub use execution::stats::{LinkStats, PeerStats, RunningCall, Stats};
 pub use execution::work::Work;
 pub use memory::buffer::Buffer;
 pub use messenger::{Message, Messenger};

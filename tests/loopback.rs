@@ -16,7 +16,9 @@ use transport::Loopback;
 use unisum::buckets::{Buckets, Parameter};
 use unisum::link::conformance::{End, Mesh};
 use unisum::link::{Limit, Reach, Refusal, Setup, Site, Transport};
-use unisum::{Collective, Communicator, Dtype, Elastic, Error, ErrorKind, Messenger, ReduceOp};
+use unisum::{
+    Collective, Communicator, Dtype, Elastic, Error, ErrorKind, LinkStats, Messenger, ReduceOp,
+};
 
 #[test]
 fn rank_process() {
@@ -88,6 +90,16 @@ fn everything() {
     let communicator = connect().unwrap();
     assert_eq!(communicator.transport(), "loopback");
     let described = communicator.describe();
+    let counted = || match &communicator.stats().links[..] {
+        [LinkStats { transport: "loopback", counters, .. }] => counters[0],
+        others => panic!("{others:?}"),
+    };
+    let before = counted();
+    communicator.set_algorithm(Some("ring")).unwrap();
+    communicator.all_reduce(&mut [1.0_f32; 9], ReduceOp::Sum).unwrap();
+    communicator.set_algorithm(None).unwrap();
+    assert_eq!((before.0, counted().0), ("messages", "messages"));
+    assert!(counted().1 > before.1, "{before:?}");
     assert!(described.links.iter().any(|it| it.contains("loopback: 2 sockets")), "{described}");
     for count in [1, 1000, 70_000] {
         collectives(&communicator, count);

@@ -1,9 +1,10 @@
 //! What an engine has done so far: added to by the thread that drives it, read by any.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use unisum_link::Rank;
+use unisum_link::{Link, LinkCounters, Rank};
 
 use super::segment::Traffic;
 
@@ -15,6 +16,7 @@ pub struct Counters {
     slept_ns: AtomicU64,
     /// By peer: bytes sent and bytes received.
     peers: Box<[[AtomicU64; 2]]>,
+    links: Vec<Arc<LinkCounters>>,
 }
 
 /// Relaxed, twice: only the thread whose turn it is adds; others read figures for people.
@@ -27,12 +29,13 @@ fn read(counter: &AtomicU64) -> u64 {
 }
 
 impl Counters {
-    pub(crate) fn new(world: usize) -> Self {
+    pub(crate) fn new(world: usize, links: &[Box<dyn Link>]) -> Self {
         Self {
             calls: AtomicU64::new(0),
             sleeps: AtomicU64::new(0),
             slept_ns: AtomicU64::new(0),
             peers: (0..world).map(|_| Default::default()).collect(),
+            links: links.iter().filter_map(|link| link.counters()).collect(),
         }
     }
 
@@ -64,6 +67,11 @@ impl Counters {
     /// How often the thread slept in a collective, and for how long in all.
     pub fn sleeps(&self) -> (u64, Duration) {
         (read(&self.sleeps), Duration::from_nanos(read(&self.slept_ns)))
+    }
+
+    /// What those of the links that count have counted.
+    pub fn links(&self) -> &[Arc<LinkCounters>] {
+        &self.links
     }
 
     /// Payload bytes sent to a peer and received from it in transfers between the two.

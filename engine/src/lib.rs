@@ -92,7 +92,7 @@ impl Engine {
             part_bytes(group.members().len(), group.staging_bytes(), ranks_per_core)
         };
         let is_crowded = ranks_per_core > 1.0;
-        let counters = Arc::new(Counters::new(links.route.len()));
+        let counters = Arc::new(Counters::new(links.route.len(), &links.all));
         Self {
             tools: Tools {
                 rank,

@@ -1,8 +1,9 @@
 //! What a communicator has done and is doing, as data.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use unisum_link::Rank;
+use unisum_link::{LinkCounters, Rank};
 
 use crate::execution::runner::Runner;
 
@@ -21,8 +22,21 @@ pub struct Stats {
     /// memory, ranks read each other's memory without transfers, which is not
     /// counted. Transfers count when all of their run have ended.
     pub peers: Vec<PeerStats>,
+    /// What those of the links that count have counted, by transport. They also count what no
+    /// collective does: connecting, measuring, trying algorithms.
+    pub links: Vec<LinkStats>,
     /// The collective that is under way.
     pub running: Option<RunningCall>,
+}
+
+/// What a link has counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LinkStats {
+    /// The transport's name, such as "verbs".
+    pub transport: &'static str,
+    /// By name. What is counted is the transport's choice.
+    pub counters: Vec<(&'static str, u64)>,
 }
 
 /// What moved between this rank and a peer.
@@ -65,6 +79,11 @@ impl Runner {
             bytes: now.bytes,
         });
         let peers = (0..world).map(peer).collect();
-        Stats { calls: self.counters.calls(), sleeps, slept, peers, running }
+        let link = |link: &Arc<LinkCounters>| LinkStats {
+            transport: link.transport(),
+            counters: link.read(),
+        };
+        let links = self.counters.links().iter().map(link).collect();
+        Stats { calls: self.counters.calls(), sleeps, slept, peers, links, running }
     }
 }

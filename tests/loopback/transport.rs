@@ -15,8 +15,9 @@ use rustix::time::Timespec;
 use unisum::Rank;
 use unisum::link::frame::{HEADER_BYTES, Header};
 use unisum::link::{
-    Call, Connected, Endpoint, EndpointInfo, Group, Landing, Link, LinkError, LinkErrorKind,
-    PeerCounts, Reach, Refusal, Region, Regions, Setup, Site, Ticket, Transport, Wake,
+    Call, Connected, Endpoint, EndpointInfo, Group, Landing, Link, LinkCounters, LinkError,
+    LinkErrorKind, PeerCounts, Reach, Refusal, Region, Regions, Setup, Site, Ticket, Transport,
+    Wake,
 };
 
 /// The transport. Its value says whom it reaches: ranks of a host as a node, or all.
@@ -129,6 +130,8 @@ struct Sockets {
     counts: HashMap<Rank, PeerCounts>,
     is_marked: bool,
     arrived: HashMap<Ticket, Vec<u8>>,
+    /// Messages that are through.
+    counters: Arc<LinkCounters>,
 }
 
 #[derive(Debug)]
@@ -248,6 +251,7 @@ impl Sockets {
             counts: HashMap::new(),
             is_marked: false,
             arrived: HashMap::new(),
+            counters: Arc::new(LinkCounters::new("loopback", &["messages"])),
         })
     }
 
@@ -310,12 +314,17 @@ impl Link for Sockets {
         for (&rank, peer) in &mut self.peers {
             self.is_marked |= peer.move_on(rank, |message| {
                 done.push(message.ticket);
+                self.counters.add(0, 1);
                 if let Some(slot) = message.slot {
                     self.arrived.insert(message.ticket, slot);
                 }
             })?;
         }
         Ok(())
+    }
+
+    fn counters(&self) -> Option<Arc<LinkCounters>> {
+        Some(self.counters.clone())
     }
 
     fn arrived(&self, ticket: Ticket) -> *const u8 {

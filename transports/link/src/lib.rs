@@ -9,6 +9,7 @@
 
 mod call;
 pub mod conformance;
+mod counters;
 pub mod dial;
 mod error;
 pub mod fork;
@@ -24,6 +25,7 @@ mod transport;
 mod wait;
 
 pub use call::{Call, CollectiveKind, PeerCounts};
+pub use counters::LinkCounters;
 pub use error::{Cause, LinkError, LinkErrorKind, is_lack};
 pub use limit::{Limit, Passed};
 pub use link::{Arrival, Group, Landing, Link, Part, Ticket, Wake};

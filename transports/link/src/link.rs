@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::{Call, LinkError, Patience, PeerCounts, Rank, Region, Regions};
+use crate::{Call, LinkCounters, LinkError, Patience, PeerCounts, Rank, Region, Regions};
 
 /// The engine's identifier of a transfer it posted. Links return it on completion and give it no
 /// meaning.
@@ -159,9 +159,9 @@ pub trait Link: Send + fmt::Debug {
         String::new()
     }
 
-    /// What it has counted so far, by name; what counts for people is the link's choice.
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        Vec::new()
+    /// What it counts, if it counts anything. The same at each call.
+    fn counters(&self) -> Option<Arc<LinkCounters>> {
+        None
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use unisum_link::{
-    Call, Cause, Group, Landing, Limit, Link, LinkError, LinkErrorKind, Patience, PeerCounts, Rank,
-    Region, Regions, Ticket, Wake,
+    Call, Cause, Group, Landing, Limit, Link, LinkCounters, LinkError, LinkErrorKind, Patience,
+    PeerCounts, Rank, Region, Regions, Ticket, Wake,
 };
 
 use crate::completions::{Completions, Notice};
@@ -45,6 +45,17 @@ pub struct Counts {
     pub registrations: u64,
 }
 
+/// The counters of a link, by index: the fields of [`Counts`].
+pub(crate) mod counted {
+    pub(crate) const WRITES: usize = 0;
+    pub(crate) const REPORTS: usize = 1;
+    pub(crate) const ANNOUNCEMENTS: usize = 2;
+    pub(crate) const SLEEPS: usize = 3;
+    pub(crate) const REGISTRATIONS: usize = 4;
+    pub(crate) const NAMES: [&str; 5] =
+        ["writes", "reports", "announcements", "sleeps", "registrations"];
+}
+
 /// This rank's end of its connections over RDMA. See [`unisum_link::Link`].
 #[derive(Debug)]
 pub struct VerbsLink {
@@ -63,7 +74,6 @@ pub struct VerbsLink {
     gone: Vec<usize>,
     /// Whether all connections are proven. Until then, every completion is waited for.
     is_proven: bool,
-    counts: Counts,
     description: String,
     _areas: Pages,
 }
@@ -104,7 +114,6 @@ impl VerbsLink {
         let mut places = vec![None; world];
         peers.iter().enumerate().for_each(|(index, peer)| places[peer.rank] = Some(index));
         let (listed, gone, failure, is_proven) = (Vec::new(), Vec::new(), None, false);
-        let counts = Counts::default();
         let description = format!("{description}; {}", state.registry.profile());
         let _areas = areas;
         Ok(Self {
@@ -117,7 +126,6 @@ impl VerbsLink {
             failure,
             gone,
             is_proven,
-            counts,
             description,
             _areas,
         })
@@ -129,8 +137,10 @@ impl VerbsLink {
     }
 
     /// The counters so far.
-    pub const fn counts(&self) -> Counts {
-        Counts { registrations: self.state.registrations, ..self.counts }
+    pub fn counts(&self) -> Counts {
+        let [writes, reports, announcements, sleeps, registrations] =
+            std::array::from_fn(|index| self.state.counters.get(index));
+        Counts { writes, reports, announcements, sleeps, registrations }
     }
 
     /// Sends an empty word over every connection, and waits until each has received one.
@@ -142,14 +152,14 @@ impl VerbsLink {
         let expected: u64 = self.peers.iter().map(|peer| peer.connections.len() as u64).sum();
         for peer in &mut self.peers {
             peer.push_probes();
-            self.counts.writes += peer.flush()? as u64;
+            self.state.counters.add(counted::WRITES, peer.flush()? as u64);
         }
         loop {
             self.look()?;
             self.advance_listed()?;
             self.look_who_is_missed()?;
             let is_busy = self.peers.iter().any(Peer::is_busy);
-            if !is_busy && self.counts.announcements >= expected {
+            if !is_busy && self.counts().announcements >= expected {
                 self.is_proven = true;
                 return Ok(());
             }
@@ -232,7 +242,7 @@ impl VerbsLink {
         }
         self.list(peer);
         if completion.opcode == ffi::WC_RECV_RDMA_WITH_IMM {
-            self.counts.announcements += 1;
+            self.state.counters.add(counted::ANNOUNCEMENTS, 1);
             let word = Word::decode(u32::from_be(completion.imm_data));
             self.peers[peer].hear(
                 connection,
@@ -245,7 +255,7 @@ impl VerbsLink {
             }
             Ok(())
         } else {
-            self.counts.reports += 1;
+            self.state.counters.add(counted::REPORTS, 1);
             self.peers[peer].reported(connection, &mut self.state)
         }
     }
@@ -261,7 +271,8 @@ impl VerbsLink {
         while let Some(index) = self.listed.pop() {
             let peer = &mut self.peers[index];
             peer.is_listed = false;
-            self.counts.writes += peer.advance(&mut self.state)? as u64;
+            let writes = peer.advance(&mut self.state)? as u64;
+            self.state.counters.add(counted::WRITES, writes);
         }
         Ok(())
     }
@@ -438,7 +449,7 @@ impl Link for VerbsLink {
         if !self.arm() {
             return Ok(());
         }
-        self.counts.sleeps += 1;
+        self.state.counters.add(counted::SLEEPS, 1);
         let news = self.sleeper.sleep(until.saturating_duration_since(Instant::now()));
         let news =
             news.map_err(|error| LinkError::os(self.state.rank, "waiting for completions", error))?;
@@ -496,15 +507,8 @@ impl Link for VerbsLink {
         format!("RDMA: {}", self.description)
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        let Counts { writes, reports, announcements, sleeps, registrations } = self.counts();
-        vec![
-            ("writes", writes),
-            ("reports", reports),
-            ("announcements", announcements),
-            ("sleeps", sleeps),
-            ("registrations", registrations),
-        ]
+    fn counters(&self) -> Option<Arc<LinkCounters>> {
+        Some(self.state.counters.clone())
     }
 }
 

@@ -5,10 +5,13 @@ use std::collections::HashMap;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use unisum_link::{Call, Cause, CollectiveKind, Landing, LinkError, Rank, Region, Regions, Ticket};
+use unisum_link::{
+    Call, Cause, CollectiveKind, Landing, LinkCounters, LinkError, Rank, Region, Regions, Ticket,
+};
 
 use crate::domain::Access;
 use crate::error::VerbsError;
+use crate::link::counted;
 use crate::memory::{Keys, Pages, Pinned, Registry};
 use crate::slots::Slots;
 
@@ -110,8 +113,7 @@ pub(crate) struct LinkState {
     bounce_buffers: Vec<Vec<u8>>,
     arrived: HashMap<Ticket, Arrived>,
     borrowed: Vec<Borrowed>,
-    /// How often memory was borrowed and registered.
-    pub(crate) registrations: u64,
+    pub(crate) counters: Arc<LinkCounters>,
     /// The start of each region that the system refused to register in the running collective, and
     /// for which access.
     refused: Vec<(usize, Access)>,
@@ -134,7 +136,7 @@ impl LinkState {
             bounce_buffers: Vec::new(),
             arrived: HashMap::new(),
             borrowed: Vec::new(),
-            registrations: 0,
+            counters: Arc::new(LinkCounters::new("verbs", &counted::NAMES)),
             refused: Vec::new(),
             has_warned: false,
             sends: Vec::new(),
@@ -183,7 +185,7 @@ impl LinkState {
             let pinned = unsafe { Pinned::new(self.registry.domains(), start, bytes, access) };
             // Memory that cannot be registered is copied.
             if let Ok(pinned) = pinned {
-                self.registrations += 1;
+                self.counters.add(counted::REGISTRATIONS, 1);
                 return Ok(TransferMemory::Lent(pinned));
             }
         }
@@ -245,7 +247,7 @@ impl LinkState {
             Ok(pinned) => {
                 let (keys, start) = (pinned.keys, base.as_ptr() as usize);
                 self.borrowed.push(Borrowed { start, bytes: region.bytes(), pinned });
-                self.registrations += 1;
+                self.counters.add(counted::REGISTRATIONS, 1);
                 Some(keys)
             }
             Err(error) => {
