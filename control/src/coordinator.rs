@@ -1,7 +1,7 @@
 //! The coordinator's decisions (sans-IO): what ranks say and what happens to their connections
 //! goes in, messages come out, and time is an argument.
 
-mod parting;
+mod left_group;
 mod questions;
 mod waited;
 
@@ -14,8 +14,8 @@ use unisum_link::Rank;
 
 use self::questions::{Overdue, Query};
 use self::waited::Waited;
-use super::hearing::Hearing;
-use super::message::{Concern, Message};
+use super::comparison::Comparison;
+use super::message::{Message, StalledCall};
 use super::round::Round;
 use super::status::{Lasts, Snapshot};
 use super::verdict::{Finding, Report, Verdict};
@@ -65,19 +65,19 @@ pub(super) struct Coordinator {
     own: Rank,
     session: [u8; 16],
     connect_timeout: Duration,
-    presence: Vec<Presence>,
+    states: Vec<MemberState>,
     round: Round,
     /// Who died, and how, since the coordinator last did what was due.
     deaths: Vec<(Rank, String)>,
     accusations: Vec<Accusation>,
     query: Query,
     /// What ranks are asked whose calls differ, or may.
-    hearing: Option<Hearing>,
+    comparison: Option<Comparison>,
     /// What ranks did last in the communicators that they are no longer in.
-    parted: BTreeMap<u32, BTreeMap<Rank, Snapshot>>,
+    left_group: BTreeMap<u32, BTreeMap<Rank, Snapshot>>,
     /// The newest call that somebody has waited in for a while, and who: by communicator and, as
     /// groups without common ranks may have one number, the lowest rank.
-    waiting: HashMap<(u32, Rank), (Rank, Concern)>,
+    waiting: HashMap<(u32, Rank), (Rank, StalledCall)>,
     /// Until when ranks may come, if this coordinates in another's place or the start has failed.
     awaits_until: Option<Instant>,
     /// Whether the start has failed and those who had not come were awaited, once.
@@ -92,7 +92,7 @@ pub(super) struct Coordinator {
 
 /// What is known of a rank's membership.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Presence {
+enum MemberState {
     /// It has not come yet.
     Absent,
     /// It has proven the token, and may yet give up and dial again.
@@ -119,19 +119,19 @@ struct Accusation {
 impl Coordinator {
     /// The coordinator of a world in which rank 0 is alone as yet.
     pub(super) fn new(session: [u8; 16], world: usize, connect_timeout: Duration) -> Self {
-        let mut presence = vec![Presence::Absent; world];
-        presence[0] = Presence::Joined;
+        let mut states = vec![MemberState::Absent; world];
+        states[0] = MemberState::Joined;
         Self {
             own: 0,
             session,
             connect_timeout,
-            presence,
+            states,
             round: Round::new(world),
             deaths: Vec::new(),
             accusations: Vec::new(),
             query: Query::new(world),
-            hearing: None,
-            parted: BTreeMap::new(),
+            comparison: None,
+            left_group: BTreeMap::new(),
             waiting: HashMap::new(),
             awaits_until: None,
             awaited_latecomers: false,
@@ -155,26 +155,26 @@ impl Coordinator {
         heir.own = own;
         heir.awaits_until = Some(now + HEIR_TIMEOUT);
         for (rank, gone) in gone.into_iter().enumerate() {
-            heir.presence[rank] = match gone {
-                None => Presence::Absent,
-                Some(None) => Presence::Gone,
+            heir.states[rank] = match gone {
+                None => MemberState::Absent,
+                Some(None) => MemberState::Gone,
                 Some(Some(lasts)) => {
                     for (communicator, last) in lasts {
-                        heir.parted.entry(communicator).or_default().insert(rank, last);
+                        heir.left_group.entry(communicator).or_default().insert(rank, last);
                     }
-                    Presence::Left
+                    MemberState::Left
                 }
             };
         }
-        heir.presence[own] = Presence::Joined;
+        heir.states[own] = MemberState::Joined;
         heir
     }
 
     /// Whether ranks need a coordinator, whatever this process's own does.
     pub(super) fn is_needed(&self) -> bool {
-        let mut others = self.presence.iter().enumerate().filter(|(rank, _)| *rank != self.own);
-        let is_there = |presence: &Presence| {
-            matches!(presence, Presence::Absent | Presence::Connected | Presence::Joined)
+        let mut others = self.states.iter().enumerate().filter(|(rank, _)| *rank != self.own);
+        let is_there = |states: &MemberState| {
+            matches!(states, MemberState::Absent | MemberState::Connected | MemberState::Joined)
         };
         let needs_verdict = self.verdict.is_none() && others.any(|(_, it)| is_there(it));
         needs_verdict || self.awaits_ranks()
@@ -188,21 +188,21 @@ impl Coordinator {
 
     /// Whether a connection that claims this rank may be admitted.
     pub(super) fn is_vacant(&self, rank: Rank) -> bool {
-        self.presence.get(rank) == Some(&Presence::Absent)
+        self.states.get(rank) == Some(&MemberState::Absent)
     }
 
     /// Whether nobody is awaited any more.
     pub(super) fn all_came(&self) -> bool {
-        !self.presence.iter().any(|p| matches!(p, Presence::Absent | Presence::Connected))
+        !self.states.iter().any(|p| matches!(p, MemberState::Absent | MemberState::Connected))
     }
 
     /// A rank's connection is admitted: it was vacant.
     pub(super) fn connected(&mut self, rank: Rank) {
-        self.presence[rank] = Presence::Connected;
+        self.states[rank] = MemberState::Connected;
         let mut messages = vec![Message::Welcome { session: self.session }];
         messages.extend(self.verdict.clone().map(Message::Verdict));
-        if let Some(Overdue { concern, .. }) = &self.query.open {
-            let communicator = concern.call.communicator;
+        if let Some(Overdue { stalled, .. }) = &self.query.open {
+            let communicator = stalled.call.communicator;
             messages.push(Message::StatusRequest { query: self.query.number, communicator });
         }
         self.outputs.push_back(Output { audience: Audience::One(rank), messages });
@@ -212,22 +212,22 @@ impl Coordinator {
     /// the next [`Coordinator::tick`]: what others said by now comes first. If this process was
     /// stopped for a while, they may have come to a verdict without it.
     pub(super) fn lost(&mut self, rank: Rank, how: &str) {
-        match self.presence[rank] {
-            Presence::Connected => {
-                self.presence[rank] = Presence::Absent;
+        match self.states[rank] {
+            MemberState::Connected => {
+                self.states[rank] = MemberState::Absent;
                 self.waited.note(rank, format!("connected, but did not join: {how}"));
             }
-            Presence::Joined => {
-                self.presence[rank] = Presence::Dead;
+            MemberState::Joined => {
+                self.states[rank] = MemberState::Dead;
                 self.deaths.push((rank, how.to_owned()));
             }
-            Presence::Absent | Presence::Left | Presence::Gone | Presence::Dead => {}
+            MemberState::Absent | MemberState::Left | MemberState::Gone | MemberState::Dead => {}
         }
     }
 
     /// The hosts of these ranks have not answered for `limit`.
     pub(super) fn unreachable(&mut self, lost: &[(Rank, IpAddr)], limit: Duration) {
-        let is_here = |(rank, _): &&(Rank, IpAddr)| self.presence[*rank] == Presence::Joined;
+        let is_here = |(rank, _): &&(Rank, IpAddr)| self.states[*rank] == MemberState::Joined;
         let lost: Vec<_> = lost.iter().filter(is_here).copied().collect();
         if !lost.is_empty() {
             self.conclude(Verdict::unreachable(&lost, limit));
@@ -241,27 +241,29 @@ impl Coordinator {
 
     /// A rank said something.
     pub(super) fn heard(&mut self, from: Rank, message: Message, now: Instant) {
-        match (message, self.presence[from]) {
-            (Message::Joined, Presence::Connected) => self.presence[from] = Presence::Joined,
-            (_, Presence::Connected | Presence::Absent) => {
+        match (message, self.states[from]) {
+            (Message::Joined, MemberState::Connected) => self.states[from] = MemberState::Joined,
+            (_, MemberState::Connected | MemberState::Absent) => {
                 self.violated(from, "it spoke before it joined");
             }
-            (_, Presence::Left | Presence::Gone | Presence::Dead) => {}
+            (_, MemberState::Left | MemberState::Gone | MemberState::Dead) => {}
             (Message::Blob { round, to, blob }, _) => {
                 self.take_blob(from, round, (to, blob), now);
             }
             (Message::Accuse(report), _) => self.accused(from, report, now),
             (Message::Recounted { communicator, calls }, _) => {
-                if let Some(hearing) = &mut self.hearing {
-                    hearing.heard(from, communicator, calls);
+                if let Some(comparison) = &mut self.comparison {
+                    comparison.heard(from, communicator, calls);
                 }
                 self.hear_out();
             }
             (Message::Concluded(verdict), _) => self.conclude(verdict),
-            (Message::Overdue(concern), _) => self.ask(from, concern, false, now),
-            (Message::Stalled(concern), _) => self.ask(from, concern, true, now),
+            (Message::Overdue(stalled), _) => self.ask(from, stalled, false, now),
+            (Message::Stalled(stalled), _) => self.ask(from, stalled, true, now),
             (Message::Status { query, doing }, _) => self.answered(from, query, doing, now),
-            (Message::Parted { communicator, last }, _) => self.parted(from, communicator, last),
+            (Message::LeftGroup { communicator, last }, _) => {
+                self.left_group(from, communicator, last)
+            }
             (Message::Missing { round, millis }, _) => self.given_up(round, millis, now),
             // What others send the thread of rank 0 has taken; nobody keeps lines in its place.
             (Message::Keep(_), _) => {}
@@ -283,8 +285,8 @@ impl Coordinator {
         }
         if self.awaits_until.is_some_and(|until| until <= now) {
             self.awaits_until = None;
-            let absent = self.presence.iter_mut().filter(|it| **it == Presence::Absent);
-            absent.for_each(|presence| *presence = Presence::Gone);
+            let absent = self.states.iter_mut().filter(|it| **it == MemberState::Absent);
+            absent.for_each(|states| *states = MemberState::Gone);
         }
         if self.round.until.is_some() {
             self.look_who_is_missing(now);
@@ -292,8 +294,8 @@ impl Coordinator {
         if self.query.open.as_ref().is_some_and(|overdue| overdue.until <= now) {
             self.decide(now);
         }
-        if let Some(hearing) = self.hearing.take_if(|hearing| hearing.until <= now) {
-            self.end(hearing);
+        if let Some(comparison) = self.comparison.take_if(|comparison| comparison.until <= now) {
+            self.end(comparison);
         }
         let due = self.accusations.iter().find(|accusation| accusation.until <= now);
         if let Some(due) = due.filter(|_| !self.is_asking()) {
@@ -308,8 +310,8 @@ impl Coordinator {
         let accusations = accusations.map(|accusation| accusation.until);
         let query = self.query.open.as_ref().map(|overdue| overdue.until);
         let awaited = self.waited.deadline(&self.round);
-        let hearing = self.hearing.as_ref().map(|hearing| hearing.until);
-        let asked = query.into_iter().chain(hearing);
+        let comparison = self.comparison.as_ref().map(|comparison| comparison.until);
+        let asked = query.into_iter().chain(comparison);
         let ranks = self.awaits_until.filter(|_| self.awaits_ranks());
         accusations.chain(asked).chain(awaited).chain(ranks).min()
     }
@@ -330,8 +332,8 @@ impl Coordinator {
             return;
         }
         // Calls that differ come before what follows from them.
-        let certain = self.hearing.take().filter(Hearing::is_certain);
-        let verdict = certain.and_then(Hearing::verdict).unwrap_or(verdict);
+        let certain = self.comparison.take().filter(Comparison::is_certain);
+        let verdict = certain.and_then(Comparison::verdict).unwrap_or(verdict);
         self.verdict = Some(verdict.clone());
         self.round.until = None;
         self.deaths.clear();
@@ -356,7 +358,7 @@ impl Coordinator {
             return self.violated(from, format_args!("in exchange {round} {what}"));
         }
         self.waited.began(&mut self.round, self.connect_timeout, now);
-        if let Some(gone) = self.find(|presence| matches!(presence, Presence::Left)) {
+        if let Some(gone) = self.find(|states| matches!(states, MemberState::Left)) {
             return self.conclude(self.has_left(0, gone));
         }
         if self.round.is_whole() {
@@ -369,14 +371,14 @@ impl Coordinator {
 
     fn accused(&mut self, by: Rank, report: Report, now: Instant) {
         let against = report.against;
-        match self.presence.get(against) {
+        match self.states.get(against) {
             None => self.violated(by, format_args!("it accused rank {against}")),
             Some(_) if self.verdict.is_some() => {}
             Some(_) if report.finding == Finding::Mismatch && against != by => {
                 let communicator = report.communicator;
                 // In a group nobody knows here who else is in it.
                 let ranks = match communicator {
-                    0 => (0..self.presence.len()).collect(),
+                    0 => (0..self.states.len()).collect(),
                     _ => vec![by, against],
                 };
                 self.ask_what(communicator, &ranks, Some(report.verdict(by)), now);
@@ -385,8 +387,8 @@ impl Coordinator {
             Some(_) if !report.finding.is_of_link() || against == by => {
                 self.conclude(report.verdict(by));
             }
-            Some(presence)
-                if *presence == Presence::Left
+            Some(states)
+                if *states == MemberState::Left
                     || self.last_of(report.communicator, against).is_some() =>
             {
                 self.conclude(self.has_left(report.communicator, against));
@@ -419,37 +421,37 @@ impl Coordinator {
         verdict: Option<Verdict>,
         now: Instant,
     ) {
-        let open = self.hearing.as_ref();
+        let open = self.comparison.as_ref();
         let goes_on = open.is_some_and(|open| open.is_certain() || verdict.is_none());
         if self.verdict.is_some() || goes_on {
             return;
         }
-        let here = ranks.iter().filter(|&&rank| self.presence[rank] == Presence::Joined);
+        let here = ranks.iter().filter(|&&rank| self.states[rank] == MemberState::Joined);
         let until = now + ANSWER_TIMEOUT;
-        let hearing = Hearing::new(communicator, here.copied(), verdict, until);
-        for rank in hearing.ranks() {
+        let comparison = Comparison::new(communicator, here.copied(), verdict, until);
+        for rank in comparison.ranks() {
             let messages = vec![Message::Recount { communicator }];
             self.outputs.push_back(Output { audience: Audience::One(rank), messages });
         }
-        self.hearing = Some(hearing);
+        self.comparison = Some(comparison);
         self.hear_out();
     }
 
-    /// Ends a hearing if all have answered.
+    /// Ends a comparison if all have answered.
     fn hear_out(&mut self) {
-        if let Some(hearing) = self.hearing.take_if(|hearing| hearing.is_whole()) {
-            self.end(hearing);
+        if let Some(comparison) = self.comparison.take_if(|comparison| comparison.is_whole()) {
+            self.end(comparison);
         }
     }
 
-    fn end(&mut self, hearing: Hearing) {
-        if let Some(verdict) = hearing.verdict() {
+    fn end(&mut self, comparison: Comparison) {
+        if let Some(verdict) = comparison.verdict() {
             self.conclude(verdict);
         }
     }
 
-    fn find(&self, is: impl Fn(&Presence) -> bool) -> Option<Rank> {
-        self.presence.iter().position(is)
+    fn find(&self, is: impl Fn(&MemberState) -> bool) -> Option<Rank> {
+        self.states.iter().position(is)
     }
 }
 

@@ -12,7 +12,7 @@ use unisum_link::{CollectiveKind, Rank};
 
 use super::callers::Hold;
 use super::doing::{Doing, Needs, Part};
-use super::inquest::LINES_MAX;
+use super::stall_diagnosis::LINES_MAX;
 use super::status::describe;
 use super::verdict::{Verdict, VerdictKind, name};
 

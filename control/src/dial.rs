@@ -131,7 +131,7 @@ pub(super) fn heir(
     loop {
         let time = until.saturating_duration_since(Instant::now());
         let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
-        let meet = |stream, address| knock(stream, address, hello, credentials, time);
+        let meet = |stream, address| preamble(stream, address, hello, credentials, time);
         let unreached = match dial(addresses, Instant::now() + time, |_, _| {}, meet) {
             Ok(reached) => return Heir::Reached(reached),
             Err(unreached) => unreached,
@@ -183,7 +183,8 @@ fn attempt(
     // A timeout of zero is not allowed.
     let time = until.saturating_duration_since(Instant::now());
     let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
-    let meet = |stream, address| knock(stream, address, hello, credentials, time).map_err(NotRank0);
+    let meet =
+        |stream, address| preamble(stream, address, hello, credentials, time).map_err(NotRank0);
     dial(&addresses, Instant::now() + time, |_, _| {}, meet).map_err(|unreached| {
         let refusal = unreached.tried.iter().find(|(_, failure)| match failure {
             Failure::Met(it) => it.is_refusal(),
@@ -218,7 +219,7 @@ impl fmt::Display for NotRank0 {
 }
 
 /// Proves this rank to who listens at the other end of `stream`, and hears that it is let in.
-pub(super) fn knock(
+pub(super) fn preamble(
     stream: TcpStream,
     address: SocketAddr,
     hello: &Hello,

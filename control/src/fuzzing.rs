@@ -88,8 +88,8 @@ fn message_seeds() -> Vec<Vec<u8>> {
         Message::StatusRequest { query: 3, communicator: 0 },
         Message::Status { query: 3, doing: snapshot(1, 5).into() },
         Message::Verdict(Verdict::new(kind, vec![1, 2], text).with_calls(calls)),
-        Message::Left { rank: 1, last: snapshot(1, 5), parted: vec![(3, snapshot(2, 4))] },
-        Message::Parted { communicator: 3, last: snapshot(1, 5) },
+        Message::Left { rank: 1, last: snapshot(1, 5), left_group: vec![(3, snapshot(2, 4))] },
+        Message::LeftGroup { communicator: 3, last: snapshot(1, 5) },
         Message::Keep("settled".into()),
         Message::Bye(Snapshot::default()),
     ];
@@ -148,7 +148,7 @@ fn said(what: u8, number: u8) -> Message {
             Message::Status { query, doing: snapshot(u64::from(number >> 3 & 7), step).into() }
         }
         14 if number > 127 => {
-            Message::Parted { communicator: 0, last: snapshot(u64::from(number & 7), 0) }
+            Message::LeftGroup { communicator: 0, last: snapshot(u64::from(number & 7), 0) }
         }
         14 => Message::Bye(snapshot(u64::from(number), 0)),
         15 => {
@@ -351,7 +351,7 @@ fn told(what: u8, rank: Rank, number: u8) -> Message {
         11 if number > 127 => Message::StatusRequest { query: 3, communicator: number.into() },
         11 => Message::Recount { communicator: u32::from(number) },
         12 => Message::Verdict(Verdict::new(VerdictKind::Died, vec![rank], "why".to_owned())),
-        13 => Message::Left { rank, last: snapshot(u64::from(number), 0), parted: Vec::new() },
+        13 => Message::Left { rank, last: snapshot(u64::from(number), 0), left_group: Vec::new() },
         14 => Message::HasParted { communicator: u32::from(number), rank },
         _ => said(number % 17, number),
     }

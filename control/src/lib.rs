@@ -2,7 +2,7 @@
 //! connections of its own that answer even while the data path is stuck.
 //!
 //! Every rank has one control thread, which owns the process's one listening port and a connection
-//! to rank 0, the coordinator. The coordinator decides (`coordinator`, `inquest`: pure) and every
+//! to rank 0, the coordinator. The coordinator decides (`coordinator`, `diagnosis`: pure) and every
 //! rank hears the same verdict, the first one; a rank concludes on its own only when the
 //! coordinator is dead or silent. If rank 0 leaves in order, it goes on to coordinate while its
 //! process lives, and then another rank does (`thread::succession`).
@@ -14,23 +14,21 @@
 //! and `unisum-kernels` for what errors say. It moves no data. Start at [`Control::start`], then
 //! `thread` (the event loop), `message` (what is said) and `coordinator` (what is decided).
 
+mod acceptor;
 pub mod address;
 pub mod callers;
+mod comparison;
 mod connection;
 mod coordinator;
 mod crossing;
 mod dial;
 mod doing;
-mod door;
 pub mod elastic;
 mod environment;
 mod error;
 mod file;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
-mod guests;
-mod hearing;
-mod inquest;
 pub mod interface;
 mod kept;
 pub mod launcher;
@@ -38,10 +36,12 @@ pub mod leftovers;
 mod listen;
 mod member;
 mod message;
+mod pending;
 mod pulse;
 mod round;
 mod share;
 mod shared;
+mod stall_diagnosis;
 mod status;
 mod thread;
 mod verdict;
@@ -59,7 +59,7 @@ use std::time::{Duration, Instant};
 use mio::{Poll, Waker};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, Build, Hello, Purpose, job_hash};
-use unisum_link::secure::{Credentials, Knock, Proven};
+use unisum_link::secure::{Credentials, Preamble, Proven};
 use unisum_link::{Rank, Wake};
 
 use self::coordinator::Coordinator;
@@ -75,7 +75,7 @@ pub use self::environment::Environment;
 pub use self::error::ControlError;
 pub use self::kept::Kept;
 pub use self::member::LINK_VERDICT_TIMEOUT;
-pub use self::message::Concern;
+pub use self::message::StalledCall;
 pub use self::share::Share;
 pub use self::shared::Inbox;
 pub use self::status::{Needed, Status, Waiting, describe, describe_for_one, plan_of};
@@ -344,8 +344,8 @@ impl Control {
 
     /// Whether a rank for whose message this one waits is no longer in the communicator, as far as
     /// this rank has been told since it said so ([`Control::stalled`]).
-    pub fn has_parted(&self, communicator: u32, rank: Rank) -> bool {
-        self.shared.has_parted(communicator, rank)
+    pub fn has_left_group(&self, communicator: u32, rank: Rank) -> bool {
+        self.shared.has_left_group(communicator, rank)
     }
 
     /// Blocks until there is a verdict, or until `until`.
@@ -362,14 +362,14 @@ impl Control {
 
     /// Tells the coordinator that this rank's deadline for a call expired; a verdict follows
     /// within about 2 s. Never blocks.
-    pub fn overdue(&self, concern: Concern) {
-        self.command(Command::Overdue(concern));
+    pub fn overdue(&self, stalled: StalledCall) {
+        self.command(Command::Overdue(stalled));
     }
 
     /// Tells the coordinator that this rank has waited in a call for a while. A verdict follows
     /// only if another rank called something else under the same number. Never blocks.
-    pub fn stalled(&self, concern: Concern) {
-        self.command(Command::Stalled(concern));
+    pub fn stalled(&self, stalled: StalledCall) {
+        self.command(Command::Stalled(stalled));
     }
 
     /// What ends the communicator on this rank because the job goes on without it: the reason is
@@ -547,8 +547,9 @@ fn prepare(
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), thread::WAKER)?;
     let job = job_hash(&job);
-    let knock = Knock::of(&session);
-    let identity = Identity { rank, world, session, knock, job, build, credentials, secret_origin };
+    let preamble = Preamble::of(&session);
+    let identity =
+        Identity { rank, world, session, preamble, job, build, credentials, secret_origin };
     let thread = ControlThread::new(poll, identity, Arc::clone(shared), listeners, pulses)?;
     Ok((waker, thread))
 }

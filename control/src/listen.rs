@@ -365,22 +365,22 @@ mod tests {
     }
 
     #[test]
-    fn whoever_knocks_at_any_address_is_let_in() {
+    fn whoever_connects_to_any_address_is_let_in() {
         let listeners = [(); 3].map(|()| bind("127.0.0.1:0".parse().unwrap()).unwrap());
         let listeners = Listeners::new(listeners.into());
         assert_eq!(listeners.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
         // Who says nothing is not shown at once.
-        let knock = |listener: &TcpListener| {
+        let preamble = |listener: &TcpListener| {
             let mut stream = TcpStream::connect(listener.local_addr().unwrap())?;
             stream.write_all(b"x").map(|()| stream)
         };
         for listener in listeners.iter() {
-            let _guest = knock(listener).unwrap();
+            let _pending = preamble(listener).unwrap();
             listeners.accept().unwrap();
         }
         // A crowd at the first does not keep the last waiting.
-        let crowd: Vec<_> = (0..9).map(|_| knock(&listeners.all[0]).unwrap()).collect();
-        let last = knock(&listeners.all[2]).unwrap();
+        let crowd: Vec<_> = (0..9).map(|_| preamble(&listeners.all[0]).unwrap()).collect();
+        let last = preamble(&listeners.all[2]).unwrap();
         let accepted: Vec<_> = (0..3).map(|_| listeners.accept().unwrap().1).collect();
         assert!(accepted.contains(&last.local_addr().unwrap()), "{crowd:?}");
     }

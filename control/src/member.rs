@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use unisum_link::{CollectiveKind, Rank};
 
-use super::inquest;
-use super::message::{Concern, Message};
+use super::message::{Message, StalledCall};
 use super::shared::{Command, Shared};
+use super::stall_diagnosis;
 use super::status::{Lasts, describe};
 use super::verdict::{Report, Verdict, VerdictKind};
 
@@ -47,16 +47,16 @@ pub(super) struct Member {
     /// that it can't say again to another coordinator.
     gone: Vec<Option<Option<Lasts>>>,
     /// What this rank did last in communicators that it is no longer in.
-    parted: Lasts,
+    left_group: Lasts,
     /// The newest call that it has waited in for a while.
-    stalled: Option<Concern>,
+    stalled: Option<StalledCall>,
 }
 
 /// What needs a verdict.
 #[derive(Clone, Debug)]
 enum Asked {
     Accused(Report),
-    Overdue(Concern),
+    Overdue(StalledCall),
 }
 
 impl Member {
@@ -72,7 +72,7 @@ impl Member {
             coordinator: 0,
             is_connected: true,
             is_alone: false,
-            parted: BTreeMap::new(),
+            left_group: BTreeMap::new(),
             stalled: None,
         }
     }
@@ -105,13 +105,13 @@ impl Member {
                 self.has_told_verdict = true;
                 self.conclude(verdict);
             }
-            Message::Left { rank, last, parted } if rank < self.shared.world() => {
+            Message::Left { rank, last, left_group } if rank < self.shared.world() => {
                 self.shared.set_left(rank);
-                let lasts = parted.into_iter().chain([(0, last)]);
+                let lasts = left_group.into_iter().chain([(0, last)]);
                 self.gone[rank] = Some(Some(lasts.collect()));
             }
             Message::HasParted { communicator, rank } if rank < self.shared.world() => {
-                self.shared.set_parted(communicator, rank);
+                self.shared.set_left_group(communicator, rank);
             }
             other => return Err(format!("it sent {other:?}")),
         }
@@ -139,21 +139,21 @@ impl Member {
                 Some(Message::Missing { round: self.round, millis })
             }
             Command::Accuse(report) => self.ask(Asked::Accused(report), now),
-            Command::Overdue(concern) => self.ask(Asked::Overdue(concern), now),
+            Command::Overdue(stalled) => self.ask(Asked::Overdue(stalled), now),
             // Who waits in a message asks again and again.
-            Command::Stalled(concern) if concern.call.collective == CollectiveKind::Message => {
-                Some(Message::Stalled(concern))
+            Command::Stalled(stalled) if stalled.call.collective == CollectiveKind::Message => {
+                Some(Message::Stalled(stalled))
             }
-            Command::Stalled(concern) => {
-                self.stalled = Some(concern.clone());
-                Some(Message::Stalled(concern))
+            Command::Stalled(stalled) => {
+                self.stalled = Some(stalled.clone());
+                Some(Message::Stalled(stalled))
             }
             Command::Part(communicator, last) => {
-                self.parted.insert(communicator, last);
-                if self.parted.len() > PARTED_MAX {
-                    self.parted.pop_first();
+                self.left_group.insert(communicator, last);
+                if self.left_group.len() > PARTED_MAX {
+                    self.left_group.pop_first();
                 }
-                Some(Message::Parted { communicator, last })
+                Some(Message::LeftGroup { communicator, last })
             }
             Command::Leave => {
                 let bye = Message::Bye(self.shared.snapshot(0));
@@ -199,9 +199,10 @@ impl Member {
     /// Another rank coordinates from now on; what it needs to know of this one.
     pub(super) fn coordinated_by(&mut self, coordinator: Rank, now: Instant) -> Vec<Message> {
         (self.coordinator, self.is_connected, self.verdict_by) = (coordinator, true, None);
-        let parted = self.parted.iter();
-        let parted = parted.map(|(&communicator, &last)| Message::Parted { communicator, last });
-        let mut said: Vec<_> = parted.collect();
+        let left_group = self.left_group.iter();
+        let left_group =
+            left_group.map(|(&communicator, &last)| Message::LeftGroup { communicator, last });
+        let mut said: Vec<_> = left_group.collect();
         said.extend(self.stalled.clone().map(Message::Stalled));
         said.extend(self.asked.clone().and_then(|asked| self.ask(asked, now)));
         said.extend(self.news());
@@ -252,7 +253,7 @@ impl Member {
         self.expect_verdict(&asked, now);
         Some(match asked {
             Asked::Accused(report) => Message::Accuse(self.with_cause(report)),
-            Asked::Overdue(concern) => Message::Overdue(concern),
+            Asked::Overdue(stalled) => Message::Overdue(stalled),
         })
     }
 
@@ -272,7 +273,7 @@ impl Member {
                     None => report.verdict(self.shared.rank),
                 }
             }
-            Asked::Overdue(Concern { call, uncounted, .. }) => {
+            Asked::Overdue(StalledCall { call, uncounted, .. }) => {
                 let call = describe(&call, uncounted);
                 let (rank, coordinator) = (self.shared.rank, self.coordinator);
                 let text = format!(
@@ -295,9 +296,9 @@ impl Member {
         let communicator = report.communicator;
         let Some((doing, ranks)) = self.shared.place(communicator) else { return report };
         let is_cause = |rank: &Rank| match &self.gone[*rank] {
-            Some(Some(lasts)) => {
-                lasts.get(&communicator).is_some_and(|last| inquest::is_missed(last, &doing))
-            }
+            Some(Some(lasts)) => lasts
+                .get(&communicator)
+                .is_some_and(|last| stall_diagnosis::is_missed(last, &doing)),
             _ => false,
         };
         let cause = ranks.iter().copied().find(is_cause);
@@ -367,7 +368,7 @@ mod tests {
     }
 
     fn left(rank: Rank) -> Message {
-        Message::Left { rank, last: Snapshot::default(), parted: Vec::new() }
+        Message::Left { rank, last: Snapshot::default(), left_group: Vec::new() }
     }
 
     fn leave(member: &mut Member, rank: Rank) {
@@ -429,8 +430,8 @@ mod tests {
             let said = member.command(Command::Accuse(report.clone()), now);
             assert_eq!(said, [Message::Accuse(report.clone())]);
             leave(&mut member, 3);
-            let parted = group_last.map(|last| (7, last)).into_iter().collect();
-            member.heard(Message::Left { rank: 0, last: last(9), parted }).unwrap();
+            let left_group = group_last.map(|last| (7, last)).into_iter().collect();
+            member.heard(Message::Left { rank: 0, last: last(9), left_group }).unwrap();
             assert!(member.lost("its connection ended"));
             member.is_unreachable(1);
             assert_eq!(member.heir(), Some(2), "itself");
@@ -481,8 +482,8 @@ mod tests {
             }
             let later = now + LINK_VERDICT_TIMEOUT / 2;
             let said = member.coordinated_by(2, later);
-            let parted = Message::Parted { communicator: 3, last: Snapshot::default() };
-            assert_eq!(said, [parted, Message::Accuse(report)]);
+            let left_group = Message::LeftGroup { communicator: 3, last: Snapshot::default() };
+            assert_eq!(said, [left_group, Message::Accuse(report)]);
             member.tick(now + LINK_VERDICT_TIMEOUT);
             assert!(member.shared.verdict().is_none(), "the heir has as much time");
             member.tick(later + LINK_VERDICT_TIMEOUT);

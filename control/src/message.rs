@@ -21,7 +21,7 @@ const EACH_BYTES_MAX: usize = 1 << 10;
 pub(super) const FRAME_BYTES_MAX: usize = BLOB_BYTES_MAX + 1024;
 /// Most failed ranks that a verdict names on the wire.
 const FAILED_RANKS_MAX: usize = 4096;
-/// Most ranks that a concern names on the wire.
+/// Most ranks that a stalled call names on the wire.
 const RANKS_MAX: usize = 16_000;
 /// Of most communicators it is said on the wire what a rank did last there.
 const LASTS_MAX: usize = 512;
@@ -45,9 +45,9 @@ pub(super) enum Message {
     /// Rank: it has concluded on its own that the job is over, and why.
     Concluded(Verdict),
     /// Rank: the deadline of this call expired.
-    Overdue(Concern),
+    Overdue(StalledCall),
     /// Rank: it has waited in this call for a while: is everybody in the same one?
-    Stalled(Concern),
+    Stalled(StalledCall),
     /// Coordinator: what are you doing in this communicator?
     StatusRequest { query: u32, communicator: u32 },
     /// Rank: this, and this elsewhere.
@@ -59,10 +59,10 @@ pub(super) enum Message {
     /// Coordinator: the communicator is over.
     Verdict(Verdict),
     /// Coordinator: a rank has left in order, doing this last in the job's own communicator, and
-    /// this in those it had parted from before.
-    Left { rank: Rank, last: Snapshot, parted: Vec<(u32, Snapshot)> },
+    /// this in those it had left from before.
+    Left { rank: Rank, last: Snapshot, left_group: Vec<(u32, Snapshot)> },
     /// Rank: it is no longer in this communicator, where it did this last.
-    Parted { communicator: u32, last: Snapshot },
+    LeftGroup { communicator: u32, last: Snapshot },
     /// Coordinator: this rank, for whose message you wait, is no longer in the communicator.
     HasParted { communicator: u32, rank: Rank },
     /// Rank: it has waited so long, all it may, for others to take part in the exchange.
@@ -77,7 +77,7 @@ pub(super) enum Message {
 
 /// A call that takes long, and whose ranks it waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Concern {
+pub struct StalledCall {
     /// The call.
     pub call: Call,
     /// How many collectives before it were none of the program's calls.
@@ -86,7 +86,7 @@ pub struct Concern {
     pub ranks: Vec<Rank>,
 }
 
-impl From<Call> for Concern {
+impl From<Call> for StalledCall {
     fn from(call: Call) -> Self {
         Self { call, uncounted: 0, ranks: Vec::new() }
     }
@@ -129,8 +129,8 @@ impl Message {
                 to.put_slice(blob);
             }
             Self::Accuse(report) => put_report(to, report),
-            Self::Overdue(Concern { call, uncounted, ranks })
-            | Self::Stalled(Concern { call, uncounted, ranks }) => {
+            Self::Overdue(StalledCall { call, uncounted, ranks })
+            | Self::Stalled(StalledCall { call, uncounted, ranks }) => {
                 to.put_slice(&call.encode());
                 to.put_u64_le(*uncounted);
                 // Of too many ranks none is named: then all are asked.
@@ -151,16 +151,18 @@ impl Message {
                 calls.iter().for_each(|call| put_told(to, call));
             }
             Self::Verdict(verdict) | Self::Concluded(verdict) => put_verdict(to, verdict),
-            Self::Left { rank, last, parted } => {
+            Self::Left { rank, last, left_group } => {
                 put_rank(to, *rank);
                 put_snapshot(to, last);
                 // The newest count most.
-                for (communicator, last) in &parted[parted.len().saturating_sub(LASTS_MAX)..] {
+                for (communicator, last) in
+                    &left_group[left_group.len().saturating_sub(LASTS_MAX)..]
+                {
                     to.put_u32_le(*communicator);
                     put_snapshot(to, last);
                 }
             }
-            Self::Parted { communicator, last } => {
+            Self::LeftGroup { communicator, last } => {
                 to.put_u32_le(*communicator);
                 put_snapshot(to, last);
             }
@@ -192,7 +194,7 @@ impl Message {
             Self::Left { .. } => 10,
             Self::Bye(_) => 11,
             Self::Stalled(_) => 12,
-            Self::Parted { .. } => 13,
+            Self::LeftGroup { .. } => 13,
             Self::Concluded(_) => 14,
             Self::Missing { .. } => 15,
             Self::Keep(_) => 16,
@@ -236,20 +238,20 @@ impl Message {
             3 => parse_blob(body),
             4 => parse_gathered(body),
             5 => parse_report(body).map(Self::Accuse),
-            6 => parse_concern(body).map(Self::Overdue),
+            6 => parse_stalled_call(body).map(Self::Overdue),
             7 => parse_request(body),
             8 => parse_status(body),
             9 => parse_verdict(body).map(Self::Verdict),
             10 => parse_left(body),
             11 => parse_snapshot(body).map(Self::Bye),
-            12 => parse_concern(body).map(Self::Stalled),
-            13 => parse_parted(body),
+            12 => parse_stalled_call(body).map(Self::Stalled),
+            13 => parse_left_group(body),
             14 => parse_verdict(body).map(Self::Concluded),
             15 => parse_missing(body),
             16 => text(body).map(Self::Keep),
             17 => word(body).map(|communicator| Self::Recount { communicator }),
             18 => parse_recounted(body),
-            19 => parse_has_parted(body),
+            19 => parse_has_left_group(body),
             20 => Some(Self::View(body.split_off(0))),
             kind => return Err(MessageError::Kind(kind)),
         })
@@ -400,14 +402,14 @@ fn parse_recounted(body: &mut Bytes) -> Option<Message> {
     Some(Message::Recounted { communicator, calls })
 }
 
-fn parse_concern(body: &mut Bytes) -> Option<Concern> {
+fn parse_stalled_call(body: &mut Bytes) -> Option<StalledCall> {
     let call = Call::decode(&take(body)?)?;
     let uncounted = u64::from_le_bytes(take(body)?);
     let mut ranks = Vec::new();
     while !body.is_empty() {
         ranks.push(rank(body)?);
     }
-    Some(Concern { call, uncounted, ranks })
+    Some(StalledCall { call, uncounted, ranks })
 }
 
 fn parse_request(body: &mut Bytes) -> Option<Message> {
@@ -417,19 +419,19 @@ fn parse_request(body: &mut Bytes) -> Option<Message> {
 
 fn parse_left(body: &mut Bytes) -> Option<Message> {
     let (rank, last) = (rank(body)?, parse_snapshot(body)?);
-    let mut parted = Vec::new();
+    let mut left_group = Vec::new();
     while !body.is_empty() {
-        parted.push((word(body)?, parse_snapshot(body)?));
+        left_group.push((word(body)?, parse_snapshot(body)?));
     }
-    Some(Message::Left { rank, last, parted })
+    Some(Message::Left { rank, last, left_group })
 }
 
-fn parse_parted(body: &mut Bytes) -> Option<Message> {
+fn parse_left_group(body: &mut Bytes) -> Option<Message> {
     let communicator = word(body)?;
-    Some(Message::Parted { communicator, last: parse_snapshot(body)? })
+    Some(Message::LeftGroup { communicator, last: parse_snapshot(body)? })
 }
 
-fn parse_has_parted(body: &mut Bytes) -> Option<Message> {
+fn parse_has_left_group(body: &mut Bytes) -> Option<Message> {
     Some(Message::HasParted { communicator: word(body)?, rank: rank(body)? })
 }
 
@@ -482,11 +484,11 @@ pub(super) mod tests {
         })
     }
 
-    fn concerns() -> impl Strategy<Value = Concern> {
+    fn stalled_calls() -> impl Strategy<Value = StalledCall> {
         let parts = (any::<u64>(), any::<u64>(), prop::collection::vec(ranks(), 0..9));
         parts.prop_map(|(number, uncounted, ranks)| {
             let call = call(number >> 16);
-            Concern { call, uncounted, ranks }
+            StalledCall { call, uncounted, ranks }
         })
     }
 
@@ -531,8 +533,8 @@ pub(super) mod tests {
                     Message::Recounted { communicator, calls }
                 }
             ),
-            concerns().prop_map(Message::Overdue),
-            concerns().prop_map(Message::Stalled),
+            stalled_calls().prop_map(Message::Overdue),
+            stalled_calls().prop_map(Message::Stalled),
             any::<(u32, u32)>()
                 .prop_map(|(query, communicator)| Message::StatusRequest { query, communicator }),
             (any::<u32>(), doings()).prop_map(|(query, doing)| Message::Status { query, doing }),
@@ -542,9 +544,9 @@ pub(super) mod tests {
                 if is_own { Message::Concluded(verdict) } else { Message::Verdict(verdict) }
             }),
             (ranks(), snapshots(), prop::collection::vec((any::<u32>(), snapshots()), 0..4))
-                .prop_map(|(rank, last, parted)| Message::Left { rank, last, parted }),
+                .prop_map(|(rank, last, left_group)| Message::Left { rank, last, left_group }),
             (any::<u32>(), snapshots())
-                .prop_map(|(communicator, last)| Message::Parted { communicator, last }),
+                .prop_map(|(communicator, last)| Message::LeftGroup { communicator, last }),
             (any::<u32>(), ranks())
                 .prop_map(|(communicator, rank)| Message::HasParted { communicator, rank }),
             any::<(u32, u32)>().prop_map(|(round, millis)| Message::Missing { round, millis }),
@@ -581,11 +583,11 @@ pub(super) mod tests {
     #[test]
     fn of_more_communicators_than_fit_the_newest_are_told() {
         let last = Snapshot { call: Some(call(1)), ..Snapshot::default() };
-        let parted: Vec<_> = (0..=LASTS_MAX as u32).map(|number| (number, last)).collect();
+        let left_group: Vec<_> = (0..=LASTS_MAX as u32).map(|number| (number, last)).collect();
         let mut wire = BytesMut::new();
-        Message::Left { rank: 1, last, parted: parted.clone() }.encode(&mut wire);
+        Message::Left { rank: 1, last, left_group: left_group.clone() }.encode(&mut wire);
         let told = Message::decode(&mut wire).unwrap().unwrap();
-        assert_eq!(told, Message::Left { rank: 1, last, parted: parted[1..].to_vec() });
+        assert_eq!(told, Message::Left { rank: 1, last, left_group: left_group[1..].to_vec() });
     }
 
     #[test]

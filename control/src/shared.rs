@@ -7,13 +7,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_link::secure::{Knock, Proven};
+use unisum_link::secure::{Preamble, Proven};
 use unisum_link::{Rank, Wake};
 
 use super::callers;
 use super::doing::{Doing, PARTS_MAX, Part};
 use super::kept::Kept;
-use super::message::Concern;
+use super::message::StalledCall;
 use super::share::Share;
 use super::status::{Snapshot, Status, Told};
 use super::verdict::{Report, Verdict};
@@ -31,8 +31,8 @@ pub(super) enum Command {
     /// The exchange has lasted so long, which is all that it may.
     Missing(Duration),
     Accuse(Report),
-    Overdue(Concern),
-    Stalled(Concern),
+    Overdue(StalledCall),
+    Stalled(StalledCall),
     /// This rank is no longer in a communicator, where it did this last.
     Part(u32, Snapshot),
     /// Rank 0 is to keep a line.
@@ -47,7 +47,7 @@ pub(super) struct Shared {
     verdict: OnceLock<Verdict>,
     left: Box<[AtomicBool]>,
     /// Communicators and ranks that are no longer in them, of those that a message is awaited from.
-    parted: Mutex<BTreeSet<(u32, Rank)>>,
+    left_group: Mutex<BTreeSet<(u32, Rank)>>,
     /// Who is woken by the verdict, with the communicator it belongs to.
     wakers: Mutex<Vec<(u32, Arc<dyn Wake>)>>,
     arrivals: Mutex<Arrivals>,
@@ -69,7 +69,7 @@ struct Arrivals {
 struct Channel {
     communicator: u32,
     session: [u8; 16],
-    knock: Knock,
+    preamble: Preamble,
     /// This rank's number in it, and how many ranks it has.
     rank: Rank,
     world: usize,
@@ -91,7 +91,7 @@ impl Shared {
             statuses: Mutex::default(),
             verdict: OnceLock::new(),
             left: (0..world).map(|_| AtomicBool::new(false)).collect(),
-            parted: Mutex::default(),
+            left_group: Mutex::default(),
             wakers: Mutex::default(),
             arrivals: Mutex::default(),
             addresses: OnceLock::new(),
@@ -198,13 +198,13 @@ impl Shared {
     }
 
     /// A rank for whose message this one waits is no longer in the communicator.
-    pub(super) fn set_parted(&self, communicator: u32, rank: Rank) {
-        lock(&self.parted).insert((communicator, rank));
+    pub(super) fn set_left_group(&self, communicator: u32, rank: Rank) {
+        lock(&self.left_group).insert((communicator, rank));
     }
 
     /// Whether that was told.
-    pub(super) fn has_parted(&self, communicator: u32, rank: Rank) -> bool {
-        lock(&self.parted).contains(&(communicator, rank))
+    pub(super) fn has_left_group(&self, communicator: u32, rank: Rank) -> bool {
+        lock(&self.left_group).contains(&(communicator, rank))
     }
 
     /// By rank, where it listens; the first time counts.
@@ -224,8 +224,8 @@ impl Shared {
         session: [u8; 16],
         (rank, world): (Rank, usize),
     ) {
-        let (knock, inbox, early) = (Knock::of(&session), None, Vec::new());
-        let channel = Channel { communicator, session, knock, rank, world, inbox, early };
+        let (preamble, inbox, early) = (Preamble::of(&session), None, Vec::new());
+        let channel = Channel { communicator, session, preamble, rank, world, inbox, early };
         lock(&self.arrivals).channels.push(channel);
     }
 
@@ -236,9 +236,9 @@ impl Shared {
         Some((channel.rank, channel.world))
     }
 
-    /// Whether data connections are taken for the session with this knock.
-    pub(super) fn awaits(&self, knock: Knock) -> bool {
-        lock(&self.arrivals).channels.iter().any(|channel| channel.knock == knock)
+    /// Whether data connections are taken for the session with this preamble.
+    pub(super) fn awaits(&self, preamble: Preamble) -> bool {
+        lock(&self.arrivals).channels.iter().any(|channel| channel.preamble == preamble)
     }
 
     /// Hands a data connection over, or keeps it until somebody takes it. `false` if too many

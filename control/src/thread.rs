@@ -17,13 +17,13 @@ use mio::{Events, Interest, Poll, Registry, Token};
 use unisum_link::Rank;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Build, Hello, Purpose, Refusal};
-use unisum_link::secure::{Credentials, Knock, Proven};
+use unisum_link::secure::{Credentials, Preamble, Proven};
 
 use self::reception::Reception;
 use self::succession::Dialing;
+use super::acceptor::{Acceptor, Admitted, Refused};
 use super::connection::{Connection, Received};
 use super::coordinator::{Coordinator, Output};
-use super::door::{Admitted, Door, Refused};
 use super::file::Published;
 use super::listen::Listeners;
 use super::member::Member;
@@ -54,7 +54,7 @@ pub(super) struct Identity {
     pub(super) world: usize,
     pub(super) session: [u8; 16],
     /// By which those are known who have joined.
-    pub(super) knock: Knock,
+    pub(super) preamble: Preamble,
     pub(super) job: [u8; 16],
     pub(super) build: Build,
     pub(super) credentials: Credentials,
@@ -66,7 +66,7 @@ pub(super) struct ControlThread {
     identity: Identity,
     shared: Arc<Shared>,
     /// None once this rank has left.
-    door: Option<Door>,
+    acceptor: Option<Acceptor>,
     connections: BTreeMap<usize, (Rank, Connection)>,
     /// Which processes have joined, in words.
     processes: BTreeMap<Rank, String>,
@@ -92,13 +92,14 @@ impl ControlThread {
         listeners: Listeners,
         pulses: Pulses,
     ) -> io::Result<Self> {
-        let door = Door::new(listeners, LISTENER, FIRST_GUEST, identity.world, poll.registry())?;
+        let acceptor =
+            Acceptor::new(listeners, LISTENER, FIRST_GUEST, identity.world, poll.registry())?;
         Ok(Self {
             poll,
             identity,
             member: Member::new(Arc::clone(&shared)),
             shared,
-            door: Some(door),
+            acceptor: Some(acceptor),
             connections: BTreeMap::new(),
             processes: BTreeMap::new(),
             pulses,
@@ -164,9 +165,9 @@ impl ControlThread {
     }
 
     fn handle(&mut self, token: usize, now: Instant) {
-        match (&mut self.door, token) {
-            (Some(door), LISTENER) => door.knock(),
-            (Some(door), token) if door.has_guest(token) => self.visit(token, now),
+        match (&mut self.acceptor, token) {
+            (Some(acceptor), LISTENER) => acceptor.preamble(),
+            (Some(acceptor), token) if acceptor.has_pending(token) => self.visit(token, now),
             (_, token) if self.pulses.has(token) => self.pulses.feel(token, now),
             // Among the rest: the waker, whose commands are looked at in any case, and what
             // arrived together with the end of its connection.
@@ -174,15 +175,15 @@ impl ControlThread {
         }
     }
 
-    /// Looks after the door.
+    /// Looks after the acceptor.
     fn attend(&mut self, now: Instant) {
-        let Some((door, registry, host)) = self.reception() else { return };
-        door.accept(&host, registry, now);
-        door.sweep(registry, now);
+        let Some((acceptor, registry, host)) = self.reception() else { return };
+        acceptor.accept(&host, registry, now);
+        acceptor.sweep(registry, now);
     }
 
-    /// The door, and what it has to know.
-    fn reception(&mut self) -> Option<(&mut Door, &Registry, Reception<'_>)> {
+    /// The acceptor, and what it has to know.
+    fn reception(&mut self) -> Option<(&mut Acceptor, &Registry, Reception<'_>)> {
         let host = Reception {
             identity: &self.identity,
             shared: &self.shared,
@@ -191,13 +192,13 @@ impl ControlThread {
             processes: &self.processes,
             is_proven: Cell::new(false),
         };
-        Some((self.door.as_mut()?, self.poll.registry(), host))
+        Some((self.acceptor.as_mut()?, self.poll.registry(), host))
     }
 
     fn visit(&mut self, token: usize, now: Instant) {
-        let Some((door, registry, host)) = self.reception() else { return };
-        let admitted = door.visit(token, &host, registry, now);
-        let (refused, is_proven) = (door.take_refused(), host.is_proven.get());
+        let Some((acceptor, registry, host)) = self.reception() else { return };
+        let admitted = acceptor.visit(token, &host, registry, now);
+        let (refused, is_proven) = (acceptor.take_refused(), host.is_proven.get());
         let Self { identity, coordinator, .. } = self;
         if let (Some(refused), Some(coordinator)) = (refused, coordinator) {
             let Refused { claim, address, mut reason } = refused;
@@ -239,7 +240,7 @@ impl ControlThread {
         }
     }
 
-    /// Makes an admitted guest a member.
+    /// Makes an admitted pending connection a member.
     fn welcome(&mut self, admitted: Admitted, now: Instant) {
         let Admitted { token, hello, connection, address } = admitted;
         let rank = hello.from as Rank;
@@ -251,7 +252,7 @@ impl ControlThread {
                 if let Some(coordinator) = &mut self.coordinator {
                     coordinator.connected(rank);
                 }
-                // Its first message may have come while it was a guest.
+                // Its first message may have come while it was a pending connection.
                 self.serve(token, now);
             }
             // It sees its connection end, and dials again.
@@ -363,17 +364,17 @@ impl ControlThread {
     /// Nothing is said after the goodbye.
     fn leave(&mut self, now: Instant) {
         self.linger_until = Some(now + LINGER);
-        self.close_door();
+        self.close_acceptor();
         for (_, connection) in self.connections.values_mut() {
             connection.finish();
         }
     }
 
     /// Nobody is let in any more.
-    fn close_door(&mut self) {
+    fn close_acceptor(&mut self) {
         self.published = None;
-        if let Some(mut door) = self.door.take() {
-            door.close(self.poll.registry());
+        if let Some(mut acceptor) = self.acceptor.take() {
+            acceptor.close(self.poll.registry());
         }
     }
 
@@ -382,7 +383,7 @@ impl ControlThread {
         let Some(coordinator) = &self.coordinator else { return };
         if coordinator.is_needed() {
             if coordinator.all_came() {
-                self.close_door();
+                self.close_acceptor();
             }
         } else if self.linger_until.is_none() {
             self.leave(now);
@@ -494,10 +495,10 @@ impl ControlThread {
     }
 
     fn timeout(&self, now: Instant) -> Option<Duration> {
-        let door = self.door.as_ref().and_then(|door| door.deadline(now));
+        let acceptor = self.acceptor.as_ref().and_then(|acceptor| acceptor.deadline(now));
         let coordinator = self.coordinator.as_ref().and_then(Coordinator::deadline);
         let farewell = self.farewell().filter(|until| *until > now);
-        let due = [door, coordinator, self.member.deadline(), self.linger_until, farewell];
+        let due = [acceptor, coordinator, self.member.deadline(), self.linger_until, farewell];
         let due = due.into_iter().chain([self.pulses.deadline(), self.look_at(now)]);
         let due = due.flatten().min()?;
         Some(due.saturating_duration_since(now))

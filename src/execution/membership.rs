@@ -9,7 +9,7 @@ use unisum_kernels::Dtype;
 use unisum_link::{Call, LinkError, Rank, Wake};
 
 use crate::wiring::Epoch;
-use unisum_control::{Concern, Control, Inbox, Report, Status, Verdict, Waiting, describe};
+use unisum_control::{Control, Inbox, Report, StalledCall, Status, Verdict, Waiting, describe};
 
 /// This rank's membership in one communicator of the job. The job's control connection ends with
 /// the last of them.
@@ -123,7 +123,7 @@ impl Membership {
     /// has been told since it waits for a message ([`Membership::ask_after`]).
     pub(crate) fn has_left(&self, rank: Rank) -> bool {
         let rank = self.ranks[rank];
-        self.control.has_left_job(rank) || self.control.has_parted(self.communicator, rank)
+        self.control.has_left_job(rank) || self.control.has_left_group(self.communicator, rank)
     }
 
     /// See [`Control::accuse`]; the report names ranks by the job's numbers.
@@ -133,12 +133,12 @@ impl Membership {
 
     /// See [`Control::overdue`].
     pub(crate) fn overdue(&self, call: &Call) {
-        self.control.overdue(self.concern(call));
+        self.control.overdue(self.stalled_call(call));
     }
 
     /// Tells the coordinator that the deadline of a message expired, as [`Control::overdue`] does.
     pub(crate) fn overdue_message(&self, waiting: &Waiting) {
-        self.control.overdue(self.concern(&waiting.call()));
+        self.control.overdue(self.stalled_call(&waiting.call()));
     }
 
     /// Asks whether a rank whose message takes long is still here; [`Membership::has_left`] says so
@@ -147,7 +147,7 @@ impl Membership {
         let (communicator, peer) = (self.communicator, self.ranks[rank]);
         let (dtype, bytes, tag) = (Dtype::U8, 0, 0);
         let message = Waiting { communicator, peer, receives: true, dtype, bytes, tag };
-        self.control.stalled(self.concern(&message.call()));
+        self.control.stalled(self.stalled_call(&message.call()));
     }
 
     /// By which this rank finds out, once it has left the communicator, when the others have.
@@ -164,17 +164,17 @@ impl Membership {
 
     /// See [`Control::stalled`].
     pub(crate) fn stalled(&self, call: &Call) {
-        self.control.stalled(self.concern(call));
+        self.control.stalled(self.stalled_call(call));
     }
 
     /// See [`Control::stalled`].
     pub(crate) fn stalled_message(&self, waiting: &Waiting) {
-        self.control.stalled(self.concern(&waiting.call()));
+        self.control.stalled(self.stalled_call(&waiting.call()));
     }
 
-    fn concern(&self, call: &Call) -> Concern {
+    fn stalled_call(&self, call: &Call) -> StalledCall {
         let ranks = if self.communicator == 0 { Vec::new() } else { self.ranks.to_vec() };
-        Concern { call: *call, uncounted: self.status.uncounted(), ranks }
+        StalledCall { call: *call, uncounted: self.status.uncounted(), ranks }
     }
 }
 
@@ -199,7 +199,7 @@ impl Farewell {
         loop {
             let has_left = |rank: Rank| self.control.has_left_job(rank);
             left.retain(|&rank| {
-                !has_left(rank) && !self.control.has_parted(self.communicator, rank)
+                !has_left(rank) && !self.control.has_left_group(self.communicator, rank)
             });
             // Rank 0 of the job, who knows of the others, has waited for them as well.
             let knows_all = self.ranks.contains(&0) && has_left(0);
@@ -214,7 +214,7 @@ impl Farewell {
                 let (dtype, bytes, tag) = (Dtype::U8, 0, 0);
                 let asked = Waiting { communicator, peer, receives: true, dtype, bytes, tag };
                 let ranks = self.ranks.to_vec();
-                self.control.stalled(Concern { call: asked.call(), uncounted: 0, ranks });
+                self.control.stalled(StalledCall { call: asked.call(), uncounted: 0, ranks });
             }
             std::thread::sleep(nap);
             nap = (2 * nap).min(Duration::from_millis(5));

@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use unisum_link::{CollectiveKind, Rank};
 
-use super::{ANSWER_TIMEOUT, Coordinator, Presence};
+use super::{ANSWER_TIMEOUT, Coordinator, MemberState};
 use crate::callers::Hold;
 use crate::crossing;
 use crate::doing::Doing;
-use crate::inquest::{self, Account};
-use crate::message::{Concern, Message};
+use crate::message::{Message, StalledCall};
+use crate::stall_diagnosis::{self, RankReport};
 
 /// Who takes so long over an answer, which a thread that does nothing else gives, was stopped.
 pub(super) const LATE_ANSWER: Duration = Duration::from_millis(250);
@@ -23,13 +23,13 @@ pub(super) struct Query {
     pub(super) answers: Vec<Option<(Doing, bool)>>,
     pub(super) open: Option<Overdue>,
     /// Who has asked meanwhile, and what about: what was answered before may not tell.
-    pub(super) next: Option<(Rank, Concern)>,
+    pub(super) next: Option<(Rank, StalledCall)>,
 }
 
 /// The call that made a query necessary.
 #[derive(Clone, Debug)]
 pub(super) struct Overdue {
-    pub(super) concern: Concern,
+    pub(super) stalled: StalledCall,
     by: Rank,
     pub(super) until: Instant,
     /// Whether the call may go on if all ranks are in it: it is late and not overdue.
@@ -50,25 +50,25 @@ impl Coordinator {
     }
 
     /// Starts to find out why a call takes so long, unless that is under way.
-    pub(super) fn ask(&mut self, by: Rank, concern: Concern, patient: bool, now: Instant) {
-        let communicator = concern.call.communicator;
-        if patient && concern.call.collective == CollectiveKind::Message {
-            self.look_who_sends(by, &concern);
+    pub(super) fn ask(&mut self, by: Rank, stalled: StalledCall, patient: bool, now: Instant) {
+        let communicator = stalled.call.communicator;
+        if patient && stalled.call.collective == CollectiveKind::Message {
+            self.look_who_sends(by, &stalled);
         } else if patient {
-            let lowest = concern.ranks.iter().min().copied().unwrap_or(0);
-            self.waiting.insert((communicator, lowest), (by, concern.clone()));
+            let lowest = stalled.ranks.iter().min().copied().unwrap_or(0);
+            self.waiting.insert((communicator, lowest), (by, stalled.clone()));
             self.look_who_is_gone(communicator);
         }
         if let Some(open) = &mut self.query.open {
-            let same = open.concern.call.communicator == concern.call.communicator;
+            let same = open.stalled.call.communicator == stalled.call.communicator;
             if same && open.patient && !patient {
-                (open.by, open.concern, open.patient) = (by, concern, false);
+                (open.by, open.stalled, open.patient) = (by, stalled, false);
                 return;
             }
             // Who is merely late asks once, and again for all when this is decided; who is overdue
             // asks for another communicator instead.
             if patient {
-                self.query.next = Some((by, concern));
+                self.query.next = Some((by, stalled));
                 return;
             }
             if same || !open.patient {
@@ -79,8 +79,8 @@ impl Coordinator {
             return;
         }
         let number = self.query.number.wrapping_add(1);
-        let open = Some(Overdue { concern, by, until: now + ANSWER_TIMEOUT, patient });
-        let answers = vec![None; self.presence.len()];
+        let open = Some(Overdue { stalled, by, until: now + ANSWER_TIMEOUT, patient });
+        let answers = vec![None; self.states.len()];
         let next = self.query.next.take();
         self.query = Query { number, asked: Some(now), answers, open, next };
         self.tell_all(vec![Message::StatusRequest { query: number, communicator }]);
@@ -95,64 +95,66 @@ impl Coordinator {
     }
 
     pub(super) fn decide_if_all_answered(&mut self, now: Instant) {
-        let mut ranks = self.presence.iter().zip(&self.query.answers);
-        let is_away = |presence: &Presence| matches!(presence, Presence::Left | Presence::Gone);
-        if ranks.all(|(presence, answer)| answer.is_some() || is_away(presence)) {
+        let mut ranks = self.states.iter().zip(&self.query.answers);
+        let is_away =
+            |states: &MemberState| matches!(states, MemberState::Left | MemberState::Gone);
+        if ranks.all(|(states, answer)| answer.is_some() || is_away(states)) {
             self.decide(now);
         }
     }
 
     pub(super) fn decide(&mut self, now: Instant) {
-        let Some(Overdue { concern, by, patient, .. }) = self.query.open.take() else {
+        let Some(Overdue { stalled, by, patient, .. }) = self.query.open.take() else {
             return;
         };
-        let parted = self.parted.get(&concern.call.communicator);
-        let last = |rank| parted.and_then(|parted| parted.get(&rank)).copied();
+        let left_group = self.left_group.get(&stalled.call.communicator);
+        let last = |rank| left_group.and_then(|left_group| left_group.get(&rank)).copied();
         let answered = |rank: Rank| {
             self.query.answers[rank].as_ref().map(|(doing, is_late)| (doing.here, *is_late))
         };
-        let account = |rank| match (self.presence[rank], last(rank), answered(rank)) {
-            (_, Some(last), _) => Account::Left(last),
+        let report = |rank| match (self.states[rank], last(rank), answered(rank)) {
+            (_, Some(last), _) => RankReport::Left(last),
             // What it did in a group may be forgotten, or known to an earlier coordinator only.
-            (Presence::Left | Presence::Gone, None, _) => Account::Gone,
-            (_, None, Some((snapshot, false))) => Account::Here(snapshot),
+            (MemberState::Left | MemberState::Gone, None, _) => RankReport::Gone,
+            (_, None, Some((snapshot, false))) => RankReport::Here(snapshot),
             // While it was stopped the others waited; what it does now is of another moment.
-            (_, None, Some((snapshot, true))) => Account::Late(snapshot),
-            (_, None, None) => Account::Silent,
+            (_, None, Some((snapshot, true))) => RankReport::Late(snapshot),
+            (_, None, None) => RankReport::Silent,
         };
-        let mut accounts: Vec<_> = (0..self.presence.len()).map(account).collect();
-        let ranks = &concern.ranks;
+        let mut reports: Vec<_> = (0..self.states.len()).map(report).collect();
+        let ranks = &stalled.ranks;
         if !ranks.is_empty() {
-            let apart = accounts.iter_mut().enumerate().filter(|(rank, _)| !ranks.contains(rank));
-            apart.for_each(|(_, account)| *account = Account::Apart);
+            let apart = reports.iter_mut().enumerate().filter(|(rank, _)| !ranks.contains(rank));
+            apart.for_each(|(_, report)| *report = RankReport::Apart);
         }
         let answers = self.query.answers.iter_mut().map(|answer| answer.take().map(|it| it.0));
         let doings: Vec<Option<Doing>> = answers.collect();
         if patient {
-            self.look_whether_all_go_on((by, &concern), &accounts, &doings, now);
-            if let Some((by, concern)) = self.query.next.take() {
-                self.ask(by, concern, true, now);
+            self.look_whether_all_go_on((by, &stalled), &reports, &doings, now);
+            if let Some((by, stalled)) = self.query.next.take() {
+                self.ask(by, stalled, true, now);
             }
             return;
         }
         // If everybody has left, nobody waits for anybody.
-        let is_away =
-            |it: &Account| matches!(it, Account::Left(_) | Account::Gone | Account::Apart);
-        if !accounts.iter().all(is_away) {
-            let decide = match concern.call.collective {
-                CollectiveKind::Message => inquest::decide_message,
-                _ => inquest::decide,
+        let is_away = |it: &RankReport| {
+            matches!(it, RankReport::Left(_) | RankReport::Gone | RankReport::Apart)
+        };
+        if !reports.iter().all(is_away) {
+            let decide = match stalled.call.collective {
+                CollectiveKind::Message => stall_diagnosis::decide_message,
+                _ => stall_diagnosis::decide,
             };
-            let verdict = decide(&concern, by, &accounts);
-            self.conclude(crossing::explain(verdict, concern.call.communicator, &doings));
+            let verdict = decide(&stalled, by, &reports);
+            self.conclude(crossing::explain(verdict, stalled.call.communicator, &doings));
         }
     }
 
     /// Somebody has waited for a while: ends the job if somebody waits for what never comes.
     fn look_whether_all_go_on(
         &mut self,
-        (by, concern): (Rank, &Concern),
-        accounts: &[Account],
+        (by, stalled): (Rank, &StalledCall),
+        reports: &[RankReport],
         doings: &[Option<Doing>],
         now: Instant,
     ) {
@@ -166,13 +168,14 @@ impl Coordinator {
                 self.warned = text;
             }
         }
-        if concern.call.collective == CollectiveKind::Message {
+        if stalled.call.collective == CollectiveKind::Message {
             return;
         }
         // Who has all it waited for may be in a later call than the one that differs.
-        let verdict = inquest::contradiction(by, accounts);
-        let here = |rank: &Rank| matches!(accounts[*rank], Account::Here(_) | Account::Late(_));
-        let ranks: Vec<Rank> = (0..accounts.len()).filter(here).collect();
-        self.ask_what(concern.call.communicator, &ranks, verdict, now);
+        let verdict = stall_diagnosis::contradiction(by, reports);
+        let here =
+            |rank: &Rank| matches!(reports[*rank], RankReport::Here(_) | RankReport::Late(_));
+        let ranks: Vec<Rank> = (0..reports.len()).filter(here).collect();
+        self.ask_what(stalled.call.communicator, &ranks, verdict, now);
     }
 }

@@ -1,5 +1,5 @@
 mod differ;
-mod parting;
+mod left_group;
 
 use super::questions::LATE_ANSWER;
 use super::*;
@@ -397,8 +397,8 @@ fn a_message_that_is_overdue_is_asked_about_along_the_chain() {
         status.wait_for_message(&waiting);
         (waiting.call(), status.snapshot())
     };
-    let concern = Concern { call: waiting(2).0, uncounted: 0, ranks: vec![0, 2, 3] };
-    job.say(0, Message::Overdue(concern));
+    let stalled = StalledCall { call: waiting(2).0, uncounted: 0, ranks: vec![0, 2, 3] };
+    job.say(0, Message::Overdue(stalled));
     let query = job.coordinator.query.number;
     for (rank, snapshot) in [(0, waiting(2).1), (2, waiting(3).1), (3, Snapshot::default())] {
         job.say(rank, Message::Status { query, doing: snapshot.into() });

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use unisum_link::Rank;
 
-use super::{ANSWER_TIMEOUT, Coordinator, Presence};
+use super::{ANSWER_TIMEOUT, Coordinator, MemberState};
 use crate::message::Message;
 use crate::round::Round;
 use crate::verdict::{Verdict, VerdictKind, name};
@@ -102,7 +102,7 @@ impl Coordinator {
         {
             let (waited, missing) = (now - since, self.missing());
             self.waited.notice_at = Some(now + waited);
-            let (world, known) = (self.presence.len(), self.known_of(&missing));
+            let (world, known) = (self.states.len(), self.known_of(&missing));
             let seconds = waited.as_secs();
             tracing::warn!("waiting for {} of {world} ({seconds} s){known}", name(&missing));
         }
@@ -122,7 +122,7 @@ impl Coordinator {
     }
 
     fn missing(&self) -> Vec<Rank> {
-        (0..self.presence.len()).filter(|&rank| !self.round.has(rank)).collect()
+        (0..self.states.len()).filter(|&rank| !self.round.has(rank)).collect()
     }
 
     /// What is known of these ranks, a line for each of which something is.
@@ -147,7 +147,7 @@ impl Coordinator {
     /// The time is up. Ranks that have not joined are missing; those that have may be on their way,
     /// unless they do not answer.
     fn nobody_came(&mut self, seconds: f64, now: Instant) {
-        let is_joined = |rank: &Rank| self.presence[*rank] == Presence::Joined;
+        let is_joined = |rank: &Rank| self.states[*rank] == MemberState::Joined;
         let (late, absent): (Vec<Rank>, Vec<Rank>) =
             self.missing().into_iter().partition(is_joined);
         if !absent.is_empty() {
@@ -159,7 +159,7 @@ impl Coordinator {
             return self.conclude(did_not_go_on(late, seconds));
         }
         self.query.number = self.query.number.wrapping_add(1);
-        self.query.answers = vec![None; self.presence.len()];
+        self.query.answers = vec![None; self.states.len()];
         let query = self.query.number;
         self.waited.roll_call = Some(RollCall { query, until: now + ANSWER_TIMEOUT, seconds });
         self.tell_all(vec![Message::StatusRequest { query, communicator: 0 }]);

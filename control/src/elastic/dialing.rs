@@ -61,7 +61,7 @@ impl Dialer {
         let paths = Paths::new(None);
         let paths = paths.map_err(|error| Missed { why: error.to_string(), is_final: true })?;
         let addresses = paths.to(addresses, true);
-        let meet = |stream, _| self.knock(stream, &hello, time);
+        let meet = |stream, _| self.preamble(stream, &hello, time);
         let met = dial(&addresses, Instant::now() + time, |_, _| {}, meet);
         met.map_err(|unreached| Missed::new(&unreached))
     }
@@ -83,7 +83,7 @@ impl Dialer {
         loop {
             let time = until.saturating_duration_since(Instant::now());
             let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
-            let meet = |stream, _| self.knock(stream, &hello, time);
+            let meet = |stream, _| self.preamble(stream, &hello, time);
             let unreached = match dial(&addresses, Instant::now() + time, |_, _| {}, meet) {
                 Ok(stream) => return Ok(stream),
                 Err(unreached) => unreached,
@@ -104,7 +104,7 @@ impl Dialer {
         }
     }
 
-    fn knock(
+    fn preamble(
         &self,
         stream: TcpStream,
         hello: &Hello,

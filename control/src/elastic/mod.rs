@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use mio::{Poll, Waker};
 use unisum_link::handshake::{Build, job_hash};
-use unisum_link::secure::{Credentials, Knock};
+use unisum_link::secure::{Credentials, Preamble};
 
 use self::dialing::{Dialer, Dials};
 use self::shared::{Command, Shared};
@@ -134,7 +134,7 @@ impl Prospect {
         let identity = thread::Identity {
             own,
             session,
-            knock: Knock::of(&session),
+            preamble: Preamble::of(&session),
             job: job_hash(&self.config.job),
             build: self.config.build,
             credentials: self.config.credentials,

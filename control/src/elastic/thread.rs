@@ -14,13 +14,13 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::handshake::{Build, Hello, Purpose, Refusal};
-use unisum_link::secure::{Credentials, Knock, Proven};
+use unisum_link::secure::{Credentials, Preamble, Proven};
 use unisum_views::{
     Member, Message as AgreementMessage, Output, Participant, Standing, View, Wait,
 };
 
+use super::super::acceptor::{Acceptor, Host};
 use super::super::connection::{Connection, Received};
-use super::super::door::{Door, Host};
 use super::super::listen::Listeners;
 use super::super::message::Message;
 use super::shared::{Command, Membership, Shared};
@@ -44,7 +44,7 @@ pub(super) struct Identity {
     pub(super) own: Member,
     pub(super) session: [u8; 16],
     /// By which the members and newcomers of this job are known.
-    pub(super) knock: Knock,
+    pub(super) preamble: Preamble,
     pub(super) job: [u8; 16],
     pub(super) build: Build,
     pub(super) credentials: Credentials,
@@ -55,7 +55,7 @@ pub(super) struct ViewsThread {
     poll: Poll,
     identity: Identity,
     shared: Arc<Shared>,
-    door: Door,
+    acceptor: Acceptor,
     participant: Participant,
     connections: BTreeMap<usize, (Member, Connection)>,
     /// Members that have left in order: they are lost when that matters to anybody.
@@ -77,12 +77,12 @@ impl ViewsThread {
         participant: Participant,
         (shared, mesh): (Arc<Shared>, Mesh),
     ) -> io::Result<Self> {
-        let door = Door::new(listeners, LISTENER, FIRST_GUEST, world, poll.registry())?;
+        let acceptor = Acceptor::new(listeners, LISTENER, FIRST_GUEST, world, poll.registry())?;
         Ok(Self {
             poll,
             identity,
             shared,
-            door,
+            acceptor,
             participant,
             connections: BTreeMap::new(),
             departed: BTreeSet::new(),
@@ -114,9 +114,9 @@ impl ViewsThread {
             for event in &events {
                 self.handle(event.token().0, now);
             }
-            let Self { door, identity, connections, poll, .. } = self;
-            door.accept(&Reception { identity, connections }, poll.registry(), now);
-            self.door.sweep(self.poll.registry(), now);
+            let Self { acceptor, identity, connections, poll, .. } = self;
+            acceptor.accept(&Reception { identity, connections }, poll.registry(), now);
+            self.acceptor.sweep(self.poll.registry(), now);
             for command in self.shared.take_commands() {
                 self.obey(command);
             }
@@ -129,16 +129,16 @@ impl ViewsThread {
 
     fn handle(&mut self, token: usize, now: Instant) {
         match token {
-            LISTENER => self.door.knock(),
-            token if self.door.has_guest(token) => self.visit(token, now),
+            LISTENER => self.acceptor.preamble(),
+            token if self.acceptor.has_pending(token) => self.visit(token, now),
             token => self.serve(token),
         }
     }
 
     fn visit(&mut self, token: usize, now: Instant) {
-        let Self { door, identity, connections, poll, .. } = self;
+        let Self { acceptor, identity, connections, poll, .. } = self;
         let host = Reception { identity, connections };
-        let admitted = door.visit(token, &host, poll.registry(), now);
+        let admitted = acceptor.visit(token, &host, poll.registry(), now);
         let Some(admitted) = admitted else { return };
         let member = Member(u64::from(admitted.hello.from));
         match connection(admitted.connection, identity.silence) {
@@ -303,7 +303,7 @@ impl ViewsThread {
     /// Nothing is said after the goodbye.
     fn leave(&mut self) {
         self.linger_until = Some(Instant::now() + LINGER);
-        self.door.close(self.poll.registry());
+        self.acceptor.close(self.poll.registry());
         for (_, connection) in self.connections.values_mut() {
             connection.queue(encode(&Word::Bye));
             connection.finish();
@@ -393,7 +393,7 @@ impl ViewsThread {
     fn timeout(&self, now: Instant) -> Option<Duration> {
         let stranded = self.stranded_since.filter(|_| !self.shared.membership().is_over());
         let due = [
-            self.door.deadline(now),
+            self.acceptor.deadline(now),
             self.timer.map(|(_, at)| at),
             stranded.map(|since| since + STRANDED_FOR),
             self.linger_until,
@@ -407,7 +407,7 @@ fn world_left(view: &View, lost: &[usize]) -> usize {
     view.members.len() - lost.len()
 }
 
-/// What the door of a member knows of those who come.
+/// What the acceptor of a member knows of those who come.
 struct Reception<'a> {
     identity: &'a Identity,
     connections: &'a BTreeMap<usize, (Member, Connection)>,
@@ -418,8 +418,8 @@ impl Host for Reception<'_> {
         &self.identity.credentials
     }
 
-    fn knows(&self, knock: Knock) -> bool {
-        knock == self.identity.knock
+    fn knows(&self, preamble: Preamble) -> bool {
+        preamble == self.identity.preamble
     }
 
     /// A newcomer was told the session before it comes here.

@@ -93,7 +93,7 @@ fn the_last_descriptor_is_for_a_rank_that_comes() {
     hoard.truncate(hoard.len() - 2);
     let address = control.addresses()[0];
     let stream = TcpStream::connect(address).unwrap();
-    let reached = dial::knock(stream, address, &hello(1, 2), &credentials(), PATIENCE);
+    let reached = dial::preamble(stream, address, &hello(1, 2), &credentials(), PATIENCE);
     let reached = reached.unwrap_or_else(|error| panic!("it is turned away: {error}"));
     assert_eq!(reached.session, control.session());
 }

@@ -1,16 +1,16 @@
-//! What the door of a rank knows of those who come.
+//! What the acceptor of a rank knows of those who come.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use unisum_link::Rank;
 use unisum_link::handshake::{Hello, Refusal};
-use unisum_link::secure::{Credentials, Knock};
+use unisum_link::secure::{Credentials, Preamble};
 
 use super::{Identity, Shared};
+use crate::acceptor::Host;
 use crate::connection::Connection;
 use crate::coordinator::Coordinator;
-use crate::door::Host;
 
 pub(super) struct Reception<'a> {
     pub(super) identity: &'a Identity,
@@ -27,8 +27,8 @@ impl Host for Reception<'_> {
         &self.identity.credentials
     }
 
-    fn knows(&self, knock: Knock) -> bool {
-        knock == self.identity.knock || self.shared.awaits(knock)
+    fn knows(&self, preamble: Preamble) -> bool {
+        preamble == self.identity.preamble || self.shared.awaits(preamble)
     }
 
     /// Ranks that have yet to join do not know the session.

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 
 #[cfg(feature = "tls")]
-use super::Knock;
+use super::Preamble;
 use super::{Credentials, Session};
 use crate::handshake::{self, HandshakeError, Hello};
 
@@ -36,7 +36,7 @@ pub fn greet(
 ) -> Result<Challenged, HandshakeError> {
     #[cfg(feature = "tls")]
     if let Some(tls) = credentials.tls() {
-        let client = encrypted::Client::greet(tls, stream, Knock::of(&hello.session))?;
+        let client = encrypted::Client::greet(tls, stream, Preamble::of(&hello.session))?;
         return Ok(Challenged(How::Encrypted {
             client: Box::new(client),
             hello: *hello,
@@ -143,13 +143,13 @@ mod encrypted {
         pub(super) fn greet(
             tls: &tls::Tls,
             stream: &mut (impl Read + Write),
-            knock: Knock,
+            preamble: Preamble,
         ) -> Result<Self, HandshakeError> {
             // Nobody looks at the name: see `certified`.
             let name = ServerName::try_from("unisum").expect("it is a name");
             let config = tls.configs().client;
             let mut client = Self(ClientConnection::new(config, name).map_err(failed)?);
-            client.send(stream, &knock.encode())?;
+            client.send(stream, &preamble.encode())?;
             while client.0.is_handshaking() {
                 client.receive(stream)?;
             }

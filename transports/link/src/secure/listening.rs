@@ -1,7 +1,7 @@
 //! The listener's half of a handshake, in clear text or encrypted.
 
-use super::knock::{Beginning, Head};
-use super::{Credentials, Knock, Session};
+use super::preamble::{Beginning, Head};
+use super::{Credentials, Preamble, Session};
 use crate::handshake::{self, Heard, Hello, Refusal};
 
 /// One handshake at a listener (sans-IO). What it holds is bounded.
@@ -95,14 +95,14 @@ impl Listening {
         &mut self,
         bytes: &[u8],
         credentials: &Credentials,
-        hears: impl FnOnce(Knock) -> bool,
+        hears: impl FnOnce(Preamble) -> bool,
         admit: impl FnOnce(&Hello) -> Result<(), Refusal>,
     ) -> Heard {
         let (mut bytes, mut joined) = (bytes, Vec::new());
         if let How::Unknown(head) = &mut self.how {
             let how = match head.take(&mut bytes) {
                 Beginning::Unknown => return Heard::More,
-                Beginning::Knock(knock) => begin(knock, credentials, hears),
+                Beginning::Preamble(preamble) => begin(preamble, credentials, hears),
                 // TLS, of no rank.
                 Beginning::Other if head.taken()[0] == HANDSHAKE_RECORD => Err(Refusal::Garbage),
                 Beginning::Other => {
@@ -154,19 +154,19 @@ impl Listening {
 
 /// An encrypted handshake, for who knocks.
 fn begin(
-    knock: Knock,
+    preamble: Preamble,
     credentials: &Credentials,
-    hears: impl FnOnce(Knock) -> bool,
+    hears: impl FnOnce(Preamble) -> bool,
 ) -> Result<How, Refusal> {
     #[cfg(feature = "tls")]
     if let Some(tls) = credentials.tls() {
-        if !hears(knock) {
+        if !hears(preamble) {
             return Err(Refusal::Crowded);
         }
-        let server = encrypted::Server::new(tls, knock).map_err(|_| Refusal::Garbage)?;
+        let server = encrypted::Server::new(tls, preamble).map_err(|_| Refusal::Garbage)?;
         return Ok(How::Encrypted(Box::new(server)));
     }
-    let _ = (knock, credentials, hears);
+    let _ = (preamble, credentials, hears);
     Err(Refusal::Encrypted)
 }
 
@@ -194,7 +194,7 @@ mod encrypted {
     #[derive(Debug)]
     pub(super) struct Server {
         connection: ServerConnection,
-        knock: Knock,
+        preamble: Preamble,
         said: usize,
         proof: [u8; PROOF_BYTES],
         filled: usize,
@@ -202,11 +202,11 @@ mod encrypted {
     }
 
     impl Server {
-        pub(super) fn new(tls: &tls::Tls, knock: Knock) -> Result<Self, Error> {
+        pub(super) fn new(tls: &tls::Tls, preamble: Preamble) -> Result<Self, Error> {
             let server: Arc<ServerConfig> = tls.configs().server;
             let connection = ServerConnection::new(server)?;
             let (proof, claimed) = ([0; PROOF_BYTES], None);
-            Ok(Self { connection, knock, said: 0, proof, filled: 0, claimed })
+            Ok(Self { connection, preamble, said: 0, proof, filled: 0, claimed })
         }
 
         pub(super) fn feed(
@@ -255,7 +255,7 @@ mod encrypted {
             let binding = tls::binding(&self.connection).map_err(refusal)?;
             let Proof { hello, wants_records } =
                 Proof::verify(&self.proof, credentials.secret(), &binding)?;
-            if self.knock != Knock::of(&hello.session) {
+            if self.preamble != Preamble::of(&hello.session) {
                 return Err(Refusal::Garbage);
             }
             admit(&hello)?;

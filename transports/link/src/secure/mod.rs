@@ -7,7 +7,7 @@
 //! Recorded bytes let nobody guess a token, for the proofs are encrypted.
 //!
 //! ```text
-//! dialer    knock (see `knock`), TLS ClientHello
+//! dialer    preamble (see `preamble`), TLS ClientHello
 //! listener  TLS ServerHello .. Finished
 //! dialer    TLS Finished, and in TLS: hello, wish (1), mac("tls dialer", hello, wish, binding)
 //! listener  in TLS: "usmL" 2 mac("tls listener", hello, answer, binding) answer (1)
@@ -23,8 +23,8 @@ mod absent;
 #[cfg(feature = "tls")]
 mod certified;
 mod dialing;
-mod knock;
 mod listening;
+mod preamble;
 #[cfg(feature = "tls")]
 mod records;
 #[cfg(feature = "tls")]
@@ -45,8 +45,8 @@ pub(crate) use self::certified::check_stranger;
 #[cfg(feature = "tls")]
 pub use self::certified::{CertificateError, Files, Peers};
 pub use self::dialing::{Challenged, dial, greet};
-pub use self::knock::Knock;
 pub use self::listening::Listening;
+pub use self::preamble::Preamble;
 #[cfg(feature = "tls")]
 pub use self::records::{Opener, Sealer};
 

@@ -9,13 +9,13 @@ use rustix::process::{Resource, getrlimit};
 use unisum_link::fork::ParentOnly;
 use unisum_link::secure::Listening;
 
-/// Guests at a time, beside one per rank, if descriptors allow that.
-const GUESTS_SPARE: usize = 128;
-/// Guests may take this part of the descriptors that the process may have.
+/// Pending connections at a time, beside one per rank, if descriptors allow that.
+const PENDING_SPARE: usize = 128;
+/// Pending connections may take this part of the descriptors that the process may have.
 const PART_OF_DESCRIPTORS: usize = 4;
 
 /// A connection that has proven nothing yet.
-pub(super) struct Guest {
+pub(super) struct PendingConnection {
     pub(super) stream: ParentOnly<TcpStream>,
     pub(super) address: SocketAddr,
     pub(super) listening: Listening,
@@ -29,18 +29,18 @@ pub(super) struct Guest {
     pub(super) is_dismissed: bool,
 }
 
-/// The guests, and how many there are of each kind.
+/// The pending connections, and how many there are of each kind.
 #[derive(Default)]
-pub(super) struct Guests {
+pub(super) struct PendingConnections {
     most: usize,
-    /// Tokens grow, so that the first guest is the oldest.
-    by_token: BTreeMap<usize, Guest>,
+    /// Tokens grow, so that the first pending connection is the oldest.
+    by_token: BTreeMap<usize, PendingConnection>,
     /// By where they come from and whether they are expected.
     count: HashMap<(bool, IpAddr), usize>,
     expected: usize,
 }
 
-impl Guests {
+impl PendingConnections {
     pub(super) fn new(most: usize) -> Self {
         Self { most, ..Self::default() }
     }
@@ -58,7 +58,7 @@ impl Guests {
         self.by_token.contains_key(&token)
     }
 
-    pub(super) fn get_mut(&mut self, token: usize) -> Option<&mut Guest> {
+    pub(super) fn get_mut(&mut self, token: usize) -> Option<&mut PendingConnection> {
         self.by_token.get_mut(&token)
     }
 
@@ -67,7 +67,7 @@ impl Guests {
         self.by_token.first_key_value().map(|(_, oldest)| oldest.until)
     }
 
-    pub(super) fn remove_oldest(&mut self) -> Option<Guest> {
+    pub(super) fn remove_oldest(&mut self) -> Option<PendingConnection> {
         let oldest = *self.by_token.first_key_value()?.0;
         self.remove(oldest)
     }
@@ -75,44 +75,45 @@ impl Guests {
     /// Takes out who has to go if there are too many: one of those that are not expected, unless
     /// those that claim to be leave others a quarter of the places only; then one of these. Among
     /// them it is the oldest of the source with the most: whoever comes is heard at least once, and
-    /// nobody but a source's own guests suffers from it.
-    pub(super) fn remove_least(&mut self) -> Option<Guest> {
+    /// nobody but a source's own pending connections suffers from it.
+    pub(super) fn remove_least(&mut self) -> Option<PendingConnection> {
         let is_expected = self.unexpected() == 0 || self.expected > self.most - self.most / 4;
         let count = self.count.iter().filter(|((expected, _), _)| *expected == is_expected);
         let (&(_, from), _) = count.max_by_key(|(_, count)| **count)?;
-        let is_it =
-            |guest: &Guest| guest.is_expected == is_expected && source(guest.address) == from;
-        let (&token, _) = self.by_token.iter().find(|(_, guest)| is_it(guest))?;
+        let is_it = |pending: &PendingConnection| {
+            pending.is_expected == is_expected && source(pending.address) == from
+        };
+        let (&token, _) = self.by_token.iter().find(|(_, pending)| is_it(pending))?;
         self.remove(token)
     }
 
-    pub(super) fn insert(&mut self, token: usize, guest: Guest) {
-        self.counted(&guest, 1);
-        self.by_token.insert(token, guest);
+    pub(super) fn insert(&mut self, token: usize, pending: PendingConnection) {
+        self.counted(&pending, 1);
+        self.by_token.insert(token, pending);
     }
 
-    pub(super) fn remove(&mut self, token: usize) -> Option<Guest> {
-        let guest = self.by_token.remove(&token)?;
-        self.counted(&guest, -1);
-        Some(guest)
+    pub(super) fn remove(&mut self, token: usize) -> Option<PendingConnection> {
+        let pending = self.by_token.remove(&token)?;
+        self.counted(&pending, -1);
+        Some(pending)
     }
 
-    /// The guest claims to be somebody who is expected.
+    /// The pending connection claims to be somebody who is expected.
     pub(super) fn expect(&mut self, token: usize) {
-        if let Some(mut guest) = self.remove(token) {
-            guest.is_expected = true;
-            self.insert(token, guest);
+        if let Some(mut pending) = self.remove(token) {
+            pending.is_expected = true;
+            self.insert(token, pending);
         }
     }
 
-    fn counted(&mut self, guest: &Guest, by: isize) {
-        let kind = (guest.is_expected, source(guest.address));
+    fn counted(&mut self, pending: &PendingConnection, by: isize) {
+        let kind = (pending.is_expected, source(pending.address));
         let count = self.count.entry(kind).or_default();
         *count = count.saturating_add_signed(by);
         if *count == 0 {
             self.count.remove(&kind);
         }
-        if guest.is_expected {
+        if pending.is_expected {
             self.expected = self.expected.saturating_add_signed(by);
         }
     }
@@ -122,7 +123,7 @@ impl Guests {
     }
 }
 
-/// Whom a guest is counted with: all addresses that one host may have for the asking.
+/// Whom a pending connection is counted with: all addresses that one host may have for the asking.
 fn source(address: SocketAddr) -> IpAddr {
     match address.ip().to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
@@ -133,13 +134,13 @@ fn source(address: SocketAddr) -> IpAddr {
     }
 }
 
-/// How many guests there may be at a rank: those of a world that starts at once and some more, but
+/// How many pending connections there may be at a rank: those of a world that starts at once and some more, but
 /// never so many that the rank itself lacks descriptors.
 pub(super) fn most(world: usize) -> usize {
     let descriptors = getrlimit(Resource::Nofile).current;
     let descriptors = descriptors.and_then(|limit| usize::try_from(limit).ok());
     let spared = descriptors.unwrap_or(usize::MAX) / PART_OF_DESCRIPTORS;
-    (GUESTS_SPARE + world).min(spared).max(2)
+    (PENDING_SPARE + world).min(spared).max(2)
 }
 
 #[cfg(test)]
@@ -149,9 +150,9 @@ mod tests {
 
     use super::*;
 
-    /// A room with so many places, and a socket for its guests to share.
+    /// A room with so many places, and a socket for its pending connections to share.
     struct Room {
-        guests: Guests,
+        pending: PendingConnections,
         stream: TcpStream,
         next: usize,
     }
@@ -160,13 +161,13 @@ mod tests {
         fn new(most: usize) -> Self {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-            Self { guests: Guests::new(most), stream, next: 0 }
+            Self { pending: PendingConnections::new(most), stream, next: 0 }
         }
 
-        /// Lets a guest in; who had to go for it.
+        /// Lets a pending connection in; who had to go for it.
         fn come(&mut self, from: &str, is_expected: bool) -> Option<(String, u16)> {
             self.next += 1;
-            let guest = Guest {
+            let pending = PendingConnection {
                 stream: ParentOnly::new(self.stream.try_clone().unwrap()),
                 address: SocketAddr::new(from.parse().unwrap(), self.next as u16),
                 listening: Listening::new([0; 32], true),
@@ -175,11 +176,11 @@ mod tests {
                 is_told: false,
                 is_dismissed: false,
             };
-            self.guests.insert(self.next, guest);
+            self.pending.insert(self.next, pending);
             if is_expected {
-                self.guests.expect(self.next);
+                self.pending.expect(self.next);
             }
-            let gone = self.guests.are_too_many().then(|| self.guests.remove_least())?;
+            let gone = self.pending.are_too_many().then(|| self.pending.remove_least())?;
             let address = gone.unwrap().address;
             Some((address.ip().to_string(), address.port()))
         }
@@ -231,9 +232,9 @@ mod tests {
         room.come("10.0.0.1", true);
         room.come("10.0.0.1", true);
         assert!(room.come("10.0.0.1", true).is_some());
-        room.guests.remove_oldest().unwrap();
-        room.guests.remove_oldest().unwrap();
-        assert!(room.guests.remove_oldest().is_none());
-        assert_eq!((room.guests.unexpected(), room.guests.count.len()), (0, 0));
+        room.pending.remove_oldest().unwrap();
+        room.pending.remove_oldest().unwrap();
+        assert!(room.pending.remove_oldest().is_none());
+        assert_eq!((room.pending.unexpected(), room.pending.count.len()), (0, 0));
     }
 }

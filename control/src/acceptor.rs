@@ -2,7 +2,7 @@
 //!
 //! What is said first is read as soon as a connection is accepted, and who has not said what a
 //! rank would is turned away there: nothing is registered or kept for it. Those who know a
-//! session of this job ([`Knock`]) are heard at once. To others, who may not have joined yet,
+//! session of this job ([`Preamble`]) are heard at once. To others, who may not have joined yet,
 //! there are only so many TLS handshakes, unless somebody is missing in the job. After strangers
 //! were turned away, the listeners are left alone for a moment, so that many of them wake the
 //! thread once.
@@ -18,12 +18,12 @@ use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, Heard, Hello, Refusal};
-use unisum_link::secure::{Credentials, Knock, Listening, Proven};
+use unisum_link::secure::{Credentials, Listening, Preamble, Proven};
 
-use super::guests::{self, Guest, Guests};
 use super::listen::Listeners;
+use super::pending::{self, PendingConnection, PendingConnections};
 
-/// How long a guest may take to prove the token.
+/// How long a pending connection may take to prove the token.
 const PROOF_TIMEOUT: Duration = Duration::from_secs(5);
 /// Connections accepted before others get a turn.
 const ACCEPTS_PER_TURN: usize = 256;
@@ -36,30 +36,30 @@ const UNKNOWN_AT_ONCE: usize = 8;
 const UNKNOWN_PER_SECOND: f64 = 2.0;
 /// How long to leave new connections alone when the process can't have more descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long descriptors may be missing before those who knock are turned away.
+/// How long descriptors may be missing before those who connect are turned away.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Refusals logged per [`LOG_PERIOD`].
 const LOG_LINES: u32 = 10;
 const LOG_PERIOD: Duration = Duration::from_secs(10);
 
-/// Whose door it is: what it knows of those who come.
+/// Whose acceptor it is: what it knows of those who come.
 pub(super) trait Host {
     fn credentials(&self) -> &Credentials;
-    /// Whether a knock is that of a session in which connections are made.
-    fn knows(&self, knock: Knock) -> bool;
+    /// Whether a preamble is that of a session in which connections are made.
+    fn knows(&self, preamble: Preamble) -> bool;
     /// Whether somebody is missing who can't know the session yet.
     fn awaits_unknown(&self) -> bool;
     /// Whether who has proven the token may come in.
     fn admit(&self, hello: &Hello) -> Result<(), Refusal>;
 }
 
-/// The listening sockets and the guests that have proven nothing yet.
-pub(super) struct Door {
+/// The listening sockets and the pending connections that have proven nothing yet.
+pub(super) struct Acceptor {
     listeners: Listeners,
-    guests: Guests,
+    pending: PendingConnections,
     next_token: usize,
     /// Whether somebody may be waiting to be accepted.
-    is_knocking: bool,
+    is_readable: bool,
     paused_until: Option<Instant>,
     /// The listeners' token.
     token: usize,
@@ -85,7 +85,7 @@ pub(super) struct Refused {
     pub(super) reason: String,
 }
 
-/// A guest that was admitted; its stream is registered under `token` still.
+/// A pending connection that was admitted; its stream is registered under `token` still.
 #[derive(Debug)]
 pub(super) struct Admitted {
     pub(super) token: usize,
@@ -94,7 +94,7 @@ pub(super) struct Admitted {
     pub(super) address: SocketAddr,
 }
 
-/// What became of a guest after it was heard.
+/// What became of a pending connection after it was heard.
 enum Fate {
     Stays,
     Admitted(Hello),
@@ -103,8 +103,8 @@ enum Fate {
     Gone,
 }
 
-impl Door {
-    /// Opens the door: the listeners are registered under `token`, guests under tokens from
+impl Acceptor {
+    /// Opens the acceptor: the listeners are registered under `token`, pending connections under tokens from
     /// `first_token` on.
     pub(super) fn new(
         listeners: Listeners,
@@ -118,9 +118,9 @@ impl Door {
         }
         Ok(Self {
             listeners,
-            guests: Guests::new(guests::most(world)),
+            pending: PendingConnections::new(pending::most(world)),
             next_token: first_token,
-            is_knocking: false,
+            is_readable: false,
             paused_until: None,
             token,
             is_napping: false,
@@ -134,12 +134,12 @@ impl Door {
     }
 
     /// A listener is readable.
-    pub(super) const fn knock(&mut self) {
-        self.is_knocking = true;
+    pub(super) const fn preamble(&mut self) {
+        self.is_readable = true;
     }
 
-    pub(super) fn has_guest(&self, token: usize) -> bool {
-        self.guests.has(token)
+    pub(super) fn has_pending(&self, token: usize) -> bool {
+        self.pending.has(token)
     }
 
     /// Accepts those who wait, a number at a time.
@@ -149,9 +149,9 @@ impl Door {
         }
         self.turned_away = 0;
         // Who came in one turn is heard in the next, before others take the places.
-        let mut places = self.guests.most().div_ceil(2);
+        let mut places = self.pending.most().div_ceil(2);
         for _ in 0..ACCEPTS_PER_TURN {
-            if !self.is_knocking || self.paused_until.is_some() || places == 0 {
+            if !self.is_readable || self.paused_until.is_some() || places == 0 {
                 break;
             }
             match self.listeners.accept() {
@@ -167,7 +167,7 @@ impl Door {
                 }
             }
         }
-        if self.turned_away > 0 && !self.is_knocking {
+        if self.turned_away > 0 && !self.is_readable {
             self.nap(registry, now);
         }
     }
@@ -175,7 +175,7 @@ impl Door {
     /// Leaves the listeners alone: those who come meanwhile wake nobody.
     fn nap(&mut self, registry: &Registry, now: Instant) {
         self.deregister(registry);
-        (self.is_napping, self.is_knocking) = (true, true);
+        (self.is_napping, self.is_readable) = (true, true);
         self.paused_until = Some(now + NAP);
     }
 
@@ -196,16 +196,16 @@ impl Door {
         true
     }
 
-    /// Where descriptors or memory are missing, guests that are not expected give theirs up, one a
+    /// Where descriptors or memory are missing, pending connections that are not expected give theirs up, one a
     /// turn. Otherwise that lasts: trying again at once would be spinning, and leaving those who
-    /// knock without an answer would be a hang.
+    /// preamble without an answer would be a hang.
     fn accept_failed(&mut self, error: &io::Error, registry: &Registry, now: Instant) {
         match error.kind() {
-            ErrorKind::WouldBlock => self.is_knocking = false,
+            ErrorKind::WouldBlock => self.is_readable = false,
             // The kernel says that there is no descriptor before it looks whether anybody waits:
             // the last one is for who came last.
-            _ if !self.listeners.has_visitor() => self.is_knocking = false,
-            _ if self.guests.unexpected() > 0 => self.evict(registry, now),
+            _ if !self.listeners.has_visitor() => self.is_readable = false,
+            _ if self.pending.unexpected() > 0 => self.evict(registry, now),
             _ => {
                 let since = *self.exhausted_since.get_or_insert(now);
                 if now - since >= PATIENCE && self.turn_away(now) {
@@ -236,7 +236,7 @@ impl Door {
         true
     }
 
-    /// Hears what a new guest has said so far, and has it stay unless it is none. Whether it does.
+    /// Hears what a new pending connection has said so far, and has it stay unless it is none. Whether it does.
     fn receive(
         &mut self,
         stream: ParentOnly<TcpStream>,
@@ -245,11 +245,11 @@ impl Door {
         registry: &Registry,
         now: Instant,
     ) -> bool {
-        let heard = guest(stream, address, now).map(|mut guest| {
-            let fate = hear_once(&mut guest, host, &mut self.unknown, now);
-            (guest, fate)
+        let heard = pending(stream, address, now).map(|mut pending| {
+            let fate = hear_once(&mut pending, host, &mut self.unknown, now);
+            (pending, fate)
         });
-        let (guest, fate) = match heard {
+        let (pending, fate) = match heard {
             Ok(heard) => heard,
             Err(error) => {
                 self.log.line(now, &address, &error.to_string());
@@ -257,60 +257,67 @@ impl Door {
             }
         };
         let reason = match fate {
-            None | Some(Fate::Stays) => return self.keep(guest, host, registry, now),
+            None | Some(Fate::Stays) => return self.keep(pending, host, registry, now),
             // Nobody proves anything before it is asked to.
             Some(Fate::Admitted(_)) => Refusal::Garbage.to_string(),
             Some(Fate::Gone) => return false,
             Some(Fate::Refused(reason)) => reason,
         };
         self.turned_away += 1;
-        leave(&guest, None);
+        leave(&pending, None);
         self.log.line(now, &address, &reason);
         false
     }
 
-    /// Has a guest stay, if need be in another one's place.
-    fn keep(&mut self, guest: Guest, host: &impl Host, registry: &Registry, now: Instant) -> bool {
+    /// Has a pending connection stay, if need be in another one's place.
+    fn keep(
+        &mut self,
+        pending: PendingConnection,
+        host: &impl Host,
+        registry: &Registry,
+        now: Instant,
+    ) -> bool {
         let token = self.next_token;
         self.next_token += 1;
         let interest = Interest::READABLE | Interest::WRITABLE;
         // If more has come meanwhile, that is an event.
-        if let Err(error) = register(registry, &*guest.stream, token, interest) {
-            self.log.line(now, &guest.address, &error.to_string());
+        if let Err(error) = register(registry, &*pending.stream, token, interest) {
+            self.log.line(now, &pending.address, &error.to_string());
             return false;
         }
-        self.guests.insert(token, guest);
+        self.pending.insert(token, pending);
         self.esteem(token, host);
-        if self.guests.are_too_many() {
+        if self.pending.are_too_many() {
             self.evict(registry, now);
         }
         true
     }
 
-    /// Expects a guest whose claim would be admitted with a proof, or that shakes hands.
+    /// Expects a pending connection whose claim would be admitted with a proof, or that shakes hands.
     fn esteem(&mut self, token: usize, host: &impl Host) {
-        let Some(guest) = self.guests.get_mut(token).filter(|guest| !guest.is_expected) else {
+        let Some(pending) = self.pending.get_mut(token).filter(|pending| !pending.is_expected)
+        else {
             return;
         };
-        let is_expected = guest.listening.claim().is_some_and(|claim| host.admit(claim).is_ok());
-        if is_expected || guest.listening.shakes_hands() {
-            self.guests.expect(token);
+        let is_expected = pending.listening.claim().is_some_and(|claim| host.admit(claim).is_ok());
+        if is_expected || pending.listening.shakes_hands() {
+            self.pending.expect(token);
         }
     }
 
-    /// Turns a guest away so that another one has its place.
+    /// Turns a pending connection away so that another one has its place.
     fn evict(&mut self, registry: &Registry, now: Instant) {
-        let Some(mut guest) = self.guests.remove_least() else { return };
+        let Some(mut pending) = self.pending.remove_least() else { return };
         self.turned_away += 1;
         // Best effort: it has no claim to an answer, but a rank that is told so comes again.
-        if guest.is_expected {
-            let _ = guest.stream.write(&Refusal::Crowded.encode());
+        if pending.is_expected {
+            let _ = pending.stream.write(&Refusal::Crowded.encode());
         }
         let reason = Refusal::Crowded.to_string();
-        self.refuse(&guest, &reason, registry, now);
+        self.refuse(&pending, &reason, registry, now);
     }
 
-    /// Hears what a guest has to say.
+    /// Hears what a pending connection has to say.
     pub(super) fn visit(
         &mut self,
         token: usize,
@@ -318,71 +325,72 @@ impl Door {
         registry: &Registry,
         now: Instant,
     ) -> Option<Admitted> {
-        let guest = self.guests.get_mut(token)?;
-        let claim = guest.listening.claim().copied();
-        match hear(guest, host, &mut self.unknown, now) {
+        let pending = self.pending.get_mut(token)?;
+        let claim = pending.listening.claim().copied();
+        match hear(pending, host, &mut self.unknown, now) {
             Fate::Stays => {
                 self.esteem(token, host);
                 None
             }
             Fate::Admitted(hello) => {
-                let Guest { stream, address, mut listening, .. } = self.guests.remove(token)?;
+                let PendingConnection { stream, address, mut listening, .. } =
+                    self.pending.remove(token)?;
                 let connection = Proven::new(stream, listening.take_session());
                 Some(Admitted { token, hello, connection, address })
             }
             Fate::Refused(reason) => {
-                let (address, in_tls) = (guest.address, guest.listening.claimed());
-                if guest.listening.is_in_tls() {
+                let (address, in_tls) = (pending.address, pending.listening.claimed());
+                if pending.listening.is_in_tls() {
                     self.dismiss(token, &reason, now);
                 } else {
-                    let guest = self.guests.remove(token)?;
-                    self.refuse(&guest, &reason, registry, now);
+                    let pending = self.pending.remove(token)?;
+                    self.refuse(&pending, &reason, registry, now);
                 }
                 self.refused = claim.or(in_tls).map(|claim| Refused { claim, address, reason });
                 None
             }
             Fate::Gone => {
-                let guest = self.guests.remove(token)?;
-                leave(&guest, Some(registry));
+                let pending = self.pending.remove(token)?;
+                leave(&pending, Some(registry));
                 None
             }
         }
     }
 
-    /// Says nothing more to a guest that was told why it is refused, in TLS, and hears it out: it
+    /// Says nothing more to a pending connection that was told why it is refused, in TLS, and hears it out: it
     /// may not have said all yet, and closing would destroy the words on their way (RFC 2525,
     /// 2.17).
     fn dismiss(&mut self, token: usize, reason: &str, now: Instant) {
-        let Some(guest) = self.guests.get_mut(token) else { return };
-        let _ = guest.stream.shutdown(std::net::Shutdown::Write);
-        guest.is_dismissed = true;
-        let address = guest.address;
+        let Some(pending) = self.pending.get_mut(token) else { return };
+        let _ = pending.stream.shutdown(std::net::Shutdown::Write);
+        pending.is_dismissed = true;
+        let address = pending.address;
         self.log.line(now, &address, reason);
     }
 
-    /// Whom the last [`Door::visit`] refused, if it had said who it is.
+    /// Whom the last [`Acceptor::visit`] refused, if it had said who it is.
     pub(super) const fn take_refused(&mut self) -> Option<Refused> {
         self.refused.take()
     }
 
-    /// Turns guests away whose time is up.
+    /// Turns pending connections away whose time is up.
     pub(super) fn sweep(&mut self, registry: &Registry, now: Instant) {
-        while self.guests.next_end().is_some_and(|until| until <= now)
-            && let Some(guest) = self.guests.remove_oldest()
+        while self.pending.next_end().is_some_and(|until| until <= now)
+            && let Some(pending) = self.pending.remove_oldest()
         {
-            if guest.is_dismissed {
-                leave(&guest, Some(registry));
+            if pending.is_dismissed {
+                leave(&pending, Some(registry));
                 continue;
             }
             let reason = format!("no proof of the token within {} s", PROOF_TIMEOUT.as_secs());
-            self.refuse(&guest, &reason, registry, now);
+            self.refuse(&pending, &reason, registry, now);
         }
     }
 
-    /// When [`Door::sweep`] or [`Door::accept`] has something to do.
+    /// When [`Acceptor::sweep`] or [`Acceptor::accept`] has something to do.
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
-        let accept = self.is_knocking.then(|| self.paused_until.unwrap_or(now));
-        accept.into_iter().chain(self.guests.next_end()).min()
+        let accept = self.is_readable.then(|| self.paused_until.unwrap_or(now));
+        accept.into_iter().chain(self.pending.next_end()).min()
     }
 
     /// Closes: nobody comes in any more.
@@ -397,20 +405,26 @@ impl Door {
         }
     }
 
-    fn refuse(&mut self, guest: &Guest, reason: &str, registry: &Registry, now: Instant) {
-        leave(guest, Some(registry));
-        self.log.line(now, &guest.address, reason);
+    fn refuse(
+        &mut self,
+        pending: &PendingConnection,
+        reason: &str,
+        registry: &Registry,
+        now: Instant,
+    ) {
+        leave(pending, Some(registry));
+        self.log.line(now, &pending.address, reason);
     }
 }
 
-/// Ends a guest's connection, which is registered if a registry is given.
-fn leave(guest: &Guest, registry: Option<&Registry>) {
-    let stream = &guest.stream;
+/// Ends a pending connection, which is registered if a registry is given.
+fn leave(pending: &PendingConnection, registry: Option<&Registry>) {
+    let stream = &pending.stream;
     if let Some(registry) = registry {
         // Closing it deregisters it, unless a forked child holds it as well.
         let _ = registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
     }
-    if guest.is_expected || guest.is_told {
+    if pending.is_expected || pending.is_told {
         let _ = stream.shutdown(std::net::Shutdown::Both);
     } else {
         // It was told nothing that it could miss: the kernel need not remember it either.
@@ -427,12 +441,16 @@ fn reserve() -> Option<File> {
     File::open("/dev/null").ok()
 }
 
-fn guest(stream: ParentOnly<TcpStream>, address: SocketAddr, now: Instant) -> io::Result<Guest> {
+fn pending(
+    stream: ParentOnly<TcpStream>,
+    address: SocketAddr,
+    now: Instant,
+) -> io::Result<PendingConnection> {
     let is_inside = stream.local_addr()?.ip().to_canonical() == address.ip().to_canonical();
     let listening = Listening::new(handshake::random()?, is_inside);
     let until = now + PROOF_TIMEOUT;
     let (is_expected, is_told, is_dismissed) = (false, false, false);
-    Ok(Guest { stream, address, listening, until, is_expected, is_told, is_dismissed })
+    Ok(PendingConnection { stream, address, listening, until, is_expected, is_told, is_dismissed })
 }
 
 fn register(
@@ -444,10 +462,15 @@ fn register(
     registry.register(&mut SourceFd(&socket.as_raw_fd()), Token(token), interest)
 }
 
-/// Reads until the guest has said all it may for now.
-fn hear(guest: &mut Guest, host: &impl Host, unknown: &mut Allowance, now: Instant) -> Fate {
+/// Reads until the pending connection has said all it may for now.
+fn hear(
+    pending: &mut PendingConnection,
+    host: &impl Host,
+    unknown: &mut Allowance,
+    now: Instant,
+) -> Fate {
     loop {
-        if let Some(fate) = hear_once(guest, host, unknown, now) {
+        if let Some(fate) = hear_once(pending, host, unknown, now) {
             return fate;
         }
     }
@@ -455,35 +478,35 @@ fn hear(guest: &mut Guest, host: &impl Host, unknown: &mut Allowance, now: Insta
 
 /// Reads once; `None` if there may be more.
 fn hear_once(
-    guest: &mut Guest,
+    pending: &mut PendingConnection,
     host: &impl Host,
     unknown: &mut Allowance,
     now: Instant,
 ) -> Option<Fate> {
     let mut buffer = [0; 1024];
-    let read = match guest.stream.read(&mut buffer) {
-        Ok(0) if guest.is_dismissed => return Some(Fate::Gone),
+    let read = match pending.stream.read(&mut buffer) {
+        Ok(0) if pending.is_dismissed => return Some(Fate::Gone),
         Ok(0) => return Some(Fate::Refused("it closed before it proved the token".into())),
-        Ok(_) if guest.is_dismissed => return None,
+        Ok(_) if pending.is_dismissed => return None,
         Ok(read) => read,
         Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(Fate::Stays),
         Err(error) if error.kind() == ErrorKind::Interrupted => return None,
-        Err(_) if guest.is_dismissed => return Some(Fate::Gone),
+        Err(_) if pending.is_dismissed => return Some(Fate::Gone),
         Err(error) => return Some(Fate::Refused(error.to_string())),
     };
-    let hears = |knock| host.knows(knock) || host.awaits_unknown() || unknown.take(now);
+    let hears = |preamble| host.knows(preamble) || host.awaits_unknown() || unknown.take(now);
     let admit = |hello: &Hello| host.admit(hello);
-    let listening = &mut guest.listening;
+    let listening = &mut pending.listening;
     let (fate, send) = match listening.feed_if(&buffer[..read], host.credentials(), hears, admit) {
         Heard::More => return None,
         Heard::Send(send) => (None, send),
         Heard::Admitted(hello, send) => (Some(Fate::Admitted(hello)), send),
         Heard::Refused(refusal, send) => (Some(Fate::Refused(refusal.to_string())), send),
     };
-    guest.is_told |= fate.is_some() && !send.is_empty();
+    pending.is_told |= fate.is_some() && !send.is_empty();
     // A few kilobytes always fit into the buffer of a socket that has sent next to nothing.
     let is_sent =
-        send.is_empty() || matches!(guest.stream.write(&send), Ok(sent) if sent == send.len());
+        send.is_empty() || matches!(pending.stream.write(&send), Ok(sent) if sent == send.len());
     match fate {
         Some(Fate::Refused(_)) => fate,
         _ if !is_sent => Some(Fate::Refused("it takes no answer".into())),

@@ -32,8 +32,8 @@ impl Host for Rank {
         &self.credentials
     }
 
-    fn knows(&self, knock: Knock) -> bool {
-        knock == Knock::of(&HELLO.session)
+    fn knows(&self, preamble: Preamble) -> bool {
+        preamble == Preamble::of(&HELLO.session)
     }
 
     fn awaits_unknown(&self) -> bool {
@@ -45,15 +45,15 @@ impl Host for Rank {
     }
 }
 
-/// A door, and the loop around it.
+/// An acceptor, and the loop around it.
 struct House {
     poll: Poll,
     events: Events,
-    door: Door,
+    acceptor: Acceptor,
     rank: Rank,
     address: SocketAddr,
     /// How often the listeners woke the loop.
-    knocks: usize,
+    preambles: usize,
 }
 
 fn credentials() -> Credentials {
@@ -66,14 +66,15 @@ impl House {
         let towards = Some("127.0.0.1:1".parse().unwrap());
         let listening = listen::at_free_port(None, towards, None).unwrap();
         let address = listening.addresses[0];
-        let door = Door::new(listening.listeners, LISTENER, 1, 2, poll.registry()).unwrap();
+        let acceptor = Acceptor::new(listening.listeners, LISTENER, 1, 2, poll.registry()).unwrap();
         let rank = Rank { credentials: credentials(), awaits: Cell::new(false) };
-        Self { poll, events: Events::with_capacity(64), door, rank, address, knocks: 0 }
+        Self { poll, events: Events::with_capacity(64), acceptor, rank, address, preambles: 0 }
     }
 
     /// Waits for so long, unless something happens, and does what there is to do.
     fn turn(&mut self, at_most: Duration) -> Option<Admitted> {
-        let due = self.door.deadline(Instant::now()).unwrap_or_else(|| Instant::now() + at_most);
+        let due =
+            self.acceptor.deadline(Instant::now()).unwrap_or_else(|| Instant::now() + at_most);
         let time = due.saturating_duration_since(Instant::now()).min(at_most);
         self.poll.poll(&mut self.events, Some(time)).unwrap();
         let (now, registry) = (Instant::now(), self.poll.registry());
@@ -81,18 +82,18 @@ impl House {
         for event in &self.events {
             match event.token().0 {
                 LISTENER => {
-                    self.knocks += 1;
-                    self.door.knock();
+                    self.preambles += 1;
+                    self.acceptor.preamble();
                 }
-                token if self.door.has_guest(token) => {
-                    let visited = self.door.visit(token, &self.rank, registry, now);
+                token if self.acceptor.has_pending(token) => {
+                    let visited = self.acceptor.visit(token, &self.rank, registry, now);
                     admitted = admitted.or(visited);
                 }
                 _ => {}
             }
         }
-        self.door.accept(&self.rank, registry, now);
-        self.door.sweep(registry, now);
+        self.acceptor.accept(&self.rank, registry, now);
+        self.acceptor.sweep(registry, now);
         admitted
     }
 
@@ -153,13 +154,13 @@ fn first_words(session: [u8; 16]) -> Vec<u8> {
 }
 
 #[test]
-fn who_does_not_speak_as_a_rank_is_never_a_guest() {
+fn who_does_not_speak_as_a_rank_is_never_kept() {
     let mut house = House::new();
     for says in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"\x16\x03\x01\x02\x00\x01", &[0xff; 4096]] {
-        let before = house.door.next_token;
+        let before = house.acceptor.next_token;
         let stranger = house.come(says);
         assert!(house.turns_away(stranger), "{says:?}");
-        assert_eq!(house.door.next_token, before, "it was registered: {says:?}");
+        assert_eq!(house.acceptor.next_token, before, "it was registered: {says:?}");
     }
 }
 
@@ -167,24 +168,24 @@ fn who_does_not_speak_as_a_rank_is_never_a_guest() {
 fn after_a_stranger_the_listeners_sleep_and_nobody_is_forgotten() {
     let mut house = House::new();
     let first = house.come(b"GET /");
-    house.turn_until(|house| house.door.is_napping);
-    let (napping_until, knocks) = (house.door.paused_until.unwrap(), house.knocks);
+    house.turn_until(|house| house.acceptor.is_napping);
+    let (napping_until, preambles) = (house.acceptor.paused_until.unwrap(), house.preambles);
     assert!(napping_until <= Instant::now() + NAP);
     // Those who come now wake nobody, but are heard as soon as it is over.
-    house.door.paused_until = Some(Instant::now() + LIMIT);
+    house.acceptor.paused_until = Some(Instant::now() + LIMIT);
     let others: Vec<_> = (0..5).map(|_| house.come(b"GET /")).collect();
     for _ in 0..20 {
         house.turn(Duration::from_millis(1));
     }
-    assert_eq!(house.knocks, knocks);
-    house.door.paused_until = Some(Instant::now());
+    assert_eq!(house.preambles, preambles);
+    house.acceptor.paused_until = Some(Instant::now());
     for stranger in others.into_iter().chain([first]) {
         assert!(house.turns_away(stranger));
     }
-    house.turn_until(|house| !house.door.is_napping);
-    let knocks = house.knocks;
+    house.turn_until(|house| !house.acceptor.is_napping);
+    let preambles = house.preambles;
     let last = house.come(b"GET /");
-    assert!(house.turns_away(last) && house.knocks > knocks, "it is watched again");
+    assert!(house.turns_away(last) && house.preambles > preambles, "it is watched again");
 }
 
 #[test]
@@ -207,8 +208,8 @@ fn strangers_get_few_handshakes_and_neighbours_all() {
         "{heard} were heard, {most} at most"
     );
     assert!(turned_away > 0);
-    house.door.unknown.left = 0.0;
-    house.door.unknown.per_second = 0.0;
+    house.acceptor.unknown.left = 0.0;
+    house.acceptor.unknown.per_second = 0.0;
     let stranger = house.come(&words);
     assert!(house.turns_away(stranger));
     // Who awaits somebody hears everybody.

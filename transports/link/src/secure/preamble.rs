@@ -1,29 +1,29 @@
 //! What a dialer shows before anything else on an encrypted connection: that it knows a session.
 //!
 //! ```text
-//! dialer    "\xfeknk" knock (16), and at once the TLS ClientHello
+//! dialer    "\xfeknk" preamble (16), and at once the TLS ClientHello
 //! ```
 //! A TLS handshake costs a listener a hundred times what it costs to look at 16 bytes. Who has
 //! joined a job knows its session, and those of its groups, and nobody else does: the session is
-//! told inside an encrypted connection, and the knock is a digest of it. So a listener that is
+//! told inside an encrypted connection, and the preamble is a digest of it. So a listener that is
 //! crowded by strangers knows its neighbours at once, and hears the others as it has time.
 //!
-//! A knock lets nobody in, and need not be kept from those on the path: they could crowd the
+//! A preamble lets nobody in, and need not be kept from those on the path: they could crowd the
 //! listener, no more. It says nothing of the token, which can't be guessed from it. It has to fit
 //! the hello that is proven later, so that whoever alters it ends the handshake.
 
 use sha2::{Digest, Sha256};
 
-/// Bytes of a knock and of what it begins with.
-pub(super) const KNOCK_BYTES: usize = MAGIC.len() + 16;
+/// Bytes of a preamble and of what it begins with.
+pub(super) const PREAMBLE_BYTES: usize = MAGIC.len() + 16;
 /// No text, and nothing that another protocol begins with.
 pub(super) const MAGIC: &[u8; 4] = b"\xfeknk";
 
 /// By what a listener knows those who have joined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Knock(u128);
+pub struct Preamble(u128);
 
-impl Knock {
+impl Preamble {
     /// That of a session.
     pub fn of(session: &[u8; 16]) -> Self {
         let digest = Sha256::new().chain_update(b"unisum knock").chain_update(session).finalize();
@@ -33,8 +33,8 @@ impl Knock {
 
     /// As it travels.
     #[cfg(feature = "tls")]
-    pub(super) fn encode(self) -> [u8; KNOCK_BYTES] {
-        let mut encoded = [0; KNOCK_BYTES];
+    pub(super) fn encode(self) -> [u8; PREAMBLE_BYTES] {
+        let mut encoded = [0; PREAMBLE_BYTES];
         encoded[..MAGIC.len()].copy_from_slice(MAGIC);
         encoded[MAGIC.len()..].copy_from_slice(&self.0.to_le_bytes());
         encoded
@@ -44,7 +44,7 @@ impl Knock {
 /// The first bytes of a connection, until it is clear what they are.
 #[derive(Debug)]
 pub(super) struct Head {
-    bytes: [u8; KNOCK_BYTES],
+    bytes: [u8; PREAMBLE_BYTES],
     filled: usize,
 }
 
@@ -53,19 +53,19 @@ pub(super) struct Head {
 pub(super) enum Beginning {
     /// That needs more bytes.
     Unknown,
-    /// Not with a knock: how many bytes [`Head::taken`] are.
+    /// Not with a preamble: how many bytes [`Head::taken`] are.
     Other,
-    Knock(Knock),
+    Preamble(Preamble),
 }
 
 impl Head {
     pub(super) const fn new() -> Self {
-        Self { bytes: [0; KNOCK_BYTES], filled: 0 }
+        Self { bytes: [0; PREAMBLE_BYTES], filled: 0 }
     }
 
-    /// Takes bytes from the front of `bytes`, as long as they may be a knock.
+    /// Takes bytes from the front of `bytes`, as long as they may be a preamble.
     pub(super) fn take(&mut self, bytes: &mut &[u8]) -> Beginning {
-        while self.filled < KNOCK_BYTES {
+        while self.filled < PREAMBLE_BYTES {
             if self.filled <= MAGIC.len() && !MAGIC.starts_with(&self.bytes[..self.filled]) {
                 return Beginning::Other;
             }
@@ -74,8 +74,8 @@ impl Head {
             self.filled += 1;
             *bytes = rest;
         }
-        let (_, knock) = self.bytes.split_last_chunk().expect("its last 16 bytes");
-        Beginning::Knock(Knock(u128::from_le_bytes(*knock)))
+        let (_, preamble) = self.bytes.split_last_chunk().expect("its last 16 bytes");
+        Beginning::Preamble(Preamble(u128::from_le_bytes(*preamble)))
     }
 
     /// What was taken.
@@ -90,9 +90,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_knock_is_told_apart_however_it_comes() {
-        let knock = Knock::of(&[7; 16]);
-        let said = [&knock.encode()[..], b"more"].concat();
+    fn a_preamble_is_told_apart_however_it_comes() {
+        let preamble = Preamble::of(&[7; 16]);
+        let said = [&preamble.encode()[..], b"more"].concat();
         for piece in [1, 3, 19, 20, 24] {
             let (mut head, mut seen) = (Head::new(), Beginning::Unknown);
             let mut rest = Vec::new();
@@ -102,20 +102,20 @@ mod tests {
                 }
                 rest.extend_from_slice(bytes);
             }
-            assert_eq!((seen, &rest[..]), (Beginning::Knock(knock), &b"more"[..]), "{piece}");
+            assert_eq!((seen, &rest[..]), (Beginning::Preamble(preamble), &b"more"[..]), "{piece}");
         }
-        assert_ne!(knock, Knock::of(&[8; 16]));
+        assert_ne!(preamble, Preamble::of(&[8; 16]));
     }
 
     /// All processes of a job have to agree on it.
     #[test]
-    fn the_bytes_of_a_knock_are_these() {
+    fn the_bytes_of_a_preamble_are_these() {
         let digest = Sha256::digest([&b"unisum knock"[..], &[7; 16]].concat());
-        assert_eq!(Knock::of(&[7; 16]).encode()[..], [b"\xfeknk", &digest[..16]].concat());
+        assert_eq!(Preamble::of(&[7; 16]).encode()[..], [b"\xfeknk", &digest[..16]].concat());
     }
 
     #[test]
-    fn what_does_not_begin_as_a_knock_is_kept() {
+    fn what_does_not_begin_as_a_preamble_is_kept() {
         for said in [&b"usmHello"[..], b"GET /", b"\x16\x03", b"\xfeknx"] {
             let (mut head, mut bytes) = (Head::new(), said);
             assert_eq!(head.take(&mut bytes), Beginning::Other);

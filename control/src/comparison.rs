@@ -13,7 +13,7 @@ use super::verdict::{Verdict, VerdictKind, name};
 
 /// A question to some ranks what they called last in a communicator.
 #[derive(Debug)]
-pub(super) struct Hearing {
+pub(super) struct Comparison {
     communicator: u32,
     /// What is concluded if nobody's words say more; without it nothing is.
     verdict: Option<Verdict>,
@@ -22,7 +22,7 @@ pub(super) struct Hearing {
     told: BTreeMap<Rank, Option<Vec<Told>>>,
 }
 
-impl Hearing {
+impl Comparison {
     pub(super) fn new(
         communicator: u32,
         ranks: impl IntoIterator<Item = Rank>,
@@ -122,21 +122,21 @@ mod tests {
         Told { call: Call { history, ..call(number) }, text: text.into() }
     }
 
-    fn hearing(verdict: Option<Verdict>) -> Hearing {
-        Hearing::new(3, [0, 1, 2], verdict, Instant::now())
+    fn comparison(verdict: Option<Verdict>) -> Comparison {
+        Comparison::new(3, [0, 1, 2], verdict, Instant::now())
     }
 
     #[test]
     fn the_first_call_that_differed_is_told_in_the_words_of_both() {
-        let mut hearing = hearing(None);
-        hearing.heard(0, 3, vec![told(5, 1, "a"), told(6, 2, "b"), told(7, 3, "c")]);
-        hearing.heard(1, 3, vec![told(6, 4, "x"), told(7, 5, "c")]);
-        hearing.heard(9, 3, vec![]);
-        hearing.heard(2, 4, vec![told(6, 9, "of another group")]);
-        assert!(!hearing.is_whole());
-        hearing.heard(2, 3, vec![told(5, 1, "a"), told(6, 2, "b")]);
-        assert!(hearing.is_whole());
-        let verdict = hearing.verdict().unwrap();
+        let mut comparison = comparison(None);
+        comparison.heard(0, 3, vec![told(5, 1, "a"), told(6, 2, "b"), told(7, 3, "c")]);
+        comparison.heard(1, 3, vec![told(6, 4, "x"), told(7, 5, "c")]);
+        comparison.heard(9, 3, vec![]);
+        comparison.heard(2, 4, vec![told(6, 9, "of another group")]);
+        assert!(!comparison.is_whole());
+        comparison.heard(2, 3, vec![told(5, 1, "a"), told(6, 2, "b")]);
+        assert!(comparison.is_whole());
+        let verdict = comparison.verdict().unwrap();
         assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (VerdictKind::OtherCall, &[1][..]));
         assert_eq!(verdict.text, "rank 1 called x, ranks 0 and 2 called b");
         let calls = verdict.calls.unwrap().map(|(rank, call)| (rank, call.number, call.history));
@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn of_all_ranks_those_are_to_blame_that_differ_from_most_in_what_they_called() {
         let found = Verdict::new(VerdictKind::OtherCall, vec![2], "found");
-        let mut all = hearing(Some(found));
+        let mut all = comparison(Some(found));
         all.heard(0, 3, vec![told(5, 1, "a"), told(6, 2, "b")]);
         all.heard(1, 3, vec![told(5, 9, "x")]);
         all.heard(2, 3, vec![told(5, 1, "a")]);
@@ -159,19 +159,19 @@ mod tests {
     #[test]
     fn without_a_difference_what_was_found_stands() {
         let found = Verdict::new(VerdictKind::Mismatch, vec![0, 2], "found\n  rank 0: waits");
-        let mut same = hearing(Some(found.clone()));
+        let mut same = comparison(Some(found.clone()));
         same.heard(0, 3, vec![told(5, 1, "a")]);
         same.heard(1, 3, vec![told(5, 1, "a"), told(6, 2, "b")]);
         same.gone(2);
         assert!(same.is_whole());
         assert_eq!(same.verdict(), Some(found.clone()));
-        let mut other = hearing(Some(found));
+        let mut other = comparison(Some(found));
         other.heard(0, 3, vec![told(5, 1, "a")]);
         other.heard(2, 3, vec![told(5, 2, "b")]);
         assert_eq!(
             other.verdict().unwrap().text,
             "rank 2 called b, rank 0 called a\n  rank 0: waits"
         );
-        assert_eq!(hearing(None).verdict(), None);
+        assert_eq!(comparison(None).verdict(), None);
     }
 }

@@ -8,7 +8,7 @@ fn who_left_a_group_is_not_one_whose_link_failed() {
         let text = "link to rank 3: closed by the peer".to_owned();
         Message::Accuse(Report::new(5, 3, Finding::LinkFailed, text))
     };
-    let part = |communicator| Message::Parted { communicator, last: Snapshot::default() };
+    let part = |communicator| Message::LeftGroup { communicator, last: Snapshot::default() };
     for accused_first in [false, true] {
         let mut job = Job::new();
         job.say(3, part(4));
@@ -55,11 +55,11 @@ fn who_was_stopped_and_goes_on_is_named_and_not_those_who_waited() {
 }
 
 #[test]
-fn who_waits_in_a_message_is_told_if_the_other_end_has_parted() {
+fn who_waits_in_a_message_is_told_if_the_other_end_has_left_group() {
     let mut job = Job::new();
     let call = unisum_link::Call { communicator: 5, root: 3, ..call(0) };
     let call = unisum_link::Call { collective: unisum_link::CollectiveKind::Message, ..call };
-    let stalled = || Message::Stalled(Concern { call, uncounted: 0, ranks: vec![0, 3] });
+    let stalled = || Message::Stalled(StalledCall { call, uncounted: 0, ranks: vec![0, 3] });
     // Whoever waits makes all say what they do.
     let is_question = |it: &Output| matches!(it.messages[..], [Message::StatusRequest { .. }]);
     let told = |job: &mut Job| -> Vec<Output> {
@@ -67,10 +67,10 @@ fn who_waits_in_a_message_is_told_if_the_other_end_has_parted() {
     };
     job.say(0, stalled());
     assert_eq!(told(&mut job), []);
-    job.say(3, Message::Parted { communicator: 4, last: Snapshot::default() });
+    job.say(3, Message::LeftGroup { communicator: 4, last: Snapshot::default() });
     job.say(0, stalled());
     assert_eq!(told(&mut job), []);
-    job.say(3, Message::Parted { communicator: 5, last: Snapshot::default() });
+    job.say(3, Message::LeftGroup { communicator: 5, last: Snapshot::default() });
     job.say(0, stalled());
     let messages = vec![Message::HasParted { communicator: 5, rank: 3 }];
     assert_eq!(told(&mut job), [Output { audience: Audience::One(0), messages }]);
@@ -82,7 +82,7 @@ fn who_waits_in_a_message_is_told_if_the_other_end_has_parted() {
 fn an_heir_knows_what_who_left_did_last_in_its_groups() {
     let stalled = |number| {
         let call = unisum_link::Call { communicator: 7, ..call(number) };
-        Message::Stalled(Concern { call, uncounted: 0, ranks: vec![0, 1, 3] })
+        Message::Stalled(StalledCall { call, uncounted: 0, ranks: vec![0, 1, 3] })
     };
     let mut job = heir();
     job.say(3, stalled(3));
@@ -91,8 +91,10 @@ fn an_heir_knows_what_who_left_did_last_in_its_groups() {
     job.expect(VerdictKind::Left, &[0]);
     // And so does the heir's heir.
     let mut job = Job::new();
-    job.say(3, Message::Parted { communicator: 7, last: Snapshot::default() });
+    job.say(3, Message::LeftGroup { communicator: 7, last: Snapshot::default() });
     job.say(3, Message::Bye(Snapshot::default()));
     let told = job.outputs().remove(0).messages;
-    assert!(matches!(&told[..], [Message::Left { rank: 3, parted, .. }] if parted.len() == 1));
+    assert!(
+        matches!(&told[..], [Message::Left { rank: 3, left_group, .. }] if left_group.len() == 1)
+    );
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use unisum_link::{Call, CollectiveKind, Rank};
 
-use super::message::Concern;
+use super::message::StalledCall;
 use super::status::{Snapshot, describe};
 use super::verdict::{Calls, Verdict, VerdictKind, name};
 
@@ -14,7 +14,7 @@ pub(super) const LINES_MAX: usize = 32;
 
 /// What is known of a rank when time is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Account {
+pub(super) enum RankReport {
     /// It did not answer.
     Silent,
     /// It left in order, doing this last.
@@ -34,29 +34,29 @@ pub(super) enum Account {
 /// Who left without taking part comes first, for that is certain; then who does not answer; then
 /// who is in an earlier call or in none, for everybody else waits for those; then who is in
 /// another call; then who got least far.
-pub(super) fn decide(concern: &Concern, by: Rank, accounts: &[Account]) -> Verdict {
-    let call = &concern.call;
-    let left = |account: &Account| matches!(account, Account::Left(last) if misses(last, call));
-    let (kind, failed_ranks, what) = if let Some(failed_ranks) = which(accounts, left) {
+pub(super) fn decide(stalled: &StalledCall, by: Rank, reports: &[RankReport]) -> Verdict {
+    let call = &stalled.call;
+    let left = |report: &RankReport| matches!(report, RankReport::Left(last) if misses(last, call));
+    let (kind, failed_ranks, what) = if let Some(failed_ranks) = which(reports, left) {
         (VerdictKind::Left, failed_ranks, LEFT.to_owned())
-    } else if let Some(failed_ranks) = which(accounts, |account| *account == Account::Silent) {
+    } else if let Some(failed_ranks) = which(reports, |report| *report == RankReport::Silent) {
         (VerdictKind::Unresponsive, failed_ranks, SILENT.to_owned())
-    } else if let Some(late) = late(accounts, call) {
+    } else if let Some(late) = late(reports, call) {
         (VerdictKind::Unresponsive, late, LATE.to_owned())
     } else {
-        slowest(accounts)
+        slowest(reports)
     };
-    let told = describe(call, concern.uncounted);
+    let told = describe(call, stalled.uncounted);
     let mut text = format!("{told} is overdue on rank {by}: {} {what}", name(&failed_ranks));
-    list(&mut text, accounts, &failed_ranks);
-    let calls = (kind == VerdictKind::OtherCall).then(|| differing(accounts, &failed_ranks, by));
+    list(&mut text, reports, &failed_ranks);
+    let calls = (kind == VerdictKind::OtherCall).then(|| differing(reports, &failed_ranks, by));
     Verdict::new(kind, failed_ranks, text).with_calls(calls.flatten())
 }
 
 /// The call of the first of the ranks that failed, and that of `by`.
-fn differing(accounts: &[Account], failed_ranks: &[Rank], by: Rank) -> Option<Calls> {
-    let call_of = |rank: Rank| match accounts.get(rank)? {
-        Account::Here(doing) | Account::Late(doing) => doing.call.map(|call| (rank, call)),
+fn differing(reports: &[RankReport], failed_ranks: &[Rank], by: Rank) -> Option<Calls> {
+    let call_of = |rank: Rank| match reports.get(rank)? {
+        RankReport::Here(doing) | RankReport::Late(doing) => doing.call.map(|call| (rank, call)),
         _ => None,
     };
     let other = (!failed_ranks.contains(&by)).then(|| call_of(by));
@@ -66,13 +66,13 @@ fn differing(accounts: &[Account], failed_ranks: &[Rank], by: Rank) -> Option<Ca
 /// Finds the rank because of which the message does not end that rank `by` waits in: who waits for
 /// a message waits for one rank, which may wait for another. At the end of that chain is one that
 /// does not answer, has left, or waits in no message; or ranks that wait for each other.
-pub(super) fn decide_message(concern: &Concern, by: Rank, accounts: &[Account]) -> Verdict {
-    let first = concern.call.root as Rank;
+pub(super) fn decide_message(stalled: &StalledCall, by: Rank, reports: &[RankReport]) -> Verdict {
+    let first = stalled.call.root as Rank;
     let mut chain = vec![by];
     let end = loop {
         let at = chain[chain.len() - 1];
-        let next = match accounts.get(at) {
-            Some(Account::Here(doing) | Account::Late(doing)) => doing.peer(),
+        let next = match reports.get(at) {
+            Some(RankReport::Here(doing) | RankReport::Late(doing)) => doing.peer(),
             _ => None,
         };
         // The first of them has said what it waits for: it may have gone on since.
@@ -86,38 +86,38 @@ pub(super) fn decide_message(concern: &Concern, by: Rank, accounts: &[Account]) 
     let start = chain.iter().position(|&rank| rank == end).unwrap_or(0);
     let mut ring = chain[start..chain.len() - usize::from(start + 1 < chain.len())].to_vec();
     ring.sort_unstable();
-    let silent = || which(accounts, |account| *account == Account::Silent);
-    let (kind, failed_ranks, what) = match accounts.get(end) {
-        Some(Account::Left(_) | Account::Gone) => (VerdictKind::Left, vec![end], LEFT),
-        Some(Account::Silent) => (VerdictKind::Unresponsive, vec![end], SILENT),
+    let silent = || which(reports, |report| *report == RankReport::Silent);
+    let (kind, failed_ranks, what) = match reports.get(end) {
+        Some(RankReport::Left(_) | RankReport::Gone) => (VerdictKind::Left, vec![end], LEFT),
+        Some(RankReport::Silent) => (VerdictKind::Unresponsive, vec![end], SILENT),
         _ if ring.len() > 1 => match silent() {
             // They may wait for more than they say.
             Some(silent) => (VerdictKind::Unresponsive, silent, SILENT),
             None => (VerdictKind::Behind, ring, "wait for each other"),
         },
-        Some(Account::Here(doing)) if doing.peer() == Some(end) => {
+        Some(RankReport::Here(doing)) if doing.peer() == Some(end) => {
             (VerdictKind::NotEntered, vec![end], "waits for itself")
         }
         _ => (VerdictKind::NotEntered, vec![end], "waits in no message"),
     };
-    let message = match accounts.get(by) {
-        Some(Account::Here(doing)) => doing.message(),
+    let message = match reports.get(by) {
+        Some(RankReport::Here(doing)) => doing.message(),
         _ => None,
     };
     let message = message.unwrap_or_else(|| "a message".into());
     let mut text = format!("{message} is overdue on rank {by}: {} {what}", name(&failed_ranks));
-    list(&mut text, accounts, &failed_ranks);
+    list(&mut text, reports, &failed_ranks);
     Verdict::new(kind, failed_ranks, text)
 }
 
 /// Those who answered late, if all others are in the call or past it: they waited for those.
-fn late(accounts: &[Account], call: &Call) -> Option<Vec<Rank>> {
-    let is_waiting = |account: &Account| match account {
-        Account::Here(doing) => doing.position() > call.number.saturating_mul(2),
+fn late(reports: &[RankReport], call: &Call) -> Option<Vec<Rank>> {
+    let is_waiting = |report: &RankReport| match report {
+        RankReport::Here(doing) => doing.position() > call.number.saturating_mul(2),
         _ => true,
     };
-    let late = which(accounts, |account| matches!(account, Account::Late(_)))?;
-    accounts.iter().all(is_waiting).then_some(late)
+    let late = which(reports, |report| matches!(report, RankReport::Late(_)))?;
+    reports.iter().all(is_waiting).then_some(late)
 }
 
 const LATE: &str = "answered late: the process was stopped, or its host is overloaded";
@@ -128,10 +128,10 @@ const SILENT: &str = "not answering: the process is stopped, or its host or netw
 /// has waited for a while: in one of those calls or in another, as ranks whose calls differ may
 /// finish them and wait in the next. What a rank calls under a number never changes, so this is
 /// certain, whoever has answered.
-pub(super) fn contradiction(by: Rank, accounts: &[Account]) -> Option<Verdict> {
+pub(super) fn contradiction(by: Rank, reports: &[RankReport]) -> Option<Verdict> {
     let mut by_number = BTreeMap::<u64, Vec<(Rank, Snapshot)>>::new();
-    for (rank, account) in accounts.iter().enumerate() {
-        if let Account::Here(doing) | Account::Late(doing) = account
+    for (rank, report) in reports.iter().enumerate() {
+        if let RankReport::Here(doing) | RankReport::Late(doing) = report
             && let Some(call) = doing.call
         {
             by_number.entry(call.number).or_default().push((rank, *doing));
@@ -149,7 +149,7 @@ pub(super) fn contradiction(by: Rank, accounts: &[Account]) -> Option<Verdict> {
     let ((failed, theirs), (other, usual)) = (called(true)?, called(false)?);
     let who = name(&failed_ranks);
     let mut text = format!("rank {by} waits: {who} called {theirs}, others {usual}");
-    list(&mut text, accounts, &failed_ranks);
+    list(&mut text, reports, &failed_ranks);
     let verdict = Verdict::new(VerdictKind::OtherCall, failed_ranks, text);
     Some(verdict.with_calls(Some([failed, other])))
 }
@@ -169,15 +169,15 @@ pub(super) fn is_missed(last: &Snapshot, doing: &Snapshot) -> bool {
 /// Finds the ranks that are gone for good without having taken part in `call`, in which rank `by`
 /// waits: no need to wait for the deadline.
 pub(super) fn gone(
-    concern: &Concern,
+    stalled: &StalledCall,
     by: Rank,
-    parted: impl Iterator<Item = (Rank, Snapshot)>,
+    left_group: impl Iterator<Item = (Rank, Snapshot)>,
 ) -> Option<Verdict> {
-    let call = &concern.call;
-    let gone: Vec<_> = parted.filter(|(_, last)| misses(last, call)).collect();
+    let call = &stalled.call;
+    let gone: Vec<_> = left_group.filter(|(_, last)| misses(last, call)).collect();
     let failed_ranks: Vec<Rank> = gone.iter().map(|(rank, _)| *rank).collect();
     let who = (!failed_ranks.is_empty()).then(|| name(&failed_ranks))?;
-    let told = describe(call, concern.uncounted);
+    let told = describe(call, stalled.uncounted);
     let mut text = format!("rank {by} waits in {told}: {who} left the communicator without it");
     for (rank, last) in gone.iter().take(LINES_MAX) {
         write!(text, "\n  rank {rank}: left; at that time {last}")
@@ -186,19 +186,19 @@ pub(super) fn gone(
     Some(Verdict::new(VerdictKind::Left, failed_ranks, text))
 }
 
-fn which(accounts: &[Account], is: impl Fn(&Account) -> bool) -> Option<Vec<Rank>> {
-    let found = |(rank, account): (Rank, &Account)| is(account).then_some(rank);
-    let ranks: Vec<Rank> = accounts.iter().enumerate().filter_map(found).collect();
+fn which(reports: &[RankReport], is: impl Fn(&RankReport) -> bool) -> Option<Vec<Rank>> {
+    let found = |(rank, report): (Rank, &RankReport)| is(report).then_some(rank);
+    let ranks: Vec<Rank> = reports.iter().enumerate().filter_map(found).collect();
     (!ranks.is_empty()).then_some(ranks)
 }
 
-fn slowest(accounts: &[Account]) -> (VerdictKind, Vec<Rank>, String) {
-    let here = |(rank, account): (Rank, &Account)| match account {
-        Account::Here(snapshot) => Some((rank, *snapshot)),
+fn slowest(reports: &[RankReport]) -> (VerdictKind, Vec<Rank>, String) {
+    let here = |(rank, report): (Rank, &RankReport)| match report {
+        RankReport::Here(snapshot) => Some((rank, *snapshot)),
         _ => None,
     };
     // Who answered late says nothing of the moment of the question.
-    let present: Vec<_> = accounts.iter().enumerate().filter_map(here).collect();
+    let present: Vec<_> = reports.iter().enumerate().filter_map(here).collect();
     let earliest = present.iter().map(|(_, doing)| doing.position()).min().unwrap_or(0);
     let last: Vec<_> =
         present.into_iter().filter(|(_, doing)| doing.position() == earliest).collect();
@@ -215,7 +215,7 @@ fn slowest(accounts: &[Account]) -> (VerdictKind, Vec<Rank>, String) {
         return (VerdictKind::OtherCall, others, what);
     }
     // All who are there are in the call: somebody who is not may be what it waits for.
-    if let Some(gone) = which(accounts, |account| *account == Account::Gone) {
+    if let Some(gone) = which(reports, |report| *report == RankReport::Gone) {
         return (VerdictKind::Left, gone, "gone, perhaps without it".to_owned());
     }
     let least = last
@@ -242,24 +242,24 @@ fn in_another_call(inside: &[(Rank, Snapshot)]) -> Option<Vec<Rank>> {
 }
 
 /// Appends a line a rank, the failed ranks first.
-fn list(text: &mut String, accounts: &[Account], failed_ranks: &[Rank]) {
+fn list(text: &mut String, reports: &[RankReport], failed_ranks: &[Rank]) {
     let is_other = |rank: &Rank| {
-        failed_ranks.binary_search(rank).is_err() && accounts[*rank] != Account::Apart
+        failed_ranks.binary_search(rank).is_err() && reports[*rank] != RankReport::Apart
     };
-    let others = (0..accounts.len()).filter(is_other);
+    let others = (0..reports.len()).filter(is_other);
     for rank in failed_ranks.iter().copied().chain(others).take(LINES_MAX) {
-        let line = match &accounts[rank] {
-            Account::Silent => "no answer".to_owned(),
-            Account::Gone => "gone".to_owned(),
-            Account::Apart => "not in the group".to_owned(),
-            Account::Left(last) => format!("left; at that time {last}"),
-            Account::Here(doing) => doing.to_string(),
-            Account::Late(doing) => format!("answered late; {doing}"),
+        let line = match &reports[rank] {
+            RankReport::Silent => "no answer".to_owned(),
+            RankReport::Gone => "gone".to_owned(),
+            RankReport::Apart => "not in the group".to_owned(),
+            RankReport::Left(last) => format!("left; at that time {last}"),
+            RankReport::Here(doing) => doing.to_string(),
+            RankReport::Late(doing) => format!("answered late; {doing}"),
         };
         write!(text, "\n  rank {rank}: {line}").expect("writing to a string cannot fail");
     }
-    if accounts.len() > LINES_MAX {
-        let more = accounts.len() - LINES_MAX;
+    if reports.len() > LINES_MAX {
+        let more = reports.len() - LINES_MAX;
         write!(text, "\n  … and {more} more ranks").expect("writing to a string cannot fail");
     }
 }
@@ -272,9 +272,9 @@ mod tests {
     use crate::status::{Status, Waiting};
     use crate::tests::call;
 
-    fn inside(number: u64, step: u32) -> Account {
+    fn inside(number: u64, step: u32) -> RankReport {
         let call = Some(call(number));
-        Account::Here(Snapshot { call, inside: true, step, steps: 10, ..Snapshot::default() })
+        RankReport::Here(Snapshot { call, inside: true, step, steps: 10, ..Snapshot::default() })
     }
 
     fn after(number: u64) -> Snapshot {
@@ -282,22 +282,22 @@ mod tests {
     }
 
     #[track_caller]
-    fn check(accounts: &[Account], kind: VerdictKind, failed_ranks: &[Rank]) -> Verdict {
-        let verdict = decide(&call(7).into(), 0, accounts);
+    fn check(reports: &[RankReport], kind: VerdictKind, failed_ranks: &[Rank]) -> Verdict {
+        let verdict = decide(&call(7).into(), 0, reports);
         assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (kind, failed_ranks), "{verdict}");
         verdict
     }
 
     #[test]
     fn only_different_calls_of_the_same_number_contradict() {
-        let other = Account::Here(Snapshot {
+        let other = RankReport::Here(Snapshot {
             call: Some(Call { count: 99, ..call(7) }),
             inside: true,
             ..Snapshot::default()
         });
-        let late = [inside(7, 1), Account::Here(after(6)), Account::Silent, inside(7, 3)];
+        let late = [inside(7, 1), RankReport::Here(after(6)), RankReport::Silent, inside(7, 3)];
         assert_eq!(contradiction(0, &late), None);
-        let contradicting = [inside(7, 1), inside(7, 1), Account::Silent, other];
+        let contradicting = [inside(7, 1), inside(7, 1), RankReport::Silent, other];
         let verdict = contradiction(0, &contradicting).unwrap();
         assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (VerdictKind::OtherCall, &[3][..]));
         let first = verdict.text.lines().next().unwrap();
@@ -307,30 +307,30 @@ mod tests {
         assert_eq!(contradiction(0, &next).unwrap().failed_ranks, [3]);
     }
 
-    fn in_message(peer: Rank) -> Account {
+    fn in_message(peer: Rank) -> RankReport {
         let waiting =
             Waiting { communicator: 3, peer, receives: true, dtype: Dtype::F32, bytes: 64, tag: 7 };
         let status = Status::new((0..8).collect(), 0);
         status.wait_for_message(&waiting);
-        Account::Here(status.snapshot())
+        RankReport::Here(status.snapshot())
     }
 
     #[track_caller]
-    fn check_message(accounts: &[Account], kind: VerdictKind, failed_ranks: &[Rank]) {
-        let Account::Here(Snapshot { call: Some(call), .. }) = accounts[0] else { panic!() };
-        let verdict = decide_message(&call.into(), 0, accounts);
+    fn check_message(reports: &[RankReport], kind: VerdictKind, failed_ranks: &[Rank]) {
+        let RankReport::Here(Snapshot { call: Some(call), .. }) = reports[0] else { panic!() };
+        let verdict = decide_message(&call.into(), 0, reports);
         assert_eq!((verdict.kind, &verdict.failed_ranks[..]), (kind, failed_ranks), "{verdict}");
     }
 
     #[test]
     fn a_message_waits_for_the_end_of_the_chain_and_not_for_its_neighbour() {
-        let idle = Account::Here(Snapshot::default());
-        let left = Account::Left(Snapshot::default());
-        let chain = [in_message(4), idle, in_message(3), Account::Silent, in_message(2)];
+        let idle = RankReport::Here(Snapshot::default());
+        let left = RankReport::Left(Snapshot::default());
+        let chain = [in_message(4), idle, in_message(3), RankReport::Silent, in_message(2)];
         check_message(&chain, VerdictKind::Unresponsive, &[3]);
         let chain = [in_message(4), idle, in_message(1), idle, in_message(2)];
         check_message(&chain, VerdictKind::NotEntered, &[1]);
-        let chain = [in_message(1), in_message(2), left, Account::Silent, idle];
+        let chain = [in_message(1), in_message(2), left, RankReport::Silent, idle];
         check_message(&chain, VerdictKind::Left, &[2]);
         let direct = [in_message(1), idle];
         check_message(&direct, VerdictKind::NotEntered, &[1]);
@@ -343,67 +343,67 @@ mod tests {
         let itself = [in_message(0), in_message(0)];
         check_message(&itself, VerdictKind::NotEntered, &[0]);
         // A rank waits in more than one message at a time.
-        let with_silent = [in_message(1), in_message(0), Account::Silent];
+        let with_silent = [in_message(1), in_message(0), RankReport::Silent];
         check_message(&with_silent, VerdictKind::Unresponsive, &[2]);
     }
 
     #[test]
     fn who_has_not_entered_is_named_with_what_it_did_last() {
-        let accounts = [inside(7, 1), Account::Here(after(6)), inside(7, 9)];
-        let verdict = check(&accounts, VerdictKind::NotEntered, &[1]);
+        let reports = [inside(7, 1), RankReport::Here(after(6)), inside(7, 9)];
+        let verdict = check(&reports, VerdictKind::NotEntered, &[1]);
         assert!(verdict.text.contains("rank 1: outside; its last call was"), "{verdict}");
         assert!(verdict.text.contains("rank 2: in "), "{verdict}");
     }
 
     #[test]
     fn the_rank_that_is_furthest_back_is_to_blame_and_not_those_that_wait_for_it() {
-        let accounts = [inside(7, 1), inside(6, 1), Account::Here(after(4)), inside(7, 0)];
-        check(&accounts, VerdictKind::NotEntered, &[2]);
+        let reports = [inside(7, 1), inside(6, 1), RankReport::Here(after(4)), inside(7, 0)];
+        check(&reports, VerdictKind::NotEntered, &[2]);
     }
 
     #[test]
     fn silence_outweighs_slowness_and_leaving_outweighs_silence() {
-        let silent = [inside(7, 1), Account::Silent, Account::Here(after(3))];
+        let silent = [inside(7, 1), RankReport::Silent, RankReport::Here(after(3))];
         check(&silent, VerdictKind::Unresponsive, &[1]);
-        let left = [inside(7, 1), Account::Silent, Account::Left(after(3))];
+        let left = [inside(7, 1), RankReport::Silent, RankReport::Left(after(3))];
         check(&left, VerdictKind::Left, &[2]);
     }
 
     #[test]
     fn who_left_after_the_call_is_not_to_blame() {
-        let accounts = [inside(7, 5), inside(7, 2), Account::Left(after(7))];
-        check(&accounts, VerdictKind::Behind, &[1]);
+        let reports = [inside(7, 5), inside(7, 2), RankReport::Left(after(7))];
+        check(&reports, VerdictKind::Behind, &[1]);
     }
 
     #[test]
     fn the_minority_is_in_another_call() {
         let other = Call { count: 5, ..call(7) };
         let other = Snapshot { call: Some(other), inside: true, ..Snapshot::default() };
-        let accounts = [inside(7, 5), Account::Here(other), inside(7, 2)];
-        check(&accounts, VerdictKind::OtherCall, &[1]);
-        check(&[inside(7, 5), Account::Here(other)], VerdictKind::OtherCall, &[1]);
+        let reports = [inside(7, 5), RankReport::Here(other), inside(7, 2)];
+        check(&reports, VerdictKind::OtherCall, &[1]);
+        check(&[inside(7, 5), RankReport::Here(other)], VerdictKind::OtherCall, &[1]);
     }
 
     #[test]
     fn who_is_gone_is_to_blame_if_all_others_are_in_the_call_and_only_then() {
-        check(&[inside(7, 5), Account::Gone, inside(7, 2)], VerdictKind::Left, &[1]);
-        let late = Account::Here(after(6));
-        check(&[inside(7, 5), Account::Gone, late], VerdictKind::NotEntered, &[2]);
-        let silent = [inside(7, 5), Account::Gone, Account::Silent];
+        check(&[inside(7, 5), RankReport::Gone, inside(7, 2)], VerdictKind::Left, &[1]);
+        let late = RankReport::Here(after(6));
+        check(&[inside(7, 5), RankReport::Gone, late], VerdictKind::NotEntered, &[2]);
+        let silent = [inside(7, 5), RankReport::Gone, RankReport::Silent];
         check(&silent, VerdictKind::Unresponsive, &[2]);
     }
 
     #[test]
     fn all_who_got_least_far_are_named() {
-        let accounts = [inside(7, 5), inside(7, 2), inside(7, 3), inside(7, 2)];
-        check(&accounts, VerdictKind::Behind, &[1, 3]);
+        let reports = [inside(7, 5), inside(7, 2), inside(7, 3), inside(7, 2)];
+        check(&reports, VerdictKind::Behind, &[1, 3]);
     }
 
     #[test]
     fn a_large_world_gives_a_text_of_bounded_length() {
-        let mut accounts = vec![inside(7, 5); 1000];
-        accounts[999] = Account::Silent;
-        let verdict = check(&accounts, VerdictKind::Unresponsive, &[999]);
+        let mut reports = vec![inside(7, 5); 1000];
+        reports[999] = RankReport::Silent;
+        let verdict = check(&reports, VerdictKind::Unresponsive, &[999]);
         assert_eq!(verdict.text.lines().count(), LINES_MAX + 2);
         assert!(verdict.text.contains("rank 999: no answer"));
     }
