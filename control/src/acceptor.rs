@@ -104,8 +104,8 @@ enum Fate {
 }
 
 impl Acceptor {
-    /// Opens the acceptor: the listeners are registered under `token`, pending connections under tokens from
-    /// `first_token` on.
+    /// Opens the acceptor: the listeners are registered under `token`, pending connections under
+    /// tokens from `first_token` on.
     pub(super) fn new(
         listeners: Listeners,
         token: usize,
@@ -196,9 +196,9 @@ impl Acceptor {
         true
     }
 
-    /// Where descriptors or memory are missing, pending connections that are not expected give theirs up, one a
-    /// turn. Otherwise that lasts: trying again at once would be spinning, and leaving those who
-    /// preamble without an answer would be a hang.
+    /// Where descriptors or memory are missing, pending connections that are not expected give
+    /// theirs up, one a turn. Otherwise that lasts: trying again at once would be spinning, and
+    /// leaving those who connect without an answer would be a hang.
     fn accept_failed(&mut self, error: &io::Error, registry: &Registry, now: Instant) {
         match error.kind() {
             ErrorKind::WouldBlock => self.is_readable = false,
@@ -236,7 +236,8 @@ impl Acceptor {
         true
     }
 
-    /// Hears what a new pending connection has said so far, and has it stay unless it is none. Whether it does.
+    /// Hears what a new connection has said so far, and keeps it as pending if it speaks as a rank.
+    /// Whether it does.
     fn receive(
         &mut self,
         stream: ParentOnly<TcpStream>,
@@ -293,7 +294,8 @@ impl Acceptor {
         true
     }
 
-    /// Expects a pending connection whose claim would be admitted with a proof, or that shakes hands.
+    /// Expects a pending connection whose claim would be admitted with a proof, or that shakes
+    /// hands.
     fn esteem(&mut self, token: usize, host: &impl Host) {
         let Some(pending) = self.pending.get_mut(token).filter(|pending| !pending.is_expected)
         else {
@@ -357,9 +359,9 @@ impl Acceptor {
         }
     }
 
-    /// Says nothing more to a pending connection that was told why it is refused, in TLS, and hears it out: it
-    /// may not have said all yet, and closing would destroy the words on their way (RFC 2525,
-    /// 2.17).
+    /// Says nothing more to a pending connection that was told why it is refused, in TLS, and hears
+    /// it out: it may not have said all yet, and closing would destroy the words on their way
+    /// (RFC 2525, 2.17).
     fn dismiss(&mut self, token: usize, reason: &str, now: Instant) {
         let Some(pending) = self.pending.get_mut(token) else { return };
         let _ = pending.stream.shutdown(std::net::Shutdown::Write);

@@ -134,8 +134,8 @@ fn source(address: SocketAddr) -> IpAddr {
     }
 }
 
-/// How many pending connections there may be at a rank: those of a world that starts at once and some more, but
-/// never so many that the rank itself lacks descriptors.
+/// How many pending connections there may be at a rank: those of a world that starts at once and
+/// some more, but never so many that the rank itself lacks descriptors.
 pub(super) fn most(world: usize) -> usize {
     let descriptors = getrlimit(Resource::Nofile).current;
     let descriptors = descriptors.and_then(|limit| usize::try_from(limit).ok());

@@ -11,7 +11,7 @@ use super::codec::Kept;
 use super::codec::feedback::{ErrorFeedback, Piece};
 use super::hook::{AllReduce, Bucket, Hook};
 use super::parameter::Parameter;
-use super::rooms::Rooms;
+use super::per_bucket::PerBucket;
 use crate::memory::zeroed;
 use crate::{Buffer, Buffers, Collective, Communicator, Error, InPlace, OutOfPlace};
 
@@ -39,14 +39,14 @@ pub struct Compressed {
     /// For all-gathers, so that they travel beside the all-to-alls of other slices; made with the
     /// first bucket of several slices.
     gathers: Option<Communicator>,
-    rooms: Rooms<Room>,
-    /// What was lost, of buckets that have no room yet.
+    per_bucket: PerBucket<BucketState>,
+    /// What was lost, of buckets that have no state yet.
     kept: Kept,
 }
 
 /// The slices of a bucket: while one travels, another is encoded, summed or decoded.
 #[derive(Debug)]
-struct Room(Vec<Slice>);
+struct BucketState(Vec<Slice>);
 
 /// What the exchange of a slice needs.
 #[derive(Debug)]
@@ -82,9 +82,9 @@ const SLICE_BYTES: usize = 4 << 20;
 impl Compressed {
     /// Compresses by an encoding, with error feedback.
     pub fn new(encoding: Encoding) -> Self {
-        let (rooms, kept) = (Rooms::new(), Kept::default());
+        let (per_bucket, kept) = (PerBucket::new(), Kept::default());
         let slice_bytes = SLICE_BYTES;
-        Self { encoding, has_feedback: true, slice_bytes, gathers: None, rooms, kept }
+        Self { encoding, has_feedback: true, slice_bytes, gathers: None, per_bucket, kept }
     }
 
     /// Discards what rounding lost. Error feedback (Seide et al., Interspeech 2014; Karimireddy et
@@ -102,15 +102,16 @@ impl Compressed {
         self
     }
 
-    fn room(&mut self, bucket: &Bucket<'_>) -> Result<&mut Room, Error> {
-        if self.rooms.are_stale(bucket) {
+    fn state(&mut self, bucket: &Bucket<'_>) -> Result<&mut BucketState, Error> {
+        if self.per_bucket.are_stale(bucket) {
             self.kept = self.kept();
-            self.rooms.move_to(bucket);
+            self.per_bucket.move_to(bucket);
         }
-        self.rooms.of(bucket, || {
-            let mut room = Room::new(self.encoding, self.has_feedback, self.slice_bytes, bucket)?;
-            room.feedback_mut().for_each(|lost| lost.recall(&self.kept));
-            Ok(room)
+        self.per_bucket.of(bucket, || {
+            let mut state =
+                BucketState::new(self.encoding, self.has_feedback, self.slice_bytes, bucket)?;
+            state.feedback_mut().for_each(|lost| lost.recall(&self.kept));
+            Ok(state)
         })
     }
 
@@ -121,12 +122,12 @@ impl Compressed {
     }
 
     fn feedback(&self) -> impl Iterator<Item = &ErrorFeedback> {
-        let slices = self.rooms.iter().flat_map(|room| &room.0);
+        let slices = self.per_bucket.iter().flat_map(|state| &state.0);
         slices.flat_map(|slice| slice.feedback.iter().flatten())
     }
 
     fn feedback_mut(&mut self) -> impl Iterator<Item = &mut ErrorFeedback> {
-        self.rooms.iter_mut().flat_map(Room::feedback_mut)
+        self.per_bucket.iter_mut().flat_map(BucketState::feedback_mut)
     }
 }
 
@@ -142,11 +143,11 @@ impl Hook for Compressed {
             return AllReduce.reduce(bucket);
         }
         let encoding = self.encoding;
-        if self.gathers.is_none() && self.room(bucket)?.0.len() > 1 {
+        if self.gathers.is_none() && self.state(bucket)?.0.len() > 1 {
             self.gathers = Some(bucket.communicator().duplicate()?);
         }
         let gathers = self.gathers.take();
-        let averaged = self.room(bucket)?.average(encoding, bucket, gathers.as_ref());
+        let averaged = self.state(bucket)?.average(encoding, bucket, gathers.as_ref());
         self.gathers = gathers;
         let nonfinite = averaged?;
         if nonfinite {
@@ -162,7 +163,7 @@ impl Hook for Compressed {
     fn rebuild(&mut self) {
         // Who sums which share is another matter now.
         self.kept = self.kept();
-        self.rooms.clear();
+        self.per_bucket.clear();
         self.gathers = None;
     }
 
@@ -177,7 +178,7 @@ impl Hook for Compressed {
 
     fn restore(&mut self, saved: &[u8]) -> Result<(), String> {
         self.kept = Kept::from_bytes(saved).map_err(|error| error.to_string())?;
-        self.rooms.clear();
+        self.per_bucket.clear();
         Ok(())
     }
 }
@@ -192,7 +193,7 @@ impl Share {
     }
 }
 
-impl Room {
+impl BucketState {
     fn new(
         encoding: Encoding,
         has_feedback: bool,

@@ -3,8 +3,8 @@
 use unisum_kernels::Dtype;
 
 use super::hook::{AllReduce, Bucket, Hook};
+use super::per_bucket::PerBucket;
 use super::power::{PowerSgd, Settings, State, Tensor};
-use super::rooms::Rooms;
 use crate::{Buffer, Buffers, Collective, Communicator, Error};
 
 /// Averages buckets of `f32` by PowerSGD: of an n × m matrix, r·(n + m) values are sent. What this
@@ -17,13 +17,13 @@ use crate::{Buffer, Buffers, Collective, Communicator, Error};
 #[derive(Debug)]
 pub struct LowRank {
     settings: Settings,
-    rooms: Rooms<Room>,
-    /// What is due, of buckets that have no room yet.
+    per_bucket: PerBucket<BucketState>,
+    /// What is due, of buckets that have no state yet.
     state: State,
 }
 
 #[derive(Debug)]
-struct Room {
+struct BucketState {
     power: PowerSgd,
     first: Buffer<f32>,
     second: Buffer<f32>,
@@ -34,7 +34,7 @@ impl LowRank {
     /// gradients change fast in them; see [`LowRank::starting_at`].
     pub fn new(rank: usize) -> Self {
         let settings = Settings { rank, ..Settings::default() };
-        Self { settings, rooms: Rooms::new(), state: State::default() }
+        Self { settings, per_bucket: PerBucket::new(), state: State::default() }
     }
 
     /// Compresses from this step on, counted from 0.
@@ -51,12 +51,12 @@ impl LowRank {
         self
     }
 
-    fn room(&mut self, bucket: &Bucket<'_>) -> Result<&mut Room, Error> {
-        if self.rooms.are_stale(bucket) {
+    fn bucket_state(&mut self, bucket: &Bucket<'_>) -> Result<&mut BucketState, Error> {
+        if self.per_bucket.are_stale(bucket) {
             self.state = self.state();
-            self.rooms.move_to(bucket);
+            self.per_bucket.move_to(bucket);
         }
-        self.rooms.of(bucket, || {
+        self.per_bucket.of(bucket, || {
             let tensors = bucket.parameters().map(|(parameter, elements)| Tensor {
                 parameter: parameter.name().into(),
                 shape: parameter.shape().to_vec(),
@@ -68,18 +68,18 @@ impl LowRank {
             power.recall(&self.state);
             let communicator = bucket.communicator();
             let (first, second) = (communicator.allocate(0)?, communicator.allocate(0)?);
-            Ok(Room { power, first, second })
+            Ok(BucketState { power, first, second })
         })
     }
 
     fn state(&self) -> State {
         let mut state = self.state.clone();
-        self.rooms.iter().for_each(|room| room.power.keep(&mut state));
+        self.per_bucket.iter().for_each(|it| it.power.keep(&mut state));
         state
     }
 }
 
-impl Room {
+impl BucketState {
     /// Memory for what travels in this step: there is more in those that compress nothing.
     fn fit(&mut self, communicator: &Communicator) -> Result<(), Error> {
         for (buffer, count) in [
@@ -121,7 +121,7 @@ impl Hook for LowRank {
         if bucket.dtype() != Dtype::F32 {
             return AllReduce.reduce(bucket);
         }
-        let nonfinite = self.room(bucket)?.average(bucket)?;
+        let nonfinite = self.bucket_state(bucket)?.average(bucket)?;
         if nonfinite {
             bucket.found_nonfinite();
         }
@@ -129,17 +129,17 @@ impl Hook for LowRank {
     }
 
     fn settle(&mut self, applied: bool) {
-        self.rooms.iter_mut().for_each(|room| room.power.settle(applied));
+        self.per_bucket.iter_mut().for_each(|it| it.power.settle(applied));
     }
 
     fn rebuild(&mut self) {
         self.state = self.state();
-        self.rooms.clear();
+        self.per_bucket.clear();
     }
 
     fn rescale(&mut self, factor: f32) {
         self.state.rescale(factor);
-        self.rooms.iter_mut().for_each(|room| room.power.rescale(factor));
+        self.per_bucket.iter_mut().for_each(|it| it.power.rescale(factor));
     }
 
     fn save_common(&self) -> Vec<u8> {
@@ -152,7 +152,7 @@ impl Hook for LowRank {
 
     fn restore(&mut self, saved: &[u8]) -> Result<(), String> {
         self.state = State::from_bytes(saved).map_err(|error| error.to_string())?;
-        self.rooms.clear();
+        self.per_bucket.clear();
         Ok(())
     }
 }

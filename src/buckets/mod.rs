@@ -54,11 +54,11 @@ mod hook;
 mod layout;
 mod low_rank;
 mod parameter;
+mod per_bucket;
 mod place;
 mod plan;
 mod power;
 mod report;
-mod rooms;
 mod scaler;
 mod shard;
 mod step;
@@ -150,7 +150,7 @@ impl Buckets {
     /// # Errors
     /// If the job ended, or there is no memory for the new layout.
     pub fn begin(&mut self) -> Result<Step<'_>, Error> {
-        self.take_off(Purpose::Reduce)
+        self.launch(Purpose::Reduce)
     }
 
     /// Begins a step whose gradients stay on this rank and are added to those of the next steps,
@@ -164,7 +164,7 @@ impl Buckets {
     /// # Errors
     /// As [`Buckets::begin`].
     pub fn begin_accumulating(&mut self) -> Result<Step<'_>, Error> {
-        self.take_off(Purpose::Accumulate)
+        self.launch(Purpose::Accumulate)
     }
 
     /// Takes part, without data of its own, in the steps of the ranks that still have data, until
@@ -189,7 +189,7 @@ impl Buckets {
             return Err(error.on(self.core.communicator().rank()));
         }
         loop {
-            let report = self.take_off(Purpose::Shadow)?.wait()?;
+            let report = self.launch(Purpose::Shadow)?.wait()?;
             if report.participants == 0 {
                 return Ok(());
             }
@@ -245,7 +245,7 @@ impl Buckets {
         fork::current() != self.fork_generation
     }
 
-    fn take_off(&mut self, purpose: Purpose) -> Result<Step<'_>, Error> {
+    fn launch(&mut self, purpose: Purpose) -> Result<Step<'_>, Error> {
         if self.is_forked() {
             return Err(Error::forked().on(self.core.communicator().rank()));
         }

@@ -5,15 +5,15 @@ use crate::Error;
 
 /// By bucket, made when the bucket comes for the first time.
 #[derive(Debug)]
-pub(super) struct Rooms<R> {
+pub(super) struct PerBucket<R> {
     /// The layout that they belong to.
     version: Option<u32>,
-    rooms: Vec<Option<R>>,
+    states: Vec<Option<R>>,
 }
 
-impl<R> Rooms<R> {
+impl<R> PerBucket<R> {
     pub(super) const fn new() -> Self {
-        Self { version: None, rooms: Vec::new() }
+        Self { version: None, states: Vec::new() }
     }
 
     /// Whether the bucket is of another layout.
@@ -28,15 +28,15 @@ impl<R> Rooms<R> {
     }
 
     pub(super) fn clear(&mut self) {
-        self.rooms.clear();
+        self.states.clear();
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &R> {
-        self.rooms.iter().flatten()
+        self.states.iter().flatten()
     }
 
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut R> {
-        self.rooms.iter_mut().flatten()
+        self.states.iter_mut().flatten()
     }
 
     /// The bucket's, which `make` makes if it is not there yet.
@@ -49,13 +49,13 @@ impl<R> Rooms<R> {
         make: impl FnOnce() -> Result<R, Error>,
     ) -> Result<&mut R, Error> {
         let index = bucket.index();
-        if self.rooms.len() <= index {
-            self.rooms.resize_with(index + 1, || None);
+        if self.states.len() <= index {
+            self.states.resize_with(index + 1, || None);
         }
-        let room = &mut self.rooms[index];
-        match room {
-            Some(room) => Ok(room),
-            None => Ok(room.insert(make()?)),
+        let state = &mut self.states[index];
+        match state {
+            Some(state) => Ok(state),
+            None => Ok(state.insert(make()?)),
         }
     }
 }
