@@ -24,8 +24,9 @@ pub(crate) struct Scoreboard {
     left: Vec<u32>,
     opened: usize,
     retired: usize,
-    /// Transfers that are open and not posted.
-    unposted: Unposted,
+    /// Per rank and direction: transfers that are open and not posted, in program order. Both ends
+    /// match transfers in this order, so no transfer may overtake another.
+    unposted: Vec<[VecDeque<usize>; 2]>,
     /// Tickets under way on each link.
     in_flight: Vec<usize>,
     done: Vec<Ticket>,
@@ -33,50 +34,6 @@ pub(crate) struct Scoreboard {
     looks_again: bool,
     sources: Vec<*const u8>,
     bytes_moved: u64,
-}
-
-/// Per rank and direction, transfers in program order. Both ends match transfers in this order, so
-/// that no transfer may overtake another. Only ranks that a segment moves bytes with have queues: in
-/// a large world, that is few.
-#[derive(Debug, Default)]
-struct Unposted {
-    /// By rank, which queues are its; [`Unposted::NONE`] if it has none.
-    places: Vec<u32>,
-    /// The ranks that have queues, in the order of these.
-    ranks: Vec<Rank>,
-    /// Kept from segment to segment, empty in between but after an error.
-    queues: Vec<[VecDeque<usize>; 2]>,
-}
-
-impl Unposted {
-    const NONE: u32 = u32::MAX;
-
-    /// Forgets everything, for a segment in a world of this size.
-    fn clear(&mut self, world: usize) {
-        self.places.resize(world, Self::NONE);
-        for (rank, queues) in self.ranks.drain(..).zip(&mut self.queues) {
-            self.places[rank] = Self::NONE;
-            queues.iter_mut().for_each(VecDeque::clear);
-        }
-    }
-
-    fn of(&self, rank: Rank) -> &[VecDeque<usize>; 2] {
-        const NOTHING: &[VecDeque<usize>; 2] = &[VecDeque::new(), VecDeque::new()];
-        self.queues.get(self.places[rank] as usize).unwrap_or(NOTHING)
-    }
-
-    fn of_mut(&mut self, rank: Rank) -> &mut [VecDeque<usize>; 2] {
-        let mut place = self.places[rank] as usize;
-        if place >= self.ranks.len() {
-            place = self.ranks.len();
-            self.places[rank] = place as u32;
-            self.ranks.push(rank);
-            if self.queues.len() == place {
-                self.queues.push(Default::default());
-            }
-        }
-        &mut self.queues[place]
-    }
 }
 
 // SAFETY: `sources` is scratch space for one call; the addresses in it are not used afterwards.
@@ -152,7 +109,8 @@ impl Scoreboard {
         self.left
             .extend(segment.step_starts.windows(2).map(|bounds| (bounds[1] - bounds[0]) as u32));
         (self.opened, self.retired) = (0, 0);
-        self.unposted.clear(links.route.len());
+        self.unposted.resize_with(links.route.len(), Default::default);
+        self.unposted.iter_mut().flatten().for_each(VecDeque::clear);
         self.in_flight.clear();
         self.in_flight.resize(links.all.len(), 0);
     }
@@ -184,7 +142,7 @@ impl Scoreboard {
         let open = segment.step_starts[self.retired]..segment.step_starts[self.opened];
         let is_all_of = |index: usize| match &segment.transfers[index].work {
             Work::Reduce { from } if self.missing[index] as usize == in_flight => {
-                !from.iter().any(|&peer| self.unposted.of(peer)[IN].contains(&index))
+                !from.iter().any(|&peer| self.unposted[peer][IN].contains(&index))
             }
             _ => false,
         };
@@ -271,9 +229,16 @@ impl Scoreboard {
         if is_local && self.waits[index] == 0 && self.missing[index] > 0 {
             return self.run_local(index, context);
         }
-        for_each_end(&context.segment.transfers[index].work, |peer, direction| {
-            self.unposted.of_mut(peer)[direction].push_back(index);
-            self.post_ready(peer, direction, context)
+        let transfer = &context.segment.transfers[index];
+        let waits = waits(transfer, self.waits[index]);
+        for_each_end(&transfer.work, |peer, direction| {
+            let unposted = &mut self.unposted[peer][direction];
+            if waits || !unposted.is_empty() {
+                unposted.push_back(index);
+                return self.post_ready(peer, direction, context);
+            }
+            self.in_flight[context.links.route[peer]] += 1;
+            post(transfer, index, peer, context)
         })
     }
 
@@ -284,15 +249,12 @@ impl Scoreboard {
         direction: usize,
         context: &mut SegmentContext<'_>,
     ) -> Result<(), LinkError> {
-        let unposted = &mut self.unposted.of_mut(peer)[direction];
-        while let Some(&index) = unposted.front() {
+        while let Some(&index) = self.unposted[peer][direction].front() {
             let transfer = &context.segment.transfers[index];
-            // An arrival that reduces lands in a slot: it waits with the folding, not here.
-            let lands_in_slot = matches!(transfer.work, Work::Reduce { .. });
-            if self.waits[index] > 0 && !lands_in_slot {
+            if waits(transfer, self.waits[index]) {
                 break;
             }
-            unposted.pop_front();
+            self.unposted[peer][direction].pop_front();
             self.in_flight[context.links.route[peer]] += 1;
             post(transfer, index, peer, context)?;
         }
@@ -440,6 +402,12 @@ fn for_each_end(
     }
 }
 
+/// Whether a transfer that waits for so many others can't be posted yet. An arrival that reduces
+/// lands in a slot: it waits with the folding, not here.
+const fn waits(transfer: &Transfer, for_others: u32) -> bool {
+    for_others > 0 && !matches!(transfer.work, Work::Reduce { .. })
+}
+
 fn post(
     transfer: &Transfer,
     index: usize,
@@ -462,31 +430,5 @@ fn post(
             link.receive(peer, memory, Landing::Slot, ticket(index, source))
         }
         Work::Fold { .. } | Work::Push { .. } => unreachable!("local work has no peer"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_ranks_that_transfers_are_with_have_queues() {
-        let mut unposted = Unposted::default();
-        for round in 0..3 {
-            unposted.clear(1024);
-            assert!(unposted.of(1023).iter().all(VecDeque::is_empty));
-            // In another order, so that ranks change places.
-            let peers = if round == 1 { [7, 1023, 0] } else { [0, 7, 1023] };
-            for peer in peers {
-                unposted.of_mut(peer)[OUT].push_back(peer);
-                unposted.of_mut(peer)[IN].push_back(peer + round);
-            }
-            for peer in peers {
-                let expected = [peer, peer + round].map(|index| VecDeque::from([index]));
-                assert_eq!(unposted.of(peer), &expected);
-            }
-            assert!(unposted.of(1).iter().all(VecDeque::is_empty));
-            assert_eq!(unposted.queues.len(), 3);
-        }
     }
 }
