@@ -485,8 +485,9 @@ typedef struct unisum_error {
 } unisum_error;
 
 /**
- * A key-value store that all ranks of a job reach. Its functions are called in unisum_connect, on
- * the thread that calls it. One of the values holds the job's secret.
+ * A key-value store that all ranks of a job reach. Its functions are called in unisum_connect and
+ * unisum_join, on the thread that calls them; in an elastic job also later, from any thread, when
+ * the view changes and when the job ends. One of the values holds the job's secret.
  */
 typedef struct unisum_store {
     /**
@@ -738,6 +739,11 @@ typedef struct unisum_step_report {
      * step of these buckets ends, or they are freed; in a join, until the update returns.
      */
     const struct unisum_step_change *change;
+    /**
+     * Whether processes ask to be let into an elastic job, and all ranks know: the same on all
+     * ranks, so that all can call unisum_buckets_admit.
+     */
+    bool newcomers;
 } unisum_step_report;
 
 /**
@@ -855,7 +861,9 @@ unisum_status unisum_config_set(const struct unisum_config *config,
  * Has the ranks meet by a store of the program's, unless the environment or the configuration says
  * where: rank 0 writes its addresses and a fresh token under the key "unisum", or under KEY if
  * UNISUM_RENDEZVOUS is set to "store://KEY". The structure is copied; what `user` points to lives
- * until the last unisum_connect with this configuration has returned. NULL takes the store away.
+ * until the last unisum_connect with this configuration has returned, and in an elastic job, which
+ * keeps a record of its members under KEY.members, until all of its communicators and buckets were
+ * freed. NULL takes the store away.
  */
 unisum_status unisum_config_set_store(const struct unisum_config *config,
                                       const struct unisum_store *store);
@@ -865,6 +873,18 @@ unisum_status unisum_config_set_store(const struct unisum_config *config,
  * unisum_connect_from_environment.
  */
 unisum_status unisum_connect(const struct unisum_config *config, struct unisum_comm **comm);
+
+/**
+ * Joins an elastic job that runs (UNISUM_ELASTIC, as its ranks have it), as a new rank behind the
+ * others. The configuration, with the environment, says how the job is found: by the same file or
+ * store as its ranks were given. Rank and world count for nothing. Not collective: the job's ranks
+ * let this process in by unisum_comm_admit or unisum_buckets_admit.
+ *
+ * Blocks until they have, for UNISUM_CONNECT_TIMEOUT at most. UNISUM_CONFIGURATION if the job is
+ * not said to be elastic, or meets by neither a file nor a store; UNISUM_RENDEZVOUS if there is no
+ * such job, it ends, refuses this process, or lets nobody in.
+ */
+unisum_status unisum_join(const struct unisum_config *config, struct unisum_comm **comm);
 
 /**
  * Frees a configuration. Communicators are not concerned.
@@ -1377,6 +1397,44 @@ unisum_status unisum_comm_view(const struct unisum_comm *comm,
 unisum_status unisum_comm_rebuild(const struct unisum_comm *comm, struct unisum_comm **next);
 
 /**
+ * How many processes ask to be let into an elastic job (unisum_join), as far as this rank knows:
+ * other ranks may know of more, or of fewer. 0 if the job is not elastic, and for groups. Never
+ * blocks.
+ */
+unisum_status unisum_comm_newcomers(const struct unisum_comm *comm, uint32_t *count);
+
+/**
+ * Makes the communicator of a view that the processes enter which ask for it: their ranks follow
+ * those that there are. If nobody asks, or those that ask are lost, there is another view all the
+ * same. Calls of others on the old communicator end with UNISUM_VIEW_CHANGED. Newcomers have a
+ * communicator in the same state, and nothing else: unisum_comm_share_state gives them the
+ * program's.
+ *
+ * Collective: every rank calls it, for example once a minimum of unisum_comm_newcomers over all
+ * ranks has shown that all know of one. Else as unisum_comm_rebuild. With buckets, call
+ * unisum_buckets_admit.
+ */
+unisum_status unisum_comm_admit(const struct unisum_comm *comm, struct unisum_comm **next);
+
+/**
+ * Gives the program's state (parameters, the optimiser's, the position in the data) to ranks that
+ * have none, such as newcomers. A rank that has it gives `bytes` bytes at `state`: the lowest of
+ * them sends, and on the others the state has to be the same, byte for byte, which is compared by
+ * fingerprints. A rank that has none gives NULL, and gets memory at `received`, `received_bytes`
+ * long, to be freed by unisum_free. On ranks that gave a state, `received` gets NULL and
+ * `received_bytes` 0; both may be NULL there.
+ *
+ * Collective: every rank calls it. Blocks. UNISUM_MISMATCH, on all ranks, if states differ:
+ * unisum_last_error names those that differ from the lowest. UNISUM_CONFIGURATION if no rank has
+ * one.
+ */
+unisum_status unisum_comm_share_state(const struct unisum_comm *comm,
+                                      const void *state,
+                                      size_t bytes,
+                                      void **received,
+                                      size_t *received_bytes);
+
+/**
  * Makes the communicator of all ranks but those that are listed, which need not take part: their
  * calls end with UNISUM_RANK_LOST. Collective: every other rank calls it, with the same list. Else
  * as unisum_comm_rebuild.
@@ -1401,6 +1459,19 @@ unisum_status unisum_comm_revoke(const struct unisum_comm *comm);
  */
 unisum_status unisum_buckets_take_communicator(const struct unisum_buckets *buckets,
                                                struct unisum_comm **comm);
+
+/**
+ * Lets the processes into the job that ask for it (unisum_step_report.newcomers), and gives the
+ * communicator of the view, in place of the earlier one, which is still to be freed. As
+ * unisum_comm_admit, but these buckets, their gradients and what an encoding keeps stay.
+ *
+ * Collective: every rank calls it, between two steps, and none while gradients accumulate.
+ * Newcomers make their buckets meanwhile, with the same parameters and options, before they call
+ * anything else on their communicator. Blocks until they have. UNISUM_CONFIGURATION if the job is
+ * not elastic, if the buckets are sharded, or while gradients accumulate; UNISUM_MISMATCH, on all
+ * ranks, if a newcomer has other parameters or options.
+ */
+unisum_status unisum_buckets_admit(const struct unisum_buckets *buckets, struct unisum_comm **next);
 
 /**
  * Makes a scaler. NULL options are the defaults. Freed by unisum_scaler_free. Not collective.
@@ -1513,8 +1584,8 @@ unisum_status unisum_device_free(const struct unisum_device *device);
 unisum_status unisum_allocate(const struct unisum_comm *comm, size_t bytes, void **memory);
 
 /**
- * Frees memory that unisum_allocate gave. Nobody may use it any more: no call that is under way,
- * no work. NULL is refused, and so is what was freed before.
+ * Frees memory that unisum_allocate or unisum_comm_share_state gave. Nobody may use it any more:
+ * no call that is under way, no work. NULL is refused, and so is what was freed before.
  */
 unisum_status unisum_free(void *memory);
 
@@ -1777,7 +1848,9 @@ unisum_status unisum_config_set(const struct unisum_config *config,
  * Has the ranks meet by a store of the program's, unless the environment or the configuration says
  * where: rank 0 writes its addresses and a fresh token under the key "unisum", or under KEY if
  * UNISUM_RENDEZVOUS is set to "store://KEY". The structure is copied; what `user` points to lives
- * until the last unisum_connect with this configuration has returned. NULL takes the store away.
+ * until the last unisum_connect with this configuration has returned, and in an elastic job, which
+ * keeps a record of its members under KEY.members, until all of its communicators and buckets were
+ * freed. NULL takes the store away.
  */
 unisum_status unisum_config_set_store(const struct unisum_config *config,
                                       const struct unisum_store *store);
@@ -1787,6 +1860,18 @@ unisum_status unisum_config_set_store(const struct unisum_config *config,
  * unisum_connect_from_environment.
  */
 unisum_status unisum_connect(const struct unisum_config *config, struct unisum_comm **comm);
+
+/**
+ * Joins an elastic job that runs (UNISUM_ELASTIC, as its ranks have it), as a new rank behind the
+ * others. The configuration, with the environment, says how the job is found: by the same file or
+ * store as its ranks were given. Rank and world count for nothing. Not collective: the job's ranks
+ * let this process in by unisum_comm_admit or unisum_buckets_admit.
+ *
+ * Blocks until they have, for UNISUM_CONNECT_TIMEOUT at most. UNISUM_CONFIGURATION if the job is
+ * not said to be elastic, or meets by neither a file nor a store; UNISUM_RENDEZVOUS if there is no
+ * such job, it ends, refuses this process, or lets nobody in.
+ */
+unisum_status unisum_join(const struct unisum_config *config, struct unisum_comm **comm);
 
 /**
  * Frees a configuration. Communicators are not concerned.
@@ -1889,6 +1974,44 @@ unisum_status unisum_comm_view(const struct unisum_comm *comm,
 unisum_status unisum_comm_rebuild(const struct unisum_comm *comm, struct unisum_comm **next);
 
 /**
+ * How many processes ask to be let into an elastic job (unisum_join), as far as this rank knows:
+ * other ranks may know of more, or of fewer. 0 if the job is not elastic, and for groups. Never
+ * blocks.
+ */
+unisum_status unisum_comm_newcomers(const struct unisum_comm *comm, uint32_t *count);
+
+/**
+ * Makes the communicator of a view that the processes enter which ask for it: their ranks follow
+ * those that there are. If nobody asks, or those that ask are lost, there is another view all the
+ * same. Calls of others on the old communicator end with UNISUM_VIEW_CHANGED. Newcomers have a
+ * communicator in the same state, and nothing else: unisum_comm_share_state gives them the
+ * program's.
+ *
+ * Collective: every rank calls it, for example once a minimum of unisum_comm_newcomers over all
+ * ranks has shown that all know of one. Else as unisum_comm_rebuild. With buckets, call
+ * unisum_buckets_admit.
+ */
+unisum_status unisum_comm_admit(const struct unisum_comm *comm, struct unisum_comm **next);
+
+/**
+ * Gives the program's state (parameters, the optimiser's, the position in the data) to ranks that
+ * have none, such as newcomers. A rank that has it gives `bytes` bytes at `state`: the lowest of
+ * them sends, and on the others the state has to be the same, byte for byte, which is compared by
+ * fingerprints. A rank that has none gives NULL, and gets memory at `received`, `received_bytes`
+ * long, to be freed by unisum_free. On ranks that gave a state, `received` gets NULL and
+ * `received_bytes` 0; both may be NULL there.
+ *
+ * Collective: every rank calls it. Blocks. UNISUM_MISMATCH, on all ranks, if states differ:
+ * unisum_last_error names those that differ from the lowest. UNISUM_CONFIGURATION if no rank has
+ * one.
+ */
+unisum_status unisum_comm_share_state(const struct unisum_comm *comm,
+                                      const void *state,
+                                      size_t bytes,
+                                      void **received,
+                                      size_t *received_bytes);
+
+/**
  * Makes the communicator of all ranks but those that are listed, which need not take part: their
  * calls end with UNISUM_RANK_LOST. Collective: every other rank calls it, with the same list. Else
  * as unisum_comm_rebuild.
@@ -1915,6 +2038,19 @@ unisum_status unisum_buckets_take_communicator(const struct unisum_buckets *buck
                                                struct unisum_comm **comm);
 
 /**
+ * Lets the processes into the job that ask for it (unisum_step_report.newcomers), and gives the
+ * communicator of the view, in place of the earlier one, which is still to be freed. As
+ * unisum_comm_admit, but these buckets, their gradients and what an encoding keeps stay.
+ *
+ * Collective: every rank calls it, between two steps, and none while gradients accumulate.
+ * Newcomers make their buckets meanwhile, with the same parameters and options, before they call
+ * anything else on their communicator. Blocks until they have. UNISUM_CONFIGURATION if the job is
+ * not elastic, if the buckets are sharded, or while gradients accumulate; UNISUM_MISMATCH, on all
+ * ranks, if a newcomer has other parameters or options.
+ */
+unisum_status unisum_buckets_admit(const struct unisum_buckets *buckets, struct unisum_comm **next);
+
+/**
  * Allocates zeroed memory that the links of a communicator reach without copies: peers on this
  * host map it, and RDMA devices know it. Not collective. It may outlive the communicator; it is
  * freed by unisum_free, and must not be touched in a forked child.
@@ -1922,8 +2058,8 @@ unisum_status unisum_buckets_take_communicator(const struct unisum_buckets *buck
 unisum_status unisum_allocate(const struct unisum_comm *comm, size_t bytes, void **memory);
 
 /**
- * Frees memory that unisum_allocate gave. Nobody may use it any more: no call that is under way,
- * no work. NULL is refused, and so is what was freed before.
+ * Frees memory that unisum_allocate or unisum_comm_share_state gave. Nobody may use it any more:
+ * no call that is under way, no work. NULL is refused, and so is what was freed before.
  */
 unisum_status unisum_free(void *memory);
 

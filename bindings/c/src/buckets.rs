@@ -91,6 +91,9 @@ pub struct unisum_step_report {
     /// How the view of an elastic job changed meanwhile; NULL if it did not. Valid until the next
     /// step of these buckets ends, or they are freed; in a join, until the update returns.
     pub change: *const unisum_step_change,
+    /// Whether processes ask to be let into an elastic job, and all ranks know: the same on all
+    /// ranks, so that all can call unisum_buckets_admit.
+    pub newcomers: bool,
 }
 
 /// What unisum_buckets_join calls after each step of the others, whose averages all ranks get: the
@@ -448,6 +451,7 @@ fn told(report: &StepReport, change: Option<&Change>) -> unisum_step_report {
         exposed_s: report.exposed().as_secs_f64(),
         communicated_s: report.communicated().as_secs_f64(),
         change: Change::place(change),
+        newcomers: report.newcomers,
     }
 }
 

@@ -5,7 +5,7 @@ use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use unisum::{Communicator, Store};
+use unisum::{Builder, Communicator, Store};
 
 use crate::communicator::{Comm, unisum_comm};
 use crate::handles::{self, Object};
@@ -18,8 +18,9 @@ pub struct unisum_config {
     _private: [u8; 0],
 }
 
-/// A key-value store that all ranks of a job reach. Its functions are called in unisum_connect, on
-/// the thread that calls it. One of the values holds the job's secret.
+/// A key-value store that all ranks of a job reach. Its functions are called in unisum_connect and
+/// unisum_join, on the thread that calls them; in an elastic job also later, from any thread, when
+/// the view changes and when the job ends. One of the values holds the job's secret.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct unisum_store {
@@ -66,7 +67,8 @@ impl Object for Config {
 #[derive(Clone, Copy)]
 struct CStore(unisum_store);
 
-// SAFETY: it is used in `unisum_connect` only, on the thread that calls it.
+// SAFETY: it is used on the thread that calls `unisum_connect` or `unisum_join`; elastic jobs use
+// it from any thread, and the header says so.
 unsafe impl Send for CStore {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for CStore {}
@@ -180,7 +182,9 @@ pub unsafe extern "C" fn unisum_config_set(
 /// Has the ranks meet by a store of the program's, unless the environment or the configuration says
 /// where: rank 0 writes its addresses and a fresh token under the key "unisum", or under KEY if
 /// UNISUM_RENDEZVOUS is set to "store://KEY". The structure is copied; what `user` points to lives
-/// until the last unisum_connect with this configuration has returned. NULL takes the store away.
+/// until the last unisum_connect with this configuration has returned, and in an elastic job, which
+/// keeps a record of its members under KEY.members, until all of its communicators and buckets were
+/// freed. NULL takes the store away.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_config_set_store(
     config: *const unisum_config,
@@ -219,6 +223,30 @@ pub unsafe extern "C" fn unisum_connect(
     })
 }
 
+/// Joins an elastic job that runs (UNISUM_ELASTIC, as its ranks have it), as a new rank behind the
+/// others. The configuration, with the environment, says how the job is found: by the same file or
+/// store as its ranks were given. Rank and world count for nothing. Not collective: the job's ranks
+/// let this process in by unisum_comm_admit or unisum_buckets_admit.
+///
+/// Blocks until they have, for UNISUM_CONNECT_TIMEOUT at most. UNISUM_CONFIGURATION if the job is
+/// not said to be elastic, or meets by neither a file nor a store; UNISUM_RENDEZVOUS if there is no
+/// such job, it ends, refuses this process, or lets nobody in.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn unisum_join(
+    config: *const unisum_config,
+    comm: *mut *mut unisum_comm,
+) -> unisum_status {
+    guard(|| {
+        let config = handles::get::<Config, _>(config)?;
+        check_place(comm, "the communicator")?;
+        let settings = config.lock().clone();
+        let joined = settings.builder()?.join()?;
+        // SAFETY: C promises that it may be written.
+        unsafe { handles::give(Comm::new(joined), comm) };
+        Ok(())
+    })
+}
+
 /// Frees a configuration. Communicators are not concerned.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_config_free(config: *const unisum_config) -> unisum_status {
@@ -231,16 +259,23 @@ impl Config {
     }
 }
 
+impl Settings {
+    /// What they make of the environment.
+    fn builder(self) -> Outcome<Builder> {
+        let mut builder = Communicator::builder();
+        for (variable, value) in &self.variables {
+            builder = builder.variable(variable, value)?;
+        }
+        Ok(match self.store {
+            Some(store) => builder.store(store),
+            None => builder,
+        })
+    }
+}
+
 fn connect(settings: Settings, comm: *mut *mut unisum_comm) -> Outcome {
     check_place(comm, "the communicator")?;
-    let mut builder = Communicator::builder();
-    for (variable, value) in &settings.variables {
-        builder = builder.variable(variable, value)?;
-    }
-    if let Some(store) = settings.store {
-        builder = builder.store(store);
-    }
-    let communicator = builder.connect()?;
+    let communicator = settings.builder()?.connect()?;
     // SAFETY: C promises that it may be written.
     unsafe { handles::give(Comm::new(communicator), comm) };
     Ok(())

@@ -1,13 +1,15 @@
 //! Jobs that outlive their ranks.
 
+use std::ffi::c_void;
 use std::ptr;
 
+use unisum::Dtype;
 use unisum::buckets::StepReport;
 
 use crate::buckets::{Layer, unisum_buckets};
 use crate::communicator::{Comm, unisum_comm};
 use crate::handles;
-use crate::memory::{check_place, list, put};
+use crate::memory::{check, check_place, elements, give_bytes, list, put};
 use crate::status::{guard, numbers, unisum_status};
 
 /// How the view of an elastic job changed during a step, which all ranks that are left have ended
@@ -127,6 +129,91 @@ pub unsafe extern "C" fn unisum_comm_rebuild(
     })
 }
 
+/// How many processes ask to be let into an elastic job (unisum_join), as far as this rank knows:
+/// other ranks may know of more, or of fewer. 0 if the job is not elastic, and for groups. Never
+/// blocks.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn unisum_comm_newcomers(
+    comm: *const unisum_comm,
+    count: *mut u32,
+) -> unisum_status {
+    guard(|| {
+        let known = handles::get::<Comm, _>(comm)?.communicator.newcomers();
+        let known = u32::try_from(known).unwrap_or(u32::MAX);
+        // SAFETY: C promises that it may be written.
+        unsafe { put(count, known, "the count") }
+    })
+}
+
+/// Makes the communicator of a view that the processes enter which ask for it: their ranks follow
+/// those that there are. If nobody asks, or those that ask are lost, there is another view all the
+/// same. Calls of others on the old communicator end with UNISUM_VIEW_CHANGED. Newcomers have a
+/// communicator in the same state, and nothing else: unisum_comm_share_state gives them the
+/// program's.
+///
+/// Collective: every rank calls it, for example once a minimum of unisum_comm_newcomers over all
+/// ranks has shown that all know of one. Else as unisum_comm_rebuild. With buckets, call
+/// unisum_buckets_admit.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn unisum_comm_admit(
+    comm: *const unisum_comm,
+    next: *mut *mut unisum_comm,
+) -> unisum_status {
+    guard(|| {
+        let comm = handles::get::<Comm, _>(comm)?;
+        check_place(next, "the communicator")?;
+        let admitted = comm.communicator.admit()?;
+        // SAFETY: C promises that it may be written.
+        unsafe { handles::give(Comm::new(admitted), next) };
+        Ok(())
+    })
+}
+
+/// Gives the program's state (parameters, the optimiser's, the position in the data) to ranks that
+/// have none, such as newcomers. A rank that has it gives `bytes` bytes at `state`: the lowest of
+/// them sends, and on the others the state has to be the same, byte for byte, which is compared by
+/// fingerprints. A rank that has none gives NULL, and gets memory at `received`, `received_bytes`
+/// long, to be freed by unisum_free. On ranks that gave a state, `received` gets NULL and
+/// `received_bytes` 0; both may be NULL there.
+///
+/// Collective: every rank calls it. Blocks. UNISUM_MISMATCH, on all ranks, if states differ:
+/// unisum_last_error names those that differ from the lowest. UNISUM_CONFIGURATION if no rank has
+/// one.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn unisum_comm_share_state(
+    comm: *const unisum_comm,
+    state: *const c_void,
+    bytes: usize,
+    received: *mut *mut c_void,
+    received_bytes: *mut usize,
+) -> unisum_status {
+    guard(|| {
+        let comm = handles::get::<Comm, _>(comm)?;
+        let has_state = !state.is_null();
+        check(Dtype::U8, state, bytes, false, "the state")?;
+        if !has_state || !received.is_null() {
+            check_place(received, "the state")?;
+        }
+        if !has_state || !received_bytes.is_null() {
+            check_place(received_bytes, "the length")?;
+        }
+        // SAFETY: C promises so many.
+        let own = unsafe { elements::<u8>(state, bytes) };
+        let got = comm.communicator.share_state(has_state.then_some(own))?;
+        let length = got.as_ref().map_or(0, Vec::len);
+        let start = got.map_or(Ok(ptr::null_mut()), give_bytes)?;
+        if !received.is_null() {
+            // SAFETY: C promises that it may be written.
+            unsafe { put(received, start, "the state") }?;
+        }
+        if !received_bytes.is_null() {
+            // SAFETY: as above.
+            unsafe { put(received_bytes, length, "the length") }?;
+        }
+        Ok(())
+    })
+}
+
 /// Makes the communicator of all ranks but those that are listed, which need not take part: their
 /// calls end with UNISUM_RANK_LOST. Collective: every other rank calls it, with the same list. Else
 /// as unisum_comm_rebuild.
@@ -172,5 +259,29 @@ pub unsafe extern "C" fn unisum_buckets_take_communicator(
         check_place(comm, "the communicator")?;
         let taken = layer.alone()?.idle()?.take_communicator();
         crate::communicator::give_group(taken, comm)
+    })
+}
+
+/// Lets the processes into the job that ask for it (unisum_step_report.newcomers), and gives the
+/// communicator of the view, in place of the earlier one, which is still to be freed. As
+/// unisum_comm_admit, but these buckets, their gradients and what an encoding keeps stay.
+///
+/// Collective: every rank calls it, between two steps, and none while gradients accumulate.
+/// Newcomers make their buckets meanwhile, with the same parameters and options, before they call
+/// anything else on their communicator. Blocks until they have. UNISUM_CONFIGURATION if the job is
+/// not elastic, if the buckets are sharded, or while gradients accumulate; UNISUM_MISMATCH, on all
+/// ranks, if a newcomer has other parameters or options.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn unisum_buckets_admit(
+    buckets: *const unisum_buckets,
+    next: *mut *mut unisum_comm,
+) -> unisum_status {
+    guard(|| {
+        let layer = handles::get::<Layer, _>(buckets)?;
+        check_place(next, "the communicator")?;
+        let admitted = layer.alone()?.idle()?.admit()?;
+        // SAFETY: C promises that it may be written.
+        unsafe { handles::give(Comm::new(admitted), next) };
+        Ok(())
     })
 }

@@ -185,11 +185,17 @@ pub(crate) unsafe fn put_bytes(
     unsafe { put(length, bytes.len(), "the length") }
 }
 
+/// Memory that C has of the library's.
+enum Allocated {
+    Shared(#[expect(dead_code, reason = "dropped, not read")] Buffer<u8>),
+    Plain(#[expect(dead_code, reason = "dropped, not read")] Vec<u8>),
+}
+
 /// What was allocated, by its address and the generation of processes that did.
-static ALLOCATED: [Mutex<BTreeMap<usize, Buffer<u8>>>; 2] =
+static ALLOCATED: [Mutex<BTreeMap<usize, Allocated>>; 2] =
     [const { Mutex::new(BTreeMap::new()) }; 2];
 
-fn allocated() -> Outcome<std::sync::MutexGuard<'static, BTreeMap<usize, Buffer<u8>>>> {
+fn allocated() -> Outcome<std::sync::MutexGuard<'static, BTreeMap<usize, Allocated>>> {
     match ALLOCATED.get(handles::generation()) {
         Some(table) => Ok(table.lock().unwrap_or_else(PoisonError::into_inner)),
         None => {
@@ -213,22 +219,33 @@ pub unsafe extern "C" fn unisum_allocate(
         check_place(memory, "the memory")?;
         let mut buffer = comm.communicator.allocate::<u8>(bytes.max(1))?;
         let start: *mut u8 = buffer.as_mut_ptr();
-        allocated()?.insert(start.addr(), buffer);
+        allocated()?.insert(start.addr(), Allocated::Shared(buffer));
         // SAFETY: C promises that it may be written.
         unsafe { put(memory, start.cast(), "the memory") }
     })
 }
 
-/// Frees memory that unisum_allocate gave. Nobody may use it any more: no call that is under way,
-/// no work. NULL is refused, and so is what was freed before.
+/// Gives C bytes, to be freed by `unisum_free`: where they are, also if there are none.
+pub(crate) fn give_bytes(mut bytes: Vec<u8>) -> Outcome<*mut c_void> {
+    if bytes.capacity() == 0 {
+        // Without room it has no address of its own.
+        bytes.reserve(1);
+    }
+    let start = bytes.as_mut_ptr();
+    allocated()?.insert(start.addr(), Allocated::Plain(bytes));
+    Ok(start.cast())
+}
+
+/// Frees memory that unisum_allocate or unisum_comm_share_state gave. Nobody may use it any more:
+/// no call that is under way, no work. NULL is refused, and so is what was freed before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_free(memory: *mut c_void) -> unisum_status {
     guard(|| match allocated()?.remove(&memory.addr()) {
-        Some(buffer) => {
-            drop(buffer);
+        Some(memory) => {
+            drop(memory);
             Ok(())
         }
-        None => invalid("no memory of unisum_allocate begins there, or it was freed"),
+        None => invalid("no memory of unisum's begins there, or it was freed"),
     })
 }
 

@@ -6,8 +6,9 @@
 #![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -107,7 +108,8 @@ fn run_with(command: &[&str], ranks: usize, set: impl Fn(usize, &mut Command)) -
 
 /// Ranks of a program that run.
 struct World {
-    command: String,
+    command: Vec<String>,
+    ranks: usize,
     running: Ranks,
     scratch: tempfile::TempDir,
     deadline: Instant,
@@ -116,22 +118,30 @@ struct World {
 impl World {
     fn start(command: &[&str], ranks: usize, set: impl Fn(usize, &mut Command)) -> Self {
         let scratch = tempfile::tempdir().unwrap();
-        let start = |rank: usize| {
-            let log =
-                |what| fs::File::create(scratch.path().join(format!("{what}-{rank}"))).unwrap();
-            let mut process = Command::new(command[0]);
-            process.args(&command[1..]);
-            process.env("UNISUM_RANK", rank.to_string()).env("UNISUM_WORLD", ranks.to_string());
-            process.env("UNISUM_TOKEN", "a token of the tests, long enough");
-            process.env("UNISUM_RENDEZVOUS", format!("file://{}/world", scratch.path().display()));
-            process.env("UNISUM_INTERFACE", "=lo").env("UNISUM_TIMEOUT", "60");
-            process.env("TEST_DIRECTORY", scratch.path());
-            set(rank, &mut process);
-            process.stdout(log("out")).stderr(log("err")).spawn().unwrap()
-        };
-        let running = Ranks((0..ranks).map(start).collect());
-        let command = format!("{command:?}");
-        Self { command, running, scratch, deadline: Instant::now() + LIMIT }
+        let (running, deadline) = (Ranks(Vec::new()), Instant::now() + LIMIT);
+        let command = command.iter().map(|&word| word.to_owned()).collect();
+        let mut world = Self { command, ranks, running, scratch, deadline };
+        for rank in 0..ranks {
+            world.add(|process| set(rank, process));
+        }
+        world
+    }
+
+    /// Another process, whose number here is returned.
+    fn add(&mut self, set: impl Fn(&mut Command)) -> usize {
+        let (scratch, rank) = (self.scratch.path(), self.running.0.len());
+        let log = |what| fs::File::create(scratch.join(format!("{what}-{rank}"))).unwrap();
+        let mut process = Command::new(&self.command[0]);
+        process.args(&self.command[1..]);
+        process.env("UNISUM_RANK", rank.to_string()).env("UNISUM_WORLD", self.ranks.to_string());
+        process.env("UNISUM_TOKEN", "a token of the tests, long enough");
+        process.env("UNISUM_RENDEZVOUS", format!("file://{}/world", scratch.display()));
+        process.env("UNISUM_INTERFACE", "=lo").env("UNISUM_TIMEOUT", "60");
+        process.env("TEST_DIRECTORY", scratch);
+        set(&mut process);
+        let process = process.stdout(log("out")).stderr(log("err")).spawn().unwrap();
+        self.running.0.push(process);
+        rank
     }
 
     fn said(&self, what: &str, rank: usize) -> String {
@@ -148,7 +158,8 @@ impl World {
 
     /// Fails if it takes too long.
     fn pause(&self) {
-        assert!(Instant::now() < self.deadline, "{} takes too long\n{}", self.command, self.all());
+        let command = &self.command;
+        assert!(Instant::now() < self.deadline, "{command:?} takes too long\n{}", self.all());
         std::thread::sleep(Duration::from_millis(2));
     }
 
@@ -167,22 +178,27 @@ impl World {
         self.running.0[rank].kill().unwrap();
     }
 
+    /// Waits until a process has ended.
+    fn wait(&mut self, rank: usize) -> ExitStatus {
+        loop {
+            if let Some(status) = self.running.0[rank].try_wait().unwrap() {
+                return status;
+            }
+            self.pause();
+        }
+    }
+
     /// Waits until all have ended, and all but `victims` well: what these printed.
     fn end(mut self, victims: &[usize]) -> Vec<String> {
         let mut survivors = Vec::new();
         for rank in 0..self.running.0.len() {
-            let status = loop {
-                if let Some(status) = self.running.0[rank].try_wait().unwrap() {
-                    break status;
-                }
-                self.pause();
-            };
+            let status = self.wait(rank);
             if victims.contains(&rank) {
                 assert!(!status.success(), "rank {rank} was killed too late");
                 continue;
             }
             let all = || self.all();
-            assert!(status.success(), "{}, rank {rank}: {status}\n{}", self.command, all());
+            assert!(status.success(), "{:?}, rank {rank}: {status}\n{}", self.command, all());
             survivors.push(self.said("out", rank));
         }
         survivors
@@ -305,6 +321,56 @@ fn views_change_when_they_are_told_to_and_only_in_elastic_jobs() {
     run(&[program.to_str().unwrap(), "otherwise"], 2);
 }
 
+/// Starts ranks, and newcomers once all have come to a point: which of these die as soon as they
+/// are in a view. All others tell the same in the end.
+fn let_join(command: &[&str], ranks: usize, point: &str, dies: &[bool], transport: &str) {
+    let last = ranks + dies.iter().filter(|&&it| !it).count();
+    let set = |process: &mut Command| {
+        process.env("LAST", last.to_string()).env("UNISUM_TRANSPORT", transport);
+    };
+    let mut world = World::start(command, ranks, |_, process| set(process));
+    world.wait_for(point);
+    let mut victims = Vec::new();
+    for &dies in dies {
+        let newcomer = world.add(|process| {
+            set(process);
+            process.env("TEST_JOIN", if dies { "die" } else { "live" }).env_remove("UNISUM_WORLD");
+        });
+        if dies {
+            // The others learn of it while they wait for it.
+            let status = world.wait(newcomer);
+            assert_eq!(status.signal(), Some(9), "{status}\n{}", world.all());
+            victims.push(newcomer);
+        }
+    }
+    let told = world.end(&victims);
+    assert!(told.len() == last && told[0].contains(&format!(" of {last}")), "{told:#?}");
+    assert!(told.iter().all(|it| *it == told[0]), "{told:#?}");
+}
+
+#[test]
+fn processes_join_jobs_in_c() {
+    if !has(&TOOLS) {
+        return;
+    }
+    let program = compile("gcc", "tests/joining.c", "joining", &["-std=c11"]);
+    let program = program.to_str().unwrap();
+    for transport in ["tcp", "shm"] {
+        let_join(&[program, "training"], 2, "training", &[false, false], transport);
+        let_join(&[program, "between"], 2, "running", &[false], transport);
+    }
+    let_join(&[program, "training"], 1, "training", &[true, false], "tcp");
+}
+
+#[test]
+fn who_can_not_join_in_c_gets_a_status() {
+    if !has(&TOOLS) {
+        return;
+    }
+    let program = compile("gcc", "tests/joining.c", "refused", &["-std=c11"]);
+    run(&[program.to_str().unwrap(), "refused"], 1);
+}
+
 /// On the devices of an emulated driver.
 #[test]
 fn collectives_on_devices_are_right_and_their_failures_a_status() {
@@ -367,6 +433,11 @@ fn sanitizers_find_nothing() {
     }
     run(&[elastic, "changes"], 4);
     run(&[elastic, "otherwise"], 2);
+    let joining = compile("gcc", "tests/joining.c", "joining-sanitized", &flags);
+    let joining = joining.to_str().unwrap();
+    let_join(&[joining, "training"], 2, "training", &[false], "shm");
+    let_join(&[joining, "between"], 2, "running", &[false], "tcp");
+    run(&[joining, "refused"], 1);
 }
 
 #[test]
