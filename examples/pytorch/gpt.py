@@ -7,6 +7,7 @@ tensor parallelism with `--tensor-parallel`. What is unisum's about it is the ba
     python gpt.py --tensor-parallel
     python gpt.py --own --wire int8         # unisum's own DDP, gradients in 8 bits
     python gpt.py --elastic --ranks 4       # kill ranks: the others finish
+    python gpt.py --elastic --join --meet /tmp/...      # one more rank: the others say where
     python gpt.py --width 384 --layers 6    # 11 M parameters
 """
 
@@ -101,26 +102,6 @@ def parallel(model, arguments):
     return fully_shard(model, mesh=mesh)
 
 
-def align(model, optimizer, step):
-    """After ranks were lost: those that are left, all with the state of the furthest one."""
-    import unisum.torch
-
-    while True:
-        unisum.torch.rebuild(model)
-        try:
-            steps = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-            dist.all_gather_into_tensor(steps, torch.tensor([step]))
-            ahead = int(steps.argmax())
-            if (steps != steps[ahead]).any():
-                state = [model.module.state_dict(), optimizer.state_dict()]
-                dist.broadcast_object_list(state, src=ahead)
-                model.module.load_state_dict(state[0])
-                optimizer.load_state_dict(state[1])
-            return int(steps[ahead])
-        except unisum.ViewChanged:
-            pass
-
-
 def are_equal(model):
     """Whether all ranks have the same weights, bit by bit."""
     bits = torch.cat([it.detach().flatten() for it in model.parameters()]).view(torch.int32)
@@ -132,12 +113,15 @@ def are_equal(model):
 
 def worker(rank, arguments, init_file):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        arguments.backend,
-        init_method=f"file://{init_file}",
-        rank=rank,
-        world_size=arguments.ranks,
-    )
+    meeting = f"file://{init_file}"
+    if arguments.elastic:
+        import unisum.torch
+    if arguments.join:
+        unisum.torch.join(meeting)
+    else:
+        dist.init_process_group(
+            arguments.backend, init_method=meeting, rank=rank, world_size=arguments.ranks
+        )
     text = NOVEL.read_text()
     known = {character: number for number, character in enumerate(sorted(set(text)))}
     tokens = torch.tensor([known[character] for character in text])
@@ -145,6 +129,9 @@ def worker(rank, arguments, init_file):
     gpt = GPT(len(known), arguments.context, arguments.width, arguments.heads, arguments.layers)
     model = parallel(gpt, arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    if arguments.elastic:
+        # Ranks change, processes keep their number.
+        rank = unisum.torch.view().processes[dist.get_rank()]
     # Ranks that have parts of the layers see the same text.
     generator = torch.Generator().manual_seed(1 + (0 if arguments.tensor_parallel else rank))
 
@@ -160,13 +147,11 @@ def worker(rank, arguments, init_file):
         optimizer.step()
         return loss.detach().clone()
 
-    changes, world = (), arguments.ranks
-    if arguments.elastic:
-        import unisum
-
-        changes = unisum.ViewChanged
     begun = time.perf_counter()
     step, is_checked = 0, not arguments.elastic
+    if arguments.join:
+        step = unisum.torch.admit(model, optimizer)
+    changes, world = unisum.ViewChanged if arguments.elastic else (), dist.get_world_size()
     while step < arguments.steps or not is_checked:
         try:
             if step == arguments.steps:
@@ -181,11 +166,14 @@ def worker(rank, arguments, init_file):
                 nats = loss.item() / dist.get_world_size()
                 if dist.get_rank() == 0:
                     print(f"step {step}: {nats:.3f} nats a character, {took:.1f} s", flush=True)
+            # Last, since newcomers go on with the next step.
+            if arguments.elastic and model.last_report.newcomers:
+                step = unisum.torch.admit(model, optimizer, step=step)
         except changes:
-            step = align(model, optimizer, step)
+            step = unisum.torch.align(model, optimizer, step=step)
         if arguments.elastic and dist.get_rank() == 0 and dist.get_world_size() != world:
             world = dist.get_world_size()
-            print(f"after step {step}: {world} ranks are left", flush=True)
+            print(f"after step {step}: there are {world} ranks", flush=True)
     if arguments.elastic:
         if dist.get_rank() == 0:
             print(f"weights are the same on all {world} ranks")
@@ -202,6 +190,7 @@ def worker(rank, arguments, init_file):
 def outlive(arguments, init_file):
     """Starts ranks that may be killed: 1 if one that was not has failed, or all were."""
     os.environ["UNISUM_ELASTIC"] = "1"
+    print(f"others join with --elastic --join --meet {init_file}", flush=True)
     context = mp.get_context("spawn")
     ranks = [
         context.Process(target=worker, args=(rank, arguments, init_file))
@@ -227,6 +216,10 @@ def main():
     parser.add_argument(
         "--elastic", action="store_true", help="go on without ranks that are killed, with --own"
     )
+    parser.add_argument(
+        "--join", action="store_true", help="be one more rank of a job that runs with --elastic"
+    )
+    parser.add_argument("--meet", help="the file by which the ranks find each other")
     parser.add_argument("--wire", help="how gradients travel with --own: int8, bf16, ...")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
@@ -241,11 +234,17 @@ def main():
         arguments.backend != "unisum" or arguments.fsdp or arguments.tensor_parallel
     ):
         parser.error("--elastic is of unisum's DistributedDataParallel")
+    if arguments.join and not (arguments.elastic and arguments.meet):
+        parser.error("--join takes --elastic and --meet")
     arguments.own |= arguments.elastic
+    if arguments.join:
+        os.environ["UNISUM_ELASTIC"] = "1"
+        return worker(None, arguments, os.path.abspath(arguments.meet))
     with tempfile.TemporaryDirectory() as folder:
+        init_file = os.path.abspath(arguments.meet or os.path.join(folder, "init"))
         if arguments.elastic:
-            sys.exit(outlive(arguments, os.path.join(folder, "init")))
-        mp.spawn(worker, (arguments, os.path.join(folder, "init")), nprocs=arguments.ranks)
+            sys.exit(outlive(arguments, init_file))
+        mp.spawn(worker, (arguments, init_file), nprocs=arguments.ranks)
 
 
 if __name__ == "__main__":

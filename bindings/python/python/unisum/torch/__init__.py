@@ -16,11 +16,15 @@ from . import hooks
 from ._ddp import DistributedDataParallel
 from ._elastic import rank, rebuild, view, world
 from ._group import UnisumProcessGroup, create
+from ._joining import admit, align, join
 
 __all__ = [
     "DistributedDataParallel",
     "UnisumProcessGroup",
+    "admit",
+    "align",
     "hooks",
+    "join",
     "rank",
     "rebuild",
     "register",

@@ -44,7 +44,8 @@ class DistributedDataParallel(_TorchDDP):
         gradients on all of them: ``backward`` returns, ``last_report.change`` tells of it, and the
         group's rank and size are those of the new view. If a loss hits a rank in another call,
         ``backward`` raises ``unisum.ViewChanged``: see ``unisum.torch.rebuild``. Forward passes
-        broadcast no buffers, unless ``broadcast_buffers`` is given. Not with ``join``.
+        broadcast no buffers, unless ``broadcast_buffers`` is given. Not with ``join``. Processes
+        that are started later enter by ``unisum.torch.join`` and ``unisum.torch.admit``.
 
     What the wire keeps from step to step is saved by ``wire_state_dict``, for each rank its own.
 
@@ -137,7 +138,8 @@ class DistributedDataParallel(_TorchDDP):
             }
         )
         self._passing_sync_batchnorm_handle(self.module)
-        if self._syncs:
+        # A newcomer gets them by `unisum.torch.admit`.
+        if self._syncs and group._has_state:
             _sync_module_states(
                 module=self.module,
                 process_group=group,

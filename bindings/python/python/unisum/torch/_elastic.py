@@ -23,6 +23,8 @@ class ElasticGroup:
     _messenger: Any
     _cuda: Any
     _done: Any
+    #: Whether this process has the state of the training: not when it has joined, until ``admit``.
+    _has_state: bool
 
     @property
     def view(self) -> Optional[View]:
@@ -33,7 +35,7 @@ class ElasticGroup:
         """Goes on with the ranks that are left, after ``unisum.ViewChanged``, as
         ``unisum.Communicator.rebuild`` does. Collective: every rank that is left calls it. Models
         have to follow: ``unisum.torch.rebuild`` does both."""
-        self._renew(lambda: self._communicator.rebuild())
+        self._renew(self._next_view)
 
     def shrink(self, exclude: Sequence[int]) -> None:
         """Goes on without these ranks, which need not take part. Collective: every other rank calls
@@ -74,18 +76,23 @@ class ElasticGroup:
             if not excluded(self._communicator.view, handles, False):
                 return self._done
 
-    def _renew(self, make: Any) -> None:
+    def _next_view(self) -> Communicator:
+        """The communicator of the ranks that are left."""
+        return self._communicator.rebuild()
+
+    def _renew(self, make: Any, models: Sequence[Any] = ()) -> None:
+        """Goes on with a communicator that is made, and so do these models."""
         while True:
-            communicator = make()
+            self._adopt(make())
             try:
-                messenger = communicator._native._messenger()
+                # In this order, as newcomers do: they make their models before all else.
+                for model in models:
+                    model._follow(self)
+                self._messenger = self._native._messenger()
+                return
             except _errors.ViewChanged:
                 # Ranks were lost again: all that are left come here.
-                make = communicator.rebuild
-                continue
-            self._adopt(communicator)
-            self._messenger = messenger
-            return
+                make = self._next_view
 
     def _adopt(self, communicator: Communicator) -> None:
         """Takes the communicator of another view. Not collective: there are no messages in it."""
@@ -101,9 +108,11 @@ class ElasticGroup:
 
     def _messages(self) -> Any:
         if self._messenger is None:
+            why, call = "a step has changed the view", "rebuild"
+            if not self._has_state:
+                why, call = "this process has joined the job", "admit"
             raise _errors.ConfigurationError(
-                "a step has changed the view: `unisum.torch.rebuild`, on all ranks, makes messages"
-                " possible again",
+                f"{why}: `unisum.torch.{call}`, on all ranks, makes messages possible",
                 "configuration",
             )
         return self._messenger
@@ -141,14 +150,7 @@ def rebuild(*models: Any, group: Any = None) -> None:
     programs compare their numbers of steps, and those behind get the state of one that is ahead.
     """
     group = _group(group)
-    while True:
-        group.rebuild()
-        try:
-            for model in models:
-                model._follow(group)
-            return
-        except _errors.ViewChanged:
-            continue
+    group._renew(group._next_view, models)
 
 
 def excluded(view: Optional[View], handles: Sequence[str], is_ordered: bool) -> List[int]:

@@ -13,11 +13,12 @@ from torch._C._distributed_c10d import ProcessGroup
 from .. import _completion, _errors
 from .._communicator import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BARRIER, BROADCAST, GATHER
 from .._communicator import REDUCE, REDUCE_SCATTER, SCATTER, Communicator
-from .._connect import connect
+from .._connect import connect, join
 from . import _options, _profiling
 from ._barrier import monitored_barrier
 from ._cuda import CudaCalls
 from ._elastic import ElasticGroup
+from ._joining import Newcomer
 from ._options import counts, flat, nested, single
 from ._sparse import all_reduce_sparse
 from ._work import UnisumWork, overdue, seconds
@@ -38,7 +39,7 @@ _NAMES = (
 
 
 def create(
-    options: Any, _backend_options: Any = None, name: str = "unisum"
+    options: Any, backend_options: Any = None, name: str = "unisum"
 ) -> "UnisumProcessGroup":
     """Makes a group: what PyTorch calls for ``init_process_group`` and ``new_group``."""
     return UnisumProcessGroup(
@@ -49,6 +50,7 @@ def create(
         is_default=not options.global_ranks_in_group,
         name=name,
         is_elastic=getattr(options, "enable_reconfigure", False),
+        is_newcomer=isinstance(backend_options, Newcomer),
     )
 
 
@@ -72,25 +74,29 @@ class UnisumProcessGroup(ElasticGroup, ProcessGroup):
         name: str = "unisum",
         communicator: Optional[Communicator] = None,
         is_elastic: bool = False,
+        is_newcomer: bool = False,
     ) -> None:
+        limit = seconds(timeout) or 1800.0
+        is_split = communicator is not None
+        if communicator is None:
+            settings = _options.settings(limit, is_default, is_elastic or is_newcomer)
+            settings.update(store=store, key="unisum/rendezvous", rank=rank, world=world)
+            communicator = join(**settings) if is_newcomer else connect(**settings)
+        rank, world = communicator.rank, communicator.world
         super().__init__(rank, world)
         self._backend_name = name
         self._store = store
         self._rank, self._world = rank, world
-        self._timeout = seconds(timeout) or 1800.0
-        self._default_timeout = self._timeout
+        self._is_split = is_split
+        self._timeout = self._default_timeout = limit
         self._name = self._desc = ""
         self._barriers = self._sequence = 0
         self._error: Optional[BaseException] = None
-        self._is_split = communicator is not None
-        if communicator is None:
-            settings = _options.settings(self._timeout, is_default, is_elastic)
-            communicator = connect(
-                rank=rank, world=world, store=store, key="unisum/rendezvous", **settings
-            )
+        self._has_state = not is_newcomer
         self._communicator = communicator
         self._native = self._communicator._native
-        self._messenger = self._native._messenger()
+        # All ranks begin messages, and the others are making buckets with a newcomer.
+        self._messenger = None if is_newcomer else self._native._messenger()
         self._done = UnisumWork([], [])
         self._cuda = CudaCalls(lambda ordinal: self._communicator.on_device(ordinal))
 

@@ -143,15 +143,32 @@ class Reducer:
         self.buckets: Optional[Buckets] = None
         if self._gradients:
             described = [it.described() for it in self._gradients]
-            self.buckets = Buckets(
-                group.communicator,
-                described,
-                unused_parameters=True,
-                static_graph=self._is_static,
-                **self._options,
-            )
+            while self.buckets is None:
+                try:
+                    self.buckets = self._made(group.communicator, described)
+                except _errors.ViewChanged:
+                    if group._has_state:
+                        raise
+                    # The others let newcomers in, and begin again without those that they lost.
+                    group._adopt(group._next_view())
         self._version = -1
         self._steps = 0
+
+    def _made(self, communicator: Any, described: List[Parameter]) -> Buckets:
+        return Buckets(
+            communicator,
+            described,
+            unused_parameters=True,
+            static_graph=self._is_static,
+            **self._options,
+        )
+
+    def admit(self) -> Any:
+        """Lets newcomers in: the communicator of the view. Collective."""
+        self.prepare_for_forward()
+        if self.buckets is None:
+            return self._group.communicator.admit()
+        return self.buckets.admit()
 
     def follow(self, group: Any) -> None:
         """Goes on in another view of the group, with the next step. Collective."""
