@@ -22,9 +22,11 @@ use unisum_control::launcher::Token;
 /// [`Builder::store`](crate::Builder::store): the store of a launcher or of a framework, such as
 /// torch's `TCPStore`.
 ///
-/// [`Builder::connect`](crate::Builder::connect) calls both methods, on the thread that calls it.
-/// Values are short texts. One of them is the job's secret token, so whoever can read the store can
-/// join the job.
+/// [`Builder::connect`](crate::Builder::connect) and [`Builder::join`](crate::Builder::join) call
+/// both methods, on the thread that calls them. An elastic job, which keeps its members record
+/// there, also calls them later, from any thread, when its view changes and when it ends. Values
+/// are short texts. One of them is the job's secret token, so whoever can read the store can join
+/// the job.
 pub trait Store: Send + Sync {
     /// Stores `value` under `key`, replacing an earlier value.
     ///
