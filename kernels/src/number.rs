@@ -11,6 +11,7 @@ pub(super) trait Number: Copy + Default {
     /// Whether the type is computed with as [`Level::Wide`].
     const IS_NARROW: bool = false;
     /// Whether it takes AVX-512 to multiply and compare vectors of the type.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "asked for AVX-512 only"))]
     const NEEDS_AVX512: bool = false;
 }
 

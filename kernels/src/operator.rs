@@ -11,6 +11,7 @@ pub(super) trait Operator<T: Number> {
     /// Whether elements are widened.
     const WIDENS: bool = true;
     /// Whether elements are combined by addition.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "asked for AVX-512 only"))]
     const ADDS: bool = false;
     /// What the first or the last step needs to know.
     type Known: Copy;
