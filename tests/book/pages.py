@@ -76,6 +76,7 @@ ELSEWHERE = [
     ("README", "srun -N 4", "tests/launchers/cases.py", "srun {options} {context.bench}"),
     ("docs/performance", "cargo run --release --bin allreduce-bench -- -n 16 -t tcp", ".ci/run",
      "cargo run --release --bin allreduce-bench -- -n 16 -t tcp"),
+    ("docs/frameworks", "examples/frameworks/run", ".ci/nightly", "examples/frameworks/run"),
     # The tests make certificates of their own, at other places.
     ("docs/security", "export UNISUM_TLS=mtls", "src/settings/tls.rs", "UNISUM_TLS_PEERS"),
     ("docs/security", "export UNISUM_TLS_CERT=/svid", "src/settings/tls.rs", "UNISUM_TLS_CERT"),
