@@ -112,6 +112,8 @@ pub struct ControlConfig {
     pub connect_timeout: Duration,
     /// How long another host may give no sign of life before it is lost.
     pub heartbeat_timeout: Duration,
+    /// How long a connection that broke may take to be there again; zero: it is lost at once.
+    pub reconnect_timeout: Duration,
     /// Which build this is: ranks of different builds are refused.
     pub build: Build,
     /// What a transport has to set on a listening socket, for the connections that it accepts.

@@ -78,6 +78,7 @@ fn config(rank: Rank, world: usize, rendezvous: Rendezvous) -> ControlConfig {
         port_range: None,
         connect_timeout: PATIENCE,
         heartbeat_timeout: PATIENCE,
+        reconnect_timeout: Duration::ZERO,
         publish: None,
         is_moot: None,
         build: BUILD,

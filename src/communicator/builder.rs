@@ -176,6 +176,12 @@ impl Builder {
         self.set("UNISUM_HEARTBEAT_TIMEOUT", timeout.as_secs_f64())
     }
 
+    /// How long a TCP connection that broke may take to be restored before the call fails; zero,
+    /// the default, fails it at once. The same on all ranks (`UNISUM_RECONNECT_TIMEOUT`).
+    pub fn reconnect_timeout(self, timeout: Duration) -> Self {
+        self.set("UNISUM_RECONNECT_TIMEOUT", timeout.as_secs_f64())
+    }
+
     /// Sets any variable of docs/configuration.md by its name.
     ///
     /// # Errors

@@ -28,6 +28,8 @@ pub(crate) struct Settings {
     pub(crate) connect_timeout: Duration,
     /// How long another host may give no sign of life before it is lost.
     pub(crate) heartbeat_timeout: Duration,
+    /// How long a connection that broke may take to be there again; zero ends the call at once.
+    pub(crate) reconnect_timeout: Duration,
     /// How many ranks a job that outlives its ranks needs; `None` if it ends with the first that is
     /// lost.
     pub(crate) elastic: Option<usize>,
@@ -100,6 +102,9 @@ impl Settings {
             heartbeat_timeout: read
                 .seconds_from(1.0, "UNISUM_HEARTBEAT_TIMEOUT")?
                 .unwrap_or(defaults.heartbeat_timeout),
+            reconnect_timeout: read
+                .seconds_or_none("UNISUM_RECONNECT_TIMEOUT")?
+                .unwrap_or(defaults.reconnect_timeout),
             elastic: read.number("UNISUM_ELASTIC", 0..=1 << 16)?.filter(|&minimum| minimum > 0),
             algorithm: read.algorithm("UNISUM_ALGORITHM")?,
             reproducible,
@@ -148,6 +153,7 @@ impl Default for Settings {
             timeout: Duration::from_secs(300),
             connect_timeout: Duration::from_secs(120),
             heartbeat_timeout: Duration::from_secs(10),
+            reconnect_timeout: Duration::ZERO,
             elastic: None,
             algorithm: None,
             reproducible: false,
@@ -241,6 +247,15 @@ impl Reader<'_> {
             let seconds = text.parse().ok().filter(|s| (min..=MAX_SECONDS).contains(s));
             let accepted = || format!("{min} to {MAX_SECONDS} seconds");
             seconds.map(Duration::from_secs_f64).ok_or_else(accepted)
+        })
+    }
+
+    /// Zero stands for what is not done at all.
+    fn seconds_or_none(&self, variable: &'static str) -> Read<Duration> {
+        self.read(variable, |text| {
+            let fits = |s: &f64| *s == 0.0 || (MIN_SECONDS..=MAX_SECONDS).contains(s);
+            let accepted = || format!("0, or {MIN_SECONDS} to {MAX_SECONDS} seconds");
+            text.parse().ok().filter(fits).map(Duration::from_secs_f64).ok_or_else(accepted)
         })
     }
 

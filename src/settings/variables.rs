@@ -69,6 +69,12 @@ pub(crate) const VARIABLES: &[Variable] = &[
         "seconds without a sign of life from another host, 1 or more, until it is lost",
     ),
     variable(
+        "UNISUM_RECONNECT_TIMEOUT",
+        "0",
+        "seconds in which a broken TCP connection is restored before the call fails; 0 fails at \
+         once; the same on all ranks",
+    ),
+    variable(
         "UNISUM_ELASTIC",
         "0",
         "ranks that a job needs to go on when it loses some; 0 ends it with the first that is lost",

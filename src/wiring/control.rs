@@ -56,6 +56,7 @@ fn config(
         port_range: settings.port_range,
         connect_timeout: settings.connect_timeout,
         heartbeat_timeout: settings.heartbeat_timeout,
+        reconnect_timeout: settings.reconnect_timeout,
         publish: meeting.publish(),
         is_moot: meeting.is_moot(),
         build: BUILD,

@@ -394,15 +394,16 @@ fn exchange_cards(
 /// All that has to be the same on all ranks.
 fn told_settings(settings: &Settings, elasticity: Elasticity<'_>) -> String {
     format!(
-        "{} UNISUM_TIMEOUT={} elastic={elasticity} transports={}",
+        "{} UNISUM_TIMEOUT={} UNISUM_RECONNECT_TIMEOUT={} elastic={elasticity} transports={}",
         common_settings(settings),
         settings.timeout.as_secs_f64(),
+        settings.reconnect_timeout.as_secs_f64(),
         settings.custom.names().collect::<Vec<_>>().join(",")
     )
 }
 
 /// The settings that have to be the same on all ranks, as a user would write them, but for the
-/// time limit of calls: that changes nothing of what a file says.
+/// time limits of calls and of broken connections: these change nothing of what a file says.
 fn common_settings(settings: &Settings) -> String {
     let algorithm = settings.algorithm.as_deref().unwrap_or("auto");
     let Settings { transport, slice_bytes, window, sockets_per_peer, .. } = settings;

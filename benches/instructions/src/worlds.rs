@@ -219,6 +219,7 @@ fn tcp_link(rank: Rank, listener: TcpListener, addresses: &[SocketAddr]) -> Resu
         sockets_per_peer: 1,
         connect_timeout: DEADLINE,
         heartbeat_timeout: DEADLINE,
+        reconnect_timeout: Duration::ZERO,
     })?;
     let inbox = link.inbox();
     // The thread ends with the process if fewer connections are opened than could be.

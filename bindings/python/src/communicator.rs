@@ -465,6 +465,7 @@ fn builder(options: &Bound<'_, PyDict>) -> PyResult<Builder> {
             "timeout" => builder.timeout(seconds()?),
             "connect_timeout" => builder.connect_timeout(seconds()?),
             "heartbeat_timeout" => builder.heartbeat_timeout(seconds()?),
+            "reconnect_timeout" => builder.reconnect_timeout(seconds()?),
             _ => return Err(PyTypeError::new_err(format!("there is no option `{name}`"))),
         };
     }

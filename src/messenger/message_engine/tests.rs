@@ -25,6 +25,7 @@ fn link(rank: Rank, addresses: [SocketAddr; 2]) -> TcpLink {
         sockets_per_peer: 1,
         connect_timeout: LIMIT,
         heartbeat_timeout: LIMIT,
+        reconnect_timeout: Duration::ZERO,
     };
     TcpLink::new(config).unwrap()
 }

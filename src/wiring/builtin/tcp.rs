@@ -29,6 +29,7 @@ pub(in crate::wiring) fn internet(
         // be reached.
         connect_timeout: settings.connect_timeout / 2,
         heartbeat_timeout: settings.heartbeat_timeout,
+        reconnect_timeout: settings.reconnect_timeout,
     }))
 }
 

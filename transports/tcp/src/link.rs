@@ -44,6 +44,8 @@ pub struct TcpConfig {
     /// How long another host may give no sign of life. Its end is for others to tell first; a
     /// connection on which it acknowledges nothing fails within about twice the time.
     pub heartbeat_timeout: Duration,
+    /// How long a connection that broke may take to be there again; zero: the link fails at once.
+    pub reconnect_timeout: Duration,
 }
 
 /// A posted transfer, split over one or several lanes.
@@ -559,6 +561,7 @@ mod tests {
             sockets_per_peer: 3,
             connect_timeout: Duration::from_secs(1),
             heartbeat_timeout: Duration::from_secs(10),
+            reconnect_timeout: Duration::ZERO,
         };
         TcpLink::new(config).unwrap()
     }

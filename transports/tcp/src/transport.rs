@@ -27,6 +27,8 @@ pub struct TcpJob {
     pub connect_timeout: Duration,
     /// How long another host may give no sign of life.
     pub heartbeat_timeout: Duration,
+    /// How long a connection that broke may take to be there again; zero: the link fails at once.
+    pub reconnect_timeout: Duration,
 }
 
 /// The transport of ranks that reach each other's listening ports.
@@ -69,6 +71,7 @@ impl Transport for TcpTransport {
             sockets_per_peer: job.sockets_per_peer,
             connect_timeout: job.connect_timeout,
             heartbeat_timeout: job.heartbeat_timeout,
+            reconnect_timeout: job.reconnect_timeout,
         })))
     }
 }

@@ -145,6 +145,7 @@ fn ends(world: usize, sockets_per_peer: u8, address: &str, credentials: &Credent
             sockets_per_peer,
             connect_timeout: Duration::from_secs(10),
             heartbeat_timeout: Duration::from_secs(10),
+            reconnect_timeout: Duration::ZERO,
         };
         let link = TcpLink::new(config).unwrap();
         common::accept(

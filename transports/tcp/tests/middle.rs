@@ -147,6 +147,7 @@ fn links(plan: Plan) -> (TcpLink, TcpLink, Middle) {
             sockets_per_peer: 1,
             connect_timeout: PATIENCE,
             heartbeat_timeout: Duration::from_secs(10),
+            reconnect_timeout: Duration::ZERO,
         })
         .unwrap()
     });

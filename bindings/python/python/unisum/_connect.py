@@ -27,6 +27,7 @@ def connect(
     timeout: Optional[float] = None,
     connect_timeout: Optional[float] = None,
     heartbeat_timeout: Optional[float] = None,
+    reconnect_timeout: Optional[float] = None,
     elastic: Union[bool, int, None] = None,
 ) -> Communicator:
     """Joins the job that this process was started in, and waits until all ranks have.
@@ -58,6 +59,7 @@ def connect(
         "timeout": timeout,
         "connect_timeout": connect_timeout,
         "heartbeat_timeout": heartbeat_timeout,
+        "reconnect_timeout": reconnect_timeout,
         "elastic": None if elastic is None else int(elastic),
     }
     return _connected(options, store, key)
