@@ -54,6 +54,8 @@ struct State {
 pub(crate) struct Arrived {
     pub(crate) peer: Rank,
     pub(crate) socket: u8,
+    /// Its number, where this rank dialled it; 0 where the peer did.
+    pub(crate) attempt: u32,
     pub(crate) result: Result<Proven, LinkError>,
 }
 
@@ -67,6 +69,10 @@ pub(crate) struct Dial {
     pub(crate) credentials: Credentials,
     /// How long that may take, with all attempts.
     pub(crate) timeout: Duration,
+    /// After how long it begins.
+    pub(crate) pause: Duration,
+    /// Which connection of its lane that will be, from 1 on.
+    pub(crate) attempt: u32,
 }
 
 /// A connection to open, and the attempts so far.
@@ -90,7 +96,7 @@ impl Inbox {
     /// Takes over a connection that `peer` opened as its `socket`-th to this rank, and whose
     /// handshake is done.
     pub fn deliver(&self, peer: Rank, socket: u8, connection: Proven) {
-        self.put(Arrived { peer, socket, result: Ok(connection) });
+        self.put(Arrived { peer, socket, attempt: 0, result: Ok(connection) });
     }
 
     fn put(&self, arrived: Arrived) {
@@ -115,7 +121,8 @@ impl Inbox {
         let peer = dial.hello.to as Rank;
         let now = Instant::now();
         let mut state = self.lock();
-        state.to_dial.push(Pending { dial, since: now, attempts: 0, next: now });
+        let next = now + dial.pause;
+        state.to_dial.push(Pending { dial, since: now, attempts: 0, next });
         if state.dialler_runs {
             self.changed.notify_one();
         } else {
@@ -148,7 +155,8 @@ impl Inbox {
                     drop(state);
                     let Hello { to, socket, .. } = pending.dial.hello;
                     let result = result.map_err(|unreached| pending.given_up(unreached));
-                    self.put(Arrived { peer: to as Rank, socket, result });
+                    let attempt = pending.dial.attempt;
+                    self.put(Arrived { peer: to as Rank, socket, attempt, result });
                 }
             }
         }
@@ -299,8 +307,8 @@ fn is_lack(failure: &Failure<HandshakeError>) -> bool {
 fn may_pass(error: &io::Error) -> bool {
     use io::ErrorKind::{
         AddrInUse, AddrNotAvailable, BrokenPipe, ConnectionAborted, ConnectionReset,
-        HostUnreachable, Interrupted, NetworkDown, NetworkUnreachable, TimedOut, UnexpectedEof,
-        WouldBlock,
+        HostUnreachable, Interrupted, NetworkDown, NetworkUnreachable, NotConnected, TimedOut,
+        UnexpectedEof, WouldBlock,
     };
     matches!(
         error.kind(),
@@ -313,6 +321,7 @@ fn may_pass(error: &io::Error) -> bool {
             | Interrupted
             | NetworkDown
             | NetworkUnreachable
+            | NotConnected
             | TimedOut
             | UnexpectedEof
             | WouldBlock

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::TcpStream;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::sync::Arc;
 
 use rustix::net::{self, RecvFlags, SendFlags};
 use unisum_link::fork::ParentOnly;
@@ -11,6 +12,7 @@ use unisum_link::frame::{HEADER_BYTES, Header};
 use unisum_link::secure::Proven;
 use unisum_link::{Call, LinkError, LinkErrorKind, Rank};
 
+use crate::resume::{Arriving, Handle};
 use crate::sealed::Sealed;
 use crate::silence::{self, Told};
 use crate::sleep::{Ready, Watched};
@@ -29,7 +31,7 @@ unsafe impl Send for Span {}
 /// A message under way, with the link's name for the transfer it belongs to.
 #[derive(Debug)]
 pub(crate) struct Message {
-    transfer: usize,
+    pub(crate) transfer: usize,
     pub(crate) header: [u8; HEADER_BYTES],
     span: Span,
     /// Bytes of header and payload that are through; where records are sent, those that are sealed.
@@ -89,6 +91,8 @@ impl Default for Moving {
 pub(crate) struct Lane {
     pub(crate) peer: Rank,
     stream: Option<ParentOnly<TcpStream>>,
+    /// What is in place of the stream, where connections that break are dialled anew.
+    flow: Option<Box<Resumed>>,
     /// What is between the messages and the stream, unless that is in clear text.
     pub(crate) sealed: Option<Box<Sealed>>,
     sends: VecDeque<Message>,
@@ -100,12 +104,22 @@ pub(crate) struct Lane {
     pub(crate) listed: bool,
 }
 
+/// A lane's end of its flow.
+#[derive(Debug)]
+struct Resumed {
+    flow: Handle,
+    /// The flow's socket, when this lane saw it last, which connection of the flow that is.
+    stream: Option<Arc<ParentOnly<TcpStream>>>,
+    stood: u32,
+}
+
 impl Lane {
     /// A lane to a rank, without its connection.
-    pub(crate) const fn new(peer: Rank) -> Self {
+    pub(crate) fn new(peer: Rank, flow: Option<Handle>) -> Self {
         Self {
             peer,
             stream: None,
+            flow: flow.map(|flow| Box::new(Resumed { flow, stream: None, stood: 0 })),
             sealed: None,
             sends: VecDeque::new(),
             receives: VecDeque::new(),
@@ -122,14 +136,45 @@ impl Lane {
         (self.stream, self.readable, self.writable) = (Some(stream), true, true);
     }
 
-    pub(crate) const fn is_connected(&self) -> bool {
-        self.stream.is_some()
+    /// Takes over what has become of the flow; its socket, if that is another one.
+    pub(crate) fn renew(&mut self) -> Option<Arc<ParentOnly<TcpStream>>> {
+        let resumed = self.flow.as_mut()?;
+        let flow = resumed.flow.lock();
+        let stream = flow.stream().cloned();
+        let stood = std::mem::replace(&mut resumed.stood, flow.stood());
+        let is_new = stood != resumed.stood;
+        resumed.stream.clone_from(&stream);
+        (self.readable, self.writable) = (true, true);
+        stream.filter(|_| is_new)
+    }
+
+    /// Takes over that the connection failed: what the link has to say, unless it is dialled anew.
+    pub(crate) fn broke(&self, error: LinkError) -> Option<LinkError> {
+        let Some(resumed) = &self.flow else { return Some(error) };
+        resumed.flow.lock().broke(error).err()
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        match &self.flow {
+            None => self.stream.is_some(),
+            Some(resumed) => resumed.flow.lock().stream().is_some(),
+        }
+    }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        match &self.flow {
+            None => self.stream.as_ref().map(|stream| stream.as_fd()),
+            Some(resumed) => resumed.stream.as_ref().map(|stream| stream.as_fd()),
+        }
     }
 
     /// What the kernel says of the connection.
     pub(crate) fn told(&self) -> io::Result<Told> {
-        let stream = self.stream.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        silence::ask(stream.as_fd())
+        match self.socket() {
+            None if self.flow.is_some() => Ok(Told::NOTHING),
+            None => Err(io::ErrorKind::NotConnected.into()),
+            Some(socket) => silence::ask(socket),
+        }
     }
 
     /// Takes over that the socket may be ready.
@@ -140,8 +185,15 @@ impl Lane {
 
     /// What to sleep on; nothing before the connection is there.
     pub(crate) fn watched(&self, lane: usize) -> Option<Watched<'_>> {
-        let socket = self.stream.as_ref()?.as_fd();
-        let (reads, writes) = (!self.receives.is_empty(), !self.sends.is_empty());
+        let socket = self.socket()?;
+        let (mut reads, mut writes) = (!self.receives.is_empty(), !self.sends.is_empty());
+        if let Some(resumed) = &self.flow {
+            let flow = resumed.flow.lock();
+            // A connection that broke is ready for ever.
+            flow.stream()?;
+            reads |= writes && flow.is_full();
+            writes &= !flow.is_full();
+        }
         Some(Watched { lane, socket, reads, writes })
     }
 
@@ -158,6 +210,13 @@ impl Lane {
 
     /// Whether `flush` or `drain` could move something without a new event.
     pub(crate) fn can_move(&self) -> bool {
+        if let Some(resumed) = &self.flow {
+            let flow = resumed.flow.lock();
+            let reads = !self.receives.is_empty() || flow.is_full();
+            let sends = self.writable && !self.sends.is_empty() && !flow.is_full();
+            let is_there = flow.stream().is_some();
+            return flow.has_news() || is_there && (sends || self.readable && reads);
+        }
         // What was read already makes no event.
         let has_input = self.readable || self.sealed.as_ref().is_some_and(|it| it.has_record());
         self.is_connected()
@@ -191,6 +250,11 @@ impl Lane {
 
     /// Sends what the socket takes.
     pub(crate) fn flush(&mut self, peer: Rank, moving: &mut Moving) -> Result<(), LinkError> {
+        if let Some(resumed) = &self.flow {
+            let through = resumed.flow.lock().flush(&mut self.sends, &mut self.writable)?;
+            moving.finished.extend(self.sends.drain(..through).map(|it| it.transfer));
+            return Ok(());
+        }
         let Some(stream) = &self.stream else {
             return Ok(());
         };
@@ -232,6 +296,17 @@ impl Lane {
         ours: Call,
         moving: &mut Moving,
     ) -> Result<(), LinkError> {
+        if let Some(resumed) = &self.flow {
+            let (receives, call) = (&mut self.receives, Some(ours));
+            let mut arriving = Arriving { receives, call, moving };
+            let mut flow = resumed.flow.lock();
+            flow.drain(&mut arriving, &mut self.readable, false)?;
+            if flow.owes() {
+                let through = flow.flush(&mut self.sends, &mut self.writable)?;
+                moving.finished.extend(self.sends.drain(..through).map(|it| it.transfer));
+            }
+            return Ok(());
+        }
         let Some(stream) = &self.stream else {
             return Ok(());
         };
@@ -281,7 +356,7 @@ impl Lane {
 
 /// Counts received bytes and checks the header when it has become complete; whether that is
 /// marked.
-fn advance(
+pub(crate) fn advance(
     message: &mut Message,
     received: usize,
     peer: Rank,
@@ -353,7 +428,8 @@ fn receive(
     Ok(net::recvmsg(stream, &mut parts, &mut Default::default(), flags)?.bytes)
 }
 
-fn failed(peer: Rank, doing: &str, error: io::Error) -> LinkError {
+/// What an error of a connection means.
+pub(crate) fn failed(peer: Rank, doing: &str, error: io::Error) -> LinkError {
     match error.kind() {
         io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => LinkError::closed(peer),
         _ => LinkError::system(peer, doing, error),
@@ -377,7 +453,7 @@ mod tests {
         let (own, _) = listener.accept().expect("connected");
         own.set_nonblocking(true).expect("a socket");
         other.set_nodelay(true).expect("a socket");
-        let mut lane = Lane::new(1);
+        let mut lane = Lane::new(1, None);
         lane.connect(0, ParentOnly::new(own).into());
         (lane, other)
     }

@@ -8,19 +8,23 @@
 //! The crate uses `unisum-link` and `unisum-kernels`. Start at [`TcpLink`], then `lane` (one socket
 //! to one peer: its queues of posted sends and receives) and `inbox` (connections that come).
 
+mod config;
 mod congestion;
 mod inbox;
 mod lane;
 mod link;
+mod resume;
 mod route;
 mod sealed;
 mod silence;
 mod sleep;
 mod slots;
+mod socket;
 mod transport;
 
+pub use config::TcpConfig;
 pub use congestion::prepare_listener;
 pub use inbox::Inbox;
-pub use link::{TcpConfig, TcpLink};
+pub use link::TcpLink;
 pub use route::Route;
 pub use transport::{TcpJob, TcpTransport};

@@ -2,51 +2,24 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::TcpStream;
 use std::ops::Range;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use socket2::{SockRef, TcpKeepalive};
-use unisum_link::handshake::{Build, Hello, Purpose};
-use unisum_link::secure::Credentials;
 use unisum_link::{
     Call, Group, Landing, Link, LinkError, LinkErrorKind, Patience, PeerCounts, Rank, Region,
     Regions, Ticket, Wake,
 };
 
-use crate::congestion;
-use crate::inbox::{Arrived, Dial, Inbox};
+use crate::TcpConfig;
+use crate::inbox::{Arrived, Inbox};
 use crate::lane::{Lane, Moving, Span};
-use crate::route::Route;
+use crate::resume::Keeper;
 use crate::silence::Silences;
-use crate::sleep::{FEW, Ready, Sleeper, Watched};
+use crate::sleep::{Bell, FEW, Ready, Sleeper, Watched};
 use crate::slots::Slots;
-
-/// What a rank knows of the job before its first connection.
-#[derive(Clone, Debug)]
-pub struct TcpConfig {
-    /// This rank.
-    pub rank: Rank,
-    /// Where each rank listens, by rank, this one included.
-    pub routes: Vec<Arc<Route>>,
-    /// The session that rank 0 opened: connections of another one are refused.
-    pub session: [u8; 16],
-    /// Fingerprint of the job's name.
-    pub job: [u8; 16],
-    /// By what connections are proven to be the job's, and whether they are encrypted.
-    pub credentials: Credentials,
-    /// Sockets to each peer, at least 1: large messages are split over them.
-    pub sockets_per_peer: u8,
-    /// How long opening a connection may take.
-    pub connect_timeout: Duration,
-    /// How long another host may give no sign of life. Its end is for others to tell first; a
-    /// connection on which it acknowledges nothing fails within about twice the time.
-    pub heartbeat_timeout: Duration,
-    /// How long a connection that broke may take to be there again; zero: the link fails at once.
-    pub reconnect_timeout: Duration,
-}
+use crate::socket;
 
 /// A posted transfer, split over one or several lanes.
 #[derive(Debug)]
@@ -63,6 +36,8 @@ pub struct TcpLink {
     config: TcpConfig,
     sleeper: Sleeper,
     inbox: Arc<Inbox>,
+    /// Where connections that break are dialled anew.
+    keeper: Option<Keeper>,
     /// `sockets_per_peer` lanes, one after the other, for each rank that was used.
     lanes: Vec<Lane>,
     /// By rank, its first lane.
@@ -84,14 +59,6 @@ pub struct TcpLink {
     silent: Option<LinkError>,
 }
 
-/// What a socket inside the host may hold before its sender waits: with the megabytes that the
-/// kernel allows by itself, data leaves the caches between the two copies (2 ranks, 1 MiB: 263 us
-/// instead of 203; no difference with more ranks).
-const LOCAL_SEND_BYTES: usize = 512 << 10;
-
-/// How often the kernel asks in vain for a sign of life, a quarter of the time apart.
-const PROBES: u32 = 8;
-
 /// In place of the first lane of a rank that was not used yet.
 const NO_LANE: u32 = u32::MAX;
 
@@ -106,9 +73,18 @@ impl TcpLink {
     /// If the system gives no event queue (descriptors exhausted).
     pub fn new(config: TcpConfig) -> io::Result<Self> {
         let sleeper = Sleeper::new()?;
+        let keeps = !config.reconnect_timeout.is_zero();
+        let keeper_bell = if keeps { Some(Arc::new(Bell::new()?)) } else { None };
+        // The keeper takes connections, where there is one.
+        let receiver = keeper_bell.clone().unwrap_or_else(|| sleeper.bell());
+        let inbox = Arc::new(Inbox::new(receiver));
+        let keeper = keeper_bell
+            .map(|bell| Keeper::new(config.clone(), inbox.clone(), bell, sleeper.bell()))
+            .transpose()?;
         let first_lanes = vec![NO_LANE; config.routes.len()];
         Ok(Self {
-            inbox: Arc::new(Inbox::new(sleeper.bell())),
+            inbox,
+            keeper,
             sleeper,
             lanes: Vec::new(),
             first_lanes,
@@ -154,7 +130,10 @@ impl TcpLink {
     /// Makes the lanes of a rank.
     fn add_lanes(&mut self, peer: Rank) -> usize {
         let first = self.lanes.len();
-        self.lanes.extend((0..self.sockets()).map(|_| Lane::new(peer)));
+        for socket in 0..self.config.sockets_per_peer {
+            let flow = self.keeper.as_ref().map(|keeper| keeper.flow(peer, socket));
+            self.lanes.push(Lane::new(peer, flow));
+        }
         self.first_lanes[peer] = u32::try_from(first).expect("16 sockets to each of 2^28 ranks");
         first
     }
@@ -165,31 +144,17 @@ impl TcpLink {
         if peer > self.config.rank {
             return Ok(lane);
         }
-        let routes = &self.config.routes;
         for socket in 0..self.config.sockets_per_peer {
-            let hello = Hello {
-                purpose: Purpose::Data,
-                socket,
-                from: self.config.rank as u32,
-                to: peer as u32,
-                world: routes.len() as u32,
-                session: self.config.session,
-                job: self.config.job,
-                build: Build::default(),
-            };
-            self.inbox.dial(Dial {
-                route: routes[peer].clone(),
-                own: routes[self.config.rank].clone(),
-                hello,
-                credentials: self.config.credentials.clone(),
-                timeout: self.config.connect_timeout,
-            })?;
+            match &self.keeper {
+                Some(keeper) => keeper.dial_first(peer, socket)?,
+                None => self.inbox.dial(self.config.dial(peer, socket, 1))?,
+            }
         }
         Ok(lane)
     }
 
     fn admit(&mut self, arrived: Arrived) -> Result<(), LinkError> {
-        let Arrived { peer, socket, result } = arrived;
+        let Arrived { peer, socket, result, .. } = arrived;
         let sockets = self.sockets();
         let first = match self.first_lane(peer) {
             Some(lane) => lane,
@@ -203,7 +168,7 @@ impl TcpLink {
         }
         let connection = result?;
         let stream = &connection.stream;
-        let is_far = prepare(stream, self.config.heartbeat_timeout)
+        let is_far = socket::prepare(stream, self.config.heartbeat_timeout)
             .map_err(|error| LinkError::system(peer, "preparing the socket", error))?;
         if is_far {
             self.silences.add(lane);
@@ -213,6 +178,22 @@ impl TcpLink {
             .map_err(|error| LinkError::system(peer, "watching the socket", error))?;
         self.lanes[lane].connect(socket, connection);
         Ok(())
+    }
+
+    /// Looks at a lane whose flow has news: another connection, perhaps.
+    fn renew(&mut self, peer: Rank, socket: u8) -> Result<(), LinkError> {
+        let first = match self.first_lane(peer) {
+            Some(lane) => lane,
+            None => self.add_lanes(peer),
+        };
+        let lane = first + usize::from(socket);
+        let Some(stream) = self.lanes[lane].renew() else { return Ok(()) };
+        if socket::is_far(&stream).is_ok_and(|is_far| is_far) {
+            self.silences.add(lane);
+        }
+        self.sleeper
+            .watch(lane, stream.as_fd())
+            .map_err(|error| LinkError::system(peer, "watching the socket", error))
     }
 
     /// Takes over the event queue's news, after at most `timeout`.
@@ -251,10 +232,11 @@ impl TcpLink {
         let lanes = &self.lanes;
         let Some((lane, silent)) = self.silences.look(|lane| lanes[lane].told()) else { return };
         let peer = self.lanes[lane].peer;
-        self.silent = Some(match silent {
+        let error = match silent {
             Ok(time) => LinkError { peer, kind: LinkErrorKind::Unacknowledged(time) },
             Err(error) => LinkError::system(peer, "asking about the socket", error),
-        });
+        };
+        self.silent = self.lanes[lane].broke(error);
     }
 
     fn own_error(&self, doing: &str, error: io::Error) -> LinkError {
@@ -262,6 +244,10 @@ impl TcpLink {
     }
 
     fn admit_arrived(&mut self) -> Result<(), LinkError> {
+        if let Some(keeper) = &self.keeper {
+            let news = keeper.take_news();
+            return news.into_iter().try_for_each(|(peer, socket)| self.renew(peer, socket));
+        }
         self.inbox.take().into_iter().try_for_each(|arrived| self.admit(arrived))
     }
 
@@ -480,7 +466,11 @@ impl Link for TcpLink {
 
     fn arm(&mut self) -> bool {
         self.look_for_silence();
-        let is_told = self.silent.is_none() && self.inbox.is_empty();
+        let has_news = match &self.keeper {
+            Some(keeper) => keeper.has_news(),
+            None => !self.inbox.is_empty(),
+        };
+        let is_told = self.silent.is_none() && !has_news;
         is_told && !self.busy.iter().any(|&lane| self.lanes[lane].can_move())
     }
 
@@ -499,6 +489,9 @@ impl Link for TcpLink {
 
     fn abort(&mut self) {
         self.inbox.close();
+        if let Some(keeper) = &self.keeper {
+            keeper.stop();
+        }
         self.lanes.iter_mut().for_each(Lane::clear);
         self.current = None;
         self.busy.clear();
@@ -515,29 +508,11 @@ impl Link for TcpLink {
 
 impl Drop for TcpLink {
     fn drop(&mut self) {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.leave();
+        }
         self.inbox.close();
     }
-}
-
-/// Sets a socket up; whether it leads to another host.
-fn prepare(stream: &TcpStream, limit: Duration) -> io::Result<bool> {
-    let socket = SockRef::from(stream);
-    socket.set_tcp_nodelay(true)?;
-    // No TCP_USER_TIMEOUT: it ends a connection also if the peer only reads nothing for so long,
-    // and after an outage that was shorter. `Silences` looks at what the kernel knows instead.
-    let period = (limit / 4).clamp(Duration::from_secs(1), Duration::from_secs(3600));
-    let keepalive =
-        TcpKeepalive::new().with_time(period).with_interval(period).with_retries(PROBES);
-    socket.set_tcp_keepalive(&keepalive)?;
-    let is_far = stream.peer_addr()?.ip() != stream.local_addr()?.ip();
-    if is_far {
-        congestion::across(&socket)?;
-    } else {
-        congestion::inside(&socket);
-        socket.set_send_buffer_size(LOCAL_SEND_BYTES)?;
-    }
-    stream.set_nonblocking(true)?;
-    Ok(is_far)
 }
 
 #[cfg(test)]
@@ -547,8 +522,10 @@ mod tests {
     use unisum_kernels::Dtype;
     use unisum_link::conformance::Memory;
     use unisum_link::handshake::Secret;
+    use unisum_link::secure::Credentials;
 
     use super::*;
+    use crate::Route;
 
     fn link(rank: Rank, world: usize) -> TcpLink {
         let route = || Arc::new(Route::from(SocketAddr::from(([127, 0, 0, 1], 9))));
@@ -589,7 +566,7 @@ mod tests {
     fn a_rank_below_does_not_dial() {
         let mut link = link(1, 3);
         let result = Err(LinkError::closed(0));
-        let error = link.admit(Arrived { peer: 0, socket: 0, result }).unwrap_err();
+        let error = link.admit(Arrived { peer: 0, socket: 0, attempt: 0, result }).unwrap_err();
         assert!(matches!(error.kind, LinkErrorKind::Protocol(_)) && error.peer == 0, "{error}");
         assert!(link.lanes.is_empty());
     }

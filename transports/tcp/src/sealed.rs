@@ -41,19 +41,19 @@ pub(crate) struct Sealed {
 
 /// Bytes on their way from one end to the other; it grows and never shrinks.
 #[derive(Debug, Default)]
-struct Buffer {
+pub(crate) struct Buffer {
     bytes: Vec<u8>,
     from: usize,
     to: usize,
 }
 
 impl Buffer {
-    fn held(&self) -> &[u8] {
+    pub(crate) fn held(&self) -> &[u8] {
         &self.bytes[self.from..self.to]
     }
 
     /// Room for so many bytes behind those that it holds.
-    fn room(&mut self, bytes: usize) -> &mut [u8] {
+    pub(crate) fn room(&mut self, bytes: usize) -> &mut [u8] {
         if self.from == self.to {
             (self.from, self.to) = (0, 0);
         }
@@ -65,6 +65,16 @@ impl Buffer {
             self.bytes.resize(self.to + bytes, 0);
         }
         &mut self.bytes[self.to..]
+    }
+
+    /// So many bytes of the room were filled.
+    pub(crate) const fn grew(&mut self, bytes: usize) {
+        self.to += bytes;
+    }
+
+    /// So many of the bytes that it holds were used.
+    pub(crate) const fn gave(&mut self, bytes: usize) {
+        self.from += bytes;
     }
 }
 

@@ -49,6 +49,11 @@ pub(crate) struct Told {
     heard: Duration,
 }
 
+impl Told {
+    /// What there is to say of a connection that is not there.
+    pub(crate) const NOTHING: Self = Self { awaits: false, attempts: 0, heard: Duration::ZERO };
+}
+
 impl Silences {
     /// Lanes are lost that were silent for `limit`.
     pub(crate) fn new(limit: Duration) -> Self {
@@ -57,6 +62,7 @@ impl Silences {
 
     /// A lane to another host.
     pub(crate) fn add(&mut self, lane: usize) {
+        self.by_lane.retain(|(known, _)| *known != lane);
         self.by_lane.push((lane, None));
     }
 

@@ -30,6 +30,12 @@ pub(crate) struct Sleeper {
 #[derive(Debug)]
 pub(crate) struct Bell(OwnedFd);
 
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Wake for Bell {
     fn wake(&self) {
         // It fails only if the counter is full, and then a wake-up is pending.
@@ -38,7 +44,11 @@ impl Wake for Bell {
 }
 
 impl Bell {
-    fn silence(&self) {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    pub(crate) fn silence(&self) {
         // It fails only if nobody rang.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
@@ -66,9 +76,9 @@ const BELL: Token = Token(usize::MAX);
 impl Sleeper {
     pub(crate) fn new() -> io::Result<Self> {
         let queue = Poll::new()?;
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        queue.registry().register(&mut SourceFd(&bell.as_raw_fd()), BELL, Interest::READABLE)?;
-        Ok(Self { queue, events: Events::with_capacity(64), bell: Arc::new(Bell(bell)) })
+        let bell = Bell::new()?;
+        queue.registry().register(&mut SourceFd(&bell.0.as_raw_fd()), BELL, Interest::READABLE)?;
+        Ok(Self { queue, events: Events::with_capacity(64), bell: Arc::new(bell) })
     }
 
     pub(crate) fn bell(&self) -> Arc<Bell> {

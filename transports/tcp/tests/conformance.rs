@@ -80,6 +80,37 @@ mod encrypted {
     }
 }
 
+/// All of it on connections that would be dialled anew.
+mod reconnecting {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    unisum_link::conformance_tests!(Mesh {
+        connect: |world| ends_that_reconnect(world, 1, "127.0.0.1:0", &clear(), LIMIT),
+        sees_peer_death: false,
+    });
+
+    mod split_over_sockets {
+        use super::*;
+
+        unisum_link::conformance_tests!(Mesh {
+            connect: |world| ends_that_reconnect(world, 3, "[::1]:0", &clear(), LIMIT),
+            sees_peer_death: false,
+        });
+    }
+
+    #[cfg(feature = "tls")]
+    mod encrypted {
+        use super::*;
+
+        unisum_link::conformance_tests!(Mesh {
+            connect: |world| ends_that_reconnect(world, 2, "127.0.0.1:0", &encrypted(), LIMIT),
+            sees_peer_death: false,
+        });
+    }
+}
+
 fn clear() -> Credentials {
     Credentials::clear(Secret::new(b"the conformance suite's token"))
 }
@@ -131,6 +162,16 @@ fn call() -> Call {
 }
 
 fn ends(world: usize, sockets_per_peer: u8, address: &str, credentials: &Credentials) -> Vec<End> {
+    ends_that_reconnect(world, sockets_per_peer, address, credentials, Duration::ZERO)
+}
+
+fn ends_that_reconnect(
+    world: usize,
+    sockets_per_peer: u8,
+    address: &str,
+    credentials: &Credentials,
+    reconnect_timeout: Duration,
+) -> Vec<End> {
     let listeners: Vec<TcpListener> =
         (0..world).map(|_| TcpListener::bind(address).unwrap()).collect();
     let addresses: Vec<SocketAddr> =
@@ -145,7 +186,7 @@ fn ends(world: usize, sockets_per_peer: u8, address: &str, credentials: &Credent
             sockets_per_peer,
             connect_timeout: Duration::from_secs(10),
             heartbeat_timeout: Duration::from_secs(10),
-            reconnect_timeout: Duration::ZERO,
+            reconnect_timeout,
         };
         let link = TcpLink::new(config).unwrap();
         common::accept(

@@ -29,7 +29,15 @@ fn dial(address: SocketAddr, to: u32, timeout: Duration) -> Dial {
     let build = Build::default();
     let hello = Hello { purpose, socket: 0, from: 9, to, world: 10, session, job, build };
     let own = Arc::new(Route::from(SocketAddr::from(([127, 0, 0, 1], 1))));
-    Dial { route: Arc::new(address.into()), own, hello, credentials: credentials(), timeout }
+    Dial {
+        route: Arc::new(address.into()),
+        own,
+        hello,
+        credentials: credentials(),
+        timeout,
+        pause: Duration::ZERO,
+        attempt: 1,
+    }
 }
 
 fn next_arrival(inbox: &Inbox) -> Arrived {

@@ -68,7 +68,7 @@ impl Ends {
             wires.push(wire);
             let (stream, _) = listener.accept().unwrap();
             stream.set_nonblocking(true).unwrap();
-            let mut lane = Lane::new(1);
+            let mut lane = Lane::new(1, None);
             let stream = ParentOnly::new(stream);
             lane.connect(2, Proven::new(stream, Some(session)));
             lane
