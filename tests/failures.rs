@@ -94,6 +94,17 @@ fn a_killed_rank_is_named_by_all_others_within_two_seconds_on_tcp() {
 }
 
 #[test]
+fn a_killed_rank_is_named_as_soon_where_connections_are_dialled_anew() {
+    let world = World::new(4, "reduce_forever")
+        .set("UNISUM_TRANSPORT", "tcp")
+        .set("UNISUM_RECONNECT_TIMEOUT", 60)
+        .set("COUNT", (8 << 20) / 4);
+    for victim in 0..4 {
+        kill_in_mid_transfer(&world, 4, victim, Duration::from_millis(50));
+    }
+}
+
+#[test]
 fn a_killed_rank_is_named_by_all_others_within_two_seconds_on_shared_memory() {
     kill_at_twenty_moments("shm");
 }
