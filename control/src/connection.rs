@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -11,6 +11,7 @@ use unisum_link::fork::ParentOnly;
 use unisum_link::secure::{Proven, Session};
 
 use super::message::{Message, MessageError};
+use super::resume::{self, Impossible, Ledger, Word};
 
 /// Most bytes read at a time.
 const READ_BYTES: usize = 64 << 10;
@@ -18,6 +19,11 @@ const READ_BYTES: usize = 64 << 10;
 const PIECES_MAX: usize = 64;
 /// How often the kernel asks in vain whether the connection still exists, until it ends it.
 const PROBES: u32 = 8;
+/// The same of one that can go on in another: what stands between the ends may have forgotten it,
+/// which they find out by asking.
+const OFTEN: Duration = Duration::from_secs(1);
+/// Most that the kernel asks.
+const PROBES_MAX: f64 = 127.0;
 
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -30,6 +36,13 @@ pub(super) struct Connection {
     /// In clear text, or sealed already.
     outbound: VecDeque<Bytes>,
     finishing: bool,
+    has_finished: bool,
+    /// What it needs to go on in another one, if it can.
+    ledger: Option<Ledger>,
+    /// It has ended, and another one is to go on in its place.
+    is_cut: bool,
+    /// The other end.
+    peer: Option<SocketAddr>,
 }
 
 /// How far a [`Connection::receive`] got.
@@ -59,17 +72,111 @@ impl Connection {
         let keepalive =
             TcpKeepalive::new().with_time(period).with_interval(period).with_retries(PROBES);
         socket.set_tcp_keepalive(&keepalive)?;
-        let (inbound, sealed) = (BytesMut::from(&early[..]), BytesMut::new());
-        let outbound = VecDeque::new();
-        Ok(Self { stream, session, inbound, sealed, outbound, finishing: false })
+        let peer = stream.peer_addr().ok();
+        Ok(Self {
+            peer,
+            stream,
+            session,
+            inbound: BytesMut::from(&early[..]),
+            sealed: BytesMut::new(),
+            outbound: VecDeque::new(),
+            finishing: false,
+            has_finished: false,
+            ledger: None,
+            is_cut: false,
+        })
+    }
+
+    /// One that can go on in another one. It still ends when the other host is silent for a little
+    /// more than twice `limit`, but soon when nobody knows it any more.
+    ///
+    /// # Errors
+    /// If the kernel refuses an option.
+    pub(super) fn resumable(mut self, limit: Duration) -> io::Result<Self> {
+        let probes = (2.0 * limit.as_secs_f64()).clamp(f64::from(PROBES), PROBES_MAX) as u32;
+        let keepalive =
+            TcpKeepalive::new().with_time(OFTEN).with_interval(OFTEN).with_retries(probes);
+        SockRef::from(&*self.stream).set_tcp_keepalive(&keepalive)?;
+        self.ledger = Some(Ledger::default());
+        Ok(self)
     }
 
     pub(super) fn stream(&self) -> &TcpStream {
         &self.stream
     }
 
+    /// The other end; none if it was gone already when this was made.
+    pub(super) const fn peer(&self) -> Option<SocketAddr> {
+        self.peer
+    }
+
     /// Queues encoded messages for [`Connection::flush`].
     pub(super) fn queue(&mut self, encoded: Bytes) {
+        if let Some(ledger) = &mut self.ledger {
+            ledger.keep(&encoded);
+        }
+        if !self.is_cut {
+            self.write(encoded);
+        }
+    }
+
+    /// Queues what is said of the connection itself.
+    pub(super) fn queue_word(&mut self, word: Word) {
+        self.write(word.encode());
+    }
+
+    /// Says which messages have been taken, if there were any since it was said last.
+    pub(super) fn acknowledge(&mut self) {
+        let is_open = !self.is_cut && !self.finishing && !self.has_finished;
+        let ledger = self.ledger.as_mut().filter(|_| is_open);
+        if let Some(word) = ledger.and_then(Ledger::news) {
+            self.queue_word(word);
+            // At once: the end may have come together with what was taken, and the other end waits
+            // to hear that its goodbye was. If it breaks, that shows again at the next attempt.
+            let _ = self.flush();
+        }
+    }
+
+    /// It has ended, and waits for another one to go on in its place.
+    pub(super) fn cut(&mut self) {
+        // It fails if the peer has closed already, which is as good.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        self.outbound.clear();
+        self.is_cut = true;
+    }
+
+    /// Whether the other end has said of all that was queued that it has it.
+    pub(super) fn is_settled(&self) -> bool {
+        self.ledger.as_ref().is_none_or(Ledger::is_settled)
+    }
+
+    /// How many messages were taken, of one that can go on in another.
+    pub(super) fn taken(&self) -> u64 {
+        self.ledger.as_ref().map_or(0, Ledger::taken)
+    }
+
+    /// Goes on in another connection, whose other end has taken so many messages.
+    ///
+    /// # Errors
+    /// If that can't be.
+    pub(super) fn go_on(&mut self, mut other: Self, taken_there: u64) -> Result<(), Impossible> {
+        let ledger = self.ledger.as_mut().ok_or(Impossible)?;
+        ledger.has_taken(taken_there)?;
+        let again: Vec<Bytes> = ledger.again().collect();
+        std::mem::swap(&mut self.stream, &mut other.stream);
+        // It may have ended again already.
+        self.peer = other.peer.or(self.peer);
+        self.session = other.session.take();
+        self.inbound = std::mem::take(&mut other.inbound);
+        self.sealed = std::mem::take(&mut other.sealed);
+        self.outbound = std::mem::take(&mut other.outbound);
+        self.is_cut = false;
+        self.finishing |= std::mem::take(&mut self.has_finished);
+        again.into_iter().for_each(|encoded| self.write(encoded));
+        Ok(())
+    }
+
+    fn write(&mut self, encoded: Bytes) {
         let encoded = match &mut self.session {
             None => encoded,
             Some(session) => {
@@ -86,9 +193,10 @@ impl Connection {
         self.finishing = true;
     }
 
-    /// Whether all that was queued is with the kernel.
+    /// Whether all that was queued is with the kernel, or with the other end, if this can go on in
+    /// another connection.
     pub(super) fn is_flushed(&self) -> bool {
-        self.outbound.is_empty()
+        self.outbound.is_empty() && self.is_settled()
     }
 
     /// Writes what the kernel takes.
@@ -96,6 +204,9 @@ impl Connection {
     /// # Errors
     /// If the connection is broken.
     pub(super) fn flush(&mut self) -> io::Result<()> {
+        if self.is_cut {
+            return Ok(());
+        }
         while !self.outbound.is_empty() {
             let pieces: Vec<_> =
                 self.outbound.iter().take(PIECES_MAX).map(|piece| IoSlice::new(piece)).collect();
@@ -107,7 +218,7 @@ impl Connection {
             }
         }
         if self.finishing {
-            self.finishing = false;
+            (self.finishing, self.has_finished) = (false, true);
             self.stream.shutdown(Shutdown::Write)?;
         }
         Ok(())
@@ -130,6 +241,9 @@ impl Connection {
     /// # Errors
     /// If the connection is broken, or what came was altered on its way.
     pub(super) fn receive(&mut self) -> io::Result<Received> {
+        if self.is_cut {
+            return Ok(Received::Drained);
+        }
         let Self { stream, session, inbound, sealed, .. } = self;
         let into = if session.is_some() { &mut *sealed } else { &mut *inbound };
         let filled = into.len();
@@ -159,7 +273,15 @@ impl Connection {
     /// # Errors
     /// If the peer sent something else.
     pub(super) fn next(&mut self) -> Result<Option<Message>, MessageError> {
-        Message::decode(&mut self.inbound)
+        resume::next(&mut self.inbound, self.ledger.as_mut())
+    }
+
+    /// What is said of the connection itself, where it begins with that.
+    ///
+    /// # Errors
+    /// If the peer sent something else.
+    pub(super) fn word(&mut self) -> Result<Option<Word>, MessageError> {
+        Word::take(&mut self.inbound)
     }
 }
 

@@ -1,11 +1,12 @@
 //! The coordinator's decisions (sans-IO): what ranks say and what happens to their connections
 //! goes in, messages come out, and time is an argument.
 
+mod cuts;
 mod left_group;
 mod questions;
 mod waited;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,9 @@ const GRACE: Duration = Duration::from_millis(300);
 /// The same for one whose host acknowledges nothing: until its pulse has stopped as well, which is
 /// felt a second or two later, and all are known that were lost with it.
 const CUT_GRACE: Duration = Duration::from_secs(4);
+/// The same for one whose control connection was cut: whether its process is there is found out
+/// meanwhile.
+const FLAP_GRACE: Duration = Duration::from_secs(3);
 /// How long ranks that had not come when the start failed may come to hear why.
 const LATECOMER_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long ranks may take to say what they are doing.
@@ -70,6 +74,8 @@ pub(super) struct Coordinator {
     /// Who died, and how, since the coordinator last did what was due.
     deaths: Vec<(Rank, String)>,
     accusations: Vec<Accusation>,
+    /// Whose connections were cut and may yet go on.
+    cut: BTreeSet<Rank>,
     query: Query,
     /// What ranks are asked whose calls differ, or may.
     comparison: Option<Comparison>,
@@ -129,6 +135,7 @@ impl Coordinator {
             round: Round::new(world),
             deaths: Vec::new(),
             accusations: Vec::new(),
+            cut: BTreeSet::new(),
             query: Query::new(world),
             comparison: None,
             left_group: BTreeMap::new(),
@@ -212,6 +219,7 @@ impl Coordinator {
     /// the next [`Coordinator::tick`]: what others said by now comes first. If this process was
     /// stopped for a while, they may have come to a verdict without it.
     pub(super) fn lost(&mut self, rank: Rank, how: &str) {
+        self.cut.remove(&rank);
         match self.states[rank] {
             MemberState::Connected => {
                 self.states[rank] = MemberState::Absent;
@@ -396,6 +404,7 @@ impl Coordinator {
             Some(_) => {
                 let until = match report.finding {
                     Finding::Cut => self.cut_is_certain_at(now),
+                    _ if self.cut.contains(&against) => now + FLAP_GRACE,
                     _ => now + GRACE,
                 };
                 self.accusations.push(Accusation { by, report, until });

@@ -10,13 +10,14 @@ use bytes::BytesMut;
 use unisum_link::Rank;
 use unisum_link::dial::{Failure, dial};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, HandshakeError, Hello};
+use unisum_link::handshake::{self, HandshakeError, Hello, Refusal};
 use unisum_link::secure::{self, Credentials, Proven};
 
 use super::error::Reasons;
 use super::file;
 use super::message::Message;
 use super::pulse;
+use super::resume::{RESUMED_BYTES, Word};
 use super::verdict::{Finding, Report};
 use super::{ControlError, GOODBYE_TIMEOUT};
 use crate::address::{self, Rendezvous};
@@ -24,8 +25,12 @@ use crate::interface::Paths;
 
 /// Longest time for the connections of one attempt, and for each handshake.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time for the connections of one attempt where a process was reached before.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 const PAUSE_MIN: Duration = Duration::from_millis(10);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// The same where a process was reached before: the network may be back at any moment.
+const AGAIN_PAUSE_MAX: Duration = Duration::from_millis(100);
 /// How long a coordinator may refuse this rank before that is final: it may still be that of an
 /// earlier start of the job, or not have noticed this rank's last attempt end.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -155,6 +160,79 @@ pub(super) fn heir(
     }
 }
 
+/// What became of the attempts to go on with a connection to the coordinator that was cut.
+pub(super) enum Again {
+    /// The other end goes on, and has taken so many messages.
+    Reached(Reached, u64),
+    /// Nobody listens any more where the coordinator was reached, or somebody else does: its
+    /// process has ended.
+    Gone,
+    /// The coordinator does not go on, and says why.
+    Refused(String),
+    /// There was no answer in all that time.
+    Silent,
+}
+
+/// Dials the coordinator until a connection goes on for the one that was cut, after so many
+/// messages were `taken` of it, or until `until`. The first of the addresses is the one where the
+/// coordinator was reached before. Attempts are numbered from `attempt` on.
+pub(super) fn again(
+    addresses: &[SocketAddr],
+    (hello, credentials): (&Hello, &Credentials),
+    (mut attempt, taken): (u64, u64),
+    until: Instant,
+) -> Again {
+    let (mut pause, mut patience) = (PAUSE_MIN, CONNECT_TIMEOUT);
+    loop {
+        let time = until.saturating_duration_since(Instant::now());
+        let time = time.clamp(PAUSE_MIN, patience);
+        // At the next address, or in the next attempt, somebody may answer sooner; but this one may
+        // be busy.
+        patience = (patience * 2).min(ATTEMPT_TIMEOUT);
+        let meet = |stream, address| {
+            attempt += 1;
+            let word = Word::Resume { attempt, taken };
+            resume(stream, address, (hello, credentials), word, time)
+        };
+        // The next address has its turn, too, when one takes a connection and says nothing.
+        let by = Instant::now() + time.min(CONNECT_TIMEOUT) + time;
+        let unreached = match dial(addresses, by, |_, _| {}, meet) {
+            Ok((reached, taken)) => return Again::Reached(reached, taken),
+            Err(unreached) => unreached,
+        };
+        tracing::debug!(error = %unreached, "the coordinator is not reached again yet");
+        let mut answers = unreached.tried.iter().filter_map(|(_, failure)| match failure {
+            Failure::Met(error) => Some(error),
+            Failure::Connect(_) | Failure::Silent(_) => None,
+        });
+        if let Some(refused) = answers.clone().find(|it| is_final(it)) {
+            return Again::Refused(refused.to_string());
+        }
+        let is_refused = |(address, failure): &(SocketAddr, Failure<_>)| {
+            let is_proven = addresses.first() == Some(address);
+            matches!(failure, Failure::Connect(error) if is_proven && is_refusal(error))
+        };
+        if answers.next().is_none() && unreached.tried.iter().any(is_refused) {
+            return Again::Gone;
+        }
+        if Instant::now() >= until {
+            return Again::Silent;
+        }
+        thread::sleep(jittered(pause));
+        pause = (pause * 2).min(AGAIN_PAUSE_MAX);
+    }
+}
+
+/// Whether a listener said no, and not because its process lacks descriptors at the moment.
+fn is_final(error: &HandshakeError) -> bool {
+    matches!(error, HandshakeError::Refused(why) if *why != Refusal::Exhausted.to_string())
+}
+
+/// Whether a host said that nobody listens there.
+fn is_refusal(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::ConnectionRefused
+}
+
 /// Whether a connection is there on which nothing came.
 fn is_silence(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
@@ -226,6 +304,38 @@ pub(super) fn preamble(
     credentials: &Credentials,
     time: Duration,
 ) -> Result<Reached, HandshakeError> {
+    let mut connection = prove(stream, (hello, credentials), time)?;
+    let session = read_welcome(&mut connection)?;
+    let pulse = pulse::open(&connection.stream, hello, session, (credentials, time))?;
+    Ok(Reached { connection, coordinator: address, session, pulse })
+}
+
+/// Proves this rank to the coordinator, and hears that it goes on with a connection that was cut.
+fn resume(
+    stream: TcpStream,
+    address: SocketAddr,
+    (hello, credentials): (&Hello, &Credentials),
+    word: Word,
+    time: Duration,
+) -> Result<(Reached, u64), HandshakeError> {
+    let mut connection = prove(stream, (hello, credentials), time)?;
+    connection.write_all(&word.encode())?;
+    let mut frame = [0; RESUMED_BYTES];
+    connection.read_exact(&mut frame)?;
+    let Ok(Some(Word::Resumed { taken })) = Word::take(&mut BytesMut::from(&frame[..])) else {
+        let text = "no welcome after the handshake";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text).into());
+    };
+    let session = hello.session;
+    let pulse = pulse::open(&connection.stream, hello, session, (credentials, time))?;
+    Ok((Reached { connection, coordinator: address, session, pulse }, taken))
+}
+
+fn prove(
+    stream: TcpStream,
+    (hello, credentials): (&Hello, &Credentials),
+    time: Duration,
+) -> Result<Proven, HandshakeError> {
     let mut stream = ParentOnly::new(stream);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(time))?;
@@ -236,10 +346,7 @@ pub(super) fn preamble(
         stream.peer_addr()?.ip(),
     );
     let session = secure::dial(&mut *stream, hello, credentials, wants_records)?;
-    let mut connection = Proven::new(stream, session);
-    let session = read_welcome(&mut connection)?;
-    let pulse = pulse::open(&connection.stream, hello, session, (credentials, time))?;
-    Ok(Reached { connection, coordinator: address, session, pulse })
+    Ok(Proven::new(stream, session))
 }
 
 /// Tells the coordinator, which has admitted this rank, that it can't join, and why. Blocks until

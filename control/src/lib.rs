@@ -16,8 +16,10 @@
 
 mod acceptor;
 pub mod address;
+mod asking;
 pub mod callers;
 mod comparison;
+mod config;
 mod connection;
 mod coordinator;
 mod crossing;
@@ -38,6 +40,7 @@ mod member;
 mod message;
 mod pending;
 mod pulse;
+mod resume;
 mod round;
 mod share;
 mod shared;
@@ -51,15 +54,15 @@ mod tests;
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use mio::{Poll, Waker};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, Build, Hello, Purpose, job_hash};
-use unisum_link::secure::{Credentials, Preamble, Proven};
+use unisum_link::handshake::{self, Hello, Purpose, job_hash};
+use unisum_link::secure::{Preamble, Proven};
 use unisum_link::{Rank, Wake};
 
 use self::coordinator::Coordinator;
@@ -67,10 +70,10 @@ use self::dial::Reached;
 use self::listen::{Listeners, Listening};
 use self::pulse::Pulses;
 use self::shared::{Command, Shared};
-use self::thread::{ControlThread, Identity};
-use crate::address::{PortRange, Rendezvous};
-use crate::interface::InterfaceFilter;
+use self::thread::{ControlThread, Identity, Resuming};
+use crate::address::Rendezvous;
 
+pub use self::config::{ControlConfig, IsMoot, Publish};
 pub use self::environment::Environment;
 pub use self::error::ControlError;
 pub use self::kept::Kept;
@@ -88,62 +91,6 @@ const EXCHANGE_SPARE: Duration = Duration::from_secs(5);
 /// How long leaving may wait for the goodbye to be with the kernel.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a rank needs to know to join a job.
-#[derive(Debug)]
-pub struct ControlConfig {
-    /// This process's rank, below `world`.
-    pub rank: Rank,
-    /// How many ranks the job has.
-    pub world: usize,
-    /// Where the ranks meet.
-    pub rendezvous: Rendezvous,
-    /// The job's name, the same on all ranks.
-    pub job: String,
-    /// What proves that a process belongs to the job.
-    pub credentials: Credentials,
-    /// Where the token is from, in words.
-    pub secret_origin: String,
-    /// Which network interfaces other ranks may reach this one by.
-    pub interface: Option<InterfaceFilter>,
-    /// Which ports this rank may listen on; rank 0 listens on the rendezvous port instead if
-    /// that is one.
-    pub port_range: Option<PortRange>,
-    /// How long the other ranks may take to join, and to take part in each exchange.
-    pub connect_timeout: Duration,
-    /// How long another host may give no sign of life before it is lost.
-    pub heartbeat_timeout: Duration,
-    /// How long a connection that broke may take to be there again; zero: it is lost at once.
-    pub reconnect_timeout: Duration,
-    /// Which build this is: ranks of different builds are refused.
-    pub build: Build,
-    /// What a transport has to set on a listening socket, for the connections that it accepts.
-    pub prepare_listener: fn(&TcpListener),
-    /// How rank 0 tells the others where it listens, if they meet by a store of the program.
-    pub publish: Option<Publish>,
-    /// Whether joining has no purpose any more, because the job is in another view.
-    pub is_moot: Option<IsMoot>,
-}
-
-/// Says whether something has no purpose any more.
-pub struct IsMoot(pub Box<dyn Fn() -> bool + Send>);
-
-impl fmt::Debug for IsMoot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("IsMoot")
-    }
-}
-
-/// Tells the ranks that look for it where rank 0 listens. An error is the store's words.
-pub struct Publish(pub Box<PublishAddresses>);
-
-type PublishAddresses = dyn Fn(&[SocketAddr]) -> Result<(), String> + Send;
-
-impl fmt::Debug for Publish {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Publish")
-    }
-}
-
 /// This rank's membership in the control plane. Dropping it leaves.
 pub struct Control {
     shared: Arc<Shared>,
@@ -155,6 +102,7 @@ pub struct Control {
     /// Where it reached rank 0.
     coordinator: Option<SocketAddr>,
     connect_timeout: Duration,
+    reconnect_timeout: Duration,
     /// Held during an exchange: they go one by one.
     exchanging: Mutex<()>,
     has_left: AtomicBool,
@@ -184,7 +132,8 @@ impl Control {
     /// If rank 0 can't be reached in time or refuses, this process can't listen, or the
     /// rendezvous file can't be written.
     pub fn start(config: ControlConfig) -> Result<Self, ControlError> {
-        let ControlConfig { rank, world, connect_timeout, .. } = config;
+        let ControlConfig { rank, world, connect_timeout, reconnect_timeout, .. } = config;
+        let timeouts = (connect_timeout, reconnect_timeout);
         assert!(rank < world, "rank {rank} is not in a world of {world}");
         if world > WORLD_MAX {
             return Err(ControlError::World(world));
@@ -192,14 +141,14 @@ impl Control {
         let shared = Arc::new(Shared::new(rank, world));
         if world == 1 {
             let nowhere = (Vec::new(), None);
-            return Ok(Self::new(shared, None, new_session()?, nowhere, connect_timeout));
+            return Ok(Self::new(shared, None, new_session()?, nowhere, timeouts));
         }
         let joined = if rank == 0 { open(&config)? } else { dial(&config)? };
         joined.listening.listeners.iter().for_each(config.prepare_listener);
         let places = (joined.listening.addresses.clone(), joined.coordinator);
         let session = joined.session;
         let waker = spawn(config, joined, &shared)?;
-        Ok(Self::new(shared, Some(waker), session, places, connect_timeout))
+        Ok(Self::new(shared, Some(waker), session, places, timeouts))
     }
 
     fn new(
@@ -207,7 +156,7 @@ impl Control {
         waker: Option<Waker>,
         session: [u8; 16],
         (addresses, coordinator): (Vec<SocketAddr>, Option<SocketAddr>),
-        connect_timeout: Duration,
+        (connect_timeout, reconnect_timeout): (Duration, Duration),
     ) -> Self {
         let status = shared.enroll(0, (0..shared.world()).collect(), shared.rank);
         Self {
@@ -217,6 +166,7 @@ impl Control {
             addresses,
             coordinator,
             connect_timeout,
+            reconnect_timeout,
             exchanging: Mutex::new(()),
             has_left: AtomicBool::new(false),
             status,
@@ -386,7 +336,9 @@ impl Control {
     }
 
     /// Leaves in order: for the others this rank has not died. Waits until the kernel has the
-    /// goodbye, which is at once unless the network is stuck, and 1 s at most; joins no thread.
+    /// goodbye, which is at once unless the network is stuck, and 1 s at most; where connections go
+    /// on after they were cut, until its coordinator has it, or on the coordinator the others, and
+    /// `reconnect_timeout` longer at most, unless there is a verdict. Joins no thread.
     /// Idempotent. Does nothing in a forked child: the membership is the parent's.
     pub fn leave(&self) {
         if self.process != std::process::id() {
@@ -397,7 +349,9 @@ impl Control {
             return;
         }
         self.command(Command::Leave);
-        self.shared.await_goodbye(Instant::now() + GOODBYE_TIMEOUT);
+        // After a verdict nobody takes the end for a death.
+        let more = if self.is_over() { Duration::ZERO } else { self.reconnect_timeout };
+        self.shared.await_goodbye(Instant::now() + GOODBYE_TIMEOUT + more);
     }
 
     fn command(&self, command: Command) {
@@ -545,14 +499,14 @@ fn prepare(
     shared: &Arc<Shared>,
 ) -> io::Result<(Waker, ControlThread)> {
     let ControlConfig { rank, world, job, credentials, secret_origin, build, .. } = config;
-    let pulses = Pulses::new(config.heartbeat_timeout);
+    let felt = (Pulses::new(config.heartbeat_timeout), Resuming::new(config.reconnect_timeout));
     let poll = Poll::new()?;
     let waker = Waker::new(poll.registry(), thread::WAKER)?;
     let job = job_hash(&job);
     let preamble = Preamble::of(&session);
     let identity =
         Identity { rank, world, session, preamble, job, build, credentials, secret_origin };
-    let thread = ControlThread::new(poll, identity, Arc::clone(shared), listeners, pulses)?;
+    let thread = ControlThread::new(poll, identity, Arc::clone(shared), listeners, felt)?;
     Ok((waker, thread))
 }
 

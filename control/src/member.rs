@@ -41,6 +41,8 @@ pub(super) struct Member {
     coordinator: Rank,
     /// Whether it can be reached: not while another one is sought.
     is_connected: bool,
+    /// Whether the connection to it was cut and may yet go on.
+    is_cut: bool,
     /// Whether there is no coordinator, and never will be.
     is_alone: bool,
     /// By rank, whether it is gone, and what it did last if it left in order: what it has said of
@@ -71,6 +73,7 @@ impl Member {
             has_told_verdict: false,
             coordinator: 0,
             is_connected: true,
+            is_cut: false,
             is_alone: false,
             left_group: BTreeMap::new(),
             stalled: None,
@@ -172,9 +175,23 @@ impl Member {
         Some(told)
     }
 
+    /// The connection to the coordinator was cut: what it has to say may yet come.
+    pub(super) const fn cut(&mut self) {
+        self.is_cut = true;
+    }
+
+    /// The connection goes on; the coordinator has as much time again for what it was asked.
+    pub(super) fn goes_on(&mut self, now: Instant) {
+        self.is_cut = false;
+        if let Some(asked) = self.asked.clone() {
+            self.verdict_by = None;
+            self.expect_verdict(&asked, now);
+        }
+    }
+
     /// The connection to the coordinator ended. Whether another one is to be sought.
     pub(super) fn lost(&mut self, how: &str) -> bool {
-        self.is_connected = false;
+        (self.is_connected, self.is_cut) = (false, false);
         if self.gone[self.coordinator].is_none() {
             self.conclude(Verdict::died(self.coordinator, how));
         }
@@ -230,7 +247,7 @@ impl Member {
 
     /// Does what is due.
     pub(super) fn tick(&mut self, now: Instant) {
-        if self.verdict_by.is_some_and(|by| by <= now) {
+        if self.deadline().is_some_and(|by| by <= now) {
             let (silent, why) = match self.heir().filter(|_| !self.is_connected) {
                 Some(heir) => (heir, "others left, and it is to take their place"),
                 None => (self.coordinator, "no verdict when one was asked for"),
@@ -241,7 +258,7 @@ impl Member {
 
     /// When [`Member::tick`] has something to do.
     pub(super) const fn deadline(&self) -> Option<Instant> {
-        self.verdict_by
+        if self.is_cut { None } else { self.verdict_by }
     }
 
     /// Asks the coordinator for a verdict, or comes to one where there is none.
@@ -364,6 +381,19 @@ mod tests {
         member.tick(now + VERDICT_TIMEOUT / 2);
         assert!(member.shared.verdict().is_none());
         member.tick(now + VERDICT_TIMEOUT);
+        expect(&member, VerdictKind::Unresponsive, 0);
+    }
+
+    #[test]
+    fn a_coordinator_that_was_cut_off_is_not_silent() {
+        let (mut member, now) = (member(), Instant::now());
+        member.command(Command::Overdue(call(1).into()), now);
+        member.cut();
+        member.tick(now + VERDICT_TIMEOUT * 9);
+        assert!(member.deadline().is_none() && member.shared.verdict().is_none());
+        member.goes_on(now + VERDICT_TIMEOUT * 9);
+        assert_eq!(member.deadline(), Some(now + VERDICT_TIMEOUT * 10));
+        member.tick(now + VERDICT_TIMEOUT * 10);
         expect(&member, VerdictKind::Unresponsive, 0);
     }
 

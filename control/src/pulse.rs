@@ -37,6 +37,8 @@ pub(super) struct Pulses {
     limit: Duration,
     by_token: BTreeMap<usize, Pulse>,
     lost: Vec<(Rank, IpAddr)>,
+    /// Ranks whose pulses ended in another way.
+    ended: Vec<Rank>,
     lost_until: Option<Instant>,
 }
 
@@ -49,8 +51,9 @@ struct Pulse {
 
 impl Pulses {
     /// None yet; hosts are lost that have not answered for `limit`.
-    pub(super) const fn new(limit: Duration) -> Self {
-        Self { limit, by_token: BTreeMap::new(), lost: Vec::new(), lost_until: None }
+    pub(super) fn new(limit: Duration) -> Self {
+        let (by_token, lost, ended) = (BTreeMap::new(), Vec::new(), Vec::new());
+        Self { limit, by_token, lost, ended, lost_until: None }
     }
 
     pub(super) const fn limit(&self) -> Duration {
@@ -92,17 +95,25 @@ impl Pulses {
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             // The other process has ended, or its host was started anew: the control connection
-            // says how.
-            Ok(_) => drop(self.by_token.remove(&token)),
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => {
-                self.by_token.remove(&token);
-            }
+            // says how. Or something in between has cut this one.
+            Ok(_) => self.ended(token, rank),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => self.ended(token, rank),
             Err(_) => {
                 self.by_token.remove(&token);
                 self.lost.push((rank, address));
                 self.lost_until.get_or_insert(now + GATHER);
             }
         }
+    }
+
+    fn ended(&mut self, token: usize, rank: Rank) {
+        self.by_token.remove(&token);
+        self.ended.push(rank);
+    }
+
+    /// The ranks whose pulses have ended since this was asked last, and not because a host is lost.
+    pub(super) fn take_ended(&mut self) -> Vec<Rank> {
+        std::mem::take(&mut self.ended)
     }
 
     /// The ranks whose hosts are lost, with their addresses, once all are known that were lost with
@@ -202,6 +213,9 @@ mod tests {
             pulses.feel(8, now);
         }
         assert_eq!((pulses.deadline(), pulses.lost(until)), (None, Vec::new()));
+        let mut ended = pulses.take_ended();
+        ended.sort_unstable();
+        assert_eq!((ended, pulses.take_ended()), (vec![1, 2], Vec::new()));
     }
 
     #[test]

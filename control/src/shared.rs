@@ -217,6 +217,11 @@ impl Shared {
         self.addresses.get().cloned().unwrap_or_default()
     }
 
+    /// Where a rank listens; empty if that is not known.
+    pub(super) fn addresses_of(&self, rank: Rank) -> Vec<SocketAddr> {
+        self.addresses.get().and_then(|all| all.get(rank)).cloned().unwrap_or_default()
+    }
+
     /// Takes data connections of a communicator from now on.
     pub(super) fn open_channel(
         &self,

@@ -13,7 +13,7 @@ use unisum_kernels::Dtype;
 use unisum_link::handshake::{Build, Heard, Secret};
 #[cfg(feature = "tls")]
 use unisum_link::secure::Sealing;
-use unisum_link::secure::{self, Listening as Handshake, Session};
+use unisum_link::secure::{self, Credentials, Listening as Handshake, Session};
 
 use super::message::Message;
 use super::*;
@@ -21,6 +21,8 @@ use unisum_link::Call;
 
 mod alone;
 mod exchanges;
+mod flaps;
+mod relay;
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);

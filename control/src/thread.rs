@@ -1,6 +1,7 @@
 //! The control thread: an event loop that owns the listening port and the control connections.
 
 mod reception;
+mod resuming;
 mod succession;
 
 use std::cell::Cell;
@@ -16,10 +17,11 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 use unisum_link::Rank;
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{Build, Hello, Purpose, Refusal};
+use unisum_link::handshake::{Build, Purpose, Refusal};
 use unisum_link::secure::{Credentials, Preamble, Proven};
 
 use self::reception::Reception;
+pub(super) use self::resuming::Resuming;
 use self::succession::Dialing;
 use super::acceptor::{Acceptor, Admitted, Refused};
 use super::connection::{Connection, Received};
@@ -71,6 +73,7 @@ pub(super) struct ControlThread {
     /// Which processes have joined, in words.
     processes: BTreeMap<Rank, String>,
     pulses: Pulses,
+    resuming: Resuming,
     /// On the rank that coordinates: rank 0, until it has left and its process has ended.
     coordinator: Option<Coordinator>,
     /// While another rank is to coordinate.
@@ -90,7 +93,7 @@ impl ControlThread {
         identity: Identity,
         shared: Arc<Shared>,
         listeners: Listeners,
-        pulses: Pulses,
+        (pulses, resuming): (Pulses, Resuming),
     ) -> io::Result<Self> {
         let acceptor =
             Acceptor::new(listeners, LISTENER, FIRST_GUEST, identity.world, poll.registry())?;
@@ -103,6 +106,7 @@ impl ControlThread {
             connections: BTreeMap::new(),
             processes: BTreeMap::new(),
             pulses,
+            resuming,
             coordinator: None,
             dialing: None,
             only_coordinates_since: None,
@@ -129,13 +133,20 @@ impl ControlThread {
             pulse::register(self.poll.registry(), &stream, PULSE)?;
             self.pulses.add(PULSE, coordinator, stream)?;
         }
-        let connection = Connection::new(connection, self.pulses.limit())?;
+        let connection = self.connection(connection)?;
         let interest = Interest::READABLE | Interest::WRITABLE;
         let socket = connection.stream().as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&socket), Token(COORDINATOR), interest)?;
         self.connections.insert(COORDINATOR, (coordinator, connection));
         self.send(COORDINATOR, encode(&[Message::Joined]));
         Ok(())
+    }
+
+    /// A connection that goes on in another one after it was cut, if there are such.
+    fn connection(&self, proven: Proven) -> io::Result<Connection> {
+        let limit = self.pulses.limit();
+        let connection = Connection::new(proven, limit)?;
+        if self.resuming.is_on() { connection.resumable(limit) } else { Ok(connection) }
     }
 
     /// Runs until this rank has left.
@@ -159,6 +170,7 @@ impl ControlThread {
             for command in self.shared.take_commands() {
                 self.obey(command, now);
             }
+            self.look_after_cuts(now);
             self.look_for_heir(now);
             self.tick(now);
         }
@@ -169,6 +181,7 @@ impl ControlThread {
             (Some(acceptor), LISTENER) => acceptor.preamble(),
             (Some(acceptor), token) if acceptor.has_pending(token) => self.visit(token, now),
             (_, token) if self.pulses.has(token) => self.pulses.feel(token, now),
+            (_, token) if self.resuming.is_returning(token) => self.hear_returning(token, now),
             // Among the rest: the waker, whose commands are looked at in any case, and what
             // arrived together with the end of its connection.
             (_, token) => self.serve(token, now),
@@ -190,6 +203,8 @@ impl ControlThread {
             coordinator: self.coordinator.as_ref(),
             connections: &self.connections,
             processes: &self.processes,
+            goes_on: self.resuming.is_on(),
+            has_left: self.linger_until.is_some(),
             is_proven: Cell::new(false),
         };
         Some((self.acceptor.as_mut()?, self.poll.registry(), host))
@@ -215,6 +230,7 @@ impl ControlThread {
             Purpose::Data => self.hand_over(admitted),
             Purpose::Control => self.welcome(admitted, now),
             Purpose::Pulse => self.take_pulse(admitted),
+            Purpose::Resume => self.returns(admitted, now),
             // Nobody is admitted with it here.
             Purpose::View => {}
         }
@@ -244,7 +260,7 @@ impl ControlThread {
     fn welcome(&mut self, admitted: Admitted, now: Instant) {
         let Admitted { token, hello, connection, address } = admitted;
         let rank = hello.from as Rank;
-        match Connection::new(connection, self.pulses.limit()) {
+        match self.connection(connection) {
             Ok(connection) => {
                 self.connections.insert(token, (rank, connection));
                 let at = address.ip().to_canonical();
@@ -271,7 +287,7 @@ impl ControlThread {
                     return;
                 };
                 match connection.next() {
-                    Ok(None) => break,
+                    Ok(None) => break connection.acknowledge(),
                     Ok(Some(message)) => self.hear(rank, message, now),
                     Err(error) => {
                         connection.discard();
@@ -322,6 +338,13 @@ impl ControlThread {
     }
 
     fn lost(&mut self, token: usize, how: &str) {
+        if !self.cut(token, how, Instant::now()) {
+            self.end(token, how);
+        }
+    }
+
+    /// A connection has ended for good.
+    fn end(&mut self, token: usize, how: &str) {
         let Some((rank, connection)) = self.connections.remove(&token) else {
             return;
         };
@@ -363,16 +386,21 @@ impl ControlThread {
 
     /// Nothing is said after the goodbye.
     fn leave(&mut self, now: Instant) {
-        self.linger_until = Some(now + LINGER);
+        // What was not taken yet is said again if the connection is cut.
+        self.linger_until = Some(now + LINGER + self.resuming.timeout());
         self.close_acceptor();
         for (_, connection) in self.connections.values_mut() {
             connection.finish();
         }
     }
 
-    /// Nobody is let in any more.
+    /// Nobody is let in any more, unless connections go on in others: then some may come, or be
+    /// asked whether this process is there, until the thread ends.
     fn close_acceptor(&mut self) {
         self.published = None;
+        if self.resuming.is_on() {
+            return;
+        }
         if let Some(mut acceptor) = self.acceptor.take() {
             acceptor.close(self.poll.registry());
         }
@@ -392,7 +420,11 @@ impl ControlThread {
 
     /// Ends the job if another host is lost.
     fn look_who_is_lost(&mut self, now: Instant) {
-        let lost = self.pulses.lost(now);
+        let mut lost = self.pulses.lost(now);
+        lost.retain(|(rank, _)| {
+            let how = "its pulse stopped: its host, or the network between, does not answer";
+            !self.token_of(*rank).is_some_and(|token| self.cut(token, how, now))
+        });
         if lost.is_empty() || self.linger_until.is_some() {
             return;
         }
@@ -479,6 +511,8 @@ impl ControlThread {
         if is_over && connections.all(|(_, each)| each.is_flushed()) {
             self.shared.said_goodbye();
             self.has_said_goodbye = true;
+            let linger = Instant::now() + LINGER;
+            self.linger_until = self.linger_until.map(|until| until.min(linger));
         }
     }
 
@@ -491,7 +525,10 @@ impl ControlThread {
     }
 
     fn is_over(&self, now: Instant) -> bool {
-        self.linger_until.is_some_and(|until| self.connections.is_empty() || until <= now)
+        // Who did not hear that its goodbye was taken, because its connection was cut, asks again.
+        let is_asked = self.resuming.is_on() && self.coordinator.is_some();
+        let is_idle = self.connections.is_empty() && !is_asked;
+        self.linger_until.is_some_and(|until| is_idle || until <= now)
     }
 
     fn timeout(&self, now: Instant) -> Option<Duration> {
@@ -499,54 +536,10 @@ impl ControlThread {
         let coordinator = self.coordinator.as_ref().and_then(Coordinator::deadline);
         let farewell = self.farewell().filter(|until| *until > now);
         let due = [acceptor, coordinator, self.member.deadline(), self.linger_until, farewell];
-        let due = due.into_iter().chain([self.pulses.deadline(), self.look_at(now)]);
+        let cuts = self.resuming.deadline(now);
+        let due = due.into_iter().chain([self.pulses.deadline(), self.look_at(now), cuts]);
         let due = due.flatten().min()?;
         Some(due.saturating_duration_since(now))
-    }
-}
-
-impl Identity {
-    /// Whether a connection that has proven the token may come in.
-    fn admit(
-        &self,
-        hello: &Hello,
-        coordinator: Option<&Coordinator>,
-        shared: &Shared,
-        (is_connected, taken): (impl Fn(Rank) -> bool, impl Fn(&Rank) -> Option<String>),
-    ) -> Result<(), Refusal> {
-        let Hello { from, to, .. } = *hello;
-        if hello.job != self.job {
-            return Err(Refusal::Job);
-        }
-        if hello.purpose == Purpose::Control && hello.build != self.build {
-            return Err(Refusal::Build { from, to, theirs: hello.build, ours: self.build });
-        }
-        // Data connections belong to a communicator, in which ranks have numbers of their own.
-        let (rank, world) = match hello.purpose {
-            Purpose::Data => shared.channel(&hello.session).ok_or(Refusal::Session)?,
-            Purpose::Pulse if hello.session != self.session => return Err(Refusal::Session),
-            Purpose::Pulse | Purpose::Control => (self.rank, self.world),
-            // Members of an elastic job have another port for that.
-            Purpose::View => return Err(Refusal::Rank { from, to }),
-        };
-        let (dialer, ours) = (from as Rank, world as u32);
-        if hello.world != ours {
-            return Err(Refusal::World { theirs: hello.world, ours });
-        }
-        if dialer >= world || dialer == rank || to as Rank != rank {
-            return Err(Refusal::Rank { from, to });
-        }
-        match (hello.purpose, coordinator) {
-            (Purpose::Data | Purpose::View, _) => Ok(()),
-            (Purpose::Pulse, Some(_)) if is_connected(dialer) => Ok(()),
-            (Purpose::Pulse, _) | (Purpose::Control, None) => Err(Refusal::Rank { from, to }),
-            (Purpose::Control, Some(coordinator)) if coordinator.is_vacant(dialer) => Ok(()),
-            (Purpose::Control, Some(_)) => Err(Refusal::RankTaken {
-                rank: from,
-                first: taken(&dialer).unwrap_or_else(|| "another process".into()),
-                second: hello.process(),
-            }),
-        }
     }
 }
 

@@ -408,6 +408,25 @@ fn a_message_that_is_overdue_is_asked_about_along_the_chain() {
     job.expect(VerdictKind::NotEntered, &[3]);
 }
 
+/// Who has accused it before the cut was seen, and who does so after it, waits for the same.
+#[test]
+fn a_link_to_a_rank_that_was_cut_off_waits_whether_it_has_died() {
+    for is_accused_before in [true, false] {
+        let mut job = Job::new();
+        if is_accused_before {
+            job.accuse(3, 2, Finding::LinkFailed);
+        }
+        job.coordinator.cut(2, job.now);
+        if !is_accused_before {
+            job.accuse(3, 2, Finding::LinkFailed);
+        }
+        job.wait(FLAP_GRACE - Duration::from_millis(1));
+        job.expect_nothing();
+        job.lose(2);
+        job.expect(VerdictKind::Died, &[2]);
+    }
+}
+
 /// Rank 1 coordinates after rank 0 has left and its process has ended.
 fn heir() -> Job {
     let now = Instant::now();

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use unisum_link::Rank;
-use unisum_link::handshake::{Hello, Refusal};
+use unisum_link::handshake::{Hello, Purpose, Refusal};
 use unisum_link::secure::{Credentials, Preamble};
 
 use super::{Identity, Shared};
@@ -18,6 +18,10 @@ pub(super) struct Reception<'a> {
     pub(super) coordinator: Option<&'a Coordinator>,
     pub(super) connections: &'a BTreeMap<usize, (Rank, Connection)>,
     pub(super) processes: &'a BTreeMap<Rank, String>,
+    /// Whether connections go on in others after they were cut.
+    pub(super) goes_on: bool,
+    /// Whether this rank has said goodbye: nobody joins any more.
+    pub(super) has_left: bool,
     /// Whether somebody has proven the token.
     pub(super) is_proven: Cell<bool>,
 }
@@ -42,6 +46,63 @@ impl Host for Reception<'_> {
         let is_connected =
             |rank| self.connections.values().any(|(connected, _)| *connected == rank);
         let taken = |rank: &Rank| self.processes.get(rank).cloned();
+        let is_open = match hello.purpose {
+            Purpose::Resume => self.goes_on,
+            Purpose::Control => !self.has_left,
+            Purpose::Data | Purpose::Pulse | Purpose::View => true,
+        };
+        if !is_open {
+            return Err(Refusal::Rank { from: hello.from, to: hello.to });
+        }
         self.identity.admit(hello, self.coordinator, self.shared, (is_connected, taken))
+    }
+}
+
+impl Identity {
+    /// Whether a connection that has proven the token may come in.
+    pub(super) fn admit(
+        &self,
+        hello: &Hello,
+        coordinator: Option<&Coordinator>,
+        shared: &Shared,
+        (is_connected, taken): (impl Fn(Rank) -> bool, impl Fn(&Rank) -> Option<String>),
+    ) -> Result<(), Refusal> {
+        let Hello { from, to, .. } = *hello;
+        if hello.job != self.job {
+            return Err(Refusal::Job);
+        }
+        if hello.purpose == Purpose::Control && hello.build != self.build {
+            return Err(Refusal::Build { from, to, theirs: hello.build, ours: self.build });
+        }
+        // Data connections belong to a communicator, in which ranks have numbers of their own.
+        let (rank, world) = match hello.purpose {
+            Purpose::Data => shared.channel(&hello.session).ok_or(Refusal::Session)?,
+            Purpose::Pulse | Purpose::Resume if hello.session != self.session => {
+                return Err(Refusal::Session);
+            }
+            Purpose::Pulse | Purpose::Resume | Purpose::Control => (self.rank, self.world),
+            // Members of an elastic job have another port for that.
+            Purpose::View => return Err(Refusal::Rank { from, to }),
+        };
+        let (dialer, ours) = (from as Rank, world as u32);
+        if hello.world != ours {
+            return Err(Refusal::World { theirs: hello.world, ours });
+        }
+        if dialer >= world || dialer == rank || to as Rank != rank {
+            return Err(Refusal::Rank { from, to });
+        }
+        match (hello.purpose, coordinator) {
+            (Purpose::Data | Purpose::View, _) => Ok(()),
+            (Purpose::Pulse | Purpose::Resume, Some(_)) if is_connected(dialer) => Ok(()),
+            (Purpose::Pulse | Purpose::Resume, _) | (Purpose::Control, None) => {
+                Err(Refusal::Rank { from, to })
+            }
+            (Purpose::Control, Some(coordinator)) if coordinator.is_vacant(dialer) => Ok(()),
+            (Purpose::Control, Some(_)) => Err(Refusal::RankTaken {
+                rank: from,
+                first: taken(&dialer).unwrap_or_else(|| "another process".into()),
+                second: hello.process(),
+            }),
+        }
     }
 }

@@ -36,16 +36,7 @@ impl ControlThread {
             if heir == self.identity.rank {
                 return self.take_over(now);
             }
-            let hello = Hello {
-                purpose: Purpose::Control,
-                socket: 0,
-                from: self.identity.rank as u32,
-                to: heir as u32,
-                world: self.identity.world as u32,
-                session: self.identity.session,
-                job: self.identity.job,
-                build: self.identity.build,
-            };
+            let hello = self.hello(Purpose::Control, heir);
             let credentials = self.identity.credentials.clone();
             let addresses = addresses[heir].clone();
             let (sender, reached) = mpsc::channel();
@@ -61,6 +52,20 @@ impl ControlThread {
             self.member.is_unreachable(heir);
         }
         self.member.is_alone();
+    }
+
+    /// What this rank says first to another one of its session.
+    pub(super) fn hello(&self, purpose: Purpose, to: Rank) -> Hello {
+        Hello {
+            purpose,
+            socket: 0,
+            from: self.identity.rank as u32,
+            to: to as u32,
+            world: self.identity.world as u32,
+            session: self.identity.session,
+            job: self.identity.job,
+            build: self.identity.build,
+        }
     }
 
     fn take_over(&mut self, now: Instant) {

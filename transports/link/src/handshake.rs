@@ -122,11 +122,13 @@ pub enum Purpose {
     Pulse = 3,
     /// What two members of an elastic job agree on.
     View = 4,
+    /// What goes on for a control connection of this rank that was cut.
+    Resume = 5,
 }
 
 impl Purpose {
     pub(crate) fn from_wire(byte: u8) -> Option<Self> {
-        [Self::Control, Self::Data, Self::Pulse, Self::View]
+        [Self::Control, Self::Data, Self::Pulse, Self::View, Self::Resume]
             .into_iter()
             .find(|it| *it as u8 == byte)
     }

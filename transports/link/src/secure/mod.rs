@@ -246,7 +246,7 @@ impl Credentials {
     fn want_inside(&self, purpose: Purpose, is_inside: bool) -> bool {
         let Some((_, sealing)) = &self.tls else { return false };
         match purpose {
-            Purpose::Control | Purpose::View => true,
+            Purpose::Control | Purpose::Resume | Purpose::View => true,
             Purpose::Data => *sealing == Sealing::Everywhere || !is_inside,
             // It carries nothing.
             Purpose::Pulse => false,
