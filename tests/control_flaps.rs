@@ -1,0 +1,155 @@
+//! Something between the ranks cuts their control connections, while they start, call, make groups
+//! and leave; and a rank that dies meanwhile is told from one that is cut off.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
+
+#[path = "../control/src/tests/relay.rs"]
+mod relay;
+mod support;
+
+use std::net::{IpAddr, TcpListener};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use relay::{How, Relay};
+use support::{Ended, Random, Running, World, reach, setting, tell, tell_error};
+use unisum::{Communicator, Error, ReduceOp};
+
+#[test]
+fn rank_process() {
+    support::run_if_rank(&[("work", work), ("reduce_forever", reduce_forever)]);
+}
+
+const LIMIT: Duration = Duration::from_secs(60);
+const RANKS: usize = 3;
+
+/// Calls, groups, messages of groups, and leaving, for as long as the test says.
+fn work() {
+    let communicator = Communicator::from_environment().unwrap();
+    sum(&communicator).unwrap();
+    reach("working");
+    let (rank, until) = (communicator.rank(), setting("ROUNDS").parse::<u32>().unwrap());
+    for round in 0..until {
+        sum(&communicator).unwrap();
+        let color = (round as usize + rank) as u32 % 2;
+        if let Some(group) = communicator.split(Some(color), 0).unwrap() {
+            sum(&group).unwrap();
+        }
+        sum(&communicator.duplicate().unwrap()).unwrap();
+        // So long that there are some cuts.
+        thread::sleep(Duration::from_millis(5));
+    }
+    drop(communicator);
+    tell("left");
+}
+
+fn sum(communicator: &Communicator) -> Result<(), Error> {
+    let mut numbers = [communicator.rank() as u64 + 1; 300];
+    communicator.all_reduce(&mut numbers, ReduceOp::Sum)?;
+    let world = communicator.world() as u64;
+    assert!(numbers.iter().all(|&it| it == world * (world + 1) / 2), "a wrong sum");
+    Ok(())
+}
+
+fn reduce_forever() {
+    let communicator = Communicator::from_environment().unwrap();
+    sum(&communicator).unwrap();
+    reach("working");
+    loop {
+        if let Err(error) = sum(&communicator) {
+            return tell_error(&error);
+        }
+    }
+}
+
+/// A world whose ranks reach rank 0 through a relay, at another address than their own, or directly.
+fn start(scenario: &'static str, rounds: u32, is_relayed: bool) -> (Running, Relay) {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let relay = Relay::new(IpAddr::from([127, 0, 0, 2]), free);
+    let address = if is_relayed { relay.address } else { free };
+    let through = move |rank: usize| match rank {
+        0 => vec!["env".into(), format!("UNISUM_RENDEZVOUS=tcp://{free}")],
+        _ => vec!["env".into(), format!("UNISUM_RENDEZVOUS=tcp://{address}")],
+    };
+    let world = World::new(RANKS, scenario)
+        .set("UNISUM_RECONNECT_TIMEOUT", 20)
+        .set("ROUNDS", rounds)
+        .through(through);
+    let running = world.start();
+    running.wait_for("working", RANKS, LIMIT);
+    (running, relay)
+}
+
+#[test]
+fn every_call_succeeds_while_control_connections_are_cut_at_random_moments() {
+    let mut random = Random::new();
+    let rounds = std::env::var("UNISUM_TEST_CUT_ROUNDS").map_or(100, |it| it.parse().unwrap());
+    let (running, relay) = start("work", rounds, true);
+    let is_over = AtomicBool::new(false);
+    let (ended, cuts) = thread::scope(|scope| {
+        let cutting = scope.spawn(|| {
+            let all = [How::Reset, How::Close, How::ResetDialer, How::ResetListener];
+            let mut cuts = 0;
+            while !is_over.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(random.below(80) as u64));
+                relay.cut(random.of(&all));
+                cuts += 1;
+                // On a busy machine it takes a while to go on.
+                if cuts % 3 == 0 {
+                    thread::sleep(Duration::from_secs(1));
+                }
+            }
+            cuts
+        });
+        let over = Over(&is_over);
+        let ended = running.wait(LIMIT + Duration::from_millis(u64::from(rounds) * 200));
+        drop(over);
+        (ended, cutting.join().unwrap())
+    });
+    for ended in &ended {
+        assert_eq!((ended.status, &ended.told[..]), (0, &["left".to_owned()][..]), "{ended:#?}");
+    }
+    let connections = relay.relayed();
+    assert!(cuts > 5 && connections > 10, "{cuts} cuts, {connections} connections");
+}
+
+/// Nothing is cut any more after a failure either.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Kills a rank, and checks what the others say, and how soon.
+fn kill(running: Running, victim: usize) -> Vec<Ended> {
+    running.signal(victim, libc::SIGKILL);
+    let killed = Instant::now();
+    let ended = running.wait(LIMIT);
+    // Far from the time that a connection has to be there again.
+    assert!(killed.elapsed() < Duration::from_secs(5), "{:?}: {ended:#?}", killed.elapsed());
+    for (rank, ended) in ended.iter().enumerate().filter(|(rank, _)| *rank != victim) {
+        assert!(ended.told[0].contains(&format!("[{victim}]")), "rank {rank}: {ended:#?}");
+    }
+    ended
+}
+
+#[test]
+fn a_rank_that_is_killed_is_named_at_once() {
+    // In rank 0's place the relay would go on to answer.
+    for (victim, is_relayed) in [(0, false), (2, false), (2, true)] {
+        let (running, _relay) = start("reduce_forever", 0, is_relayed);
+        kill(running, victim);
+    }
+}
+
+#[test]
+fn a_rank_that_is_killed_just_as_its_connection_is_cut_is_named_at_once() {
+    for (victim, how) in [(1, How::Reset), (2, How::ResetListener), (1, How::ResetDialer)] {
+        let (running, relay) = start("reduce_forever", 0, true);
+        relay.cut(how);
+        kill(running, victim);
+    }
+}
