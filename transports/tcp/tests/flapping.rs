@@ -285,8 +285,8 @@ fn what_does_not_come_back_is_closed_by_the_peer() {
     let Pair { mut links, proxy, .. } = pair(&clear(), 1, limit, Fate::Pass, seed());
     let mut whole = [0];
     greet(&mut links, &mut whole);
-    proxy.set(Fate::Down);
     let begun = Instant::now();
+    proxy.set(Fate::Down);
     thread::scope(|scope| {
         for (rank, link) in links.iter_mut().enumerate() {
             scope.spawn(move || {

@@ -199,8 +199,11 @@ impl Flow {
 
     /// Whether the other end knows that this one leaves and has all that was sent, or never will.
     pub(super) fn is_through(&self) -> bool {
-        let is_told = self.said_leaving && !self.is_sending() && self.kept.is_empty();
-        is_told || self.failed.is_some() || self.stood == 0
+        let has_said = self.said_leaving && !self.is_sending();
+        let is_told = has_said && self.kept.is_empty();
+        // An end that leaves needs nothing more.
+        let is_left = self.peer_leaves && (has_said || self.connection.is_none());
+        is_told || is_left || self.failed.is_some() || self.stood == 0
     }
 
     /// Closes the connection, whoever has its socket.
@@ -236,6 +239,8 @@ impl Flow {
             self.outage.since.get_or_insert_with(Instant::now);
         }
         self.outage.cause = Some(cause);
+        // It may not have been heard.
+        self.said_leaving = false;
         Ok(())
     }
 
