@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
 
+#[allow(dead_code, reason = "others use the rest")]
 #[path = "../control/src/tests/relay.rs"]
 mod relay;
 mod support;
@@ -75,6 +76,8 @@ fn start(scenario: &'static str, rounds: u32, is_relayed: bool) -> (Running, Rel
     let world = World::new(RANKS, scenario)
         .set("UNISUM_RECONNECT_TIMEOUT", 20)
         .set("ROUNDS", rounds)
+        // Ranks that are told different meeting places name different jobs otherwise.
+        .set("UNISUM_JOB", "cut")
         .through(through);
     let running = world.start();
     running.wait_for("working", RANKS, LIMIT);
