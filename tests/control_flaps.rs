@@ -64,7 +64,7 @@ fn reduce_forever() {
     }
 }
 
-/// A world whose ranks reach rank 0 through a relay, at another address than their own, or directly.
+/// A world whose ranks reach rank 0 through a relay, at another address than their own, or not.
 fn start(scenario: &'static str, rounds: u32, is_relayed: bool) -> (Running, Relay) {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let relay = Relay::new(IpAddr::from([127, 0, 0, 2]), free);

@@ -69,7 +69,7 @@ ELSEWHERE = [
      "bindings/python/tests/test_torch_elastic.py", "elastic=True)"),
     ("docs/elastic", "unisum.torch.join(", "bindings/python/tests/test_torch_joining.py",
      "unisum.torch.join("),
-    ("docs/elastic", "if model.last_report.newcomers:",
+    ("docs/elastic", "optimizer.step()",
      "bindings/python/tests/test_torch_joining.py", "model.last_report.newcomers"),
     ("README", "cargo run --release --bin allreduce-bench -- -n 16", ".ci/run",
      "cargo run --release --bin allreduce-bench -- -n 16"),
