@@ -5,12 +5,13 @@
 
 mod support;
 
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use support::hosts::{Hosts, inside, sh};
-use support::{Ended, Running, World, await_others, reach, setting, tell, tell_error};
-use unisum::{Communicator, Messenger, ReduceOp};
+use support::{Ended, Random, Running, World, await_others, reach, setting, tell, tell_error};
+use unisum::{Communicator, Message, Messenger, ReduceOp};
 
 #[test]
 fn rank_process() {
@@ -18,6 +19,7 @@ fn rank_process() {
         ("busy", busy),
         ("idle", idle),
         ("large", large),
+        ("summing", summing),
         ("around", around),
         ("waiting", waiting),
     ]);
@@ -331,4 +333,70 @@ fn a_process_that_is_stopped_for_longer_than_the_limit_is_no_lost_host() {
             assert_eq!((ended.status, ended.told[0].as_str()), (0, "enough"), "{ended:#?}");
         }
     }
+}
+
+/// Sums and messages, each of which is looked at, until the test says that it is enough.
+fn summing() {
+    let communicator = Communicator::from_environment().unwrap();
+    let messenger = Messenger::new(&communicator).unwrap();
+    let (rank, world) = (communicator.rank() as u64, communicator.world() as u64);
+    for round in 0_u64.. {
+        let count = [3, 5_000, 400_000][round as usize % 3];
+        let mut numbers: Vec<u64> = (0..count).map(|at| (at ^ round) * (rank + 1)).collect();
+        let mut is_enough = [u8::from(has("enough"))];
+        let (next, last) = ((rank + 1) % world, (rank + world - 1) % world);
+        let (sent, mut received) = (vec![round + rank; 900], vec![0; 900]);
+        let messages = &mut [
+            Message::Send { data: &sent, to: next as usize, tag: 3 },
+            Message::Receive { data: &mut received, from: last as usize, tag: 3 },
+        ];
+        let done = communicator
+            .all_reduce(&mut numbers, ReduceOp::Sum)
+            .and_then(|()| messenger.exchange(messages))
+            .and_then(|()| communicator.broadcast(&mut is_enough, 0));
+        if let Err(error) = done {
+            return tell_error(&error);
+        }
+        let sum = world * (world + 1) / 2;
+        assert!((0..).zip(&numbers).all(|(at, &it)| it == (at ^ round) * sum), "a wrong sum");
+        assert!(received.iter().all(|&it| it == round + last), "a wrong message");
+        if is_enough[0] == 1 {
+            return tell("enough");
+        }
+        if round == 0 {
+            reach("working");
+        }
+    }
+}
+
+/// Resets all connections between a host and the others, those of data, of control, and pulses;
+/// how many there were.
+fn reset(host: usize) -> usize {
+    let mut command = inside(host);
+    command.extend(["ss", "-H", "-K", "-t", "dst", "10.77.0.0/24"].map(str::to_owned));
+    let output = Command::new(&command[0]).args(&command[1..]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap().lines().count()
+}
+
+/// `UNISUM_TEST_RESETS` resets so often, by hand.
+#[test]
+fn all_connections_of_a_host_may_be_reset_and_go_on() {
+    let Some(_hosts) = Hosts::new(3) else { return };
+    let often = std::env::var("UNISUM_TEST_RESETS").map_or(9, |often| often.parse().unwrap());
+    let world = world(3, "summing", 7001).through(inside).set("UNISUM_RECONNECT_TIMEOUT", 20);
+    let running = world.start();
+    running.wait_for("working", 3, LIMIT);
+    let mut random = Random::new();
+    let mut resets = 0;
+    for round in 0..often {
+        resets += reset(round % 3);
+        // Some fall into those that go on after the last one.
+        thread::sleep(Duration::from_millis(random.below(400) as u64));
+    }
+    running.mark("enough");
+    for ended in running.wait(LIMIT) {
+        assert_eq!((ended.status, ended.told[0].as_str()), (0, "enough"), "{ended:#?}");
+    }
+    assert!(resets > often, "{resets} connections were reset");
 }

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use proxy::{Fate, Proxy, Random};
 use unisum_kernels::Dtype;
+use unisum_link::frame::HEADER_BYTES;
 use unisum_link::handshake::{self, Hello, Purpose, Secret};
 use unisum_link::secure::Credentials;
 #[cfg(feature = "tls")]
@@ -247,6 +248,40 @@ fn what_was_lost_after_a_call_comes_while_its_sender_computes() {
         proxy.break_all();
         wait(receiver, &[Ticket(2)]).unwrap();
         assert!(heard == sent);
+    }
+}
+
+/// What was acknowledged on a connection that broke, and not read there, is acknowledged again: a
+/// sender may have filled its window, and its receiver have nothing new to acknowledge.
+#[test]
+fn acknowledgements_that_were_lost_are_said_again() {
+    // As in the link: most bytes that are not acknowledged, and how many are acknowledged at once.
+    const WINDOW: usize = 4 << 20;
+    const EACH: usize = 256 << 10;
+    for sender in [0, 1] {
+        let Pair { mut links, proxy, .. } = pair(&clear(), 1, PATIENCE, Fate::Pass, seed());
+        let mut whole = [0];
+        greet(&mut links, &mut whole);
+        let greeted = HEADER_BYTES + 8;
+        // Each but the last is acknowledged, and leaves one byte of the window. Who has nothing to
+        // receive reads no acknowledgements before the window is full.
+        let last = EACH - greeted - 1;
+        let all = [EACH; WINDOW / EACH - 1].into_iter().chain([last]).map(|it| it - HEADER_BYTES);
+        let pass = |links: &mut [TcpLink; 2], bytes: usize| {
+            let (mut sent, mut heard) = (text(bytes as u64, bytes), vec![0; bytes]);
+            links[sender].send(1 - sender, region(&mut sent), Ticket(2)).unwrap();
+            let receiver = &mut links[1 - sender];
+            receiver.receive(sender, region(&mut heard), Landing::Place, Ticket(2)).unwrap();
+            thread::scope(|scope| {
+                for link in links.iter_mut() {
+                    scope.spawn(|| wait(link, &[Ticket(2)]).unwrap());
+                }
+            });
+            assert!(heard == sent);
+        };
+        all.for_each(|bytes| pass(&mut links, bytes));
+        proxy.break_all();
+        pass(&mut links, 100_000);
     }
 }
 

@@ -262,6 +262,9 @@ impl Flow {
         self.close();
         (self.sent, self.attempt) = (has, attempt);
         (self.said_leaving, self.ended_sending) = (false, false);
+        // Acknowledgements on the connection before may not have been read: a sender that has
+        // filled its window would wait for one, and there would be nothing new to acknowledge.
+        self.told = self.told.min(self.taken.saturating_sub(ACKNOWLEDGED_AFTER));
         self.stood += 1;
         self.connection = Some(Connection {
             stream,
