@@ -91,6 +91,7 @@ impl Training {
     fn step(&mut self) -> Result<(bool, bool), Error> {
         let state = self.state.as_mut().unwrap();
         let step = state.0[STEP];
+        let is_killed = is_marked("killed");
         let mut sums = vec![(step + 1) * (self.communicator.rank() as u64 + 1); COUNT];
         sums[PARTICIPANTS] = 1;
         let newcomers = usize::from(self.communicator.newcomers() > 0) as u64;
@@ -102,6 +103,9 @@ impl Training {
         assert_eq!(sums[2], (step + 1) * world * (world + 1) / 2);
         state.0.iter_mut().zip(&sums).skip(PARTICIPANTS).for_each(|(it, sum)| *it += sum);
         state.0[STEP] = step + 1;
+        if is_killed {
+            reach("step-after-kill");
+        }
         Ok((flags[0] == world && self.admits, flags[1] > 0))
     }
 
@@ -298,7 +302,10 @@ fn a_member_that_dies_while_newcomers_enter_keeps_none_of_them_out() {
             println!("{transport}: {victim} dies after {moment:?}, of 5 and {count} newcomers");
             std::thread::sleep(moment);
             running.signal(victim, libc::SIGKILL);
+            running.mark("killed");
             running.wait_for("joined", count, LIMIT);
+            // The victim may have taken part in that step, and in none after it.
+            running.wait_for("step-after-kill", 4 + count, LIMIT);
             let ended = finish(running);
             let expected = format!("of {} after ", 4 + count);
             assert!(alike(&ended, &[victim]).starts_with(&expected), "{ended:#?}");
