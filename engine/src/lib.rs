@@ -117,6 +117,11 @@ impl Engine {
         &self.tools.links.all
     }
 
+    /// Before the rank leaves in order, see [`Link::linger`].
+    pub fn linger(&mut self) {
+        self.tools.links.all.iter_mut().for_each(|link| link.linger());
+    }
+
     /// Dismantles the engine into its links and how long waiting on memory pays off.
     pub fn into_links(self) -> (Links, Patience) {
         (self.tools.links, self.patience)

@@ -115,6 +115,15 @@ impl State {
     }
 }
 
+impl Drop for Runner {
+    fn drop(&mut self) {
+        if !self.is_forked() {
+            // Before the membership ends, with which connections stop to reach this rank.
+            self.turns.get_mut().engine.linger();
+        }
+    }
+}
+
 impl Runner {
     pub(crate) fn new(
         rank: Rank,

@@ -67,6 +67,11 @@ impl<T> TicketLock<T> {
         Turn(self)
     }
 
+    /// The thing, of which nobody else can have a turn.
+    pub(crate) fn get_mut(&mut self) -> &mut T {
+        self.thing.get_mut()
+    }
+
     fn address(&self) -> usize {
         std::ptr::from_ref(self) as usize
     }

@@ -150,6 +150,11 @@ pub trait Link: Send + fmt::Debug {
     /// from it for valid data. Idempotent.
     fn abort(&mut self);
 
+    /// Before this rank leaves in order, while connections still reach it: returns once the peers
+    /// have what was sent to them, or the time for that is up. Does nothing where nothing that was
+    /// sent can be lost any more, and after [`Link::abort`].
+    fn linger(&mut self) {}
+
     /// The group of ranks that share memory with this one through this link, if there is one.
     fn group(&mut self) -> Option<&mut dyn Group>;
 

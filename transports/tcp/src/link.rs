@@ -501,6 +501,12 @@ impl Link for TcpLink {
         self.arrived.clear();
     }
 
+    fn linger(&mut self) {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.leave();
+        }
+    }
+
     fn group(&mut self) -> Option<&mut dyn Group> {
         None
     }
@@ -508,9 +514,7 @@ impl Link for TcpLink {
 
 impl Drop for TcpLink {
     fn drop(&mut self) {
-        if let Some(keeper) = &mut self.keeper {
-            keeper.leave();
-        }
+        self.linger();
         self.inbox.close();
     }
 }

@@ -50,6 +50,8 @@ pub(crate) struct Flow {
     /// Whether this end sends nothing more, and has said so on this connection.
     leaves: bool,
     said_leaving: bool,
+    /// Whether the other end has answered that.
+    pub(super) is_answered: bool,
     /// Whether nothing can be sent on this connection any more.
     ended_sending: bool,
     /// How many connections have stood.
@@ -123,6 +125,7 @@ impl Flow {
             owes_answer: false,
             leaves: false,
             said_leaving: false,
+            is_answered: false,
             ended_sending: false,
             stood: 0,
             keeper,
@@ -200,7 +203,9 @@ impl Flow {
     /// Whether the other end knows that this one leaves and has all that was sent, or never will.
     pub(super) fn is_through(&self) -> bool {
         let has_said = self.said_leaving && !self.is_sending();
-        let is_told = has_said && self.kept.is_empty();
+        // Said is not heard: without the answer, the connection may break before it is. With it,
+        // nothing is left to say on another one.
+        let is_told = self.is_answered && self.kept.is_empty();
         // An end that leaves needs nothing more.
         let is_left = self.peer_leaves && (has_said || self.connection.is_none());
         is_told || is_left || self.failed.is_some() || self.stood == 0

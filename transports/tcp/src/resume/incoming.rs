@@ -8,7 +8,7 @@ use unisum_link::secure::{Altered, RECORD_BYTES_MAX, RECORD_OVERHEAD};
 use unisum_link::{Call, LinkError, LinkErrorKind, Rank};
 
 use super::flow::{Connection, Flow, SMALL_BYTES};
-use super::{HEAD_BYTES, Head, LEAVES, WINDOW};
+use super::{HEAD_BYTES, HOLDS, Head, LEAVES, WINDOW};
 use crate::lane::{Message, Moving, advance, failed};
 
 /// What is read at once.
@@ -268,6 +268,7 @@ impl Flow {
         }
         self.kept.drain(..(now - self.acknowledged) as usize);
         self.acknowledged = now;
+        self.is_answered |= head.flags & HOLDS != 0;
         if head.flags & LEAVES != 0 {
             (self.peer_leaves, self.owes_answer) = (true, true);
         }

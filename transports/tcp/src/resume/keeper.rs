@@ -281,7 +281,15 @@ impl Shared {
         let limit = self.config.reconnect_timeout;
         let is_lost = flow.stream().is_none() && flow.holds();
         let limit = if is_lost { limit } else { limit.min(LEAVING_MAX) };
-        flow.is_through() || since.elapsed() >= limit
+        if flow.is_through() {
+            return true;
+        }
+        let is_late = since.elapsed() >= limit;
+        if is_late {
+            let (peer, socket, is_away) = (flow.peer, flow.socket, flow.stream().is_none());
+            tracing::info!(peer, socket, is_away, "left without an answer, after {limit:?}");
+        }
+        is_late
     }
 
     /// Sleeps until something happens, and sees to it.
