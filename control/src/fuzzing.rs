@@ -18,6 +18,7 @@ use super::interface;
 use super::launcher;
 use super::member::Member;
 use super::message::{FRAME_BYTES_MAX, Message, MessageError};
+use super::resume::{self, Ledger, Word};
 use super::shared::{Command, Shared};
 use super::status::{self, Snapshot};
 use super::verdict::{Finding, Report, Verdict, VerdictKind};
@@ -38,6 +39,7 @@ pub(crate) fn environment(bytes: &[u8]) -> Environment {
 
 const TARGETS: &[Target] = &[
     Target { name: "control_messages", check: check_messages, seeds: message_seeds },
+    Target { name: "control_resumption", check: check_resumption, seeds: resumption_seeds },
     Target { name: "coordinator", check: check_coordinator, seeds: coordinator_seeds },
     Target { name: "control_member", check: check_member, seeds: member_seeds },
     Target { name: "rendezvous_file", check: check_file, seeds: file_seeds },
@@ -63,6 +65,35 @@ fn check_messages(bytes: &[u8]) {
         end_again = end_again.and_then(|()| drain(&mut buffer, &mut again));
     }
     assert_eq!((again, end_again), (decoded, end));
+}
+
+/// What the other end says of a connection that may go on in another one takes no more off what is
+/// kept than was sent, and none of it twice.
+fn check_resumption(bytes: &[u8]) {
+    let mut sent = BytesMut::new();
+    (0..3).for_each(|_| Message::Joined.encode(&mut sent));
+    let mut ledger = Ledger::default();
+    ledger.keep(&sent.freeze());
+    let (mut inbound, mut kept) = (BytesMut::from(bytes), 3);
+    loop {
+        let next = resume::next(&mut inbound, Some(&mut ledger));
+        let left = ledger.again().count();
+        assert!(left <= kept);
+        kept = left;
+        match next {
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => return,
+        }
+    }
+}
+
+fn resumption_seeds() -> Vec<Vec<u8>> {
+    let mut message = BytesMut::new();
+    Message::Joined.encode(&mut message);
+    let taken = |count| Word::Taken(count).encode();
+    let words = [taken(1), message.freeze(), taken(3), taken(2)];
+    let others = [Word::Resume { attempt: 1, taken: 2 }, Word::Resumed { taken: 3 }];
+    vec![words.concat(), others[0].encode().to_vec(), others[1].encode().to_vec()]
 }
 
 fn drain(from: &mut BytesMut, to: &mut Vec<Message>) -> Result<(), MessageError> {
