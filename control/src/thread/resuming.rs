@@ -218,8 +218,8 @@ impl ControlThread {
                 self.cut(COORDINATOR, "the pulse beside its control connection ended", now);
             }
         }
-        let overdue = |(_, _, until): &(Rank, Connection, Instant)| *until > now;
-        self.resuming.returning.retain(|_, returning| overdue(returning));
+        let is_in_time = |(_, _, until): &(Rank, Connection, Instant)| *until > now;
+        self.resuming.returning.retain(|_, returning| is_in_time(returning));
         let looks = self.resuming.cuts.iter_mut().map(|(token, cut)| (*token, cut.look(now)));
         let mut is_lost = false;
         for (token, outcome) in looks.collect::<Vec<_>>() {
