@@ -43,6 +43,9 @@ pub(super) struct Member {
     is_connected: bool,
     /// Whether the connection to it was cut and may yet go on.
     is_cut: bool,
+    /// Whether the pulse beside that connection ended, and not because its host is lost for
+    /// certain.
+    has_no_pulse: bool,
     /// Whether there is no coordinator, and never will be.
     is_alone: bool,
     /// By rank, whether it is gone, and what it did last if it left in order: what it has said of
@@ -74,6 +77,7 @@ impl Member {
             coordinator: 0,
             is_connected: true,
             is_cut: false,
+            has_no_pulse: false,
             is_alone: false,
             left_group: BTreeMap::new(),
             stalled: None,
@@ -180,6 +184,12 @@ impl Member {
         self.is_cut = true;
     }
 
+    /// The pulse beside the connection to the coordinator was ended by its host, or on the way
+    /// there: what that is about, the coordinator says, or its silence.
+    pub(super) const fn pulse_ended(&mut self) {
+        self.has_no_pulse = true;
+    }
+
     /// The connection goes on; the coordinator has as much time again for what it was asked.
     pub(super) fn goes_on(&mut self, now: Instant) {
         self.is_cut = false;
@@ -216,6 +226,7 @@ impl Member {
     /// Another rank coordinates from now on; what it needs to know of this one.
     pub(super) fn coordinated_by(&mut self, coordinator: Rank, now: Instant) -> Vec<Message> {
         (self.coordinator, self.is_connected, self.verdict_by) = (coordinator, true, None);
+        self.has_no_pulse = false;
         let left_group = self.left_group.iter();
         let left_group =
             left_group.map(|(&communicator, &last)| Message::LeftGroup { communicator, last });
@@ -248,11 +259,19 @@ impl Member {
     /// Does what is due.
     pub(super) fn tick(&mut self, now: Instant) {
         if self.deadline().is_some_and(|by| by <= now) {
-            let (silent, why) = match self.heir().filter(|_| !self.is_connected) {
-                Some(heir) => (heir, "others left, and it is to take their place"),
-                None => (self.coordinator, "no verdict when one was asked for"),
+            let verdict = match self.heir().filter(|_| !self.is_connected) {
+                Some(heir) => {
+                    let why = "others left, and it is to take their place";
+                    Verdict::coordinator_silent(heir, why)
+                }
+                // The kernel of a process that is only stopped would not have ended it.
+                None if self.has_no_pulse => Verdict::coordinator_lost(self.coordinator),
+                None => {
+                    let why = "no verdict when one was asked for";
+                    Verdict::coordinator_silent(self.coordinator, why)
+                }
             };
-            self.conclude(Verdict::coordinator_silent(silent, why));
+            self.conclude(verdict);
         }
     }
 
@@ -395,6 +414,17 @@ mod tests {
         assert_eq!(member.deadline(), Some(now + VERDICT_TIMEOUT * 10));
         member.tick(now + VERDICT_TIMEOUT * 10);
         expect(&member, VerdictKind::Unresponsive, 0);
+    }
+
+    #[test]
+    fn a_coordinator_that_is_silent_after_its_pulse_ended_is_lost() {
+        let (mut member, now) = (member(), Instant::now());
+        member.command(Command::Overdue(call(1).into()), now);
+        member.pulse_ended();
+        member.tick(now + VERDICT_TIMEOUT / 2);
+        assert!(member.shared.verdict().is_none());
+        member.tick(now + VERDICT_TIMEOUT);
+        expect(&member, VerdictKind::Unreachable, 0);
     }
 
     fn left(rank: Rank) -> Message {

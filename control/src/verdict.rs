@@ -162,6 +162,16 @@ impl Verdict {
         );
         Self::new(VerdictKind::Unresponsive, vec![coordinator], text)
     }
+
+    /// The same where the coordinator's host, or something on the way there, has ended the pulse.
+    pub(super) fn coordinator_lost(coordinator: Rank) -> Self {
+        let text = format!(
+            "rank {coordinator}, the coordinator, does not answer, and the pulse beside its \
+             control connection ended: its process has ended, or its host, or the network between, \
+             is lost"
+        );
+        Self::new(VerdictKind::Unreachable, vec![coordinator], text)
+    }
 }
 
 impl fmt::Display for Verdict {

@@ -207,10 +207,14 @@ impl ControlThread {
 
     /// Looks what has become of the connections that were cut, and of the pulses.
     pub(super) fn look_after_cuts(&mut self, now: Instant) {
+        let ended = self.pulses.take_ended();
         if !self.resuming.is_on() {
+            if ended.iter().any(|&rank| self.token_of(rank) == Some(COORDINATOR)) {
+                self.member.pulse_ended();
+            }
             return;
         }
-        for rank in self.pulses.take_ended() {
+        for rank in ended {
             // The other end dials: on the coordinator that is the rank. Who has said goodbye needs
             // no pulse: it ends with the coordinator, whose last words may be on their way.
             let dials = self.coordinator.is_none() && self.linger_until.is_none();
