@@ -259,17 +259,12 @@ impl Member {
     /// Does what is due.
     pub(super) fn tick(&mut self, now: Instant) {
         if self.deadline().is_some_and(|by| by <= now) {
+            let silent = Verdict::coordinator_silent;
             let verdict = match self.heir().filter(|_| !self.is_connected) {
-                Some(heir) => {
-                    let why = "others left, and it is to take their place";
-                    Verdict::coordinator_silent(heir, why)
-                }
+                Some(heir) => silent(heir, "others left, and it is to take their place"),
                 // The kernel of a process that is only stopped would not have ended it.
                 None if self.has_no_pulse => Verdict::coordinator_lost(self.coordinator),
-                None => {
-                    let why = "no verdict when one was asked for";
-                    Verdict::coordinator_silent(self.coordinator, why)
-                }
+                None => silent(self.coordinator, "no verdict when one was asked for"),
             };
             self.conclude(verdict);
         }
