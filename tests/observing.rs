@@ -6,7 +6,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use support::World;
+use support::{World, await_others, reach};
 use unisum::events::{Event, Observer};
 use unisum::{Communicator, ErrorKind, ReduceOp, RunningCall};
 
@@ -35,7 +35,8 @@ fn a_call_that_fails_ends_in_the_stream_too() {
     on_each_transport("lose");
 }
 
-/// Rank 2 is late: what the others do meanwhile is asked from another thread.
+/// Rank 2 is late, until the others have seen what they do meanwhile, which they ask from another
+/// thread.
 fn observe() {
     let communicator = Communicator::from_environment().unwrap();
     let (world, rank) = (communicator.world(), communicator.rank());
@@ -46,12 +47,14 @@ fn observe() {
     assert_eq!(before.running, None);
     let mut observer = Observer::new();
     if rank == 2 {
-        std::thread::sleep(Duration::from_millis(700));
+        await_others("stuck", 2, LIMIT);
         communicator.all_reduce(&mut data, ReduceOp::Max).unwrap();
     } else {
         std::thread::scope(|scope| {
+            let mut watching = Observer::new();
             let call = scope.spawn(|| communicator.all_reduce(&mut data, ReduceOp::Max));
-            check_stuck(&communicator);
+            check_stuck(&communicator, &mut watching);
+            reach("stuck");
             call.join().unwrap().unwrap();
         });
     }
@@ -135,17 +138,26 @@ fn received_from(event: &Event, from: usize) -> Option<u64> {
     }
 }
 
-fn check_stuck(communicator: &Communicator) {
+/// Waits until the call is seen to be under way and to sleep.
+fn check_stuck(communicator: &Communicator, observer: &mut Observer) {
     let start = Instant::now();
+    let mut sleeps = false;
     loop {
+        let events = observer.read().events;
+        sleeps |= events.iter().any(|it| match it.event {
+            // What rank 0 gets comes from the late rank.
+            Event::Blocked { on } => communicator.rank() != 0 || on == Some(2),
+            _ => false,
+        });
         let running = communicator.stats().running;
         if let Some(RunningCall { call, steps, .. }) = &running
             && *steps > 0
+            && sleeps
         {
             assert!(call.contains("all_reduce") && call.contains("20000"), "{call}");
             return;
         }
-        assert!(start.elapsed() < Duration::from_secs(5), "{running:?}");
+        assert!(start.elapsed() < LIMIT, "{running:?}");
         std::thread::yield_now();
     }
 }
