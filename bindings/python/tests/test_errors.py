@@ -50,6 +50,23 @@ def test_arguments_are_checked():
         unisum.connect(colour="red")
 
 
+def mark_of(name):
+    """A file beside the one by which these ranks meet."""
+    folder = os.path.dirname(os.environ["UNISUM_RENDEZVOUS"].removeprefix("file://"))
+    return os.path.join(folder, name)
+
+
+def mark(name):
+    open(mark_of(name), "w").close()
+
+
+def await_mark(name):
+    until = time.monotonic() + 60
+    while not os.path.exists(mark_of(name)):
+        assert time.monotonic() < until, name
+        time.sleep(0.01)
+
+
 def different_calls():
     comm = unisum.connect()
     with pytest.raises(unisum.MismatchError) as raised:
@@ -73,16 +90,16 @@ def a_rank_is_killed():
 
 
 def a_rank_is_late():
-    comm = unisum.connect(timeout=1.5)
+    comm = unisum.connect(timeout=4)
     comm.barrier()
     if comm.rank == 1:
-        time.sleep(6)
-        return
+        return await_mark("told")
     work = comm.all_reduce(np.ones(3), async_op=True)
     with pytest.raises(unisum.TimeoutError, match="goes on"):
         work.wait(0.2)
     with pytest.raises(unisum.TimeoutError) as raised:
         work.wait()
+    mark("told")
     error = raised.value
     assert error.ranks == (1,) and isinstance(error, TimeoutError)
     assert "reduce" in error.operation and error.step[0] <= error.step[1], (error.operation, error.step)
@@ -93,32 +110,38 @@ def interrupted(asynchronous):
     comm.barrier()
     begun = time.monotonic()
     if comm.rank == 0:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
             if asynchronous:
                 comm.all_reduce(np.ones(3), async_op=True).wait()
             else:
                 comm.all_reduce(np.ones(3))
         if asynchronous:
             comm.abort("Ctrl-C")
+        mark("interrupted")
     else:
-        time.sleep(0.7)
+        await_mark("interrupted")
         with pytest.raises(unisum.AbortedError):
             for _ in range(2):
                 comm.all_reduce(np.ones(3))
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 40
 
 
 def handled():
     """A handler that does not raise lets the call go on."""
     comm = unisum.connect()
     seen = []
-    signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+
+    def see(*_):
+        seen.append(1)
+        mark("seen")
+
+    signal.signal(signal.SIGUSR1, see)
     comm.barrier()
     if comm.rank == 0:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
     else:
-        time.sleep(1)
+        await_mark("seen")
     assert comm.all_reduce(np.ones(1))[0] == 2
     assert bool(seen) == (comm.rank == 0)
 
