@@ -135,6 +135,7 @@ impl Training {
 
     fn step(&mut self, buckets: &mut Buckets) -> Result<StepReport, Error> {
         let state = self.state.as_mut().unwrap();
+        let is_killed = is_marked("killed");
         let factor = (self.communicator.rank() + 1) as f32 * (state.steps + 1) as f32;
         let step = buckets.begin()?;
         for parameter in [2, 1] {
@@ -151,6 +152,9 @@ impl Training {
         state.weights.iter_mut().zip(sums).for_each(|(to, sum)| *to = *to * 0.9 + sum);
         state.steps += 1;
         self.participants = report.participants;
+        if is_killed {
+            reach("step-after-kill");
+        }
         Ok(report)
     }
 }
@@ -252,9 +256,12 @@ fn deaths_while_newcomers_enter_are_survived() {
             println!("{transport}: {victim} dies after {moment:?}");
             std::thread::sleep(moment);
             running.signal(victim, libc::SIGKILL);
+            running.mark("killed");
             if victim < 4 {
                 running.wait_for("joined", 1, LIMIT);
             }
+            // The victim may have taken part in that step, and in none after it.
+            running.wait_for("step-after-kill", 4, LIMIT);
             let ended = finish(running);
             assert!(alike(&ended, &[victim]).starts_with("of 4 after "), "{ended:#?}");
         }
