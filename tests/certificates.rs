@@ -9,7 +9,7 @@ mod support;
 
 use std::fs;
 use std::io::Write as _;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::aws_lc_rs::default_provider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, Error, SignatureScheme};
-use support::{Ended, Running, World, await_others, reach, setting, tell, tell_error};
+use support::{Ended, Running, World, await_others, free_ports, reach, setting, tell, tell_error};
 use unisum::{Communicator, Message, Messenger, ReduceOp};
 
 #[test]
@@ -29,6 +29,8 @@ fn rank_process() {
 
 const LIMIT: Duration = Duration::from_secs(100);
 const RANKS: usize = 4;
+/// In which all that may join have done so.
+const CONNECT_TIMEOUT_S: u64 = 10;
 
 /// Ranks with a folder of certificates each.
 struct Certified {
@@ -43,10 +45,7 @@ impl Certified {
             let issued = issue(ca, &Says::new(format!("rank-{rank}")));
             Mounted::new(&issued, &ca.pem())
         };
-        let listeners: Vec<_> =
-            (0..RANKS).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-        let ports = listeners.iter().map(|it| it.local_addr().unwrap().port()).collect();
-        Self { folders: (0..RANKS).map(folder).collect(), ports }
+        Self { folders: (0..RANKS).map(folder).collect(), ports: free_ports(RANKS) }
     }
 
     fn world(&self, scenario: &'static str) -> World {
@@ -139,7 +138,7 @@ fn start_with(fault: &Fault, culprit: usize) -> Vec<Ended> {
     certified.folders[culprit].replace(&issue(signer, &fault.says), &ca.pem());
     let names = (0..RANKS).map(|rank| format!("rank-{rank}")).collect::<Vec<_>>().join(",");
     let world = certified.world("join").set("UNISUM_TLS_PEERS", names);
-    world.set("UNISUM_CONNECT_TIMEOUT", 6).run(LIMIT)
+    world.set("UNISUM_CONNECT_TIMEOUT", CONNECT_TIMEOUT_S).run(LIMIT)
 }
 
 #[test]
@@ -153,7 +152,8 @@ fn a_rank_whose_certificate_is_not_accepted_is_told_and_so_is_rank_0() {
         assert!(ended[0].log.contains(fault.seen), "{}: {ended:#?}", fault.seen);
         for rank in [0, 1, 3] {
             let told = &ended[rank].told[0];
-            assert!(told.contains("rank 2 did not join within 6 s"), "{ended:#?}");
+            let why = format!("rank 2 did not join within {CONNECT_TIMEOUT_S} s");
+            assert!(told.contains(&why), "{ended:#?}");
             assert!(told.starts_with("Rendezvous [2]"), "{ended:#?}");
         }
     }
@@ -397,7 +397,7 @@ fn a_rank_that_is_no_longer_accepted_gets_no_new_connection() {
         let world = world.set("UNISUM_TLS_PEERS", format!("@{}", list.path().display()));
         // The same algorithm in each call, and so the same connections.
         let world = world.set("UNISUM_REPRODUCIBLE", 1);
-        let running = world.set("UNISUM_TIMEOUT", 20).start();
+        let running = world.start();
         running.wait_for("working", RANKS, LIMIT);
         if is_removed {
             fs::write(list.path(), names(0..3)).unwrap();
@@ -415,6 +415,6 @@ fn a_rank_that_is_no_longer_accepted_gets_no_new_connection() {
             assert!(told.contains(why) && told.contains('3'), "rank {rank}: {ended:#?}");
         }
         let seconds: u64 = ended[0].told.last().unwrap().parse().unwrap();
-        assert!(seconds < 15, "nobody waits for the deadline: {ended:#?}");
+        assert!(seconds < 30, "nobody waits for the deadline: {ended:#?}");
     }
 }

@@ -18,8 +18,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use strangers::{Flood, Kind, free_ports};
-use support::{Running, World, reach, setting, tell};
+use strangers::{Flood, Kind};
+use support::{Running, World, free_ports, reach, setting, tell};
 use unisum::{Communicator, Message, Messenger, ReduceOp};
 
 #[test]
@@ -141,7 +141,7 @@ struct Turn {
 /// other turn of each kind; without one there are no turns.
 fn job(seconds: u64, is_flooded: bool) -> (Vec<Turn>, Vec<Vec<String>>, [Duration; 2]) {
     let count = if is_flooded { 2 * TURNS } else { 0 };
-    let ports = free_ports(RANKS as u16 + 4);
+    let ports = free_ports(RANKS + 4);
     let (first, last) = (ports[1], ports[ports.len() - 1]);
     let world = World::new(RANKS, "work")
         .set("UNISUM_RENDEZVOUS", format!("tcp://127.0.0.1:{}", ports[0]))

@@ -10,8 +10,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use strangers::{Flood, KINDS, Kind, free_ports};
-use support::{World, open_files_and_threads, reach, setting, tell};
+use strangers::{Flood, KINDS, Kind};
+use support::{World, free_ports, open_files_and_threads, reach, setting, tell};
 use unisum::{Communicator, Message, Messenger, ReduceOp};
 
 #[test]
@@ -23,7 +23,7 @@ const LIMIT: Duration = Duration::from_secs(100);
 
 fn world(ranks: u16, scenario: &'static str) -> (World, Vec<u16>) {
     // A few more than ranks: others on this host may take one meanwhile.
-    let ports = free_ports(ranks + 4);
+    let ports = free_ports(usize::from(ranks) + 4);
     let (first, last) = (ports[1], ports[ports.len() - 1]);
     let world = World::new(ranks.into(), scenario)
         .set("UNISUM_RENDEZVOUS", format!("tcp://127.0.0.1:{}", ports[0]))

@@ -10,7 +10,9 @@ pub mod hosts;
 
 use std::collections::HashMap;
 use std::io::Read;
+use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -284,9 +286,29 @@ fn read(mut from: impl Read + Send + 'static) -> thread::JoinHandle<String> {
     })
 }
 
+/// Free ports, one after the other, below those that the system gives to whoever asks for any: so
+/// that nobody has one by the time that a rank wants it.
+pub fn free_ports(count: usize) -> Vec<u16> {
+    const FROM: usize = 10_000;
+    const SPAN: usize = 20_000;
+    static GIVEN: AtomicUsize = AtomicUsize::new(0);
+    // Other tests begin somewhere else.
+    let begin = std::process::id() as usize * 127;
+    loop {
+        // Relaxed: nothing but the number is shared.
+        let first = FROM + (begin + GIVEN.fetch_add(count, Ordering::Relaxed)) % SPAN;
+        let ports: Vec<u16> = (first..first + count).map(|port| port as u16).collect();
+        let is_free = |port: &u16| TcpListener::bind(("0.0.0.0", *port)).is_ok();
+        if ports.iter().all(is_free) {
+            return ports;
+        }
+    }
+}
+
 fn unique() -> u64 {
-    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    // Relaxed: nothing but the number is shared.
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Running {

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::io::Write as _;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -164,16 +164,4 @@ fn hello() -> Vec<u8> {
     let credentials = Credentials::token(secret, Sealing::Everywhere).unwrap();
     let _ = secure::greet(&mut wire, &hello, &credentials, true);
     wire.0
-}
-
-/// Ports that were free a moment ago, one after the other.
-pub fn free_ports(count: u16) -> Vec<u16> {
-    loop {
-        let first = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let range = first..first.saturating_add(count);
-        let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
-        if range.len() == usize::from(count) && range.clone().all(free) {
-            return range.collect();
-        }
-    }
 }
