@@ -7,7 +7,9 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use support::{Ended, World, open_files_and_threads, reach, setting, tell, tell_error};
+use support::{
+    Ended, World, await_others, open_files_and_threads, reach, setting, tell, tell_error,
+};
 use unisum::{Collective, Communicator, ErrorKind, ReduceOp};
 
 #[test]
@@ -27,6 +29,8 @@ fn rank_process() {
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
+/// Half the deadline of calls: long for what happens at once, for the machine may be busy.
+const SOON: Duration = Duration::from_secs(30);
 
 fn reduce_forever() {
     let communicator = Communicator::from_environment().unwrap();
@@ -50,14 +54,19 @@ fn reduce_until_error(communicator: &Communicator, data: &mut [f32]) {
     }
 }
 
-/// Kills one rank at some moment and checks what the others say, and how soon.
-fn kill_in_mid_transfer(world: &World, ranks: usize, victim: usize, after: Duration) -> Vec<Ended> {
+/// Kills one rank at some moment and checks what the others say; and how soon they ended.
+fn kill_in_mid_transfer(
+    world: &World,
+    ranks: usize,
+    victim: usize,
+    after: Duration,
+) -> (Vec<Ended>, Duration) {
     let running = world.start();
     running.wait_for("reducing", ranks, LIMIT);
     std::thread::sleep(after);
     running.signal(victim, libc::SIGKILL);
     let killed = Instant::now();
-    let ended = running.wait(Duration::from_secs(10));
+    let ended = running.wait(LIMIT);
     let took = killed.elapsed();
     let expected = format!("RankLost [{victim}] ");
     for (rank, ended) in ended.iter().enumerate().filter(|(rank, _)| *rank != victim) {
@@ -66,8 +75,14 @@ fn kill_in_mid_transfer(world: &World, ranks: usize, victim: usize, after: Durat
         assert!(told.starts_with(&expected), "rank {rank}, victim {victim} said: {told}");
         assert!(told.contains("all_reduce #") && told.contains("step "), "{told}");
     }
-    assert!(took < Duration::from_secs(2), "ended {took:?} after rank {victim} was killed");
-    ended
+    assert!(took < SOON, "ended {took:?} after rank {victim} was killed");
+    (ended, took)
+}
+
+/// Others may have the processors at most of the moments, and do not at a quarter of them.
+fn assert_at_most_two_seconds(mut took: Vec<Duration>) {
+    took.sort_unstable();
+    assert!(took[(took.len() - 1) / 4] < Duration::from_secs(2), "{took:?}");
 }
 
 /// Moments spread over a 64 MiB all-reduce of 16 ranks; printed, so that a failure can be tried
@@ -80,12 +95,15 @@ fn kill_at_twenty_moments(transport: &str) {
         .set("UNISUM_TRANSPORT", transport)
         .set("COUNT", (64 << 20) / 4);
     let mut state = u64::from(std::process::id());
+    let mut all_took = Vec::new();
     for trial in 0..20 {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(trial);
         let (victim, micros) = ((state >> 40) as usize % 16, (state >> 20) % 700_000);
         println!("{transport}, trial {trial}: rank {victim} dies after {micros} us");
-        kill_in_mid_transfer(&world, 16, victim, Duration::from_micros(micros));
+        let (_, took) = kill_in_mid_transfer(&world, 16, victim, Duration::from_micros(micros));
+        all_took.push(took);
     }
+    assert_at_most_two_seconds(all_took);
 }
 
 #[test]
@@ -99,9 +117,8 @@ fn a_killed_rank_is_named_as_soon_where_connections_are_dialled_anew() {
         .set("UNISUM_TRANSPORT", "tcp")
         .set("UNISUM_RECONNECT_TIMEOUT", 60)
         .set("COUNT", (8 << 20) / 4);
-    for victim in 0..4 {
-        kill_in_mid_transfer(&world, 4, victim, Duration::from_millis(50));
-    }
+    let kill = |victim| kill_in_mid_transfer(&world, 4, victim, Duration::from_millis(50)).1;
+    assert_at_most_two_seconds((0..4).map(kill).collect());
 }
 
 #[test]
@@ -143,12 +160,12 @@ fn a_stopped_rank_is_named_after_the_deadline() {
     for (transport, stops) in [("tcp", 2), ("shm", 2), ("tcp", 0), ("shm", 0)] {
         let world = World::new(4, "stop_before_second")
             .set("UNISUM_TRANSPORT", transport)
-            .set("UNISUM_TIMEOUT", 1.5)
+            .set("UNISUM_TIMEOUT", 4)
             .set("STOPS", stops);
         let running = world.start();
         running.wait_for("stopped", 1, LIMIT);
         // The others end by their deadline; only then is the stopped one ended.
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + LIMIT;
         while (0..4).any(|rank| rank != stops && running.lives(rank)) {
             assert!(Instant::now() < deadline, "ranks hang: {transport}, rank {stops} stopped");
             std::thread::sleep(Duration::from_millis(20));
@@ -161,7 +178,7 @@ fn a_stopped_rank_is_named_after_the_deadline() {
             let expected = format!("Timeout [{stops}] ");
             assert!(told.starts_with(&expected), "{transport}, rank {rank} said: {told}");
             let millis: u64 = ended.told[1].parse().unwrap();
-            assert!((1_400..8_000).contains(&millis), "{transport}: after {millis} ms");
+            assert!((3_900..30_000).contains(&millis), "{transport}: after {millis} ms");
         }
     }
 }
@@ -175,7 +192,7 @@ fn join_only() {
 
 #[test]
 fn a_rank_that_never_comes_is_named() {
-    let world = World::new(3, "join_only").set("UNISUM_CONNECT_TIMEOUT", 2);
+    let world = World::new(3, "join_only").set("UNISUM_CONNECT_TIMEOUT", 5);
     for ended in world.start_ranks(&[0, 1]).wait(LIMIT) {
         let told = &ended.told[0];
         assert!(told.starts_with("Rendezvous") && told.contains("rank 2"), "{told}");
@@ -262,7 +279,7 @@ fn differing_calls_are_an_error_on_every_rank_that_prints_both() {
                 assert!(text.contains(ours) && text.contains(theirs), "{transport}, {how}: {text}");
             }
             let took = start.elapsed();
-            assert!(took < Duration::from_secs(10), "{transport}, {how}: took {took:?}");
+            assert!(took < SOON, "{transport}, {how}: took {took:?}");
         }
     }
 }
@@ -277,7 +294,7 @@ fn differing_calls_that_never_meet_are_found_long_before_the_deadline() {
         assert!(text.starts_with("Mismatch"), "{text}");
         assert!(text.contains("(f32 x 64, sum") && text.contains("(f32 x 1048576, sum"), "{text}");
     }
-    assert!(start.elapsed() < Duration::from_secs(20), "took {:?}", start.elapsed());
+    assert!(start.elapsed() < SOON, "took {:?}", start.elapsed());
 }
 
 /// Joins, reduces and leaves many times; in the end as many descriptors and threads are there as
@@ -293,7 +310,7 @@ fn leave_and_come_again() {
         let work = communicator.all_reduce_async(vec![1_u8; 10], ReduceOp::Sum);
         assert_eq!(work.wait().unwrap(), [3; 10]);
         drop((communicator, data));
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + SOON;
         let before = *before.get_or_insert_with(|| settle(deadline));
         while open_files_and_threads() > before {
             let now = open_files_and_threads();
@@ -365,7 +382,7 @@ fn fork_then_die() {
     reduce_until_error(&communicator, &mut data);
 }
 
-/// The process id of a child that sleeps, for 30 s at most.
+/// The process id of a child that sleeps, for two minutes at most.
 fn fork_sleeper() -> i32 {
     // SAFETY: the child makes only async-signal-safe calls.
     let child = unsafe { libc::fork() };
@@ -375,7 +392,7 @@ fn fork_sleeper() -> i32 {
             unsafe { libc::close(output) };
         }
         // SAFETY: ends the child if the test doesn't.
-        unsafe { libc::alarm(30) };
+        unsafe { libc::alarm(120) };
         loop {
             // SAFETY: sleeps until a signal.
             unsafe { libc::pause() };
@@ -392,7 +409,7 @@ fn a_killed_rank_is_named_though_a_forked_child_of_it_lives() {
             let world = World::new(4, "fork_then_die")
                 .set("UNISUM_TRANSPORT", transport)
                 .set("VICTIM", victim);
-            let ended = kill_in_mid_transfer(&world, 4, victim, Duration::from_millis(5));
+            let (ended, _) = kill_in_mid_transfer(&world, 4, victim, Duration::from_millis(5));
             let child: i32 = ended[victim].told[0].parse().unwrap();
             // SAFETY: plain system call; the child still has its number unless it ended long ago.
             let result = unsafe { libc::kill(child, libc::SIGKILL) };
@@ -410,18 +427,23 @@ fn cpu_time() -> Duration {
     time(usage.ru_utime) + time(usage.ru_stime)
 }
 
-/// The last rank comes 2 s late to a collective.
+/// The last rank comes to a collective 2 s after the others.
 fn late() {
     let communicator = Communicator::from_environment().unwrap();
     let mut data = vec![1_f32; setting("COUNT").parse().unwrap()];
     communicator.all_reduce(&mut data, ReduceOp::Sum).unwrap();
-    if communicator.rank() == communicator.world() - 1 {
+    let others = communicator.world() - 1;
+    let start = Instant::now();
+    if communicator.rank() == others {
+        await_others("waiting", others, LIMIT);
         std::thread::sleep(Duration::from_secs(2));
+    } else {
+        reach("waiting");
     }
-    let (before, start) = (cpu_time(), Instant::now());
+    let before = cpu_time();
     communicator.all_reduce(&mut data, ReduceOp::Max).unwrap();
-    if communicator.rank() != communicator.world() - 1 {
-        assert!(start.elapsed() > Duration::from_secs(1), "it was late");
+    if communicator.rank() != others {
+        assert!(start.elapsed() >= Duration::from_secs(2), "it was late");
         tell((cpu_time() - before).as_micros());
     }
 }
