@@ -25,7 +25,7 @@ fn rank_process() {
 const LIMIT: Duration = Duration::from_secs(60);
 const RANKS: usize = 4;
 /// What a rank waits before it asks whether all are in the same call is 3 s.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(30);
 
 #[test]
 fn what_one_rank_gives_otherwise_is_an_error_on_all_that_says_both_values() {

@@ -33,7 +33,7 @@ fn main() {
 
 const LIMIT: Duration = Duration::from_secs(90);
 /// Ranks that cross hear of it long before.
-const TIMEOUT_S: u64 = 20;
+const TIMEOUT_S: u64 = 30;
 
 /// All transports and ways of a scenario, at once.
 fn check(scenario: &'static str, ways: &[&str], check: impl Fn(&str, &[String]) + Sync) {
@@ -64,7 +64,7 @@ fn ranks_that_wait_for_each_other_in_different_communicators_are_told_both_calls
         assert!(error.contains("wait for each other in calls of different"), "{context}");
         assert!(error.matches(" waits for rank ").count() >= 2, "{context}");
         let seconds: f64 = seconds.parse().unwrap();
-        assert!(seconds < 15.0, "{context}");
+        assert!(seconds < 25.0, "{context}");
     });
 }
 

@@ -225,13 +225,14 @@ fn a_rank_that_dies_is_named_by_the_others_in_time() {
         running.wait_for("reducing", 3, LIMIT);
         running.signal(victim, libc::SIGKILL);
         let killed = Instant::now();
-        let ended = running.wait(Duration::from_secs(20));
+        let ended = running.wait(LIMIT);
         let took = killed.elapsed();
         for (rank, ended) in ended.iter().enumerate().filter(|(rank, _)| *rank != victim) {
             let told = ended.told.first().unwrap_or_else(|| panic!("rank {rank}: {ended:#?}"));
             assert!(told.starts_with(&format!("RankLost [{victim}] ")), "rank {rank}: {told}");
         }
-        assert!(took < Duration::from_secs(5), "ended {took:?} after rank {victim} was killed");
+        // Half of what ranks wait for one that they don't know to be gone.
+        assert!(took < Duration::from_secs(30), "ended {took:?} after rank {victim} was killed");
     }
 }
 

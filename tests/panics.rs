@@ -26,7 +26,7 @@ fn rank_process() {
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// In which all ranks have their error, on a busy machine, too; the deadline of calls is far later.
-const MOMENTS: Duration = Duration::from_secs(15);
+const MOMENTS: Duration = Duration::from_secs(30);
 const RANKS: usize = 3;
 const SAID: &str = "this panic is part of a test";
 
