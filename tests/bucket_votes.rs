@@ -201,7 +201,7 @@ fn a_process_that_ends_after_its_last_gradient_fails_the_step_on_all_others() {
             assert!(ended.told[0].starts_with(&begin), "{context}: {:?}", ended.told);
         }
         let took = start.elapsed();
-        assert!(took < Duration::from_secs(20), "{transport}, {hook}, {way}: took {took:?}");
+        assert!(took < LIMIT / 3, "{transport}, {hook}, {way}: took {took:?}");
     }
 }
 
@@ -226,7 +226,7 @@ fn ends() {
 fn a_rank_that_sleeps_past_the_deadline_fails_the_step_with_all_others() {
     for transport in support::transports() {
         let world = World::new(RANKS, "sleeps").set("UNISUM_TRANSPORT", transport);
-        let world = world.set("HOOK", "plain").set("UNISUM_TIMEOUT", 1);
+        let world = world.set("HOOK", "plain").set("UNISUM_TIMEOUT", 5);
         for (rank, told) in world.succeed(LIMIT).iter().enumerate() {
             assert!(told[0].starts_with("Timeout [1] "), "{transport}, rank {rank}: {told:?}");
         }

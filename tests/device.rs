@@ -420,7 +420,7 @@ fn late_stream() {
 
 #[test]
 fn a_rank_that_does_not_call_is_named_after_the_deadline() {
-    let ended: Vec<Ended> = world(2, "late_stream", 2).set("UNISUM_TIMEOUT", 1.5).run(LIMIT);
+    let ended: Vec<Ended> = world(2, "late_stream", 2).set("UNISUM_TIMEOUT", 4).run(LIMIT);
     let told = &ended[0].told[0];
     assert!(told.starts_with("Timeout [1] ") && told.contains("of device memory"), "{told}");
 }

@@ -398,8 +398,8 @@ fn a_stopped_rank_is_left_behind_when_a_call_is_overdue() {
     let world = World::new(4, "hold")
         .set("LAST", 3)
         .set("COUNT", 10)
-        .set("UNISUM_TIMEOUT", 1)
-        .set("UNISUM_HEARTBEAT_TIMEOUT", 1);
+        .set("UNISUM_TIMEOUT", 5)
+        .set("UNISUM_HEARTBEAT_TIMEOUT", 5);
     let running = world.start();
     running.wait_for("training", 4, LIMIT);
     running.signal(2, libc::SIGSTOP);

@@ -204,7 +204,7 @@ fn fail() {
     let builder = match &*place {
         "port" if is_first => builder.port_range(&setting("PORT")),
         // Nobody waits for those who gave up.
-        "garbage" | "token" if is_first => builder.connect_timeout(Duration::from_secs(1)),
+        "garbage" | "token" if is_first => builder.connect_timeout(Duration::from_secs(4)),
         _ => builder,
     };
     tell_error(&builder.connect().unwrap_err());
