@@ -26,6 +26,8 @@ fn rank_process() {
 }
 
 const LIMIT: Duration = Duration::from_secs(100);
+/// Half the deadline of calls.
+const SOON: Duration = Duration::from_secs(30);
 
 fn world(ranks: usize, scenario: &'static str, port: u16) -> World {
     World::new(ranks, scenario)
@@ -107,12 +109,12 @@ fn worlds(through: fn(usize) -> Vec<String>, ranks: usize, limit: f64) -> [Runni
 fn an_outage_that_is_shorter_than_the_limit_is_survived() {
     let Some(hosts) = Hosts::new(3) else { return };
     for victim in [0, 2] {
-        let [busy, idle] = worlds(inside, 3, 6.0);
+        let [busy, idle] = worlds(inside, 3, 10.0);
         plug(&hosts, victim, false);
         thread::sleep(Duration::from_secs(4));
         plug(&hosts, victim, true);
         // Longer than the limit since the outage began.
-        thread::sleep(Duration::from_secs(4));
+        thread::sleep(Duration::from_secs(7));
         busy.mark("enough");
         idle.mark("again");
         for ended in busy.wait(LIMIT).iter().chain(&idle.wait(LIMIT)) {
@@ -130,19 +132,19 @@ fn two_on_the_last(rank: usize) -> Vec<String> {
 fn a_host_that_is_lost_is_named_with_its_address_in_calls_and_between_them() {
     let Some(hosts) = Hosts::new(3) else { return };
     for victim in [0, 2] {
-        let [busy, idle] = worlds(two_on_the_last, 4, 2.0);
+        let [busy, idle] = worlds(two_on_the_last, 4, 4.0);
         plug(&hosts, victim, false);
         let cut = Instant::now();
         let busy = busy.wait(LIMIT);
-        assert!(cut.elapsed() >= Duration::from_secs(2), "after {:?}", cut.elapsed());
+        assert!(cut.elapsed() >= Duration::from_secs(4), "after {:?}", cut.elapsed());
         // A host is lost after a second more, and the last of several two seconds later.
-        assert!(cut.elapsed() < Duration::from_secs(12), "after {:?}", cut.elapsed());
-        thread::sleep(Duration::from_secs(8).saturating_sub(cut.elapsed()));
+        assert!(cut.elapsed() < SOON, "after {:?}", cut.elapsed());
+        thread::sleep(Duration::from_secs(12).saturating_sub(cut.elapsed()));
         idle.mark("again");
         let idle = idle.wait(LIMIT);
         for ended in &idle {
             let millis: u64 = ended.told[1].parse().unwrap();
-            assert!(millis < 2000, "it was known before the call: {ended:#?}");
+            assert!(millis < 4000, "it was known before the call: {ended:#?}");
         }
         for ended in [busy, idle] {
             check(&ended, victim);
@@ -158,7 +160,7 @@ fn check(ended: &[Ended], victim: usize) {
         let (failed_ranks, why) = match (victim, rank) {
             (0, 0) => ("[1, 2, 3]", "rank 1 at 10.77.0.2, rank 2 at 10.77.0.3, rank 3 at"),
             (2, 0 | 1) => ("[2, 3]", "rank 2 at 10.77.0.3, rank 3 at 10.77.0.3 unreachable for"),
-            _ => ("[0]", "rank 0 at 10.77.0.1 unreachable for more than 2 s"),
+            _ => ("[0]", "rank 0 at 10.77.0.1 unreachable for more than 4 s"),
         };
         let is_named = told.starts_with(&format!("RankLost {failed_ranks} ")) && told.contains(why);
         assert!(is_named, "host {victim} lost, rank {rank}: {told}");
@@ -221,7 +223,7 @@ fn two_hosts_that_do_not_reach_each_other_are_both_named_long_before_the_deadlin
         assert!(told.contains("ranks 1 and 2 do not reach each other: rank "), "{told}");
     }
     // An attempt after the limit, a second for the answer, and four to find no other cause.
-    assert!(cut.elapsed() < Duration::from_secs(15), "after {:?}", cut.elapsed());
+    assert!(cut.elapsed() < SOON, "after {:?}", cut.elapsed());
     cut_pair(&hosts, false);
 }
 
@@ -253,7 +255,7 @@ fn hosts_of_which_one_does_not_reach_the_other_are_named_as_if_neither_did() {
         cut_one_way(&hosts, from, to, true);
         let cut = Instant::now();
         let ended = running.wait(LIMIT);
-        assert!(cut.elapsed() < Duration::from_secs(15), "after {:?}", cut.elapsed());
+        assert!(cut.elapsed() < SOON, "after {:?}", cut.elapsed());
         cut_one_way(&hosts, from, to, false);
         let names = |rank: usize, failed: &str| {
             ended[rank].told[0].starts_with(&format!("RankLost {failed} "))
@@ -293,12 +295,13 @@ fn two_hosts_that_are_cut_apart_between_calls_are_both_named() {
 fn two_hosts_that_reach_each_other_again_within_the_limit_go_on() {
     let Some(hosts) = Hosts::new(3) else { return };
     let world = world(3, "busy", 7001).through(inside).set("UNISUM_ALGORITHM", "ring");
-    let running = world.set("UNISUM_HEARTBEAT_TIMEOUT", 5).start();
+    let running = world.set("UNISUM_HEARTBEAT_TIMEOUT", 11).start();
     running.wait_for("working", 3, LIMIT);
     cut_pair(&hosts, true);
-    thread::sleep(Duration::from_secs(4));
+    // The attempts are made after 0.2, 0.6, 1.4, 3, 6.2 and 12.6 s.
+    thread::sleep(Duration::from_secs(7));
     cut_pair(&hosts, false);
-    thread::sleep(Duration::from_secs(4));
+    thread::sleep(Duration::from_secs(7));
     running.mark("enough");
     for ended in running.wait(LIMIT) {
         assert_eq!((ended.status, ended.told[0].as_str()), (0, "enough"), "{ended:#?}");
@@ -388,15 +391,16 @@ fn all_connections_of_a_host_may_be_reset_and_go_on() {
     let running = world.start();
     running.wait_for("working", 3, LIMIT);
     let mut random = Random::new();
-    let mut resets = 0;
-    for round in 0..often {
-        resets += reset(round % 3);
+    let (mut resets, mut rounds) = (0, 0);
+    while rounds < often || resets <= often {
+        resets += reset(rounds % 3);
+        rounds += 1;
         // Some fall into those that go on after the last one.
         thread::sleep(Duration::from_millis(random.below(400) as u64));
+        assert!(rounds < 100 * often, "{resets} connections were reset");
     }
     running.mark("enough");
     for ended in running.wait(LIMIT) {
         assert_eq!((ended.status, ended.told[0].as_str()), (0, "enough"), "{ended:#?}");
     }
-    assert!(resets > often, "{resets} connections were reset");
 }

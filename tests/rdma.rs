@@ -265,8 +265,8 @@ fn a_short_outage_between_two_devices_is_survived() {
     if !has_several_devices() {
         return;
     }
-    // 7 repetitions of 0.27 s each.
-    let world = apart("reduce_for_a_while").set("UNISUM_VERBS_TIMEOUT", 16);
+    // 7 repetitions of 1.07 s each.
+    let world = apart("reduce_for_a_while").set("UNISUM_VERBS_TIMEOUT", 18);
     let running = reducing(&world, 2);
     sh("ip link set bridge0 down; sleep 0.3; ip link set bridge0 up");
     for (rank, Ended { status, told, log }) in running.wait(LIMIT).iter().enumerate() {
