@@ -177,9 +177,9 @@ fn a_way_that_is_gone_for_good_is_an_error_in_time_that_names_the_other_end() {
     // Each rank names the coordinator, which names both.
     expect_verdict(&controls[..1], PATIENCE, VerdictKind::Unreachable, &[1, 2]);
     let took = started.elapsed();
-    assert!(took >= TIMEOUT / 2 && took < TIMEOUT * 4, "{took:?}");
+    assert!(took >= TIMEOUT / 2 && took < AT_ONCE, "{took:?}");
     expect_verdict(&controls[1..], PATIENCE, VerdictKind::Unreachable, &[0]);
-    assert!(started.elapsed() < TIMEOUT * 6);
+    assert!(started.elapsed() < PATIENCE);
     let text = controls[0].verdict().unwrap().text;
     assert!(text.starts_with("rank 1 at 127.0.0.1, rank 2 at 127.0.0.1 unreachable"), "{text}");
 }
@@ -209,13 +209,11 @@ fn a_member_whose_port_refuses_has_died() {
     addresses.push(vec![port.local_addr().unwrap()]);
     controls.iter().for_each(|control| control.set_addresses(addresses.clone()));
     // Its connection ends a while before its port, as that of a process that takes its time.
-    let started = Instant::now();
     drop(dying);
     thread::sleep(Duration::from_millis(200));
     assert!(controls.iter().all(|control| control.verdict().is_none()));
     drop(port);
-    expect_verdict(&controls, PATIENCE / 4, VerdictKind::Died, &[2]);
-    assert!(started.elapsed() < PATIENCE / 2);
+    expect_verdict(&controls, AT_ONCE, VerdictKind::Died, &[2]);
 }
 
 /// Who knows the token and the session of the job has the place of a rank only with what that rank
@@ -228,16 +226,16 @@ fn nobody_goes_on_for_a_rank_with_an_attempt_that_was_made_before() {
     let target = controls[0].addresses()[0];
     let session = controls[0].session();
     let hello = Hello { purpose: Purpose::Resume, session, ..hello(1, 2) };
-    let again = |hello: &Hello, attempt| {
-        let until = Instant::now() + Duration::from_millis(300);
+    let again = |hello: &Hello, attempt, time| {
+        let until = Instant::now() + time;
         dial::again(&[target], (hello, &credentials()), (attempt, 0), until)
     };
     // One that was made before is not answered; nor is one for another session, or rank.
-    assert!(matches!(again(&hello, 0), dial::Again::Silent));
+    assert!(matches!(again(&hello, 0, Duration::from_millis(300)), dial::Again::Silent));
     let other = Hello { session: [9; 16], ..hello };
-    assert!(matches!(again(&other, 1 << 60), dial::Again::Refused(_)));
+    assert!(matches!(again(&other, 1 << 60, PATIENCE), dial::Again::Refused(_)));
     let nobody = Hello { from: 0, ..hello };
-    assert!(matches!(again(&nobody, 1 << 60), dial::Again::Refused(_)));
+    assert!(matches!(again(&nobody, 1 << 60, PATIENCE), dial::Again::Refused(_)));
     exchange(&controls, 2);
     assert_eq!(controls[0].verdict(), None);
 }
@@ -248,7 +246,7 @@ fn who_has_taken_more_than_was_said_breaks_the_protocol() {
     let Flapping { relay: _relay, controls } = start_through_relay(2, Told::All, PATIENCE);
     let session = controls[0].session();
     let hello = Hello { purpose: Purpose::Resume, session, ..hello(1, 2) };
-    let until = Instant::now() + Duration::from_millis(300);
+    let until = Instant::now() + PATIENCE / 4;
     let numbers = (1 << 60, 1_000_000);
     let target = [controls[0].addresses()[0]];
     let again = dial::again(&target, (&hello, &credentials()), numbers, until);
@@ -267,6 +265,6 @@ fn without_the_setting_a_cut_is_a_death() {
     let addresses: Vec<_> = controls.iter().map(|it| it.addresses().to_vec()).collect();
     controls.iter().for_each(|control| control.set_addresses(addresses.clone()));
     relay.cut(How::Reset);
-    expect_verdict(&controls[..1], Duration::from_secs(2), VerdictKind::Died, &[1]);
-    expect_verdict(&controls[1..], Duration::from_secs(2), VerdictKind::Died, &[0]);
+    expect_verdict(&controls[..1], AT_ONCE, VerdictKind::Died, &[1]);
+    expect_verdict(&controls[1..], AT_ONCE, VerdictKind::Died, &[0]);
 }
