@@ -5,7 +5,7 @@
 mod support;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::{World, tell};
 use unisum::{Communicator, ReduceOp};
@@ -15,7 +15,7 @@ fn rank_process() {
     support::run_if_rank(&[("on_a_core", on_a_core), ("from_one_core", from_one_core)]);
 }
 
-const LIMIT: Duration = Duration::from_secs(100);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// Waits for the other tests here; nothing if there are no two cores.
 fn two_cores() -> Option<MutexGuard<'static, ()>> {
@@ -27,8 +27,8 @@ fn two_cores() -> Option<MutexGuard<'static, ()>> {
     Some(ALONE.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Tells how often this thread slept in 10,000 small operations, in the best of some rounds: others
-/// may want the cores meanwhile.
+/// Tells how often the ranks' threads slept at most in 10,000 small operations, in a round in which
+/// they hardly did, or else in the best: others may want the cores meanwhile, for a while.
 fn on_a_core() {
     let communicator = Communicator::from_environment().unwrap();
     let mut data = communicator.allocate::<f32>(2).unwrap();
@@ -40,8 +40,21 @@ fn on_a_core() {
         sleeps() - before
     };
     round();
-    tell((0..5).map(|_| round()).min().unwrap());
+    let (start, mut fewest) = (Instant::now(), i64::MAX);
+    loop {
+        let slept = round();
+        let mut told = [slept, i64::from(start.elapsed() > LIMIT / 2)];
+        communicator.all_reduce(&mut told, ReduceOp::Max).unwrap();
+        let [slept, is_over] = told;
+        fewest = fewest.min(slept);
+        if fewest < FEW || is_over == 1 {
+            return tell(fewest);
+        }
+    }
 }
+
+/// Of 10,000 waits.
+const FEW: i64 = 100;
 
 /// Some times: goes to the first core, may run on all as before, and tells where it is after 2,000
 /// small operations.
@@ -111,7 +124,7 @@ fn ranks_on_cores_of_their_own_wait_without_sleeping() {
         .through(|rank| ["taskset", "-c", &cores()[rank].to_string()].map(str::to_owned).into());
     for told in bound.succeed(LIMIT) {
         let sleeps: i64 = told[0].parse().unwrap();
-        assert!(sleeps < 100, "{sleeps} sleeps in 10,000 operations");
+        assert!(sleeps < FEW, "{sleeps} sleeps in 10,000 operations");
     }
 }
 

@@ -97,7 +97,7 @@ fn flaps(sockets: usize, tls: &str) {
         .set("UNISUM_TRANSPORT", "tcp")
         .set("UNISUM_TCP_SOCKETS", sockets)
         .set("UNISUM_TLS", tls)
-        .set("UNISUM_RECONNECT_TIMEOUT", 8)
+        .set("UNISUM_RECONNECT_TIMEOUT", 30)
         .set("ROUNDS", 24);
     let told = world.succeed(LIMIT);
     let cuts: usize = told.iter().map(|told| told[0].parse::<usize>().unwrap()).sum();
