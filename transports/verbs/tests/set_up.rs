@@ -32,14 +32,14 @@ fn card(offer: &Offer, rank: usize) -> Vec<u8> {
     offer.cards().swap_remove(rank)
 }
 
-/// What rank 0 finds when both prove their connections within a second.
+/// What rank 0 finds when both prove their connections.
 fn prove(spoil: impl Fn(&mut Vec<u8>)) -> Result<(), LinkError> {
     let (own, other) = (offer(0), offer(1));
     let mut cards = vec![card(&own, 1), card(&other, 0)];
     let mut theirs = other.connect(&cards).unwrap();
     spoil(&mut cards[1]);
     let mut ours = own.connect(&cards).unwrap();
-    let until = Instant::now() + Duration::from_secs(1);
+    let until = Instant::now() + Duration::from_secs(6);
     thread::scope(|scope| {
         scope.spawn(|| theirs.prove(until));
         ours.prove(until)
@@ -99,6 +99,6 @@ fn wrong_numbers_of_packets_or_queue_pairs_are_found_out_when_the_way_is_proven(
         let error = prove(|card| card[at] ^= 0x40).unwrap_err();
         assert!(matches!(error.kind, LinkErrorKind::Unreachable(_)), "byte {at}: {error:?}");
         assert_eq!(error.peer, 1, "byte {at}");
-        assert!(start.elapsed() < Duration::from_secs(10), "byte {at}: {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(60), "byte {at}: {:?}", start.elapsed());
     }
 }

@@ -49,16 +49,16 @@ fn silence_garbage_and_floods_keep_nobody_from_joining() {
     dial(&cards[0]).write_all(&[0xff; 500]).unwrap();
     dial(&cards[0]).write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
     let start = Instant::now();
-    let joined = join_all(offers, &cards, Duration::from_secs(20));
+    let joined = join_all(offers, &cards, Duration::from_secs(60));
     assert!(joined.iter().all(Result::is_ok), "{joined:?}");
-    assert!(start.elapsed() < Duration::from_secs(10), "strangers held the job up");
+    assert!(start.elapsed() < Duration::from_secs(30), "strangers held the job up");
     drop(silent);
 }
 
 #[test]
 fn a_wrong_secret_gets_no_memory_and_the_others_go_on() {
     let (offers, cards) = offers(&[b"job", b"job", b"other"]);
-    let mut joined = join_all(offers, &cards, Duration::from_secs(2));
+    let mut joined = join_all(offers, &cards, Duration::from_secs(4));
     let refused = joined.pop().unwrap().unwrap_err();
     assert!(matches!(refused, ShmError::Refused { leader: 0, .. }), "{refused}");
     let links = thread::scope(|scope| {
@@ -104,7 +104,7 @@ fn a_silent_leader_is_late() {
 fn a_member_that_never_comes_leaves_the_others_a_memory() {
     let (mut offers, cards) = offers(&[b"job".as_slice(); 3]);
     offers.pop();
-    let joined = join_all(offers, &cards, Duration::from_millis(500));
+    let joined = join_all(offers, &cards, Duration::from_secs(3));
     assert!(joined.iter().all(Result::is_ok), "{joined:?}");
     // A member that does not connect is named.
     let leader = joined.into_iter().next().unwrap().unwrap();

@@ -156,8 +156,8 @@ fn where_nobody_listens_nobody_is_waited_for() {
 fn attempts_end_at_the_deadline_and_are_told() {
     let (inbox, listener) = (inbox(), TcpListener::bind("127.0.0.1:0").unwrap());
     let address = listener.local_addr().unwrap();
-    inbox.dial(dial(address, 0, Duration::from_millis(2500))).unwrap();
     let start = Instant::now();
+    inbox.dial(dial(address, 0, Duration::from_millis(2500))).unwrap();
     let text = text(next_arrival(&inbox));
     assert!(start.elapsed() >= Duration::from_secs(2), "{:?}", start.elapsed());
     assert!(text.contains(&address.to_string()) && text.contains("attempts"), "{text}");
