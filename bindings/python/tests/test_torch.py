@@ -91,6 +91,13 @@ def begin(rank, world, how, timeout=LIMIT):
     )
 
 
+def await_file(path):
+    until = time.monotonic() + 60
+    while not os.path.exists(path):
+        assert time.monotonic() < until, path
+        time.sleep(0.02)
+
+
 def twice(rank, world, folder):
     for number in range(3):
         begin(rank, world, f"file://{folder}/init{number}")
@@ -109,9 +116,7 @@ def by_environment(rank, world, folder):
             file.write(str(store.port))
         os.rename(port + "~", port)
     else:
-        until = time.monotonic() + 60
-        while not os.path.exists(port) and time.monotonic() < until:
-            time.sleep(0.02)
+        await_file(port)
         store = dist.TCPStore("127.0.0.1", int(open(port).read()), world, False)
     dist.init_process_group("unisum", store=store, rank=rank, world_size=world)
     dist.barrier()
@@ -123,15 +128,16 @@ def by_environment(rank, world, folder):
 
 
 def late(rank, world, folder):
-    begin(rank, world, f"file://{folder}/init", datetime.timedelta(seconds=2))
+    # In which both have to be there, too.
+    begin(rank, world, f"file://{folder}/init", datetime.timedelta(seconds=10))
     dist.barrier()
     if rank == 1:
-        time.sleep(7)
+        await_file(f"{folder}/told")
         os._exit(0)
-    begun = time.monotonic()
     with pytest.raises(RuntimeError) as raised:
         dist.all_reduce(torch.ones(1))
-    assert raised.value.ranks == (1,) and time.monotonic() - begun < 8
+    open(f"{folder}/told", "w").close()
+    assert raised.value.ranks == (1,)
     assert dist.group.WORLD.get_error() == torch._C._distributed_c10d.ErrorType.TIMEOUT
     dist.destroy_process_group()
 
@@ -150,10 +156,11 @@ def aborted(rank, world, folder):
     begin(rank, world, f"file://{folder}/init")
     dist.barrier()
     if rank == 1:
-        time.sleep(0.5)
+        await_file(f"{folder}/started")
         dist.group.WORLD.abort()
     else:
         work = dist.all_reduce(torch.ones(1), async_op=True)
+        open(f"{folder}/started", "w").close()
         with pytest.raises(RuntimeError, match="aborted"):
             work.wait()
     dist.destroy_process_group()
