@@ -7,7 +7,7 @@ import slurm
 
 OPEN_MPI = "mpirun.openmpi --allow-run-as-root --oversubscribe --bind-to none"
 MPICH = "mpiexec.mpich"
-SECONDS = 60
+SECONDS = 180
 
 
 class Fault(Exception):

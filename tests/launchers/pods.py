@@ -94,7 +94,7 @@ class Pods:
         try:
             self.context.check(started[0], RANKS, *words, "4 nodes")
             for rank in range(1, RANKS):
-                status, _, errors = self.context.place.finish(started[rank], 20)
+                status, _, errors = self.context.place.finish(started[rank], 120)
                 if status != 0:
                     raise Fault(f"{manifest}: rank {rank}: status {status}: {errors}")
         finally:
@@ -106,7 +106,7 @@ class Pods:
 
     def alone(self):
         process = self.start(0, {"JOB_COMPLETION_INDEX": 1})
-        status, _, errors = self.context.place.finish(process, 30)
+        status, _, errors = self.context.place.finish(process, 120)
         if status != 0 or "set UNISUM_WORLD" not in errors:
             raise Fault(f"no warning about a pod that is alone: {status} {errors}")
 

@@ -62,7 +62,7 @@ exec {self.on_command('$host')} sh -c "$*"
 
     @staticmethod
     def sh(command):
-        subprocess.run(["sh", "-ec", command], check=True, timeout=30)
+        subprocess.run(["sh", "-ec", command], check=True, timeout=120)
 
     def environment(self, **more):
         """Nothing of the caller's but where programs are."""

@@ -72,30 +72,30 @@ class Cluster:
         names = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         files = " ".join(f"--{option}={folder}/munge.{end}" for option, end in names.items())
         self.start(f"munged --foreground --force --key-file={key} {files}")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not os.path.exists(f"{folder}/munge.socket"):
             if time.monotonic() > deadline:
-                raise OSError("munged has not made its socket within 20 s")
+                raise OSError("munged has not made its socket within 60 s")
             time.sleep(0.05)
 
     def environment(self):
         return self.place.environment(SLURM_CONF=self.configuration)
 
     def wait_until_idle(self):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             told = self.ask("sinfo -h -N -o %T")
             if told.split() == ["idle"] * len(NODES):
                 return
             if time.monotonic() > deadline:
-                raise OSError(f"slurm's nodes are not idle within 60 s: {told}")
+                raise OSError(f"slurm's nodes are not idle within 180 s: {told}")
             time.sleep(0.2)
 
     def ask(self, command):
         """What a command says, whether it succeeds or not."""
         return subprocess.run(
             ["sh", "-c", command], env=self.environment(), capture_output=True, text=True,
-            timeout=20,
+            timeout=60,
         ).stdout
 
     def close(self):
