@@ -29,7 +29,9 @@ fn rank_process() {
     ]);
 }
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
+/// Half the deadline of calls.
+const SOON: Duration = Duration::from_secs(30);
 
 fn on_both(ranks: usize, scenario: &'static str) {
     for transport in support::transports() {
@@ -368,8 +370,7 @@ fn a_killed_rank_is_named_by_those_that_wait() {
             running.signal(victim, libc::SIGKILL);
             let killed = Instant::now();
             let ended = running.wait(LIMIT);
-            // Half the deadline of calls.
-            assert!(killed.elapsed() < LIMIT / 2, "{:?}", killed.elapsed());
+            assert!(killed.elapsed() < SOON, "{:?}", killed.elapsed());
             for (rank, ended) in ended.iter().enumerate().filter(|(rank, _)| *rank != victim) {
                 assert_eq!(ended.status, 0, "rank {rank}, victim {victim}: {ended:#?}");
                 // Who comes back after the other thread heard of it is told that it is over.
@@ -429,7 +430,7 @@ fn nobody_sends() {
         let error = messenger.receive(&mut [0.0_f32; 3], 1, 31).unwrap_err();
         reach("over");
         tell_error(&error);
-        assert!(start.elapsed() < LIMIT / 2);
+        assert!(start.elapsed() < SOON);
         let used = support_cpu() - cpu;
         assert!(used < Duration::from_millis(50), "{used:?} of processor time");
         assert_eq!(messenger.send(&[0_u8], 1, 0).unwrap_err().kind(), ErrorKind::Aborted);
@@ -498,8 +499,12 @@ fn busy_waiters() {
                 assert_eq!(data, [tag; 2]);
             });
         }
-        let start = Instant::now();
+        let (mut start, mut quickest) = (Instant::now(), Duration::MAX);
         for round in 0..2000_u64 {
+            if round % 100 == 0 && round > 0 {
+                quickest = quickest.min(start.elapsed());
+                start = Instant::now();
+            }
             let mut got = [0_u64];
             if peer == 1 {
                 messenger.send(&[round], peer, 0).unwrap();
@@ -510,7 +515,8 @@ fn busy_waiters() {
             }
             assert_eq!(got, [round]);
         }
-        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+        // Others may have the processors for most of the time.
+        assert!(quickest < Duration::from_secs(2), "{quickest:?} for 100 rounds");
         (100..104).for_each(|tag| messenger.send(&[tag; 2], peer, tag).unwrap());
     });
 }
