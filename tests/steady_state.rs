@@ -26,7 +26,7 @@ fn rank_process() {
     support::run_if_rank(&[("as_chosen", as_chosen), ("every_algorithm", every_algorithm)]);
 }
 
-const LIMIT: Duration = Duration::from_secs(100);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// One element or two, one slice, several slices.
 const SIZES: [usize; 3] = [8, 64 << 10, 4 << 20];
