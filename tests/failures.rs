@@ -79,10 +79,10 @@ fn kill_in_mid_transfer(
     (ended, took)
 }
 
-/// Others may have the processors at most of the moments, and do not at a quarter of them.
+/// Others may have the processors at some of the moments, and do not at half of them.
 fn assert_at_most_two_seconds(mut took: Vec<Duration>) {
     took.sort_unstable();
-    assert!(took[(took.len() - 1) / 4] < Duration::from_secs(2), "{took:?}");
+    assert!(took[(took.len() - 1) / 2] < Duration::from_secs(2), "{took:?}");
 }
 
 /// Moments spread over a 64 MiB all-reduce of 16 ranks; printed, so that a failure can be tried
