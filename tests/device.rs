@@ -9,6 +9,8 @@
 #![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
 #![allow(unreachable_pub, reason = "modules of a test")]
 
+#[path = "device/buckets.rs"]
+mod buckets;
 #[path = "device/cases.rs"]
 mod cases;
 #[path = "device/driver.rs"]
@@ -44,7 +46,8 @@ fn rank_process() {
         ("by_pair", by_pair),
         ("refused", refused),
     ];
-    support::run_if_rank(&[here, faults::SCENARIOS, streams::SCENARIOS].concat());
+    let rooms = [here, buckets::SCENARIOS, faults::SCENARIOS, streams::SCENARIOS];
+    support::run_if_rank(&rooms.concat());
 }
 
 const LIMIT: Duration = Duration::from_secs(60);

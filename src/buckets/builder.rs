@@ -38,8 +38,13 @@ impl<'c> Builder<'c> {
             relayout: true,
             acknowledges: false,
         };
-        let limits = Limits { bytes: 25 << 20, end_bytes: 1 << 20, pieces: 1 };
-        Self { communicator, limits, settings, layout: None, hook: Box::new(AllReduce) }
+        Self {
+            communicator,
+            limits: Limits::DEFAULT,
+            settings,
+            layout: None,
+            hook: Box::new(AllReduce),
+        }
     }
 
     /// The maximum size of a bucket, in bytes; 25 MiB by default. A larger parameter has a bucket
@@ -241,7 +246,7 @@ impl<'c> Builder<'c> {
 }
 
 /// Checks that all ranks have the same parameters and settings.
-fn check_signature(communicator: &Communicator, signature: &str) -> Result<(), Error> {
+pub(super) fn check_signature(communicator: &Communicator, signature: &str) -> Result<(), Error> {
     let hashes = communicator.exchange(job_hash(signature).to_vec())?;
     let Some(other) = hashes.iter().position(|hash| *hash != hashes[0]) else { return Ok(()) };
     let signatures = communicator.exchange(signature.as_bytes().to_vec())?;

@@ -57,6 +57,10 @@ pub(super) struct Limits {
     pub(super) pieces: usize,
 }
 
+impl Limits {
+    pub(super) const DEFAULT: Self = Self { bytes: 25 << 20, end_bytes: 1 << 20, pieces: 1 };
+}
+
 impl Layout {
     /// Buckets for parameters that become ready in `order`, which names each of them once.
     pub(super) fn new(

@@ -46,6 +46,8 @@
 mod builder;
 mod codec;
 mod compressed;
+#[cfg(feature = "cuda")]
+mod device;
 mod elastic;
 mod flight;
 #[cfg(any(test, fuzzing))]
@@ -76,6 +78,8 @@ use unisum_link::fork;
 
 pub use builder::Builder;
 pub use compressed::Compressed;
+#[cfg(feature = "cuda")]
+pub use device::{DeviceBuckets, DeviceBuilder, DeviceStep};
 pub use elastic::StepChange;
 pub use hook::{AllReduce, Bucket, Hook};
 pub use layout::Layout;

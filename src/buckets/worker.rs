@@ -275,7 +275,7 @@ impl Core {
         if panicked == [0] {
             return Ok(());
         }
-        let error = self.explain(ErrorKind::Panicked, fault.unwrap_or_default())?;
+        let error = explain(&self.communicator(), ErrorKind::Panicked, fault.unwrap_or_default())?;
         // The job lives.
         self.ended.by(&error);
         Err(error)
@@ -360,7 +360,7 @@ impl Core {
                 let text = format!("the step failed on all ranks: {}", or_unknown(&fault));
                 return Err(Error::new(ErrorKind::StepFailed, text).on(rank));
             }
-            return Err(self.explain(ErrorKind::StepFailed, fault)?);
+            return Err(explain(&self.communicator(), ErrorKind::StepFailed, fault)?);
         }
         if ballot[1..5].iter().zip(&ballot[5..USED]).any(|(some, others)| some & others != 0) {
             if is_passed {
@@ -401,24 +401,27 @@ impl Core {
         let rank = self.communicator().rank();
         Ok(Error::new(ErrorKind::Mismatch, text).on(rank).caused_by(failed_ranks))
     }
+}
 
-    /// What failed where, the same on all ranks.
-    fn explain(&self, kind: ErrorKind, mut fault: String) -> Result<Error, Error> {
-        // What the program says is as long as it likes.
-        let longest = fault.len().min(FAULT_BYTES_MAX);
-        let end = (0..=longest).rev().find(|at| fault.is_char_boundary(*at));
-        fault.truncate(end.unwrap_or(0));
-        let faults = self.communicator().exchange(fault.into_bytes())?;
-        let failed = faults.iter().enumerate().filter(|(_, fault)| !fault.is_empty());
-        let (mut failed_ranks, mut texts) = (Vec::new(), Vec::new());
-        for (rank, fault) in failed {
-            failed_ranks.push(rank);
-            texts.push(format!("on rank {rank} {}", String::from_utf8_lossy(fault)));
-        }
-        let text = format!("the step failed on all ranks: {}", texts.join("; "));
-        let rank = self.communicator().rank();
-        Ok(Error::new(kind, text).on(rank).caused_by(failed_ranks))
+/// What failed where, the same on all ranks.
+pub(super) fn explain(
+    communicator: &Communicator,
+    kind: ErrorKind,
+    mut fault: String,
+) -> Result<Error, Error> {
+    // What the program says is as long as it likes.
+    let longest = fault.len().min(FAULT_BYTES_MAX);
+    let end = (0..=longest).rev().find(|at| fault.is_char_boundary(*at));
+    fault.truncate(end.unwrap_or(0));
+    let faults = communicator.exchange(fault.into_bytes())?;
+    let failed = faults.iter().enumerate().filter(|(_, fault)| !fault.is_empty());
+    let (mut failed_ranks, mut texts) = (Vec::new(), Vec::new());
+    for (rank, fault) in failed {
+        failed_ranks.push(rank);
+        texts.push(format!("on rank {rank} {}", String::from_utf8_lossy(fault)));
     }
+    let text = format!("the step failed on all ranks: {}", texts.join("; "));
+    Ok(Error::new(kind, text).on(communicator.rank()).caused_by(failed_ranks))
 }
 
 /// How long the votes on so many parameters are.

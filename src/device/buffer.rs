@@ -57,11 +57,7 @@ impl<T: Element> DeviceBuffer<T> {
         elements: &[T],
         stream: &DeviceStream,
     ) -> Result<(), Error> {
-        let at = self.place(start, elements.len());
-        let bytes = size_of_val(elements);
-        // SAFETY: the place has so many elements, and the host's stay until it is done, just below.
-        let copied = unsafe { stream.0.copy_to_device(at, elements.as_ptr().cast(), bytes) };
-        copied.and_then(|()| stream.0.synchronize()).map_err(device_error)
+        put(self.place(start, elements.len()), elements, stream)
     }
 
     /// Copies its elements from `start` on into `elements`, after what is in the stream. Blocks
@@ -78,34 +74,7 @@ impl<T: Element> DeviceBuffer<T> {
         elements: &mut [T],
         stream: &DeviceStream,
     ) -> Result<(), Error> {
-        let at = self.place(start, elements.len());
-        let bytes = size_of_val(elements);
-        // Whatever the device's memory holds has to be a value of the type: all but truth values
-        // take any bits.
-        if T::DTYPE == Dtype::Bool {
-            let mut copy = vec![0_u8; bytes];
-            self.fetch(at, copy.as_mut_ptr(), bytes, stream)?;
-            let to = elements.as_mut_ptr().cast::<u8>();
-            for (index, byte) in copy.iter().enumerate() {
-                let to = to.wrapping_add(index);
-                // SAFETY: the elements are one byte each, and there are as many.
-                unsafe { to.write(u8::from(*byte != 0)) };
-            }
-            return Ok(());
-        }
-        self.fetch(at, elements.as_mut_ptr().cast(), bytes, stream)
-    }
-
-    fn fetch(
-        &self,
-        at: u64,
-        to: *mut u8,
-        bytes: usize,
-        stream: &DeviceStream,
-    ) -> Result<(), Error> {
-        // SAFETY: the place has so many bytes, and the host's are lent until it is done, below.
-        let copied = unsafe { stream.0.copy_to_host(to, at, bytes) };
-        copied.and_then(|()| stream.0.synchronize()).map_err(device_error)
+        get(self.place(start, elements.len()), elements, stream)
     }
 
     fn place(&self, start: usize, count: usize) -> u64 {
@@ -113,6 +82,74 @@ impl<T: Element> DeviceBuffer<T> {
         assert!(fits, "{count} elements from {start} on of {}", self.count);
         self.address() + (start * size_of::<T>()) as u64
     }
+}
+
+impl DeviceBuffer<u8> {
+    /// Copies elements of any type to the bytes from `start` on, as [`DeviceBuffer::write`].
+    ///
+    /// # Errors
+    /// As [`DeviceBuffer::write`].
+    pub(crate) fn write_elements<U: Element>(
+        &self,
+        start: usize,
+        elements: &[U],
+        stream: &DeviceStream,
+    ) -> Result<(), Error> {
+        put(self.place(start, size_of_val(elements)), elements, stream)
+    }
+
+    /// Copies the bytes from `start` on to elements of any type, as [`DeviceBuffer::read`].
+    ///
+    /// # Errors
+    /// As [`DeviceBuffer::write`].
+    pub(crate) fn read_elements<U: Element>(
+        &self,
+        start: usize,
+        elements: &mut [U],
+        stream: &DeviceStream,
+    ) -> Result<(), Error> {
+        get(self.place(start, size_of_val(elements)), elements, stream)
+    }
+}
+
+/// Copies elements to a place on the device that has room for them.
+fn put<T: Element>(at: u64, elements: &[T], stream: &DeviceStream) -> Result<(), Error> {
+    let bytes = size_of_val(elements);
+    if bytes == 0 {
+        // The driver takes no address at the end of an allocation.
+        return stream.0.synchronize().map_err(device_error);
+    }
+    // SAFETY: the place has so many bytes, and the host's stay until it is done, just below.
+    let copied = unsafe { stream.0.copy_to_device(at, elements.as_ptr().cast(), bytes) };
+    copied.and_then(|()| stream.0.synchronize()).map_err(device_error)
+}
+
+/// Copies elements from a place on the device that has as many.
+fn get<T: Element>(at: u64, elements: &mut [T], stream: &DeviceStream) -> Result<(), Error> {
+    let bytes = size_of_val(elements);
+    // Whatever the device's memory holds has to be a value of the type: all but truth values
+    // take any bits.
+    if T::DTYPE == Dtype::Bool {
+        let mut copy = vec![0_u8; bytes];
+        fetch(at, copy.as_mut_ptr(), bytes, stream)?;
+        let to = elements.as_mut_ptr().cast::<u8>();
+        for (index, byte) in copy.iter().enumerate() {
+            let to = to.wrapping_add(index);
+            // SAFETY: the elements are one byte each, and there are as many.
+            unsafe { to.write(u8::from(*byte != 0)) };
+        }
+        return Ok(());
+    }
+    fetch(at, elements.as_mut_ptr().cast(), bytes, stream)
+}
+
+fn fetch(at: u64, to: *mut u8, bytes: usize, stream: &DeviceStream) -> Result<(), Error> {
+    if bytes == 0 {
+        return stream.0.synchronize().map_err(device_error);
+    }
+    // SAFETY: the place has so many bytes, and the host's are lent until it is done, below.
+    let copied = unsafe { stream.0.copy_to_host(to, at, bytes) };
+    copied.and_then(|()| stream.0.synchronize()).map_err(device_error)
 }
 
 /// A stream of a device, in which collectives are ordered.

@@ -17,6 +17,7 @@ mod choosing;
 mod flags;
 mod joining;
 mod memories;
+mod moment;
 mod page;
 mod program;
 mod queue;
@@ -32,6 +33,7 @@ use unisum_link::Rank;
 
 pub use buffer::{DeviceBuffer, DeviceEvent, DeviceStream, RawDeviceBuffers};
 pub use joining::DeviceRoute;
+pub(crate) use moment::Moment;
 
 use crate::autotuning::selector::index_of;
 use crate::collective::Collective;

@@ -116,6 +116,18 @@ impl Pooled<'_> {
         check(unsafe { sys::cuStreamSynchronize(raw) });
     }
 
+    /// Copies so many of its bytes, from `start` on, to another place of the device, in the stream.
+    /// Nobody waits.
+    pub fn copy(&self, start: u64, to: u64, bytes: usize, stream: &DeviceStream) {
+        if bytes == 0 {
+            return;
+        }
+        self.pool.enter();
+        let from = self.address + start;
+        // SAFETY: both places have so many bytes, until the stream has ended: its users see to it.
+        check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, stream.raw().cast()) });
+    }
+
     /// Copies out of it, in the stream, and waits.
     pub fn read(&self, bytes: &mut [u8], stream: &DeviceStream) {
         self.pool.enter();

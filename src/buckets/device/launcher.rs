@@ -1,0 +1,162 @@
+//! The layer's thread: puts the average of each bucket into the layer's stream, in order, and votes
+//! at the end of each step.
+
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use unisum_kernels::Dtype;
+
+use super::flight::Flight;
+use crate::buckets::layout::Layout;
+use crate::buckets::parameter::Parameter;
+use crate::buckets::worker::explain;
+use crate::device::Moment;
+use crate::{
+    Collective, Communicator, DeviceBuffer, DeviceCommunicator, DeviceStream, Error, ErrorKind,
+    ReduceOp, Reduction,
+};
+
+pub(super) struct Core {
+    pub(super) parameters: Arc<[Parameter]>,
+    pub(super) layout: Layout,
+    pub(super) detects_nonfinite: bool,
+    buckets: Vec<DeviceBuffer<u8>>,
+    /// In which buckets are averaged.
+    averaging: DeviceStream,
+    /// When the averages of the last step have ended.
+    averaged: Moment,
+    /// Moments that are not in use.
+    spare: Mutex<Vec<Moment>>,
+    pub(super) device: DeviceCommunicator,
+    pub(super) votes: Communicator,
+    /// After which there are no more steps.
+    failed: OnceLock<Error>,
+}
+
+impl Core {
+    /// # Errors
+    /// If the device has no memory for the buckets, or fails; with the communicator to tell of it.
+    pub(super) fn new(
+        (device, votes): (DeviceCommunicator, Communicator),
+        parameters: Arc<[Parameter]>,
+        layout: Layout,
+        detects_nonfinite: bool,
+    ) -> Result<Self, (Communicator, Error)> {
+        let made = || {
+            let sizes = layout.plans().iter().map(|bucket| bucket.len * bucket.dtype.bytes());
+            let buckets = sizes.map(|bytes| device.allocate(bytes));
+            let buckets = buckets.collect::<Result<Vec<_>, Error>>()?;
+            let averaging = device.stream()?;
+            // In order before the first step.
+            let averaged = device.moment(&averaging, None)?;
+            Ok((buckets, averaging, averaged))
+        };
+        let (buckets, averaging, averaged) = match made() {
+            Ok(made) => made,
+            Err(error) => return Err((votes, error)),
+        };
+        Ok(Self {
+            parameters,
+            layout,
+            detects_nonfinite,
+            buckets,
+            averaging,
+            averaged,
+            spare: Mutex::default(),
+            device,
+            votes,
+            failed: OnceLock::new(),
+        })
+    }
+
+    pub(super) fn address(&self, parameter: usize) -> u64 {
+        let home = self.layout.home(parameter);
+        let start = home.elements.start * self.parameters[parameter].dtype().bytes();
+        self.buckets[home.bucket].address() + start as u64
+    }
+
+    /// The bucket of a gradient of this type and length, and the byte at which it begins.
+    ///
+    /// # Errors
+    /// If there is no such gradient.
+    pub(super) fn place(
+        &self,
+        parameter: usize,
+        dtype: Dtype,
+        count: usize,
+    ) -> Result<(&DeviceBuffer<u8>, usize), Error> {
+        let refuse =
+            |text: String| Err(Error::new(ErrorKind::Configuration, text).on(self.device.rank()));
+        let Some(known) = self.parameters.get(parameter) else {
+            let all = self.parameters.len();
+            return refuse(format!("there is no parameter {parameter} among {all}"));
+        };
+        if (known.dtype(), known.count()) != (dtype, count) {
+            return refuse(format!("{known} was given {count} elements of {dtype}"));
+        }
+        let home = self.layout.home(parameter);
+        Ok((&self.buckets[home.bucket], home.elements.start * dtype.bytes()))
+    }
+
+    /// Now, in a stream of the program's.
+    pub(super) fn moment(&self, stream: &DeviceStream) -> Result<Moment, Error> {
+        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        self.device.moment(stream, spare)
+    }
+
+    /// What is put into the stream from now on comes after the averages of the last step.
+    pub(super) fn follow_averages(&self, stream: &DeviceStream) -> Result<(), Error> {
+        self.device.follow(stream, &self.averaged)
+    }
+
+    /// Waits until the device has made the averages of the last step.
+    pub(super) fn await_averages(&self) -> Result<(), Error> {
+        self.device.synchronize(&self.averaging, None)
+    }
+
+    /// Why no step can begin any more.
+    pub(super) fn refusal(&self) -> Option<Error> {
+        self.failed.get().map(Error::repeated)
+    }
+
+    /// Reduces step after step until there are no more orders.
+    pub(super) fn launch(&self, flights: &Receiver<Arc<Flight>>) {
+        while let Ok(flight) = flights.recv() {
+            let end = self.reduce(&flight);
+            if let Err(error) = &end
+                && error.kind() != ErrorKind::StepFailed
+            {
+                // The first one holds.
+                let _ = self.failed.set(error.clone());
+            }
+            flight.end(end);
+        }
+    }
+
+    /// All buckets of a step, also of one that has failed: the others wait for this rank's.
+    fn reduce(&self, flight: &Flight) -> Result<(), Error> {
+        let average = Reduction::new(ReduceOp::Average);
+        let average = if self.detects_nonfinite { average.detect_nonfinite() } else { average };
+        let collective = Collective::all_reduce(average);
+        for (number, (bucket, plan)) in self.buckets.iter().zip(self.layout.plans()).enumerate() {
+            let mut moments = flight.await_bucket(number);
+            for moment in &moments {
+                self.device.follow(&self.averaging, moment)?;
+            }
+            self.spare.lock().unwrap_or_else(PoisonError::into_inner).append(&mut moments);
+            self.device.run_as(&collective, plan.dtype, bucket, &self.averaging)?;
+        }
+        self.device.again(&self.averaged, &self.averaging)?;
+        self.vote(flight.await_close())
+    }
+
+    /// Whether all ranks have handed in the step without a fault.
+    fn vote(&self, fault: Option<String>) -> Result<(), Error> {
+        let mut faults = [u32::from(fault.is_some())];
+        self.votes.all_reduce(&mut faults, ReduceOp::Max)?;
+        match faults[0] {
+            0 => Ok(()),
+            _ => Err(explain(&self.votes, ErrorKind::StepFailed, fault.unwrap_or_default())?),
+        }
+    }
+}
