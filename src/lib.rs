@@ -142,6 +142,10 @@ struct Readme;
 struct ElasticJobs;
 
 #[cfg(doctest)]
+#[doc = include_str!("../docs/observing.md")]
+struct Observing;
+
+#[cfg(doctest)]
 #[doc = include_str!("../docs/design/transports.md")]
 struct OwnTransports;
 

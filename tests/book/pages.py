@@ -51,6 +51,12 @@ PIECES = {
 # What runs elsewhere: a page, how a block of it begins, the file that runs the same, and a part of
 # the line that does.
 ELSEWHERE = [
+    ("docs/observing", "print(comm.describe())", "bindings/python/tests/test_observing.py",
+     "after = comm.stats()"),
+    ("docs/observing", "print(unisum.torch.describe())", "bindings/python/tests/test_torch.py",
+     "unisum.torch.stats(group).calls"),
+    ("docs/observing", "unisum_stats *stats;", "bindings/c/tests/worlds.c",
+     "OK(unisum_comm_stats(comm, &stats));"),
     ("docs/cuda", "device = comm.on_device()", "bindings/python/tests/test_device.py",
      ".on_device("),
     ("README", "pip install ./bindings/python", "docs/quick-start/pytorch.md",

@@ -8,4 +8,4 @@ with unisum.connect() as comm:
     comm.all_reduce(data)
     print(f"{comm.world} ranks: {data[0]:.0f}", flush=True)
     if comm.rank == 0:
-        print(comm.describe().splitlines()[0], flush=True)
+        print(comm.describe().summary, flush=True)

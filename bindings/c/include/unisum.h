@@ -512,6 +512,243 @@ typedef struct unisum_store {
 } unisum_store;
 
 /**
+ * What moved between this rank and a peer.
+ */
+typedef struct unisum_peer_stats {
+    /**
+     * Payload bytes sent to it.
+     */
+    uint64_t sent;
+    /**
+     * Payload bytes received from it.
+     */
+    uint64_t received;
+} unisum_peer_stats;
+
+/**
+ * What a link has counted.
+ */
+typedef struct unisum_link_stats {
+    /**
+     * The transport's name, as in "verbs".
+     */
+    const char *transport;
+    /**
+     * What is counted, which is the transport's choice.
+     */
+    const char *const *names;
+    /**
+     * How much of each.
+     */
+    const uint64_t *values;
+    /**
+     * How many counters there are.
+     */
+    size_t count;
+} unisum_link_stats;
+
+/**
+ * What a communicator has done so far on this rank, and what it is doing. Fields may be added at
+ * the end.
+ */
+typedef struct unisum_stats {
+    /**
+     * How many bytes this structure has in the library that wrote it: a field beyond them is not
+     * there.
+     */
+    size_t size;
+    /**
+     * Collectives that have ended well, those included that try algorithms.
+     */
+    uint64_t calls;
+    /**
+     * How often a thread went to sleep in a collective because a peer was not there yet.
+     */
+    uint64_t sleeps;
+    /**
+     * For how long in all, in seconds.
+     */
+    double slept_s;
+    /**
+     * By rank, what moved between the two in transfers; what ranks read in each other's shared
+     * memory is not counted. Transfers count when all of their run have ended.
+     */
+    const struct unisum_peer_stats *const *peers;
+    /**
+     * How many there are: the world, or 0 if that is 1.
+     */
+    size_t peer_count;
+    /**
+     * What those of the links that count have counted. They also count what no collective does:
+     * connecting, measuring, trying algorithms.
+     */
+    const struct unisum_link_stats *const *links;
+    /**
+     * How many of them there are.
+     */
+    size_t link_count;
+    /**
+     * The collective that is under way, in words, as in errors; NULL if none is.
+     */
+    const char *running;
+    /**
+     * Steps of it that were done when it last waited.
+     */
+    uint64_t running_step;
+    /**
+     * All its steps; 0 until it waits.
+     */
+    uint64_t running_steps;
+    /**
+     * Payload bytes that had been transferred then.
+     */
+    uint64_t running_bytes;
+} unisum_stats;
+
+/**
+ * A rank of a job.
+ */
+typedef struct unisum_rank_description {
+    /**
+     * Ranks of the same node share memory.
+     */
+    uint64_t node;
+    /**
+     * Its process, in its own PID namespace.
+     */
+    uint64_t pid;
+    /**
+     * Where others reach it, the preferred address first.
+     */
+    const char *const *addresses;
+    /**
+     * How many addresses it has.
+     */
+    size_t address_count;
+} unisum_rank_description;
+
+/**
+ * What was measured when a job started: a time however few bytes there are, and a rate.
+ */
+typedef struct unisum_measured_cost {
+    /**
+     * What it is of, as in "inside a node".
+     */
+    const char *what;
+    /**
+     * By whom it was measured.
+     */
+    const char *source;
+    /**
+     * Seconds before the first byte.
+     */
+    double latency_s;
+    /**
+     * 0 if that is too fast to be told.
+     */
+    double bytes_per_second;
+    /**
+     * The same for bytes that are in a cache; 0 where that makes no difference.
+     */
+    double bytes_per_second_in_cache;
+} unisum_measured_cost;
+
+/**
+ * Which algorithm all-reduces of f32 use, above a size and up to another one.
+ */
+typedef struct unisum_algorithm_range {
+    /**
+     * Buffers of more bytes than these.
+     */
+    size_t above;
+    /**
+     * Buffers of so many bytes at most.
+     */
+    size_t up_to;
+    /**
+     * The algorithm's name.
+     */
+    const char *algorithm;
+    /**
+     * The modelled time at `up_to`, in seconds; negative if it is not modelled.
+     */
+    double seconds;
+} unisum_algorithm_range;
+
+/**
+ * What a communicator consists of. Fields may be added at the end.
+ */
+typedef struct unisum_description {
+    /**
+     * How many bytes this structure has in the library that wrote it: a field beyond them is not
+     * there.
+     */
+    size_t size;
+    /**
+     * All of this for people, in several lines.
+     */
+    const char *text;
+    /**
+     * Which launcher started the ranks and how they found each other, or what the communicator was
+     * made from.
+     */
+    const char *origin;
+    /**
+     * The transports in use, as "tcp", "shm" or "shm+tcp"; "none" in a world of one.
+     */
+    const char *transport;
+    /**
+     * How the transport is protected from others, in words; NULL if there is nothing to protect.
+     */
+    const char *protection;
+    /**
+     * How long joining took on this rank, in seconds; negative unless it is a job's own
+     * communicator.
+     */
+    double joined_in_s;
+    /**
+     * By rank; only of a job's own communicator with several ranks.
+     */
+    const struct unisum_rank_description *const *ranks;
+    /**
+     * How many there are.
+     */
+    size_t rank_count;
+    /**
+     * What the links say of themselves, as the RDMA devices in use.
+     */
+    const char *const *links;
+    /**
+     * How many lines that are.
+     */
+    size_t link_count;
+    /**
+     * What was measured when the job started: what algorithms are chosen by.
+     */
+    const struct unisum_measured_cost *const *costs;
+    /**
+     * How many there are.
+     */
+    size_t cost_count;
+    /**
+     * Where the costs come from if they were not measured, and which file keeps what is settled.
+     */
+    const char *const *notes;
+    /**
+     * How many lines that are.
+     */
+    size_t note_count;
+    /**
+     * The algorithms of an all-reduce of f32, by size in ascending order.
+     */
+    const struct unisum_algorithm_range *const *algorithms;
+    /**
+     * How many ranges there are.
+     */
+    size_t algorithm_count;
+} unisum_description;
+
+/**
  * Reduces `count` elements at `other` into those at `accumulator`, one by one. It is associative
  * up to rounding. The library calls it from any thread, from several at once, with pieces of any
  * length: it depends on nothing but the elements and `user`, and calls nothing of the library.
@@ -974,6 +1211,21 @@ unisum_status unisum_comm_abort(const struct unisum_comm *comm, const char *why)
  * the others would take it for lost if they still wait for it.
  */
 unisum_status unisum_comm_free(const struct unisum_comm *comm);
+
+/**
+ * What a communicator has done so far on this rank, and what it is doing, as it is now; to be
+ * freed by unisum_free. Not collective. Any thread may call it at any time, also while a call is
+ * stuck: it waits for none. In a world of one everything is zero.
+ */
+unisum_status unisum_comm_stats(const struct unisum_comm *comm, struct unisum_stats **stats);
+
+/**
+ * What a communicator consists of: where the ranks are, what the links cost, which algorithm is
+ * chosen from which size on; to be freed by unisum_free. unisum_comm_describe gives its text
+ * alone. Not collective; never waits.
+ */
+unisum_status unisum_comm_description(const struct unisum_comm *comm,
+                                      struct unisum_description **description);
 
 /**
  * Makes a reduction of elements of type `dtype`, for unisum_collective. `commutes` says that a ∘ b
@@ -1584,10 +1836,11 @@ unisum_status unisum_device_free(const struct unisum_device *device);
 unisum_status unisum_allocate(const struct unisum_comm *comm, size_t bytes, void **memory);
 
 /**
- * Frees memory that unisum_allocate or unisum_comm_share_state gave. Nobody may use it any more:
- * no call that is under way, no work. NULL is refused, and so is what was freed before.
+ * Frees memory that unisum_allocate or unisum_comm_share_state gave, or a structure of
+ * unisum_comm_stats or unisum_comm_description with all that it points to. Nobody may use it any
+ * more: no call that is under way, no work. NULL is refused, and so is what was freed before.
  */
-unisum_status unisum_free(void *memory);
+unisum_status unisum_free(const void *memory);
 
 /**
  * The version of the library, as in "0.1.0". Never NULL, never freed.
@@ -2058,10 +2311,11 @@ unisum_status unisum_buckets_admit(const struct unisum_buckets *buckets, struct 
 unisum_status unisum_allocate(const struct unisum_comm *comm, size_t bytes, void **memory);
 
 /**
- * Frees memory that unisum_allocate or unisum_comm_share_state gave. Nobody may use it any more:
- * no call that is under way, no work. NULL is refused, and so is what was freed before.
+ * Frees memory that unisum_allocate or unisum_comm_share_state gave, or a structure of
+ * unisum_comm_stats or unisum_comm_description with all that it points to. Nobody may use it any
+ * more: no call that is under way, no work. NULL is refused, and so is what was freed before.
  */
-unisum_status unisum_free(void *memory);
+unisum_status unisum_free(const void *memory);
 
 /**
  * Makes a messenger between the ranks of a communicator, which it may outlive; freed by
@@ -2107,6 +2361,21 @@ unisum_status unisum_exchange(const struct unisum_messenger *messenger,
  * received what was sent to it. Calls of other threads that are under way go on.
  */
 unisum_status unisum_messenger_free(const struct unisum_messenger *messenger);
+
+/**
+ * What a communicator has done so far on this rank, and what it is doing, as it is now; to be
+ * freed by unisum_free. Not collective. Any thread may call it at any time, also while a call is
+ * stuck: it waits for none. In a world of one everything is zero.
+ */
+unisum_status unisum_comm_stats(const struct unisum_comm *comm, struct unisum_stats **stats);
+
+/**
+ * What a communicator consists of: where the ranks are, what the links cost, which algorithm is
+ * chosen from which size on; to be freed by unisum_free. unisum_comm_describe gives its text
+ * alone. Not collective; never waits.
+ */
+unisum_status unisum_comm_description(const struct unisum_comm *comm,
+                                      struct unisum_description **description);
 
 /**
  * Makes a reduction of elements of type `dtype`, for unisum_collective. `commutes` says that a ∘ b

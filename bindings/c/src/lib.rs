@@ -27,6 +27,7 @@ pub mod elastic;
 pub mod handles;
 pub mod memory;
 pub mod messenger;
+pub mod observing;
 pub mod reduction;
 pub mod scaler;
 pub mod sharded;

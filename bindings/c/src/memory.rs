@@ -1,5 +1,6 @@
 //! Memory of the program's as slices, once all is checked that can be; and memory of the library's.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
@@ -189,6 +190,7 @@ pub(crate) unsafe fn put_bytes(
 enum Allocated {
     Shared(#[expect(dead_code, reason = "dropped, not read")] Buffer<u8>),
     Plain(#[expect(dead_code, reason = "dropped, not read")] Vec<u8>),
+    Structure(#[expect(dead_code, reason = "dropped, not read")] Box<dyn Any + Send>),
 }
 
 /// What was allocated, by its address and the generation of processes that did.
@@ -236,10 +238,18 @@ pub(crate) fn give_bytes(mut bytes: Vec<u8>) -> Outcome<*mut c_void> {
     Ok(start.cast())
 }
 
-/// Frees memory that unisum_allocate or unisum_comm_share_state gave. Nobody may use it any more:
-/// no call that is under way, no work. NULL is refused, and so is what was freed before.
+/// Gives C the structure that begins at an address, with all that it points to, to be freed by
+/// `unisum_free`.
+pub(crate) fn give_structure(start: usize, whole: Box<dyn Any + Send>) -> Outcome {
+    allocated()?.insert(start, Allocated::Structure(whole));
+    Ok(())
+}
+
+/// Frees memory that unisum_allocate or unisum_comm_share_state gave, or a structure of
+/// unisum_comm_stats or unisum_comm_description with all that it points to. Nobody may use it any
+/// more: no call that is under way, no work. NULL is refused, and so is what was freed before.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn unisum_free(memory: *mut c_void) -> unisum_status {
+pub unsafe extern "C" fn unisum_free(memory: *const c_void) -> unisum_status {
     guard(|| match allocated()?.remove(&memory.addr()) {
         Some(memory) => {
             drop(memory);

@@ -206,7 +206,8 @@ impl World {
 }
 
 const TOOLS: [&str; 3] = ["gcc", "g++", "pkg-config"];
-const SCENARIOS: [&str; 11] = [
+const SCENARIOS: [&str; 12] = [
+    "observing",
     "reductions",
     "sharding",
     "saving",

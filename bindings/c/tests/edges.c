@@ -38,6 +38,10 @@ static void nulls(void) {
     EXPECT(UNISUM_INVALID_ARGUMENT, unisum_comm_local_size(comm, NULL));
     EXPECT(UNISUM_INVALID_HANDLE, unisum_comm_describe(NULL, NULL, 0, NULL));
     OK(unisum_comm_describe(comm, NULL, 0, NULL));
+    EXPECT(UNISUM_INVALID_HANDLE, unisum_comm_description(NULL, (unisum_description **)&memory));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_comm_description(comm, NULL));
+    EXPECT(UNISUM_INVALID_HANDLE, unisum_comm_stats(NULL, (unisum_stats **)&memory));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_comm_stats(comm, NULL));
     EXPECT(UNISUM_INVALID_ARGUMENT, unisum_comm_split(comm, 0, 0, NULL));
     EXPECT(UNISUM_INVALID_ARGUMENT, unisum_comm_subset(comm, NULL, 1, (unisum_comm **)&memory));
     EXPECT(UNISUM_INVALID_ARGUMENT, unisum_comm_duplicate(comm, NULL));
@@ -429,6 +433,28 @@ static void scalers(void) {
            unisum_reduction_create(UNISUM_F32, NULL, NULL, true, &reduction));
 }
 
+/* In a world of one there is nothing to tell, and no list to read. */
+static void observing(void) {
+    unisum_comm *comm = alone();
+    unisum_stats *stats;
+    unisum_description *description;
+    float data[4] = {0};
+    OK(unisum_all_reduce(comm, data, 4, UNISUM_F32, UNISUM_SUM));
+    OK(unisum_comm_stats(comm, &stats));
+    CHECK(stats->calls == 0 && stats->peer_count == 0 && stats->peers == NULL);
+    CHECK(stats->link_count == 0 && stats->links == NULL && stats->running == NULL);
+    OK(unisum_comm_description(comm, &description));
+    CHECK(strcmp(description->transport, "none") == 0 && description->protection == NULL);
+    CHECK(strstr(description->text, description->origin) == description->text);
+    CHECK(description->rank_count + description->cost_count + description->algorithm_count == 0);
+    OK(unisum_comm_free(comm));
+    OK(unisum_free(stats));
+    /* It stays as long as it is not freed, and only from where it begins. */
+    REFUSED(UNISUM_INVALID_ARGUMENT, "begins there", unisum_free(&description->text));
+    CHECK(strcmp(description->transport, "none") == 0);
+    OK(unisum_free(description));
+}
+
 int main(void) {
     CHECK(unisum_last_error()->status == UNISUM_OK && unisum_last_error()->text != NULL);
     nulls();
@@ -440,6 +466,7 @@ int main(void) {
     aborted();
     buckets();
     scalers();
+    observing();
     threads();
     forked();
     puts("edges: all as they should be");

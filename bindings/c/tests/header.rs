@@ -8,11 +8,12 @@ use std::path::Path;
 use cbindgen::{Builder, Config, EnumConfig, ExportConfig, Language, Style};
 
 /// In the order in which a reader wants them.
-const SOURCES: [&str; 15] = [
+const SOURCES: [&str; 16] = [
     "status",
     "types",
     "config",
     "communicator",
+    "observing",
     "reduction",
     "collective",
     "simple",

@@ -602,6 +602,88 @@ static void dying(void) {
     leave();
 }
 
+/* What was sent and received in all; nothing with this rank itself. */
+static uint64_t payload_of(const unisum_stats *stats) {
+    uint64_t bytes = 0;
+    CHECK(stats->size == sizeof *stats && stats->peer_count == world);
+    for (uint32_t peer = 0; peer < world; peer++) {
+        CHECK(peer != rank || stats->peers[peer]->sent + stats->peers[peer]->received == 0);
+        bytes += stats->peers[peer]->sent + stats->peers[peer]->received;
+    }
+    return bytes;
+}
+
+static void check_description(void) {
+    unisum_description *it;
+    OK(unisum_comm_description(comm, &it));
+    CHECK(it->size == sizeof *it && strcmp(it->transport, "tcp") == 0 && it->origin[0] != 0);
+    CHECK(it->joined_in_s > 0 && it->rank_count == world && it->cost_count > 0);
+    CHECK(it->ranks[rank]->pid == (uint64_t)getpid() && it->ranks[rank]->address_count > 0);
+    CHECK(strstr(it->text, it->ranks[rank]->addresses[0]) && strstr(it->text, it->costs[0]->what));
+    CHECK(it->costs[0]->latency_s > 0 && it->costs[0]->source[0] != 0);
+    size_t end = 0;
+    for (size_t i = 0; i < it->algorithm_count; i++) {
+        const unisum_algorithm_range *range = it->algorithms[i];
+        CHECK(strcmp(range->algorithm, "ring") == 0 && range->above == end);
+        end = range->up_to;
+    }
+    CHECK(end > 1 << 20);
+    OK(unisum_free(it));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_free(it));
+    /* What is a job's own is not known of a group, and not made up. */
+    unisum_comm *group;
+    OK(unisum_comm_split(comm, 0, 0, &group));
+    OK(unisum_comm_description(group, &it));
+    CHECK(it->rank_count == 0 && it->ranks == NULL && it->joined_in_s < 0);
+    OK(unisum_comm_free(group));
+    /* It does not need what it describes. */
+    CHECK(strstr(it->text, "over tcp"));
+    OK(unisum_free(it));
+}
+
+/* Rank 0 asks what it is doing while it waits for the others. */
+static void observing(void) {
+    unisum_config *config;
+    unisum_stats *before, *stats;
+    unisum_work *work;
+    static float data[20000];
+    unisum_collective sum = {.kind = UNISUM_ALL_REDUCE, .op = UNISUM_SUM};
+    unisum_buffers buffers = {UNISUM_IN_PLACE, 0, data, 20000};
+    OK(unisum_config_create(&config));
+    /* Ranks that share memory read it without transfers. */
+    OK(unisum_config_set(config, "UNISUM_TRANSPORT", "tcp"));
+    OK(unisum_connect(config, &comm));
+    OK(unisum_config_free(config));
+    OK(unisum_comm_rank(comm, &rank));
+    OK(unisum_comm_world(comm, &world));
+    OK(unisum_comm_set_algorithm(comm, "ring"));
+    check_description();
+    OK(unisum_barrier(comm));
+    OK(unisum_comm_stats(comm, &before));
+    CHECK(before->running == NULL && before->running_steps == 0);
+    if (rank != 0)
+        await("seen");
+    OK(unisum_start(comm, &sum, UNISUM_F32, &buffers, &work));
+    for (bool seen = rank != 0; !seen; pause_ms(1)) {
+        OK(unisum_comm_stats(comm, &stats));
+        seen = stats->running && stats->running_steps > 0;
+        CHECK(!seen || (strstr(stats->running, "all_reduce") && strstr(stats->running, "20000")));
+        OK(unisum_free(stats));
+    }
+    if (rank == 0)
+        reach("seen");
+    OK(unisum_work_wait(work, -1, NULL));
+    OK(unisum_work_free(work));
+    OK(unisum_comm_stats(comm, &stats));
+    CHECK(stats->calls == before->calls + 1 && stats->running == NULL);
+    CHECK(rank != 0 || (stats->sleeps > before->sleeps && stats->slept_s > before->slept_s));
+    /* A ring passes all parts but one on to the next rank, twice. */
+    CHECK(payload_of(stats) - payload_of(before) == 2 * 2 * (world - 1) * sizeof data / world);
+    OK(unisum_free(before));
+    OK(unisum_free(stats));
+    leave();
+}
+
 /* Ranks call different things. */
 static void differing(void) {
     join();
@@ -620,7 +702,7 @@ int main(int count, char **arguments) {
         {"collectives", collectives}, {"asynchronous", asynchronous}, {"groups", groups},
         {"training", training},       {"store", by_store},            {"aborting", aborting},
         {"dying", dying},             {"differing", differing}, {"reductions", reductions},
-        {"sharding", sharding},       {"saving", saving},
+        {"sharding", sharding},       {"saving", saving},             {"observing", observing},
     };
     CHECK(count == 2);
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {

@@ -15,6 +15,7 @@ use crate::device::Device;
 use crate::elements::{Element, by_name, with_element};
 use crate::errors::{block, exception};
 use crate::messenger::Messenger;
+use crate::observing;
 use crate::operands::{self, Lent, Operands};
 use crate::staging::Staging;
 use crate::store::PythonStore;
@@ -205,8 +206,13 @@ impl Communicator {
     }
 
     /// Where the ranks are, what links cost, which algorithm is chosen from which size on.
-    fn describe(&self) -> PyResult<String> {
-        Ok(self.get()?.describe().to_string())
+    fn _describe(&self) -> PyResult<observing::Description> {
+        Ok(observing::description(self.get()?.describe()))
+    }
+
+    /// What was done so far, and what is under way.
+    fn _stats(&self) -> PyResult<observing::Stats> {
+        Ok(observing::stats(self.get()?.stats()))
     }
 
     /// Fixes the algorithm of later calls, or has it chosen (None). All ranks call it alike.

@@ -10,6 +10,7 @@ mod dlpack;
 mod elements;
 mod errors;
 mod messenger;
+mod observing;
 mod operands;
 mod scaler;
 mod staging;

@@ -176,7 +176,32 @@ def non_contiguous(rank, world, folder):
     dist.destroy_process_group()
 
 
-CASES = [twice, by_environment, late, absent_from_barrier, aborted, non_contiguous]
+def observed(rank, world, folder):
+    import unisum.torch
+
+    begin(rank, world, f"file://{folder}/init")
+    before = unisum.torch.stats()
+    for _ in range(3):
+        dist.all_reduce(torch.ones(100))
+    after = unisum.torch.stats()
+    assert after.calls >= before.calls + 3 and after.running is None
+    described = unisum.torch.describe()
+    assert len(described.ranks) == world and described.ranks[rank].pid == os.getpid()
+    assert str(described).startswith(described.summary)
+    # A group has counters of its own.
+    group = dist.new_group([0, 1])
+    dist.all_reduce(torch.ones(1), group=group)
+    assert unisum.torch.stats(group).calls > 0
+    other = dist.new_group(backend="gloo")
+    with pytest.raises(ValueError, match="unisum"):
+        unisum.torch.stats(other)
+    with pytest.raises(ValueError, match="unisum"):
+        unisum.torch.describe(other)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+CASES = [twice, by_environment, late, absent_from_barrier, aborted, non_contiguous, observed]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda it: it.__name__)

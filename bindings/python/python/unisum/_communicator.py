@@ -17,7 +17,8 @@ from typing import (
     overload,
 )
 
-from . import _completion, _errors, _unisum
+from . import _completion, _errors, _observing, _unisum
+from ._observing import Description, Stats
 from ._unisum import Array
 
 ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER = range(5)
@@ -188,9 +189,18 @@ class Communicator:
         """Whether the job was left."""
         return self._native.closed
 
-    def describe(self) -> str:
-        """Where the ranks are, what links cost, which algorithm is chosen for which size."""
-        return self._native.describe()
+    def describe(self) -> Description:
+        """Where the ranks are, what links cost, which algorithm is chosen for which size: as data,
+        which ``print`` and ``str`` give for people. Not collective; never waits."""
+        return _observing.description(self._native._describe())
+
+    def stats(self) -> Stats:
+        """What this rank has done so far in this communicator's collectives, and what it is doing.
+
+        Not collective. Any thread may call it at any time, also while a call is stuck: it waits for
+        none. In a world of one everything is zero.
+        """
+        return _observing.stats(self._native._stats())
 
     def set_algorithm(self, name: Optional[str]) -> None:
         """Fixes the algorithm of later calls, or has it chosen (``None``). All ranks call it."""

@@ -17,17 +17,20 @@ from ._ddp import DistributedDataParallel
 from ._elastic import rank, rebuild, view, world
 from ._group import UnisumProcessGroup, create
 from ._joining import admit, align, join
+from ._observing import describe, stats
 
 __all__ = [
     "DistributedDataParallel",
     "UnisumProcessGroup",
     "admit",
     "align",
+    "describe",
     "hooks",
     "join",
     "rank",
     "rebuild",
     "register",
+    "stats",
     "view",
     "world",
 ]
