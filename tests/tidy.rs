@@ -204,7 +204,7 @@ fn unsafe_code_stays_where_it_is_allowed() {
         "transports/link/src/conformance/",
         "transports/link/src/region.rs",
         "transports/shm/",
-        "transports/tcp/src/lane.rs",
+        "transports/tcp/src/socket.rs",
         "transports/tcp/src/silence.rs",
         "transports/tcp/src/sleep.rs",
         "transports/cuda-ipc/src/",

@@ -35,8 +35,7 @@ pub struct TcpConfig {
 }
 
 impl TcpConfig {
-    /// What it takes to dial the `socket`-th connection to a peer, the `attempt`-th that its lane
-    /// has.
+    /// What it takes to dial a connection for the `socket`-th socket to a peer, its `attempt`-th.
     pub(crate) fn dial(&self, peer: Rank, socket: u8, attempt: u32) -> Dial {
         let hello = Hello {
             purpose: Purpose::Data,

@@ -71,7 +71,7 @@ pub(crate) struct Dial {
     pub(crate) timeout: Duration,
     /// After how long it begins.
     pub(crate) pause: Duration,
-    /// Which connection of its lane that will be, from 1 on.
+    /// Which connection of its socket that will be, from 1 on.
     pub(crate) attempt: u32,
 }
 

@@ -5,14 +5,14 @@
 //! caller's memory, arrivals that reduce into recycled slots. Nothing is received that was not
 //! posted, so a fast peer is held back by TCP's own flow control and memory stays bounded.
 //!
-//! The crate uses `unisum-link` and `unisum-kernels`. Start at [`TcpLink`], then `lane` (one socket
-//! to one peer: its queues of posted sends and receives) and `inbox` (connections that come).
+//! The crate uses `unisum-link` and `unisum-kernels`. Start at [`TcpLink`], then `socket` (one to
+//! one peer: its queues of posted sends and receives) and `inbox` (connections that come).
 
 mod config;
 mod congestion;
 mod inbox;
-mod lane;
 mod link;
+mod options;
 mod resume;
 mod route;
 mod sealed;

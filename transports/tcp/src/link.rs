@@ -1,4 +1,4 @@
-//! The TCP link: lanes to all peers, one poll.
+//! The TCP link: sockets to all peers, one poll.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,14 +14,14 @@ use unisum_link::{
 
 use crate::TcpConfig;
 use crate::inbox::{Arrived, Inbox};
-use crate::lane::{Lane, Moving, Span};
+use crate::options;
 use crate::resume::Keeper;
 use crate::silence::Silences;
 use crate::sleep::{Bell, FEW, Ready, Sleeper, Watched};
 use crate::slots::Slots;
-use crate::socket;
+use crate::socket::{Moving, Socket, Span};
 
-/// A posted transfer, split over one or several lanes.
+/// A posted transfer, split over one or several sockets.
 #[derive(Debug)]
 struct Transfer {
     ticket: Ticket,
@@ -38,13 +38,13 @@ pub struct TcpLink {
     inbox: Arc<Inbox>,
     /// Where connections that break are dialled anew.
     keeper: Option<Keeper>,
-    /// `sockets_per_peer` lanes, one after the other, for each rank that was used.
-    lanes: Vec<Lane>,
-    /// By rank, its first lane.
-    first_lanes: Vec<u32>,
-    /// Lanes with posted messages.
+    /// `sockets_per_peer`, one after the other, for each rank that was used.
+    sockets: Vec<Socket>,
+    /// By rank, its first socket.
+    first_sockets: Vec<u32>,
+    /// Sockets with posted messages.
     busy: Vec<usize>,
-    /// Which of the busy lanes is tried next, when nothing is known of any.
+    /// Which of the busy sockets is tried next, when nothing is known of any.
     next_try: usize,
     transfers: Vec<Option<Transfer>>,
     free_transfers: Vec<usize>,
@@ -59,8 +59,8 @@ pub struct TcpLink {
     silent: Option<LinkError>,
 }
 
-/// In place of the first lane of a rank that was not used yet.
-const NO_LANE: u32 = u32::MAX;
+/// In place of the first socket of a rank that was not used yet.
+const NO_SOCKET: u32 = u32::MAX;
 
 /// Messages from this size on are split over all sockets of a peer.
 const SPLIT_BYTES: usize = 64 << 10;
@@ -81,13 +81,13 @@ impl TcpLink {
         let keeper = keeper_bell
             .map(|bell| Keeper::new(config.clone(), inbox.clone(), bell, sleeper.bell()))
             .transpose()?;
-        let first_lanes = vec![NO_LANE; config.routes.len()];
+        let first_sockets = vec![NO_SOCKET; config.routes.len()];
         Ok(Self {
             inbox,
             keeper,
             sleeper,
-            lanes: Vec::new(),
-            first_lanes,
+            sockets: Vec::new(),
+            first_sockets,
             busy: Vec::new(),
             next_try: 0,
             transfers: Vec::new(),
@@ -108,109 +108,111 @@ impl TcpLink {
         self.inbox.clone()
     }
 
-    fn sockets(&self) -> usize {
+    fn sockets_per_peer(&self) -> usize {
         usize::from(self.config.sockets_per_peer)
     }
 
-    /// The first lane of `peer`. Sees to it that its connections exist or are being opened: the
+    /// The first socket of `peer`. Sees to it that its connections exist or are being opened: the
     /// higher rank dials, so that a pair never opens two.
     #[inline]
     fn open(&mut self, peer: Rank) -> Result<usize, LinkError> {
-        match self.first_lane(peer) {
-            Some(lane) => Ok(lane),
+        match self.first_socket(peer) {
+            Some(socket) => Ok(socket),
             None => self.open_first(peer),
         }
     }
 
     #[inline]
-    fn first_lane(&self, peer: Rank) -> Option<usize> {
-        Some(self.first_lanes[peer]).filter(|&lane| lane != NO_LANE).map(|lane| lane as usize)
+    fn first_socket(&self, peer: Rank) -> Option<usize> {
+        Some(self.first_sockets[peer])
+            .filter(|&socket| socket != NO_SOCKET)
+            .map(|socket| socket as usize)
     }
 
-    /// Makes the lanes of a rank.
-    fn add_lanes(&mut self, peer: Rank) -> usize {
-        let first = self.lanes.len();
-        for socket in 0..self.config.sockets_per_peer {
-            let flow = self.keeper.as_ref().map(|keeper| keeper.flow(peer, socket));
-            self.lanes.push(Lane::new(peer, flow));
+    /// Makes the sockets of a rank.
+    fn add_sockets(&mut self, peer: Rank) -> usize {
+        let first = self.sockets.len();
+        for number in 0..self.config.sockets_per_peer {
+            let flow = self.keeper.as_ref().map(|keeper| keeper.flow(peer, number));
+            self.sockets.push(Socket::new(peer, flow));
         }
-        self.first_lanes[peer] = u32::try_from(first).expect("16 sockets to each of 2^28 ranks");
+        self.first_sockets[peer] = u32::try_from(first).expect("16 sockets to each of 2^28 ranks");
         first
     }
 
     #[cold]
     fn open_first(&mut self, peer: Rank) -> Result<usize, LinkError> {
-        let lane = self.add_lanes(peer);
+        let socket = self.add_sockets(peer);
         if peer > self.config.rank {
-            return Ok(lane);
+            return Ok(socket);
         }
-        for socket in 0..self.config.sockets_per_peer {
+        for number in 0..self.config.sockets_per_peer {
             match &self.keeper {
-                Some(keeper) => keeper.dial_first(peer, socket)?,
-                None => self.inbox.dial(self.config.dial(peer, socket, 1))?,
+                Some(keeper) => keeper.dial_first(peer, number)?,
+                None => self.inbox.dial(self.config.dial(peer, number, 1))?,
             }
         }
-        Ok(lane)
+        Ok(socket)
     }
 
     fn admit(&mut self, arrived: Arrived) -> Result<(), LinkError> {
-        let Arrived { peer, socket, result, .. } = arrived;
-        let sockets = self.sockets();
-        let first = match self.first_lane(peer) {
-            Some(lane) => lane,
-            None if peer > self.config.rank => self.add_lanes(peer),
+        let Arrived { peer, socket: number, result, .. } = arrived;
+        let sockets = self.sockets_per_peer();
+        let first = match self.first_socket(peer) {
+            Some(socket) => socket,
+            None if peer > self.config.rank => self.add_sockets(peer),
             None => return Err(LinkError::protocol(peer, "a connection that nobody asked for")),
         };
-        let lane = first + usize::from(socket);
-        if usize::from(socket) >= sockets || self.lanes[lane].is_connected() {
-            let what = format!("connection {socket} opened twice or one too many ({sockets} set)");
+        let socket = first + usize::from(number);
+        if usize::from(number) >= sockets || self.sockets[socket].is_connected() {
+            let what = format!("connection {number} opened twice or one too many ({sockets} set)");
             return Err(LinkError::protocol(peer, what));
         }
         let connection = result?;
         let stream = &connection.stream;
-        let is_far = socket::prepare(stream, self.config.heartbeat_timeout)
+        let is_far = options::prepare(stream, self.config.heartbeat_timeout)
             .map_err(|error| LinkError::system(peer, "preparing the socket", error))?;
         if is_far {
-            self.silences.add(lane);
+            self.silences.add(socket);
         }
         self.sleeper
-            .watch(lane, stream.as_fd())
+            .watch(socket, stream.as_fd())
             .map_err(|error| LinkError::system(peer, "watching the socket", error))?;
-        self.lanes[lane].connect(socket, connection);
+        self.sockets[socket].connect(number, connection);
         Ok(())
     }
 
-    /// Looks at a lane whose flow has news: another connection, perhaps.
-    fn renew(&mut self, peer: Rank, socket: u8) -> Result<(), LinkError> {
-        let first = match self.first_lane(peer) {
-            Some(lane) => lane,
-            None => self.add_lanes(peer),
+    /// Looks at a socket whose flow has news: another connection, perhaps.
+    fn renew(&mut self, peer: Rank, number: u8) -> Result<(), LinkError> {
+        let first = match self.first_socket(peer) {
+            Some(socket) => socket,
+            None => self.add_sockets(peer),
         };
-        let lane = first + usize::from(socket);
-        let Some(stream) = self.lanes[lane].renew() else { return Ok(()) };
-        if socket::is_far(&stream).is_ok_and(|is_far| is_far) {
-            self.silences.add(lane);
+        let socket = first + usize::from(number);
+        let Some(stream) = self.sockets[socket].renew() else { return Ok(()) };
+        if options::is_far(&stream).is_ok_and(|is_far| is_far) {
+            self.silences.add(socket);
         }
         self.sleeper
-            .watch(lane, stream.as_fd())
+            .watch(socket, stream.as_fd())
             .map_err(|error| LinkError::system(peer, "watching the socket", error))
     }
 
     /// Takes over the event queue's news, after at most `timeout`.
     fn look_at_all(&mut self, timeout: Duration) -> io::Result<()> {
-        self.sleeper.on_queue(timeout, |ready| self.lanes[ready.lane].ready(ready))
+        self.sleeper.on_queue(timeout, |ready| self.sockets[ready.socket].ready(ready))
     }
 
-    /// Has one of the busy lanes tried in its turn, whatever is known of it.
+    /// Has one of the busy sockets tried in its turn, whatever is known of it.
     fn try_one(&mut self) {
         self.next_try += 1;
         if let Some(at) = self.next_try.checked_rem(self.busy.len()) {
-            let lane = self.busy[at];
-            self.lanes[lane].ready(Ready { lane, reads: true, writes: true });
+            let socket = self.busy[at];
+            self.sockets[socket].ready(Ready { socket, reads: true, writes: true });
         }
     }
 
-    /// Sleeps on the sockets of all busy lanes; where every transfer under way is needed to go
+    /// Sleeps on all busy sockets; where every transfer under way is needed to go
     /// on, on one of them, which has to come anyway.
     fn sleep(&mut self, timeout: Duration, all_needed: bool) -> io::Result<()> {
         let few = if all_needed { self.busy.len().min(1) } else { self.busy.len() };
@@ -218,25 +220,27 @@ impl TcpLink {
             return self.look_at_all(timeout);
         }
         let watched: [Option<Watched<'_>>; FEW] = std::array::from_fn(|place| {
-            let lane = *self.busy[..few].get(place)?;
-            self.lanes[lane].watched(lane)
+            let socket = *self.busy[..few].get(place)?;
+            self.sockets[socket].watched(socket)
         });
         for ready in self.sleeper.on_few(&watched, timeout)?.into_iter().flatten() {
-            self.lanes[ready.lane].ready(ready);
+            self.sockets[ready.socket].ready(ready);
         }
         Ok(())
     }
 
     /// Looks, now and then, whether other hosts acknowledge what was sent there.
     fn look_for_silence(&mut self) {
-        let lanes = &self.lanes;
-        let Some((lane, silent)) = self.silences.look(|lane| lanes[lane].told()) else { return };
-        let peer = self.lanes[lane].peer;
+        let sockets = &self.sockets;
+        let Some((socket, silent)) = self.silences.look(|socket| sockets[socket].told()) else {
+            return;
+        };
+        let peer = self.sockets[socket].peer;
         let error = match silent {
             Ok(time) => LinkError { peer, kind: LinkErrorKind::Unacknowledged(time) },
             Err(error) => LinkError::system(peer, "asking about the socket", error),
         };
-        self.silent = self.lanes[lane].broke(error);
+        self.silent = self.sockets[socket].broke(error);
     }
 
     fn own_error(&self, doing: &str, error: io::Error) -> LinkError {
@@ -246,20 +250,20 @@ impl TcpLink {
     fn admit_arrived(&mut self) -> Result<(), LinkError> {
         if let Some(keeper) = &self.keeper {
             let news = keeper.take_news();
-            return news.into_iter().try_for_each(|(peer, socket)| self.renew(peer, socket));
+            return news.into_iter().try_for_each(|(peer, number)| self.renew(peer, number));
         }
         self.inbox.take().into_iter().try_for_each(|arrived| self.admit(arrived))
     }
 
-    /// Posts a transfer's parts on the peer's lanes, from `first` on, and returns the lanes used.
+    /// Posts a transfer's parts on the peer's sockets, from `first` on; returns those that it used.
     fn post(
         &mut self,
         first: usize,
         span: Span,
         transfer: Transfer,
-        mut post: impl FnMut(&mut Lane, usize, Span),
+        mut post: impl FnMut(&mut Socket, usize, Span),
     ) -> Range<usize> {
-        let parts = if span.bytes < SPLIT_BYTES { 1 } else { self.sockets() };
+        let parts = if span.bytes < SPLIT_BYTES { 1 } else { self.sockets_per_peer() };
         let transfer = Transfer { parts_left: parts, ..transfer };
         let index = self.free_transfers.pop().unwrap_or(self.transfers.len());
         if index == self.transfers.len() {
@@ -269,11 +273,11 @@ impl TcpLink {
         for part in 0..parts {
             let (from, to) = (span.bytes * part / parts, span.bytes * (part + 1) / parts);
             let part_span = Span { start: span.start.wrapping_add(from), bytes: to - from };
-            let lane = &mut self.lanes[first + part];
-            if !std::mem::replace(&mut lane.listed, true) {
+            let socket = &mut self.sockets[first + part];
+            if !std::mem::replace(&mut socket.listed, true) {
                 self.busy.push(first + part);
             }
-            post(lane, index, part_span);
+            post(socket, index, part_span);
         }
         first..first + parts
     }
@@ -313,20 +317,20 @@ impl TcpLink {
         }
     }
 
-    fn move_lanes(&mut self) -> Result<(), LinkError> {
+    fn move_sockets(&mut self) -> Result<(), LinkError> {
         let mut result = Ok(());
         for at in (0..self.busy.len()).rev() {
             let index = self.busy[at];
-            let peer = self.lanes[index].peer;
+            let peer = self.sockets[index].peer;
             let call = self.call_from(peer);
-            let lane = &mut self.lanes[index];
+            let socket = &mut self.sockets[index];
             if result.is_ok() {
-                result = lane
+                result = socket
                     .flush(peer, &mut self.moving)
-                    .and_then(|()| lane.drain(peer, call, &mut self.moving));
+                    .and_then(|()| socket.drain(peer, call, &mut self.moving));
             }
-            if lane.is_idle() {
-                lane.listed = false;
+            if socket.is_idle() {
+                socket.listed = false;
                 self.busy.swap_remove(at);
             }
         }
@@ -341,7 +345,7 @@ impl Link for TcpLink {
     }
 
     fn pair_counts(&mut self, peer: Rank, counts: PeerCounts) {
-        self.counts.resize(self.first_lanes.len(), PeerCounts::default());
+        self.counts.resize(self.first_sockets.len(), PeerCounts::default());
         self.counts[peer] = counts;
     }
 
@@ -350,10 +354,10 @@ impl Link for TcpLink {
         let (call, marked) = (self.call_to(to), self.moving.marked);
         let span = Span { start: memory.base(), bytes: memory.bytes() };
         let transfer = Transfer { ticket, parts_left: 0, slot: None };
-        let mut lanes = self.post(first, span, transfer, |lane, index, span| {
-            lane.post_send(index, marked, call, span);
+        let mut sockets = self.post(first, span, transfer, |socket, index, span| {
+            socket.post_send(index, marked, call, span);
         });
-        lanes.try_for_each(|lane| self.lanes[lane].flush(to, &mut self.moving))
+        sockets.try_for_each(|socket| self.sockets[socket].flush(to, &mut self.moving))
     }
 
     fn receive(
@@ -377,32 +381,32 @@ impl Link for TcpLink {
         };
         let span = Span { start, bytes: memory.bytes() };
         let transfer = Transfer { ticket, parts_left: 0, slot };
-        self.post(first, span, transfer, Lane::post_receive);
+        self.post(first, span, transfer, Socket::post_receive);
         Ok(())
     }
 
     fn hears_leaving(&self, peer: Rank) -> bool {
         // The end of a connection comes after all that was sent on it.
-        let Some(first) = self.first_lane(peer) else { return false };
-        self.lanes[first..][..self.sockets()].iter().all(Lane::is_connected)
+        let Some(first) = self.first_socket(peer) else { return false };
+        self.sockets[first..][..self.sockets_per_peer()].iter().all(Socket::is_connected)
     }
 
     fn is_connecting(&self, peer: Rank) -> bool {
         // The higher rank dials. A dial ends with a connection or an error.
-        let dials = peer < self.config.rank && self.first_lane(peer).is_some();
+        let dials = peer < self.config.rank && self.first_socket(peer).is_some();
         dials && !self.hears_leaving(peer)
     }
 
     fn retract(&mut self, from: Rank, ticket: Ticket) -> bool {
         // A message that was split has parts that can't all be looked at; who retracts has a small
         // one.
-        let Some(first) = self.first_lane(from) else { return false };
-        let Some(index) = self.lanes[first].newest_untouched() else { return false };
+        let Some(first) = self.first_socket(from) else { return false };
+        let Some(index) = self.sockets[first].newest_untouched() else { return false };
         let is_it = |transfer: &mut Transfer| transfer.ticket == ticket && transfer.parts_left == 1;
         if self.transfers[index].take_if(is_it).is_none() {
             return false;
         }
-        self.lanes[first].retract();
+        self.sockets[first].retract();
         self.free_transfers.push(index);
         true
     }
@@ -420,11 +424,11 @@ impl Link for TcpLink {
         }
         if self.busy.len() <= FEW {
             self.try_one();
-        } else if !self.busy.iter().any(|&lane| self.lanes[lane].can_move()) {
+        } else if !self.busy.iter().any(|&socket| self.sockets[socket].can_move()) {
             self.look_at_all(Duration::ZERO)
                 .map_err(|error| self.own_error("polling sockets", error))?;
         }
-        let result = self.move_lanes();
+        let result = self.move_sockets();
         self.settle(done);
         result
     }
@@ -457,7 +461,7 @@ impl Link for TcpLink {
         if self.arm() && !left.is_zero() {
             let under_way = self.transfers.len() - self.free_transfers.len();
             let all_needed = wanted >= under_way
-                && self.busy.iter().all(|&lane| self.lanes[lane].waits_for_little());
+                && self.busy.iter().all(|&socket| self.sockets[socket].waits_for_little());
             self.sleep(left, all_needed)
                 .map_err(|error| self.own_error("waiting for sockets", error))?;
         }
@@ -471,11 +475,11 @@ impl Link for TcpLink {
             None => !self.inbox.is_empty(),
         };
         let is_told = self.silent.is_none() && !has_news;
-        is_told && !self.busy.iter().any(|&lane| self.lanes[lane].can_move())
+        is_told && !self.busy.iter().any(|&socket| self.sockets[socket].can_move())
     }
 
     fn disarm(&mut self) {
-        // The events become flags of the lanes. `progress` polls again and reports a failure.
+        // The events become flags of the sockets. `progress` polls again and reports a failure.
         let _ = self.look_at_all(Duration::ZERO);
     }
 
@@ -492,7 +496,7 @@ impl Link for TcpLink {
         if let Some(keeper) = &self.keeper {
             keeper.stop();
         }
-        self.lanes.iter_mut().for_each(Lane::clear);
+        self.sockets.iter_mut().for_each(Socket::clear);
         self.current = None;
         self.busy.clear();
         self.moving.finished.clear();
@@ -548,16 +552,16 @@ mod tests {
     }
 
     #[test]
-    fn only_ranks_that_are_used_have_lanes() {
+    fn only_ranks_that_are_used_have_sockets() {
         let mut link = link(0, 1024);
         let memory = Memory::private(8);
         let region = memory.region();
         link.begin(&Call::all_reduce(0, Dtype::U8, 8), &Regions::in_place(region));
-        assert!(link.lanes.is_empty());
+        assert!(link.sockets.is_empty());
         for (ticket, peer) in [(0, 700), (1, 3), (2, 700)] {
             link.receive(peer, region, Landing::Place, Ticket(ticket)).unwrap();
         }
-        let peers: Vec<Rank> = link.lanes.iter().map(|lane| lane.peer).collect();
+        let peers: Vec<Rank> = link.sockets.iter().map(|socket| socket.peer).collect();
         assert_eq!(peers, [700, 700, 700, 3, 3, 3]);
         assert!(!link.hears_leaving(5) && !link.is_connecting(5));
         assert!(!link.hears_leaving(3) && !link.is_connecting(3), "it is the one that dials");
@@ -572,6 +576,6 @@ mod tests {
         let result = Err(LinkError::closed(0));
         let error = link.admit(Arrived { peer: 0, socket: 0, attempt: 0, result }).unwrap_err();
         assert!(matches!(error.kind, LinkErrorKind::Protocol(_)) && error.peer == 0, "{error}");
-        assert!(link.lanes.is_empty());
+        assert!(link.sockets.is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! The records between a lane's messages and its socket, where the connection is encrypted.
+//! The records between a socket's messages and its connection, where the connection is encrypted.
 //!
 //! A message up to 4 KiB with its header is one record; of a longer one the header is a record,
 //! and what follows is cut into records of 64 KiB. Both ends know from that how long each record
@@ -15,7 +15,7 @@ use unisum_link::frame::HEADER_BYTES;
 use unisum_link::secure::{Altered, RECORD_BYTES_MAX, RECORD_OVERHEAD, Session};
 use unisum_link::{LinkError, LinkErrorKind, Rank};
 
-use crate::lane::Message;
+use crate::socket::Message;
 
 /// Messages up to this size, header and all, are one record.
 const WHOLE_BYTES: usize = 4 << 10;

@@ -20,16 +20,16 @@ const TICKS: Duration = Duration::from_millis(100);
 const LOOK_MIN: Duration = Duration::from_millis(250);
 const LOOK_MAX: Duration = Duration::from_secs(1);
 
-/// The lanes to other hosts, and how long each has been silent.
+/// The sockets to other hosts, and how long each has been silent.
 #[derive(Debug)]
 pub(crate) struct Silences {
     limit: Duration,
     /// The time of the last look.
     looked: Instant,
-    by_lane: Vec<(usize, Option<Silence>)>,
+    by_socket: Vec<(usize, Option<Silence>)>,
 }
 
-/// Of a lane: something was sent and is not acknowledged.
+/// Of a socket: something was sent and is not acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Silence {
     since: Instant,
@@ -55,32 +55,32 @@ impl Told {
 }
 
 impl Silences {
-    /// Lanes are lost that were silent for `limit`.
+    /// Sockets are lost that were silent for `limit`.
     pub(crate) fn new(limit: Duration) -> Self {
-        Self { limit, looked: Instant::now(), by_lane: Vec::new() }
+        Self { limit, looked: Instant::now(), by_socket: Vec::new() }
     }
 
-    /// A lane to another host.
-    pub(crate) fn add(&mut self, lane: usize) {
-        self.by_lane.retain(|(known, _)| *known != lane);
-        self.by_lane.push((lane, None));
+    /// A socket to another host.
+    pub(crate) fn add(&mut self, socket: usize) {
+        self.by_socket.retain(|(known, _)| *known != socket);
+        self.by_socket.push((socket, None));
     }
 
     /// How long a sleep may last until the next look.
     pub(crate) fn pause(&self) -> Duration {
-        match self.by_lane.is_empty() {
+        match self.by_socket.is_empty() {
             true => Duration::MAX,
             false => (self.limit / 4).clamp(LOOK_MIN, LOOK_MAX),
         }
     }
 
-    /// Looks at all lanes, unless that was done a moment ago; the first that is lost, or whose
-    /// socket can't be asked, and for how long it has been silent.
+    /// Looks at all sockets, unless that was done a moment ago; the first that is lost, or whose
+    /// kernel can't be asked, and for how long it has been silent.
     pub(crate) fn look(
         &mut self,
         ask: impl Fn(usize) -> io::Result<Told>,
     ) -> Option<(usize, io::Result<Duration>)> {
-        if self.by_lane.is_empty() {
+        if self.by_socket.is_empty() {
             return None;
         }
         let (looked, now) = (self.looked, Instant::now());
@@ -89,19 +89,19 @@ impl Silences {
         }
         self.looked = now;
         let limit = self.limit;
-        self.by_lane.iter_mut().find_map(|(lane, silence)| match ask(*lane) {
+        self.by_socket.iter_mut().find_map(|(socket, silence)| match ask(*socket) {
             Ok(told) => {
                 *silence = Silence::after(*silence, told, (looked, now), limit);
                 let lost = silence.filter(|it| it.answer_by.is_some_and(|by| by <= now))?;
-                Some((*lane, Ok(now - lost.since)))
+                Some((*socket, Ok(now - lost.since)))
             }
-            Err(error) => Some((*lane, Err(error))),
+            Err(error) => Some((*socket, Err(error))),
         })
     }
 }
 
 impl Silence {
-    /// What follows for a lane from what the kernel says `now`, after the last look at `looked`.
+    /// What follows for a socket from what the kernel says `now`, after the last look at `looked`.
     fn after(
         before: Option<Self>,
         told: Told,
@@ -157,7 +157,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(6);
 
-    /// Looks once a second at a lane that was last heard `heard(second)` seconds ago and has made
+    /// Looks once a second at a socket that was last heard `heard(second)` seconds ago and has made
     /// `attempts(second)` attempts since; the second at which it is lost.
     fn lost_at(heard: impl Fn(u64) -> u64, attempts: impl Fn(u64) -> u32) -> Option<u64> {
         let start = Instant::now();
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lane_is_lost_that_answers_no_attempt_after_the_limit() {
+    fn a_socket_is_lost_that_answers_no_attempt_after_the_limit() {
         // Silent from the first second on; the attempt of second 7 may have come before the limit.
         assert_eq!(lost_at(|second| second + 90, doubling), Some(16));
         assert_eq!(lost_at(|second| second + 90, |second| second as u32), Some(9));

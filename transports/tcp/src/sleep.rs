@@ -54,19 +54,19 @@ impl Bell {
     }
 }
 
-/// A socket to sleep on, by its lane, and what for.
+/// A socket to sleep on, and what for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Watched<'a> {
-    pub(crate) lane: usize,
-    pub(crate) socket: BorrowedFd<'a>,
+    pub(crate) socket: usize,
+    pub(crate) fd: BorrowedFd<'a>,
     pub(crate) reads: bool,
     pub(crate) writes: bool,
 }
 
-/// A lane that may be tried again, for reading and for writing.
+/// A socket that may be tried again, for reading and for writing.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Ready {
-    pub(crate) lane: usize,
+    pub(crate) socket: usize,
     pub(crate) reads: bool,
     pub(crate) writes: bool,
 }
@@ -85,10 +85,10 @@ impl Sleeper {
         self.bell.clone()
     }
 
-    /// Adds a lane's socket to the event queue.
-    pub(crate) fn watch(&self, lane: usize, socket: BorrowedFd<'_>) -> io::Result<()> {
+    /// Adds a socket to the event queue.
+    pub(crate) fn watch(&self, socket: usize, fd: BorrowedFd<'_>) -> io::Result<()> {
         let both = Interest::READABLE | Interest::WRITABLE;
-        self.queue.registry().register(&mut SourceFd(&socket.as_raw_fd()), Token(lane), both)
+        self.queue.registry().register(&mut SourceFd(&fd.as_raw_fd()), Token(socket), both)
     }
 
     /// Readable when the event queue has news.
@@ -114,7 +114,7 @@ impl Sleeper {
             }
             let failed = event.is_error();
             ready(Ready {
-                lane: event.token().0,
+                socket: event.token().0,
                 reads: event.is_readable() || event.is_read_closed() || failed,
                 writes: event.is_writable() || event.is_write_closed() || failed,
             });
@@ -122,7 +122,7 @@ impl Sleeper {
         Ok(())
     }
 
-    /// Sleeps on these sockets for at most `timeout`, and tells which lanes to try.
+    /// Sleeps on these sockets for at most `timeout`, and tells which of them to try.
     pub(crate) fn on_few(
         &self,
         watched: &[Option<Watched<'_>>; FEW],
@@ -132,7 +132,7 @@ impl Sleeper {
         let bell = || PollFd::from_borrowed_fd(self.bell.0.as_fd(), PollFlags::IN);
         let mut entries: [PollFd<'_>; FEW + 1] = std::array::from_fn(|place| {
             let watched = place.checked_sub(1).and_then(|place| watched[place].as_ref());
-            watched.map_or_else(bell, |it| PollFd::from_borrowed_fd(it.socket, it.interest()))
+            watched.map_or_else(bell, |it| PollFd::from_borrowed_fd(it.fd, it.interest()))
         });
         let places = 1 + watched.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
         match poll(&mut entries[..places], Timespec::try_from(timeout).ok().as_ref()) {
@@ -148,7 +148,7 @@ impl Sleeper {
             let failed = events.intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL);
             let reads = failed || events.contains(PollFlags::IN);
             let writes = failed || events.contains(PollFlags::OUT);
-            Some(Ready { lane: watched.lane, reads, writes })
+            Some(Ready { socket: watched.socket, reads, writes })
         };
         Ok(std::array::from_fn(ready))
     }

@@ -1,4 +1,4 @@
-//! Both directions of a lane, over all of its connections.
+//! Both directions of a socket, over all of its connections.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -15,14 +15,14 @@ use super::meeting::Meeting;
 use super::{
     ACKNOWLEDGED_AFTER, FRAME_BYTES, HEAD_BYTES, HOLDS, Head, LEAVES, SEALED_BYTES, WINDOW,
 };
-use crate::lane::{Message, failed};
 use crate::sealed::Buffer;
 use crate::sleep::Bell;
+use crate::socket::{Message, failed};
 
 /// Frames up to this size leave in one piece: several cost the kernel more than copying here.
 pub(super) const SMALL_BYTES: usize = 1 << 10;
 
-/// What a lane sends and receives.
+/// What a socket sends and receives.
 #[derive(Debug)]
 pub(crate) struct Flow {
     pub(super) peer: Rank,
@@ -63,7 +63,7 @@ pub(crate) struct Flow {
     pub(super) failed: Option<LinkError>,
 }
 
-/// How long a lane has been without a connection since bytes last moved.
+/// How long a socket has been without a connection since bytes last moved.
 #[derive(Debug)]
 pub(super) struct Outage {
     /// Since when, unless a new connection stands and the other end has only not looked at it.
@@ -103,7 +103,7 @@ struct Frame {
 }
 
 impl Flow {
-    /// The flow of a lane whose connection may be away for so long.
+    /// The flow of a socket whose connection may be away for so long.
     pub(super) fn new((peer, socket): (Rank, u8), limit: Duration, keeper: Arc<Bell>) -> Self {
         let (since, cause) = (None, None);
         let outage = Outage { since, left: limit, limit, cause, is_dialled: false, attempts: 0 };
@@ -228,7 +228,7 @@ impl Flow {
         self.failed.get_or_insert(error);
     }
 
-    /// The connection broke; the lane waits for another one.
+    /// The connection broke; the socket waits for another one.
     ///
     /// # Errors
     /// If this rank lacks something, or the peer left in order.

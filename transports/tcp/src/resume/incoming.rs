@@ -9,7 +9,7 @@ use unisum_link::{Call, LinkError, LinkErrorKind, Rank};
 
 use super::flow::{Connection, Flow, SMALL_BYTES};
 use super::{HEAD_BYTES, HOLDS, Head, LEAVES, WINDOW};
-use crate::lane::{Message, Moving, advance, failed};
+use crate::socket::{Message, Moving, advance, failed};
 
 /// What is read at once.
 const READ_BYTES: usize = 64 << 10;

@@ -19,9 +19,9 @@ use super::incoming::Arriving;
 use super::meeting::Met;
 use crate::TcpConfig;
 use crate::inbox::{Arrived, Inbox};
-use crate::lane::Moving;
+use crate::options;
 use crate::sleep::Bell;
-use crate::socket;
+use crate::socket::Moving;
 
 /// The pause before a connection is dialled that broke before it stood; twice as long each time,
 /// up to the second of these.
@@ -207,7 +207,7 @@ impl Shared {
             flow.outage.is_dialled = false;
         }
         let met = result.and_then(|connection| {
-            match socket::prepare(&connection.stream, self.config.heartbeat_timeout) {
+            match options::prepare(&connection.stream, self.config.heartbeat_timeout) {
                 Err(error) if unisum_link::is_lack(&error) => {
                     Err(LinkError::lacking(peer, "preparing the socket", error))
                 }

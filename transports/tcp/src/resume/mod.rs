@@ -1,6 +1,6 @@
 //! Connections that are dialled anew when they break, and go on at the byte where they broke.
 //!
-//! With a time for reconnecting, what a lane sends is one stream of bytes, numbered from 0, which
+//! With a time for reconnecting, what a socket sends is one stream of bytes, numbered from 0, which
 //! outlives its connections. What was sent is kept until the other end has told that it is through;
 //! on a new connection each end first says how many bytes it has received, and the other one
 //! continues there. On the wire:
@@ -10,19 +10,20 @@
 //! then      frames: flags and length u32, acknowledged u64 (12), and so many bytes of the stream
 //! ```
 //! All integers are little endian. Where the connection is encrypted, each of these is a record.
-//! `attempt` numbers the connections of a lane: one that is not newer than the last is left. The
+//! `attempt` numbers the connections of a socket: one that is not newer than the last is left. The
 //! handshake before it proves the job's token with fresh nonces, as on any connection, so that
-//! nobody else can continue a lane, and what was recorded continues none. Keys are new each time.
+//! nobody else can continue a socket, and what was recorded continues none. Keys are new each time.
 //!
 //! A frame acknowledges what posted receives have taken. No more than [`WINDOW`] bytes are sent
 //! beyond that, so that whoever needs an acknowledgement may read what comes before it, even where
 //! nothing is posted yet, and hold it in bounded memory. Without that, two ranks could wait for
 //! acknowledgements that are behind messages which nobody has asked for.
 //!
-//! A send is done when the kernel has it, as on other lanes, for what was sent and not acknowledged
-//! is kept here. What has to happen while the program is not in a call is the [`Keeper`]'s, a
-//! thread of the link: it notices connections that break, dials, answers, and sends again. Before
-//! the link ends in order it waits until the others have received what was sent to them.
+//! A send is done when the kernel has it, as on other sockets, for what was sent and not
+//! acknowledged is kept here. What has to happen while the program is not in a call is the
+//! [`Keeper`]'s, a thread of the link: it notices connections that break, dials, answers, and sends
+//! again. Before the link ends in order it waits until the others have received what was sent to
+//! them.
 
 mod flow;
 mod incoming;

@@ -10,8 +10,8 @@ use unisum_link::handshake::{Build, Heard, Hello, Purpose, Secret, random};
 use unisum_link::secure::{Credentials, Listening, Proven, Sealing, dial};
 
 use super::*;
-use crate::lane::{Lane, Moving, Span};
 use crate::sleep::Ready;
+use crate::socket::{Moving, Socket, Span};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -49,9 +49,9 @@ fn sessions() -> (Box<Session>, Box<Session>) {
     (dialer, wire.0.take_session().unwrap())
 }
 
-/// Two lanes, and the sockets at their other ends: what goes over the wire is for the test to move.
+/// Two sockets, and what is at their other ends: what goes over the wire is for the test to move.
 struct Ends {
-    lanes: [Lane; 2],
+    sockets: [Socket; 2],
     wires: [TcpStream; 2],
     moving: [Moving; 2],
 }
@@ -61,29 +61,29 @@ impl Ends {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (dialer, listening) = sessions();
         let mut wires = Vec::new();
-        let lanes = [dialer, listening].map(|session| {
+        let sockets = [dialer, listening].map(|session| {
             let wire = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             wire.set_nonblocking(true).unwrap();
             wire.set_nodelay(true).unwrap();
             wires.push(wire);
             let (stream, _) = listener.accept().unwrap();
             stream.set_nonblocking(true).unwrap();
-            let mut lane = Lane::new(1, None);
+            let mut socket = Socket::new(1, None);
             let stream = ParentOnly::new(stream);
-            lane.connect(2, Proven::new(stream, Some(session)));
-            lane
+            socket.connect(2, Proven::new(stream, Some(session)));
+            socket
         });
         let wires = wires.try_into().unwrap();
-        Self { lanes, wires, moving: [Moving::default(), Moving::default()] }
+        Self { sockets, wires, moving: [Moving::default(), Moving::default()] }
     }
 
-    /// What lane 0 sends, whole.
+    /// What socket 0 sends, whole.
     fn sent(&mut self, messages: usize) -> Vec<u8> {
         let (mut wire, until) = (Vec::new(), Instant::now() + PATIENCE);
         while self.moving[0].finished.len() < messages {
             assert!(Instant::now() < until, "it is never sent");
             self.ready(0);
-            self.lanes[0].flush(1, &mut self.moving[0]).unwrap();
+            self.sockets[0].flush(1, &mut self.moving[0]).unwrap();
             // It ends in `WouldBlock`.
             let _ = self.wires[0].read_to_end(&mut wire);
         }
@@ -95,16 +95,16 @@ impl Ends {
         wire
     }
 
-    fn ready(&mut self, lane: usize) {
-        self.lanes[lane].ready(Ready { lane, reads: true, writes: true });
+    fn ready(&mut self, socket: usize) {
+        self.sockets[socket].ready(Ready { socket, reads: true, writes: true });
     }
 
     fn drain(&mut self, call: Call) -> Result<(), LinkError> {
         self.ready(1);
-        self.lanes[1].drain(0, call, &mut self.moving[1])
+        self.sockets[1].drain(0, call, &mut self.moving[1])
     }
 
-    /// Has lane 1 receive these bytes, until so many messages are there or it fails.
+    /// Has socket 1 receive these bytes, until so many messages are there or it fails.
     fn receive(&mut self, wire: &[u8], call: Call, messages: usize) -> Result<(), LinkError> {
         let (mut left, until) = (wire, Instant::now() + PATIENCE);
         while self.moving[1].finished.len() < messages {
@@ -150,8 +150,8 @@ const SIZES: [usize; 10] = [
 fn messages_of_all_sizes_arrive_and_show_nothing_on_the_wire() {
     for bytes in SIZES {
         let (mut ends, mut from, mut to) = (Ends::new(), text(bytes), vec![1; bytes]);
-        ends.lanes[0].post_send(3, true, call(bytes), span(&mut from));
-        ends.lanes[1].post_receive(4, span(&mut to));
+        ends.sockets[0].post_send(3, true, call(bytes), span(&mut from));
+        ends.sockets[1].post_receive(4, span(&mut to));
         let wire = ends.sent(1);
         let known = [
             &from[..bytes.min(64)],
@@ -179,19 +179,19 @@ fn messages_come_in_any_pieces_and_none_is_slept_over() {
         let mut from: Vec<_> = sizes.iter().map(|&bytes| text(bytes)).collect();
         let mut to: Vec<_> = sizes.iter().map(|&bytes| vec![1; bytes]).collect();
         for (at, from) in from.iter_mut().enumerate() {
-            ends.lanes[0].post_send(at, false, call(1), span(from));
+            ends.sockets[0].post_send(at, false, call(1), span(from));
         }
         let wire = ends.sent(sizes.len());
-        ends.lanes[1].post_receive(0, span(&mut to[0]));
+        ends.sockets[1].post_receive(0, span(&mut to[0]));
         for piece in wire.chunks(step) {
             ends.wires[1].write_all(piece).unwrap();
             std::thread::yield_now();
             ends.drain(call(1)).unwrap();
         }
         ends.receive(&[], call(1), 1).unwrap();
-        // All the rest is in the lane or with the kernel.
+        // All the rest is in the socket or with the kernel.
         for (at, to) in to.iter_mut().enumerate().skip(1) {
-            ends.lanes[1].post_receive(at, span(to));
+            ends.sockets[1].post_receive(at, span(to));
             let until = Instant::now() + PATIENCE;
             while ends.moving[1].finished.len() <= at {
                 assert!(Instant::now() < until, "message {at} is slept over");
@@ -206,19 +206,19 @@ fn messages_come_in_any_pieces_and_none_is_slept_over() {
 fn a_record_that_was_read_can_move_without_an_event() {
     let (mut ends, mut from, mut to) = (Ends::new(), [text(8), text(8)], [[0; 8], [0; 8]]);
     for (at, from) in from.iter_mut().enumerate() {
-        ends.lanes[0].post_send(at, false, call(8), span(from));
+        ends.sockets[0].post_send(at, false, call(8), span(from));
     }
     let wire = ends.sent(2);
-    ends.lanes[1].post_receive(0, span(&mut to[0]));
+    ends.sockets[1].post_receive(0, span(&mut to[0]));
     ends.receive(&wire, call(8), 1).unwrap();
     let until = Instant::now() + PATIENCE;
-    while !ends.lanes[1].can_move_when_posted() {
+    while !ends.sockets[1].can_move_when_posted() {
         assert!(Instant::now() < until, "the second message came with the first");
         ends.drain(call(8)).unwrap();
     }
-    ends.lanes[1].post_receive(1, span(&mut to[1]));
-    assert!(ends.lanes[1].can_move(), "it would be slept over");
-    ends.lanes[1].drain(0, call(8), &mut ends.moving[1]).unwrap();
+    ends.sockets[1].post_receive(1, span(&mut to[1]));
+    assert!(ends.sockets[1].can_move(), "it would be slept over");
+    ends.sockets[1].drain(0, call(8), &mut ends.moving[1]).unwrap();
     assert_eq!((&ends.moving[1].finished[..], &to[1][..]), (&[0, 1][..], &from[1][..]));
 }
 
@@ -230,8 +230,8 @@ fn an_altered_message_is_an_error_with_its_place() {
         let places = (0..200).map(|at| at * 997);
         for at in places.chain(0..20) {
             let (mut ends, mut from, mut to) = (Ends::new(), text(bytes), vec![1; bytes]);
-            ends.lanes[0].post_send(0, false, call(bytes), span(&mut from));
-            ends.lanes[1].post_receive(0, span(&mut to));
+            ends.sockets[0].post_send(0, false, call(bytes), span(&mut from));
+            ends.sockets[1].post_receive(0, span(&mut to));
             let mut wire = ends.sent(1);
             let at = at % wire.len();
             wire[at] ^= 1 << (at % 8);
@@ -260,15 +260,15 @@ fn an_altered_message_is_an_error_with_its_place() {
 fn another_call_is_told_in_its_words() {
     for (theirs, ours) in [(10, 100_000), (100_000, 10), (10, 20)] {
         let (mut ends, mut from, mut to) = (Ends::new(), text(theirs), vec![1; ours]);
-        ends.lanes[0].post_send(0, false, call(theirs), span(&mut from));
-        ends.lanes[1].post_receive(0, span(&mut to));
+        ends.sockets[0].post_send(0, false, call(theirs), span(&mut from));
+        ends.sockets[1].post_receive(0, span(&mut to));
         let wire = ends.sent(1);
         let error = ends.receive(&wire, call(ours), 1).unwrap_err();
         assert!(matches!(error.kind, LinkErrorKind::Mismatch { .. }), "{error}");
     }
 }
 
-impl Lane {
+impl Socket {
     /// Whether it holds a record.
     fn can_move_when_posted(&self) -> bool {
         self.sealed.as_ref().is_some_and(|sealed| sealed.has_record())
