@@ -30,6 +30,7 @@ mod simulation;
 #[cfg(test)]
 mod taken_back;
 mod token;
+mod unposted;
 
 use std::ptr::NonNull;
 use std::sync::Arc;

@@ -1,7 +1,5 @@
 //! Executes a segment over the links: an in-order window of open steps.
 
-use std::collections::VecDeque;
-
 use unisum_events::{Event, record};
 use unisum_link::{Landing, LinkError, Patience, Rank, Ticket};
 
@@ -11,6 +9,7 @@ use super::links::Links;
 use super::memories::Memories;
 use super::placement::Memory;
 use super::segment::{Segment, Transfer, Work};
+use super::unposted::Unposted;
 
 /// The state of one segment's execution. Reused, so that the steady state allocates nothing.
 #[derive(Debug, Default)]
@@ -26,7 +25,7 @@ pub(crate) struct Scoreboard {
     retired: usize,
     /// Per rank and direction: transfers that are open and not posted, in program order. Both ends
     /// match transfers in this order, so no transfer may overtake another.
-    unposted: Vec<[VecDeque<usize>; 2]>,
+    unposted: Unposted,
     /// Tickets under way on each link.
     in_flight: Vec<usize>,
     done: Vec<Ticket>,
@@ -109,8 +108,7 @@ impl Scoreboard {
         self.left
             .extend(segment.step_starts.windows(2).map(|bounds| (bounds[1] - bounds[0]) as u32));
         (self.opened, self.retired) = (0, 0);
-        self.unposted.resize_with(links.route.len(), Default::default);
-        self.unposted.iter_mut().flatten().for_each(VecDeque::clear);
+        self.unposted.clear(links.route.len());
         self.in_flight.clear();
         self.in_flight.resize(links.all.len(), 0);
     }
@@ -142,7 +140,7 @@ impl Scoreboard {
         let open = segment.step_starts[self.retired]..segment.step_starts[self.opened];
         let is_all_of = |index: usize| match &segment.transfers[index].work {
             Work::Reduce { from } if self.missing[index] as usize == in_flight => {
-                !from.iter().any(|&peer| self.unposted[peer][IN].contains(&index))
+                !from.iter().any(|&peer| self.unposted.contains(peer, IN, index))
             }
             _ => false,
         };
@@ -232,9 +230,8 @@ impl Scoreboard {
         let transfer = &context.segment.transfers[index];
         let waits = waits(transfer, self.waits[index]);
         for_each_end(&transfer.work, |peer, direction| {
-            let unposted = &mut self.unposted[peer][direction];
-            if waits || !unposted.is_empty() {
-                unposted.push_back(index);
+            if waits || self.unposted.first(peer, direction).is_some() {
+                self.unposted.push(peer, direction, index);
                 return self.post_ready(peer, direction, context);
             }
             self.in_flight[context.links.route[peer]] += 1;
@@ -249,12 +246,12 @@ impl Scoreboard {
         direction: usize,
         context: &mut SegmentContext<'_>,
     ) -> Result<(), LinkError> {
-        while let Some(&index) = self.unposted[peer][direction].front() {
+        while let Some(index) = self.unposted.first(peer, direction) {
             let transfer = &context.segment.transfers[index];
             if waits(transfer, self.waits[index]) {
                 break;
             }
-            self.unposted[peer][direction].pop_front();
+            self.unposted.pop(peer, direction);
             self.in_flight[context.links.route[peer]] += 1;
             post(transfer, index, peer, context)?;
         }
