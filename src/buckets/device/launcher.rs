@@ -20,11 +20,7 @@ pub(super) struct Core {
     pub(super) parameters: Arc<[Parameter]>,
     pub(super) layout: Layout,
     pub(super) detects_nonfinite: bool,
-    buckets: Vec<DeviceBuffer<u8>>,
-    /// In which buckets are averaged.
-    averaging: DeviceStream,
-    /// When the averages of the last step have ended.
-    averaged: Moment,
+    memory: Memory,
     /// Moments that are not in use.
     spare: Mutex<Vec<Moment>>,
     pub(super) device: DeviceCommunicator,
@@ -33,46 +29,51 @@ pub(super) struct Core {
     failed: OnceLock<Error>,
 }
 
-impl Core {
+/// What the layer has on the device.
+pub(super) struct Memory {
+    buckets: Vec<DeviceBuffer<u8>>,
+    /// In which buckets are averaged.
+    averaging: DeviceStream,
+    /// When the averages of the last step have ended.
+    averaged: Moment,
+}
+
+impl Memory {
     /// # Errors
-    /// If the device has no memory for the buckets, or fails; with the communicator to tell of it.
+    /// If the device has no memory for the buckets, or fails.
+    pub(super) fn new(device: &DeviceCommunicator, layout: &Layout) -> Result<Self, Error> {
+        let sizes = layout.plans().iter().map(|bucket| bucket.len * bucket.dtype.bytes());
+        let buckets = sizes.map(|bytes| device.allocate(bytes)).collect::<Result<_, Error>>()?;
+        let averaging = device.stream()?;
+        // In order before the first step.
+        let averaged = device.moment(&averaging, None)?;
+        Ok(Self { buckets, averaging, averaged })
+    }
+}
+
+impl Core {
     pub(super) fn new(
         (device, votes): (DeviceCommunicator, Communicator),
         parameters: Arc<[Parameter]>,
-        layout: Layout,
+        (layout, memory): (Layout, Memory),
         detects_nonfinite: bool,
-    ) -> Result<Self, (Communicator, Error)> {
-        let made = || {
-            let sizes = layout.plans().iter().map(|bucket| bucket.len * bucket.dtype.bytes());
-            let buckets = sizes.map(|bytes| device.allocate(bytes));
-            let buckets = buckets.collect::<Result<Vec<_>, Error>>()?;
-            let averaging = device.stream()?;
-            // In order before the first step.
-            let averaged = device.moment(&averaging, None)?;
-            Ok((buckets, averaging, averaged))
-        };
-        let (buckets, averaging, averaged) = match made() {
-            Ok(made) => made,
-            Err(error) => return Err((votes, error)),
-        };
-        Ok(Self {
+    ) -> Self {
+        Self {
             parameters,
             layout,
             detects_nonfinite,
-            buckets,
-            averaging,
-            averaged,
+            memory,
             spare: Mutex::default(),
             device,
             votes,
             failed: OnceLock::new(),
-        })
+        }
     }
 
     pub(super) fn address(&self, parameter: usize) -> u64 {
         let home = self.layout.home(parameter);
         let start = home.elements.start * self.parameters[parameter].dtype().bytes();
-        self.buckets[home.bucket].address() + start as u64
+        self.memory.buckets[home.bucket].address() + start as u64
     }
 
     /// The bucket of a gradient of this type and length, and the byte at which it begins.
@@ -95,7 +96,7 @@ impl Core {
             return refuse(format!("{known} was given {count} elements of {dtype}"));
         }
         let home = self.layout.home(parameter);
-        Ok((&self.buckets[home.bucket], home.elements.start * dtype.bytes()))
+        Ok((&self.memory.buckets[home.bucket], home.elements.start * dtype.bytes()))
     }
 
     /// Now, in a stream of the program's.
@@ -106,12 +107,12 @@ impl Core {
 
     /// What is put into the stream from now on comes after the averages of the last step.
     pub(super) fn follow_averages(&self, stream: &DeviceStream) -> Result<(), Error> {
-        self.device.follow(stream, &self.averaged)
+        self.device.follow(stream, &self.memory.averaged)
     }
 
     /// Waits until the device has made the averages of the last step.
     pub(super) fn await_averages(&self) -> Result<(), Error> {
-        self.device.synchronize(&self.averaging, None)
+        self.device.synchronize(&self.memory.averaging, None)
     }
 
     /// Why no step can begin any more.
@@ -138,15 +139,17 @@ impl Core {
         let average = Reduction::new(ReduceOp::Average);
         let average = if self.detects_nonfinite { average.detect_nonfinite() } else { average };
         let collective = Collective::all_reduce(average);
-        for (number, (bucket, plan)) in self.buckets.iter().zip(self.layout.plans()).enumerate() {
+        for (number, (bucket, plan)) in
+            self.memory.buckets.iter().zip(self.layout.plans()).enumerate()
+        {
             let mut moments = flight.await_bucket(number);
             for moment in &moments {
-                self.device.follow(&self.averaging, moment)?;
+                self.device.follow(&self.memory.averaging, moment)?;
             }
             self.spare.lock().unwrap_or_else(PoisonError::into_inner).append(&mut moments);
-            self.device.run_as(&collective, plan.dtype, bucket, &self.averaging)?;
+            self.device.run_as(&collective, plan.dtype, bucket, &self.memory.averaging)?;
         }
-        self.device.again(&self.averaged, &self.averaging)?;
+        self.device.again(&self.memory.averaged, &self.memory.averaging)?;
         self.vote(flight.await_close())
     }
 

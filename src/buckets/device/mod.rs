@@ -22,7 +22,7 @@ use super::parameter::{self, Parameter};
 use crate::communicator::groups::Making;
 use crate::{Communicator, DeviceCommunicator, DeviceStream, Error, ErrorKind};
 use flight::Flight;
-use launcher::Core;
+use launcher::{Core, Memory};
 
 /// The gradients of a model in buckets in the memory of this rank's device, as
 /// [`Buckets`](super::Buckets) has them in the memory of the host.
@@ -250,16 +250,12 @@ impl DeviceBuilder<'_> {
         let order: Vec<usize> = (0..parameters.len()).rev().collect();
         let layout = Layout::new(0, parameters, &order, self.limits);
         let device = votes.on_device(ordinal)?;
-        let core = Core::new((device, votes), parameters.into(), layout, self.detects_nonfinite);
-        let (votes, core) = match core {
-            Ok(core) => (None, Ok(core)),
-            Err((votes, error)) => (Some(votes), Err(error)),
-        };
-        let why = core.as_ref().map_or_else(ToString::to_string, |_| String::new());
-        let votes = votes.as_ref().or_else(|| core.as_ref().ok().map(|core| &core.votes));
-        let votes = votes.expect("in the one or the other");
-        refuse_any(votes, &votes.exchange(why.into_bytes())?)?;
-        let core = Arc::new(core?);
+        let memory = Memory::new(&device, &layout);
+        let why = memory.as_ref().map_or_else(ToString::to_string, |_| String::new());
+        refuse_any(&votes, &votes.exchange(why.into_bytes())?)?;
+        let (on_host, on_device) = (parameters.into(), (layout, memory?));
+        let core = Core::new((device, votes), on_host, on_device, self.detects_nonfinite);
+        let core = Arc::new(core);
         let (orders, flights) = mpsc::channel();
         let launching = core.clone();
         let thread = thread::Builder::new()

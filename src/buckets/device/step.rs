@@ -48,10 +48,8 @@ impl<'b> DeviceStep<'b> {
             let text = format!("there is no parameter {parameter} among {}", parameters.len());
             return Err(self.refuse(text));
         };
-        let moment = self.core.moment(stream).map_err(|error| {
-            self.flight.fail(error.to_string());
-            error
-        })?;
+        let moment =
+            self.core.moment(stream).inspect_err(|error| self.flight.fail(error.to_string()))?;
         let bucket = self.core.layout.home(parameter).bucket;
         let marked = self.flight.mark(parameter, bucket, moment);
         marked.map_err(|why| self.refuse(format!("the gradient of {known} {why}")))
@@ -69,13 +67,10 @@ impl<'b> DeviceStep<'b> {
         gradient: &[T],
         stream: &DeviceStream,
     ) -> Result<(), Error> {
-        let failed = |error: Error| {
-            self.flight.fail(error.to_string());
-            error
-        };
+        let failed = |error: &Error| self.flight.fail(error.to_string());
         let place = self.core.place(parameter, T::DTYPE, gradient.len());
-        let (bucket, start) = place.map_err(failed)?;
-        bucket.write_elements(start, gradient, stream).map_err(failed)?;
+        let (bucket, start) = place.inspect_err(failed)?;
+        bucket.write_elements(start, gradient, stream).inspect_err(failed)?;
         self.ready(parameter, stream)
     }
 
