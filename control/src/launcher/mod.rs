@@ -137,21 +137,28 @@ pub fn detect(environment: &Environment) -> Result<Detected, LauncherError> {
     })
 }
 
-/// Finds the job that a process is to join while it runs: its meeting place and its name. Rank and
-/// world say nothing then; without a launcher, the name is that of ranks that were told the same
-/// meeting place.
+/// Finds the job that a process is to join while it runs: its meeting place and its name.
+/// `UNISUM_RANK` and `UNISUM_WORLD` say nothing then, whatever they hold: a template that starts
+/// ranks and newcomers alike may set them. Without a launcher, the name is that of ranks that were
+/// told the same meeting place.
 ///
 /// # Errors
 /// As [`detect`].
 pub fn detect_job(environment: &Environment) -> Result<Detected, LauncherError> {
     let is_set = |name| environment.get(name).is_some();
-    let mut environment = environment.clone();
-    if is_set("UNISUM_RANK") != is_set("UNISUM_WORLD") {
-        // A template that starts ranks and newcomers alike says one of them.
-        let neither = ["UNISUM_RANK", "UNISUM_WORLD"].map(|name| (name, String::new()));
-        environment = environment.with(neither.into());
-    }
-    let environment = &environment;
+    let [rank, world, local_rank, local_size] =
+        ["UNISUM_RANK", "UNISUM_WORLD", "UNISUM_LOCAL_RANK", "UNISUM_LOCAL_SIZE"];
+    let own: &[(&'static str, &str)] = match (is_set(rank), is_set(world)) {
+        // Both say that the user has started the job's ranks, and nothing else.
+        (true, true) if is_set("UNISUM_RENDEZVOUS") => {
+            &[(rank, "0"), (world, "1"), (local_rank, ""), (local_size, "")]
+        }
+        // Whether all are on this host says where to meet.
+        (true, true) => &[(rank, "0"), (local_rank, "")],
+        _ => &[(rank, ""), (world, "")],
+    };
+    let own = own.iter().map(|(name, value)| (*name, (*value).to_owned()));
+    let environment = &environment.clone().with(own.collect());
     let detected = detect(environment)?;
     let is_named = environment.get("UNISUM_JOB").is_some() || detected.source != Source::Single;
     Ok(match &detected.rendezvous {

@@ -303,10 +303,30 @@ fn all_ranks_of_a_slurm_step_agree_on_job_and_place() {
 fn a_newcomer_finds_the_job_whatever_is_said_of_rank_and_world() {
     let told = "UNISUM_RENDEZVOUS=file:///shared/x";
     let job = detected(&format!("UNISUM_RANK=1 UNISUM_WORLD=4 {told}")).unwrap().job;
-    for said in ["", "UNISUM_WORLD=4", "UNISUM_RANK=9", "UNISUM_RANK=1 UNISUM_WORLD=4"] {
+    for said in [
+        "",
+        "UNISUM_WORLD=4",
+        "UNISUM_RANK=9",
+        "UNISUM_RANK=1 UNISUM_WORLD=4",
+        "UNISUM_RANK=4 UNISUM_WORLD=4",
+        "UNISUM_RANK=x UNISUM_WORLD=0",
+        "UNISUM_RANK=7 UNISUM_WORLD=4 UNISUM_LOCAL_RANK=7 UNISUM_LOCAL_SIZE=8",
+    ] {
         let text = format!("{said} {told}");
         let found = detect_job(&environment(&Scratch::new(), &text)).unwrap();
         assert_eq!(found.job, job, "{said}");
         assert_eq!(found.rendezvous.unwrap().to_string(), "file:///shared/x", "{said}");
     }
+}
+
+#[test]
+fn a_newcomer_whose_rank_the_world_lacks_finds_the_file_of_its_host() {
+    let scratch = Scratch::new();
+    let find = |said: &str| {
+        let text = format!("{said} UNISUM_WORLD=2 UNISUM_LOCAL_SIZE=2");
+        detect_job(&environment(&scratch, &text)).unwrap()
+    };
+    let (first, newcomer) = (find("UNISUM_RANK=1 UNISUM_LOCAL_RANK=1"), find("UNISUM_RANK=2"));
+    assert!(matches!(newcomer.rendezvous, Some(Rendezvous::File(_))), "{newcomer}");
+    assert_eq!((first.rendezvous, first.job), (newcomer.rendezvous, newcomer.job));
 }
