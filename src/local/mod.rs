@@ -22,7 +22,7 @@ use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use unisum_control::Environment;
-use unisum_control::launcher::{self, Source};
+use unisum_control::launcher;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
@@ -45,9 +45,7 @@ use meeting::Meeting;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn is_rank() -> bool {
-    // What is malformed is told when the rank joins.
-    let detected = launcher::detect(&Environment::from_process());
-    detected.map_or(true, |detected| detected.source != Source::Single)
+    launcher::is_launched(&Environment::from_process())
 }
 
 /// Starts `ranks` processes that can find each other; `command` creates the command of each rank.

@@ -216,7 +216,7 @@ impl Lineage {
         let job = format!("{} epoch {}", self.detected.job, view.epoch);
         let mut detected =
             Detected { rank, world: view.members.len(), job, ..self.detected.clone() };
-        (detected.local_rank, detected.local_size, detected.pmi) = (None, None, None);
+        (detected.local_rank, detected.local_size, detected.store) = (None, None, None);
         let store = ViewStore { lineage: self.clone(), epoch: view.epoch };
         let entry = StoreEntry::new(Arc::new(store), "the next epoch");
         let mut addresses = Vec::new();

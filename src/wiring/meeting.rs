@@ -1,6 +1,5 @@
 //! What a rank has to join with: its credentials, and where the ranks find each other.
 
-use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use crate::wiring::store::StoreEntry;
 use crate::{Error, ErrorKind, Store};
 use unisum_control::Environment;
 use unisum_control::address::Rendezvous;
-use unisum_control::launcher::{Detected, Token, pmi};
+use unisum_control::launcher::{Detected, LauncherStore, Token};
 use unisum_control::{IsMoot, Publish};
 
 /// The rank's credentials, and the entry of the program's store if the ranks meet by that.
@@ -39,7 +38,7 @@ impl Meeting {
         (environment, settings): (&Environment, &Settings),
         store: Option<&Arc<dyn Store>>,
     ) -> Result<Self, Error> {
-        let launcher = detected.pmi.map(|descriptor| Mpiexec::new(descriptor, settings));
+        let launcher = detected.store.clone().map(|store| ByLauncher::new(store, settings));
         let launcher: Option<Arc<dyn Store>> = launcher.map(|store| Arc::new(store) as _);
         let store = launcher.as_ref().or(store);
         let Some(Rendezvous::Store { key, addresses }) = &mut detected.rendezvous else {
@@ -169,26 +168,26 @@ fn given_store<'a>(
     })
 }
 
-/// mpiexec's own store, which serves once: the first value that is set is told to all ranks.
-struct Mpiexec {
-    descriptor: RawFd,
+/// The launcher's own store, which serves once: the first value that is set is told to all ranks.
+struct ByLauncher {
+    store: LauncherStore,
     timeout: Duration,
     told: Mutex<Option<Vec<u8>>>,
 }
 
-impl Mpiexec {
-    fn new(descriptor: RawFd, settings: &Settings) -> Self {
-        Self { descriptor, timeout: settings.connect_timeout, told: Mutex::default() }
+impl ByLauncher {
+    fn new(store: LauncherStore, settings: &Settings) -> Self {
+        Self { store, timeout: settings.connect_timeout, told: Mutex::default() }
     }
 }
 
-impl Store for Mpiexec {
+impl Store for ByLauncher {
     fn set(&self, _key: &str, value: &[u8]) -> Result<(), String> {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         // What comes later is that the value is not needed any more.
         if told.is_none() {
             *told = Some(value.to_vec());
-            pmi::share(self.descriptor, Some(value), self.timeout)?;
+            self.store.share(Some(value), self.timeout)?;
         }
         Ok(())
     }
@@ -196,9 +195,9 @@ impl Store for Mpiexec {
     fn get(&self, _key: &str, timeout: Duration) -> Result<Vec<u8>, String> {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.is_none() {
-            *told = pmi::share(self.descriptor, None, timeout)?;
+            *told = self.store.share(None, timeout)?;
         }
-        told.clone().ok_or_else(|| "mpiexec gave no value".to_owned())
+        told.clone().ok_or_else(|| "the launcher gave no value".to_owned())
     }
 }
 

@@ -71,12 +71,25 @@ class Context:
 
 def all_cases(context):
     """Names and functions, in an order in which the slow ones come last."""
-    cases = mpi(context, "Open MPI", OPEN_MPI, "by Open MPI")
+    cases = by_hand(context)
+    cases += mpi(context, "Open MPI", OPEN_MPI, "by Open MPI")
     cases += mpi(context, "MPICH", MPICH, "by Hydra PMI")
     cases += open_mpi_hosts(context) + mpich_hosts(context) + slurm_cases(context)
     if context.torchrun:
         cases += torchrun_cases(context)
     return cases
+
+
+def by_hand(context):
+    """As README says."""
+    ranks = f"UNISUM_RANK=$rank UNISUM_WORLD=4 UNISUM_LOCAL_SIZE=4 {context.bench}"
+    return [
+        ("by hand: the program starts its ranks", lambda: context.run(
+            f"{context.bench} -n 4", 4, "by UNISUM_RANK and UNISUM_WORLD", "1 node")),
+        ("by hand: a shell starts the ranks", lambda: context.run(
+            f"for rank in 0 1 2 3; do {ranks} & done; wait", 4,
+            "by UNISUM_RANK and UNISUM_WORLD", "1 node")),
+    ]
 
 
 def mpi(context, name, launcher, words):
@@ -123,11 +136,16 @@ def python_sum(context, command, ranks=4, **variables):
         raise Fault(f"status {status}, expected {expected}: {out}\n{errors[-3000:]}")
 
 
-def open_mpi_hosts(context):
-    place = context.place
+def open_mpi_on_hosts(place):
+    """How mpirun starts four ranks on two hosts."""
     agent = f"--mca plm_rsh_agent {place.remote} --mca plm rsh --mca orte_keep_fqdn_hostnames 1"
     network = "--mca oob_tcp_if_include 10.78.0.0/24"
-    hosts = f"{OPEN_MPI} {agent} {network} --host n1:2,n2:2 -n 4"
+    return f"{OPEN_MPI} {agent} {network} --host n1:2,n2:2 -n 4"
+
+
+def open_mpi_hosts(context):
+    place = context.place
+    hosts = open_mpi_on_hosts(place)
 
     def different_homes():
         script = place.write("elsewhere", f"""#!/bin/sh

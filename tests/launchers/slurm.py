@@ -20,6 +20,7 @@ SlurmdPort=36818
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdSpoolDir={folder}/spool-%n
+TmpFS={folder}/tmp
 StateSaveLocation={folder}/state
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
@@ -42,6 +43,7 @@ class Cluster:
         folder = place.path("slurm")
         os.mkdir(folder)
         os.mkdir(os.path.join(folder, "state"))
+        os.mkdir(os.path.join(folder, "tmp"))
         self.configuration = os.path.join(folder, "slurm.conf")
         text = CONFIGURATION.format(
             folder=folder, head=sandbox.HEAD, address=sandbox.ADDRESSES[sandbox.HEAD]
@@ -55,7 +57,9 @@ class Cluster:
         self.start_munge(folder)
         self.start("slurmctld -D")
         for host in NODES:
-            self.start(f"{place.on_command(host)} slurmd -D -N {host}")
+            # Each with its own TmpFS, where PMIx makes folders that are named after the step.
+            own = f"mount -t tmpfs tmpfs {folder}/tmp && exec slurmd -D -N {host}"
+            self.start(f"{place.on_command(host)} unshare --mount sh -c '{own}'")
         self.wait_until_idle()
 
     def start(self, command):
@@ -97,6 +101,10 @@ class Cluster:
             ["sh", "-c", command], env=self.environment(), capture_output=True, text=True,
             timeout=60,
         ).stdout
+
+    def logs(self):
+        """The last lines of the nodes' logs."""
+        return self.ask(f"tail -n 20 {self.place.path('slurm')}/slurmd-*.log")
 
     def close(self):
         for daemon in reversed(self.daemons):

@@ -138,7 +138,7 @@ fn all(environment: &Environment, names: &[&str]) -> bool {
 }
 
 /// Far above any machine; keeps a garbled size from becoming a huge allocation.
-const MAX_WORLD: usize = 1 << 20;
+pub(super) const MAX_WORLD: usize = 1 << 20;
 
 /// All launchers known, in the order in which they are asked: inner before outer.
 ///
@@ -262,7 +262,7 @@ pub(super) const CONVENTIONS: &[Convention] = &[
         launcher: Source::Pmix,
         at_work: |e| any(e, &["PMIX_RANK"]),
         rank: &["PMIX_RANK"],
-        // PMIx tells the size to its library only: without another launcher's variables, an error.
+        // PMIx tells the size to its library only, see `pmix`.
         world: &[],
         local_rank: &[],
         local_size: &[],

@@ -61,6 +61,16 @@ pub enum LauncherError {
         #[source]
         error: AddressError,
     },
+    /// PMIx does not say what only it knows.
+    #[error(
+        "PMIX_RANK is set, so that the size of the world is PMIx's to tell, but {why} (set \
+         UNISUM_RANK to PMIX_RANK's value, UNISUM_WORLD and UNISUM_RENDEZVOUS=tcp://HOST:PORT \
+         instead)"
+    )]
+    Pmix {
+        /// What keeps it from that.
+        why: String,
+    },
     /// The private directory for local meeting files cannot be made or trusted.
     #[error(
         "private directory {}: {error} (repair or remove it, or set UNISUM_RENDEZVOUS)",

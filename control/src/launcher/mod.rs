@@ -12,13 +12,16 @@ pub mod fuzzing;
 mod hostlist;
 mod kubernetes;
 mod local;
-pub mod pmi;
+mod pmi;
+mod pmix;
 mod rendezvous;
 mod slurm;
 mod token;
 
 use std::fmt;
 use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
 
 pub use error::LauncherError;
 pub use token::{Token, TokenError};
@@ -44,10 +47,40 @@ pub struct Detected {
     pub rendezvous: Option<Rendezvous>,
     /// Identity of this run of the job, the same on all ranks.
     pub job: String,
-    /// The socket to mpiexec by which the ranks meet, where that is the way.
-    pub pmi: Option<RawFd>,
+    /// What the launcher passes between its ranks, where they meet by that.
+    pub store: Option<LauncherStore>,
     /// What else a reader of the log should know: other launchers seen, why the world is 1.
     pub note: Option<String>,
+}
+
+/// What a launcher passes between the ranks that it starts: one value, once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LauncherStore {
+    /// The socket to mpiexec, for PMI-1.
+    Pmi(RawFd),
+    /// A PMIx server, by its library.
+    Pmix(Arc<pmix::Session>),
+}
+
+impl LauncherStore {
+    /// Puts `value` for all ranks, as rank 0 does, or gets what it puts if `value` is `None`.
+    ///
+    /// Blocks until all ranks have called it, for little more than `timeout` at most. It serves
+    /// once: after this call the connection to the launcher is closed.
+    ///
+    /// # Errors
+    /// In words: there is no such connection, the program uses it for MPI, the launcher's refusal,
+    /// or the time is up.
+    pub fn share(
+        &self,
+        value: Option<&[u8]>,
+        timeout: Duration,
+    ) -> Result<Option<Vec<u8>>, String> {
+        match self {
+            Self::Pmi(descriptor) => pmi::share(*descriptor, value, timeout),
+            Self::Pmix(session) => session.share(value, timeout),
+        }
+    }
 }
 
 impl Detected {
@@ -113,17 +146,21 @@ pub enum Source {
 ///
 /// Where all ranks are on this host and no address is given, this makes the user's private
 /// directory that the meeting file goes to; nothing else is written. Never blocks on other ranks.
+/// Where only PMIx knows the size of the world, this opens its library, for 30 s at most.
 ///
 /// # Errors
 /// [`LauncherError`] if variables are half set, malformed or contradict each other, if a launcher
-/// with several ranks is visible but nothing says where they can meet, or if the private directory
-/// cannot be made or is not private.
+/// with several ranks is visible but nothing says where they can meet, if PMIx is needed and can't
+/// be used, or if the private directory cannot be made or is not private.
 pub fn detect(environment: &Environment) -> Result<Detected, LauncherError> {
     let Some(convention) = innermost(environment)? else {
         return single(environment);
     };
-    let placement = convention.read(environment)?;
-    let meeting = rendezvous::find(environment, convention, placement)?;
+    let (placement, pmix) = match convention.launcher {
+        Source::Pmix => pmix::find(environment)?,
+        _ => (convention.read(environment)?, None),
+    };
+    let meeting = rendezvous::find(environment, convention, placement, pmix)?;
     Ok(Detected {
         rank: placement.rank,
         world: placement.world,
@@ -132,9 +169,15 @@ pub fn detect(environment: &Environment) -> Result<Detected, LauncherError> {
         source: convention.launcher,
         rendezvous: meeting.rendezvous,
         job: meeting.job,
-        pmi: meeting.pmi,
+        store: meeting.store,
         note: others(environment, convention),
     })
+}
+
+/// Whether a launcher is visible in `environment`, or anything of one. Opens and writes nothing.
+pub fn is_launched(environment: &Environment) -> bool {
+    // What is malformed is told when the rank joins.
+    !matches!(innermost(environment), Ok(None))
 }
 
 /// Finds the job that a process is to join while it runs: its meeting place and its name.
@@ -209,7 +252,7 @@ fn single(environment: &Environment) -> Result<Detected, LauncherError> {
         source: Source::Single,
         rendezvous: rendezvous::explicit(environment)?,
         job: environment.get("UNISUM_JOB").unwrap_or("single").to_owned(),
-        pmi: None,
+        store: None,
         note,
     })
 }
@@ -220,8 +263,9 @@ impl fmt::Display for Detected {
         if let (Some(rank), Some(size)) = (self.local_rank, self.local_size) {
             write!(f, ", local rank {rank} of {size}")?;
         }
-        match (&self.rendezvous, self.pmi) {
-            (_, Some(_)) => f.write_str(", rendezvous by mpiexec (PMI)")?,
+        match (&self.rendezvous, &self.store) {
+            (_, Some(LauncherStore::Pmi(_))) => f.write_str(", rendezvous by mpiexec (PMI)")?,
+            (_, Some(LauncherStore::Pmix(_))) => f.write_str(", rendezvous by PMIx")?,
             (Some(rendezvous), None) => write!(f, ", rendezvous {rendezvous}")?,
             (None, None) => {}
         }

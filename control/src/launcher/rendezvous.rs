@@ -1,9 +1,10 @@
 //! Where the ranks of a detected job meet.
 
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use super::conventions::{Convention, Placement};
-use super::{LauncherError, Source, local, slurm};
+use super::{LauncherError, LauncherStore, Source, local, pmix, slurm};
 use crate::address::Rendezvous;
 use crate::environment::Environment;
 
@@ -11,21 +12,23 @@ use crate::environment::Environment;
 pub(super) struct Meeting {
     pub(super) rendezvous: Option<Rendezvous>,
     pub(super) job: String,
-    /// The socket to mpiexec, if the ranks meet by PMI.
-    pub(super) pmi: Option<RawFd>,
+    /// What the launcher passes between its ranks, if they meet by that.
+    pub(super) store: Option<LauncherStore>,
 }
 
 impl Meeting {
     fn at(rendezvous: Option<Rendezvous>, job: String) -> Self {
-        Self { rendezvous, job, pmi: None }
+        Self { rendezvous, job, store: None }
     }
 }
 
-/// Decides where to meet: as told, by a private file if all ranks are on this host, else over TCP.
+/// Decides where to meet: as told, by a private file if all ranks are on this host, else over TCP,
+/// or by what the launcher offers. `pmix` is open if nothing has used it before.
 pub(super) fn find(
     environment: &Environment,
     convention: &Convention,
     placement: Placement,
+    pmix: Option<Arc<pmix::Session>>,
 ) -> Result<Meeting, LauncherError> {
     let job = job(environment, convention);
     if let Some(told) = explicit(environment)? {
@@ -39,7 +42,7 @@ pub(super) fn find(
         return on_this_host(environment, convention, job);
     }
     let Some(place) = over_tcp(environment, convention, job.as_deref())? else {
-        if let Some(meeting) = by_launcher(environment, convention, job.as_deref())? {
+        if let Some(meeting) = by_launcher(environment, convention, job.as_deref(), pmix)? {
             return Ok(meeting);
         }
         return Err(LauncherError::NoMeetingPlace {
@@ -61,17 +64,24 @@ fn by_launcher(
     environment: &Environment,
     convention: &Convention,
     job: Option<&str>,
+    pmix: Option<Arc<pmix::Session>>,
 ) -> Result<Option<Meeting>, LauncherError> {
     let launcher = convention.launcher;
+    let by_store = |store, job: &str| {
+        let place = Rendezvous::Store { key: "unisum".to_owned(), addresses: Vec::new() };
+        Some(Meeting { rendezvous: Some(place), job: job.to_owned(), store: Some(store) })
+    };
+    if launcher == Source::Pmix {
+        let session = pmix.ok_or_else(|| LauncherError::Pmix { why: pmix::ONCE.to_owned() })?;
+        return Ok(by_store(LauncherStore::Pmix(session), job.unwrap_or("pmix")));
+    }
     if let (Source::Hydra, Some(text)) = (launcher, environment.get("PMI_FD")) {
         let descriptor = text.parse().ok().filter(|descriptor| *descriptor >= 0);
         let descriptor: RawFd = descriptor.ok_or_else(|| {
             LauncherError::malformed(launcher, "PMI_FD", text, "expected an open socket")
         })?;
         // The socket is of this run alone, so that its name is nobody else's business.
-        let job = job.unwrap_or("pmi").to_owned();
-        let store = Rendezvous::Store { key: "unisum".to_owned(), addresses: Vec::new() };
-        return Ok(Some(Meeting { rendezvous: Some(store), job, pmi: Some(descriptor) }));
+        return Ok(by_store(LauncherStore::Pmi(descriptor), job.unwrap_or("pmi")));
     }
     // Only Open MPI's name of the run is known to be different each time.
     let (Source::OpenMpi, Some(job)) = (launcher, job) else { return Ok(None) };

@@ -16,7 +16,7 @@ use super::{Exchange, Step};
 /// # Errors
 /// In words: there is no such socket, the program uses it for MPI, mpiexec's refusal, or the time
 /// is up.
-pub fn share(
+pub(in crate::launcher) fn share(
     descriptor: RawFd,
     value: Option<&[u8]>,
     timeout: Duration,
@@ -92,7 +92,7 @@ fn read_line(stream: &mut UnixStream, until: Instant) -> io::Result<String> {
 }
 
 /// The MPI library that this process has mapped, if any.
-fn loaded_mpi() -> Option<String> {
+pub(in crate::launcher) fn loaded_mpi() -> Option<String> {
     let maps = fs::read_to_string("/proc/self/maps").ok()?;
     let names = maps.lines().filter_map(|line| line.rsplit_once('/').map(|(_, name)| name));
     let is_mpi = |name: &&str| name.starts_with("libmpi") && name.contains(".so");

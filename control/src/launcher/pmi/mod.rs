@@ -8,7 +8,7 @@
 
 mod connection;
 
-pub use connection::share;
+pub(super) use connection::{loaded_mpi, share};
 
 /// One exchange with the server, from `init` to `finalize`.
 #[derive(Debug)]
