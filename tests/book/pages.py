@@ -79,7 +79,7 @@ ELSEWHERE = [
      "bindings/python/tests/test_torch_joining.py", "model.last_report.newcomers"),
     ("README", "cargo run --release --bin allreduce-bench -- -n 16", ".ci/run",
      "cargo run --release --bin allreduce-bench -- -n 16"),
-    ("README", "srun -N 4", "tests/launchers/cases.py", "srun {options} {context.bench}"),
+    ("README", "bench=", "tests/launchers/cases.py", "UNISUM_LOCAL_SIZE=4 {context.bench}"),
     ("docs/performance", "cargo run --release --bin allreduce-bench -- -n 16 -t tcp", ".ci/run",
      "cargo run --release --bin allreduce-bench -- -n 16 -t tcp"),
     ("docs/frameworks", "examples/frameworks/run", ".ci/nightly", "examples/frameworks/run"),
