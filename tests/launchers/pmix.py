@@ -32,6 +32,19 @@ def all_cases(context):
         context.check_refused(
             context.start(f"{start} {alone}"), "its library can't be used", "set UNISUM_RANK to")
 
+    def old_library():
+        """One that has all functions, and calls itself another version."""
+        names = "Error_string Init Initialized Finalize Put Commit Fence Get".split()
+        text = 'const char *PMIx_Get_version(void) { return "PMIx 2.2.5"; }\n'
+        text += "".join(f"int PMIx_{name}(void) {{ return -1; }}\n" for name in names)
+        source = place.write("old.c", text)
+        os.mkdir(place.path("old"))
+        place.sh(f"cc -shared -fPIC -o {place.path('old')}/libpmix.so.2 {source}")
+        alone = script(context, "pmix-old", f"export LD_LIBRARY_PATH={place.path('old')}")
+        context.check_refused(
+            context.start(f"{start} {alone}"), "is `PMIx 2.2.5`, and version 3 is needed",
+            "set UNISUM_RANK to")
+
     def no_server():
         process = context.start(context.bench, PMIX_RANK="0", PMIX_NAMESPACE="nobody")
         context.check_refused(process, "PMIX_RANK is set", "no PMIx server", "set UNISUM_RANK to")
@@ -60,6 +73,7 @@ def all_cases(context):
         ("PMIx: two hosts without a common home", different_homes),
         ("PMIx: two hosts, and a rank that does not join", one_stays_away),
         ("PMIx: without its library", no_library),
+        ("PMIx: with a library that is too old", old_library),
         ("PMIx: without a server", no_server),
         ("PMIx: two hosts, and a daemon that is killed", server_that_has_gone),
         ("PMIx: Slurm's server", lambda: slurm(context, bare)),
