@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use job::{Job, Kill, Shape, Through, draw_victims};
 use support::Random;
-use support::hosts::{Hosts, inside};
+use support::hosts::{Hosts, inside, sh};
 use watch::{Passage, Watch};
 
 #[test]
@@ -179,4 +179,108 @@ fn a_training_on_four_hosts_outlives_kills_of_any_rank() {
     let _one = alone();
     let Some(_hosts) = Hosts::new(HOSTS) else { return };
     kills("hosts", "", |number| inside(number % HOSTS));
+}
+
+/// Seconds without a sign of life from another host.
+const SILENCE: u64 = 2;
+
+/// Cuts one of the hosts off, without a word to anybody, or ends that.
+fn plug(hosts: &Hosts, host: usize, is_in: bool) {
+    let how = if is_in { "master br0" } else { "nomaster" };
+    sh(&format!("ip -n {} link set port{host} {how}", hosts.switch())).unwrap();
+}
+
+/// Hosts vanish with all their processes. Some come back, when the others have gone on long ago: their
+/// processes end by themselves, and disturb nobody.
+#[test]
+fn a_training_outlives_hosts_that_vanish_without_a_word() {
+    let _one = alone();
+    let Some(hosts) = Hosts::new(HOSTS) else { return };
+    let mut random = Random::new();
+    let mut shape = shape("hosts", "", |number| inside(number % HOSTS));
+    shape.name = "vanished".into();
+    shape.variables.push(("UNISUM_HEARTBEAT_TIMEOUT", SILENCE.to_string()));
+    let mut job = Job::start(shape);
+    let mut late = Vec::new();
+    for round in 0..number("UNISUM_TEST_VANISHED", 2) {
+        job.look_for(Duration::from_micros(random.below(150_000) as u64));
+        let members = job.members();
+        let on = |host: usize| members.iter().copied().filter(move |it| it % HOSTS == host);
+        // The others have to be more than half.
+        let few: Vec<usize> = (0..HOSTS).filter(|it| (1..=3).contains(&on(*it).count())).collect();
+        let first = members[0] % HOSTS;
+        let host = if round % 2 == 0 && few.contains(&first) { first } else { random.of(&few) };
+        let victims: Vec<usize> = on(host).collect();
+        let mut kill = job.give_up(&victims);
+        plug(&hosts, host, false);
+        job.await_survivors(&mut kill);
+        let come_back = random.below(2) == 0;
+        println!(
+            "{victims:?} vanish; {:.2?} without a step; do they come back? {come_back}",
+            Duration::from_nanos(kill.stall_ns)
+        );
+        late.push(kill.stall_ns.saturating_sub(SILENCE * 1_000_000_000));
+        if come_back {
+            plug(&hosts, host, true);
+            job.bury(&victims, false);
+        } else {
+            job.bury(&victims, true);
+            plug(&hosts, host, true);
+        }
+        victims.iter().for_each(|_| _ = job.add_newcomer());
+        job.await_all(member::now_ns());
+    }
+    job.finish();
+    late.sort_unstable();
+    let [p50, most] = [50, 100].map(|it| percentile(&late, it));
+    println!("vanished: {SILENCE} s, and {p50:.0} ms later (p50), {most:.0} ms (most)");
+}
+
+/// Where connections may break and go on, a network that is away for a moment costs that moment.
+/// The job is not elastic: the connections between the members of one do not go on.
+#[test]
+fn a_training_goes_on_when_its_hosts_are_back_and_when_connections_are_reset() {
+    let _one = alone();
+    let Some(hosts) = Hosts::new(HOSTS) else { return };
+    let mut random = Random::new();
+    let mut shape = shape("hosts", "", |number| inside(number % HOSTS));
+    shape.name = "cut".into();
+    shape.variables.push(("ELASTIC", "no".into()));
+    shape.variables.push(("UNISUM_HEARTBEAT_TIMEOUT", "30".into()));
+    shape.variables.push(("UNISUM_RECONNECT_TIMEOUT", "30".into()));
+    let mut job = Job::start(shape);
+    let (mut back, mut resumed) = (Vec::new(), Vec::new());
+    for _ in 0..number("UNISUM_TEST_CUTS", 2) {
+        job.look_for(Duration::from_micros(random.below(150_000) as u64));
+        // As many of 0.1 to 1 s as of 1 to 10.
+        let cut = Duration::from_secs_f64(10_f64.powf(random.below(2000) as f64 / 1000.0 - 1.0));
+        let host = random.below(HOSTS);
+        plug(&hosts, host, false);
+        job.look_for(cut);
+        plug(&hosts, host, true);
+        let late = job.await_steps(member::now_ns());
+        println!("host {host} cut off for {cut:.2?}: {:.2?} later", Duration::from_nanos(late));
+        back.push(late);
+    }
+    for _ in 0..number("UNISUM_TEST_RESETS", 4) {
+        job.look_for(Duration::from_micros(random.below(150_000) as u64));
+        let host = random.below(HOSTS);
+        let when = member::now_ns();
+        hosts.on(host, "ss -H -K -t dst 10.77.0.0/24 > /dev/null");
+        let late = job.await_steps(when);
+        println!("connections of host {host} reset: {:.2?}", Duration::from_nanos(late));
+        resumed.push(late);
+    }
+    let watch = job.finish();
+    let mut usual = watch.usual;
+    usual.sort_unstable();
+    println!("steps: p50 {:.1} ms", percentile(&usual, 50));
+    for (what, mut times) in [("back", back), ("reset", resumed)] {
+        times.sort_unstable();
+        let [p50, p99, most] = [50, 99, 100].map(|it| percentile(&times, it));
+        println!(
+            "{what}: {} times, p50 {p50:.0} ms, p99 {p99:.0} ms, most {most:.0} ms",
+            times.len()
+        );
+    }
 }

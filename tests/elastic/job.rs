@@ -156,6 +156,28 @@ impl Job {
         Kill { victims: victims.to_vec(), when, stall_ns: 0, settled: when }
     }
 
+    /// From now on these are as good as dead, whatever they do, as those on a host that is cut off.
+    pub(crate) fn give_up(&mut self, victims: &[usize]) -> Kill {
+        let when = now_ns();
+        victims.iter().for_each(|it| self.watch.processes[*it].killed = Some(when));
+        Kill { victims: victims.to_vec(), when, stall_ns: 0, settled: when }
+    }
+
+    /// Waits until those have ended that were given up: by themselves, or because they are killed.
+    pub(crate) fn bury(&mut self, victims: &[usize], are_killed: bool) {
+        if are_killed {
+            victims.iter().for_each(|it| self.running.signal(*it, libc::SIGKILL));
+        }
+        let deadline = Instant::now() + LIMIT;
+        while let Some(victim) = victims.iter().find(|it| self.running.lives(**it)) {
+            self.look();
+            if Instant::now() > deadline {
+                self.fail(&format!("process {victim}, which was cut off, does not end"));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Stops a process, or has it go on.
     pub(crate) fn stop(&self, process: usize, stops: bool) {
         if self.watch.processes[process].killed.is_none() {
@@ -188,6 +210,17 @@ impl Job {
         let mut firsts = std::collections::BTreeMap::new();
         without.for_each(|it| _ = firsts.insert(it.process, it.ended));
         kill.stall_ns = firsts.values().max().map_or(0, |ended| ended - kill.when);
+    }
+
+    /// When the last process ends a step that has ended after `time` on all; how much later that is.
+    pub(crate) fn await_steps(&mut self, time: u64) -> u64 {
+        let before: Vec<u64> = self.watch.processes.iter().map(|it| it.step).collect();
+        self.look_until("all go on", |watch| {
+            let mut steps = watch.processes.iter().zip(&before);
+            steps.all(|(it, before)| it.stepped > time && it.step > *before)
+        });
+        let firsts = self.watch.processes.iter().map(|it| it.first_after(time));
+        firsts.max().map_or(0, |it| it.saturating_sub(time))
     }
 
     /// Ends the training in order.

@@ -91,10 +91,16 @@ fn build(communicator: &Communicator) -> Result<Buckets, Error> {
 }
 
 impl Training {
+    /// The epoch, and the members by rank; those of a job that is not elastic never change.
+    fn view(&self) -> (u64, Vec<u64>) {
+        let ranks = || (1, (0..self.communicator.world() as u64).collect());
+        self.communicator.view().map_or_else(ranks, |it| (it.epoch, it.processes))
+    }
+
     fn tell_view(&mut self) {
-        let view = self.communicator.view().unwrap();
-        let members: Vec<String> = view.processes.iter().map(u64::to_string).collect();
-        self.journal.write(format!("view {} {}", view.epoch, members.join(",")));
+        let (epoch, members) = self.view();
+        let members: Vec<String> = members.iter().map(u64::to_string).collect();
+        self.journal.write(format!("view {epoch} {}", members.join(",")));
     }
 
     fn run(&mut self) -> Result<(), Error> {
@@ -137,7 +143,7 @@ impl Training {
                 self.journal.write((if redone { "redone" } else { "committed" }).to_owned());
             }
             let State { steps, .. } = self.state.as_ref().unwrap();
-            let epoch = self.communicator.view().unwrap().epoch;
+            let (epoch, _) = self.view();
             let (participants, hash) = (report.participants, self.state.as_ref().unwrap().hash());
             self.journal.write(format!("step {steps} {epoch} {participants} {hash:x}"));
             if buckets.gradient::<f64>(0)[0] > 0.0 {
@@ -164,7 +170,7 @@ impl Training {
         for parameter in [2, 1] {
             self.compute(steps);
             let mut gradient = step.view_to_overwrite::<f32>(parameter)?;
-            let values = (0..).map(|it| factor * ((it * 37 + 11) % 101) as f32);
+            let values = (0..).map(|at| factor * value(at));
             gradient.iter_mut().zip(values).for_each(|(to, value)| *to = value);
             gradient.ready();
         }
@@ -173,6 +179,9 @@ impl Training {
         end.ready();
         let report = step.wait()?;
         let state = self.state.as_mut().unwrap();
+        if report.change.is_none() {
+            check(buckets, factor, &self.communicator);
+        }
         let averages = [1, 2].into_iter().flat_map(|it| buckets.gradient::<f32>(it));
         state.weights.iter_mut().zip(averages).for_each(|(to, it)| *to = *to * 0.9 + it);
         state.steps += 1;
@@ -180,12 +189,28 @@ impl Training {
     }
 }
 
+/// The averages are what follows from the gradients of all ranks, exactly: integers and halves.
+fn check(buckets: &Buckets, factor: f32, communicator: &Communicator) {
+    let (own, world) = ((communicator.rank() + 1) as f32, communicator.world() as f32);
+    let average = factor / own * ((world + 1.0) / 2.0);
+    for parameter in [1, 2] {
+        let gradient = buckets.gradient::<f32>(parameter);
+        let is_right = |(at, it): (usize, &f32)| *it == average * value(at);
+        assert!(gradient.iter().enumerate().all(is_right), "a wrong average");
+    }
+}
+
+/// What the gradients of all ranks are multiples of.
+fn value(at: usize) -> f32 {
+    ((at * 37 + 11) % 101) as f32
+}
+
 /// Trains until the harness says that it is over.
 pub(crate) fn train(joins: bool) {
     let mut journal = Journal::open();
     journal.write("started".to_owned());
     let mut builder = Communicator::builder();
-    if joins || setting("ELASTIC") == "yes" {
+    if setting("ELASTIC") == "yes" {
         builder = builder.elastic(Elastic::default());
     }
     let communicator = if joins { builder.join() } else { builder.connect() }.unwrap();

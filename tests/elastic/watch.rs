@@ -196,6 +196,13 @@ impl Watch {
 }
 
 impl Process {
+    /// When it ended the first step after `time`.
+    pub(crate) fn first_after(&self, time: u64) -> u64 {
+        let steps = self.lines.iter().rev().filter(|it| it.starts_with("step "));
+        let ends = steps.map(|it| it.rsplit(' ').next().unwrap().parse::<u64>().unwrap());
+        ends.take_while(|it| *it > time).last().unwrap_or(0)
+    }
+
     /// The lines that it has written since.
     fn news(&mut self) -> Vec<String> {
         let Ok(mut file) = File::open(&self.journal) else { return Vec::new() };
