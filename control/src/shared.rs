@@ -82,6 +82,8 @@ struct Channel {
 struct News {
     gathered: Option<Vec<Bytes>>,
     said_goodbye: bool,
+    /// Whether the job goes on without this communicator.
+    is_superseded: bool,
 }
 
 impl Shared {
@@ -119,6 +121,14 @@ impl Shared {
         drop(lock(&self.news));
         self.changed.notify_all();
         lock(&self.wakers).iter().for_each(|(_, waker)| waker.wake());
+    }
+
+    /// The job goes on without this communicator: that is the verdict, unless there is one, and
+    /// nobody waits for those that have not come.
+    pub(super) fn supersede(&self, why: &str) {
+        self.conclude(Verdict::superseded(why));
+        lock(&self.news).is_superseded = true;
+        self.changed.notify_all();
     }
 
     /// Registers who is woken by the verdict, at once if there is one.
@@ -320,7 +330,7 @@ impl Shared {
     }
 
     pub(super) fn await_goodbye(&self, until: Instant) {
-        drop(self.wait(until, |news| news.said_goodbye));
+        drop(self.wait(until, |news| news.said_goodbye || news.is_superseded));
     }
 
     fn wait(&self, until: Instant, is_over: impl Fn(&News) -> bool) -> MutexGuard<'_, News> {
@@ -334,4 +344,31 @@ impl Shared {
 /// Every critical section leaves what it guards whole, so a panic of another thread spoils nothing.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// The coordinator would stay for ranks that were lost before they came, and the next view would
+    /// wait for it.
+    #[test]
+    fn nobody_waits_for_a_goodbye_where_the_job_has_gone_on() {
+        let far = Instant::now() + Duration::from_secs(3600);
+        for has_verdict in [false, true] {
+            let shared = Shared::new(0, 3);
+            if has_verdict {
+                shared.conclude(Verdict::died(2, "its connection ended"));
+            }
+            std::thread::scope(|scope| {
+                let leaving = scope.spawn(|| shared.await_goodbye(far));
+                shared.supersede("the job goes on in epoch 2");
+                leaving.join().expect("it returns");
+            });
+            let first = shared.verdict().expect("there is one");
+            assert_eq!(first.failed_ranks.is_empty(), !has_verdict, "the first verdict stays");
+        }
+    }
 }
