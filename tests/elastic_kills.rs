@@ -55,7 +55,7 @@ fn shape(name: &str, transport: &str, through: Through) -> Shape {
 fn disturb(job: &mut Job, random: &mut Random) -> (Option<Kill>, usize) {
     job.look_for(Duration::from_micros(random.below(150_000) as u64));
     let members = job.members();
-    let victims = draw_victims(random, &members);
+    let victims = draw_victims(random, &members, number("UNISUM_TEST_TWO_IN", 10));
     let drawn = [0, 0, random.below(30_000) as u64, random.below(300_000) as u64];
     let apart = Duration::from_micros(random.of(&drawn));
     let stopped = (random.below(8) == 0).then(|| random.of(&members));
@@ -246,7 +246,6 @@ fn a_training_goes_on_when_its_hosts_are_back_and_when_connections_are_reset() {
     let mut shape = shape("hosts", "", |number| inside(number % HOSTS));
     shape.name = "cut".into();
     shape.variables.push(("ELASTIC", "no".into()));
-    shape.variables.push(("UNISUM_HEARTBEAT_TIMEOUT", "30".into()));
     shape.variables.push(("UNISUM_RECONNECT_TIMEOUT", "30".into()));
     let mut job = Job::start(shape);
     let (mut back, mut resumed) = (Vec::new(), Vec::new());

@@ -153,6 +153,10 @@ pub(super) fn open(
     loop {
         let left = until.saturating_duration_since(Instant::now()).max(PAUSE);
         match dial(address, &hello, credentials, left) {
+            // The process has ended since it admitted this rank.
+            Err(HandshakeError::Io(error)) if error.kind() == ErrorKind::ConnectionRefused => {
+                return Err(error.into());
+            }
             // There may be too many strangers.
             Err(error) if !error.is_answer() && Instant::now() < until => thread::sleep(PAUSE),
             result => return result.map(Some),
@@ -183,6 +187,10 @@ pub(super) fn register(registry: &Registry, stream: &TcpStream, token: usize) ->
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
+    use std::sync::mpsc;
+
+    use socket2::{Domain, Socket, Type};
+    use unisum_link::handshake::{Build, Secret};
 
     use super::*;
 
@@ -216,6 +224,40 @@ mod tests {
         let mut ended = pulses.take_ended();
         ended.sort_unstable();
         assert_eq!((ended, pulses.take_ended()), (vec![1, 2], Vec::new()));
+    }
+
+    /// It was killed when it had admitted this rank: the members of an elastic job that are left wait
+    /// for this one.
+    #[test]
+    fn no_pulse_is_waited_for_of_a_process_that_has_ended() {
+        let listener = TcpListener::bind("127.0.0.2:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        socket.connect(&address.into()).unwrap();
+        let control = TcpStream::from(socket);
+        // It stands until the kernel says otherwise.
+        let _accepted = listener.accept().unwrap();
+        drop(listener);
+        let hello = Hello {
+            purpose: Purpose::Control,
+            socket: 0,
+            from: 1,
+            to: 0,
+            world: 2,
+            session: [7; 16],
+            job: [8; 16],
+            build: Build::default(),
+        };
+        let credentials = Credentials::clear(Secret::new(b"the token of these tests"));
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || {
+            let hour = Duration::from_secs(3600);
+            let opened = open(&control, &hello, [7; 16], (&credentials, hour));
+            sender.send(opened.map(|_| ()).unwrap_err().to_string()).unwrap();
+        });
+        let error = receiver.recv_timeout(Duration::from_secs(60)).expect("it gives up");
+        assert!(error.contains("refused"), "{error}");
     }
 
     #[test]

@@ -234,7 +234,9 @@ impl Job {
         for process in living {
             assert_eq!(ended[process].status, 0, "process {process}: {:#?}", ended[process]);
         }
-        std::fs::remove_dir_all(&self.directory).unwrap();
+        if std::env::var_os("UNISUM_TEST_KEEP").is_none() {
+            std::fs::remove_dir_all(&self.directory).unwrap();
+        }
         self.watch
     }
 
@@ -267,12 +269,12 @@ impl Job {
     }
 }
 
-/// Whom to kill next: rank 0 no less often than others, two in a tenth.
-pub(crate) fn draw_victims(random: &mut Random, members: &[usize]) -> Vec<usize> {
+/// Whom to kill next: rank 0 no less often than others, two at once in one of so many cases.
+pub(crate) fn draw_victims(random: &mut Random, members: &[usize], two_in: usize) -> Vec<usize> {
     let rank = if random.below(4) == 0 { 0 } else { random.below(members.len()) };
     let mut victims = vec![members[rank]];
     // Of four ranks that lose two, those with rank 0 go on: here it may be lost.
-    if random.below(10) == 0 && members.len() > 4 {
+    if random.below(two_in) == 0 && members.len() > 4 {
         victims.push(members[(rank + 1 + random.below(members.len() - 1)) % members.len()]);
     }
     victims

@@ -165,7 +165,8 @@ impl Training {
 
     fn step(&mut self, buckets: &mut Buckets) -> Result<StepReport, Error> {
         let steps = self.state.as_ref().unwrap().steps;
-        let factor = (self.communicator.rank() + 1) as f32 * (steps % 17 + 1) as f32;
+        let repeated = (steps % 17 + 1) as f32;
+        let factor = repeated * weight(self.process);
         let step = buckets.begin()?;
         for parameter in [2, 1] {
             self.compute(steps);
@@ -178,10 +179,10 @@ impl Training {
         end[0] = f64::from(u8::from(self.over.exists()));
         end.ready();
         let report = step.wait()?;
-        let state = self.state.as_mut().unwrap();
         if report.change.is_none() {
-            check(buckets, factor, &self.communicator);
+            check(buckets, repeated, &self.view().1);
         }
+        let state = self.state.as_mut().unwrap();
         let averages = [1, 2].into_iter().flat_map(|it| buckets.gradient::<f32>(it));
         state.weights.iter_mut().zip(averages).for_each(|(to, it)| *to = *to * 0.9 + it);
         state.steps += 1;
@@ -189,13 +190,21 @@ impl Training {
     }
 }
 
-/// The averages are what follows from the gradients of all ranks, exactly: integers and halves.
-fn check(buckets: &Buckets, factor: f32, communicator: &Communicator) {
-    let (own, world) = ((communicator.rank() + 1) as f32, communicator.world() as f32);
-    let average = factor / own * ((world + 1.0) / 2.0);
+/// What a process multiplies its gradients by: no rank, since a step may be made again under others.
+fn weight(process: u64) -> f32 {
+    (process % 8 + 1) as f32
+}
+
+/// The averages are what follows from the gradients of these processes.
+fn check(buckets: &Buckets, repeated: f32, processes: &[u64]) {
+    let sum: f32 = processes.iter().map(|it| weight(*it)).sum();
+    let average = repeated * sum / processes.len() as f32;
     for parameter in [1, 2] {
         let gradient = buckets.gradient::<f32>(parameter);
-        let is_right = |(at, it): (usize, &f32)| *it == average * value(at);
+        let is_right = |(at, it): (usize, &f32)| {
+            let expected = average * value(at);
+            (*it - expected).abs() <= expected * 1e-6
+        };
         assert!(gradient.iter().enumerate().all(is_right), "a wrong average");
     }
 }

@@ -2,11 +2,12 @@
 
 use std::io;
 use std::net::TcpStream;
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
 
-use crate::congestion;
+use crate::{congestion, silence};
 
 /// What a socket inside the host may hold before its sender waits: with the megabytes that the
 /// kernel allows by itself, data leaves the caches between the two copies (2 ranks, 1 MiB: 263 us
@@ -29,6 +30,7 @@ pub(crate) fn prepare(stream: &TcpStream, limit: Duration) -> io::Result<bool> {
     let is_far = is_far(stream)?;
     if is_far {
         congestion::across(&socket)?;
+        silence::limit_pauses(stream.as_fd(), limit);
     } else {
         congestion::inside(&socket);
         socket.set_send_buffer_size(LOCAL_SEND_BYTES)?;

@@ -16,6 +16,18 @@ use std::time::{Duration, Instant};
 const ANSWER: Duration = Duration::from_secs(1);
 /// By how much the kernel's times may differ from one look to the next: it counts ticks.
 const TICKS: Duration = Duration::from_millis(100);
+/// The first pause between two attempts, and how short and how long the longest may be.
+const PAUSE_FIRST: Duration = Duration::from_millis(200);
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(120);
+/// The steps in which a longest pause is looked for.
+const PAUSE_STEP: Duration = Duration::from_millis(250);
+/// How much longer than twice the limit the kernel tries: it must not give up before it is clear that
+/// the other host is silent.
+const SPARE: Duration = Duration::from_secs(10);
+/// Milliseconds (Linux 6.15, `include/uapi/linux/tcp.h`).
+const TCP_RTO_MAX_MS: libc::c_int = 44;
+
 /// How often to look, at least and at most.
 const LOOK_MIN: Duration = Duration::from_millis(250);
 const LOOK_MAX: Duration = Duration::from_secs(1);
@@ -124,6 +136,49 @@ impl Silence {
     }
 }
 
+/// Has the kernel not double the pauses any further between its attempts to send again what was not
+/// acknowledged: after an outage a connection goes on when the next one is due. Does nothing on
+/// systems that can't.
+///
+/// It gives up after so many attempts (`tcp_retries2`), however short the pauses, so that they can't
+/// be as short as one would like.
+pub(crate) fn limit_pauses(socket: BorrowedFd<'_>, limit: Duration) {
+    let attempts = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_retries2");
+    let attempts = attempts.ok().and_then(|it| it.trim().parse().ok()).unwrap_or(0);
+    let Some(pause) = pause_max(limit, attempts) else { return };
+    let millis = libc::c_int::try_from(pause.as_millis()).unwrap_or(libc::c_int::MAX);
+    let bytes = size_of_val(&millis) as libc::socklen_t;
+    // SAFETY: the kernel reads `bytes` bytes of `millis`; the socket is open while it is borrowed.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_RTO_MAX_MS,
+            (&raw const millis).cast(),
+            bytes,
+        )
+    };
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        tracing::debug!(%error, "the pauses between attempts are as long as the system has them");
+    }
+}
+
+/// The shortest pause with which a kernel that makes so many attempts does not give up too early;
+/// `None` if there is none.
+fn pause_max(limit: Duration, attempts: u32) -> Option<Duration> {
+    let least = limit.saturating_mul(2).saturating_add(SPARE);
+    let steps = PAUSE_MAX.as_millis() / PAUSE_STEP.as_millis();
+    let mut pauses = (1..steps as u32).map(|step| PAUSE_STEP * step);
+    pauses.find(|pause| *pause >= PAUSE_MIN && gives_up_after(*pause, attempts) >= least)
+}
+
+/// How long the kernel sends again what is not acknowledged, as `tcp_model_timeout` has it.
+fn gives_up_after(pause: Duration, attempts: u32) -> Duration {
+    let doubled = |it: u32| PAUSE_FIRST.saturating_mul(1 << it.min(20)).min(pause);
+    (0..=attempts).map(doubled).sum()
+}
+
 /// Asks the kernel about a connection.
 pub(crate) fn ask(socket: BorrowedFd<'_>) -> io::Result<Told> {
     let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
@@ -202,6 +257,18 @@ mod tests {
         let told = Told { awaits: false, attempts: 0, heard: hour };
         let before = Some(Silence { since: start, attempts: 3, answer_by: Some(start) });
         assert_eq!(Silence::after(before, told, (start, start + hour), LIMIT), None);
+    }
+
+    #[test]
+    fn the_kernel_does_not_give_up_before_a_silence_counts() {
+        let pause = |limit, attempts| pause_max(Duration::from_secs(limit), attempts);
+        assert_eq!(pause(10, 15), Some(Duration::from_millis(2250)));
+        assert_eq!(pause(2, 15), Some(Duration::from_secs(1)));
+        assert_eq!(pause(10, 8), Some(Duration::from_secs(6)));
+        // Even with the pauses that it has by itself.
+        assert_eq!(pause(10, 5), None);
+        assert_eq!(pause(3600, 15), None);
+        assert_eq!(gives_up_after(Duration::from_millis(2250), 15), Duration::from_secs(30));
     }
 
     #[test]
