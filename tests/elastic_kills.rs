@@ -1,6 +1,6 @@
-//! A training of 8 processes, of which some are killed from outside, at random moments, and replaced
-//! by newcomers. After each change all that are left end the same step with the same weights, nobody
-//! hangs, and nobody is left out that was not killed.
+//! A training of 8 processes, of which some are killed from outside, at random moments, and
+//! replaced by newcomers. After each change all that are left end the same step with the same
+//! weights, nobody hangs, and nobody is left out that was not killed.
 //!
 //! `tests/elastic/run` makes more kills and prints figures: `UNISUM_TEST_KILLS` kills of each
 //! transport.
@@ -190,8 +190,8 @@ fn plug(hosts: &Hosts, host: usize, is_in: bool) {
     sh(&format!("ip -n {} link set port{host} {how}", hosts.switch())).unwrap();
 }
 
-/// Hosts vanish with all their processes. Some come back, when the others have gone on long ago: their
-/// processes end by themselves, and disturb nobody.
+/// Hosts vanish with all their processes. Some come back, when the others have gone on long ago:
+/// their processes end by themselves, and disturb nobody.
 #[test]
 fn a_training_outlives_hosts_that_vanish_without_a_word() {
     let _one = alone();

@@ -338,8 +338,8 @@ impl Control {
     /// Leaves in order: for the others this rank has not died. Waits until the kernel has the
     /// goodbye, which is at once unless the network is stuck, and 1 s at most; where connections go
     /// on after they were cut, until its coordinator has it, or on the coordinator the others, and
-    /// `reconnect_timeout` longer at most, unless there is a verdict; and not at all once the job goes
-    /// on in another view. Joins no thread.
+    /// `reconnect_timeout` longer at most, unless there is a verdict; and not at all once the job
+    /// goes on in another view. Joins no thread.
     /// Idempotent. Does nothing in a forked child: the membership is the parent's.
     pub fn leave(&self) {
         if self.process != std::process::id() {

@@ -226,8 +226,8 @@ mod tests {
         assert_eq!((ended, pulses.take_ended()), (vec![1, 2], Vec::new()));
     }
 
-    /// It was killed when it had admitted this rank: the members of an elastic job that are left wait
-    /// for this one.
+    /// It was killed when it had admitted this rank: the members of an elastic job that are left
+    /// wait for this one.
     #[test]
     fn no_pulse_is_waited_for_of_a_process_that_has_ended() {
         let listener = TcpListener::bind("127.0.0.2:0").unwrap();

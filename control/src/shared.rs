@@ -352,8 +352,8 @@ mod tests {
 
     use super::*;
 
-    /// The coordinator would stay for ranks that were lost before they came, and the next view would
-    /// wait for it.
+    /// The coordinator would stay for ranks that were lost before they came, and the next view
+    /// would wait for it.
     #[test]
     fn nobody_waits_for_a_goodbye_where_the_job_has_gone_on() {
         let far = Instant::now() + Duration::from_secs(3600);

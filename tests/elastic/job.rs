@@ -212,7 +212,7 @@ impl Job {
         kill.stall_ns = firsts.values().max().map_or(0, |ended| ended - kill.when);
     }
 
-    /// When the last process ends a step that has ended after `time` on all; how much later that is.
+    /// Waits until every process has ended a step after `time`; how much later the last one did.
     pub(crate) fn await_steps(&mut self, time: u64) -> u64 {
         let before: Vec<u64> = self.watch.processes.iter().map(|it| it.step).collect();
         self.look_until("all go on", |watch| {

@@ -190,7 +190,8 @@ impl Training {
     }
 }
 
-/// What a process multiplies its gradients by: no rank, since a step may be made again under others.
+/// What a process multiplies its gradients by: it does not follow from ranks, which may change when
+/// a step is made again.
 fn weight(process: u64) -> f32 {
     (process % 8 + 1) as f32
 }

@@ -22,8 +22,8 @@ const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(120);
 /// The steps in which a longest pause is looked for.
 const PAUSE_STEP: Duration = Duration::from_millis(250);
-/// How much longer than twice the limit the kernel tries: it must not give up before it is clear that
-/// the other host is silent.
+/// How much longer than twice the limit the kernel tries: it must not give up before it is clear
+/// that the other host is silent.
 const SPARE: Duration = Duration::from_secs(10);
 /// Milliseconds (Linux 6.15, `include/uapi/linux/tcp.h`).
 const TCP_RTO_MAX_MS: libc::c_int = 44;
@@ -140,8 +140,8 @@ impl Silence {
 /// acknowledged: after an outage a connection goes on when the next one is due. Does nothing on
 /// systems that can't.
 ///
-/// It gives up after so many attempts (`tcp_retries2`), however short the pauses, so that they can't
-/// be as short as one would like.
+/// It gives up after so many attempts (`tcp_retries2`), however short the pauses, so that they
+/// can't be as short as one would like.
 pub(crate) fn limit_pauses(socket: BorrowedFd<'_>, limit: Duration) {
     let attempts = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_retries2");
     let attempts = attempts.ok().and_then(|it| it.trim().parse().ok()).unwrap_or(0);
