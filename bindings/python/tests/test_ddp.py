@@ -1,4 +1,5 @@
-"""unisum's DistributedDataParallel against PyTorch's: the scenarios of ddp_scenarios at two worlds."""
+"""unisum's DistributedDataParallel against PyTorch's: the scenarios of ddp_scenarios and
+ddp_options at two worlds."""
 
 import datetime
 import json
@@ -7,9 +8,12 @@ import traceback
 import pytest
 
 torch = pytest.importorskip("torch")
+import ddp_options  # noqa: E402
 import ddp_scenarios  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
+
+SCENARIOS = ddp_scenarios.SCENARIOS + ddp_options.SCENARIOS
 
 
 def run_scenarios(rank, world, folder, only):
@@ -20,7 +24,7 @@ def run_scenarios(rank, world, folder, only):
     )
     gloo = dist.new_group(backend="gloo", timeout=limit)
     results = {}
-    for scenario in ddp_scenarios.SCENARIOS:
+    for scenario in SCENARIOS:
         if only and scenario.__name__ not in only:
             continue
         try:
@@ -43,7 +47,7 @@ def results(request, tmp_path_factory):
     return [json.loads((folder / str(rank)).read_text()) for rank in range(world)]
 
 
-@pytest.mark.parametrize("scenario", [it.__name__ for it in ddp_scenarios.SCENARIOS])
+@pytest.mark.parametrize("scenario", [it.__name__ for it in SCENARIOS])
 def test_scenario(results, scenario):
     for rank, told in enumerate(results):
         outcome, value = told.get(scenario, ["was not reached", ""])

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 import torch_scenarios  # noqa: E402
+import unisum.torch  # noqa: E402
 
 LIMIT = datetime.timedelta(seconds=60)
 
@@ -201,7 +202,44 @@ def observed(rank, world, folder):
     dist.destroy_process_group()
 
 
-CASES = [twice, by_environment, late, absent_from_barrier, aborted, non_contiguous, observed]
+def beside_another_backend(rank, world, folder):
+    """Tensors of the CPU are unisum's, those of other devices another backend's."""
+    if not hasattr(torch._C._distributed_c10d.Backend, "all_gather_single"):
+        return  # before 2.14, backends can't be written in Python
+    for number, name in enumerate(("cpu:unisum,cuda:gloo", "cuda:gloo,cpu:unisum")):
+        dist.init_process_group(
+            name, init_method=f"file://{folder}/init{number}", rank=rank, world_size=world,
+            timeout=LIMIT,
+        )
+        group = dist.group.WORLD
+        assert [group._get_backend(torch.device(it)).name() for it in ("cpu", "cuda")] == [
+            "unisum", "gloo"
+        ]
+        tensor = torch.full((3,), 2.0 * rank).bfloat16()
+        dist.all_reduce(tensor, dist.ReduceOp.AVG)
+        assert (tensor == world - 1).all()
+        gathered = torch.zeros(world)
+        work = dist.all_gather_into_tensor(gathered, torch.tensor([float(rank)]), async_op=True)
+        work.get_future().wait()
+        assert gathered.tolist() == list(range(world))
+        for name in ("gatherings", "reductions", "objects", "messages", "functional", "dtensor",
+                     "ddp", "fsdp2", "checkpoint"):
+            getattr(torch_scenarios, name)(rank, world)
+        model = unisum.torch.DistributedDataParallel(torch.nn.Linear(2, 2), wire="bf16")
+        model(torch.full((1, 2), float(rank))).sum().backward()
+        assert (model.module.weight.grad == (world - 1) / 2).all()
+        part = dist.new_group([1])
+        if rank == 1:
+            dist.all_reduce(tensor, group=part)
+        dist.monitored_barrier()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+CASES = [
+    twice, by_environment, late, absent_from_barrier, aborted, non_contiguous, observed,
+    beside_another_backend,
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda it: it.__name__)

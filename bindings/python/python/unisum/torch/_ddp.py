@@ -6,11 +6,15 @@ import inspect
 from typing import Any, Dict, Optional
 
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.utils import _sync_module_states
 from torch.nn.parallel import DistributedDataParallel as _TorchDDP
 
 from .._buckets import StepReport
-from ._group import UnisumProcessGroup
+from . import _precision
+from ._backend import group_of
+from ._hooked import HookedReducer
 from ._reducer import Logger, Reducer
 
 #: What the constructor takes besides options.
@@ -49,8 +53,14 @@ class DistributedDataParallel(_TorchDDP):
 
     What the wire keeps from step to step is saved by ``wire_state_dict``, for each rank its own.
 
-    ``register_comm_hook``, ``mixed_precision`` and optimizers that run in the backward pass need
-    PyTorch's own reducer: ``unisum.torch.hooks`` has hooks for that.
+    ``mixed_precision`` is a type, such as ``torch.bfloat16``, a
+    ``torch.distributed.fsdp.MixedPrecisionPolicy``, or DDP's own ``_MixedPrecision``. The module
+    computes in ``param_dtype``; its parameters, their gradients and the optimizer's state stay as
+    they are, in float32. Gradients travel in ``reduce_dtype``, as by ``wire``, but without feedback
+    unless it is asked for.
+
+    With a hook (``register_comm_hook``) gradients lie in other buckets of unisum's memory, which
+    the hook reduces.
     """
 
     def __init__(
@@ -69,10 +79,11 @@ class DistributedDataParallel(_TorchDDP):
             self, module, *arguments, **options
         )
         options = {name: it for name, it in given.arguments.items() if name not in _PLACES}
-        if options.get("mixed_precision") is not None:
-            raise NotImplementedError(
-                "mixed_precision needs PyTorch's reducer: use autocast, or a module in 16 bits"
-            )
+        low = options.pop("mixed_precision", None)
+        if low is not None:
+            low = _precision.precision(low)
+            wire, feedback = _travels(low, wire, feedback)
+            _precision.check(low, module)
         # Before PyTorch's constructor, which makes the reducer: a module takes no attributes yet.
         self.__dict__["_wire"] = {
             "wire": wire,
@@ -95,12 +106,16 @@ class DistributedDataParallel(_TorchDDP):
         # sent.
         super().__init__(module, **{**options, "init_sync": False})
         self._syncs = False
+        self._low = None
+        if low is not None:
+            _precision.cast_buffers(low, module)
+            self._low = _precision.LowPrecision(low)
 
     def _ddp_init_helper(
         self, parameters: Any, expect_sparse_gradient: Any, _names: Any, static_graph: bool
     ) -> None:
-        group = self.process_group
-        if not isinstance(group, UnisumProcessGroup):
+        group = group_of(self.process_group)
+        if group is None:
             raise ValueError(
                 "unisum.torch.DistributedDataParallel needs a process group of unisum's: "
                 'init_process_group("unisum")'
@@ -126,6 +141,9 @@ class DistributedDataParallel(_TorchDDP):
             self.find_unused_parameters,
             static_graph,
         )
+        if self.__dict__.get("_comm_hooks"):
+            # A copy of a model that has a hook.
+            self.reducer = HookedReducer.after(self.reducer, *self._comm_hooks[0])
         self.logger: Any = Logger(
             {
                 "module_name": type(self.module).__name__,
@@ -142,7 +160,7 @@ class DistributedDataParallel(_TorchDDP):
         if self._syncs and group._has_state:
             _sync_module_states(
                 module=self.module,
-                process_group=group,
+                process_group=self.process_group,
                 broadcast_bucket_size=self.broadcast_bucket_size,
                 src=0,
                 params_and_buffers_to_ignore=self.parameters_to_ignore,
@@ -176,14 +194,66 @@ class DistributedDataParallel(_TorchDDP):
             raise ValueError("the model has another process group")
         self.reducer.follow(group)
 
-    def register_comm_hook(self, state: Any, hook: Any) -> None:
-        raise NotImplementedError(
-            "unisum's DDP takes no hooks: say how gradients travel by `wire`, or use hooks of "
-            "`unisum.torch.hooks` with PyTorch's DistributedDataParallel"
-        )
+    def _check_comm_hook(self, hook: Any) -> None:
+        # PyTorch's asks besides for NCCL, by the names of hooks.
+        if not callable(hook):
+            raise TypeError("Communication hook must be callable.")
+        signature = inspect.signature(hook)
+        known = {inspect.Signature.empty, dist.GradBucket, "dist.GradBucket"}
+        bucket = signature.parameters.get("bucket")
+        if bucket is not None and bucket.annotation not in known:
+            raise ValueError("Communication hook: bucket annotation should be dist.GradBucket.")
+        known = {inspect.Signature.empty, torch.futures.Future[torch.Tensor]}
+        if signature.return_annotation not in known:
+            raise ValueError(
+                "Communication hook: return annotation should be"
+                " torch.futures.Future[torch.Tensor]."
+            )
+
+    def register_comm_hook(self, state: object, hook: Any) -> None:
+        """Has ``hook(state, bucket)`` reduce the gradients from the next step on, as in PyTorch: one
+        hook, on all ranks alike, between two steps. It calls whatever it likes on ``bucket.buffer()``,
+        which lies in unisum's memory, and divides by the number of ranks itself. ``last_report``
+        stays what it is, and sparse gradients are averaged without the hook.
+        """
+        if self._is_elastic:
+            raise NotImplementedError(
+                "elastic training takes no hooks: their calls would end with the first loss"
+            )
+        if self._wire["wire"] is not None:
+            raise ValueError(
+                f"gradients travel as {self._wire['wire']!r} already: a hook takes the place of"
+                " `wire`, and of a reduce_dtype other than float32"
+            )
+        self._check_comm_hook(hook)
+        if self._comm_hooks:
+            raise RuntimeError("a hook can be registered once only, and this model has one")
+        self.reducer = HookedReducer.after(self.reducer, hook, state)
+        self._comm_hooks.append((hook, state))
 
     def _register_builtin_comm_hook(self, comm_hook_type: Any) -> None:
-        self.register_comm_hook(None, comm_hook_type)
+        kinds = dist.BuiltinCommHookType
+        hooks_by_kind = {
+            kinds.ALLREDUCE: default_hooks.allreduce_hook,
+            kinds.FP16_COMPRESS: default_hooks.fp16_compress_hook,
+        }
+        self.register_comm_hook(self.process_group, hooks_by_kind[comm_hook_type])
+
+    def _setup_in_backward_optimizers(self) -> None:
+        own = [it for it in self._module_parameters if hasattr(it, "_in_backward_optimizers")]
+        if own:
+            # They would run before the gradients are reduced.
+            handles = dist.optim.apply_optimizer_in_backward.param_to_optim_hook_handle_map
+            for parameter in own:
+                for handle in handles.get(parameter, ()):
+                    handle.remove()
+            self.reducer.optimized = own
+
+    def _run_ddp_forward(self, *inputs: Any, **options: Any) -> Any:
+        run = super()._run_ddp_forward
+        if self._low is None:
+            return run(*inputs, **options)
+        return self._low.forward(self.module, run, inputs, options)
 
     # What is more than PyTorch's.
 
@@ -219,6 +289,15 @@ class DistributedDataParallel(_TorchDDP):
                 raise ValueError(f"the state is of {name} {state[name]!r}, not {value!r}")
         if self.reducer.buckets is not None:
             self.reducer.buckets.restore(bytes(state["kept"].numpy()))
+
+
+def _travels(low: Any, wire: Optional[str], feedback: Optional[bool]) -> Any:
+    """The wire and its feedback, as both ``mixed_precision`` and ``wire`` say."""
+    if wire is None:
+        return low.wire, False if feedback is None else feedback
+    if low.wire not in (None, wire) and low.reduction != low.parameters:
+        raise ValueError(f"gradients can't travel both as {wire!r} and as reduce_dtype says")
+    return wire, feedback
 
 
 def _tensors(output: Any) -> Any:

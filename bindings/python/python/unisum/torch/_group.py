@@ -38,11 +38,12 @@ _NAMES = (
 )
 
 
-def create(
-    options: Any, backend_options: Any = None, name: str = "unisum"
-) -> "UnisumProcessGroup":
+def create(options: Any, backend_options: Any = None, name: str = "unisum") -> Any:
     """Makes a group: what PyTorch calls for ``init_process_group`` and ``new_group``."""
-    return UnisumProcessGroup(
+    from . import _backend
+
+    is_one_of_several = _backend.is_one_of_several()
+    group = UnisumProcessGroup(
         options.store,
         options.group_rank,
         options.group_size,
@@ -52,6 +53,7 @@ def create(
         is_elastic=getattr(options, "enable_reconfigure", False),
         is_newcomer=isinstance(backend_options, Newcomer),
     )
+    return _backend.beside_others(group) if is_one_of_several else group
 
 
 class UnisumProcessGroup(ElasticGroup, ProcessGroup):

@@ -120,6 +120,7 @@ class Reducer:
         self._finds_unused = find_unused_parameters
         self._is_static = static_graph
         self._options = options
+        self._arguments = named, sparse, options
         self._sparse = [it for it, is_sparse in zip(named.values(), sparse) if is_sparse]
         dense = [it for it, is_sparse in zip(named.items(), sparse) if not is_sparse]
         self._gradients = [_Gradient(*it, place) for place, it in enumerate(dense)]
@@ -129,6 +130,8 @@ class Reducer:
         self._is_expected = self._is_open = False
         self._ready = self._steps = 0
         self._joined: Any = None
+        #: Parameters that have optimizers of their own, which run once gradients are reduced.
+        self.optimized: List[Any] = []
         self._update_process_group(group)
         self._hooks = [
             it.parameter.register_post_accumulate_grad_hook(  # type: ignore[attr-defined]
@@ -142,17 +145,20 @@ class Reducer:
         self._group = group
         self.buckets: Optional[Buckets] = None
         if self._gradients:
-            described = [it.described() for it in self._gradients]
-            while self.buckets is None:
-                try:
-                    self.buckets = self._made(group.communicator, described)
-                except _errors.ViewChanged:
-                    if group._has_state:
-                        raise
-                    # The others let newcomers in, and begin again without those that they lost.
-                    group._adopt(group._next_view())
+            self._make_buckets([it.described() for it in self._gradients])
         self._version = -1
         self._steps = 0
+
+    def _make_buckets(self, described: List[Parameter]) -> None:
+        group = self._group
+        while self.buckets is None:
+            try:
+                self.buckets = self._made(group.communicator, described)
+            except _errors.ViewChanged:
+                if group._has_state:
+                    raise
+                # The others let newcomers in, and begin again without those that they lost.
+                group._adopt(group._next_view())
 
     def _made(self, communicator: Any, described: List[Parameter]) -> Buckets:
         return Buckets(
@@ -162,6 +168,14 @@ class Reducer:
             static_graph=self._is_static,
             **self._options,
         )
+
+    def end(self) -> Tuple[Any, ...]:
+        """Ends, between two steps: the arguments for another that reduces the same parameters."""
+        self.prepare_for_forward()
+        self._remove_autograd_hooks()
+        if self.buckets is not None:
+            self.buckets.close()
+        return (self._group, *self._arguments, self._finds_unused, self._is_static)
 
     def admit(self) -> Any:
         """Lets newcomers in: the communicator of the view. Collective."""
@@ -227,6 +241,10 @@ class Reducer:
         self._ready = 0
         for gradient in self._gradients:
             gradient.is_ready, gradient.fired = False, 0
+        self._begin_buckets()
+        self._steps += 1
+
+    def _begin_buckets(self) -> None:
         if self.buckets is None:
             return
         native = self.buckets._native
@@ -238,7 +256,6 @@ class Reducer:
                 self._version = version
                 for gradient in self._gradients:
                     gradient.lies_in(native._gradient(gradient.place).torch())
-        self._steps += 1
 
     def _fired(self, gradient: _Gradient) -> None:
         """A parameter's gradient was accumulated."""
@@ -257,11 +274,15 @@ class Reducer:
     def _mark(self, gradient: _Gradient) -> None:
         with torch.no_grad():
             gradient.fill()
-        assert self.buckets is not None
-        self.buckets._native._ready(gradient.place, True)
+            self._hand_over(gradient)
         if not gradient.is_ready:
             gradient.is_ready = True
             self._ready += 1
+
+    def _hand_over(self, gradient: _Gradient) -> None:
+        """Says that the gradient is final."""
+        assert self.buckets is not None
+        self.buckets._native._ready(gradient.place, True)
 
     def _backward_ended(self, _end: Any) -> None:
         # An exception that is kept keeps it: the next pass has another end.
@@ -295,13 +316,18 @@ class Reducer:
                     # Used in steps that were accumulated, and not in this one.
                     self._mark(gradient)
             self._is_expected = self._is_open = False
-            self._wait()
+            self._end_buckets()
             for parameter in self._sparse:
                 self._reduce_sparse(parameter)
         for gradient in self._gradients:
             gradient.is_used = False
+        for it in self.optimized:
+            if it.grad is not None:
+                for optimizer in it._in_backward_optimizers:
+                    optimizer.step()
+                it.grad = None
 
-    def _wait(self) -> None:
+    def _end_buckets(self) -> None:
         if self.buckets is None:
             return
         from .._buckets import _report
@@ -359,6 +385,9 @@ class Reducer:
             native._finish()[0].wait(None)
             self._take_view()
             self._version = -1 if self._steps <= 2 else self._version
+        self._shadow_sparse()
+
+    def _shadow_sparse(self) -> None:
         for parameter in self._sparse:
             nothing = torch.sparse_coo_tensor(size=parameter.shape, dtype=parameter.dtype)
             dist.all_reduce(nothing, group=self._group)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from .. import _completion
 from .._buckets import Buckets, Parameter
-from ._group import UnisumProcessGroup
+from ._backend import group_of
 from ._reducer import _TYPES
 
 __all__ = [
@@ -39,10 +39,10 @@ __all__ = [
 
 
 def _group(group: Any) -> Any:
-    group = group if group is not None else dist.group.WORLD
-    if not isinstance(group, UnisumProcessGroup):
+    own = group_of(group if group is not None else dist.group.WORLD)
+    if own is None:
         raise ValueError("hooks of unisum's need a process group of unisum's")
-    return group
+    return own
 
 
 def allreduce_hook(process_group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
