@@ -61,6 +61,7 @@ COMPARED = (
     "ddp_unused_parameters",
     "ddp_no_sync",
     "ddp_hooks",
+    "compiled",
     "zero",
     "fsdp1",
     "hsdp",

@@ -346,6 +346,19 @@ def checkpoint(rank, world):
     assert torch.equal(loaded["it"].full_tensor(), torch.arange(8.0))
 
 
+def compiled(rank, world):
+    """`torch.compile` leaves collectives that it can't compile as they are."""
+    def program(tensor):
+        dist.broadcast(tensor, 0)
+        gathered = [torch.zeros(1) for _ in range(world)]
+        dist.all_gather(gathered, torch.full((1,), float(rank)))
+        return tensor + 1, gathered
+
+    told, gathered = torch.compile(program, backend="eager")(torch.full((2,), float(rank)))
+    assert told[0] == 1 and [it.item() for it in gathered] == list(range(world))
+    return trained(torch.compile(DDP(network()), backend="eager"), rank)
+
+
 def futures(rank, world):
     """A future's callback may start a collective and wait for it."""
     seen = []

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .. import _completion
+from . import _backend, _barrier, _compiling, _elastic, _group, _options, _profiling, _sparse, _work
 from . import hooks
 from ._ddp import DistributedDataParallel
 from ._elastic import rank, rebuild, view, world
@@ -44,5 +46,8 @@ def register(name: str = "unisum", **options: Any) -> None:
         )
 
 
+_compiling.skip(
+    _completion, _backend, _barrier, _elastic, _group, _options, _profiling, _sparse, _work
+)
 if dist.is_available():
     register()

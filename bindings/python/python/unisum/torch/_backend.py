@@ -1,7 +1,7 @@
 """unisum as one of a group's several backends, as in ``"cpu:unisum,cuda:nccl"``.
 
-A group that has no other backend is a process group of unisum's, which PyTorch calls directly. Beside
-others it is a backend of PyTorch's own process group, which picks one by a tensor's device.
+A group that has no other backend is a process group of unisum's, which PyTorch calls directly.
+Beside others it is a backend of PyTorch's own process group, which picks one by a tensor's device.
 """
 
 from __future__ import annotations

@@ -211,10 +211,10 @@ class DistributedDataParallel(_TorchDDP):
             )
 
     def register_comm_hook(self, state: object, hook: Any) -> None:
-        """Has ``hook(state, bucket)`` reduce the gradients from the next step on, as in PyTorch: one
-        hook, on all ranks alike, between two steps. It calls whatever it likes on ``bucket.buffer()``,
-        which lies in unisum's memory, and divides by the number of ranks itself. ``last_report``
-        stays what it is, and sparse gradients are averaged without the hook.
+        """Has ``hook(state, bucket)`` reduce the gradients from the next step on, as in PyTorch:
+        one hook, on all ranks alike, between two steps. ``bucket.buffer()`` lies in unisum's
+        memory; the hook divides by the number of ranks itself. ``last_report`` stays what it is,
+        and sparse gradients are averaged without the hook.
         """
         if self._is_elastic:
             raise NotImplementedError(

@@ -48,9 +48,10 @@ class Bucket:
             given = given[0]
         if not isinstance(given, torch.Tensor) or given.numel() != self._buffer.numel():
             count = self._buffer.numel()
-            what = f"{given.numel()}" if isinstance(given, torch.Tensor) else type(given).__name__
+            what = given.numel() if isinstance(given, torch.Tensor) else type(given).__name__
             raise ValueError(
-                f"the hook's future has to give a tensor of the bucket's {count} elements, not {what}"
+                "the hook's future has to give a tensor"
+                f" of the bucket's {count} elements, not {what}"
             )
         if given.data_ptr() != self._buffer.data_ptr() or given.dtype != self._buffer.dtype:
             self._buffer.copy_(given.view_as(self._buffer))

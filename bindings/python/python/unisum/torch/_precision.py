@@ -1,4 +1,4 @@
-"""Models that compute in fewer bits than their parameters have: what ``mixed_precision`` asks for."""
+"""Models that compute in fewer bits than their parameters have: ``mixed_precision``."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ class LowPrecision:
             self._passes += 1
             with torch.enable_grad():
                 self._replace(module)
-            Variable._execution_engine.queue_callback(_End(self, self._passes))  # type: ignore[attr-defined]
+            end = _End(self, self._passes)
+            Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
 
     def _backward_ended(self, number: int) -> None:
         # An exception that is kept keeps the end of its pass, which may come late.
