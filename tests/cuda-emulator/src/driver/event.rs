@@ -8,14 +8,18 @@ use super::codes::{Code, Done};
 use super::device::Device;
 use super::mapping::{FilePlace, Mapping, SharedFile};
 
+/// So many records of an event are told apart.
+const RECENT: usize = 32;
+
 /// What all processes that know an event share.
 #[repr(C)]
 #[derive(Debug, Default)]
 struct State {
     /// How often it was recorded.
     recorded: AtomicU64,
-    /// The last record whose operation has run.
-    completed: AtomicU64,
+    /// By the record's number modulo their number, the last record whose operation has run: an
+    /// event that is recorded again, in another stream, may be there before it was in the first.
+    completed: [AtomicU64; RECENT],
     /// When that was, in nanoseconds.
     time: AtomicU64,
 }
@@ -102,12 +106,12 @@ impl Event {
         // Relaxed: made visible by the release below.
         state.time.store(u64::try_from(now).unwrap_or(0), Ordering::Relaxed);
         // AcqRel: pairs with the acquire of whoever waits; what ran before is seen.
-        state.completed.fetch_max(record, Ordering::AcqRel);
+        state.completed[place(record)].fetch_max(record, Ordering::AcqRel);
     }
 
     pub(crate) fn is_complete(&self, record: u64) -> bool {
         // Acquire: pairs with `complete`.
-        self.state().completed.load(Ordering::Acquire) >= record
+        self.state().completed[place(record)].load(Ordering::Acquire) >= record
     }
 
     /// When it was last completed, in nanoseconds.
@@ -121,6 +125,10 @@ impl Event {
         // Relaxed: ordered by the acquire of `is_complete`.
         Ok(self.state().time.load(Ordering::Relaxed))
     }
+}
+
+const fn place(record: u64) -> usize {
+    record as usize % RECENT
 }
 
 /// The event of a handle.
