@@ -217,7 +217,9 @@ def beside_another_backend(rank, world, folder):
             "unisum", "gloo"
         ]
         tensor = torch.full((3,), 2.0 * rank).bfloat16()
+        before = unisum.torch.stats().calls
         dist.all_reduce(tensor, dist.ReduceOp.AVG)
+        assert unisum.torch.stats(group).calls > before
         assert (tensor == world - 1).all()
         gathered = torch.zeros(world)
         work = dist.all_gather_into_tensor(gathered, torch.tensor([float(rank)]), async_op=True)
