@@ -10,7 +10,7 @@ use std::task::Waker;
 use std::time::Instant;
 
 use unisum_kernels::Panic;
-use unisum_link::Rank;
+use unisum_link::{Rank, fork};
 
 use super::elastic::StepChange;
 use super::plan::Plan;
@@ -73,6 +73,8 @@ pub(super) struct InFlightStep {
     ready: AtomicUsize,
     progress: Mutex<Progress>,
     changed: Condvar,
+    /// The process whose layer's thread ends it.
+    fork_generation: u32,
 }
 
 #[derive(Default)]
@@ -122,6 +124,7 @@ impl InFlightStep {
             ready: AtomicUsize::new(0),
             progress: Mutex::new(Progress { times, ..Progress::default() }),
             changed: Condvar::new(),
+            fork_generation: fork::generation(),
             plan,
         }
     }
@@ -328,8 +331,17 @@ impl InFlightStep {
         self.ask(waker, |progress| progress.end.clone())
     }
 
+    /// In a forked child nobody ends it: there is no such thread.
+    fn refuse_fork(&self) -> Result<(), Error> {
+        match fork::current() == self.fork_generation {
+            true => Ok(()),
+            false => Err(Error::forked()),
+        }
+    }
+
     /// Blocks until the step has ended.
     pub(super) fn await_end(&self) -> Result<Outcome, Error> {
+        self.refuse_fork()?;
         let progress = self.wait_while(|progress| progress.end.is_none());
         progress.end.clone().unwrap_or_else(|| unreachable!("waited for"))
     }
@@ -356,6 +368,7 @@ impl InFlightStep {
 
     /// Blocks until a bucket is reduced.
     pub(super) fn await_reduced(&self, bucket: usize) -> Result<(), Error> {
+        self.refuse_fork()?;
         let progress = self.wait_while(|progress| progress.reduced(bucket).is_none());
         progress.reduced(bucket).unwrap_or_else(|| unreachable!("waited for"))
     }

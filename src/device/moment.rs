@@ -25,22 +25,30 @@ impl DeviceCommunicator {
         stream: &DeviceStream,
         spare: Option<Moment>,
     ) -> Result<Moment, Error> {
+        self.usable(stream)?;
+        let made = || {
+            let event = spare.map_or_else(|| Event::new(&self.device, false), |it| Ok(it.0))?;
+            event.record(&stream.0)?;
+            Ok(Moment(event))
+        };
+        made().map_err(|error| self.fail(&error))
+    }
+
+    /// Whether the stream can be ordered with the collectives of this communicator.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`] if it is of another device, or is being captured, or another
+    /// one is that it would wait for.
+    pub(crate) fn usable(&self, stream: &DeviceStream) -> Result<(), Error> {
         self.check()?;
-        let refuse = |text| Err(Error::new(ErrorKind::Configuration, text).on(self.rank()));
+        let refuse = |text: &str| Err(Error::new(ErrorKind::Configuration, text).on(self.rank()));
         if !Arc::ptr_eq(stream.0.device(), &self.device) {
             return refuse("the stream is of another device than the communicator");
         }
-        let made = || {
-            if stream.0.is_capturing()? {
-                return Ok(None);
-            }
-            let event = spare.map_or_else(|| Event::new(&self.device, false), |it| Ok(it.0))?;
-            event.record(&stream.0)?;
-            Ok(Some(event))
-        };
-        match made().map_err(|error| self.fail(&error))? {
-            Some(event) => Ok(Moment(event)),
-            None => refuse("the stream is being captured into a graph: gradients can't be"),
+        match stream.0.is_capturing() {
+            Ok(false) => Ok(()),
+            Ok(true) => refuse("the stream is being captured into a graph: gradients can't be"),
+            Err(error) => refuse(&error.to_string()),
         }
     }
 

@@ -111,8 +111,13 @@ pub(crate) fn join(
 }
 
 /// Tells the others what keeps this rank from joining, if it is known how to reach them. Blocks for
-/// 5 s at most, and for as long as the system's name resolver does.
+/// 5 s at most, and for as long as the system's name resolver does; where only PMIx knows how many
+/// ranks there are, for 30 s more. Where ranks meet by PMIx, nobody is told: the program may join
+/// yet, and PMIx is opened once.
 pub(crate) fn tell_that_not(environment: &Environment, why: &Error) {
+    if launcher::meets_by_pmix(environment) {
+        return;
+    }
     let Ok(detected) = launcher::detect(environment) else { return };
     // Rank 0 listens only as its settings say, and a store is the program's.
     let meets = matches!(&detected.rendezvous, Some(it) if !matches!(it, Rendezvous::Store { .. }));

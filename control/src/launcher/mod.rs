@@ -180,6 +180,14 @@ pub fn is_launched(environment: &Environment) -> bool {
     !matches!(innermost(environment), Ok(None))
 }
 
+/// Whether PMIx is all that says where ranks meet: it is opened once, so that nothing is asked of it
+/// before that is needed. Opens and writes nothing.
+pub fn meets_by_pmix(environment: &Environment) -> bool {
+    let is_pmix = |it: &Convention| it.launcher == Source::Pmix;
+    environment.get("UNISUM_RENDEZVOUS").is_none()
+        && matches!(innermost(environment), Ok(Some(convention)) if is_pmix(convention))
+}
+
 /// Finds the job that a process is to join while it runs: its meeting place and its name.
 /// `UNISUM_RANK` and `UNISUM_WORLD` say nothing then, whatever they hold: a template that starts
 /// ranks and newcomers alike may set them. Without a launcher, the name is that of ranks that were

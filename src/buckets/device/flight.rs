@@ -2,6 +2,8 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use unisum_link::fork;
+
 use crate::Error;
 use crate::buckets::layout::Layout;
 use crate::buckets::parameter::Parameter;
@@ -11,6 +13,8 @@ use crate::device::Moment;
 pub(super) struct Flight {
     state: Mutex<State>,
     changed: Condvar,
+    /// The process whose layer's thread ends it.
+    fork_generation: u32,
 }
 
 #[derive(Debug)]
@@ -37,7 +41,8 @@ impl Flight {
         let (fault, end) = (None, None);
         let state =
             State { marks, open, moments, fault, is_closed: false, end, is_followed: false };
-        Self { state: state.into(), changed: Condvar::new() }
+        let fork_generation = fork::generation();
+        Self { state: state.into(), changed: Condvar::new(), fork_generation }
     }
 
     /// The gradient is ready, or is once it was marked as often as it is used, when the stream has
@@ -112,7 +117,13 @@ impl Flight {
     }
 
     /// Waits until it has ended on all ranks.
+    ///
+    /// # Errors
+    /// If it has failed; in a forked child, where there is no thread that could end it.
     pub(super) fn await_end(&self) -> Result<(), Error> {
+        if fork::current() != self.fork_generation {
+            return Err(Error::forked());
+        }
         let state = self.await_until(|state| state.end.is_some());
         state.end.clone().expect("awaited just above")
     }

@@ -4,7 +4,7 @@
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use unisum_kernels::Dtype;
+use unisum_kernels::{Dtype, Panic};
 
 use super::flight::Flight;
 use crate::buckets::layout::Layout;
@@ -107,6 +107,7 @@ impl Core {
 
     /// What is put into the stream from now on comes after the averages of the last step.
     pub(super) fn follow_averages(&self, stream: &DeviceStream) -> Result<(), Error> {
+        self.device.usable(stream)?;
         self.device.follow(stream, &self.memory.averaged)
     }
 
@@ -123,7 +124,10 @@ impl Core {
     /// Reduces step after step until there are no more orders.
     pub(super) fn launch(&self, flights: &Receiver<Arc<Flight>>) {
         while let Ok(flight) = flights.recv() {
-            let end = self.reduce(&flight);
+            let end = Panic::catch(|| self.reduce(&flight)).unwrap_or_else(|panic| {
+                let what = format!("the gradient buckets panicked: {}", panic.text());
+                Err(self.votes.panicked_between_calls(&what))
+            });
             if let Err(error) = &end
                 && error.kind() != ErrorKind::StepFailed
             {

@@ -131,7 +131,9 @@ impl DeviceBuckets {
     /// Collective: every rank begins the same number of steps.
     ///
     /// # Errors
-    /// If the job, or this rank's device, has failed; in a forked child.
+    /// If the job, or this rank's device, has failed; in a forked child. [`ErrorKind::Timeout`], on
+    /// this rank alone, if the device has not made the averages of a step that was dropped or has
+    /// failed: the step can be begun again.
     pub fn begin(&mut self) -> Result<DeviceStep<'_>, Error> {
         let rank = self.core.device.rank();
         if fork::current() != self.fork_generation {
@@ -168,6 +170,9 @@ impl DeviceBuckets {
         if !self.core.detects_nonfinite {
             let text = "these buckets were built with `detect_nonfinite(false)`";
             return Err(Error::new(ErrorKind::Configuration, text).on(self.core.device.rank()));
+        }
+        if fork::current() != self.fork_generation {
+            return Err(Error::forked().on(self.core.device.rank()));
         }
         self.settle();
         self.core.device.take_nonfinite(stream, timeout)
@@ -250,21 +255,29 @@ impl DeviceBuilder<'_> {
         let order: Vec<usize> = (0..parameters.len()).rev().collect();
         let layout = Layout::new(0, parameters, &order, self.limits);
         let device = votes.on_device(ordinal)?;
-        let memory = Memory::new(&device, &layout);
-        let why = memory.as_ref().map_or_else(ToString::to_string, |_| String::new());
-        refuse_any(&votes, &votes.exchange(why.into_bytes())?)?;
-        let (on_host, on_device) = (parameters.into(), (layout, memory?));
-        let core = Core::new((device, votes), on_host, on_device, self.detects_nonfinite);
-        let core = Arc::new(core);
         let (orders, flights) = mpsc::channel();
-        let launching = core.clone();
-        let thread = thread::Builder::new()
-            .name("unisum-buckets".into())
-            .spawn(move || launching.launch(&flights))
-            .map_err(|error| {
+        let (give, given) = mpsc::channel::<Arc<Core>>();
+        let launch = move || {
+            if let Ok(core) = given.recv() {
+                core.launch(&flights);
+            }
+        };
+        let made = Memory::new(&device, &layout).and_then(|memory| {
+            let thread = thread::Builder::new().name("unisum-buckets".into()).spawn(launch);
+            let thread = thread.map_err(|error| {
                 let text = format!("starting a thread for gradient buckets: {error}");
                 Error::new(ErrorKind::Memory, text).on(rank)
             })?;
+            Ok((memory, thread))
+        });
+        let why = made.as_ref().map_or_else(ToString::to_string, |_| String::new());
+        refuse_any(&votes, &votes.exchange(why.into_bytes())?)?;
+        let (memory, thread) = made?;
+        let on_device = (layout, memory);
+        let core = Core::new((device, votes), parameters.into(), on_device, self.detects_nonfinite);
+        let core = Arc::new(core);
+        // The thread waits for it.
+        let _ = give.send(core.clone());
         let (orders, thread) = (Some(orders), Some(thread));
         let fork_generation = fork::generation();
         Ok(DeviceBuckets { core, last: None, orders, thread, fork_generation })

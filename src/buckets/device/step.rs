@@ -70,6 +70,7 @@ impl<'b> DeviceStep<'b> {
         let failed = |error: &Error| self.flight.fail(error.to_string());
         let place = self.core.place(parameter, T::DTYPE, gradient.len());
         let (bucket, start) = place.inspect_err(failed)?;
+        self.core.device.usable(stream).inspect_err(failed)?;
         bucket.write_elements(start, gradient, stream).inspect_err(failed)?;
         self.ready(parameter, stream)
     }
@@ -82,11 +83,15 @@ impl<'b> DeviceStep<'b> {
     /// # Errors
     /// [`ErrorKind::StepFailed`], on all ranks, if a rank has not marked all gradients ready, has
     /// marked one too often, or dropped its step: the gradients are unspecified, and the next step
-    /// may begin. As [`DeviceCommunicator::run_raw`](crate::DeviceCommunicator::run_raw) if the job
+    /// may begin. [`ErrorKind::Configuration`] if the stream is of another device or is being
+    /// captured: the step has ended as on the other ranks, and the next one waits for it. As [`DeviceCommunicator::run_raw`](crate::DeviceCommunicator::run_raw) if the job
     /// ended.
     pub fn wait(self, stream: &DeviceStream) -> Result<(), Error> {
         self.close("");
         let end = self.flight.await_end();
+        if end.as_ref().is_err_and(|error| error.kind() != ErrorKind::StepFailed) {
+            return end;
+        }
         // Also if it has failed: the averages are made all the same.
         let followed = self.core.follow_averages(stream);
         if followed.is_ok() {

@@ -6,6 +6,7 @@
 
 use std::error::Error;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::ptr;
 use std::time::Duration;
 
@@ -90,14 +91,15 @@ macro_rules! functions {
     ($($name:ident = $symbol:literal: fn($($argument:ty),*) -> $result:ty;)*) => {
         struct Functions {
             $($name: unsafe extern "C" fn($($argument),*) -> $result,)*
-            /// Keeps the code behind the pointers in memory.
-            _library: libloading::Library,
+            /// Keeps the code behind the pointers in memory, for good: the library may have a
+            /// thread that runs, also where it could not be opened.
+            _library: ManuallyDrop<libloading::Library>,
         }
 
         impl Functions {
             fn open() -> Result<Self, libloading::Error> {
                 // SAFETY: the library's constructors do nothing that this program could break.
-                let library = unsafe { libloading::Library::new(SONAME) }?;
+                let library = ManuallyDrop::new(unsafe { libloading::Library::new(SONAME) }?);
                 Ok(Self {
                     $($name: {
                         // SAFETY: pmix.h declares the symbol with this type.

@@ -176,10 +176,20 @@ fn place<S: Server>(server: &mut S, expected: &Identity) -> Result<Placement, St
         return Err(format!("PMIx says that the job has {world} ranks, and this one is {rank}"));
     }
     // Not every server tells.
-    let local_size = server.local_size().ok().filter(|size| (1..=world).contains(size));
+    let local_size = told(server.local_size())?.filter(|size| (1..=world).contains(size));
     let limit = local_size.unwrap_or(world);
-    let local_rank = server.local_rank().ok().filter(|rank| *rank < limit);
+    let local_rank = told(server.local_rank())?.filter(|rank| *rank < limit);
     Ok(Placement { rank, world, local_rank, local_size })
+}
+
+/// What a server need not know. One that has gone, or does not answer, is no such server: another
+/// rank may have been told, and would meet the others elsewhere.
+fn told(answer: Result<usize, Refusal>) -> Result<Option<usize>, String> {
+    match answer {
+        Ok(number) => Ok(Some(number)),
+        Err(Refusal::Other(_)) => Ok(None),
+        Err(refusal) => Err(refusal.to_string()),
+    }
 }
 
 fn share<S: Server>(
