@@ -1,5 +1,6 @@
 //! How to wait without burning a core: spin, yield, then park.
 
+use std::cell::Cell;
 use std::hint;
 use std::time::{Duration, Instant};
 
@@ -108,8 +109,86 @@ impl Backoff {
         {
             return Pause::Park;
         }
+        NEIGHBORS.with(Neighbors::give_way)
+    }
+}
+
+thread_local! {
+    static NEIGHBORS: Neighbors = const { Neighbors::new() };
+}
+
+/// Who runs on this thread's core while it yields. Ranks run for microseconds, and then wait
+/// themselves. Programs that compute, such as those that load a training's data, run for a whole
+/// slice of some milliseconds: beside those it is better to sleep, for whoever is woken runs soon.
+#[derive(Debug)]
+struct Neighbors {
+    /// How often this thread has yielded.
+    yields: Cell<u32>,
+    /// How many of the yields that were timed last took that long, one after the other.
+    long: Cell<u32>,
+    /// Until when the thread parks instead.
+    parks_until: Cell<Option<Instant>>,
+    /// For how long it did the last time.
+    parks_for: Cell<Duration>,
+}
+
+impl Neighbors {
+    /// Every so many yields are timed.
+    const TIMED: u32 = 8;
+    /// Others' slices: the kernel's are 3 to 4 ms with its usual settings.
+    const SLICE: Duration = Duration::from_millis(2);
+    /// After so many slices in a row this thread parks,
+    const LONG_MAX: u32 = 2;
+    /// for so long the first time, and twice as long each time that the others are still there.
+    const PARKS_MIN: Duration = Duration::from_millis(250);
+    const PARKS_MAX: Duration = Duration::from_secs(4);
+
+    const fn new() -> Self {
+        Self {
+            yields: Cell::new(0),
+            long: Cell::new(0),
+            parks_until: Cell::new(None),
+            parks_for: Cell::new(Duration::ZERO),
+        }
+    }
+
+    /// Yields, or says that it is better to park.
+    fn give_way(&self) -> Pause {
+        if let Some(until) = self.parks_until.get() {
+            if Instant::now() < until {
+                return Pause::Park;
+            }
+            self.parks_until.set(None);
+        }
+        let yields = self.yields.get().wrapping_add(1);
+        self.yields.set(yields);
+        // Whether others are still there is soon found out.
+        if yields % Self::TIMED != 0 && self.long.get() == 0 {
+            std::thread::yield_now();
+            return Pause::Yielded;
+        }
+        let start = Instant::now();
         std::thread::yield_now();
+        let now = Instant::now();
+        self.took(now - start, now);
         Pause::Yielded
+    }
+
+    /// A yield took so long.
+    fn took(&self, time: Duration, now: Instant) {
+        if time < Self::SLICE {
+            self.long.set(0);
+            self.parks_for.set(Duration::ZERO);
+            return;
+        }
+        self.long.set(self.long.get() + 1);
+        if self.long.get() >= Self::LONG_MAX {
+            let parks_for = (self.parks_for.get() * 2).clamp(Self::PARKS_MIN, Self::PARKS_MAX);
+            self.parks_for.set(parks_for);
+            self.parks_until.set(Some(now + parks_for));
+            // The next long one will do.
+            self.long.set(Self::LONG_MAX - 1);
+        }
     }
 }
 
@@ -128,6 +207,43 @@ mod tests {
         assert!(looks >= 48 && start.elapsed() >= Patience::SPELL, "{looks} looks");
         backoff.reset();
         assert_eq!(backoff.pause(Patience::MEMORY), Pause::Again);
+    }
+
+    #[test]
+    fn beside_others_that_keep_the_core_for_slices_a_thread_parks_for_a_while() {
+        let (neighbors, start) = (Neighbors::new(), Instant::now());
+        let (slice, short) = (Neighbors::SLICE, Duration::from_micros(30));
+        let parks_for = |time, now| {
+            neighbors.took(time, now);
+            neighbors.parks_until.take().map(|until| until - now)
+        };
+        // One may be chance, and so may several that are not in a row.
+        for _ in 0..3 {
+            assert_eq!(parks_for(slice, start), None);
+            assert_eq!(parks_for(short, start), None);
+        }
+        assert_eq!(parks_for(slice, start), None);
+        assert_eq!(parks_for(slice, start), Some(Neighbors::PARKS_MIN));
+        // Still there, when it has yielded once more.
+        assert_eq!(parks_for(slice, start), Some(2 * Neighbors::PARKS_MIN));
+        for _ in 0..9 {
+            parks_for(slice, start);
+        }
+        assert_eq!(parks_for(slice, start), Some(Neighbors::PARKS_MAX));
+        // Gone, and there again.
+        assert_eq!(parks_for(short, start), None);
+        assert_eq!(parks_for(slice, start), None);
+        assert_eq!(parks_for(slice, start), Some(Neighbors::PARKS_MIN));
+    }
+
+    #[test]
+    fn a_thread_that_parks_yields_again_when_the_time_is_over() {
+        let neighbors = Neighbors::new();
+        neighbors.parks_until.set(Some(Instant::now() + Duration::from_secs(3600)));
+        assert_eq!(neighbors.give_way(), Pause::Park);
+        neighbors.parks_until.set(Some(Instant::now()));
+        assert_eq!(neighbors.give_way(), Pause::Yielded);
+        assert_eq!(neighbors.parks_until.get(), None);
     }
 
     #[test]
