@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use cudarc::driver::sys;
 use unisum::buckets::{DeviceBuckets, Parameter};
 use unisum::{Communicator, Dtype, ErrorKind};
 
@@ -16,6 +17,8 @@ pub const SCENARIOS: &[Scenario] = &[
     ("other_parameters", other_parameters),
     ("lost_in_a_step", lost_in_a_step),
     ("handed_in_by_drop", handed_in_by_drop),
+    ("captured_streams", captured_streams),
+    ("forked", forked),
 ];
 
 /// Gradients of several types, some alone in a bucket, one without elements.
@@ -251,7 +254,7 @@ fn bad_steps() {
 #[test]
 fn a_step_that_one_rank_does_not_end_fails_on_all() {
     let reasons = [
-        "on rank 1 the gradient of `p3` (f64 [33]) was marked ready once more",
+        "on rank 1 `p3` (f64 [33]) was marked ready once more",
         "on rank 1 `p0` (f32 [7, 3]) had no gradient when the step ended",
         "on rank 1 `p0` (f32 [7, 3]) had no gradient when the step ended, nor had 1 others",
         "on rank 1 the step was dropped before it was waited for",
@@ -347,4 +350,88 @@ fn handed_in_by_drop() {
 fn a_layer_that_goes_in_a_step_leaves_nothing() {
     let world = world(2, "handed_in_by_drop", 2);
     world.set("CUDA_EMULATOR_DELAY_US", 1000).succeed(Duration::from_secs(100));
+}
+
+/// Streams that can't be waited in are refused where they are, and disturb nobody else.
+fn captured_streams() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut buckets = buckets(&communicator);
+    let (stream, captured) = [(); 2].map(|()| buckets.device().stream().unwrap()).into();
+    let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
+    let is_capturing = communicator.rank() == 1;
+    if is_capturing {
+        // SAFETY: the stream lives.
+        let begun = unsafe { sys::cuStreamBeginCapture_v2(captured.raw().cast(), mode) };
+        assert_eq!(begun, sys::CUresult::CUDA_SUCCESS);
+    }
+    let waits_in = if is_capturing { &captured } else { &stream };
+    let step = buckets.begin().unwrap();
+    fill(&step, &stream, 0, 100.0);
+    let ended = step.wait(waits_in);
+    // The next step is begun all the same, and what is left of that one is not in it.
+    let step = buckets.begin().unwrap();
+    if is_capturing {
+        tell_error(&ended.unwrap_err());
+        tell_error(&step.put(0, &[1.0_f32; 21], waits_in).unwrap_err());
+        tell_error(&step.ready(3, waits_in).unwrap_err());
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: as above; the driver writes one pointer, of nothing.
+        let captured = unsafe { sys::cuStreamEndCapture(captured.raw().cast(), &raw mut graph) };
+        let invalid = sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+        assert_ne!(captured, invalid, "it was left alone");
+    } else {
+        ended.unwrap();
+        fill(&step, &stream, 0, 100.0);
+    }
+    tell_error(&step.wait(&stream).unwrap_err());
+    let step = buckets.begin().unwrap();
+    fill(&step, &stream, 0, 2.0);
+    step.wait(&stream).unwrap();
+    let mut found = [0_f32; 21];
+    buckets.read(0, &mut found, &stream).unwrap();
+    assert_eq!(found, [2.0; 21]);
+}
+
+#[test]
+fn a_stream_that_is_captured_is_refused_on_its_rank() {
+    let told = world(2, "captured_streams", 2).succeed(LIMIT);
+    let expected = "the stream is being captured into a graph: gradients can't be";
+    assert_eq!((told[0].len(), told[1].len()), (1, 4), "{told:?}");
+    for text in &told[1][..3] {
+        assert!(text.starts_with("Configuration ") && text.ends_with(expected), "{text}");
+    }
+    let failed = [&told[0][0], &told[1][3]];
+    assert!(failed.iter().all(|text| text.starts_with("StepFailed [1] ")), "{failed:?}");
+}
+
+/// A child of a rank with a step under way is refused, and does not wait for a thread that it has
+/// not.
+fn forked() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut buckets = buckets(&communicator);
+    let stream = buckets.device().stream().unwrap();
+    let step = buckets.begin().unwrap();
+    if communicator.rank() == 0 {
+        // SAFETY: the child only asks what is refused, and ends at once.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let is_refused =
+                step.wait(&stream).is_err_and(|error| error.kind() == ErrorKind::Forked);
+            let found = buckets.take_nonfinite(&stream, None);
+            let status = i32::from(!is_refused || found.is_ok());
+            // SAFETY: nothing of the parent's is torn down.
+            unsafe { libc::_exit(status) };
+        }
+        let mut status = 0;
+        // SAFETY: it is a child of this process, and the status has room.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert_eq!(status, 0, "the child's calls are refused");
+    }
+    fill(&step, &stream, 0, 2.0);
+    step.wait(&stream).unwrap();
+}
+
+#[test]
+fn a_forked_child_waits_for_nothing() {
+    world(2, "forked", 2).succeed(LIMIT);
 }

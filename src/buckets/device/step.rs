@@ -52,7 +52,7 @@ impl<'b> DeviceStep<'b> {
             self.core.moment(stream).inspect_err(|error| self.flight.fail(error.to_string()))?;
         let bucket = self.core.layout.home(parameter).bucket;
         let marked = self.flight.mark(parameter, bucket, moment);
-        marked.map_err(|why| self.refuse(format!("the gradient of {known} {why}")))
+        marked.map_err(|why| self.refuse(format!("{known} {why}")))
     }
 
     /// Copies a gradient from the host into its place, after what is in the stream, and marks it

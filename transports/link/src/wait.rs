@@ -56,6 +56,12 @@ impl Patience {
     /// 25 to 13 us, sleeps in 10,000 operations 54 to 6, the median the same.
     pub const SYSTEM_CALL: Self = Self { pauses: 24, yields: 8, spell: Self::SPELL };
 
+    /// Whether ranks share cores. Then a rank that yields may have given its core to another one,
+    /// which reduces for a while.
+    const fn is_crowded(self) -> bool {
+        self.pauses == 0
+    }
+
     /// The shorter of two, for waiting on both at once.
     #[must_use]
     pub fn min(self, other: Self) -> Self {
@@ -109,6 +115,10 @@ impl Backoff {
         {
             return Pause::Park;
         }
+        if patience.is_crowded() {
+            std::thread::yield_now();
+            return Pause::Yielded;
+        }
         NEIGHBORS.with(Neighbors::give_way)
     }
 }
@@ -117,9 +127,11 @@ thread_local! {
     static NEIGHBORS: Neighbors = const { Neighbors::new() };
 }
 
-/// Who runs on this thread's core while it yields. Ranks run for microseconds, and then wait
-/// themselves. Programs that compute, such as those that load a training's data, run for a whole
-/// slice of some milliseconds: beside those it is better to sleep, for whoever is woken runs soon.
+/// Who runs on this thread's core while it yields, where every rank could have a core. Programs
+/// that compute, such as those that load a training's data, run for a whole slice of some
+/// milliseconds. Beside those it is better to sleep, for whoever is woken runs soon: of 2 ranks on
+/// 2 cores beside two such programs, 8 B to 8 KiB took 2 to 3 ms in the mean, and 0.02 to 1.4 ms
+/// with this.
 #[derive(Debug)]
 struct Neighbors {
     /// How often this thread has yielded.
@@ -234,6 +246,18 @@ mod tests {
         assert_eq!(parks_for(short, start), None);
         assert_eq!(parks_for(slice, start), None);
         assert_eq!(parks_for(slice, start), Some(Neighbors::PARKS_MIN));
+    }
+
+    #[test]
+    fn where_ranks_share_cores_a_thread_yields_whoever_runs() {
+        NEIGHBORS.with(|it| it.parks_until.set(Some(Instant::now() + Duration::from_secs(3600))));
+        let mut backoff = Backoff::new();
+        for _ in 0..Patience::CROWDED.yields {
+            assert_eq!(backoff.pause(Patience::CROWDED), Pause::Yielded);
+        }
+        let mut alone = Backoff::new();
+        let first = (0..=Patience::MEMORY.pauses).map(|_| alone.pause(Patience::MEMORY)).last();
+        assert_eq!(first, Some(Pause::Park));
     }
 
     #[test]
