@@ -4,6 +4,7 @@ than a scenario: how groups begin and end."""
 import datetime
 import json
 import os
+import threading
 import time
 import traceback
 
@@ -36,6 +37,9 @@ def run_scenarios(rank, world, backend, folder, only):
     with open(f"{folder}/{rank}", "w") as file:
         json.dump(results, file)
     dist.destroy_process_group()
+    if backend == "gloo":
+        # Its threads may give tensors back when the interpreter is gone, which aborts the process.
+        os._exit(0)
 
 
 def results_of(backend, world, folder, only=()):
@@ -237,6 +241,28 @@ def beside_another_backend(rank, world, folder):
         dist.monitored_barrier()
         dist.barrier()
         dist.destroy_process_group()
+
+
+def leaves_in_a_callback(rank, world, folder):
+    """A callback of a future runs while the process ends: it is waited for."""
+    begin(rank, world, f"file://{folder}/init")
+    begun = threading.Event()
+
+    def slow(future):
+        begun.set()
+        # Which is when the interpreter begins to end.
+        threading.main_thread().join(60)
+        time.sleep(0.5)
+        with open(f"{folder}/{rank}", "w") as file:
+            file.write("done")
+
+    dist.all_reduce(torch.ones(3), async_op=True).get_future().add_done_callback(slow)
+    begun.wait(60)
+
+
+def test_a_process_ends_in_order_while_a_callback_runs(tmp_path):
+    mp.spawn(leaves_in_a_callback, (2, str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["done"] * 2
 
 
 CASES = [
