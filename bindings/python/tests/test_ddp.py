@@ -1,5 +1,5 @@
-"""unisum's DistributedDataParallel against PyTorch's: the scenarios of ddp_scenarios and
-ddp_options at two worlds."""
+"""unisum's DistributedDataParallel against PyTorch's: the scenarios of ddp_scenarios,
+ddp_options and ddp_failures at two worlds."""
 
 import datetime
 import json
@@ -8,12 +8,13 @@ import traceback
 import pytest
 
 torch = pytest.importorskip("torch")
+import ddp_failures  # noqa: E402
 import ddp_options  # noqa: E402
 import ddp_scenarios  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
-SCENARIOS = ddp_scenarios.SCENARIOS + ddp_options.SCENARIOS
+SCENARIOS = ddp_scenarios.SCENARIOS + ddp_options.SCENARIOS + ddp_failures.SCENARIOS
 
 
 def run_scenarios(rank, world, folder, only):

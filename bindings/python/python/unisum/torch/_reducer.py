@@ -305,8 +305,16 @@ class Reducer:
 
     def _backward_raised(self, _end: Any) -> None:
         self._end = None
-        if self._is_expected and self._is_open:
+        if not self._is_expected:
+            return
+        try:
+            if not self._is_open:
+                # Before its first gradient: the others' step is to fail all the same.
+                self._begin()
             self._drop("its backward pass raised an exception")
+        except _errors.Error:
+            # The group has ended; the program gets the exception of its backward pass.
+            self._is_expected = self._is_open = False
 
     def _finish(self) -> None:
         """Ends the reduction: blocks until all ranks have."""
