@@ -118,16 +118,18 @@ class HookedReducer(Reducer):
     several calls, one after the other's end, as PowerSGD's does: all ranks make them in one order.
     It runs on a thread of its own, while the backward pass goes on.
 
-    At the end of a step ranks tell each other whether they took it, and which parameters they used.
-    A rank that gives a step up has its hooks run all the same, on zeros, because the others' wait.
+    At the end of a step ranks tell each other whether they took it, which one it was, and which
+    parameters they used. A rank that gives a step up has its hooks run all the same, on zeros,
+    because the others' wait.
     """
 
     def __init__(self, hook: Callable[..., Any], state: Any, *arguments: Any) -> None:
         self._hook, self._state = hook, state
         self._turns = _Turns()
         self._results: List[Any] = []
-        #: Whether the hook raised in this step: which calls the others wait for is not known.
-        self._is_broken = False
+        #: Why there is no further step, if there is none: if a hook raised, or runs on, which calls
+        #: the others wait for is not known.
+        self._broken: Optional[str] = None
         self._own: List[Bucket] = []
         self._of: Dict[int, Bucket] = {}
         self._launched = 0
@@ -144,6 +146,7 @@ class HookedReducer(Reducer):
 
     def _make_buckets(self, _described: Any) -> None:
         self._own, self._of = [], {}
+        self._broken = None
         assigned = _assigned(self._gradients, self._options["bucket_bytes"])
         for index, members in enumerate(assigned):
             it = members[0].parameter
@@ -156,10 +159,25 @@ class HookedReducer(Reducer):
 
     # A step.
 
+    def prepare_for_forward(self) -> None:
+        self._check()
+        super().prepare_for_forward()
+
+    def _check(self) -> None:
+        """Refuses to go on out of step with the other ranks."""
+        if self._broken is not None:
+            raise _errors.Error(
+                f"this model takes no further step: {self._broken}, so that this rank may have"
+                " made other calls than the others. Make a new process group, and the model anew"
+                " or by _update_process_group, on all ranks",
+                "step_failed",
+                [self._group.rank()],
+            )
+
     def _begin_buckets(self) -> None:
+        self._check()
         self._launched = 0
         self._results = []
-        self._is_broken = False
         for bucket in self._own:
             bucket._begin()
 
@@ -182,13 +200,13 @@ class HookedReducer(Reducer):
 
     def _reduce(self, bucket: Bucket) -> Optional[Exception]:
         """Has the hook reduce a bucket: what it gave in vain, if it did."""
-        if self._is_broken:
+        if self._broken is not None:
             return None
         with torch.no_grad():
             try:
                 reduced = self._hook(self._state, bucket).wait()
-            except BaseException:
-                self._is_broken = True
+            except BaseException as error:
+                self._broken = f"its hook raised {type(error).__name__} in an earlier step"
                 raise
             try:
                 bucket._take(reduced)
@@ -224,16 +242,18 @@ class HookedReducer(Reducer):
     def _told(self, failed: bool) -> List[int]:
         """Ends the step's buckets: how many ranks have used each parameter. Raises if a rank has
         given the step up, on all ranks."""
-        wrong = self._take()
-        world, rank = self._group.size(), self._group.rank()
-        told = torch.zeros(world + len(self._gradients), dtype=torch.int32)
-        told[rank] = failed or wrong is not None
-        for gradient in self._gradients:
-            told[world + gradient.place] = gradient.is_ready
-        self._group.allreduce([told], dist.ReduceOp.SUM).wait()
+        try:
+            wrong = self._take()
+            counts = self._tell(failed or wrong is not None)
+        except BaseException as error:
+            if self._broken is None:
+                # Such as an interrupt: a hook may be running, and has the bucket.
+                kind = type(error).__name__
+                self._broken = f"the end of an earlier step was waited for until {kind} was raised"
+            raise
         if wrong is not None:
             raise wrong
-        counts = told.tolist()
+        world = self._group.size()
         gave_up = [it for it in range(world) if counts[it]]
         if gave_up and not failed:
             names = ", ".join(str(it) for it in gave_up)
@@ -243,7 +263,25 @@ class HookedReducer(Reducer):
                 "step_failed",
                 gave_up,
             )
-        return counts[world:]
+        return counts[2 * world :]
+
+    def _tell(self, failed: bool) -> List[int]:
+        """What the ranks tell each other: by rank, who gave the step up and which step it was, and
+        how many have used each parameter."""
+        world, rank = self._group.size(), self._group.rank()
+        told = torch.zeros(2 * world + len(self._gradients), dtype=torch.int32)
+        told[rank] = failed
+        told[world + rank] = self._steps % (1 << 31)
+        for gradient in self._gradients:
+            told[2 * world + gradient.place] = gradient.is_ready
+        self._group.allreduce([told], dist.ReduceOp.SUM).wait()
+        counts: List[int] = told.tolist()
+        steps = counts[world : 2 * world]
+        if any(it != steps[0] for it in steps):
+            # What hooks reduced is of different steps.
+            text = f"ranks are in different steps of this model: by rank, {steps}"
+            raise _errors.MismatchError(text, "mismatch")
+        return counts
 
     def _take(self) -> Optional[Exception]:
         """Has all buckets reduced."""
@@ -254,7 +292,7 @@ class HookedReducer(Reducer):
 
     def _drop(self, why: str) -> None:
         was_open, self._is_expected, self._is_open = self._is_open, False, False
-        if self._is_broken or not was_open:
+        if self._broken is not None or not was_open:
             # The others' calls end with the group's time-out.
             return
         with torch.no_grad():
@@ -265,6 +303,7 @@ class HookedReducer(Reducer):
     def shadow(self) -> None:
         with torch.no_grad():
             self._begin_buckets()
+            self._steps += 1
             for gradient in self._gradients:
                 gradient.is_ready = False
             for bucket in self._own:
