@@ -340,6 +340,13 @@ def mixed_precision_and_the_rest(rank, world, gloo):
     normed = DDP(nn.BatchNorm1d(16), mixed_precision=said)
     assert normed.module.running_mean.dtype == torch.bfloat16
     assert normed.module.num_batches_tracked.dtype == torch.int64
+    # What is not reduced may be of any type.
+    frozen, marked = network(), network()
+    frozen[0].bfloat16().requires_grad_(False)
+    DDP._set_params_and_buffers_to_ignore_for_model(marked.bfloat16(), ["0.weight", "0.bias"])
+    marked[2].float()
+    for module in (frozen, marked):
+        DDP(module, mixed_precision=_MixedPrecision(torch.bfloat16, torch.float32))
     with pytest.raises(TypeError, match="not MixedPrecision"):
         DDP(network(), mixed_precision=MixedPrecision())
     with pytest.raises(ValueError, match="not torch.int8"):

@@ -209,8 +209,6 @@ def observed(rank, world, folder):
 
 def beside_another_backend(rank, world, folder):
     """Tensors of the CPU are unisum's, those of other devices another backend's."""
-    if not hasattr(torch._C._distributed_c10d.Backend, "all_gather_single"):
-        return  # before 2.14, backends can't be written in Python
     for number, name in enumerate(("cpu:unisum,cuda:gloo", "cuda:gloo,cpu:unisum")):
         dist.init_process_group(
             name, init_method=f"file://{folder}/init{number}", rank=rank, world_size=world,
@@ -244,7 +242,7 @@ def beside_another_backend(rank, world, folder):
 
 
 def leaves_in_a_callback(rank, world, folder):
-    """A callback of a future runs while the process ends: it is waited for."""
+    """On rank 0, a callback of a future runs while the process ends: it is waited for."""
     begin(rank, world, f"file://{folder}/init")
     begun = threading.Event()
 
@@ -253,21 +251,68 @@ def leaves_in_a_callback(rank, world, folder):
         # Which is when the interpreter begins to end.
         threading.main_thread().join(60)
         time.sleep(0.5)
-        with open(f"{folder}/{rank}", "w") as file:
-            file.write("done")
+        with open(f"{folder}/ended", "w") as file:
+            file.write("in order")
 
-    dist.all_reduce(torch.ones(3), async_op=True).get_future().add_done_callback(slow)
-    begun.wait(60)
+    if rank == 1:
+        # What has ended already calls back at once, on the thread that asks.
+        while not os.path.exists(f"{folder}/asked"):
+            time.sleep(0.01)
+        dist.all_reduce(torch.ones(3))
+        return
+    future = dist.all_reduce(torch.ones(3), async_op=True).get_future()
+    future.add_done_callback(slow)
+    open(f"{folder}/asked", "w").close()
+    assert begun.wait(60)
 
 
 def test_a_process_ends_in_order_while_a_callback_runs(tmp_path):
     mp.spawn(leaves_in_a_callback, (2, str(tmp_path)), nprocs=2)
-    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["done"] * 2
+    assert (tmp_path / "ended").read_text() == "in order"
 
 
+def ddp_beside_another_backend(rank, world, folder):
+    """What unisum's DDP does in a group that is unisum's in part."""
+    DDP = unisum.torch.DistributedDataParallel
+    dist.init_process_group(
+        "cpu:unisum,cuda:gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world,
+        timeout=LIMIT,
+    )
+    ones = torch.ones(1, 2)
+    for divides_by_all in (True, False):
+        model = DDP(torch.nn.Linear(2, 1))
+        with model.join(divide_by_initial_world_size=divides_by_all):
+            for _ in range(1 + rank):
+                model.zero_grad()
+                model(ones).sum().backward()
+        # The last step was of the last rank alone.
+        if rank == world - 1:
+            expected = 1 / world if divides_by_all else 1.0
+            assert model.module.weight.grad.tolist() == [[expected, expected]]
+    model = DDP(torch.nn.Linear(2, 1))
+    model._update_process_group(dist.new_group())
+    model((rank + 1) * ones).sum().backward()
+    assert (model.module.weight.grad == (world + 1) / 2).all()
+    part = dist.new_group([0])
+    if rank:
+        with pytest.raises(ValueError, match="process group of unisum"):
+            DDP(torch.nn.Linear(2, 1), process_group=part)
+        with pytest.raises(ValueError, match="unisum"):
+            unisum.torch.describe(part)
+        model._update_process_group(part)
+    with pytest.raises(ValueError, match="unisum's alone"):
+        DDP(torch.nn.Linear(2, 1), elastic=True)
+    dist.destroy_process_group()
+
+
+IN_PYTHON = pytest.mark.skipif(
+    not hasattr(torch._C._distributed_c10d.Backend, "all_gather_single"),
+    reason="before PyTorch 2.14, backends can't be written in Python",
+)
 CASES = [
     twice, by_environment, late, absent_from_barrier, aborted, non_contiguous, observed,
-    beside_another_backend,
+    pytest.param(beside_another_backend, marks=IN_PYTHON),
+    pytest.param(ddp_beside_another_backend, marks=IN_PYTHON),
 ]
 
 

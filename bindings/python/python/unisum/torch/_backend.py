@@ -10,7 +10,7 @@ import sys
 from typing import Any, Callable, Optional, Set
 
 import torch
-from torch._C._distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend, ProcessGroup
 
 from ._group import UnisumProcessGroup
 
@@ -68,6 +68,9 @@ def group_of(group: Any) -> Optional[UnisumProcessGroup]:
     """unisum's part of a process group: what reduces tensors of the CPU, if that is unisum."""
     if isinstance(group, UnisumProcessGroup):
         return group
+    if not isinstance(group, ProcessGroup):
+        # What PyTorch has for groups of which this process is no member.
+        return None
     try:
         backend = group._get_backend(torch.device("cpu"))
     except RuntimeError:

@@ -120,6 +120,11 @@ class DistributedDataParallel(_TorchDDP):
                 "unisum.torch.DistributedDataParallel needs a process group of unisum's: "
                 'init_process_group("unisum")'
             )
+        if self._is_elastic and group is not self.process_group:
+            raise ValueError(
+                "elastic=True needs a process group that is unisum's alone: init_process_group("
+                '"unisum"). This one has another backend, which would not follow'
+            )
         if self._is_elastic and group.view is None:
             raise ValueError(
                 "elastic=True needs a job that outlives its ranks: UNISUM_ELASTIC=MINIMUM in the"

@@ -65,7 +65,10 @@ def check(said: Precision, module: torch.nn.Module) -> None:
     """Refuses what gradients that lie in buckets can't be."""
     if said.reduction is None:
         return
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     for name, it in module.named_parameters():
+        if not it.requires_grad or name in ignored or getattr(it, "_ddp_ignored", False):
+            continue
         if it.is_floating_point() and it.dtype not in (torch.float32, said.reduction):
             raise ValueError(
                 f"the gradient of {name!r} can't be reduced in {said.reduction}: it lies in the"

@@ -12,6 +12,7 @@ from torch.autograd import Variable
 
 from .. import _errors
 from .._buckets import Buckets, Parameter, StepReport
+from ._backend import group_of
 
 _TYPES = {
     torch.float16: "float16",
@@ -142,7 +143,10 @@ class Reducer:
 
     def _update_process_group(self, group: Any) -> None:
         """Makes the buckets. Collective."""
-        self._group = group
+        own = group_of(group)
+        if own is None:
+            raise ValueError("unisum's gradients need a process group of unisum's")
+        self._group = own
         self.buckets: Optional[Buckets] = None
         if self._gradients:
             self._make_buckets([it.described() for it in self._gradients])
@@ -368,8 +372,8 @@ class Reducer:
             return 1
         work, divides_by_all = self._joined
         self._joined = None
-        work.wait()
-        participants = work.result()[0].item()
+        # Not `result`, which works of groups with several backends lack.
+        participants = work.get_future().wait()[0].item()
         return 1 if divides_by_all else self._group.size() / participants
 
     def _reduce_sparse(self, parameter: torch.Tensor) -> None:
