@@ -13,8 +13,9 @@ import unisum.torch
 from ddp_scenarios import Network, batch, both, gradients, network, same, trained_alike
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks.ddp_zero_hook import hook_with_zero_step
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
-from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.distributed.optim import ZeroRedundancyOptimizer, _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 from torch.nn.parallel.distributed import _MixedPrecision
 from torch.utils.checkpoint import checkpoint
@@ -67,6 +68,26 @@ def hooks_that_compress(rank, world, gloo):
         everyone = [torch.empty(16, 32).t().contiguous() for _ in range(world)]
         dist.all_gather(everyone, model.module[0].weight.grad)
         assert all(torch.equal(it, everyone[0]) for it in everyone), hook.__name__
+
+
+def hooks_that_step_an_optimizer(rank, world, gloo):
+    ours, theirs = both(network, gloo, bucket_cap_mb=0.001)
+    zero = ZeroRedundancyOptimizer(
+        ours.parameters(), torch.optim.Adam, overlap_with_ddp=True, lr=0.05
+    )
+    hook = hook_with_zero_step(default_hooks.allreduce_hook, ours, zero)
+    ours.register_comm_hook(None, hook)
+    adam = torch.optim.Adam(theirs.parameters(), lr=0.05)
+    for number in range(5):
+        inputs, targets = batch(rank, number)
+        for model in (ours, theirs):
+            model.zero_grad()
+            F.mse_loss(model(inputs), targets).backward()
+        # The hook only looks at the buckets in the second step, and lets the first one pass.
+        if number > 1:
+            adam.step()
+        for own, other in zip(ours.parameters(), theirs.parameters()):
+            assert torch.allclose(own, other, 1e-3, 1e-4), number
 
 
 def what_a_hook_is_given(rank, world, gloo):

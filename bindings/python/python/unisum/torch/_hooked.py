@@ -133,6 +133,7 @@ class HookedReducer(Reducer):
         self._own: List[Bucket] = []
         self._of: Dict[int, Bucket] = {}
         self._launched = 0
+        self._is_laid_out = False
         super().__init__(*arguments)
 
     @classmethod
@@ -173,6 +174,12 @@ class HookedReducer(Reducer):
                 "step_failed",
                 [self._group.rank()],
             )
+
+    def _rebuild_buckets(self) -> bool:
+        # Buckets stay, but hooks such as `hook_with_zero_step` begin only once PyTorch's are laid
+        # out for good, which it says in the second forward pass.
+        was_told, self._is_laid_out = self._is_laid_out, self._steps > 0
+        return self._is_laid_out and not was_told
 
     def _begin_buckets(self) -> None:
         self._check()
