@@ -3,6 +3,7 @@ and with optimizers that run in the backward pass. Scenarios as in ddp_scenarios
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -176,6 +177,37 @@ def hooks_and_ranks_that_raise(rank, world, gloo):
     handle.remove()
     model.zero_grad()
     trained_alike(pair, rank, world)
+
+
+def hooks_of_several_models(rank, world, gloo):
+    """In one backward pass: their calls are made in one order, one after the other."""
+    group, threads, order = dist.group.WORLD, [], []
+
+    def hook(state, bucket):
+        threads.append(threading.get_ident())
+        order.append(10 * state + bucket.index())
+        return default_hooks.allreduce_hook(group, bucket)
+
+    def observed(*arguments):
+        threads.append(threading.get_ident())
+        return type(group).allreduce(group, *arguments)
+
+    pairs = [both(lambda: network(seed), gloo, bucket_cap_mb=0.001) for seed in range(3)]  # noqa: B023
+    for state, (ours, _theirs) in enumerate(pairs):
+        ours.register_comm_hook(state, hook)
+    inputs, targets = batch(rank)
+    for number in range(3):
+        for models in zip(*pairs):
+            group.allreduce = observed
+            sum(F.mse_loss(it(inputs), targets) for it in models).backward()
+            del group.allreduce
+        for ours, theirs in pairs:
+            same(gradients(ours), gradients(theirs), world, number)
+    assert len(order) > 9 and len(threads) > len(order)
+    assert len(set(threads)) == 1 and threads[0] != threading.get_ident()
+    everyone = [None] * world
+    dist.all_gather_object(everyone, order)
+    assert all(it == order for it in everyone)
 
 
 def hooks_that_are_refused(rank, world, gloo):

@@ -100,6 +100,8 @@ class UnisumProcessGroup(ElasticGroup, ProcessGroup):
         # All ranks begin messages, and the others are making buckets with a newcomer.
         self._messenger = None if is_newcomer else self._native._messenger()
         self._done = UnisumWork([], [])
+        #: The thread on which models' hooks run, once there are some.
+        self._turns: Any = None
         self._cuda = CudaCalls(lambda ordinal: self._communicator.on_device(ordinal))
 
     # What PyTorch asks of every group.

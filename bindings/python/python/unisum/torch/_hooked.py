@@ -98,6 +98,13 @@ class _Turns:
         self._calls.put(None)
 
 
+def _turns_of(group: Any) -> _Turns:
+    """The group's, which all its models share."""
+    if group._turns is None:
+        group._turns = _Turns()
+    return group._turns  # type: ignore[no-any-return]
+
+
 def _serve(calls: "queue.SimpleQueue[Any]") -> None:
     while True:
         turn = calls.get()
@@ -116,7 +123,9 @@ class HookedReducer(Reducer):
     """A reducer whose buckets, in unisum's memory, are reduced by a hook: in the same order on all
     ranks, each when its last gradient is final and the one before it is reduced. A hook may so make
     several calls, one after the other's end, as PowerSGD's does: all ranks make them in one order.
-    It runs on a thread of its own, while the backward pass goes on.
+    It runs on a thread of the group's, while the backward pass goes on. All models of a group share
+    that thread, on which the ends of their steps are, too: the order of their calls is that in
+    which the program's backward pass comes to them.
 
     At the end of a step ranks tell each other whether they took it, which one it was, and which
     parameters they used. A rank that gives a step up has its hooks run all the same, on zeros,
@@ -125,7 +134,6 @@ class HookedReducer(Reducer):
 
     def __init__(self, hook: Callable[..., Any], state: Any, *arguments: Any) -> None:
         self._hook, self._state = hook, state
-        self._turns = _Turns()
         self._results: List[Any] = []
         #: Why there is no further step, if there is none: if a hook raised, or runs on, which calls
         #: the others wait for is not known.
@@ -148,6 +156,7 @@ class HookedReducer(Reducer):
     def _make_buckets(self, _described: Any) -> None:
         self._own, self._of = [], {}
         self._broken = None
+        self._turns = _turns_of(self._group)
         assigned = _assigned(self._gradients, self._options["bucket_bytes"])
         for index, members in enumerate(assigned):
             it = members[0].parameter
@@ -281,7 +290,8 @@ class HookedReducer(Reducer):
         told[world + rank] = self._steps % (1 << 31)
         for gradient in self._gradients:
             told[2 * world + gradient.place] = gradient.is_ready
-        self._group.allreduce([told], dist.ReduceOp.SUM).wait()
+        reduce = self._group.allreduce
+        self._turns.run(lambda: reduce([told], dist.ReduceOp.SUM).wait()).result()
         counts: List[int] = told.tolist()
         steps = counts[world : 2 * world]
         if any(it != steps[0] for it in steps):
@@ -289,6 +299,10 @@ class HookedReducer(Reducer):
             text = f"ranks are in different steps of this model: by rank, {steps}"
             raise _errors.MismatchError(text, "mismatch")
         return counts
+
+    def _reduce_sparse(self, parameter: torch.Tensor) -> None:
+        reduce = super()._reduce_sparse
+        self._turns.run(lambda: reduce(parameter)).result()
 
     def _take(self) -> Optional[Exception]:
         """Has all buckets reduced."""
@@ -316,7 +330,7 @@ class HookedReducer(Reducer):
             for bucket in self._own:
                 bucket.buffer().zero_()
             self._told(failed=False)
-        self._shadow_sparse()
+        self._turns.run(self._shadow_sparse).result()
 
     def admit(self) -> Any:
         raise NotImplementedError("hooks are not for elastic training")
