@@ -244,6 +244,27 @@ def copies_of_hooked_models(rank, world, gloo):
     again = pickle.loads(pickle.dumps(pair[0]))
     assert again._comm_hooks == pair[0]._comm_hooks
     trained_alike((again, pair[1]), rank, world)
+    # States that are not plain data: the group, and what wires keep.
+    builtin = DDP(network())
+    builtin._register_builtin_comm_hook(dist.BuiltinCommHookType.ALLREDUCE)
+    wired = DDP(network())
+    state = unisum.torch.hooks.WireState("int8", dist.group.WORLD)
+    wired.register_comm_hook(state, unisum.torch.hooks.int8_compress_hook)
+    inputs, targets = batch(rank)
+    for model in (builtin, wired):
+        for _ in range(2):
+            F.mse_loss(model(inputs), targets).backward()
+        copies = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+        for it in (model, *copies):
+            it.zero_grad()
+            F.mse_loss(it(inputs), targets).backward()
+        for it in copies:
+            assert it.reducer is not model.reducer
+            same(gradients(it), gradients(model), 2)
+    kept = [it._comm_hooks[0][1]._buckets for it in (wired, *copies)]
+    assert all(list(it) == list(kept[0]) for it in kept)
+    with pytest.raises(RuntimeError, match="default group only"):
+        pickle.dumps(unisum.torch.hooks.WireState("int8", gloo))
 
 
 def optimizers_in_the_backward_pass(rank, world, gloo):

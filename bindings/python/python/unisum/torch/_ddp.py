@@ -21,6 +21,10 @@ from ._reducer import Logger, Reducer
 _PLACES = ("self", "module")
 
 
+class _OwnGroup:
+    """Stands for the model's process group where that is the state of its hook, in copies."""
+
+
 class DistributedDataParallel(_TorchDDP):
     """Data parallelism over a process group of unisum's, with the signature and semantics of
     ``torch.nn.parallel.DistributedDataParallel``, of which it is a subclass.
@@ -148,7 +152,10 @@ class DistributedDataParallel(_TorchDDP):
         )
         if self.__dict__.get("_comm_hooks"):
             # A copy of a model that has a hook.
-            self.reducer = HookedReducer.after(self.reducer, *self._comm_hooks[0])
+            (hook, state), *_ = self._comm_hooks
+            state = self.process_group if state is _OwnGroup else state
+            self._comm_hooks = [(hook, state)]
+            self.reducer = HookedReducer.after(self.reducer, hook, state)
         self.logger: Any = Logger(
             {
                 "module_name": type(self.module).__name__,
@@ -171,6 +178,15 @@ class DistributedDataParallel(_TorchDDP):
                 params_and_buffers_to_ignore=self.parameters_to_ignore,
                 broadcast_buffers=self._syncs_buffers,
             )
+
+    def __getstate__(self) -> Any:
+        attributes = super().__getstate__()
+        # A process group can't be copied, and a copy's hook has that of the copy.
+        attributes["_comm_hooks"] = [
+            (hook, _OwnGroup if state is self.process_group else state)
+            for hook, state in self._comm_hooks
+        ]
+        return attributes
 
     def _post_forward(self, output: Any) -> Any:
         output = super()._post_forward(output)

@@ -95,6 +95,13 @@ class WireState:
                 self._buckets[key].restore(self._saved.pop(key))
         return self._buckets[key]
 
+    def __getstate__(self) -> Dict[str, Any]:
+        """What copies have: what is kept from step to step, and the default group."""
+        if self.process_group not in (None, dist.group.WORLD):
+            raise RuntimeError("the state of a hook can be copied in the default group only")
+        kept = {**self._saved, **{key: it.save() for key, it in self._buckets.items()}}
+        return {**self.__dict__, "process_group": None, "_buckets": {}, "_saved": kept}
+
     def state_dict(self) -> Dict[str, Any]:
         """What is kept from step to step: this rank's own. Between steps."""
         kept = [(key, it.save()) for key, it in self._buckets.items()]
