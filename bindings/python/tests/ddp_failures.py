@@ -50,6 +50,28 @@ def raising_before_the_first_gradient(rank, world, gloo):
         trained_alike(pair, rank, world)
 
 
+def failed_steps_leave_the_weights(rank, world, gloo):
+    ours, theirs = both(network, gloo, bucket_cap_mb=0.0001)
+    ours._register_fused_optim(torch.optim.SGD, 0.05, optim_params=list(ours.parameters())[:3])
+    optimizer = torch.optim.SGD(list(theirs.parameters())[:3], lr=0.05)
+    inputs, targets = batch(rank)
+    # After the gradients of the last layer.
+    handle = ours.module[0].register_forward_hook(lambda _m, _i, out: Raises.apply(out))
+    if rank != 1:
+        handle.remove()
+    with pytest.raises(ArithmeticError if rank == 1 else unisum.Error):
+        F.mse_loss(ours(inputs), targets).backward()
+    handle.remove()
+    for own, first in zip(ours.parameters(), network().parameters()):
+        assert torch.equal(own, first)
+    ours.zero_grad()
+    for model in (ours, theirs):
+        F.mse_loss(model(inputs), targets).backward()
+    optimizer.step()
+    for own, other in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(own, other, 1e-5, 1e-6)
+
+
 def hooks_that_raise(rank, world, gloo):
     """A rank whose hook raised has made other calls than the others: it doesn't go on."""
     group = dist.new_group()

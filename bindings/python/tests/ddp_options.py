@@ -290,6 +290,8 @@ def optimizers_in_the_backward_pass(rank, world, gloo):
     inputs, targets = batch(rank)
     F.mse_loss(fused(inputs), targets).backward()
     assert not torch.equal(fused.module[0].weight, network()[0].weight)
+    with pytest.raises(RuntimeError, match="fused optimizer can't be copied"):
+        pickle.dumps(fused)
 
 
 class Checkpointed(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.optim import as_functional_optim
 from torch.distributed.utils import _sync_module_states
 from torch.nn.parallel import DistributedDataParallel as _TorchDDP
 
@@ -180,6 +181,8 @@ class DistributedDataParallel(_TorchDDP):
             )
 
     def __getstate__(self) -> Any:
+        if self.reducer.fused is not None:
+            raise RuntimeError("a model with a fused optimizer can't be copied: copy its module")
         attributes = super().__getstate__()
         # A process group can't be copied, and a copy's hook has that of the copy.
         attributes["_comm_hooks"] = [
@@ -259,6 +262,15 @@ class DistributedDataParallel(_TorchDDP):
             kinds.FP16_COMPRESS: default_hooks.fp16_compress_hook,
         }
         self.register_comm_hook(self.process_group, hooks_by_kind[comm_hook_type])
+
+    def _register_fused_optim(
+        self, optim: Any, *arguments: Any, optim_params: Any = None, **options: Any
+    ) -> None:
+        # PyTorch's steps in a hook, before ranks have agreed that the step is one.
+        functional = as_functional_optim(optim, *arguments, **options)
+        self.register_comm_hook(None, default_hooks.allreduce_hook)
+        chosen = None if optim_params is None else {id(it) for it in optim_params}
+        self.reducer.fused = functional, chosen
 
     def _setup_in_backward_optimizers(self) -> None:
         own = [it for it in self._module_parameters if hasattr(it, "_in_backward_optimizers")]

@@ -133,6 +133,8 @@ class Reducer:
         self._joined: Any = None
         #: Parameters that have optimizers of their own, which run once gradients are reduced.
         self.optimized: List[Any] = []
+        #: An optimizer that steps a parameter at a time then, and of which, by `id`; or of all.
+        self.fused: Optional[Tuple[Any, Any]] = None
         self._update_process_group(group)
         self._hooks = [
             it.parameter.register_post_accumulate_grad_hook(  # type: ignore[attr-defined]
@@ -333,6 +335,16 @@ class Reducer:
                 self._reduce_sparse(parameter)
         for gradient in self._gradients:
             gradient.is_used = False
+        self._optimize()
+
+    def _optimize(self) -> None:
+        """What steps with the backward pass: once all ranks have agreed that it is a step."""
+        if self.fused is not None:
+            functional, chosen = self.fused
+            for gradient in self._gradients:
+                it = gradient.parameter
+                if it.grad is not None and (chosen is None or id(it) in chosen):
+                    functional.step_param(it, it.grad)
         for it in self.optimized:
             if it.grad is not None:
                 for optimizer in it._in_backward_optimizers:
