@@ -2,6 +2,7 @@
 and with optimizers that run in the backward pass. Scenarios as in ddp_scenarios."""
 
 import copy
+import functools
 import pickle
 import threading
 
@@ -196,7 +197,8 @@ def hooks_of_several_models(rank, world, gloo):
         threads.append(threading.get_ident())
         return type(group).allreduce(group, *arguments)
 
-    pairs = [both(lambda: network(seed), gloo, bucket_cap_mb=0.001) for seed in range(3)]  # noqa: B023
+    make = [functools.partial(network, seed) for seed in range(3)]
+    pairs = [both(it, gloo, bucket_cap_mb=0.001) for it in make]
     for state, (ours, _theirs) in enumerate(pairs):
         ours.register_comm_hook(state, hook)
     inputs, targets = batch(rank)
