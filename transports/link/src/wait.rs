@@ -175,7 +175,7 @@ impl Neighbors {
         let yields = self.yields.get().wrapping_add(1);
         self.yields.set(yields);
         // Whether others are still there is soon found out.
-        if yields % Self::TIMED != 0 && self.long.get() == 0 {
+        if !yields.is_multiple_of(Self::TIMED) && self.long.get() == 0 {
             std::thread::yield_now();
             return Pause::Yielded;
         }
