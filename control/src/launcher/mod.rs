@@ -180,8 +180,8 @@ pub fn is_launched(environment: &Environment) -> bool {
     !matches!(innermost(environment), Ok(None))
 }
 
-/// Whether PMIx is all that says where ranks meet: it is opened once, so that nothing is asked of it
-/// before that is needed. Opens and writes nothing.
+/// Whether PMIx is all that says where ranks meet: it is opened once, so that nothing is asked of
+/// it before that is needed. Opens and writes nothing.
 pub fn meets_by_pmix(environment: &Environment) -> bool {
     let is_pmix = |it: &Convention| it.launcher == Source::Pmix;
     environment.get("UNISUM_RENDEZVOUS").is_none()

@@ -84,8 +84,8 @@ impl<'b> DeviceStep<'b> {
     /// [`ErrorKind::StepFailed`], on all ranks, if a rank has not marked all gradients ready, has
     /// marked one too often, or dropped its step: the gradients are unspecified, and the next step
     /// may begin. [`ErrorKind::Configuration`] if the stream is of another device or is being
-    /// captured: the step has ended as on the other ranks, and the next one waits for it. As [`DeviceCommunicator::run_raw`](crate::DeviceCommunicator::run_raw) if the job
-    /// ended.
+    /// captured: the step has ended as on the other ranks, and the next one waits for it. As
+    /// [`DeviceCommunicator::run_raw`](crate::DeviceCommunicator::run_raw) if the job ended.
     pub fn wait(self, stream: &DeviceStream) -> Result<(), Error> {
         self.close("");
         let end = self.flight.await_end();
