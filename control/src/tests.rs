@@ -26,8 +26,8 @@ mod relay;
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Half of what a host may be silent: the machine may be busy.
-const AT_ONCE: Duration = Duration::from_secs(10);
+/// What needs no time but that of its messages.
+const AT_ONCE: Duration = Duration::from_secs(1);
 
 pub(super) fn call(number: u64) -> Call {
     Call::all_reduce(number, Dtype::F32, 1000)
@@ -206,7 +206,7 @@ fn a_slow_stranger_is_turned_away() {
     slow.write_all(b"usmH").unwrap();
     let started = Instant::now();
     await_close(&slow);
-    assert!(started.elapsed() < PATIENCE);
+    assert!(started.elapsed() < Duration::from_secs(10));
 }
 
 #[test]

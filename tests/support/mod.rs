@@ -7,6 +7,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod hosts;
+pub mod stopwatch;
 
 use std::collections::HashMap;
 use std::io::Read;

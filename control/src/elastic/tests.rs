@@ -160,5 +160,5 @@ fn one_that_waits_hears_at_once_that_the_job_ends() {
     drop(members);
     let error = asking.join().unwrap().unwrap_err().to_string();
     assert!(error.contains("the job ended while this process waited"), "{error}");
-    assert!(ended.elapsed() < PATIENCE / 2, "{:?}", ended.elapsed());
+    assert!(ended.elapsed() < Duration::from_secs(5), "{:?}", ended.elapsed());
 }

@@ -177,9 +177,9 @@ fn a_way_that_is_gone_for_good_is_an_error_in_time_that_names_the_other_end() {
     // Each rank names the coordinator, which names both.
     expect_verdict(&controls[..1], PATIENCE, VerdictKind::Unreachable, &[1, 2]);
     let took = started.elapsed();
-    assert!(took >= TIMEOUT / 2 && took < AT_ONCE, "{took:?}");
+    assert!(took >= TIMEOUT / 2 && took < TIMEOUT * 4, "{took:?}");
     expect_verdict(&controls[1..], PATIENCE, VerdictKind::Unreachable, &[0]);
-    assert!(started.elapsed() < PATIENCE);
+    assert!(started.elapsed() < TIMEOUT * 6);
     let text = controls[0].verdict().unwrap().text;
     assert!(text.starts_with("rank 1 at 127.0.0.1, rank 2 at 127.0.0.1 unreachable"), "{text}");
 }
@@ -213,7 +213,7 @@ fn a_member_whose_port_refuses_has_died() {
     thread::sleep(Duration::from_millis(200));
     assert!(controls.iter().all(|control| control.verdict().is_none()));
     drop(port);
-    expect_verdict(&controls, AT_ONCE, VerdictKind::Died, &[2]);
+    expect_verdict(&controls, PATIENCE / 4, VerdictKind::Died, &[2]);
 }
 
 /// Who knows the token and the session of the job has the place of a rank only with what that rank
@@ -265,6 +265,6 @@ fn without_the_setting_a_cut_is_a_death() {
     let addresses: Vec<_> = controls.iter().map(|it| it.addresses().to_vec()).collect();
     controls.iter().for_each(|control| control.set_addresses(addresses.clone()));
     relay.cut(How::Reset);
-    expect_verdict(&controls[..1], AT_ONCE, VerdictKind::Died, &[1]);
-    expect_verdict(&controls[1..], AT_ONCE, VerdictKind::Died, &[0]);
+    expect_verdict(&controls[..1], 2 * AT_ONCE, VerdictKind::Died, &[1]);
+    expect_verdict(&controls[1..], 2 * AT_ONCE, VerdictKind::Died, &[0]);
 }
