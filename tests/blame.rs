@@ -85,6 +85,22 @@ fn every_rank_names_the_one_it_happened_to() {
     }
 }
 
+/// Rank 0 measures a link with one of the others, which wait for it meanwhile, all equally long at
+/// first sight: whoever of them ended first must not blame rank 0.
+#[test]
+fn who_waits_for_a_late_rank_while_measuring_is_not_blamed() {
+    thread::scope(|scope| {
+        for transport in support::transports() {
+            for (victim, cause) in (1..RANKS).flat_map(|it| [(it, "late"), (it, "stopped")]) {
+                let (phase, algorithm) = ("measuring", "ring");
+                let case =
+                    Case { transport, cause, phase, victim, algorithm, count: 10, after_us: 0 };
+                scope.spawn(move || case.check());
+            }
+        }
+    });
+}
+
 impl Case {
     /// Steps of buckets tell a wrong call in ways of their own.
     fn makes_sense(&self) -> bool {

@@ -60,7 +60,7 @@ pub(super) struct MeasureContext<'a> {
     /// The transports by which this rank reaches others.
     pub(super) transport: &'a str,
     pub(super) tuning: Tuning,
-    pub(super) limit: Limit<'a>,
+    pub(super) membership: &'a Membership,
 }
 
 /// What all ranks have agreed on.
@@ -105,7 +105,7 @@ impl Agreed {
 /// figures where choices must not depend on measurements.
 pub(super) fn agree(engine: &mut Engine, context: MeasureContext<'_>) -> Result<Agreed, Error> {
     let MeasureContext { rank, topology, .. } = context;
-    let control = context.limit.membership.control();
+    let control = context.membership.control();
     let told = control.exchange(tell(engine, context)).map_err(rendezvous_error)?;
     let told: Vec<Told<'_>> = told.iter().map(|told| Told::new(told)).collect();
     let has_groups = told.iter().any(|told| told.has_group);
@@ -150,26 +150,37 @@ fn measure_all(
 ) -> Result<Vec<Vec<u8>>, Error> {
     let MeasureContext { rank, members, topology, .. } = context;
     let mut measured = Vec::new();
-    for round in pairs::rounds(topology, |rank| told[rank].core) {
-        let Some(peer) = pairs::partner(&round, rank) else { continue };
-        let cost = measure(engine, peer, context)?;
+    let [of_pairs @ .., of_group] = limits(Instant::now(), context);
+    for (round, limit) in pairs::rounds(topology, |rank| told[rank].core).iter().zip(of_pairs) {
+        let Some(peer) = pairs::partner(round, rank) else { continue };
+        let cost = measure(engine, peer, (context, limit))?;
         if rank < peer {
             measured.push(Measured { pair: [rank, peer], cost });
         }
     }
-    let group = measure_group(engine, context)?;
+    let group = measure_group(engine, (context, of_group))?;
     let (_, cores) = context.job.ranks_and_cores(members);
     let figures = || Figures { gamma_s_per_byte: gamma_s_per_byte(), cores: cores as f64, group };
     let blob = encode(&measured, (rank == 0).then(figures));
-    context.limit.membership.control().exchange(blob).map_err(rendezvous_error)
+    context.membership.control().exchange(blob).map_err(rendezvous_error)
+}
+
+/// How long ranks that begin at `start` wait in each of three rounds of pairs, and for the group.
+/// A rank may come late because it waits in an earlier round, whose time has to be up first: its
+/// partner there is to blame. All of it is less than ranks wait that measure nothing, because who
+/// measures knows more of what is wrong.
+fn limits<'a>(start: Instant, context: MeasureContext<'a>) -> [Limit<'a>; 4] {
+    let MeasureContext { job, membership, .. } = context;
+    let until = |sixteenths: u32| start + job.settings.connect_timeout * sixteenths / 16;
+    [9, 10, 11, 12].map(|sixteenths| Limit { until: until(sixteenths), membership })
 }
 
 fn measure(
     engine: &mut Engine,
     peer: Rank,
-    context: MeasureContext<'_>,
+    (context, limit): (MeasureContext<'_>, Limit<'_>),
 ) -> Result<LinkCost, Error> {
-    let MeasureContext { rank, job, limit, .. } = context;
+    let MeasureContext { rank, job, .. } = context;
     calibrate::measure(engine.link_to(peer), peer, rank < peer, &job.arena, limit)
         .map_err(|error| measuring_failed(error, limit.membership))
 }
@@ -177,7 +188,7 @@ fn measure(
 /// If all ranks share memory: the times of a one-shot and a two-shot, each at two sizes.
 fn measure_group(
     engine: &mut Engine,
-    context: MeasureContext<'_>,
+    (context, limit): (MeasureContext<'_>, Limit<'_>),
 ) -> Result<Option<[Line; 2]>, Error> {
     let Some(slot_bytes) = engine.group().map(|group| group.slot_bytes()) else {
         return Ok(None);
@@ -185,14 +196,14 @@ fn measure_group(
     if context.members.len() < context.topology.world() {
         return Ok(None);
     }
-    let one_shot = measure_collectives(engine, context, "one-shot", [8, slot_bytes / 2])?;
-    let two_shot = measure_collectives(engine, context, "two-shot", [4 << 10, 256 << 10])?;
+    let one_shot = measure_collectives(engine, (context, limit), "one-shot", [8, slot_bytes / 2])?;
+    let two_shot = measure_collectives(engine, (context, limit), "two-shot", [4 << 10, 256 << 10])?;
     Ok(Some([one_shot, two_shot]))
 }
 
 fn measure_collectives(
     engine: &mut Engine,
-    context: MeasureContext<'_>,
+    (context, limit): (MeasureContext<'_>, Limit<'_>),
     algorithm: &str,
     sizes: [usize; 2],
 ) -> Result<Line, Error> {
@@ -214,11 +225,11 @@ fn measure_collectives(
         // links drop the region before `memory` is freed.
         let region = unsafe { context.job.arena.region_at(memory.start(), bytes) };
         let regions = Regions::in_place(region);
-        let seconds = calibrate::collective_s(engine, call, regions, &program, context.limit);
+        let seconds = calibrate::collective_s(engine, call, regions, &program, limit);
         if seconds.is_err() {
             engine.abort();
         }
-        let failed = |error| measuring_failed(error, context.limit.membership);
+        let failed = |error| measuring_failed(error, context.membership);
         *point = (bytes, seconds.map_err(failed)?);
     }
     Ok(Line::through(points[0], points[1]))

@@ -25,7 +25,7 @@ const PIECE: usize = 48 << 10;
 /// # Errors
 /// On all ranks, if rank 0 cannot read it.
 pub(super) fn look_up(context: MeasureContext<'_>, told: &[Told<'_>]) -> Result<Earlier, Error> {
-    let control = context.limit.membership.control();
+    let control = context.membership.control();
     let failed = |text: String| Error::new(ErrorKind::Configuration, text).on(context.rank);
     let path = context.job.settings.tuning.as_ref().filter(|_| context.rank == 0);
     let found = path.map(|path| saved::open(path, head(context, told), control.kept()));

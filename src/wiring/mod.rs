@@ -39,7 +39,6 @@ use crate::autotuning::selector::{self, AlgorithmSelector};
 use crate::execution::membership::Membership;
 use crate::settings::Settings;
 use crate::{Elastic, Error, ErrorKind};
-use calibrate::Limit as MeasureLimit;
 use card::Card;
 use cores::Cores;
 use costs::MeasureContext;
@@ -190,12 +189,9 @@ fn wire(
     let mut engine = links.engine(rank, job.ranks_and_cores(&members));
     engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
     let tuning = Tuning { slice_bytes: settings.slice_bytes, window: settings.window };
-    // Less than ranks wait that measure nothing: who measures knows more of what is wrong.
-    let until = Instant::now() + settings.connect_timeout * 3 / 4;
-    let limit = MeasureLimit { until, membership };
     let context = {
         let (members, job, topology, transport) = (&members[..], &job, &topology, &transport[..]);
-        MeasureContext { rank, members, job, topology, transport, tuning, limit }
+        MeasureContext { rank, members, job, topology, transport, tuning, membership }
     };
     let agreed = costs::agree(&mut engine, context)?;
     let protection = settings.tls.in_words(&transport);
