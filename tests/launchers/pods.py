@@ -119,7 +119,7 @@ MISTAKES = {
     "no address": (
         {"JOB_COMPLETION_INDEX": 1, "UNISUM_WORLD": 4},
         ["Indexed Job", "set UNISUM_RENDEZVOUS=tcp://HOST:PORT"]),
-    "two ranks a node without torchrun": (
+    "two ranks a node that nothing starts": (
         trainjob(1) | {"PET_NPROC_PER_NODE": 2}, ["PET_NPROC_PER_NODE=`2`", "torchrun"]),
     "a rank without a world": ({"RANK": 1}, ["RANK is set but WORLD_SIZE is not"]),
     "an address without a port": (

@@ -17,7 +17,8 @@ NAMES = "unisum-0.unisum unisum-0.unisum.default unisum-ranks-0-0.unisum unisum-
 
 
 class Sandbox:
-    """Host `head`, where this process is, and four more hosts on a network with it."""
+    """Host `head`, where this process is, and four more hosts on a network with it, which `build`
+    builds; before that, it has only its files."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -27,6 +28,15 @@ class Sandbox:
         self.write("hosts", "127.0.0.1 localhost\n" + "".join(
             f"{address} {host}\n" for host, address in ADDRESSES.items()
         ) + f"{ADDRESSES[HOSTS[0]]} {NAMES}\n")
+        # As ssh and rsh are called: [OPTION...] HOST COMMAND...
+        self.remote = self.write("remote", f"""#!/bin/sh
+while [ "${{1#-}}" != "$1" ]; do shift; done
+host=$1; shift
+exec {self.on_command('$host')} sh -c "$*"
+""")
+        os.chmod(self.remote, 0o755)
+
+    def build(self):
         self.sh("mount --make-rprivate /")
         self.sh(f"mount --bind {self.path('hosts')} /etc/hosts")
         self.sh(f"hostname {HEAD}; ip link set lo up; ip link add br0 type bridge")
@@ -38,13 +48,6 @@ class Sandbox:
             self.sh(f"ip link set to-{host} master br0 up")
             self.sh(f"ip -n {host} addr add {ADDRESSES[host]}/24 dev eth0")
             self.sh(f"ip -n {host} link set eth0 up")
-        # As ssh and rsh are called: [OPTION...] HOST COMMAND...
-        self.remote = self.write("remote", f"""#!/bin/sh
-while [ "${{1#-}}" != "$1" ]; do shift; done
-host=$1; shift
-exec {self.on_command('$host')} sh -c "$*"
-""")
-        os.chmod(self.remote, 0o755)
 
     def path(self, name):
         return os.path.join(self.folder, name)
