@@ -69,6 +69,8 @@ ELSEWHERE = [
      "docs/quick-start/pytorch.md", 'dist.init_process_group("unisum")'),
     ("docs/pytorch", "from unisum.torch import DistributedDataParallel",
      "bindings/python/tests/ddp_scenarios.py", "DistributedDataParallel"),
+    ("docs/pytorch", "model.register_comm_hook(state, unisum.torch.hooks.aborting(my_hook))",
+     "bindings/python/tests/test_torch_hooks.py", "hooks.aborting("),
     ("docs/elastic", "comm = unisum.connect(elastic=2)", "bindings/python/tests/test_elastic.py",
      "unisum.connect(elastic=1)"),
     ("docs/elastic", "model = unisum.torch.DistributedDataParallel",

@@ -94,6 +94,8 @@ class UnisumProcessGroup(ElasticGroup, ProcessGroup):
         self._name = self._desc = ""
         self._barriers = self._sequence = 0
         self._error: Optional[BaseException] = None
+        #: What the first communication hook raised, after which the group was aborted.
+        self.hook_error: Optional[BaseException] = None
         self._has_state = not is_newcomer
         self._communicator = communicator
         self._native = self._communicator._native
@@ -533,8 +535,18 @@ class UnisumProcessGroup(ElasticGroup, ProcessGroup):
 
     def abort(self) -> None:
         """Ends the job of this group on all its ranks: calls under way fail."""
+        self._abort("the process group was aborted")
+
+    def abort_for_hook(self, error: BaseException) -> None:
+        """The same because a communication hook has raised on this rank."""
+        if self.hook_error is None:
+            self.hook_error = error
+        told = (str(error).splitlines() or [""])[0]
+        self._abort(f"its communication hook raised {type(error).__name__}: {told}")
+
+    def _abort(self, why: str) -> None:
         if not self._communicator.closed:
-            self._error = self._communicator.abort("the process group was aborted")
+            self._error = self._communicator.abort(why)
 
 
 def _with(options: Any, **values: Any) -> Any:

@@ -223,6 +223,8 @@ class HookedReducer(Reducer):
                 reduced = self._hook(self._state, bucket).wait()
             except BaseException as error:
                 self._broken = f"its hook raised {type(error).__name__} in an earlier step"
+                # The others wait in calls that this hook would have made.
+                self._group.abort_for_hook(error)
                 raise
             try:
                 bucket._take(reduced)

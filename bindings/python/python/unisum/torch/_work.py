@@ -10,6 +10,7 @@ import torch
 from torch._C._distributed_c10d import Work
 
 from .. import _completion, _errors, _unisum
+from ._failing import fail
 
 
 class UnisumWork(Work):
@@ -99,7 +100,7 @@ class UnisumWork(Work):
         try:
             self.wait()
         except BaseException as error:
-            future.set_exception(error)
+            fail(future, error)
         else:
             future.set_result(self._tensors)
 

@@ -12,22 +12,30 @@ the hook of that name in ``torch.distributed.algorithms.ddp_comm_hooks``::
 
 The process groups are unisum's. ``unisum.torch.DistributedDataParallel`` needs no hooks, and copies
 less.
+
+A hook that raises on one rank aborts its process group: ``backward`` raises on the other ranks, too,
+with an error that names the rank and the exception. ``aborting`` does the same for hooks of other
+origin.
 """
 
 # No postponed annotations: PyTorch looks at those of hooks.
-from typing import Any, Dict, List, Optional, Tuple
+import functools
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 
 from .. import _completion
 from .._buckets import Buckets, Parameter
+from ._aborting import AbortingHook
 from ._backend import group_of
+from ._failing import fail, then
 from ._reducer import _TYPES
 
 __all__ = [
     "PowerSGDState",
     "WireState",
+    "aborting",
     "allreduce_hook",
     "bf16_compress_hook",
     "fp16_compress_hook",
@@ -45,12 +53,51 @@ def _group(group: Any) -> Any:
     return own
 
 
+def aborting(hook: Callable[..., Any], process_group: Any = None) -> AbortingHook:
+    """The hook, and if it raises on a rank, or the future that it returns fails there, the process
+    group is aborted: calls of the other ranks raise ``unisum.AbortedError``, which names the rank and
+    the exception. Without this they wait until the group's timeout.
+
+    ``process_group`` is the model's, of unisum (the default group). Also a decorator.
+    """
+    return AbortingHook(hook, functools.partial(_given_group, process_group))
+
+
+def _given_group(group: Any, _state: Any) -> Any:
+    return _group(group)
+
+
+def _by_group(hook: Callable[..., Any]) -> AbortingHook:
+    """A hook whose state is its process group."""
+    return AbortingHook(hook, _group)
+
+
+def _by_state(wires: Tuple[str, ...], shown: str) -> Callable[[Callable[..., Any]], AbortingHook]:
+    """A hook whose state is a ``WireState``, whose wire begins with one of
+    these. Another state is refused on this rank, and aborts nothing."""
+
+    def group_of(state: Any) -> Any:
+        if not isinstance(state, WireState) or not state.wire.startswith(wires):
+            raise ValueError(f"the state of this hook is {shown}")
+        return _group(state.process_group)
+
+    return lambda hook: AbortingHook(hook, group_of)
+
+
+@_by_group
 def allreduce_hook(process_group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages a bucket as it is: the division is part of the all-reduce."""
+    return then(_averaged(process_group, bucket.buffer()), _first)  # type: ignore[no-any-return]
+
+
+def _averaged(process_group: Any, tensor: torch.Tensor) -> Any:
     options = dist.AllreduceOptions()
     options.reduceOp = dist.ReduceOp.AVG
-    future = _group(process_group).allreduce([bucket.buffer()], options).get_future()
-    return future.then(lambda ended: ended.value()[0])  # type: ignore[no-any-return]
+    return _group(process_group).allreduce([tensor], options).get_future()
+
+
+def _first(ended: Any) -> Any:
+    return ended.value()[0]
 
 
 class WireState:
@@ -120,8 +167,7 @@ def _key(key: Any) -> Tuple[Any, ...]:
     return index, tuple((tuple(shape), dtype) for shape, dtype in shapes)
 
 
-def wire_hook(state: WireState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Averages a bucket as its state says that it travels."""
+def _on_wire(state: WireState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     buckets = state._of(bucket)
     native = buckets._native
     gradients: List[torch.Tensor] = bucket.gradients()
@@ -141,7 +187,7 @@ def wire_hook(state: WireState, bucket: dist.GradBucket) -> torch.futures.Future
             for place, gradient in enumerate(gradients):
                 gradient.copy_(native._gradient(place).torch())
         except BaseException as error:
-            future.set_exception(error)
+            fail(future, error)
         else:
             future.set_result(bucket.buffer())
 
@@ -149,46 +195,47 @@ def wire_hook(state: WireState, bucket: dist.GradBucket) -> torch.futures.Future
     return future
 
 
-
-
 def _stateless(process_group: Any, bucket: dist.GradBucket, dtype: torch.dtype) -> Any:
     """Averages a bucket in a type of fewer bits; sums accumulate in float32 within each fold."""
     buffer = bucket.buffer()
     if buffer.dtype == dtype:
-        return allreduce_hook(process_group, bucket)
-    narrow = buffer.to(dtype)
-    options = dist.AllreduceOptions()
-    options.reduceOp = dist.ReduceOp.AVG
-    future = _group(process_group).allreduce([narrow], options).get_future()
-    return future.then(lambda ended: buffer.copy_(ended.value()[0]))
+        return then(_averaged(process_group, buffer), _first)
+    future = _averaged(process_group, buffer.to(dtype))
+    return then(future, lambda ended: buffer.copy_(ended.value()[0]))
 
 
+@_by_group
 def bf16_compress_hook(process_group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages a bucket in bfloat16, without error feedback, as PyTorch's hook of this name."""
     return _stateless(process_group, bucket, torch.bfloat16)  # type: ignore[no-any-return]
 
 
+# PyTorch refuses hooks of the name "bf16_compress_hook" where it is built without CUDA.
+bf16_compress_hook.__name__ = "bf16_compress"
+
+
+@_by_group
 def fp16_compress_hook(process_group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages a bucket in float16, without error feedback, as PyTorch's hook of this name."""
     return _stateless(process_group, bucket, torch.float16)  # type: ignore[no-any-return]
 
 
+@_by_state(("",), "a WireState")
+def wire_hook(state: WireState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Averages a bucket as its state says that it travels."""
+    return _on_wire(state, bucket)
+
+
+@_by_state(("f8e4m3", "f8e5m2"), "WireState('f8e4m3')")
 def fp8_compress_hook(state: WireState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages a bucket in 8-bit floats: the state is ``WireState("f8e4m3")`` or ``"f8e5m2"``."""
-    return _checked(state, ("f8e4m3", "f8e5m2"), bucket)
+    return _on_wire(state, bucket)
 
 
+@_by_state(("int8",), "WireState('int8')")
 def int8_compress_hook(state: WireState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages a bucket in 8-bit integers: the state is ``WireState("int8")``."""
-    return _checked(state, ("int8",), bucket)
-
-
-def _checked(
-    state: WireState, wires: Tuple[str, ...], bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
-    if not isinstance(state, WireState) or state.wire not in wires:
-        raise ValueError(f"the state of this hook is WireState({wires[0]!r})")
-    return wire_hook(state, bucket)
+    return _on_wire(state, bucket)
 
 
 class PowerSGDState(WireState):
@@ -209,9 +256,8 @@ class PowerSGDState(WireState):
         )
 
 
+@_by_state(("powersgd",), "PowerSGDState(...)")
 def powerSGD_hook(state: PowerSGDState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages a bucket by PowerSGD: of its matrices a few columns travel, of which what is left
     out is due in the next step."""
-    if not isinstance(state, WireState) or not state.wire.startswith("powersgd"):
-        raise ValueError("the state of this hook is PowerSGDState(...)")
-    return wire_hook(state, bucket)
+    return _on_wire(state, bucket)
