@@ -7,6 +7,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, U
 
 from . import _completion, _unisum
 from ._communicator import Communicator, View, Work, succeed
+from ._types import Data
 from ._unisum import Array
 
 
@@ -82,7 +83,8 @@ def _report(told: Any) -> StepReport:
     if change is not None:
         epoch, processes, *rest = change
         change = StepChange(View(epoch, processes), *rest)
-    return StepReport(*fields, [BucketReport(*it) for it in buckets], change, newcomers)
+    fields += [[BucketReport(*it) for it in buckets], change, newcomers]
+    return StepReport(*fields)
 
 
 class Buckets:
@@ -284,7 +286,7 @@ class Step:
         """The gradient is final, as what was written to its view. Not blocking."""
         self._native._ready(self._buckets._place(parameter), False)
 
-    def put(self, parameter: Union[int, str], gradient: Any) -> None:
+    def put(self, parameter: Union[int, str], gradient: Data) -> None:
         """Copies a gradient that lies elsewhere, adds it if the parameter has one already, and
         marks it ready. It has the parameter's type."""
         self._native._put(self._buckets._place(parameter), gradient)

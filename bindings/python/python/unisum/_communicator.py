@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import weakref
 from typing import (
+    TYPE_CHECKING,
     Any,
     Iterator,
     List,
@@ -19,7 +20,11 @@ from typing import (
 
 from . import _completion, _errors, _observing, _unisum
 from ._observing import Description, Stats
+from ._types import Data, DataOrList
 from ._unisum import Array
+
+if TYPE_CHECKING:
+    from ._device import DeviceCommunicator
 
 ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER = range(5)
 ALL_TO_ALL, GATHER, SCATTER, BARRIER = range(5, 9)
@@ -302,6 +307,9 @@ class Communicator:
     ) -> Any:
         if data is None and kind != SCATTER:
             raise TypeError("None is no array")
+        # Several arrays are a list.
+        data = list(data) if isinstance(data, tuple) else data
+        out = list(out) if isinstance(out, tuple) else out
         request = (
             kind,
             op,
@@ -322,10 +330,10 @@ class Communicator:
 
     def all_reduce(
         self,
-        data: Any,
+        data: Data,
         op: str = "sum",
         *,
-        out: Any = None,
+        out: Optional[Data] = None,
         scale: Optional[float] = None,
         detect_nonfinite: bool = False,
         async_op: bool = False,
@@ -347,19 +355,25 @@ class Communicator:
         )
 
     def reduce(
-        self, data: Any, root: int = 0, op: str = "sum", *, out: Any = None, async_op: bool = False
+        self,
+        data: Data,
+        root: int = 0,
+        op: str = "sum",
+        *,
+        out: Optional[Data] = None,
+        async_op: bool = False,
     ) -> Any:
         """Reduces ``data`` of all ranks for ``root``; elsewhere it stays as it is."""
         return self._call(REDUCE, data, out, _op(op), root, async_op=async_op)
 
-    def broadcast(self, data: Any, root: int = 0, *, async_op: bool = False) -> Any:
+    def broadcast(self, data: Data, root: int = 0, *, async_op: bool = False) -> Any:
         """Gives all ranks the ``data`` of ``root``."""
         return self._call(BROADCAST, data, None, 0, root, async_op=async_op)
 
     def all_gather(
         self,
-        data: Any,
-        out: Any,
+        data: Data,
+        out: DataOrList,
         *,
         counts: Optional[Sequence[int]] = None,
         async_op: bool = False,
@@ -373,8 +387,8 @@ class Communicator:
 
     def reduce_scatter(
         self,
-        data: Any,
-        out: Any,
+        data: DataOrList,
+        out: Data,
         op: str = "sum",
         *,
         counts: Optional[Sequence[int]] = None,
@@ -396,8 +410,8 @@ class Communicator:
 
     def all_to_all(
         self,
-        data: Any,
-        out: Any,
+        data: DataOrList,
+        out: DataOrList,
         *,
         counts: Optional[Sequence[int]] = None,
         receive_counts: Optional[Sequence[int]] = None,
@@ -420,8 +434,8 @@ class Communicator:
 
     def gather(
         self,
-        data: Any,
-        out: Any = None,
+        data: Data,
+        out: Optional[DataOrList] = None,
         root: int = 0,
         *,
         counts: Optional[Sequence[int]] = None,
@@ -433,8 +447,8 @@ class Communicator:
 
     def scatter(
         self,
-        data: Any,
-        out: Any,
+        data: Optional[DataOrList],
+        out: Data,
         root: int = 0,
         *,
         counts: Optional[Sequence[int]] = None,
@@ -449,7 +463,7 @@ class Communicator:
 
     def all_reduce_batch(
         self,
-        tensors: Sequence[Any],
+        tensors: Sequence[Data],
         op: str = "sum",
         *,
         async_op: bool = False,
@@ -459,13 +473,13 @@ class Communicator:
         return self._batch(ALL_REDUCE, [(it, None) for it in tensors], _op(op), async_op)
 
     def all_gather_batch(
-        self, pairs: Sequence[Tuple[Any, Any]], *, async_op: bool = False
+        self, pairs: Sequence[Tuple[Data, Data]], *, async_op: bool = False
     ) -> Any:
         """``all_gather`` of several pairs of input and output, in few launches."""
         return self._batch(ALL_GATHER, pairs, 0, async_op)
 
     def reduce_scatter_batch(
-        self, pairs: Sequence[Tuple[Any, Any]], op: str = "sum", *, async_op: bool = False
+        self, pairs: Sequence[Tuple[Data, Data]], op: str = "sum", *, async_op: bool = False
     ) -> Any:
         """``reduce_scatter`` of several pairs of input and output, in few launches."""
         return self._batch(REDUCE_SCATTER, pairs, _op(op), async_op)
@@ -531,20 +545,20 @@ class Messenger:
     def __init__(self, native: _unisum.Messenger) -> None:
         self._native = native
 
-    def send(self, data: Any, to: int, tag: int = 0, *, async_op: bool = False) -> Optional[Work]:
+    def send(self, data: Data, to: int, tag: int = 0, *, async_op: bool = False) -> Optional[Work]:
         """Sends an array to rank ``to``."""
         if async_op:
             return Work([self._native._start(False, data, to, tag)], None)
         self._native._transfer(False, data, to, tag)
         return None
 
-    def receive_any(self, data: Any, tag: int = 0) -> int:
+    def receive_any(self, data: Data, tag: int = 0) -> int:
         """Receives the next message with this tag of any rank in ``data``, and gives the rank."""
         work = self._native._start_any(data, tag)
         work.wait()
         return int(work.source or 0)
 
-    def receive(self, data: Any, source: int, tag: int = 0, *, async_op: bool = False) -> Any:
+    def receive(self, data: Data, source: int, tag: int = 0, *, async_op: bool = False) -> Any:
         """Receives the next message of rank ``source`` with this tag in ``data``."""
         if async_op:
             return Work([self._native._start(True, data, source, tag)], data)

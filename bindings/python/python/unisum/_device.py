@@ -8,6 +8,7 @@ from typing import Any, Optional, Sequence
 from . import _unisum
 from ._communicator import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, BARRIER, BROADCAST, GATHER
 from ._communicator import REDUCE, REDUCE_SCATTER, SCATTER, _op
+from ._types import DeviceData
 
 
 def stream_handle(stream: Any, data: Any = None) -> int:
@@ -116,10 +117,10 @@ class DeviceCommunicator:
 
     def all_reduce(
         self,
-        data: Any,
+        data: DeviceData,
         op: str = "sum",
         *,
-        out: Any = None,
+        out: Optional[DeviceData] = None,
         scale: Optional[float] = None,
         detect_nonfinite: bool = False,
         stream: Any = None,
@@ -133,19 +134,25 @@ class DeviceCommunicator:
         return self._call(ALL_REDUCE, data, out, stream, number, 0, scale, detect_nonfinite)
 
     def reduce(
-        self, data: Any, root: int = 0, op: str = "sum", *, out: Any = None, stream: Any = None
+        self,
+        data: DeviceData,
+        root: int = 0,
+        op: str = "sum",
+        *,
+        out: Optional[DeviceData] = None,
+        stream: Any = None,
     ) -> Any:
         """Reduces ``data`` of all ranks for ``root``; elsewhere it stays as it is."""
         return self._call(REDUCE, data, out, stream, _op(op), root)
 
-    def broadcast(self, data: Any, root: int = 0, *, stream: Any = None) -> Any:
+    def broadcast(self, data: DeviceData, root: int = 0, *, stream: Any = None) -> Any:
         """Gives all ranks the ``data`` of ``root``."""
         return self._call(BROADCAST, data, None, stream, 0, root)
 
     def all_gather(
         self,
-        data: Any,
-        out: Any,
+        data: DeviceData,
+        out: DeviceData,
         *,
         counts: Optional[Sequence[int]] = None,
         stream: Any = None,
@@ -156,8 +163,8 @@ class DeviceCommunicator:
 
     def reduce_scatter(
         self,
-        data: Any,
-        out: Any,
+        data: DeviceData,
+        out: DeviceData,
         op: str = "sum",
         *,
         counts: Optional[Sequence[int]] = None,
@@ -173,8 +180,8 @@ class DeviceCommunicator:
 
     def all_to_all(
         self,
-        data: Any,
-        out: Any,
+        data: DeviceData,
+        out: DeviceData,
         *,
         counts: Optional[Sequence[int]] = None,
         receive_counts: Optional[Sequence[int]] = None,
@@ -189,21 +196,21 @@ class DeviceCommunicator:
 
     def gather(
         self,
-        data: Any,
-        out: Any = None,
+        data: DeviceData,
+        out: Optional[DeviceData] = None,
         root: int = 0,
         *,
         counts: Optional[Sequence[int]] = None,
         stream: Any = None,
     ) -> Any:
         """Gives ``root`` the ``data`` of all ranks, in rank order, in its ``out``."""
-        out = [] if out is None else out
-        return self._call(GATHER, data, out, stream, 0, root, counts=counts)
+        given: Any = [] if out is None else out
+        return self._call(GATHER, data, given, stream, 0, root, counts=counts)
 
     def scatter(
         self,
-        data: Any,
-        out: Any,
+        data: Optional[DeviceData],
+        out: DeviceData,
         root: int = 0,
         *,
         counts: Optional[Sequence[int]] = None,

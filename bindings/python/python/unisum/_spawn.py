@@ -8,7 +8,7 @@ import os
 import secrets
 import tempfile
 import traceback
-from typing import Any, Callable, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 
 class RankFailed(RuntimeError):
@@ -79,16 +79,16 @@ def _run(sender: Any, environment: Any, function: Callable[..., Any], args: Any)
 def _collect(started: Any, grace: float) -> List[Any]:
     results: List[Any] = [None] * len(started)
     failure: Optional[RankFailed] = None
-    open_ranks = {receiver: rank for rank, (_, receiver) in enumerate(started)}
+    open_ranks: Dict[Any, int] = {receiver: rank for rank, (_, receiver) in enumerate(started)}
     while open_ranks:
         timeout = None if failure is None else grace
-        ready = multiprocessing.connection.wait(list(open_ranks), timeout)
+        ready: List[Any] = multiprocessing.connection.wait(list(open_ranks), timeout)
         if not ready:
             break
         for receiver in ready:
-            rank = open_ranks.pop(receiver)  # type: ignore[call-overload]
+            rank = open_ranks.pop(receiver)
             try:
-                is_well, value = receiver.recv()  # type: ignore[union-attr]
+                is_well, value = receiver.recv()
             except EOFError:
                 process = started[rank][0]
                 process.join()

@@ -1,6 +1,22 @@
 """The native part of unisum. Programs use the package ``unisum``."""
 
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, final
+
+__all__ = [
+    "Array",
+    "Buckets",
+    "Communicator",
+    "Device",
+    "LossScaler",
+    "Messenger",
+    "Report",
+    "Work",
+    "connect",
+    "cuda_devices",
+    "end_completed",
+    "make_buckets",
+    "next_completed",
+]
 
 _Request = Tuple[
     int,
@@ -14,8 +30,8 @@ _Request = Tuple[
     Any,
 ]
 _View = Tuple[int, List[int]]
-_C = TypeVar("_C", bound="Communicator")
 
+@final
 class Array:
     @property
     def shape(self) -> Tuple[int, ...]: ...
@@ -31,6 +47,7 @@ class Array:
     def __dlpack__(self, **options: Any) -> Any: ...
     def __dlpack_device__(self) -> Tuple[int, int]: ...
 
+@final
 class Work:
     def wait(self, timeout: Optional[float] = None) -> bool: ...
     def done(self) -> bool: ...
@@ -77,6 +94,7 @@ class Communicator:
     def _messenger(self) -> Messenger: ...
     def _empty(self, shape: Sequence[int], dtype: str) -> Array: ...
 
+@final
 class Device:
     @property
     def rank(self) -> int: ...
@@ -109,6 +127,7 @@ _Told = Tuple[
     bool, int, List[int], float, float, float, float, _BucketTimes, Optional[_Change], bool
 ]
 
+@final
 class Buckets:
     def _begin(self, accumulates: bool) -> None: ...
     def _view(self, parameter: int) -> Array: ...
@@ -127,19 +146,21 @@ class Buckets:
     def _restore(self, saved: bytes) -> None: ...
     def close(self) -> None: ...
 
+@final
 class Report:
     def _told(self) -> Optional[_Told]: ...
 
+@final
 class LossScaler:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         scale: float = 65536.0,
         *,
         growth: float = 2.0,
         growth_interval: int = 2000,
         backoff: float = 0.5,
-        limits: Tuple[float, float] = (1.0, 4294967296.0),
-    ) -> None: ...
+        limits: Tuple[float, float] = ...,
+    ) -> LossScaler: ...
     @property
     def scale(self) -> float: ...
     def update(self, nonfinite: bool) -> bool: ...
