@@ -1,5 +1,5 @@
-"""A program that uses most of unisum's interface, as type checkers see it: test_types has mypy check
-it. Nothing runs it."""
+"""A program that uses most of unisum's interface, for type checkers: test_types has mypy check it.
+Nothing runs it."""
 
 import array
 import asyncio
