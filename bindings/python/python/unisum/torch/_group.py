@@ -255,9 +255,15 @@ class UnisumProcessGroup(ElasticGroup, ProcessGroup):
                 _completion.starts_collective()
                 return self._watched([self._native._start(request)], result, after, limit)
             self._native._run(request)
+        except _errors.ConfigurationError:
+            # An argument was refused; the group goes on.
+            raise
         except _errors.Error as error:
             self._error = overdue(error)
             raise self._error from None
+        except RuntimeError:
+            _options.refuse_meta(given)
+            raise
         if after is not None:
             after()
         return self._done
@@ -518,6 +524,7 @@ class UnisumProcessGroup(ElasticGroup, ProcessGroup):
         after = None
         if _profiling.is_on():
             after = self._profiled("recv" if receives else "send", [tensor], None)
+        _options.refuse_meta([tensor])
         work = self._messages()._start(receives, tensor, peer, tag)
         made = UnisumWork([work], [tensor], after)
         if receives:

@@ -64,6 +64,12 @@ def flat(tensors: List[torch.Tensor]) -> List[torch.Tensor]:
     return tensors
 
 
+def refuse_meta(tensors: List[torch.Tensor]) -> None:
+    """Tensors without memory can't be sent: other backends do nothing, and tell nobody."""
+    if any(isinstance(it, torch.Tensor) and it.is_meta for it in tensors):
+        raise ValueError('tensors on the device "meta" have no memory to communicate')
+
+
 def counts(tensors: List[torch.Tensor]) -> Optional[List[int]]:
     """How many elements each has, unless all have as many."""
     numbers = [tensor.numel() for tensor in tensors]
