@@ -226,6 +226,28 @@ def test_all_ranks_learn_of_it(tmp_path):
     mp.spawn(rank_of, (3, str(tmp_path)), nprocs=3)
 
 
+def in_an_elastic_job(rank, world, folder):
+    """Which goes on."""
+    os.environ["UNISUM_ELASTIC"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "unisum", init_method=f"file://{folder}/init", rank=rank, world_size=world
+    )
+    model = DDP(network())
+    model.register_comm_hook(None, hooks.aborting(lambda _state, bucket: 1 / 0))
+    inputs, targets = batch(rank)
+    with pytest.raises(ZeroDivisionError):
+        F.mse_loss(model(inputs), targets).backward()
+    tensor = torch.ones(1)
+    dist.all_reduce(tensor)
+    assert tensor == world
+    dist.destroy_process_group()
+
+
+def test_an_elastic_job_goes_on(tmp_path):
+    mp.spawn(in_an_elastic_job, (2, str(tmp_path)), nprocs=2)
+
+
 @hooks.aborting
 def decorated(state, bucket):
     """As a program has it."""

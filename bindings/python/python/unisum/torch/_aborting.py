@@ -54,4 +54,4 @@ def _outcome(group: Any, ended: Any) -> Any:
     except BaseException as error:
         group.abort_for_hook(error)
         # That of another bucket, if it came first: it aborted this one.
-        raise group.hook_error from None
+        raise group.hook_error or error

@@ -546,6 +546,9 @@ class UnisumProcessGroup(ElasticGroup, ProcessGroup):
 
     def abort_for_hook(self, error: BaseException) -> None:
         """The same because a communication hook has raised on this rank."""
+        if self._communicator.closed or self.view is not None:
+            # An elastic job goes on: the hook may have raised because a rank was lost.
+            return
         if self.hook_error is None:
             self.hook_error = error
         told = (str(error).splitlines() or [""])[0]
