@@ -4,6 +4,7 @@ use unisum_link::fuzzing::Target;
 
 use crate::autotuning::saved;
 use crate::communicator::groups;
+use crate::epoch_log;
 use crate::settings::{Settings, parse_bytes};
 use crate::{buckets, messenger, wiring};
 use unisum_control::Environment;
@@ -13,6 +14,7 @@ use unisum_kernels::{Encoding, Isa};
 pub fn targets() -> Vec<Target> {
     let modules = [
         buckets::fuzzing::TARGETS,
+        epoch_log::fuzzing::TARGETS,
         groups::fuzzing::TARGETS,
         messenger::fuzzing::TARGETS,
         saved::fuzzing::TARGETS,

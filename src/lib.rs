@@ -34,6 +34,7 @@ mod collective;
 mod communicator;
 #[cfg(feature = "cuda")]
 mod device;
+mod epoch_log;
 mod error;
 mod execution;
 #[cfg(any(test, fuzzing))]

@@ -76,6 +76,8 @@ pub(super) struct Attempt {
     pub(super) change: Option<StepChange>,
     /// The view in which the step began.
     began_in: Option<View>,
+    /// The processes of the view in which it was tried last.
+    pub(super) voters: Vec<u64>,
 }
 
 impl Continuity {
@@ -118,7 +120,7 @@ impl Continuity {
     }
 
     /// Whether the layer goes on in the next view: not once the program has left it.
-    fn goes_on(&self) -> bool {
+    pub(super) fn goes_on(&self) -> bool {
         self.epoch().lineage.has(self.layer())
     }
 
@@ -153,6 +155,9 @@ impl Core {
             let text = "newcomers enter buckets of an elastic job only, and no sharded ones";
             return Err(Error::new(ErrorKind::Configuration, text).on(rank));
         };
+        if continuity.epoch().await_repeated_newcomers().map_err(|error| error.on(rank))? {
+            self.communicator().barrier()?;
+        }
         continuity.epoch().admit();
         loop {
             let epoch = continuity.epoch();

@@ -60,6 +60,7 @@ mod per_bucket;
 mod place;
 mod plan;
 mod power;
+mod repeating;
 mod report;
 mod scaler;
 mod shard;

@@ -33,7 +33,7 @@ pub(super) struct Core {
     steps: AtomicU64,
     /// Why there are no more steps though no call has failed: code of the program panicked, or the
     /// job has ended or changed between two calls.
-    ended: Ended,
+    pub(super) ended: Ended,
 }
 
 /// How steps are run, the same on all ranks.
@@ -184,13 +184,17 @@ impl Core {
     fn run(&self, flight: &InFlightStep) -> Result<Outcome, Error> {
         let mut attempt = Attempt::new(self);
         loop {
-            match self.attempt(flight, &mut attempt) {
+            let begun = self.repeat_before(flight, &mut attempt);
+            match begun.and_then(|()| self.attempt(flight, &mut attempt)) {
                 Err(error) if self.outlives(&error) => {
                     let recovered = self.recover(flight, &mut attempt, error);
                     recovered.inspect_err(|error| self.ended.by(error))?;
                 }
                 end => {
-                    return end.map(|outcome| Outcome { change: attempt.change, ..outcome });
+                    if !self.repeat_after(flight, &mut attempt)? {
+                        self.log_end(&attempt);
+                        return end.map(|outcome| Outcome { change: attempt.change, ..outcome });
+                    }
                 }
             }
         }
@@ -199,6 +203,7 @@ impl Core {
     /// Takes a step as far as the view allows.
     fn attempt(&self, flight: &InFlightStep, attempt: &mut Attempt) -> Result<Outcome, Error> {
         if attempt.ballot.is_none() {
+            self.is_tried_here(attempt);
             attempt.participants = self.count_participants(flight)?;
             if attempt.participants == 0 {
                 return Ok(Outcome::default());
@@ -372,7 +377,7 @@ impl Core {
         let is_used = |parameter: usize| ballot[USED + parameter / 8] & 1 << (parameter % 8) != 0;
         Ok(Outcome {
             nonfinite: ballot[0] & NONFINITE != 0,
-            newcomers: ballot[0] & NO_NEWCOMERS == 0,
+            newcomers: self.turns_after(attempt).unwrap_or(ballot[0] & NO_NEWCOMERS == 0),
             participants: attempt.participants,
             used: (0..parameters).map(is_used).collect(),
             change: None,

@@ -78,6 +78,25 @@ impl Builder {
         Self { elastic: Some(elastic), ..self }
     }
 
+    /// A folder in which each process of an elastic job logs its views, and how steps of gradient
+    /// buckets ended that changes of view interrupted (`UNISUM_EPOCH_LOG`).
+    pub fn epoch_log(self, folder: &str) -> Self {
+        self.set("UNISUM_EPOCH_LOG", folder)
+    }
+
+    /// A folder with the logs of an elastic job ([`Builder::epoch_log`]), which this one repeats:
+    /// without any loss, ranks end and steps are made again where they were then, and the bits are
+    /// the same. Both jobs are [reproducible](Builder::reproducible); see docs/elastic.md
+    /// (`UNISUM_REPLAY`).
+    ///
+    /// # Errors
+    /// [`Builder::connect`] reports logs that can't be read or repeated. Calls end with
+    /// [`ErrorKind::Mismatch`] if the job strays from the other one, and with
+    /// [`ErrorKind::RankLost`] in a process that ended there.
+    pub fn replay(self, folder: &str) -> Self {
+        self.set("UNISUM_REPLAY", folder)
+    }
+
     /// The secret that every connection of the job must prove (`UNISUM_TOKEN`).
     pub fn token(self, token: &str) -> Self {
         self.set("UNISUM_TOKEN", token)
@@ -211,6 +230,11 @@ impl Builder {
         let settings = settings.inspect_err(|error| wiring::tell_that_not(&environment, error))?;
         let mut detected = launcher::detect(&environment).map_err(configuration)?;
         tracing::info!("{detected}");
+        if settings.replay.is_some() && self.elasticity(&settings).is_none() {
+            let text = "UNISUM_REPLAY is for elastic jobs: `Builder::elastic` or UNISUM_ELASTIC is \
+                        needed";
+            return Err(Error::new(ErrorKind::Configuration, text).on(detected.rank));
+        }
         if detected.world == 1 {
             if let Some(note) = &detected.note {
                 crate::warning::warning!("each such process trains alone, a world of one: {note}");

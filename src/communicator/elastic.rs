@@ -52,6 +52,10 @@ impl Epoch {
         // This process may be in a later view already, by a step of gradient buckets.
         let last = self.last();
         let _all = last.need_all();
+        if last.repeats() {
+            let view = last.repeat_change(position)?;
+            return Self { view, ..last }.enter(position);
+        }
         // Does nothing if the view has changed.
         last.change(&[]);
         let view = last.await_next()?;
@@ -69,13 +73,14 @@ impl Epoch {
         loop {
             match builder::of_view(&epoch, epoch.lineage.standing(position)) {
                 Ok((communicator, standings)) => {
-                    epoch.entered();
+                    epoch.entered(&standings);
                     return Ok(Entered { communicator, epoch, standings });
                 }
                 // Ranks were lost while it was made: those that are left begin again.
                 Err(_) if epoch.is_left_soon() => {}
                 Err(error) => return Err(error),
             }
+            epoch.may_pass()?;
             let view = epoch.await_next()?;
             epoch = Self { view, ..epoch };
         }
@@ -153,7 +158,11 @@ impl Communicator {
     /// # Errors
     /// As [`Communicator::rebuild`].
     pub fn admit(&self) -> Result<Self, Error> {
-        self.elastic_epoch()?.admit();
+        let epoch = self.elastic_epoch()?;
+        if epoch.last().await_repeated_newcomers()? {
+            self.barrier()?;
+        }
+        epoch.admit();
         self.rebuild()
     }
 

@@ -33,6 +33,12 @@ pub(crate) struct Settings {
     /// How many ranks a job that outlives its ranks needs; `None` if it ends with the first that is
     /// lost.
     pub(crate) elastic: Option<usize>,
+    /// The folder in which an elastic job logs its epochs.
+    pub(crate) epoch_log: Option<PathBuf>,
+    /// The folder with the logs of the job that this one repeats.
+    pub(crate) replay: Option<PathBuf>,
+    /// Which process of that job a newcomer is.
+    pub(crate) replay_process: Option<u64>,
     /// Name of the algorithm to use for every operation; `None` chooses by size.
     pub(crate) algorithm: Option<String>,
     /// Whether algorithms are chosen by nothing that was measured.
@@ -106,6 +112,9 @@ impl Settings {
                 .seconds_or_none("UNISUM_RECONNECT_TIMEOUT")?
                 .unwrap_or(defaults.reconnect_timeout),
             elastic: read.number("UNISUM_ELASTIC", 0..=1 << 16)?.filter(|&minimum| minimum > 0),
+            epoch_log: read.path("UNISUM_EPOCH_LOG")?,
+            replay: read.path("UNISUM_REPLAY")?,
+            replay_process: read.parsed("UNISUM_REPLAY_PROCESS")?,
             algorithm: read.algorithm("UNISUM_ALGORITHM")?,
             reproducible,
             tuning: read.tuning("UNISUM_TUNING", reproducible)?,
@@ -155,6 +164,9 @@ impl Default for Settings {
             heartbeat_timeout: Duration::from_secs(10),
             reconnect_timeout: Duration::ZERO,
             elastic: None,
+            epoch_log: None,
+            replay: None,
+            replay_process: None,
             algorithm: None,
             reproducible: false,
             tuning: None,
@@ -305,6 +317,10 @@ impl Reader<'_> {
             }
         })?;
         Ok(name.filter(|name| name != "auto"))
+    }
+
+    fn path(&self, variable: &'static str) -> Read<PathBuf> {
+        self.read(variable, |path| Ok(path.into()))
     }
 
     fn tuning(&self, variable: &'static str, reproducible: bool) -> Read<PathBuf> {

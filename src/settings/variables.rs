@@ -79,6 +79,17 @@ pub(crate) const VARIABLES: &[Variable] = &[
         "0",
         "ranks that a job needs to go on when it loses some; 0 ends it with the first that is lost",
     ),
+    variable(
+        "UNISUM_EPOCH_LOG",
+        "",
+        "folder in which each process of an elastic job logs its views",
+    ),
+    variable("UNISUM_REPLAY", "", "folder with the logs of an elastic job, which this one repeats"),
+    variable(
+        "UNISUM_REPLAY_PROCESS",
+        "",
+        "process of that job that a newcomer is; with `UNISUM_REPLAY` only",
+    ),
     variable("UNISUM_ALGORITHM", "auto", "algorithm for every operation, or `auto`"),
     variable(
         "UNISUM_REPRODUCIBLE",

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use unisum_control::Environment;
 use unisum_control::address::Rendezvous;
-use unisum_control::elastic::{PublishedRecord, Record, Views};
+use unisum_control::elastic::{PublishedRecord, Record, Views, ViewsConfig};
 use unisum_control::launcher::{Detected, Token};
 
+use super::chronicle::Chronicle;
 use super::lineage::{Epoch, Lineage};
 use super::meeting::Meeting;
 use super::store::StoreEntry;
@@ -129,11 +130,16 @@ impl Lineage {
         if matches!(meeting.place, RecordPlace::Nowhere) {
             return Err(Error::new(ErrorKind::Configuration, NOWHERE));
         }
+        let mut chronicle = Chronicle::read(settings)?;
+        let newcomer = chronicle.newcomer(settings)?;
         let config = super::lineage::config(elastic, settings, &detected, &meeting);
-        let views = Views::join(&config, &mut || meeting.place.find(), until);
+        let config = ViewsConfig { newcomer, ..config };
+        let mut find = || chronicle.fits(newcomer, meeting.place.find()?);
+        let views = Views::join(&config, &mut find, until);
         let views = views.map_err(super::rendezvous_error)?;
         let view = views.await_change(0, until).view;
-        let lineage = Self::new(views, elastic, (settings, &detected), &meeting);
+        chronicle.begin(settings, views.own().0)?;
+        let lineage = Self::new(views, elastic, (settings, &detected), (&meeting, chronicle));
         Ok(Epoch { lineage: Arc::new(lineage), view })
     }
 }

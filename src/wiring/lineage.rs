@@ -11,6 +11,7 @@ use unisum_control::{Control, IsMoot, Verdict, VerdictKind};
 use unisum_link::Rank;
 
 use super::Elasticity;
+use super::chronicle::Chronicle;
 use super::joining::{Published, RecordPlace};
 use super::meeting::Meeting;
 use super::standing::{Decided, Position, Standing};
@@ -39,6 +40,7 @@ pub(crate) struct Lineage {
     pub(super) place: RecordPlace,
     /// While this process is the first rank.
     published: Mutex<Option<Published>>,
+    pub(super) chronicle: Chronicle,
 }
 
 /// The gradient buckets whose steps outlive a change of view: one layer at a time.
@@ -46,6 +48,8 @@ pub(crate) struct Lineage {
 struct Layer {
     /// Counts the layers that there were.
     number: u64,
+    /// Counts those of the epoch that this process is in.
+    in_epoch: u64,
     is_there: bool,
     /// The last step of the last layer that this rank saw decided.
     decided: Option<Decided>,
@@ -67,6 +71,7 @@ impl Lineage {
         meeting: &Meeting,
         control: &Arc<Control>,
     ) -> Result<Epoch, Error> {
+        let chronicle = Chronicle::of_founder(settings, detected.rank, detected.world)?;
         let config = config(elastic, settings, detected, meeting);
         let failed = |error: unisum_control::ControlError| super::rendezvous_error(error);
         let prospect = Prospect::listen(config).map_err(failed)?;
@@ -85,10 +90,10 @@ impl Lineage {
         // That of the communicator, though ranks may have been lost since: another view may be
         // decided already, in which ranks have other numbers.
         let view = View::first((0..detected.world as u64).map(Member).collect());
-        let lineage = Arc::new(Self::new(views, elastic, (settings, detected), meeting));
-        let epoch = Epoch { lineage, view };
+        let lineage = Self::new(views, elastic, (settings, detected), (meeting, chronicle));
+        let epoch = Epoch { lineage: Arc::new(lineage), view };
         epoch.bind(control);
-        epoch.entered();
+        epoch.entered(&[]);
         Ok(epoch)
     }
 
@@ -100,6 +105,7 @@ impl Lineage {
         meeting: &Meeting,
     ) -> Result<Epoch, Error> {
         let failed = |error: unisum_control::ControlError| super::rendezvous_error(error);
+        let chronicle = Chronicle::of_founder(settings, detected.rank, detected.world)?;
         let config = config(elastic, settings, detected, meeting);
         let prospect = Prospect::listen(config).map_err(failed)?;
         let session = unisum_link::handshake::random().map_err(|error| {
@@ -108,9 +114,9 @@ impl Lineage {
         let addresses = vec![prospect.addresses().to_vec()];
         let views = prospect.found(session, 0, addresses).map_err(failed)?;
         let view = views.membership().view;
-        let lineage = Arc::new(Self::new(views, elastic, (settings, detected), meeting));
-        let epoch = Epoch { lineage, view };
-        epoch.entered();
+        let lineage = Self::new(views, elastic, (settings, detected), (meeting, chronicle));
+        let epoch = Epoch { lineage: Arc::new(lineage), view };
+        epoch.entered(&[]);
         Ok(epoch)
     }
 
@@ -118,7 +124,7 @@ impl Lineage {
         views: Views,
         elastic: &Elastic,
         (settings, detected): (&Settings, &Detected),
-        meeting: &Meeting,
+        (meeting, chronicle): (&Meeting, Chronicle),
     ) -> Self {
         Self {
             views,
@@ -130,6 +136,7 @@ impl Lineage {
             entered: Mutex::default(),
             place: meeting.place.clone(),
             published: Mutex::default(),
+            chronicle,
         }
     }
 
@@ -156,6 +163,11 @@ impl Lineage {
         self.views.membership().newcomers
     }
 
+    /// Waits until so many do, or `until`; how many do then.
+    pub(super) fn await_newcomers(&self, count: usize, until: Instant) -> usize {
+        self.views.await_newcomers(count, until).newcomers
+    }
+
     pub(crate) const fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -166,8 +178,14 @@ impl Lineage {
         if layer.is_there {
             return None;
         }
-        *layer = Layer { number: layer.number + 1, is_there: true, decided: None };
-        Some(layer.number)
+        let (number, in_epoch) = (layer.number + 1, layer.in_epoch + 1);
+        *layer = Layer { number, in_epoch, is_there: true, decided: None };
+        Some(number)
+    }
+
+    /// How many layers this process has made in the epoch that it is in.
+    pub(super) fn layers_in_epoch(&self) -> u64 {
+        self.layer().in_epoch
     }
 
     /// Whether the layer of this number goes on in later views.
@@ -249,16 +267,19 @@ pub(super) fn config(
         connect_timeout: settings.connect_timeout,
         build: BUILD,
         terms: super::told_settings(settings, Elasticity::Founded(elastic)),
+        newcomer: None,
     }
 }
 
 impl Epoch {
-    /// This process has made a communicator of the view. The first rank says to those that want to
-    /// join where its members are.
-    pub(crate) fn entered(&self) {
+    /// This process has made a communicator of the view, whose ranks were so far; none in the
+    /// first. The first rank says to those that want to join where its members are.
+    pub(crate) fn entered(&self, standings: &[Standing]) {
         let mut entered = self.lineage.entered.lock().unwrap_or_else(PoisonError::into_inner);
-        *entered = self.view.clone();
+        let from = std::mem::replace(&mut *entered, self.view.clone());
         drop(entered);
+        let layer = std::mem::take(&mut self.lineage.layer().in_epoch);
+        self.lineage.chronicle.entered((&from, layer), &self.view, standings);
         self.lineage.publish(self);
     }
 

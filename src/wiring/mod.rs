@@ -8,6 +8,7 @@ pub(crate) mod store;
 
 mod calibrate;
 mod card;
+mod chronicle;
 mod control;
 mod cores;
 mod costs;
@@ -395,8 +396,10 @@ fn exchange_cards(
 /// All that has to be the same on all ranks.
 fn told_settings(settings: &Settings, elasticity: Elasticity<'_>) -> String {
     format!(
-        "{} UNISUM_TIMEOUT={} UNISUM_RECONNECT_TIMEOUT={} elastic={elasticity} transports={}",
+        "{} UNISUM_REPLAY={} UNISUM_TIMEOUT={} UNISUM_RECONNECT_TIMEOUT={} elastic={elasticity} \
+         transports={}",
         common_settings(settings),
+        if settings.replay.is_some() { "set" } else { "" },
         settings.timeout.as_secs_f64(),
         settings.reconnect_timeout.as_secs_f64(),
         settings.custom.names().collect::<Vec<_>>().join(",")

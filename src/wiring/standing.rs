@@ -50,6 +50,22 @@ impl Standing {
         Verdict::Commits { ballot: ballot.clone(), is_passed }
     }
 
+    /// How many steps of their gradient buckets the ranks of a view saw decided; `None` if it does
+    /// not show.
+    pub(crate) fn decided_steps(all: &[Self]) -> Option<u64> {
+        let decided = all.iter().filter_map(|it| Some(it.decided.as_ref()?.step + 1)).max();
+        // Before the first vote, all are in the same step.
+        decided.or_else(|| all.iter().filter_map(Self::place).min())
+    }
+
+    /// The step that this rank is in.
+    pub(crate) const fn place(&self) -> Option<u64> {
+        match self.position {
+            Position::Program => None,
+            Position::Step(step) => Some(step),
+        }
+    }
+
     /// Whether all ranks are in steps, so that they can go on with them.
     pub(crate) fn are_together(all: &[Self]) -> bool {
         all.iter().all(|it| it.position != Position::Program)

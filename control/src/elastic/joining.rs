@@ -87,6 +87,9 @@ enum Outcome {
 impl Attempt {
     fn new(config: &ViewsConfig, record: Record) -> Result<Self, ControlError> {
         let own = loop {
+            if let Some(given) = config.newcomer {
+                break given;
+            }
             let random = handshake::random().map_err(|error| {
                 ControlError::system("choosing a number for this process", error)
             })?;

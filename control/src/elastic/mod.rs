@@ -60,6 +60,9 @@ pub struct ViewsConfig {
     /// What all members have to have alike, as text: a newcomer that has something else ends with
     /// an error before it asks to be let in.
     pub terms: String,
+    /// Who this process is if it joins a job that repeats an earlier one; otherwise, a newcomer
+    /// draws its number.
+    pub newcomer: Option<Member>,
 }
 
 /// A process that listens for other members, and is no member yet.
@@ -201,6 +204,12 @@ impl Views {
     /// process is no longer in it; `until` at most. What is known then.
     pub fn await_change(&self, epoch: u64, until: Instant) -> Membership {
         self.shared.wait(until, |it| it.is_over() || it.view.epoch > epoch && !it.is_changing)
+    }
+
+    /// Waits until as many processes as `count` ask to be let in, or this one is no longer in the
+    /// job, or `until`. What is known then.
+    pub fn await_newcomers(&self, count: usize, until: Instant) -> Membership {
+        self.shared.wait(until, |it| it.is_over() || it.newcomers >= count)
     }
 
     /// Ends `control` when the job leaves `epoch`, at once if it has: what waits there gets a

@@ -21,6 +21,7 @@ fn config() -> ViewsConfig {
         connect_timeout: PATIENCE,
         build: Build { version: [1, 2, 3], sources: 4 },
         terms: "minimum:1 other:7".into(),
+        newcomer: None,
     }
 }
 
