@@ -385,6 +385,28 @@ fn where_there_is_no_record_a_process_waits_for_one_and_no_longer_than_it_may() 
     assert!(told[0][0].contains("expected UNISUM_RENDEZVOUS=file:///PATH"), "{told:?}");
 }
 
+/// Also when the rank is lost at whose address they met.
+#[test]
+fn newcomers_find_ranks_that_met_at_a_tcp_address_by_a_record_of_its_own() {
+    let port = support::free_ports(1)[0];
+    let name = format!("unisum-members-{}", std::process::id());
+    let record = std::env::temp_dir().join(name);
+    let world = members(3, "tcp")
+        .set("UNISUM_RENDEZVOUS", format!("tcp://127.0.0.1:{port}"))
+        .set("UNISUM_MEMBERS", record.display());
+    let mut running = world.start();
+    running.wait_for("training", 3, LIMIT);
+    running.add(&newcomers(&world), 3);
+    running.wait_for("world-4", 4, LIMIT);
+    running.signal(0, libc::SIGKILL);
+    running.wait_for("world-3", 3, LIMIT);
+    running.add(&newcomers(&world), 4);
+    running.wait_for("joined", 2, LIMIT);
+    let ended = finish(running);
+    assert!(alike(&ended, &[0]).starts_with("of 4 after "), "{ended:#?}");
+    assert!(!record.exists(), "it ends with the job");
+}
+
 /// A newcomer waits, and the job ends in order, or because too few are left.
 #[test]
 fn a_newcomer_hears_that_the_job_ends_while_it_waits() {

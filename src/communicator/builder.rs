@@ -78,6 +78,12 @@ impl Builder {
         Self { elastic: Some(elastic), ..self }
     }
 
+    /// A file that all hosts see, in which an elastic job says to processes that join it where its
+    /// ranks are, if those don't meet by a file or a store (`UNISUM_MEMBERS`).
+    pub fn members(self, file: &str) -> Self {
+        self.set("UNISUM_MEMBERS", file)
+    }
+
     /// A folder in which each process of an elastic job logs its views, and how steps of gradient
     /// buckets ended that changes of view interrupted (`UNISUM_EPOCH_LOG`).
     pub fn epoch_log(self, folder: &str) -> Self {
@@ -262,9 +268,9 @@ impl Builder {
     }
 
     /// Joins an elastic job that runs ([`Builder::elastic`], with what the job's ranks give), as a
-    /// new rank behind the others. The job is found by the members record beside its rendezvous: a
-    /// rendezvous file or a store, the same as its ranks were given. Rank and world, if they are
-    /// set, count for nothing.
+    /// new rank behind the others. The job is found by the members record beside its rendezvous (a
+    /// rendezvous file or a store), or by that of [`Builder::members`], the same as its ranks were
+    /// given. Rank and world, if they are set, count for nothing.
     ///
     /// Waits until the job lets this process in, which its program decides
     /// ([`Communicator::admit`]). Blocks until then, `UNISUM_CONNECT_TIMEOUT` at most.

@@ -33,6 +33,8 @@ pub(crate) struct Settings {
     /// How many ranks a job that outlives its ranks needs; `None` if it ends with the first that is
     /// lost.
     pub(crate) elastic: Option<usize>,
+    /// The file of an elastic job's members record, if it is not beside the rendezvous.
+    pub(crate) members: Option<PathBuf>,
     /// The folder in which an elastic job logs its epochs.
     pub(crate) epoch_log: Option<PathBuf>,
     /// The folder with the logs of the job that this one repeats.
@@ -112,6 +114,7 @@ impl Settings {
                 .seconds_or_none("UNISUM_RECONNECT_TIMEOUT")?
                 .unwrap_or(defaults.reconnect_timeout),
             elastic: read.number("UNISUM_ELASTIC", 0..=1 << 16)?.filter(|&minimum| minimum > 0),
+            members: read.path("UNISUM_MEMBERS")?,
             epoch_log: read.path("UNISUM_EPOCH_LOG")?,
             replay: read.path("UNISUM_REPLAY")?,
             replay_process: read.parsed("UNISUM_REPLAY_PROCESS")?,
@@ -164,6 +167,7 @@ impl Default for Settings {
             heartbeat_timeout: Duration::from_secs(10),
             reconnect_timeout: Duration::ZERO,
             elastic: None,
+            members: None,
             epoch_log: None,
             replay: None,
             replay_process: None,

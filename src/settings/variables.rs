@@ -80,6 +80,12 @@ pub(crate) const VARIABLES: &[Variable] = &[
         "ranks that a job needs to go on when it loses some; 0 ends it with the first that is lost",
     ),
     variable(
+        "UNISUM_MEMBERS",
+        "",
+        "file that says to processes that join an elastic job where its ranks are, in place of one \
+         beside the rendezvous",
+    ),
+    variable(
         "UNISUM_EPOCH_LOG",
         "",
         "folder in which each process of an elastic job logs its views",

@@ -39,11 +39,12 @@ pub(super) enum Published {
 }
 
 impl RecordPlace {
-    /// Beside a rendezvous that is no store's.
-    pub(super) fn beside(rendezvous: Option<&Rendezvous>) -> Self {
-        match rendezvous {
-            Some(Rendezvous::File(path)) => Self::File(members_of(path)),
-            Some(Rendezvous::Tcp { .. } | Rendezvous::Store { .. }) | None => Self::Nowhere,
+    /// Where the user has said, or beside a rendezvous that is no store's.
+    pub(super) fn given_or_beside(settings: &Settings, rendezvous: Option<&Rendezvous>) -> Self {
+        match (&settings.members, rendezvous) {
+            (Some(path), _) => Self::File(path.clone()),
+            (None, Some(Rendezvous::File(path))) => Self::File(members_of(path)),
+            (None, Some(Rendezvous::Tcp { .. } | Rendezvous::Store { .. }) | None) => Self::Nowhere,
         }
     }
 
@@ -74,7 +75,8 @@ impl RecordPlace {
 }
 
 const NOWHERE: &str = "a process can join a job whose ranks meet by a file or by a store: \
-    expected UNISUM_RENDEZVOUS=file:///PATH, or store://KEY, the same as the job's";
+    expected UNISUM_RENDEZVOUS=file:///PATH, or store://KEY, or UNISUM_MEMBERS=PATH, the same as \
+    the job's";
 
 /// The file of the members record, beside the rendezvous file.
 fn members_of(path: &Path) -> PathBuf {

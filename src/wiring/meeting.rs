@@ -42,11 +42,12 @@ impl Meeting {
         let launcher: Option<Arc<dyn Store>> = launcher.map(|store| Arc::new(store) as _);
         let store = launcher.as_ref().or(store);
         let Some(Rendezvous::Store { key, addresses }) = &mut detected.rendezvous else {
-            let place = RecordPlace::beside(detected.rendezvous.as_ref());
+            let place = RecordPlace::given_or_beside(settings, detected.rendezvous.as_ref());
             return Ok(Self { place, ..Self::by_token(environment, settings)? });
         };
         let entry = StoreEntry::new(given_store(key, store)?.clone(), key);
         let place = |token: Option<Token>| match launcher {
+            _ if settings.members.is_some() => RecordPlace::given_or_beside(settings, None),
             // It serves once.
             Some(_) => RecordPlace::Nowhere,
             None => RecordPlace::Store(entry.of_members(), token),
@@ -80,8 +81,9 @@ impl Meeting {
         (environment, settings): (&Environment, &Settings),
         store: Option<&Arc<dyn Store>>,
     ) -> Result<Self, Error> {
-        let Some(Rendezvous::Store { key, .. }) = &detected.rendezvous else {
-            let place = RecordPlace::beside(detected.rendezvous.as_ref());
+        let by_store = detected.rendezvous.as_ref().filter(|_| settings.members.is_none());
+        let Some(Rendezvous::Store { key, .. }) = by_store else {
+            let place = RecordPlace::given_or_beside(settings, detected.rendezvous.as_ref());
             return Ok(Self { place, ..Self::by_token(environment, settings)? });
         };
         let entry = StoreEntry::new(given_store(key, store)?.clone(), key).of_members();
