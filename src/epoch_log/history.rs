@@ -373,7 +373,8 @@ mod tests {
     fn every_process_knows_where_it_changes_the_view() {
         let one = first(4);
         let two = next(&one, 2, &[(0, Some(17)), (2, Some(16)), (3, Some(17))]);
-        let files = [log(0, &[one.clone(), two.clone()]), log(1, &[one.clone()]), log(3, &[one])];
+        let files =
+            [log(0, &[one.clone(), two]), log(1, std::slice::from_ref(&one)), log(3, &[one])];
         let history = History::of(&files).unwrap();
         assert_eq!((history.settings(), history.founders()), ("s", &[0, 1, 2, 3][..]));
         assert_eq!(history.next(1).unwrap().lost_ranks(), [1]);
@@ -402,7 +403,7 @@ mod tests {
         // Process 0 saw epoch 2 and was lost in it.
         let two = next(&one, 2, &[(0, Some(17)), (2, Some(16)), (3, Some(17))]);
         let three = next(&one, 3, &[(2, Some(16)), (3, Some(17))]);
-        let files = [log(0, &[one.clone(), two]), log(2, &[one.clone(), three])];
+        let files = [log(0, &[one.clone(), two]), log(2, &[one, three])];
         let history = History::of(&files).unwrap();
         let (second, third) = (history.next(1).unwrap(), history.next(2).unwrap());
         assert_eq!((second.epoch, third.epoch), (2, 3));
@@ -500,10 +501,12 @@ mod tests {
         assert_eq!(both(&[one.clone(), ViewLine { layer: 2, ..two.clone() }]), differs);
         let smaller = both(&[first(4)]);
         assert_eq!(smaller, "0.jsonl, line 2 and 2.jsonl, line 2 tell of two different epochs 1");
-        let (name, bytes) = log(0, &[one.clone()]);
+        let (name, bytes) = log(0, std::slice::from_ref(&one));
         let twice = refusal(&[("copy".into(), bytes.clone()), (name, bytes.clone())]);
         assert_eq!(twice, "copy and 0.jsonl are both of process 0");
-        let other = String::from_utf8(log(1, &[one.clone()]).1).unwrap().replace("\"s\"", "\"t\"");
+        let other = String::from_utf8(log(1, std::slice::from_ref(&one)).1)
+            .unwrap()
+            .replace("\"s\"", "\"t\"");
         let mixed = refusal(&[("a".into(), bytes), ("b".into(), other.into_bytes())]);
         assert_eq!(mixed, "a is of a job with s, b of one with t");
         let theirs = ViewLine { from: 0, joined: vec![0, 2], lost: vec![], ..two.clone() };

@@ -77,6 +77,8 @@ ELSEWHERE = [
      "bindings/python/tests/test_torch_elastic.py", "elastic=True)"),
     ("docs/elastic", "unisum.torch.join(", "bindings/python/tests/test_torch_joining.py",
      "unisum.torch.join("),
+    ("docs/elastic", '{"epoch_log":1', "src/epoch_log/line.rs",
+     'include_str!("../../docs/elastic.md")'),
     ("docs/elastic", "optimizer.step()",
      "bindings/python/tests/test_torch_joining.py", "model.last_report.newcomers"),
     ("README", "cargo run --release --bin allreduce-bench -- -n 16", ".ci/run",
