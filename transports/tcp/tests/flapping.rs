@@ -13,6 +13,7 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -55,15 +56,18 @@ struct Pair {
     links: [TcpLink; 2],
     proxy: Proxy,
     target: SocketAddr,
+    /// Whether the second is in the job still, as far as its port knows.
+    is_second_there: Arc<AtomicBool>,
 }
 
 fn pair(credentials: &Credentials, sockets: u8, limit: Duration, fate: Fate, seed: u64) -> Pair {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let target = listener.local_addr().unwrap();
     let proxy = Proxy::new(target, fate, seed);
-    let nowhere = SocketAddr::from(([127, 0, 0, 1], 1));
+    let second = TcpListener::bind("127.0.0.1:0").unwrap();
+    let behind = second.local_addr().unwrap();
     let links = [0, 1].map(|rank| {
-        let routes = [proxy.address, nowhere].map(|it| Arc::new(it.into())).to_vec();
+        let routes = [proxy.address, behind].map(|it| Arc::new(it.into())).to_vec();
         TcpLink::new(TcpConfig {
             rank,
             routes,
@@ -78,7 +82,11 @@ fn pair(credentials: &Credentials, sockets: u8, limit: Duration, fate: Fate, see
         .unwrap()
     });
     common::accept(listener, links[0].inbox(), credentials.clone(), usize::MAX);
-    Pair { links, proxy, target }
+    let is_second_there = Arc::new(AtomicBool::new(true));
+    let (is_there, inbox) = (is_second_there.clone(), links[1].inbox());
+    let is_there = move || is_there.load(Ordering::SeqCst);
+    common::accept_while(second, inbox, credentials.clone(), usize::MAX, is_there);
+    Pair { links, proxy, target, is_second_there }
 }
 
 fn region(memory: &mut [u8]) -> Region {
@@ -321,6 +329,48 @@ fn what_was_sent_last_comes_after_its_sender_has_left() {
     }
 }
 
+/// The dialling end has left, and its last answer did not arrive: the other end finds out that it
+/// will not come back, and does not wait until the time is up.
+#[test]
+fn who_has_left_is_not_waited_for_where_its_answer_was_lost() {
+    let limit = PATIENCE * 10;
+    let Pair { mut links, is_second_there, .. } = pair(&clear(), 1, limit, Fate::Pass, seed());
+    let mut whole = [0];
+    // What was sent here has arrived and is not acknowledged.
+    greet(&mut links, &mut whole);
+    let [first, mut second] = links;
+    // As if it had said so.
+    second.abort();
+    drop(second);
+    is_second_there.store(false, Ordering::SeqCst);
+    let begun = Instant::now();
+    drop(first);
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+/// Who is there, and is kept from coming back, is waited for, and has what was sent last.
+#[test]
+fn who_is_still_there_is_waited_for() {
+    let Pair { mut links, proxy, .. } = pair(&clear(), 1, PATIENCE, Fate::Pass, seed());
+    let mut whole = [0];
+    greet(&mut links, &mut whole);
+    proxy.set(Fate::Hold);
+    let (mut sent, mut heard) = (text(3, 100_000), vec![0; 100_000]);
+    links[0].send(1, region(&mut sent), Ticket(2)).unwrap();
+    wait(&mut links[0], &[Ticket(2)]).unwrap();
+    proxy.set(Fate::Down);
+    let [first, mut second] = links;
+    let leaving = thread::spawn(move || drop(first));
+    // Long enough to be asked for several times.
+    thread::sleep(Duration::from_secs(3));
+    assert!(!leaving.is_finished(), "what was sent has not arrived");
+    proxy.set(Fate::Pass);
+    leaving.join().unwrap();
+    second.receive(0, region(&mut heard), Landing::Place, Ticket(2)).unwrap();
+    wait(&mut second, &[Ticket(2)]).unwrap();
+    assert!(heard == sent);
+}
+
 /// Without another connection, both ranks name each other as if none had been tried: when the time
 /// is up, or at once where nobody listens any more.
 #[test]
@@ -387,7 +437,7 @@ fn a_peer_that_nobody_listens_for_any_more_is_gone_at_once() {
 /// new, takes over nothing; the connection that stands goes on.
 #[test]
 fn strangers_and_recordings_take_no_lane_over() {
-    let Pair { mut links, proxy, target } =
+    let Pair { mut links, proxy, target, .. } =
         pair(&clear(), 1, Duration::from_secs(5), Fate::Pass, seed());
     let mut whole = [0];
     greet(&mut links, &mut whole);

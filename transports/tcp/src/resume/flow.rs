@@ -22,6 +22,9 @@ use crate::socket::{Message, failed};
 /// Frames up to this size leave in one piece: several cost the kernel more than copying here.
 pub(super) const SMALL_BYTES: usize = 1 << 10;
 
+/// How long an end that dials may take to come back before its port is asked for it.
+const KNOCK_AFTER: Duration = Duration::from_millis(100);
+
 /// What a socket sends and receives.
 #[derive(Debug)]
 pub(crate) struct Flow {
@@ -76,6 +79,25 @@ pub(super) struct Outage {
     pub(super) is_dialled: bool,
     /// Connections since the last one that stood.
     pub(super) attempts: u32,
+    /// Whether the other end's port is asked for it, which dials, or when that is next.
+    pub(super) knock: Knock,
+}
+
+/// What is known of an end that dials and has not come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Knock {
+    /// Its port is asked then.
+    Due(Instant),
+    UnderWay,
+    /// It does not listen for this socket any more: it will not come back.
+    Gone,
+}
+
+impl Outage {
+    fn new(limit: Duration) -> Self {
+        let (since, cause, knock) = (None, None, Knock::Due(Instant::now()));
+        Self { since, left: limit, limit, cause, is_dialled: false, attempts: 0, knock }
+    }
 }
 
 #[derive(Debug)]
@@ -105,8 +127,7 @@ struct Frame {
 impl Flow {
     /// The flow of a socket whose connection may be away for so long.
     pub(super) fn new((peer, socket): (Rank, u8), limit: Duration, keeper: Arc<Bell>) -> Self {
-        let (since, cause) = (None, None);
-        let outage = Outage { since, left: limit, limit, cause, is_dialled: false, attempts: 0 };
+        let outage = Outage::new(limit);
         Self {
             peer,
             socket,
@@ -243,6 +264,7 @@ impl Flow {
         if self.meeting.is_none() {
             self.outage.since.get_or_insert_with(Instant::now);
         }
+        self.outage.knock = Knock::Due(Instant::now() + KNOCK_AFTER);
         self.outage.cause = Some(cause);
         // It may not have been heard.
         self.said_leaving = false;
@@ -279,10 +301,7 @@ impl Flow {
             left: 0,
             plain: Vec::new(),
         });
-        let limit = self.outage.limit;
-        let outage =
-            Outage { since: None, left: limit, limit, cause: None, is_dialled: false, attempts: 0 };
-        self.outage = outage;
+        self.outage = Outage::new(self.outage.limit);
         Ok(())
     }
 

@@ -12,9 +12,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use unisum_link::{LinkError, Rank, Wake, fork};
+use unisum_link::{LinkError, LinkErrorKind, Rank, Wake, fork};
 
-use super::flow::Flow;
+use super::flow::{Flow, Knock};
 use super::incoming::Arriving;
 use super::meeting::Met;
 use crate::TcpConfig;
@@ -33,6 +33,12 @@ const LEAVING_SEEN: Duration = Duration::from_millis(20);
 /// How long it may take to say what it has, where the connection stands (it may be stopped), and
 /// how long a connection may take on which there is nothing left to say but that.
 const LEAVING_MAX: Duration = Duration::from_secs(2);
+
+/// In place of the number of a connection: a dial that only asks whether the other end, which
+/// dials, still listens for this socket.
+const KNOCK: u32 = u32::MAX;
+/// Between an answer and the next such question.
+const KNOCK_PAUSE: Duration = Duration::from_millis(250);
 
 /// What the thread is to do.
 const SERVE: u8 = 0;
@@ -192,7 +198,14 @@ impl Shared {
         let Arrived { peer, socket, attempt, result } = arrived;
         let own = self.config.rank;
         let is_dialled = attempt > 0;
+        if attempt == KNOCK {
+            return self.knocked((peer, socket), result.map(drop));
+        }
         // The higher rank dials.
+        if peer < own && !is_dialled {
+            // This end has not noticed yet that its connection has ended, or comes back just now.
+            return tracing::debug!(peer, socket, "asked whether this end is there: it is");
+        }
         if socket >= self.config.sockets_per_peer || (peer < own) != is_dialled {
             tracing::warn!(peer, socket, "a connection that nobody asked for is closed");
             return;
@@ -233,6 +246,42 @@ impl Shared {
                 self.tell(key);
             }
         }
+    }
+
+    /// Asks, where the other end dials and has not come back, whether it is there at all. It may
+    /// have left after an answer that did not arrive: then it does not listen for this socket any
+    /// more, its port refuses, and nothing is to be waited for.
+    fn knock(&self, flow: &mut Flow, left: Duration) {
+        let Knock::Due(due) = flow.outage.knock else { return };
+        let is_missed = flow.stream().is_none() && flow.meeting.is_none() && !flow.is_failed();
+        if flow.peer < self.config.rank || !is_missed || Instant::now() < due {
+            return;
+        }
+        let mut dial = self.config.dial(flow.peer, flow.socket, KNOCK);
+        dial.timeout = left;
+        flow.outage.knock = match self.inbox.dial(dial) {
+            Ok(()) => Knock::UnderWay,
+            Err(_) => Knock::Due(Instant::now() + KNOCK_PAUSE),
+        };
+    }
+
+    /// What came of that.
+    fn knocked(&self, key: Key, result: Result<(), LinkError>) {
+        let handle = self.flow(key);
+        let mut flow = handle.lock();
+        // It may have come back meanwhile.
+        if flow.outage.knock != Knock::UnderWay {
+            return;
+        }
+        flow.outage.knock = match result {
+            Err(LinkError { kind: LinkErrorKind::Unreachable(why), .. }) => {
+                let (peer, socket) = key;
+                tracing::info!(peer, socket, why, "nobody is there any more who would come back");
+                Knock::Gone
+            }
+            // It is there; or nobody knows.
+            _ => Knock::Due(Instant::now() + KNOCK_PAUSE),
+        };
     }
 
     /// Looks whether a flow needs a connection; until when to come back.
@@ -281,10 +330,14 @@ impl Shared {
         let limit = self.config.reconnect_timeout;
         let is_lost = flow.stream().is_none() && flow.holds();
         let limit = if is_lost { limit } else { limit.min(LEAVING_MAX) };
-        if flow.is_through() {
+        let is_gone = flow.outage.knock == Knock::Gone && flow.stream().is_none();
+        if flow.is_through() || is_gone {
             return true;
         }
         let is_late = since.elapsed() >= limit;
+        if is_lost && !is_late {
+            self.knock(&mut flow, limit - since.elapsed().min(limit));
+        }
         if is_late {
             let (peer, socket, is_away) = (flow.peer, flow.socket, flow.stream().is_none());
             tracing::info!(peer, socket, is_away, "left without an answer, after {limit:?}");
