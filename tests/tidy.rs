@@ -225,6 +225,7 @@ fn unsafe_code_stays_where_it_is_allowed() {
         "bindings/python/src/array.rs",
         "bindings/python/src/buckets.rs",
         "bindings/python/src/device.rs",
+        "bindings/python/src/device_buckets.rs",
         "bindings/python/src/operands.rs",
         "bindings/python/src/tensor.rs",
     ];

@@ -80,7 +80,7 @@ use unisum_link::fork;
 pub use builder::Builder;
 pub use compressed::Compressed;
 #[cfg(feature = "cuda")]
-pub use device::{DeviceBuckets, DeviceBuilder, DeviceStep};
+pub use device::{DeviceBuckets, DeviceBuilder, DevicePlace, DeviceStep};
 pub use elastic::StepChange;
 pub use hook::{AllReduce, Bucket, Hook};
 pub use layout::Layout;

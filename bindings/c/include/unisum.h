@@ -369,6 +369,10 @@ enum unisum_bucket_flags
      * unisum_buckets_shard. Keeps the layout; not with an encoding or a low rank.
      */
     UNISUM_SHARDED = 16,
+    /**
+     * Averages are not looked at for what is infinite or NaN. Of unisum_device_buckets only.
+     */
+    UNISUM_IGNORE_NONFINITE = 32,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -398,6 +402,11 @@ typedef struct unisum_config unisum_config;
  * A communicator whose ranks have a CUDA device each: collectives on its memory.
  */
 typedef struct unisum_device unisum_device;
+
+/**
+ * Gradient buckets in the memory of this rank's CUDA device.
+ */
+typedef struct unisum_device_buckets unisum_device_buckets;
 
 /**
  * Sends and receives messages between the ranks of a communicator, from any threads at once.
@@ -1829,6 +1838,96 @@ unisum_status unisum_device_take_nonfinite(const struct unisum_device *device,
 unisum_status unisum_device_free(const struct unisum_device *device);
 
 /**
+ * Makes buckets for a model's parameters in the memory of the device with number `ordinal` of this
+ * process, in the order in which they were registered. Of the options there are bucket_bytes,
+ * end_bucket_bytes and UNISUM_IGNORE_NONFINITE; NULL is the defaults. Gradients are zero at first,
+ * and stay where they are. Freed by unisum_device_buckets_free. Collective: every rank of the
+ * communicator, which they may outlive, calls it with the same parameters and settings, and any
+ * device. Blocks.
+ */
+unisum_status unisum_device_buckets_create(const struct unisum_comm *comm,
+                                           uint32_t ordinal,
+                                           const struct unisum_parameter *parameters,
+                                           size_t count,
+                                           const struct unisum_bucket_options *options,
+                                           struct unisum_device_buckets **buckets);
+
+/**
+ * Where a parameter's gradient lies on the device, as long as the buckets live: a CUdeviceptr. It
+ * is the program's from unisum_device_buckets_begin until it is marked ready, and again in a
+ * stream that has waited for the step. `count`, which may be NULL, gets how many elements it has.
+ */
+unisum_status unisum_device_buckets_view(const struct unisum_device_buckets *buckets,
+                                         size_t parameter,
+                                         void **gradient,
+                                         size_t *count);
+
+/**
+ * Begins a step whose gradients are averaged over all ranks. Collective: every rank begins the
+ * same number of steps. Blocks until all ranks have handed in the step before.
+ */
+unisum_status unisum_device_buckets_begin(const struct unisum_device_buckets *buckets);
+
+/**
+ * Marks a gradient ready once what is in `stream` now has ended: a CUstream or cudaStream_t of the
+ * device's primary context; NULL is the legacy default stream. Nothing may write the gradient from
+ * then on. Threads may mark different gradients at once. Does not block.
+ */
+unisum_status unisum_device_buckets_ready(const struct unisum_device_buckets *buckets,
+                                          size_t parameter,
+                                          void *stream);
+
+/**
+ * Copies a gradient from the host's memory into its place, after what is in `stream`, and marks it
+ * ready. Blocks until it is copied.
+ */
+unisum_status unisum_device_buckets_put(const struct unisum_device_buckets *buckets,
+                                        size_t parameter,
+                                        const void *gradient,
+                                        size_t count,
+                                        void *stream);
+
+/**
+ * Ends the step: what is put into `stream` from here on comes after all averages. Blocks until all
+ * ranks have handed it in, not until it has ended on the devices. UNISUM_STEP_FAILED, on all ranks
+ * alike, if one has not marked all gradients ready, or one too often: the next step can be begun.
+ */
+unisum_status unisum_device_buckets_wait(const struct unisum_device_buckets *buckets, void *stream);
+
+/**
+ * Copies a parameter's gradient, of `count` elements, to the host's memory, after what is in
+ * `stream`: the average, in a stream that has waited for the step. Blocks until it is copied.
+ */
+unisum_status unisum_device_buckets_read(const struct unisum_device_buckets *buckets,
+                                         size_t parameter,
+                                         void *gradient,
+                                         size_t count,
+                                         void *stream);
+
+/**
+ * Waits until everything in a stream has ended, as unisum_device_synchronize.
+ */
+unisum_status unisum_device_buckets_synchronize(const struct unisum_device_buckets *buckets,
+                                                void *stream,
+                                                double timeout_s);
+
+/**
+ * Waits for the averages and for the stream, as unisum_device_synchronize, and tells whether an
+ * average since this was last asked is infinite or NaN: the same on all ranks that ask after the
+ * same steps. Not with UNISUM_IGNORE_NONFINITE.
+ */
+unisum_status unisum_device_buckets_take_nonfinite(const struct unisum_device_buckets *buckets,
+                                                   void *stream,
+                                                   double timeout_s,
+                                                   bool *nonfinite);
+
+/**
+ * Frees buckets, once their averages have ended on the device. A step under way is dropped, and
+ * fails on all ranks. Waits for the other ranks to free theirs, 2 s at most.
+ */
+unisum_status unisum_device_buckets_free(const struct unisum_device_buckets *buckets);
+
+/**
  * Allocates zeroed memory that the links of a communicator reach without copies: peers on this
  * host map it, and RDMA devices know it. Not collective. It may outlive the communicator; it is
  * freed by unisum_free, and must not be touched in a forked child.
@@ -2201,6 +2300,96 @@ unisum_status unisum_device_take_nonfinite(const struct unisum_device *device,
  * ranks to free theirs, 2 s at most.
  */
 unisum_status unisum_device_free(const struct unisum_device *device);
+
+/**
+ * Makes buckets for a model's parameters in the memory of the device with number `ordinal` of this
+ * process, in the order in which they were registered. Of the options there are bucket_bytes,
+ * end_bucket_bytes and UNISUM_IGNORE_NONFINITE; NULL is the defaults. Gradients are zero at first,
+ * and stay where they are. Freed by unisum_device_buckets_free. Collective: every rank of the
+ * communicator, which they may outlive, calls it with the same parameters and settings, and any
+ * device. Blocks.
+ */
+unisum_status unisum_device_buckets_create(const struct unisum_comm *comm,
+                                           uint32_t ordinal,
+                                           const struct unisum_parameter *parameters,
+                                           size_t count,
+                                           const struct unisum_bucket_options *options,
+                                           struct unisum_device_buckets **buckets);
+
+/**
+ * Where a parameter's gradient lies on the device, as long as the buckets live: a CUdeviceptr. It
+ * is the program's from unisum_device_buckets_begin until it is marked ready, and again in a
+ * stream that has waited for the step. `count`, which may be NULL, gets how many elements it has.
+ */
+unisum_status unisum_device_buckets_view(const struct unisum_device_buckets *buckets,
+                                         size_t parameter,
+                                         void **gradient,
+                                         size_t *count);
+
+/**
+ * Begins a step whose gradients are averaged over all ranks. Collective: every rank begins the
+ * same number of steps. Blocks until all ranks have handed in the step before.
+ */
+unisum_status unisum_device_buckets_begin(const struct unisum_device_buckets *buckets);
+
+/**
+ * Marks a gradient ready once what is in `stream` now has ended: a CUstream or cudaStream_t of the
+ * device's primary context; NULL is the legacy default stream. Nothing may write the gradient from
+ * then on. Threads may mark different gradients at once. Does not block.
+ */
+unisum_status unisum_device_buckets_ready(const struct unisum_device_buckets *buckets,
+                                          size_t parameter,
+                                          void *stream);
+
+/**
+ * Copies a gradient from the host's memory into its place, after what is in `stream`, and marks it
+ * ready. Blocks until it is copied.
+ */
+unisum_status unisum_device_buckets_put(const struct unisum_device_buckets *buckets,
+                                        size_t parameter,
+                                        const void *gradient,
+                                        size_t count,
+                                        void *stream);
+
+/**
+ * Ends the step: what is put into `stream` from here on comes after all averages. Blocks until all
+ * ranks have handed it in, not until it has ended on the devices. UNISUM_STEP_FAILED, on all ranks
+ * alike, if one has not marked all gradients ready, or one too often: the next step can be begun.
+ */
+unisum_status unisum_device_buckets_wait(const struct unisum_device_buckets *buckets, void *stream);
+
+/**
+ * Copies a parameter's gradient, of `count` elements, to the host's memory, after what is in
+ * `stream`: the average, in a stream that has waited for the step. Blocks until it is copied.
+ */
+unisum_status unisum_device_buckets_read(const struct unisum_device_buckets *buckets,
+                                         size_t parameter,
+                                         void *gradient,
+                                         size_t count,
+                                         void *stream);
+
+/**
+ * Waits until everything in a stream has ended, as unisum_device_synchronize.
+ */
+unisum_status unisum_device_buckets_synchronize(const struct unisum_device_buckets *buckets,
+                                                void *stream,
+                                                double timeout_s);
+
+/**
+ * Waits for the averages and for the stream, as unisum_device_synchronize, and tells whether an
+ * average since this was last asked is infinite or NaN: the same on all ranks that ask after the
+ * same steps. Not with UNISUM_IGNORE_NONFINITE.
+ */
+unisum_status unisum_device_buckets_take_nonfinite(const struct unisum_device_buckets *buckets,
+                                                   void *stream,
+                                                   double timeout_s,
+                                                   bool *nonfinite);
+
+/**
+ * Frees buckets, once their averages have ended on the device. A step under way is dropped, and
+ * fails on all ranks. Waits for the other ranks to free theirs, 2 s at most.
+ */
+unisum_status unisum_device_buckets_free(const struct unisum_device_buckets *buckets);
 
 /**
  * Who is in an elastic job: `epoch` gets 1 at the start of the job and 1 more after each change,

@@ -74,6 +74,8 @@ pub enum unisum_bucket_flags {
     /// A rank gets the averages of its shard of each bucket only, as in ZeRO-2 and FSDP:
     /// unisum_buckets_shard. Keeps the layout; not with an encoding or a low rank.
     UNISUM_SHARDED = 16,
+    /// Averages are not looked at for what is infinite or NaN. Of unisum_device_buckets only.
+    UNISUM_IGNORE_NONFINITE = 32,
 }
 
 /// What a step tells. Fields may be added at the end.
@@ -137,7 +139,7 @@ impl Layer {
     }
 }
 
-const BUSY: &str =
+pub(crate) const BUSY: &str =
     "another call of these buckets, which needs them alone, is under way or panicked";
 
 impl State {
@@ -253,7 +255,7 @@ pub unsafe extern "C" fn unisum_buckets_create(
 
 /// # Safety
 /// C promises its name and its shape.
-unsafe fn parameter(asked: &unisum_parameter) -> Outcome<Parameter> {
+pub(crate) unsafe fn parameter(asked: &unisum_parameter) -> Outcome<Parameter> {
     // SAFETY: the caller vouches for it.
     let name = unsafe { text(asked.name, "the name of a parameter") }?;
     // SAFETY: as above.

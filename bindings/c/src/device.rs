@@ -166,7 +166,7 @@ pub unsafe extern "C" fn unisum_device_free(device: *const unisum_device) -> uni
     guard(|| handles::remove::<OnDevice, _>(device).map(drop))
 }
 
-fn limit(timeout_s: f64) -> Outcome<Option<Duration>> {
+pub(crate) fn limit(timeout_s: f64) -> Outcome<Option<Duration>> {
     match Duration::try_from_secs_f64(timeout_s) {
         Ok(limit) => Ok(Some(limit)),
         Err(_) if timeout_s < 0.0 => Ok(None),

@@ -23,6 +23,7 @@ pub mod collective;
 pub mod communicator;
 pub mod config;
 pub mod device;
+pub mod device_buckets;
 pub mod elastic;
 pub mod handles;
 pub mod memory;

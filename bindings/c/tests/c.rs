@@ -396,6 +396,8 @@ fn collectives_on_devices_are_right_and_their_failures_a_status() {
     on_devices("collectives", 2);
     on_devices("collectives", 3);
     on_devices("refusals", 2);
+    on_devices("buckets", 2);
+    on_devices("buckets", 3);
     on_devices("failing", 3);
     if !Path::new("/usr/lib/x86_64-linux-gnu/libcuda.so.1").exists() {
         run(&[program, "absent"], 2);

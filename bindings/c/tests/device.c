@@ -211,6 +211,126 @@ static void refusals(void) {
     CHECK(cuMemFree(memory) == 0);
 }
 
+/* Element i of rank r's gradient for parameter p, in step s. */
+static float gradient_value(uint32_t r, int s, size_t p, size_t i) {
+    return (float)(r * 8 + (uint32_t)s * 4 + p + i % 5);
+}
+
+static float mean(int s, size_t p, size_t i) {
+    float all = 0;
+    for (uint32_t r = 0; r < world; r++) all += gradient_value(r, s, p, i);
+    return all / (float)world;
+}
+
+/* Gradient buckets: what kernels would write is copied into the streams here. */
+static void buckets(void) {
+    enum { WEIGHT = 300, BIAS = 9 };
+    const size_t weight_shape[] = {20, 15}, bias_shape[] = {BIAS};
+    const size_t counts[] = {WEIGHT, BIAS};
+    unisum_parameter model[] = {
+        {.name = "weight", .shape = weight_shape, .dimensions = 2, .dtype = UNISUM_F32},
+        {.name = "bias", .shape = bias_shape, .dimensions = 1, .dtype = UNISUM_F32},
+    };
+    unisum_bucket_options options = {.bucket_bytes = 1000, .end_bucket_bytes = 100};
+    unisum_device_buckets *layer = NULL;
+    /* What there is for the memory of the host only. */
+    const uint32_t flags[] = {UNISUM_UNUSED_PARAMETERS, UNISUM_STATIC_GRAPH, UNISUM_UNEVEN_INPUTS,
+                              UNISUM_KEEP_LAYOUT, UNISUM_SHARDED, 1u << 31};
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+        unisum_bucket_options other = {.flags = flags[i]};
+        REFUSED(UNISUM_INVALID_ARGUMENT, "and no other options",
+                unisum_device_buckets_create(comm, rank, model, 2, &other, &layer));
+    }
+    unisum_bucket_options wired = {.encoding = UNISUM_BF16}, low = {.low_rank = 1};
+    unisum_bucket_options laid = {.layout = "x", .layout_bytes = 1};
+    unisum_bucket_options *hosts[] = {&wired, &low, &laid};
+    for (size_t i = 0; i < 3; i++) {
+        REFUSED(UNISUM_INVALID_ARGUMENT, "and no other options",
+                unisum_device_buckets_create(comm, rank, model, 2, hosts[i], &layer));
+    }
+    unisum_buckets *of_host = NULL;
+    unisum_bucket_options ignoring = {.flags = UNISUM_IGNORE_NONFINITE};
+    REFUSED(UNISUM_INVALID_ARGUMENT, "flags that do not exist",
+            unisum_buckets_create(comm, model, 2, &ignoring, &of_host));
+    REFUSED(UNISUM_CONFIGURATION, "there is no device 77",
+            unisum_device_buckets_create(comm, 77, model, 2, &options, &layer));
+    unisum_bucket_options differing = {.bucket_bytes = rank == 0 ? 1000 : 2000};
+    EXPECT(UNISUM_MISMATCH,
+           unisum_device_buckets_create(comm, rank, model, 2, &differing, &layer));
+    CHECK(layer == NULL && of_host == NULL);
+
+    OK(unisum_device_buckets_create(comm, rank, model, 2, &options, &layer));
+    void *places[2];
+    for (size_t p = 0; p < 2; p++) {
+        size_t count = 0;
+        OK(unisum_device_buckets_view(layer, p, &places[p], &count));
+        CHECK(count == counts[p]);
+    }
+    OK(unisum_device_buckets_view(layer, 1, &places[1], NULL));
+    REFUSED(UNISUM_INVALID_ARGUMENT, "there is no parameter 2",
+            unisum_device_buckets_view(layer, 2, &places[0], NULL));
+    REFUSED(UNISUM_INVALID_ARGUMENT, "no step is under way",
+            unisum_device_buckets_ready(layer, 0, stream));
+    REFUSED(UNISUM_INVALID_ARGUMENT, "no step is under way",
+            unisum_device_buckets_wait(layer, stream));
+    REFUSED(UNISUM_INVALID_HANDLE, "another kind",
+            unisum_device_buckets_begin((unisum_device_buckets *)device));
+    float values[WEIGHT];
+    for (int step = 0; step < 3; step++) {
+        OK(unisum_device_buckets_begin(layer));
+        REFUSED(UNISUM_INVALID_ARGUMENT, "a step is under way", unisum_device_buckets_begin(layer));
+        REFUSED(UNISUM_INVALID_ARGUMENT, "a step is under way",
+                unisum_device_buckets_read(layer, 0, values, WEIGHT, stream));
+        for (size_t i = 0; i < BIAS; i++) values[i] = gradient_value(rank, step, 1, i);
+        CHECK(cuMemcpyHtoDAsync((address)places[1], values, BIAS * sizeof(float), stream) == 0);
+        OK(unisum_device_buckets_ready(layer, 1, stream));
+        for (size_t i = 0; i < WEIGHT; i++) values[i] = gradient_value(rank, step, 0, i);
+        OK(unisum_device_buckets_put(layer, 0, values, WEIGHT, stream));
+        OK(unisum_device_buckets_wait(layer, stream));
+        /* As the program itself finds them, and as they are copied for it. */
+        for (size_t p = 0; p < 2; p++) {
+            memset(values, 0xff, sizeof values);
+            get((address)places[p], values, counts[p]);
+            for (size_t i = 0; i < counts[p]; i++) CHECK(values[i] == mean(step, p, i));
+            memset(values, 0xff, sizeof values);
+            OK(unisum_device_buckets_read(layer, p, values, counts[p], stream));
+            for (size_t i = 0; i < counts[p]; i++) CHECK(values[i] == mean(step, p, i));
+        }
+        REFUSED(UNISUM_CONFIGURATION, "was given 5 elements",
+                unisum_device_buckets_read(layer, 0, values, 5, stream));
+    }
+    bool found = true;
+    OK(unisum_device_buckets_take_nonfinite(layer, stream, 30, &found));
+    CHECK(!found);
+
+    /* Rank 1 leaves one out: the step fails on all ranks, and the next one is as ever. */
+    OK(unisum_device_buckets_begin(layer));
+    OK(unisum_device_buckets_ready(layer, 1, stream));
+    if (rank != 1) OK(unisum_device_buckets_ready(layer, 0, stream));
+    REFUSED(UNISUM_STEP_FAILED, "weight", unisum_device_buckets_wait(layer, stream));
+    OK(unisum_device_buckets_begin(layer));
+    for (size_t p = 0; p < 2; p++) {
+        for (size_t i = 0; i < counts[p]; i++) values[i] = rank == 1 && i == 3 ? 1.0f / 0.0f : 1;
+        OK(unisum_device_buckets_put(layer, p, values, counts[p], stream));
+    }
+    OK(unisum_device_buckets_wait(layer, stream));
+    OK(unisum_device_buckets_synchronize(layer, stream, -1));
+    OK(unisum_device_buckets_take_nonfinite(layer, stream, 30, &found));
+    CHECK(found);
+    OK(unisum_device_buckets_take_nonfinite(layer, stream, 30, &found));
+    CHECK(!found);
+    /* One that is freed in a step fails it, and is gone. */
+    OK(unisum_device_buckets_begin(layer));
+    OK(unisum_device_buckets_free(layer));
+    REFUSED(UNISUM_INVALID_HANDLE, "was freed", unisum_device_buckets_free(layer));
+    REFUSED(UNISUM_INVALID_HANDLE, "was freed", unisum_device_buckets_begin(layer));
+
+    OK(unisum_device_buckets_create(comm, rank, model, 2, &ignoring, &layer));
+    REFUSED(UNISUM_CONFIGURATION, "detect_nonfinite(false)",
+            unisum_device_buckets_take_nonfinite(layer, stream, 30, &found));
+    OK(unisum_device_buckets_free(layer));
+}
+
 /* The driver of rank 1 fails: all ranks hear of it, by the status of its own. */
 static void failing(void) {
     address memory = allocate();
@@ -246,6 +366,7 @@ int main(int argc, char **argv) {
     CHECK(cuStreamCreate(&stream, 1) == 0);
     if (strcmp(argv[1], "collectives") == 0) collectives();
     else if (strcmp(argv[1], "refusals") == 0) refusals();
+    else if (strcmp(argv[1], "buckets") == 0) buckets();
     else if (strcmp(argv[1], "failing") == 0) failing();
     else CHECK(!"a scenario");
     OK(unisum_device_free(device));

@@ -8,7 +8,7 @@ use std::path::Path;
 use cbindgen::{Builder, Config, EnumConfig, ExportConfig, Language, Style};
 
 /// In the order in which a reader wants them.
-const SOURCES: [&str; 16] = [
+const SOURCES: [&str; 17] = [
     "status",
     "types",
     "config",
@@ -25,6 +25,7 @@ const SOURCES: [&str; 16] = [
     "elastic",
     "scaler",
     "device",
+    "device_buckets",
 ];
 
 /// Enumerations whose constants C gives as numbers.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use unisum_kernels::{Dtype, Panic};
 
 use super::flight::Flight;
+use super::place::DevicePlace;
 use crate::buckets::layout::Layout;
 use crate::buckets::parameter::Parameter;
 use crate::buckets::worker::explain;
@@ -31,7 +32,7 @@ pub(super) struct Core {
 
 /// What the layer has on the device.
 pub(super) struct Memory {
-    buckets: Vec<DeviceBuffer<u8>>,
+    buckets: Vec<Arc<DeviceBuffer<u8>>>,
     /// In which buckets are averaged.
     averaging: DeviceStream,
     /// When the averages of the last step have ended.
@@ -43,7 +44,8 @@ impl Memory {
     /// If the device has no memory for the buckets, or fails.
     pub(super) fn new(device: &DeviceCommunicator, layout: &Layout) -> Result<Self, Error> {
         let sizes = layout.plans().iter().map(|bucket| bucket.len * bucket.dtype.bytes());
-        let buckets = sizes.map(|bytes| device.allocate(bytes)).collect::<Result<_, Error>>()?;
+        let buckets = sizes.map(|bytes| device.allocate(bytes).map(Arc::new));
+        let buckets = buckets.collect::<Result<_, Error>>()?;
         let averaging = device.stream()?;
         // In order before the first step.
         let averaged = device.moment(&averaging, None)?;
@@ -74,6 +76,16 @@ impl Core {
         let home = self.layout.home(parameter);
         let start = home.elements.start * self.parameters[parameter].dtype().bytes();
         self.memory.buckets[home.bucket].address() + start as u64
+    }
+
+    /// # Panics
+    /// If there is no such parameter.
+    pub(super) fn memory(&self, parameter: usize) -> DevicePlace {
+        let (home, known) = (self.layout.home(parameter), &self.parameters[parameter]);
+        let (count, dtype) = (known.count(), known.dtype());
+        let start = home.elements.start * dtype.bytes();
+        let (bucket, ordinal) = (self.memory.buckets[home.bucket].clone(), self.device.ordinal());
+        DevicePlace { bucket, start, count, dtype, ordinal }
     }
 
     /// The bucket of a gradient of this type and length, and the byte at which it begins.

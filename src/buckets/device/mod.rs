@@ -3,6 +3,7 @@
 
 mod flight;
 mod launcher;
+mod place;
 mod step;
 
 use std::fmt;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use unisum_kernels::Element;
 use unisum_link::fork;
 
+pub use place::DevicePlace;
 pub use step::DeviceStep;
 
 use super::builder::{check_signature, refuse_any};
@@ -108,6 +110,14 @@ impl DeviceBuckets {
     /// If there is no such parameter.
     pub fn address(&self, parameter: usize) -> u64 {
         self.core.address(parameter)
+    }
+
+    /// The same, with the memory kept as long as the result.
+    ///
+    /// # Panics
+    /// If there is no such parameter.
+    pub fn place(&self, parameter: usize) -> DevicePlace {
+        self.core.memory(parameter)
     }
 
     /// Copies a gradient to the host, after what is in the stream. Blocks until that is done.

@@ -7,7 +7,7 @@ use unisum_kernels::Element;
 
 use super::flight::Flight;
 use super::launcher::Core;
-use crate::{DeviceStream, Error, ErrorKind};
+use crate::{DeviceCommunicator, DeviceStream, Error, ErrorKind};
 
 /// A step under way ([`DeviceBuckets::begin`](super::DeviceBuckets::begin)): threads put kernels
 /// that write gradients into streams and mark the gradients ready, in any order.
@@ -21,6 +21,11 @@ pub struct DeviceStep<'b> {
 impl<'b> DeviceStep<'b> {
     pub(super) const fn new(flight: Arc<Flight>, core: &'b Core) -> Self {
         Self { flight, core }
+    }
+
+    /// The device of the buckets, as [`DeviceBuckets::device`](super::DeviceBuckets::device).
+    pub fn device(&self) -> &'b DeviceCommunicator {
+        &self.core.device
     }
 
     /// As [`DeviceBuckets::address`](super::DeviceBuckets::address).
