@@ -59,6 +59,8 @@ ELSEWHERE = [
      "OK(unisum_comm_stats(comm, &stats));"),
     ("docs/cuda", "device = comm.on_device()", "bindings/python/tests/test_device.py",
      ".on_device("),
+    ("docs/cuda", "buckets = unisum.DeviceBuckets", "bindings/python/tests/test_device.py",
+     "with buckets.begin(stream=stream)"),
     ("README", "pip install ./bindings/python", "docs/quick-start/pytorch.md",
      "python examples/pytorch/ddp_digits.py"),
     ("README", 'torch.distributed.init_process_group("unisum")', "docs/quick-start/pytorch.md",

@@ -31,7 +31,7 @@ enum Memory {
 struct Exported {
     managed: Managed,
     shape: Vec<i64>,
-    _owner: Py<Array>,
+    _owner: Py<PyAny>,
 }
 
 impl Array {
@@ -108,18 +108,10 @@ impl Array {
 
     #[getter]
     fn __array_interface__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let letter = match self.dtype {
-            Dtype::F16 | Dtype::F32 | Dtype::F64 => 'f',
-            Dtype::I8 | Dtype::I16 | Dtype::I32 | Dtype::I64 => 'i',
-            Dtype::Bool => 'b',
-            _ => 'u',
-        };
-        let order = if cfg!(target_endian = "little") { '<' } else { '>' };
-        let order = if self.dtype.bytes() == 1 { '|' } else { order };
         let interface = PyDict::new(py);
         interface.set_item("version", 3)?;
         interface.set_item("shape", PyTuple::new(py, &self.shape)?)?;
-        interface.set_item("typestr", format!("{order}{letter}{}", self.dtype.bytes()))?;
+        interface.set_item("typestr", typestr(self.dtype))?;
         interface.set_item("data", (self.address(), false))?;
         Ok(interface)
     }
@@ -130,30 +122,9 @@ impl Array {
         _options: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let array = slf.get();
-        let (code, bits) = dlpack_of(array.dtype);
-        let shape: Vec<i64> = array.shape.iter().map(|&axis| axis as i64).collect();
-        let view = View {
-            data: array.address() as *mut c_void,
-            device: Device { kind: CPU, number: 0 },
-            dimensions: shape.len() as i32, // axes are few
-            data_type: DataType { code, bits, lanes: 1 },
-            shape: shape.as_ptr(),
-            strides: std::ptr::null(),
-            byte_offset: 0,
-        };
-        let managed = Managed { view, context: std::ptr::null_mut(), deleter: Some(delete) };
-        let exported = Exported { managed, shape, _owner: slf.clone().unbind() };
-        let exported = Box::into_raw(Box::new(exported));
-        // SAFETY: it was just made, and nobody else has it.
-        let own = unsafe { &mut *exported };
-        own.managed.view.shape = own.shape.as_ptr();
-        own.managed.context = exported.cast();
-        let managed = &raw mut own.managed;
-        // SAFETY: the name lives for ever, and the destructor takes such capsules.
-        let capsule =
-            unsafe { ffi::PyCapsule_New(managed.cast(), c"dltensor".as_ptr(), Some(destroy)) };
-        // SAFETY: a new reference, or null with an error.
-        unsafe { Bound::from_owned_ptr_or_err(slf.py(), capsule) }
+        let (address, device) = (array.address() as *mut c_void, Device { kind: CPU, number: 0 });
+        let owner = slf.clone().into_any().unbind();
+        export(slf.py(), address, (&array.shape, array.dtype), device, owner)
     }
 
     fn __dlpack_device__(&self) -> (i32, i32) {
@@ -166,6 +137,53 @@ impl Array {
     pub(crate) fn parts(&self) -> (usize, usize, Dtype) {
         (self.address(), self.count(), self.dtype)
     }
+}
+
+/// How NumPy writes a type.
+pub(crate) fn typestr(dtype: Dtype) -> String {
+    let letter = match dtype {
+        Dtype::F16 | Dtype::F32 | Dtype::F64 => 'f',
+        Dtype::I8 | Dtype::I16 | Dtype::I32 | Dtype::I64 => 'i',
+        Dtype::Bool => 'b',
+        _ => 'u',
+    };
+    let order = if cfg!(target_endian = "little") { '<' } else { '>' };
+    let order = if dtype.bytes() == 1 { '|' } else { order };
+    format!("{order}{letter}{}", dtype.bytes())
+}
+
+/// A capsule of DLPack's for memory that is there as long as the owner.
+pub(crate) fn export<'py>(
+    py: Python<'py>,
+    address: *mut c_void,
+    (shape, dtype): (&[usize], Dtype),
+    device: Device,
+    owner: Py<PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let (code, bits) = dlpack_of(dtype);
+    let shape: Vec<i64> = shape.iter().map(|&axis| axis as i64).collect();
+    let view = View {
+        data: address,
+        device,
+        dimensions: shape.len() as i32, // axes are few
+        data_type: DataType { code, bits, lanes: 1 },
+        shape: shape.as_ptr(),
+        strides: std::ptr::null(),
+        byte_offset: 0,
+    };
+    let managed = Managed { view, context: std::ptr::null_mut(), deleter: Some(delete) };
+    let exported = Exported { managed, shape, _owner: owner };
+    let exported = Box::into_raw(Box::new(exported));
+    // SAFETY: it was just made, and nobody else has it.
+    let own = unsafe { &mut *exported };
+    own.managed.view.shape = own.shape.as_ptr();
+    own.managed.context = exported.cast();
+    let managed = &raw mut own.managed;
+    // SAFETY: the name lives for ever, and the destructor takes such capsules.
+    let capsule =
+        unsafe { ffi::PyCapsule_New(managed.cast(), c"dltensor".as_ptr(), Some(destroy)) };
+    // SAFETY: a new reference, or null with an error.
+    unsafe { Bound::from_owned_ptr_or_err(py, capsule) }
 }
 
 /// The deleter of exported views.

@@ -66,11 +66,11 @@ macro_rules! with_gradient {
         }
     };
 }
+pub(crate) use with_gradient;
 
 impl State {
     fn step(&self) -> PyResult<&Step<'static>> {
-        let none = || PyRuntimeError::new_err("no step is under way: `begin` begins one");
-        self.step.as_ref().ok_or_else(none)
+        self.step.as_ref().ok_or_else(no_step)
     }
 
     fn buckets(&self) -> PyResult<&unisum::buckets::Buckets> {
@@ -80,17 +80,44 @@ impl State {
     /// The buckets between two steps.
     fn idle(&mut self) -> PyResult<&mut unisum::buckets::Buckets> {
         match self.step {
-            Some(_) => Err(PyRuntimeError::new_err("a step is under way: wait for it first")),
+            Some(_) => Err(step_open()),
             None => self.buckets.as_deref_mut().ok_or_else(closed),
         }
     }
 }
 
-fn closed() -> PyErr {
+pub(crate) fn closed() -> PyErr {
     PyRuntimeError::new_err("the buckets were closed")
 }
 
-fn busy() -> PyErr {
+pub(crate) fn no_step() -> PyErr {
+    PyRuntimeError::new_err("no step is under way: `begin` begins one")
+}
+
+pub(crate) fn step_open() -> PyErr {
+    PyRuntimeError::new_err("a step is under way: wait for it first")
+}
+
+/// # Errors
+/// `ValueError` if there is no such parameter.
+pub(crate) fn parameter_of(parameters: &[Parameter], place: usize) -> PyResult<&Parameter> {
+    parameters.get(place).ok_or_else(|| {
+        let count = parameters.len();
+        PyValueError::new_err(format!("there is no parameter {place} among {count}"))
+    })
+}
+
+/// Parameters from what Python gave: name, shape, type, uses of each.
+pub(crate) fn parameters_of(
+    given: Vec<(String, Vec<usize>, String, usize)>,
+) -> PyResult<Vec<Parameter>> {
+    let parameter = |(name, shape, dtype, uses): (String, Vec<usize>, String, usize)| {
+        Ok(Parameter::new(name, &shape, by_name(&dtype)?).used(uses))
+    };
+    given.into_iter().map(parameter).collect()
+}
+
+pub(crate) fn busy() -> PyErr {
     PyRuntimeError::new_err("another call of these buckets, which needs them alone, is under way")
 }
 
@@ -107,11 +134,7 @@ impl Buckets {
     }
 
     fn dtype(&self, parameter: usize) -> PyResult<Dtype> {
-        let known = self.parameters.get(parameter).map(Parameter::dtype);
-        known.ok_or_else(|| {
-            let count = self.parameters.len();
-            PyValueError::new_err(format!("there is no parameter {parameter} among {count}"))
-        })
+        parameter_of(&self.parameters, parameter).map(Parameter::dtype)
     }
 
     fn array(&self, place: Place, parameter: usize) -> Array {
@@ -365,10 +388,7 @@ pub(crate) fn make_buckets(
     options: &Bound<'_, PyDict>,
 ) -> PyResult<Buckets> {
     let inner = communicator.get()?;
-    let parameter = |(name, shape, dtype, uses): (String, Vec<usize>, String, usize)| {
-        Ok(Parameter::new(name, &shape, by_name(&dtype)?).used(uses))
-    };
-    let parameters = parameters.into_iter().map(parameter).collect::<PyResult<Vec<_>>>()?;
+    let parameters = parameters_of(parameters)?;
     let builder = configured(unisum::buckets::Buckets::builder(&inner), options)?;
     let made = block(py, || builder.build(&parameters))?;
     let state = RwLock::new(State { step: None, buckets: Some(Box::new(made)) });

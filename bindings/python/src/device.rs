@@ -45,7 +45,7 @@ impl Device {
 }
 
 /// The stream that Python has the handle of.
-fn lent(device: &DeviceCommunicator, handle: usize) -> DeviceStream {
+pub(crate) fn lent(device: &DeviceCommunicator, handle: usize) -> DeviceStream {
     let handle = std::ptr::with_exposed_provenance_mut::<c_void>(handle);
     // SAFETY: the program promised a stream of the device that lives, as the documentation of every
     // call says; a number has no other way to show it.
@@ -151,7 +151,7 @@ impl Places {
     }
 }
 
-fn limit(timeout: Option<f64>) -> PyResult<Option<Duration>> {
+pub(crate) fn limit(timeout: Option<f64>) -> PyResult<Option<Duration>> {
     let seconds = |seconds| {
         Duration::try_from_secs_f64(seconds)
             .map_err(|error| PyValueError::new_err(format!("a timeout of {seconds} s: {error}")))

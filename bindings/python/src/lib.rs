@@ -6,6 +6,7 @@ mod array;
 mod buckets;
 mod communicator;
 mod device;
+mod device_buckets;
 mod dlpack;
 mod elements;
 mod errors;
@@ -31,6 +32,8 @@ mod _unisum {
     use super::communicator::{Communicator, connect};
     #[pymodule_export]
     use super::device::{Device, cuda_devices};
+    #[pymodule_export]
+    use super::device_buckets::{DeviceArray, DeviceBuckets, make_device_buckets};
     #[pymodule_export]
     use super::messenger::Messenger;
     #[pymodule_export]

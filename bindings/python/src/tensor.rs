@@ -133,6 +133,16 @@ impl Tensor {
         unsafe { std::slice::from_raw_parts(self.start as *const T, self.count) }
     }
 
+    /// Its elements, to be written: only this call has them.
+    ///
+    /// # Panics
+    /// If they are of another type, or may only be read.
+    pub(crate) fn as_mut_slice<T: unisum::Element>(&mut self) -> &mut [T] {
+        assert!(self.is_writable && self.element.dtype == T::DTYPE, "a tensor of another kind");
+        // SAFETY: as in `as_slice`; the program leaves the memory to the call.
+        unsafe { std::slice::from_raw_parts_mut(self.start as *mut T, self.count) }
+    }
+
     /// Whether each begins where the one before it ends: they are one piece of memory.
     pub(crate) fn are_in_a_row(tensors: &[Self]) -> bool {
         tensors.windows(2).all(|pair| {

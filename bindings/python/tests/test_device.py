@@ -1,5 +1,6 @@
 """Collectives on device memory, on the devices of the repository's emulated driver."""
 
+import ctypes
 import os
 
 import cuda_emulator
@@ -181,6 +182,174 @@ def wrong_use():
     return True
 
 
+def shown(array):
+    """An array of a gradient on a device as its values."""
+    interface = array.__cuda_array_interface__
+    assert interface["version"] == 3 and interface["stream"] is None
+    values = np.empty(interface["shape"], interface["typestr"])
+    start, is_read_only = interface["data"]
+    assert not is_read_only and values.nbytes == array.nbytes
+    driver = cuda_emulator.Driver(array.ordinal)
+    to = values.ctypes.data_as(ctypes.c_void_p)
+    driver.call("cuMemcpyDtoH_v2", to, ctypes.c_uint64(start), ctypes.c_size_t(values.nbytes))
+    return values
+
+
+MODEL = [
+    unisum.Parameter("weight", (20, 15)),
+    unisum.Parameter("bias", (9,), "float64"),
+    unisum.Parameter("scale", (3,), "bfloat16"),
+    unisum.Parameter("tied", (70,), uses=2),
+]
+
+
+def gradient_buckets():
+    comm, device, driver = joined()
+    rank, world = comm.rank, comm.world
+    stream, other = driver.stream(), driver.stream()
+
+    def values(r, step, shape, dtype="float32"):
+        return (np.arange(np.prod(shape)).reshape(shape) % 7 + 8 * r + step).astype(dtype)
+
+    buckets = unisum.DeviceBuckets(comm, MODEL, bucket_bytes=1000, end_bucket_bytes=100)
+    assert buckets.ordinal == device.ordinal and "CUDA IPC" in buckets.describe()
+    assert sorted(sum(buckets.buckets, [])) == [0, 1, 2, 3] and len(buckets.buckets) > 2
+    weight, scale = buckets.gradient("weight"), buckets.gradient(2)
+    assert (weight.shape, weight.dtype, len(weight)) == ((20, 15), "float32", 20)
+    assert (shown(weight) == 0).all()
+    # What others would take for integers is shown by DLPack only.
+    assert not hasattr(scale, "__cuda_array_interface__")
+    assert not hasattr(weight, "__array_interface__")
+    assert scale.__dlpack_device__() == (2, buckets.ordinal)
+    ones = np.full(3, 0x3F80, "uint16")  # 1 as bfloat16
+    tied = np.ones(70, "float32")
+    for step in range(3):
+        with buckets.begin(stream=stream) as under_way:
+            under_way.put("tied", tied * (rank + step))
+            under_way.put("bias", values(rank, step, 9, "float64"), stream=other)
+            under_way.ready("tied", stream=other)
+            under_way.put("scale", Bfloat16(ones))
+            under_way.put(0, values(rank, step, (20, 15)))
+        out = np.empty((20, 15), "float32")
+        assert buckets.read("weight", out, stream=stream) is out
+        mean = sum(values(r, step, (20, 15)) for r in range(world)) / world
+        np.testing.assert_allclose(out, mean, rtol=1e-6)
+        np.testing.assert_array_equal(shown(weight), out)
+        mean = sum(values(r, step, 9, "float64") for r in range(world)) / world
+        np.testing.assert_allclose(shown(buckets.gradient("bias")), mean, rtol=1e-12)
+        # A collective on what is shown, also on what only DLPack shows.
+        device.all_reduce(scale, "max", stream=stream)
+        device.synchronize(stream)
+        back = np.empty(3, "uint16")
+        buckets.read("scale", Bfloat16(back), stream=stream)
+        assert (back == ones).all()
+        tied_back = buckets.read("tied", np.empty(70, "float32"), stream=stream)
+        np.testing.assert_allclose(tied_back, sum(range(world)) / world + step, rtol=1e-6)
+    assert buckets.take_nonfinite(stream) is False
+    with buckets.begin(stream=stream) as under_way:
+        for place, (_, shape, dtype, uses) in enumerate(MODEL):
+            for _ in range(uses - 1):
+                under_way.ready(place)
+            if dtype == "bfloat16":
+                under_way.ready(place)
+            else:
+                worst = np.inf if rank == 1 and place == 0 else 0
+                under_way.put(place, np.full(shape, worst, dtype))
+    buckets.synchronize(stream, 30)
+    assert buckets.take_nonfinite(stream) is True
+    assert buckets.take_nonfinite(stream) is False
+    buckets.close()
+    # What is shown stays where it is.
+    assert np.isinf(shown(weight)).all() and device.ordinal == weight.ordinal
+    with pytest.raises(RuntimeError, match="the buckets were closed"):
+        buckets.gradient("weight")
+    with pytest.raises(RuntimeError, match="the buckets were closed"):
+        buckets.begin()
+    del weight, scale
+    device.close()
+    comm.close()
+    return True
+
+
+class Bfloat16:
+    """Elements of NumPy's uint16 that say that they are bfloat16."""
+
+    class dtype:
+        name = "bfloat16"
+
+    def __init__(self, values):
+        self._values = values
+        self.__array_interface__ = {**values.__array_interface__, "typestr": "<V2"}
+
+
+def steps_that_fail():
+    comm, device, driver = joined()
+    stream = driver.stream()
+    buckets = unisum.DeviceBuckets(comm, MODEL[:2])
+
+    def complete(step):
+        step.put("weight", np.ones((20, 15), "float32"))
+        step.put("bias", np.ones(9))
+
+    for how in ("left out", "twice", "raised", "complained of"):
+        own = KeyError if how == "raised" and comm.rank == 1 else unisum.Error
+        with pytest.raises(own) as raised:
+            with buckets.begin(stream=stream) as step:
+                if comm.rank != 1:
+                    complete(step)
+                elif how == "left out":
+                    step.ready("bias")
+                elif how == "twice":
+                    complete(step)
+                    step.ready("bias")
+                elif how == "raised":
+                    raise KeyError("no such batch")
+                else:
+                    complete(step)
+                    step.put("bias", np.ones(8))
+        if comm.rank != 1:
+            assert raised.value.kind == "step_failed", how
+            words = {"left out": "weight", "twice": "once more", "raised": "no such batch"}
+            assert words.get(how, "8 elements") in str(raised.value)
+        if how in ("twice", "complained of") and comm.rank == 1:
+            # It was told at once.
+            assert raised.value.kind == "configuration"
+        with buckets.begin(stream=stream) as step:
+            complete(step)
+        assert (buckets.read("bias", np.empty(9), stream=stream) == 1).all()
+    with pytest.raises(RuntimeError, match="no step is under way"):
+        step.ready("bias")
+    step = buckets.begin(stream=stream)
+    with pytest.raises(RuntimeError, match="a step is under way"):
+        buckets.begin()
+    with pytest.raises(ValueError, match="no parameter 'bais'"):
+        step.ready("bais")
+    with pytest.raises(ValueError, match="no parameter 2 among 2"):
+        step.put(2, np.ones(9))
+    with pytest.raises(TypeError, match="elements of f32"):
+        step.put("bias", np.ones(9, "float32"))
+    with pytest.raises(TypeError, match="no CUDA stream"):
+        step.ready("bias", stream="s")
+    # Nothing of that has harmed the step.
+    complete(step)
+    step.wait()
+    read_only = np.ones(9)
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        buckets.read("bias", read_only, stream=stream)
+    buckets.close()
+    with pytest.raises(unisum.MismatchError, match="bucket_bytes"):
+        unisum.DeviceBuckets(comm, MODEL, bucket_bytes=1000 + comm.rank)
+    with pytest.raises(unisum.ConfigurationError, match="no device 9"):
+        unisum.DeviceBuckets(comm, MODEL, device=9)
+    with unisum.DeviceBuckets(comm, MODEL, detect_nonfinite=False) as blind:
+        with pytest.raises(unisum.ConfigurationError, match="detect_nonfinite"):
+            blind.take_nonfinite()
+    device.close()
+    comm.close()
+    return True
+
+
 def failing():
     if os.environ["UNISUM_RANK"] == "1":
         os.environ["CUDA_EMULATOR_FAIL"] = "cuLaunchKernel:5:719"
@@ -216,6 +385,17 @@ def test_types_and_streams(emulated):
 def test_wrong_use_is_refused(emulated):
     emulated(2)
     assert all(unisum.spawn(wrong_use, 2))
+
+
+def test_gradient_buckets(emulated):
+    for ranks in (2, 3):
+        emulated(ranks, DELAY_US=200, LEAKS="report")
+        assert all(unisum.spawn(gradient_buckets, ranks))
+
+
+def test_steps_that_fail_fail_on_all_ranks(emulated):
+    emulated(2)
+    assert all(unisum.spawn(steps_that_fail, 2))
 
 
 def test_a_failing_driver_is_told_to_all_ranks(emulated):

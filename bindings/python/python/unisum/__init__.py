@@ -17,6 +17,7 @@ from ._buckets import BucketReport, Buckets, Parameter, Step, StepChange, StepRe
 from ._communicator import OPS, Communicator, Messenger, View, Work, empty
 from ._connect import connect, join
 from ._device import DeviceCommunicator
+from ._device_buckets import DeviceBuckets, DeviceStep
 from ._errors import (
     AbortedError,
     ConfigurationError,
@@ -38,7 +39,7 @@ from ._observing import (
     Stats,
 )
 from ._spawn import RankFailed, spawn
-from ._unisum import Array, LossScaler, cuda_devices
+from ._unisum import Array, DeviceArray, LossScaler, cuda_devices
 
 __all__ = [
     "AbortedError",
@@ -49,7 +50,10 @@ __all__ = [
     "Communicator",
     "ConfigurationError",
     "Description",
+    "DeviceArray",
+    "DeviceBuckets",
     "DeviceCommunicator",
+    "DeviceStep",
     "Error",
     "LinkStats",
     "LossScaler",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from . import _completion, _unisum
 from ._communicator import Communicator, View, Work, succeed
@@ -23,6 +23,21 @@ class Parameter(NamedTuple):
     shape: Tuple[int, ...]
     dtype: str = "float32"
     uses: int = 1
+
+
+def described(parameters: Sequence[Parameter]) -> List[Tuple[str, List[int], str, int]]:
+    """As the native part takes them."""
+    return [(it.name, list(it.shape), it.dtype, it.uses) for it in parameters]
+
+
+def place_of(places: Dict[str, int], parameter: Union[int, str]) -> int:
+    """The place of a parameter that is told by name or by place."""
+    if isinstance(parameter, int):
+        return parameter
+    try:
+        return places[parameter]
+    except KeyError:
+        raise ValueError(f"there is no parameter {parameter!r}") from None
 
 
 class BucketReport(NamedTuple):
@@ -151,18 +166,14 @@ class Buckets:
             "relayout": relayout,
             "layout": layout,
         }
-        described = [(it.name, list(it.shape), it.dtype, it.uses) for it in self.parameters]
         # They may outlive it.
         self._communicator = weakref.ref(communicator)
-        self._native = _unisum.make_buckets(communicator._native, described, options)
+        self._native = _unisum.make_buckets(
+            communicator._native, described(self.parameters), options
+        )
 
     def _place(self, parameter: Union[int, str]) -> int:
-        if isinstance(parameter, int):
-            return parameter
-        try:
-            return self._places[parameter]
-        except KeyError:
-            raise ValueError(f"there is no parameter {parameter!r}") from None
+        return place_of(self._places, parameter)
 
     def begin(self) -> "Step":
         """Begins a step whose gradients, with those that were accumulated before, are averaged

@@ -514,13 +514,17 @@ class Communicator:
         were enough. Collective."""
         from ._device import DeviceCommunicator
 
-        if ordinal is None:
-            try:
-                ordinal = self.local_rank % _unisum.cuda_devices()
-            except _errors.ConfigurationError:
-                # The call below says on all ranks what is missing.
-                ordinal = 0
-        return DeviceCommunicator(self._native._on_device(ordinal))
+        return DeviceCommunicator(self._native._on_device(self._ordinal(ordinal)))
+
+    def _ordinal(self, given: Optional[int]) -> int:
+        """The number of this rank's device, given or by default."""
+        if given is not None:
+            return given
+        try:
+            return self.local_rank % _unisum.cuda_devices()
+        except _errors.ConfigurationError:
+            # The call that takes it says on all ranks what is missing.
+            return 0
 
     def messenger(self) -> "Messenger":
         """Messages between two ranks, with tags. Collective."""
