@@ -48,6 +48,28 @@ def test_names_by_device_are_read(name, devices):
     assert {device: str(backend) for device, backend in found.items()} == devices
 
 
+def test_unisums_ddp_refuses_modules_on_devices_and_says_what_takes_them(tmp_path):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        # As if there were one.
+        device = torch.nn.Linear(3, 2, device="cuda")
+    modules = [device, torch.nn.Sequential(torch.nn.Linear(3, 3), device)]
+    dist.init_process_group("unisum", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        for module, name in zip(modules, ("weight", "1.weight")):
+            with pytest.raises(ValueError, match=f"{name}' is on cuda:0") as raised:
+                unisum.torch.DistributedDataParallel(module)
+            assert "torch.nn.parallel.DistributedDataParallel over" in str(raised.value)
+        # What needs no gradients has none anywhere.
+        device.requires_grad_(False)
+        model = unisum.torch.DistributedDataParallel(torch.nn.Linear(3, 3))
+        model(torch.ones(3)).sum().backward()
+        assert model.module.weight.grad.eq(1).all()
+    finally:
+        dist.destroy_process_group()
+
+
 class Device:
     """``torch.device("cuda", index)``."""
 

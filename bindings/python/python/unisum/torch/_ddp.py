@@ -22,13 +22,26 @@ from ._reducer import Logger, Reducer
 _PLACES = ("self", "module")
 
 
+def _refuse_devices(module: torch.nn.Module) -> None:
+    """Before PyTorch's constructor does anything with the devices, or with other ranks."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.device.type not in ("cpu", "meta"):
+            raise ValueError(
+                f"parameter {name!r} is on {parameter.device}: unisum.torch."
+                "DistributedDataParallel has gradients in the CPU's memory. For modules on CUDA "
+                "devices use torch.nn.parallel.DistributedDataParallel over a process group of "
+                "unisum's, or, in a loop of your own, unisum.DeviceBuckets"
+            )
+
+
 class _OwnGroup:
     """Stands for the model's process group where that is the state of its hook, in copies."""
 
 
 class DistributedDataParallel(_TorchDDP):
     """Data parallelism over a process group of unisum's, with the signature and semantics of
-    ``torch.nn.parallel.DistributedDataParallel``, of which it is a subclass.
+    ``torch.nn.parallel.DistributedDataParallel``, of which it is a subclass. The module is in the
+    CPU's memory: for one on CUDA devices there is PyTorch's own, over unisum's process group.
 
     The gradients of parameters (``parameter.grad``) lie in the buckets that are reduced, in memory
     that ranks of the same host reach without a copy; nothing is copied back after the reduction. If
@@ -79,6 +92,7 @@ class DistributedDataParallel(_TorchDDP):
         elastic: bool = False,
         **options: Any,
     ) -> None:
+        _refuse_devices(module)
         # By name, whatever the version of PyTorch has in which place.
         given = inspect.signature(_TorchDDP.__init__).bind_partial(
             self, module, *arguments, **options
