@@ -7,7 +7,8 @@ use unisum_kernels::Dtype;
 
 use crate::DeviceBuffer;
 
-/// The memory of a parameter's gradient on a device ([`DeviceBuckets::place`]), which stays allocated while this lives, also when the buckets are gone.
+/// The memory of a parameter's gradient on a device ([`DeviceBuckets::place`]), which stays
+/// allocated while this lives, also when the buckets are gone.
 ///
 /// When it may be touched is up to the program: as [`DeviceStep`] says.
 ///
