@@ -315,7 +315,7 @@ impl DeviceArray {
         slf: &Bound<'py, Self>,
         _options: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let DeviceArray { place, shape } = slf.get();
+        let Self { place, shape } = slf.get();
         let address = std::ptr::without_provenance_mut::<c_void>(place.address() as usize);
         let owner = slf.clone().into_any().unbind();
         let number = place.ordinal() as i32; // devices are few
