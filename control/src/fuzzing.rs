@@ -11,7 +11,7 @@ use unisum_link::{Call, Rank};
 
 use super::address;
 use super::coordinator::{Audience, Coordinator};
-use super::elastic::Record;
+use super::elastic::{self, Record};
 use super::environment::Environment;
 use super::file;
 use super::interface;
@@ -25,8 +25,14 @@ use super::verdict::{Finding, Report, Verdict, VerdictKind};
 
 /// The targets of this crate.
 pub fn targets() -> Vec<Target> {
-    [TARGETS, address::fuzzing::TARGETS, interface::fuzzing::TARGETS, launcher::fuzzing::TARGETS]
-        .concat()
+    [
+        TARGETS,
+        address::fuzzing::TARGETS,
+        elastic::fuzzing::TARGETS,
+        interface::fuzzing::TARGETS,
+        launcher::fuzzing::TARGETS,
+    ]
+    .concat()
 }
 
 /// An environment of lines `NAME=VALUE`. It must not say where to make directories.

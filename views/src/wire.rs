@@ -17,6 +17,10 @@ impl fmt::Display for Malformed {
 
 impl std::error::Error for Malformed {}
 
+/// Beyond what any job comes to: there is always a next epoch, and a higher ballot.
+const EPOCH_MAX: u64 = 1 << 62;
+const ROUND_MAX: u32 = 1 << 31;
+
 const WISH: u8 = 1;
 const JOIN: u8 = 2;
 const PREPARE: u8 = 3;
@@ -126,8 +130,8 @@ impl Reader<'_> {
     }
 
     fn ballot(&mut self) -> Option<Ballot> {
-        let (round, rank) = (self.take()?, self.take()?);
-        Some(Ballot { round: u32::from_le_bytes(round), rank: u32::from_le_bytes(rank) })
+        let (round, rank) = (self.take().map(u32::from_le_bytes)?, self.take()?);
+        (round <= ROUND_MAX).then_some(Ballot { round, rank: u32::from_le_bytes(rank) })
     }
 
     fn members(&mut self) -> Option<Vec<Member>> {
@@ -144,7 +148,8 @@ impl Reader<'_> {
     }
 
     fn view(&mut self) -> Option<View> {
-        Some(View { epoch: self.number()?, members: self.members()? })
+        let epoch = self.number().filter(|epoch| *epoch <= EPOCH_MAX)?;
+        Some(View { epoch, members: self.members()? })
     }
 
     fn message(&mut self) -> Option<Message> {
@@ -207,6 +212,17 @@ mod tests {
             assert_eq!(decode(&[&encoded[..], &[0]].concat()), Err(Malformed));
         }
         assert_eq!(decode(&[99]), Err(Malformed));
+        for (epoch, round, is_right) in [
+            (EPOCH_MAX, ROUND_MAX, true),
+            (EPOCH_MAX + 1, 1, false),
+            (u64::MAX, 1, false),
+            (1, ROUND_MAX + 1, false),
+            (1, u32::MAX, false),
+        ] {
+            let next = View { epoch, members: vec![Member(1)] };
+            let last = Message::Accept { ballot: Ballot { round, rank: 0 }, next };
+            assert_eq!(decode(&encode(&last)).is_ok(), is_right, "{last:?}");
+        }
         let twice = View { epoch: 1, members: vec![Member(1), Member(1)] };
         assert_eq!(decode(&encode(&Message::Decided(twice))), Err(Malformed), "a member twice");
     }

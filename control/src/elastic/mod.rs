@@ -10,6 +10,7 @@
 //! tells the others by these connections where it listens.
 
 mod dialing;
+pub(crate) mod fuzzing;
 mod joining;
 mod record;
 mod shared;

@@ -79,6 +79,8 @@ impl Word {
 fn entry(line: &str) -> Option<(Member, Vec<SocketAddr>)> {
     let mut words = line.split(' ');
     let member = Member(words.next()?.parse().ok()?);
+    // A member without any has an empty word.
+    let words = words.filter(|word| !word.is_empty());
     let addresses: Vec<SocketAddr> = words.map(|it| it.parse().ok()).collect::<Option<_>>()?;
     (addresses.len() <= ADDRESSES_MAX).then_some((member, addresses))
 }
@@ -93,6 +95,7 @@ mod tests {
         let directory = vec![
             (Member(0), vec![at("10.0.0.1:4000"), at("[fe80::1]:4000")]),
             (Member(1 << 31), vec![at("127.0.0.1:1")]),
+            (Member(2), Vec::new()),
         ];
         for word in [
             Word::Agreement(Message::Join(Member(7))),
