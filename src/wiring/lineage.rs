@@ -433,7 +433,7 @@ impl Store for ViewStore {
     }
 }
 
-fn parse_addresses(blob: &[u8]) -> Option<Vec<SocketAddr>> {
+pub(super) fn parse_addresses(blob: &[u8]) -> Option<Vec<SocketAddr>> {
     let text = std::str::from_utf8(blob).ok()?;
     let addresses: Vec<_> = text.split(' ').map(|it| it.parse().ok()).collect::<Option<_>>()?;
     (!addresses.is_empty()).then_some(addresses)

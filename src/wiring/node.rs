@@ -153,7 +153,7 @@ fn alone(rank: Rank, topology: Topology) -> Node {
     Node { members: vec![rank], connected: None, topology }
 }
 
-fn members_of(rank: Rank, leaders: &[Option<Rank>]) -> Vec<Rank> {
+pub(super) fn members_of(rank: Rank, leaders: &[Option<Rank>]) -> Vec<Rank> {
     if leaders[rank].is_none() {
         return vec![rank];
     }
@@ -161,10 +161,13 @@ fn members_of(rank: Rank, leaders: &[Option<Rank>]) -> Vec<Rank> {
 }
 
 /// Ranks that share memory are a node; those that share none are grouped by host.
-fn topology(leaders: &[Option<Rank>], hosts: &[&str]) -> Topology {
-    let first_on_host =
-        |rank: Rank| (0..rank).find(|&peer| leaders[peer].is_none() && hosts[peer] == hosts[rank]);
-    let node = |rank: Rank| leaders[rank].or_else(|| first_on_host(rank)).unwrap_or(rank) as u32;
+pub(super) fn topology(leaders: &[Option<Rank>], hosts: &[&str]) -> Topology {
+    let is_with = |rank: Rank, peer: Rank| match leaders[rank] {
+        // Whatever number it says its leader has.
+        Some(leader) => leaders[peer] == Some(leader),
+        None => leaders[peer].is_none() && hosts[peer] == hosts[rank],
+    };
+    let node = |rank: Rank| (0..rank).find(|&peer| is_with(rank, peer)).unwrap_or(rank) as u32;
     let sharing = |rank: Rank| leaders[rank].is_some();
     // A rank that shares memory and one that does not are never in one node.
     let node_of: Vec<u32> =

@@ -243,7 +243,8 @@ fn is_final(since: &mut Option<Instant>, until: Instant) -> bool {
 }
 
 fn parse(text: &str) -> Option<Value> {
-    let rest = text.strip_suffix('\n')?.strip_prefix(MAGIC)?.strip_prefix(' ')?;
+    let rest = text.strip_suffix('\n').filter(|line| !line.contains('\n'))?;
+    let rest = rest.strip_prefix(MAGIC)?.strip_prefix(' ')?;
     if rest == "over" {
         return Some(Value::Over);
     }
@@ -258,6 +259,16 @@ fn parse(text: &str) -> Option<Value> {
     let addresses: Vec<SocketAddr> = words.map(|word| word.parse().ok()).collect::<Option<_>>()?;
     let is_known = (1..=ADDRESSES_MAX).contains(&addresses.len());
     is_known.then_some(Value::At(Published { token, addresses }))
+}
+
+/// For the fuzz targets: how many addresses a value has, `Some(1)` also if it says something else;
+/// `None` if it says nothing.
+#[cfg(any(test, fuzzing))]
+pub(super) fn addresses_in(text: &str) -> Option<usize> {
+    parse(text).map(|value| match value {
+        Value::At(published) => published.addresses.len(),
+        Value::Failed(_) | Value::Over => 1,
+    })
 }
 
 #[cfg(test)]
@@ -338,6 +349,7 @@ mod tests {
             (b"unisum-store1 at short 127.0.0.1:1\n", "are not"),
             (b"unisum-store1 at - 127.0.0.1\n", "are not"),
             (b"unisum-store1 overs\n", "are not"),
+            (b"unisum-store1 failed so\nunisum-store1 over\n", "are not"),
             (b"unisum-store2 at - 127.0.0.1:1\n", "another version"),
         ] {
             store.set("key", value).unwrap();
