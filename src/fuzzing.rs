@@ -21,6 +21,8 @@ pub fn targets() -> Vec<Target> {
         wiring::fuzzing::TARGETS,
     ];
     let targets = [&modules.concat(), TARGETS].concat();
+    #[cfg(feature = "cuda")]
+    let targets = [&targets, crate::device::fuzzing::TARGETS].concat();
     // Its tests attack them.
     #[cfg(not(test))]
     let targets = [targets, unisum_control::fuzzing::targets()].concat();

@@ -15,6 +15,8 @@ mod call;
 mod card;
 mod choosing;
 mod flags;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod joining;
 mod memories;
 mod moment;
