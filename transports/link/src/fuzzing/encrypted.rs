@@ -5,7 +5,8 @@ use std::sync::OnceLock;
 
 use super::{Answers, Target, edit, secret};
 use crate::handshake::{Build, HandshakeError, Heard, Hello, Purpose, Refusal};
-use crate::secure::{Credentials, Listening, Sealing, Session, check_stranger, dial};
+use crate::secure::{Credentials, Listening, Sealing, Session, dial};
+use crate::secure::{check_files, check_peers, check_stranger};
 
 pub(super) const TARGETS: &[Target] = &[
     Target { name: "tls_listening", check: check_listening, seeds: listening_seeds },
@@ -13,6 +14,8 @@ pub(super) const TARGETS: &[Target] = &[
     Target { name: "tls_handshake", check: check_handshake, seeds: handshake_seeds },
     Target { name: "records", check: check_records, seeds: record_seeds },
     Target { name: "tls_certificate", check: check_certificate, seeds: certificate_seeds },
+    Target { name: "tls_files", check: check_pem, seeds: pem_seeds },
+    Target { name: "tls_peers", check: check_list, seeds: list_seeds },
 ];
 
 const HELLO: Hello = Hello {
@@ -248,4 +251,64 @@ fn check_certificate(bytes: &[u8]) {
 /// A certificate that is whole, by somebody else.
 fn certificate_seeds() -> Vec<Vec<u8>> {
     vec![include_bytes!("certificate.der").to_vec()]
+}
+
+/// A rank's certificate, its key, and the certificate of its CA, which is itself.
+const OWN: [(&str, &[u8]); 3] = [
+    ("CERTIFICATE", include_bytes!("own.der")),
+    ("PRIVATE KEY", include_bytes!("own-key.der")),
+    ("CERTIFICATE", include_bytes!("own.der")),
+];
+
+/// Files of any content are used, or refused by a sentence; a key is used with its own certificate
+/// only. The first byte says which file has these contents.
+fn check_pem(bytes: &[u8]) {
+    static ONCE: OnceLock<[String; 4]> = OnceLock::new();
+    let stranger = ("CERTIFICATE", &include_bytes!("certificate.der")[..]);
+    let [own @ .., stranger] =
+        ONCE.get_or_init(|| [OWN[0], OWN[1], OWN[2], stranger].map(|(label, der)| pem(label, der)));
+    let Some((&which, text)) = bytes.split_first() else { return };
+    let mut files: [&[u8]; 3] = std::array::from_fn(|at| own[at].as_bytes());
+    files[usize::from(which % 3)] = text;
+    let are_used = check_files(files, "worker");
+    assert!(are_used || files.iter().zip(own).any(|(file, own)| *file != own.as_bytes()));
+    // Another certificate's key.
+    if which % 3 == 1 {
+        assert!(!check_files([stranger.as_bytes(), text, files[2]], "worker"));
+    }
+}
+
+/// As files have it.
+fn pem(label: &str, der: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = format!("-----BEGIN {label}-----\n");
+    for line in der.chunks(48) {
+        for part in line.chunks(3) {
+            let bytes: [u8; 4] =
+                std::array::from_fn(|at| if at == 0 { 0 } else { *part.get(at - 1).unwrap_or(&0) });
+            let bits = u32::from_be_bytes(bytes);
+            let digit = |place: usize| char::from(DIGITS[(bits >> (18 - 6 * place) & 63) as usize]);
+            text.extend((0..4).map(|place| if place <= part.len() { digit(place) } else { '=' }));
+        }
+        text.push('\n');
+    }
+    text + &format!("-----END {label}-----\n")
+}
+
+fn pem_seeds() -> Vec<Vec<u8>> {
+    let [certificate, key, _] = OWN.map(|(label, der)| pem(label, der));
+    let both = [&certificate[..], &key].concat();
+    let some = pem("CERTIFICATE", &[0x30, 0x03, 2, 1, 0]);
+    let files = [(0, &certificate), (1, &key), (2, &certificate), (0, &both), (2, &some)];
+    files.map(|(which, text)| [&[which], text.as_bytes()].concat()).to_vec()
+}
+
+/// A list of peers accepts the names in it, and no others.
+fn check_list(bytes: &[u8]) {
+    check_peers(&String::from_utf8_lossy(bytes));
+}
+
+fn list_seeds() -> Vec<Vec<u8>> {
+    let lists = ["worker,spiffe://example.org/worker", "@/etc/peers", "worker.svc\n\n other \r\n"];
+    lists.map(Vec::from).to_vec()
 }

@@ -19,6 +19,7 @@ use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
     ServerConfig, SignatureScheme,
 };
+use zeroize::Zeroizing;
 
 use super::tls::{Configs, provider};
 
@@ -54,6 +55,7 @@ impl FromStr for Peers {
 
     /// Names with commas between them, or `@` and the path of a file with a name on each line.
     fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
         let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
         match text.strip_prefix('@') {
             Some(path) if !path.is_empty() => Ok(Self::File(path.into())),
@@ -147,16 +149,34 @@ impl Files {
     }
 
     fn read(&self) -> Result<Configs, CertificateError> {
+        let fault = |what, path, error| fault(what, path, &pem::Error::Io(error));
+        let read = |what, path| fs::read(path).map_err(|error| fault(what, path, error));
+        let peers = match &self.peers {
+            Peers::Any | Peers::Names(_) => None,
+            Peers::File(path) => {
+                let text = fs::read_to_string(path);
+                Some(text.map_err(|error| fault("list of peers", path, error))?)
+            }
+        };
+        self.configs(&Texts {
+            certificate: read("certificate", &self.certificate)?,
+            key: Zeroizing::new(read("key", &self.key)?),
+            authorities: read("CA certificates", &self.authorities)?,
+            peers,
+        })
+    }
+
+    fn configs(&self, texts: &Texts) -> Result<Configs, CertificateError> {
         let provider = provider();
-        let chain = certificates("certificate", &self.certificate)?;
-        let key = PrivateKeyDer::from_pem_file(&self.key)
+        let chain = certificates("certificate", &self.certificate, &texts.certificate)?;
+        let key = PrivateKeyDer::from_pem_slice(&texts.key)
             .map_err(|error| fault("key", &self.key, &error))?;
         let of_key = |error: Error| CertificateError {
             what: "key",
             path: self.key.clone(),
             why: format!("it does not go with {}: {error}", self.certificate.display()),
         };
-        let verifier = Arc::new(self.verifier(&provider)?);
+        let verifier = Arc::new(self.verifier(texts, &provider)?);
         let client = ClientConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&TLS13])
             .map_err(of_key)?
@@ -173,35 +193,55 @@ impl Files {
         Ok(Configs::new(client, server))
     }
 
-    fn verifier(&self, provider: &Arc<CryptoProvider>) -> Result<Verifier, CertificateError> {
+    fn verifier(
+        &self,
+        texts: &Texts,
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Verifier, CertificateError> {
         let mut roots = RootCertStore::empty();
         let refused = |why: String| CertificateError {
             what: "CA certificates",
             path: self.authorities.clone(),
             why,
         };
-        for authority in certificates("CA certificates", &self.authorities)? {
+        for authority in certificates("CA certificates", &self.authorities, &texts.authorities)? {
             roots.add(authority).map_err(|error| refused(error.to_string()))?;
         }
         let accepted = match &self.peers {
             Peers::Any => None,
             Peers::Names(names) => Some(names.clone()),
-            Peers::File(path) => {
-                let text = fs::read_to_string(path)
-                    .map_err(|error| fault("list of peers", path, &pem::Error::Io(error)))?;
-                let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-                Some(lines.map(str::to_owned).collect())
-            }
+            // A file that says nothing names nobody.
+            Peers::File(_) => Some(listed(texts.peers.as_deref().unwrap_or_default())),
         };
         Verifier::new(roots, accepted, provider).map_err(|error| refused(error.to_string()))
     }
 }
 
+/// What is in the files.
+struct Texts {
+    certificate: Vec<u8>,
+    key: Zeroizing<Vec<u8>>,
+    authorities: Vec<u8>,
+    /// With a file of peers.
+    peers: Option<String>,
+}
+
+/// The names in a file of peers: its lines that are not empty.
+fn listed(peers: &str) -> Vec<String> {
+    let lines = peers.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.map(str::to_owned).collect()
+}
+
+fn is_accepted(accepted: &[String], name: &str) -> bool {
+    accepted.iter().any(|known| known.eq_ignore_ascii_case(name))
+}
+
 fn certificates(
     what: &'static str,
     path: &Path,
+    text: &[u8],
 ) -> Result<Vec<CertificateDer<'static>>, CertificateError> {
-    let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+    let read: Result<_, pem::Error> = CertificateDer::pem_slice_iter(text).collect();
     let read: Vec<_> = read.map_err(|error| fault(what, path, &error))?;
     match read.is_empty() {
         true => Err(fault(what, path, &pem::Error::NoItemsFound)),
@@ -247,8 +287,7 @@ impl Verifier {
         let parsed = webpki::EndEntityCert::try_from(certificate)
             .map_err(|_| rustls::CertificateError::BadEncoding)?;
         let names: Vec<&str> = parsed.valid_dns_names().chain(parsed.valid_uri_names()).collect();
-        let is_it = |name: &&str| accepted.iter().any(|known| known.eq_ignore_ascii_case(name));
-        if names.iter().any(is_it) {
+        if names.iter().any(|name| is_accepted(accepted, name)) {
             return Ok(());
         }
         // They are somebody else's words, on their way to a terminal.
@@ -400,5 +439,50 @@ pub(crate) fn check_stranger(authority: &'static [u8], certificate: &[u8]) {
     for error in errors {
         let said = why(&error.expect("a stranger's certificate was accepted"));
         assert!(!said.contains(char::is_control), "{said}");
+    }
+}
+
+/// For the fuzz targets: files of these contents are used, or refused by a sentence that names one
+/// of them, and that no terminal obeys. Whether they are used.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn check_files([certificate, key, authorities]: [&[u8]; 3], peers: &str) -> bool {
+    let (peers_in, key) = (Peers::File("peers".into()), Zeroizing::new(key.to_vec()));
+    let [crt, pem, ca] = ["tls.crt", "tls.key", "ca.crt"].map(PathBuf::from);
+    let files = Files { certificate: crt, key: pem, authorities: ca, peers: peers_in };
+    let (certificate, authorities) = (certificate.to_vec(), authorities.to_vec());
+    let texts = Texts { certificate, key, authorities, peers: Some(peers.to_owned()) };
+    let Err(error) = files.configs(&texts) else { return true };
+    let said = error.to_string();
+    let names_one = ["tls.crt", "tls.key", "ca.crt"].iter().any(|name| said.contains(name));
+    assert!(names_one && !said.contains(char::is_control), "{said}");
+    false
+}
+
+/// For the fuzz targets: a list of peers, in a variable or a file, accepts the names in it, and no
+/// others; read again as it is written, it is the same.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn check_peers(text: &str) {
+    let in_variable = match text.parse() {
+        Ok(Peers::Names(names)) => {
+            assert!(!names.is_empty() && names.iter().all(|name| !name.contains(',')));
+            assert_eq!(names.join(",").parse(), Ok(Peers::Names(names.clone())));
+            names
+        }
+        Ok(Peers::File(path)) => {
+            assert!(!path.as_os_str().is_empty());
+            Vec::new()
+        }
+        Ok(Peers::Any) => panic!("a list accepts anybody"),
+        Err(_) => Vec::new(),
+    };
+    let in_file = listed(text);
+    assert_eq!(listed(&in_file.join("\n")), in_file);
+    for names in [in_variable, in_file] {
+        for name in &names {
+            assert!(!name.is_empty() && name.trim() == name && text.contains(name.as_str()));
+            assert!(is_accepted(&names, name) && is_accepted(&names, &name.to_ascii_uppercase()));
+        }
+        let longer = names.iter().map(String::len).max().unwrap_or(0) + 1;
+        assert!(!is_accepted(&names, "") && !is_accepted(&names, &"x".repeat(longer)));
     }
 }

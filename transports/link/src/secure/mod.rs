@@ -41,7 +41,7 @@ use crate::handshake::{Purpose, Secret};
 #[cfg(not(feature = "tls"))]
 pub use self::absent::{Opener, Sealer};
 #[cfg(all(feature = "tls", any(test, fuzzing)))]
-pub(crate) use self::certified::check_stranger;
+pub(crate) use self::certified::{check_files, check_peers, check_stranger};
 #[cfg(feature = "tls")]
 pub use self::certified::{CertificateError, Files, Peers};
 pub use self::dialing::{Challenged, dial, greet};
