@@ -240,3 +240,23 @@ fn unsafe_code_stays_where_it_is_allowed() {
     }
     complain(&faults);
 }
+
+/// Each fuzz target is in the table that says what it is for, and nothing else is.
+#[test]
+fn every_fuzz_target_is_in_the_table() {
+    let text = fs::read_to_string(root().join("fuzz/README.md")).unwrap();
+    let (_, table) = text.split_once("## What has a target").unwrap();
+    let rows = table.lines().filter_map(|line| line.trim_end_matches([' ', '|']).rsplit_once('|'));
+    let mut told: Vec<&str> = rows.flat_map(|(_, last)| last.split('`').skip(1).step_by(2)).collect();
+    let sources = sources();
+    // Not as one text, else this file would have it.
+    let begins = format!("Target {{ {}: \"", "name");
+    let mut there: Vec<&str> = Vec::new();
+    for (_, text) in &sources {
+        let parts = text.split(&begins).skip(1);
+        there.extend(parts.filter_map(|part| part.split('"').next()));
+    }
+    told.sort_unstable();
+    there.sort_unstable();
+    assert_eq!(told, there);
+}
