@@ -45,6 +45,21 @@ pub enum Change {
     Reflect,
     /// The connection leads to another host than it should.
     Redirect,
+    /// The other end hears that nothing more comes, and nothing does.
+    End,
+    /// All that follows comes so much later.
+    Delay(Duration),
+    /// What follows comes a byte at a time, so many of them.
+    Trickle(usize),
+    /// All that is said also comes on another connection, at the same time.
+    Double,
+}
+
+impl Change {
+    /// Whether the bytes of the connection are what they would be.
+    pub const fn is_harmless(&self) -> bool {
+        matches!(self, Self::Delay(_) | Self::Trickle(_) | Self::Double)
+    }
 }
 
 /// Where a change is made.
@@ -210,7 +225,12 @@ fn take_calls(
                 lock(state).seen.is_changed = true;
             }
         }
+        let is_double = matches!(&plan, Some(Plan { change: Change::Double, .. }));
+        let mut twin = if is_double { connect(from, to).ok() } else { None };
+        // Whoever does not read there holds nothing up.
+        twin.iter().for_each(|twin| twin.set_nonblocking(true).unwrap());
         for is_of_dialer in [true, false] {
+            let twin = if is_of_dialer { twin.take() } else { None };
             let (one, two) = (dialer.try_clone().unwrap(), listener.try_clone().unwrap());
             let (from, to) = if is_of_dialer { (one, two) } else { (two, one) };
             let plan = plan.clone().filter(|plan| plan.is_of_dialer == is_of_dialer);
@@ -218,7 +238,7 @@ fn take_calls(
             lock(&state).open.push(from.try_clone().unwrap());
             thread::spawn(move || {
                 // It ends as one of the ends does.
-                let _ = Way { from: &from, to: &to, state, key }.pass_on(plan);
+                let _ = Way { from: &from, to: &to, twin, state, key }.pass_on(plan);
                 let _ = to.shutdown(Shutdown::Write);
             });
         }
@@ -238,6 +258,8 @@ fn connect(from: usize, to: SocketAddr) -> io::Result<TcpStream> {
 struct Way<'a> {
     from: &'a TcpStream,
     to: &'a TcpStream,
+    /// Another connection that leads to the same end.
+    twin: Option<TcpStream>,
     state: Arc<Mutex<State>>,
     key: (u64, usize, bool),
 }
@@ -265,6 +287,10 @@ impl Way<'_> {
             let read = self.read(&mut buffer)?;
             if read == 0 {
                 return Ok(());
+            }
+            if let Some(twin) = &mut self.twin {
+                // It may be refused before all is said.
+                let _ = twin.write_all(&buffer[..read]);
             }
             let until_change = plan.as_ref().map(|plan| plan.at.saturating_sub(passed));
             match until_change.filter(|&until| until < read) {
@@ -330,7 +356,20 @@ impl Way<'_> {
                 io::copy(&mut from, &mut &*self.from).map(drop)
             }
             // It was made as the connection was.
-            Change::Redirect => self.to.write_all(&rest),
+            Change::Redirect | Change::Double => self.to.write_all(&rest),
+            Change::End => {
+                self.to.shutdown(Shutdown::Write)?;
+                self.swallow()
+            }
+            Change::Delay(time) => {
+                thread::sleep(time);
+                self.to.write_all(&rest)
+            }
+            Change::Trickle(bytes) => {
+                let (slow, all) = rest.split_at(bytes.min(rest.len()));
+                slow.chunks(1).try_for_each(|byte| self.to.write_all(byte))?;
+                self.to.write_all(all)
+            }
         }
     }
 
