@@ -10,6 +10,7 @@
 //! tells the others by these connections where it listens.
 
 mod dialing;
+#[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod joining;
 mod record;
