@@ -40,10 +40,10 @@ use crate::handshake::{Purpose, Secret};
 
 #[cfg(not(feature = "tls"))]
 pub use self::absent::{Opener, Sealer};
-#[cfg(all(feature = "tls", any(test, fuzzing)))]
-pub(crate) use self::certified::{check_files, check_peers, check_stranger};
 #[cfg(feature = "tls")]
 pub use self::certified::{CertificateError, Files, Peers};
+#[cfg(all(feature = "tls", any(test, fuzzing)))]
+pub(crate) use self::certified::{check_files, check_peers, check_stranger};
 pub use self::dialing::{Challenged, dial, greet};
 pub use self::listening::Listening;
 pub use self::preamble::Preamble;
