@@ -80,7 +80,8 @@ fn cores_seeds() -> Vec<Vec<u8>> {
 }
 
 /// Whatever ranks report of the memory that they share, one on each line: a report says the same
-/// when it is told on, and each rank is on one node, with those that share its memory and no others.
+/// when it is told on, and each rank is on one node, with those that share its memory and no
+/// others.
 fn check_reports(bytes: &[u8]) {
     let told: Vec<&[u8]> = bytes.split(|&byte| byte == b'\n').take(16).collect();
     for bytes in &told {

@@ -13,8 +13,8 @@ pub(crate) const TARGETS: &[Target] = &[
     Target { name: "views_participant", check: check_participant, seeds: participant_seeds },
 ];
 
-/// A word that is accepted says the same when it is said again, by the same bytes but for addresses,
-/// which may be written in several ways.
+/// A word that is accepted says the same when it is said again, by the same bytes but for
+/// addresses, which may be written in several ways.
 fn check_words(bytes: &[u8]) {
     let Some(word) = Word::decode(Bytes::copy_from_slice(bytes)) else { return };
     let said = word.encode();
