@@ -7,6 +7,8 @@ __all__ = [
     "Buckets",
     "Communicator",
     "Device",
+    "DeviceArray",
+    "DeviceBuckets",
     "LossScaler",
     "Messenger",
     "Report",
@@ -15,6 +17,7 @@ __all__ = [
     "cuda_devices",
     "end_completed",
     "make_buckets",
+    "make_device_buckets",
     "next_completed",
 ]
 
