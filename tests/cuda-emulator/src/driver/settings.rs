@@ -22,6 +22,15 @@ pub(crate) struct Injection {
     pub code: i32,
 }
 
+/// Launches of a kernel that do nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Skip {
+    pub kernel: String,
+    /// Which of each `of` launches, counted from 1.
+    pub nth: u64,
+    pub of: u64,
+}
+
 /// The settings of this process.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
@@ -38,6 +47,7 @@ pub(crate) struct Settings {
     /// Compute capability, times ten.
     pub compute: u32,
     pub injections: Vec<Injection>,
+    pub skips: Vec<Skip>,
     pub leaks: LeakReport,
     pub reports_counts: bool,
 }
@@ -63,6 +73,7 @@ impl Settings {
             memory: number("MEMORY", 8 << 30),
             compute: number("COMPUTE", 80),
             injections: list("FAIL", injection),
+            skips: list("SKIP", skip),
             leaks: match value("LEAKS").as_deref() {
                 None | Some("" | "0") => LeakReport::None,
                 Some("report") => LeakReport::Report,
@@ -84,7 +95,7 @@ impl Settings {
 const PREFIX: &str = "CUDA_EMULATOR_";
 
 /// The variables that there are. Those of the emulator's own tests begin with `TEST_`.
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 12] = [
     "DEVICES",
     "DELAY_US",
     "SEED",
@@ -94,6 +105,7 @@ const NAMES: [&str; 11] = [
     "MEMORY",
     "COMPUTE",
     "FAIL",
+    "SKIP",
     "LEAKS",
     "COUNTS",
 ];
@@ -139,6 +151,15 @@ fn injection(word: &str) -> Option<Injection> {
     let call = parts.next()?.to_owned();
     let (nth, code) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
     parts.next().is_none().then_some(Injection { call, nth, code })
+}
+
+/// `store:3:4`
+fn skip(word: &str) -> Option<Skip> {
+    let mut parts = word.split(':');
+    let kernel = parts.next()?.to_owned();
+    let (nth, of) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    let is_one = parts.next().is_none() && (1..=of).contains(&nth);
+    is_one.then_some(Skip { kernel, nth, of })
 }
 
 fn default_seed() -> u64 {

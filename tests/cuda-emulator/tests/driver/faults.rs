@@ -50,6 +50,28 @@ fn an_injected_error_of_a_kernel_stays() {
 }
 
 #[test]
+fn the_chosen_launches_of_a_kernel_do_nothing() {
+    let name = "faults::the_chosen_launches_of_a_kernel_do_nothing";
+    if role().is_none() {
+        run(name, &[("SKIP", "store:2:3,none:1:1"), ("LEAKS", "fail")]).assert_success();
+        return;
+    }
+    let gpu = Gpu::open(0);
+    let (word, store) = (gpu.upload(&[0_u32]), gpu.kernel(KERNELS, "store"));
+    let mut seen = Vec::new();
+    for value in 1..=7_u32 {
+        gpu.launch(store, 1, 1, &mut [word.into(), value.into()]);
+        seen.extend(gpu.download::<u32>(word, 1));
+    }
+    assert_eq!(seen, [1, 1, 3, 4, 4, 6, 7]);
+    gpu.free(word);
+    // SAFETY: the module is loaded.
+    assert_eq!(unsafe { sys::cuModuleUnload(store.module) }, CUresult::CUDA_SUCCESS);
+    gpu.close();
+    leave();
+}
+
+#[test]
 fn an_unknown_instruction_is_named_when_the_module_is_loaded() {
     let name = "faults::an_unknown_instruction_is_named_when_the_module_is_loaded";
     if role().is_none() {
