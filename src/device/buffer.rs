@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use unisum_cuda_ipc::{Device, Event, Stream};
+use unisum_cuda_ipc::{CudaError, Device, Event, Stream};
 use unisum_kernels::{Dtype, Element};
 
 use super::memories::Owned;
@@ -47,7 +47,8 @@ impl<T: Element> DeviceBuffer<T> {
     /// is done.
     ///
     /// # Errors
-    /// [`ErrorKind::Device`] if something in the stream, or the copy, fails.
+    /// [`ErrorKind::Device`] if something in the stream, or the copy, fails;
+    /// [`ErrorKind::Configuration`] if the stream is being captured.
     ///
     /// # Panics
     /// If the elements don't fit.
@@ -112,9 +113,36 @@ impl DeviceBuffer<u8> {
     }
 }
 
+/// Why streams that are being captured are refused where the host waits for them.
+pub(super) const NO_WAITS: &str = "it can't be waited for";
+
+/// Whether the stream is being captured, or another one is which it would wait for: nothing has
+/// failed then. `what` says what can't be.
+///
+/// # Errors
+/// That the driver fails, as it also does in whatever call comes after a device has broken.
+pub(super) fn capture(stream: &DeviceStream, what: &str) -> Result<Option<Error>, CudaError> {
+    let text = match stream.0.is_capturing() {
+        Ok(false) => return Ok(None),
+        Ok(true) => format!("the stream is being captured into a graph: {what}"),
+        Err(error) if error.is_of_capture() => error.to_string(),
+        Err(error) => return Err(error),
+    };
+    Ok(Some(Error::new(ErrorKind::Configuration, text)))
+}
+
+/// Before the host waits for a stream, which would end its capture.
+///
+/// # Errors
+/// [`ErrorKind::Configuration`] if it is being captured; [`ErrorKind::Device`] if the driver fails.
+fn refuse_waits(stream: &DeviceStream) -> Result<(), Error> {
+    capture(stream, NO_WAITS).map_err(device_error)?.map_or(Ok(()), Err)
+}
+
 /// Copies elements to a place on the device that has room for them.
 fn put<T: Element>(at: u64, elements: &[T], stream: &DeviceStream) -> Result<(), Error> {
     let bytes = size_of_val(elements);
+    refuse_waits(stream)?;
     if bytes == 0 {
         // The driver takes no address at the end of an allocation.
         return stream.0.synchronize().map_err(device_error);
@@ -127,6 +155,7 @@ fn put<T: Element>(at: u64, elements: &[T], stream: &DeviceStream) -> Result<(),
 /// Copies elements from a place on the device that has as many.
 fn get<T: Element>(at: u64, elements: &mut [T], stream: &DeviceStream) -> Result<(), Error> {
     let bytes = size_of_val(elements);
+    refuse_waits(stream)?;
     // Whatever the device's memory holds has to be a value of the type: all but truth values
     // take any bits.
     if T::DTYPE == Dtype::Bool {
@@ -280,6 +309,6 @@ impl RawDeviceBuffers {
 }
 
 /// A failure of the driver as an error, outside of collectives.
-pub(super) fn device_error(error: unisum_cuda_ipc::CudaError) -> Error {
+pub(super) fn device_error(error: CudaError) -> Error {
     Error::new(ErrorKind::Device, error.to_string())
 }

@@ -290,12 +290,15 @@ impl DeviceCommunicator {
     /// [`ErrorKind::Device`] on all ranks if something in the stream failed; [`ErrorKind::Timeout`]
     /// on all ranks if a collective has not ended in time, with the ranks whose devices are behind;
     /// the error of all ranks if the job was aborted before the collectives ended.
+    /// [`ErrorKind::Configuration`], on this rank alone, if the stream is being captured into a
+    /// graph: nothing has failed, and the capture goes on.
     pub fn synchronize(
         &self,
         stream: &DeviceStream,
         timeout: Option<Duration>,
     ) -> Result<(), Error> {
         self.check()?;
+        self.refuse_capture(stream, buffer::NO_WAITS)?;
         let limit = timeout
             .or_else(|| self.host().member.as_ref().map(|member| member.core.job.settings.timeout));
         let begin = Instant::now();
@@ -329,6 +332,8 @@ impl DeviceCommunicator {
         stream: &DeviceStream,
         timeout: Option<Duration>,
     ) -> Result<bool, Error> {
+        self.check()?;
+        self.refuse_capture(stream, buffer::NO_WAITS)?;
         {
             // The last call may be in another stream.
             let state = self.lock();
@@ -341,6 +346,16 @@ impl DeviceCommunicator {
         let Some(direct) = &state.direct else { return Ok(staged) };
         let found = direct.flags.page().take_total().map_err(|error| self.fail(&error))?;
         Ok(found || staged)
+    }
+
+    /// Refuses a stream that is being captured; `what` says what can't be.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Configuration`] for that; [`ErrorKind::Device`], which ends the job, if the
+    /// driver fails.
+    fn refuse_capture(&self, stream: &DeviceStream, what: &str) -> Result<(), Error> {
+        let refused = buffer::capture(stream, what).map_err(|error| self.fail(&error))?;
+        refused.map_or(Ok(()), |error| Err(error.on(self.rank())))
     }
 
     /// What is in the stream has ended: in order, or because the job has.

@@ -38,18 +38,15 @@ impl DeviceCommunicator {
     ///
     /// # Errors
     /// [`ErrorKind::Configuration`] if it is of another device, or is being captured, or another
-    /// one is that it would wait for.
+    /// one is that it would wait for; [`ErrorKind::Device`], which ends the job, if the driver
+    /// fails.
     pub(crate) fn usable(&self, stream: &DeviceStream) -> Result<(), Error> {
         self.check()?;
-        let refuse = |text: &str| Err(Error::new(ErrorKind::Configuration, text).on(self.rank()));
         if !Arc::ptr_eq(stream.0.device(), &self.device) {
-            return refuse("the stream is of another device than the communicator");
+            let text = "the stream is of another device than the communicator";
+            return Err(Error::new(ErrorKind::Configuration, text).on(self.rank()));
         }
-        match stream.0.is_capturing() {
-            Ok(false) => Ok(()),
-            Ok(true) => refuse("the stream is being captured into a graph: gradients can't be"),
-            Err(error) => refuse(&error.to_string()),
-        }
+        self.refuse_capture(stream, "gradients can't be")
     }
 
     /// The same moment, now.

@@ -6,7 +6,7 @@ use cudarc::driver::sys;
 use unisum::buckets::{DeviceBuckets, Parameter};
 use unisum::{Communicator, Dtype, ErrorKind};
 
-use super::driver::{Pool, Pooled};
+use super::driver::{self, Pool, Pooled};
 use super::support::{self, Random, Scenario, await_others, reach, setting, tell, tell_error};
 use super::{LIMIT, world};
 
@@ -18,6 +18,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("lost_in_a_step", lost_in_a_step),
     ("handed_in_by_drop", handed_in_by_drop),
     ("captured_streams", captured_streams),
+    ("broken_device", broken_device),
     ("forked", forked),
 ];
 
@@ -402,6 +403,44 @@ fn a_stream_that_is_captured_is_refused_on_its_rank() {
     }
     let failed = [&told[0][0], &told[1][3]];
     assert!(failed.iter().all(|text| text.starts_with("StepFailed [1] ")), "{failed:?}");
+}
+
+/// The device of rank 1 breaks before it marks a gradient ready: that ends the job.
+fn broken_device() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut buckets = buckets(&communicator);
+    let stream = buckets.device().stream().unwrap();
+    if communicator.rank() == 1 {
+        let mut found = [0_f32; 21];
+        let fails = (0..100).any(|_| buckets.read(0, &mut found, &stream).is_err());
+        assert!(fails, "one of the copies breaks the device");
+        let step = buckets.begin().unwrap();
+        tell_error(&step.ready(0, &stream).unwrap_err());
+    } else {
+        let step = buckets.begin().unwrap();
+        fill(&step, &stream, 0, 1.0);
+        // Whichever it hears first, of the step or of the job.
+        step.wait(&stream).unwrap_err();
+    }
+    tell_error(&buckets.device().synchronize(&stream, None).unwrap_err());
+}
+
+#[test]
+fn a_broken_device_is_not_taken_for_a_captured_stream() {
+    if driver::is_installed() {
+        println!("skipped: only the emulated driver breaks at will");
+        return;
+    }
+    let all = world(2, "broken_device", 2).set("CUDA_EMULATOR_LEAKS", "");
+    let mut running = all.clone().set("CUDA_EMULATOR_FAIL", "copy:50:700").start_ranks(&[1]);
+    running.add(&all, 0);
+    let ended = running.wait(LIMIT);
+    assert!(ended.iter().all(|ended| ended.status == 0), "{ended:#?}");
+    let (own, others) = (&ended[0].told, &ended[1].told);
+    let text = "rank 1: device 1: cuStreamIsCapturing: CUDA_ERROR_ILLEGAL_ADDRESS (700)";
+    assert!(own[0].starts_with("Device [1] ") && own[0].contains(text), "{own:?}");
+    assert!(own[1].starts_with("Aborted [1] ") && own[1].contains(text), "{own:?}");
+    assert!(others[0].contains(" [1] ") && others[0].contains(text), "{others:?}");
 }
 
 /// A child of a rank with a step under way is refused, and does not wait for a thread that it has

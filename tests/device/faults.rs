@@ -11,6 +11,7 @@ use super::{LIMIT, join, world};
 pub const SCENARIOS: &[Scenario] = &[
     ("no_memory", no_memory),
     ("captured", captured),
+    ("broken", broken),
     ("behind", behind),
     ("aborted", aborted),
     ("ranks_of_one_process", ranks_of_one_process),
@@ -61,9 +62,29 @@ fn captured() {
     }
     tell_error(&device.all_reduce(&mut buffer, ReduceOp::Sum, &stream).unwrap_err());
     if communicator.rank() == 1 {
+        // Whatever waits for it is refused, too, and fails nobody.
+        let mut to = [0.0; 4];
+        let refused = [
+            device.synchronize(&stream, None),
+            device.take_nonfinite(&stream, None).map(drop),
+            buffer.write(0, &[1.0; 4], &stream),
+            buffer.read(0, &mut to, &stream),
+            buffer.write(0, &[], &stream),
+        ];
+        for refused in refused {
+            let error = refused.unwrap_err();
+            let words = "the stream is being captured into a graph: it can't be waited for";
+            assert!(error.kind() == ErrorKind::Configuration, "{error}");
+            assert!(error.to_string().contains(words), "{error}");
+        }
         let mut graph = std::ptr::null_mut();
         // SAFETY: as above; the driver writes one pointer, of nothing.
-        unsafe { sys::cuStreamEndCapture(stream.raw().cast(), &raw mut graph) };
+        let ended = unsafe { sys::cuStreamEndCapture(stream.raw().cast(), &raw mut graph) };
+        let invalid = sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+        assert_ne!(ended, invalid, "the capture was left alone");
+        // It is a stream as any other from here on.
+        buffer.write(0, &[1.0; 4], &stream).unwrap();
+        device.synchronize(&stream, None).unwrap();
     }
     let fresh = device.stream().unwrap();
     device.all_reduce(&mut buffer, ReduceOp::Sum, &fresh).unwrap();
@@ -72,9 +93,73 @@ fn captured() {
 
 #[test]
 fn a_captured_stream_is_refused_on_all_ranks() {
-    for told in world(2, "captured", 2).succeed(LIMIT) {
-        assert!(told[0].starts_with("Configuration [1] "), "{told:?}");
-        assert!(told[0].contains("rank 1: the stream is being captured into a graph"), "{told:?}");
+    // By both routes.
+    for peer_access in [1, 0] {
+        let world = world(2, "captured", 2).set("CUDA_EMULATOR_PEER_ACCESS", peer_access);
+        for told in world.succeed(LIMIT) {
+            assert!(told[0].starts_with("Configuration [1] "), "{told:?}");
+            let text = "rank 1: the stream is being captured into a graph";
+            assert!(told[0].contains(text), "{told:?}");
+        }
+    }
+}
+
+/// A kernel or a copy of rank 1 fails, whether unisum's or the program's own, and the device with
+/// it: the driver says so in whatever call comes next.
+fn broken() {
+    let (_communicator, device) = join();
+    let stream = device.stream().unwrap();
+    let mut buffer = device.allocate::<f32>(5000).unwrap();
+    let begin = Instant::now();
+    let mut all = || {
+        for _ in 0..20 {
+            buffer.write(0, &[1.0; 100], &stream)?;
+            device.all_reduce(&mut buffer, ReduceOp::Sum, &stream)?;
+            device.synchronize(&stream, None)?;
+        }
+        Ok(())
+    };
+    let error: unisum::Error = all().unwrap_err();
+    // The own copy tells on this rank alone: the next call tells all.
+    let own = device.all_reduce(&mut buffer, ReduceOp::Sum, &stream);
+    let error = if error.failed_ranks().is_empty() { own.unwrap_err() } else { error };
+    tell_error(&error);
+    tell(begin.elapsed().as_secs());
+}
+
+#[test]
+fn a_device_that_breaks_is_told_to_all_ranks_by_both_routes() {
+    let cases = [
+        // In a fold or a wait of a collective, and in a copy of the program's own.
+        (1, "kernel:5:700", "CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
+        (1, "unisum_staged_sum_f32:3:719", "CUDA_ERROR_LAUNCH_FAILED (719)"),
+        (1, "copy:4:700", "CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
+        // On the way to the host, on the way back, and of the program's own.
+        (0, "copy:2:700", "CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
+        (0, "copy:3:719", "CUDA_ERROR_LAUNCH_FAILED (719)"),
+        (0, "copy:4:700", "CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
+    ];
+    for (peer_access, injected, text) in cases {
+        let running = world(3, "broken", 3)
+            .set("CUDA_EMULATOR_PEER_ACCESS", peer_access)
+            .set("UNISUM_TIMEOUT", 20);
+        // A broken device can't tell the others that it is done with their memory: by the direct
+        // route, what they have open stays allocated.
+        let running = match peer_access {
+            0 => running,
+            _ => running.set("CUDA_EMULATOR_LEAKS", ""),
+        };
+        let mut all = running.clone().set("CUDA_EMULATOR_FAIL", injected).start_ranks(&[1]);
+        all.add(&running, 0);
+        all.add(&running, 2);
+        for ended in all.wait(LIMIT) {
+            assert_eq!(ended.status, 0, "{injected}: {ended:#?}");
+            let told = &ended.told[0];
+            assert!(told.starts_with("Device [1] "), "{injected}: {told}");
+            assert!(told.contains("rank 1: device 1: cu") && told.contains(text), "{told}");
+            let seconds: u64 = ended.told[1].parse().unwrap();
+            assert!(seconds < 20, "{injected}: after {seconds} s");
+        }
     }
 }
 

@@ -50,6 +50,12 @@ impl CudaError {
         self.code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32
     }
 
+    /// Whether it is about a stream that is being captured, or one that waits for such a stream.
+    pub const fn is_of_capture(&self) -> bool {
+        // CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED to CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD.
+        self.code >= 900 && self.code <= 908
+    }
+
     /// Whether the work is not done yet, which is no failure.
     pub(crate) const fn is_not_ready(&self) -> bool {
         self.code == sys::CUresult::CUDA_ERROR_NOT_READY as u32
