@@ -20,6 +20,8 @@ mod faults;
 #[path = "device/streams.rs"]
 mod streams;
 mod support;
+#[path = "device/waits.rs"]
+mod waits;
 
 use std::time::{Duration, Instant};
 
@@ -46,7 +48,7 @@ fn rank_process() {
         ("by_pair", by_pair),
         ("refused", refused),
     ];
-    let rooms = [here, buckets::SCENARIOS, faults::SCENARIOS, streams::SCENARIOS];
+    let rooms = [here, buckets::SCENARIOS, faults::SCENARIOS, streams::SCENARIOS, waits::SCENARIOS];
     support::run_if_rank(&rooms.concat());
 }
 
