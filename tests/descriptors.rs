@@ -104,7 +104,7 @@ fn a_rank_0_that_can_take_no_connection_says_so_to_those_who_come() {
 /// One rank runs out before anybody has a data connection to it.
 fn none_later() {
     let communicator = Communicator::from_environment().unwrap();
-    if communicator.rank() == setting("WITHOUT").parse().unwrap() {
+    if communicator.rank() == setting("WITHOUT").parse::<usize>().unwrap() {
         spare(0);
         reach("without");
     } else {
@@ -153,7 +153,7 @@ fn none_for_a_group() {
     let communicator = Communicator::from_environment().unwrap();
     // Connects all pairs, so that only the group needs descriptors.
     communicator.all_to_all(&[1_f32; 3], &mut [0_f32; 3]).unwrap();
-    if communicator.rank() == setting("WITHOUT").parse().unwrap() {
+    if communicator.rank() == setting("WITHOUT").parse::<usize>().unwrap() {
         spare(0);
     }
     tell_error(&communicator.duplicate().unwrap_err());
@@ -206,7 +206,7 @@ fn no_memory() {
     });
     // The rank without may have reported before others have left this.
     let ready = communicator.barrier();
-    if rank == setting("WITHOUT").parse().unwrap() {
+    if rank == setting("WITHOUT").parse::<usize>().unwrap() {
         spare_memory(LEFT_MIB);
     }
     let called = ready.and_then(|()| match &takes[..] {

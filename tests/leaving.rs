@@ -58,7 +58,7 @@ fn leave_early() {
     let group = communicator.duplicate().unwrap();
     let used = if setting("GROUP") == "1" { &group } else { &communicator };
     used.all_reduce(&mut [1_f32; 10], ReduceOp::Sum).unwrap();
-    if communicator.rank() == setting("LEAVER").parse().unwrap() {
+    if communicator.rank() == setting("LEAVER").parse::<usize>().unwrap() {
         thread::sleep(Duration::from_secs(setting("AFTER").parse().unwrap()));
         return tell("left");
     }

@@ -452,10 +452,13 @@ mod tests {
         let refused = [
             (vec![], "there are none, or none that says whose it is"),
             (file(HEAD.into()), "they tell of no view"),
-            (file(format!("{HEAD}x\n")), "0.jsonl, line 2: expected `{` at `x`"),
-            (file(format!("{HEAD}\n")), "0.jsonl, line 2: expected `{`, and the line ends"),
+            (file(format!("{HEAD}x\n")), "0.jsonl, line 2: expected value at column 1"),
+            (file(format!("{HEAD}\n")), "0.jsonl, line 2: EOF while parsing a value at column 0"),
             (file(format!("{HEAD}{HEAD}")), "0.jsonl, line 2: another log begins here"),
-            (file(HEAD[1..].into()), "0.jsonl, line 1: expected `{` at `\"epoch_log\":1,\"proce`"),
+            (
+                file(HEAD[1..].into()),
+                "0.jsonl, line 1: invalid type: string \"epoch_log\", expected a map at column 11",
+            ),
         ];
         for (files, why) in refused {
             assert_eq!(refusal(&files), why);

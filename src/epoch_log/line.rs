@@ -1,9 +1,12 @@
-//! The lines of the epoch log.
+//! The lines of the epoch log: each an object of JSON.
 
-use super::json::{self, Fields, Value};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
 
 /// A line of the log.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
 pub(crate) enum Line {
     Head(Head),
     View(ViewLine),
@@ -11,7 +14,8 @@ pub(crate) enum Line {
 }
 
 /// The first line: whose log it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "HeadLine", into = "HeadLine")]
 pub(crate) struct Head {
     /// The process's number in all views.
     pub(crate) process: u64,
@@ -20,7 +24,8 @@ pub(crate) struct Head {
 }
 
 /// The process has made a communicator of a view.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct ViewLine {
     pub(crate) epoch: u64,
     /// By rank.
@@ -33,19 +38,24 @@ pub(crate) struct ViewLine {
     /// So many layers of gradient buckets were made in the epoch before. The last one counts.
     pub(crate) layer: u64,
     /// So many of its steps were decided, if that is known.
+    // Named, it may be null, but not missing.
+    #[serde(deserialize_with = "Option::deserialize")]
     pub(crate) steps: Option<u64>,
     /// By rank, the step that the change interrupted; `None` outside of steps. Empty in the job's
     /// first view.
+    #[serde(rename = "in_steps")]
     pub(crate) places: Vec<Option<u64>>,
 }
 
 /// A step has ended that a change of view interrupted.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct StepLine {
     pub(crate) step: u64,
     /// The epoch in which it ended.
     pub(crate) epoch: u64,
     /// Whether it was made again; otherwise, it was committed.
+    #[serde(rename = "ended", serialize_with = "write_ended", deserialize_with = "read_ended")]
     pub(crate) redone: bool,
     /// Over so many ranks its gradients are averages.
     pub(crate) divisor: u64,
@@ -54,37 +64,48 @@ pub(crate) struct StepLine {
 }
 
 const FORMAT: u64 = 1;
-const REDONE: &str = "redone";
-const COMMITTED: &str = "committed";
+
+/// A head as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HeadLine {
+    epoch_log: u64,
+    process: u64,
+    settings: String,
+}
+
+impl From<Head> for HeadLine {
+    fn from(Head { process, settings }: Head) -> Self {
+        Self { epoch_log: FORMAT, process, settings }
+    }
+}
+
+impl From<HeadLine> for Head {
+    fn from(HeadLine { process, settings, .. }: HeadLine) -> Self {
+        Self { process, settings }
+    }
+}
+
+/// How a step ended, as it is written.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Ended {
+    Redone,
+    Committed,
+}
+
+fn write_ended<S: Serializer>(redone: &bool, to: S) -> Result<S::Ok, S::Error> {
+    if *redone { Ended::Redone } else { Ended::Committed }.serialize(to)
+}
+
+fn read_ended<'a, D: Deserializer<'a>>(from: D) -> Result<bool, D::Error> {
+    Ended::deserialize(from).map(|ended| matches!(ended, Ended::Redone))
+}
 
 impl Line {
     /// The line, without its end.
     pub(crate) fn encode(&self) -> String {
-        match self {
-            Self::Head(Head { process, settings }) => {
-                let settings = json::quoted(settings);
-                format!("{{\"epoch_log\":{FORMAT},\"process\":{process},\"settings\":{settings}}}")
-            }
-            Self::View(view) => {
-                let ViewLine { epoch, processes, from, lost, joined, layer, steps, places } = view;
-                let [processes, lost, joined] = [processes, lost, joined].map(|it| list(it));
-                let places: Vec<String> = places.iter().map(|it| or_null(*it)).collect();
-                let (steps, places) = (or_null(*steps), list(&places));
-                format!(
-                    "{{\"epoch\":{epoch},\"processes\":{processes},\"from\":{from},\
-                     \"lost\":{lost},\"joined\":{joined},\"layer\":{layer},\"steps\":{steps},\
-                     \"in_steps\":{places}}}"
-                )
-            }
-            Self::Step(StepLine { step, epoch, redone, divisor, processes }) => {
-                let ended = if *redone { REDONE } else { COMMITTED };
-                let processes = list(processes);
-                format!(
-                    "{{\"step\":{step},\"epoch\":{epoch},\"ended\":\"{ended}\",\
-                     \"divisor\":{divisor},\"processes\":{processes}}}"
-                )
-            }
-        }
+        serde_json::to_string(self).expect("numbers, texts and lists of them")
     }
 
     /// The line that the text is.
@@ -92,104 +113,29 @@ impl Line {
     /// # Errors
     /// What is wrong with it.
     pub(crate) fn decode(text: &str) -> Result<Self, String> {
-        let mut fields = Taken(json::object(text)?);
-        let line = if fields.has("epoch_log") {
-            let format = fields.number("epoch_log")?;
-            if format != FORMAT {
-                return Err(format!("a log of format {format}, where {FORMAT} is known"));
+        let fields: Map<String, Value> = parsed(text)?;
+        match fields.get("epoch_log") {
+            Some(format) if *format != FORMAT => {
+                Err(format!("a log of format {format}, where {FORMAT} is known"))
             }
-            let (process, settings) = (fields.number("process")?, fields.text("settings")?);
-            Self::Head(Head { process, settings })
-        } else if fields.has("step") {
-            let ended = fields.text("ended")?;
-            if ![REDONE, COMMITTED].contains(&&*ended) {
-                return Err(format!("`ended` is `{ended}`, not {REDONE} or {COMMITTED}"));
-            }
-            Self::Step(StepLine {
-                step: fields.number("step")?,
-                epoch: fields.number("epoch")?,
-                redone: ended == REDONE,
-                divisor: fields.number("divisor")?,
-                processes: fields.numbers("processes")?,
-            })
-        } else {
-            Self::View(ViewLine {
-                epoch: fields.number("epoch")?,
-                processes: fields.numbers("processes")?,
-                from: fields.number("from")?,
-                lost: fields.numbers("lost")?,
-                joined: fields.numbers("joined")?,
-                layer: fields.number("layer")?,
-                steps: fields.number_or_null("steps")?,
-                places: fields.numbers_or_null("in_steps")?,
-            })
-        };
-        match fields.0.first() {
-            Some((name, _)) => Err(format!("`{name}` is unknown here")),
-            None => Ok(line),
+            Some(_) => parsed(text).map(Self::Head),
+            None if fields.contains_key("step") => parsed(text).map(Self::Step),
+            None => parsed(text).map(Self::View),
         }
     }
 }
 
-fn or_null(number: Option<u64>) -> String {
-    number.map_or_else(|| "null".to_owned(), |it| it.to_string())
-}
-
-fn list(items: &[impl ToString]) -> String {
-    let items: Vec<String> = items.iter().map(ToString::to_string).collect();
-    format!("[{}]", items.join(","))
-}
-
-/// The fields that nobody has taken yet.
-struct Taken(Fields);
-
-impl Taken {
-    fn has(&self, name: &str) -> bool {
-        self.0.iter().any(|(known, _)| known == name)
-    }
-
-    fn take(&mut self, name: &str) -> Result<Value, String> {
-        let at = self.0.iter().position(|(known, _)| known == name);
-        let at = at.ok_or_else(|| format!("`{name}` is missing"))?;
-        Ok(self.0.remove(at).1)
-    }
-
-    fn number(&mut self, name: &str) -> Result<u64, String> {
-        let number = self.number_or_null(name)?;
-        number.ok_or_else(|| format!("`{name}` is no number"))
-    }
-
-    fn number_or_null(&mut self, name: &str) -> Result<Option<u64>, String> {
-        match self.take(name)? {
-            Value::Number(number) => Ok(Some(number)),
-            Value::Null => Ok(None),
-            _ => Err(format!("`{name}` is no number")),
-        }
-    }
-
-    fn text(&mut self, name: &str) -> Result<String, String> {
-        match self.take(name)? {
-            Value::Text(text) => Ok(text),
-            _ => Err(format!("`{name}` is no text")),
-        }
-    }
-
-    fn numbers(&mut self, name: &str) -> Result<Vec<u64>, String> {
-        let numbers = self.numbers_or_null(name)?;
-        let numbers: Option<Vec<u64>> = numbers.into_iter().collect();
-        numbers.ok_or_else(|| format!("`{name}` is no list of numbers"))
-    }
-
-    fn numbers_or_null(&mut self, name: &str) -> Result<Vec<Option<u64>>, String> {
-        let wrong = || format!("`{name}` is no list of numbers");
-        let Value::List(list) = self.take(name)? else { return Err(wrong()) };
-        let number = |value: Value| match value {
-            Value::Number(number) => Ok(Some(number)),
-            Value::Null => Ok(None),
-            _ => Err(wrong()),
-        };
-        list.into_iter().map(number).collect()
-    }
+/// What a line of JSON says.
+///
+/// # Errors
+/// What is wrong with it, and where in the line: which one it is, the caller knows.
+fn parsed<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|error| {
+        let (why, column) = (error.to_string(), error.column());
+        let place = format!(" at line {} column {column}", error.line());
+        let why = why.strip_suffix(&place).unwrap_or(&why);
+        format!("{why} at column {column}")
+    })
 }
 
 #[cfg(test)]
@@ -240,12 +186,23 @@ mod tests {
         let step = "{\"step\":1,\"epoch\":2,\"ended\":\"redone\",\"divisor\":3,\"processes\":[1]}";
         assert!(Line::decode(step).is_ok());
         for (what, by, why) in [
-            ("redone", "maybe", "`ended` is `maybe`, not redone or committed"),
-            ("[1]", "[null]", "`processes` is no list of numbers"),
-            ("[1]", "1", "`processes` is no list of numbers"),
-            ("3", "\"3\"", "`divisor` is no number"),
-            ("\"divisor\"", "\"quotient\"", "`divisor` is missing"),
-            ("{", "{\"more\":1,", "`more` is unknown here"),
+            (
+                "redone",
+                "maybe",
+                "unknown variant `maybe`, expected `redone` or `committed` at column 35",
+            ),
+            ("[1]", "[null]", "invalid type: null, expected u64 at column 66"),
+            ("[1]", "1", "invalid type: integer `1`, expected a sequence at column 62"),
+            ("3", "\"3\"", "invalid type: string \"3\", expected u64 at column 50"),
+            ("3", "-3", "invalid value: integer `-3`, expected u64 at column 49"),
+            (
+                "\"divisor\"",
+                "\"quotient\"",
+                "unknown field `quotient`, expected one of `step`, `epoch`, `ended`, `divisor`, \
+                 `processes` at column 47",
+            ),
+            (",\"divisor\":3", "", "missing field `divisor` at column 53"),
+            ("\"divisor\"", "\"epoch\":3,\"divisor\"", "duplicate field `epoch` at column 44"),
         ] {
             let text = step.replace(what, by);
             assert_eq!(Line::decode(&text), Err(why.to_owned()), "{text}");
@@ -253,6 +210,6 @@ mod tests {
         let head = "{\"epoch_log\":2,\"process\":0,\"settings\":\"\"}";
         let why = "a log of format 2, where 1 is known".to_owned();
         assert_eq!(Line::decode(head), Err(why));
-        assert_eq!(Line::decode("{}"), Err("`epoch` is missing".to_owned()));
+        assert_eq!(Line::decode("{}"), Err("missing field `epoch` at column 2".to_owned()));
     }
 }

@@ -8,7 +8,6 @@
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod history;
-mod json;
 mod line;
 
 use std::fs::File;
