@@ -74,10 +74,13 @@ impl World {
         self.act(to, |it| it.hear(Member(from as u64), message));
     }
 
-    /// A process ends. What it sent may still arrive, until others notice.
+    /// A process ends. What it sent may still arrive, until others notice. What it knew is
+    /// forgotten: nothing follows from it any more, and worlds that differ only there are one.
     pub(crate) fn kill(&mut self, process: usize) {
         self.dead.insert(process);
         self.wires.retain(|&(_, to), _| to != process);
+        self.noticed.retain(|&(who, _)| who != process);
+        self.processes[process] = Participant::newcomer(Member(process as u64));
     }
 
     /// A process notices that another can't be reached any more; what was under way is lost.
