@@ -51,10 +51,10 @@ struct Silence {
 }
 
 /// What the kernel says of a connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Told {
     /// Whether something awaits an acknowledgement: data, a probe of a full receiver, a keepalive.
-    awaits: bool,
+    pub(crate) awaits: bool,
     /// How often it was sent again since the last acknowledgement.
     attempts: u32,
     /// How long ago the last acknowledgement came.

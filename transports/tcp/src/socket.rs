@@ -13,7 +13,7 @@ use unisum_link::frame::{HEADER_BYTES, Header};
 use unisum_link::secure::Proven;
 use unisum_link::{Call, LinkError, LinkErrorKind, Rank};
 
-use crate::resume::{Arriving, Handle};
+use crate::resume::{Arriving, Flow, Handle};
 use crate::sealed::Sealed;
 use crate::silence::{self, Told};
 use crate::sleep::{Ready, Watched};
@@ -114,6 +114,14 @@ struct Resumed {
     stood: u32,
 }
 
+impl Resumed {
+    /// Whether the flow has a connection, and the socket has seen it.
+    fn is_newest(&self, flow: &Flow) -> bool {
+        let both = flow.stream().zip(self.stream.as_ref());
+        both.is_some_and(|(newest, seen)| Arc::ptr_eq(newest, seen))
+    }
+}
+
 impl Socket {
     /// A socket to a rank, without its connection.
     pub(crate) fn new(peer: Rank, flow: Option<Handle>) -> Self {
@@ -152,7 +160,9 @@ impl Socket {
     /// Takes over that the connection failed: what the link has to say, unless it is dialled anew.
     pub(crate) fn broke(&self, error: LinkError) -> Option<LinkError> {
         let Some(resumed) = &self.flow else { return Some(error) };
-        resumed.flow.lock().broke(error).err()
+        let mut flow = resumed.flow.lock();
+        // Another one may stand meanwhile.
+        if resumed.is_newest(&flow) { flow.broke(error).err() } else { None }
     }
 
     pub(crate) fn is_connected(&self) -> bool {
@@ -169,12 +179,13 @@ impl Socket {
         }
     }
 
-    /// What the kernel says of the connection.
+    /// What the kernel says of the connection. Of one that broke it says for long that what was
+    /// sent there is not acknowledged: there is nothing to say of that any more.
     pub(crate) fn told(&self) -> io::Result<Told> {
-        match self.fd() {
-            None if self.flow.is_some() => Ok(Told::NOTHING),
-            None => Err(io::ErrorKind::NotConnected.into()),
-            Some(fd) => silence::ask(fd),
+        match (&self.flow, self.fd()) {
+            (Some(resumed), _) if !resumed.is_newest(&resumed.flow.lock()) => Ok(Told::NOTHING),
+            (_, Some(fd)) => silence::ask(fd),
+            (_, None) => Err(io::ErrorKind::NotConnected.into()),
         }
     }
 

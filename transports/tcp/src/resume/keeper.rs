@@ -415,3 +415,61 @@ fn move_on(flow: &mut Flow) -> Result<(), LinkError> {
     flow.flush(&mut VecDeque::new(), &mut true)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use rustix::net::{SendFlags, send};
+    use unisum_link::fork::ParentOnly;
+
+    use super::*;
+    use crate::silence::Told;
+    use crate::socket::Socket;
+
+    /// A connection, and its other end.
+    fn connection() -> (Arc<ParentOnly<TcpStream>>, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (own, _) = listener.accept().unwrap();
+        own.set_nonblocking(true).unwrap();
+        (Arc::new(ParentOnly::new(own)), other)
+    }
+
+    /// Until the kernel asks in vain whether there is room again.
+    fn fill(socket: &Socket, stream: &TcpStream) {
+        while send(stream, &[0; 1 << 16], SendFlags::NOSIGNAL).is_ok() {}
+        let until = Instant::now() + Duration::from_secs(20);
+        while !socket.told().unwrap().awaits {
+            assert!(Instant::now() < until, "the other end reads nothing");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn the_silence_of_a_connection_that_broke_breaks_no_other_one() {
+        let limit = Duration::from_secs(30);
+        let handle =
+            Handle(Arc::new(Mutex::new(Flow::new((1, 0), limit, Arc::new(Bell::new().unwrap())))));
+        let mut socket = Socket::new(1, Some(handle.clone()));
+        let ((first, _first_end), (second, _second_end)) = (connection(), connection());
+        let silent =
+            || LinkError { peer: 1, kind: LinkErrorKind::Unacknowledged(Duration::from_secs(2)) };
+        handle.lock().resume(first.clone(), None, 1, 0).unwrap();
+        assert!(socket.renew().is_some());
+        fill(&socket, &first);
+        assert!(socket.broke(silent()).is_none());
+        assert!(handle.lock().stream().is_none());
+        // Its kernel still has what was not acknowledged.
+        assert_eq!(socket.told().unwrap(), Told::NOTHING);
+        handle.lock().resume(second.clone(), None, 2, 0).unwrap();
+        // The socket has not been told yet.
+        assert_eq!(socket.told().unwrap(), Told::NOTHING);
+        assert!(socket.broke(silent()).is_none());
+        let stands = || handle.lock().stream().is_some_and(|it| Arc::ptr_eq(it, &second));
+        assert!(stands(), "the second one was broken by the first");
+        assert!(socket.renew().is_some());
+        assert!(socket.broke(silent()).is_none());
+        assert!(!stands());
+    }
+}

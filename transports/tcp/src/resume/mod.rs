@@ -32,6 +32,7 @@ mod meeting;
 
 use unisum_link::secure::{RECORD_BYTES_MAX, RECORD_OVERHEAD};
 
+pub(crate) use flow::Flow;
 pub(crate) use incoming::Arriving;
 pub(crate) use keeper::{Handle, Keeper};
 
