@@ -13,6 +13,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Ok(ranks.wait()?);
     }
     let communicator = Communicator::from_environment()?;
+    if communicator.rank() == 0 {
+        eprintln!("{}", communicator.describe().summary());
+    }
     let mut data = communicator.allocate::<f32>(1000)?;
     data.fill(communicator.rank() as f32);
     communicator.all_reduce(&mut data, ReduceOp::Sum)?;

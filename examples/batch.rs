@@ -20,7 +20,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut ranks = local::spawn(ranks, |_rank| Command::new(&program))?;
         return Ok(ranks.wait()?);
     }
-    Ok(run(&Communicator::from_environment()?)?)
+    let comm = Communicator::from_environment()?;
+    if comm.rank() == 0 {
+        eprintln!("{}", comm.describe().summary());
+    }
+    Ok(run(&comm)?)
 }
 
 fn run(communicator: &Communicator) -> Result<(), unisum::Error> {

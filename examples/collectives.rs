@@ -14,6 +14,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Ok(ranks.wait()?);
     }
     let comm = Communicator::from_environment()?;
+    if comm.rank() == 0 {
+        eprintln!("{}", comm.describe().summary());
+    }
     let (rank, world, root) = (comm.rank() as f32, comm.world(), 0);
     let (block, blocks) = (vec![rank; 2], vec![rank; 2 * world]);
     let (mut out, mut all, mut data) = (vec![0.0; 2], vec![0.0; 2 * world], vec![rank; 3]);

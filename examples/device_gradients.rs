@@ -18,6 +18,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Ok(ranks.wait()?);
     }
     let communicator = Communicator::from_environment()?;
+    if communicator.rank() == 0 {
+        eprintln!("{}", communicator.describe().summary());
+    }
     let device = communicator.on_device(communicator.local_rank() % devices)?;
     let (computing, reducing) = (device.stream()?, device.stream()?);
     let mut buckets = Vec::new();

@@ -1,18 +1,17 @@
 """Data-parallel training on handwritten digits, in 8 processes of this host, with
 DistributedDataParallel: the classic form. What is unisum's about it is the backend's name.
 
-    python ddp_digits.py                  # over unisum
-    python ddp_digits.py --backend gloo   # the same over gloo
+    python ddp_digits.py                         # over unisum
+    python ddp_digits.py --backend gloo          # the same over gloo
+    torchrun --nproc-per-node 4 ddp_digits.py    # in the processes that torchrun starts
 """
 
 import argparse
-import os
-import tempfile
 import time
 
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -83,12 +82,7 @@ def evaluate(model, images, labels):
 
 def worker(rank, arguments, init_file):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        arguments.backend,
-        init_method=f"file://{init_file}",
-        rank=rank,
-        world_size=arguments.ranks,
-    )
+    rank = ranks.join(rank, arguments, init_file)
     torch.manual_seed(rank)
     training, (images, labels) = digits()
     sampler = DistributedSampler(training, shuffle=True, seed=0)
@@ -120,9 +114,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--at-least", type=float, default=0.0, help="fail below this accuracy")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        init_file = os.path.join(folder, "init")
-        mp.spawn(worker, args=(arguments, init_file), nprocs=arguments.ranks)
+    ranks.launch(worker, arguments)
 
 
 if __name__ == "__main__":

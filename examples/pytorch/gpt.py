@@ -2,7 +2,7 @@
 DistributedDataParallel, sharded by FSDP2 with `--fsdp`, or with its layers divided among the ranks by
 tensor parallelism with `--tensor-parallel`. What is unisum's about it is the backend's name.
 
-    python gpt.py --ranks 2 --steps 200
+    python gpt.py --ranks 2 --steps 200     # or in the processes that torchrun starts
     python gpt.py --fsdp
     python gpt.py --tensor-parallel
     python gpt.py --own --wire int8         # unisum's own DDP, gradients in 8 bits
@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import ranks
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -113,15 +114,12 @@ def are_equal(model):
 
 def worker(rank, arguments, init_file):
     torch.set_num_threads(1)
-    meeting = f"file://{init_file}"
     if arguments.elastic:
         import unisum.torch
     if arguments.join:
-        unisum.torch.join(meeting)
+        unisum.torch.join(f"file://{init_file}")
     else:
-        dist.init_process_group(
-            arguments.backend, init_method=meeting, rank=rank, world_size=arguments.ranks
-        )
+        rank = ranks.join(rank, arguments, init_file)
     text = NOVEL.read_text()
     known = {character: number for number, character in enumerate(sorted(set(text)))}
     tokens = torch.tensor([known[character] for character in text])
@@ -192,16 +190,16 @@ def outlive(arguments, init_file):
     os.environ["UNISUM_ELASTIC"] = "1"
     print(f"others join with --elastic --join --meet {init_file}", flush=True)
     context = mp.get_context("spawn")
-    ranks = [
+    started = [
         context.Process(target=worker, args=(rank, arguments, init_file))
         for rank in range(arguments.ranks)
     ]
-    for rank, process in enumerate(ranks):
+    for rank, process in enumerate(started):
         process.start()
         print(f"rank {rank} is process {process.pid}", flush=True)
-    for process in ranks:
+    for process in started:
         process.join()
-    statuses = [process.exitcode for process in ranks]
+    statuses = [process.exitcode for process in started]
     return int(any(it > 0 for it in statuses) or all(it < 0 for it in statuses))
 
 
@@ -240,11 +238,11 @@ def main():
     if arguments.join:
         os.environ["UNISUM_ELASTIC"] = "1"
         return worker(None, arguments, os.path.abspath(arguments.meet))
+    init_file = arguments.meet and os.path.abspath(arguments.meet)
+    if not arguments.elastic:
+        return ranks.launch(worker, arguments, init_file)
     with tempfile.TemporaryDirectory() as folder:
-        init_file = os.path.abspath(arguments.meet or os.path.join(folder, "init"))
-        if arguments.elastic:
-            sys.exit(outlive(arguments, init_file))
-        mp.spawn(worker, (arguments, init_file), nprocs=arguments.ranks)
+        sys.exit(outlive(arguments, init_file or os.path.join(folder, "init")))
 
 
 if __name__ == "__main__":

@@ -2,21 +2,19 @@
 DistributedDataParallel. What is unisum's about it is the backend's name.
 
     pip install --no-deps hironsancorpus==0.1.2      # the corpus: 16,000 tokens, MIT licence
-    python ner.py                                    # over unisum
+    python ner.py                                    # over unisum; or by torchrun
     python ner.py --backend gloo                     # the same over gloo
     python ner.py --own --wire int8                  # unisum's own DDP, gradients in 8 bits
 """
 
 import argparse
 import importlib.util
-import os
-import tempfile
 import time
 from pathlib import Path
 
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from ddp_digits import Stopwatch
 from torch import nn
@@ -130,12 +128,7 @@ def parallel(arguments, module):
 
 def worker(rank, arguments, init_file):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        arguments.backend,
-        init_method=f"file://{init_file}",
-        rank=rank,
-        world_size=arguments.ranks,
-    )
+    rank = ranks.join(rank, arguments, init_file)
     corpus = Corpus()
     torch.manual_seed(0)
     model, communicated = parallel(arguments, Tagger(corpus))
@@ -177,9 +170,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--at-least", type=float, default=0.0, help="fail below this F1")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        init_file = os.path.join(folder, "init")
-        mp.spawn(worker, args=(arguments, init_file), nprocs=arguments.ranks)
+    ranks.launch(worker, arguments)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import slurm
 OPEN_MPI = "mpirun.openmpi --allow-run-as-root --oversubscribe --bind-to none"
 MPICH = "mpiexec.mpich"
 SECONDS = 180
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 
 
 class Fault(Exception):
@@ -132,8 +133,14 @@ def program(name):
 def python_sum(context, command, ranks=4, **variables):
     status, out, errors = context.place.finish(context.start(command, **variables), SECONDS)
     expected = f"{ranks} ranks: {ranks * (ranks + 1) // 2}"
-    if status != 0 or out.splitlines().count(expected) != ranks:
+    if status != 0 or out.splitlines().count(expected) != ranks or told_once(out, ranks):
         raise Fault(f"status {status}, expected {expected}: {out}\n{errors[-3000:]}")
+
+
+def told_once(out, ranks):
+    """What is wrong, if not one line says how the ranks found each other."""
+    lines = [line for line in out.splitlines() if line.startswith(f"rank 0 of {ranks}")]
+    return None if len(lines) == 1 and " by " in lines[0] else f"not one line: {lines}"
 
 
 def open_mpi_on_hosts(place):
@@ -288,7 +295,17 @@ def torchrun_cases(context):
         finally:
             context.place.end(other)
 
-    return [
+    def example():
+        """It joins, where it would start ranks of its own otherwise."""
+        digits = os.path.join(ROOT, "examples", "pytorch", "ddp_digits.py")
+        started = context.start(f"{context.torchrun} --nproc-per-node 2 {digits} --epochs 1")
+        status, out, errors = context.place.finish(started, SECONDS)
+        fault = told_once(errors, 2)
+        if status != 0 or fault or out.count("Epoch 1, accuracy") != 1:
+            raise Fault(f"status {status}, {fault}: {out}\n{errors[-3000:]}")
+
+    trains = [("torchrun: an example that trains", example)] if context.python else []
+    return trains + [
         ("torchrun: one job", lambda: context.run(one, 4, "by torchrun")),
         ("torchrun: two standalone jobs at once", lambda: context.at_once(
             f"{start} --standalone --nproc-per-node 4 {free}", 4, 2, "by torchrun")),

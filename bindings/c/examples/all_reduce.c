@@ -5,6 +5,7 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unisum.h>
 
 static void check(unisum_status status) {
@@ -23,6 +24,11 @@ int main(void) {
     check(unisum_connect_from_environment(&comm));
     check(unisum_comm_rank(comm, &rank));
     check(unisum_comm_world(comm, &world));
+    if (rank == 0) { /* how the ranks found each other, in the first line */
+        char told[512];
+        check(unisum_comm_describe(comm, told, sizeof told, NULL));
+        fprintf(stderr, "%.*s\n", (int)strcspn(told, "\n"), told);
+    }
     check(unisum_allocate(comm, COUNT * sizeof(float), &memory));
 
     float *gradients = memory;

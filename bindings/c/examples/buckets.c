@@ -4,6 +4,7 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unisum.h>
 
 static void check(unisum_status status) {
@@ -25,6 +26,11 @@ int main(void) {
 
     check(unisum_connect_from_environment(&comm));
     check(unisum_comm_rank(comm, &rank));
+    if (rank == 0) { /* how the ranks found each other, in the first line */
+        char told[512];
+        check(unisum_comm_describe(comm, told, sizeof told, NULL));
+        fprintf(stderr, "%.*s\n", (int)strcspn(told, "\n"), told);
+    }
     check(unisum_buckets_create(comm, parameters, 2, NULL, &buckets));
     for (int step = 0; step < 3; step++) {
         unisum_step_report report;

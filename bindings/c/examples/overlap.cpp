@@ -3,6 +3,7 @@
 // c++ overlap.cpp -o overlap $(pkg-config --cflags --libs unisum)
 // mpirun -n 4 ./overlap
 #include <cstdio>
+#include <cstring>
 #include <future>
 #include <memory>
 #include <numeric>
@@ -33,6 +34,11 @@ int main() try {
     uint32_t rank = 0, world = 0;
     check(unisum_comm_rank(comm.get(), &rank));
     check(unisum_comm_world(comm.get(), &world));
+    if (rank == 0) { // how the ranks found each other, in the first line
+        char told[512];
+        check(unisum_comm_describe(comm.get(), told, sizeof told, nullptr));
+        std::fprintf(stderr, "%.*s\n", static_cast<int>(std::strcspn(told, "\n")), told);
+    }
 
     std::vector<int32_t> own(1000, static_cast<int32_t>(rank)), all(own.size() * world);
     unisum_collective all_gather{};
