@@ -82,7 +82,7 @@ fn dependencies_between_our_crates_follow_the_arrows() {
             ],
         ),
         // The emulator is for their tests.
-        ("allreduce-bench", &["unisum", "cuda-emulator"]),
+        ("allreduce-bench", &["unisum", "cuda-emulator", "features"]),
         ("unisum-c", &["unisum", "cuda-emulator"]),
         (
             "instructions",
@@ -93,11 +93,14 @@ fn dependencies_between_our_crates_follow_the_arrows() {
                 "unisum-link",
                 "unisum-shm",
                 "unisum-tcp",
+                "features",
             ],
         ),
-        ("unisum-python", &["unisum"]),
+        ("unisum-python", &["unisum", "features"]),
         // For tests; it depends on nothing of unisum.
         ("cuda-emulator", &[]),
+        // Chooses features, and has no code.
+        ("features", &[]),
     ];
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
