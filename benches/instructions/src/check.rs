@@ -153,6 +153,6 @@ fn verdict(standings: &[(&str, Standing)]) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     println!("{worse} worse, {better} better, {new} new, {gone} gone since the baseline.");
-    println!("If that is intended: cargo run --release -p instructions -- check --update");
+    println!("If that is intended: cargo run --release --bin instructions -- check --update");
     ExitCode::FAILURE
 }
