@@ -95,7 +95,9 @@ impl<'a> Sweep<'a> {
                 self.world.set_algorithm(algorithm)?;
             }
             let taken = self.choice(operation);
-            self.progress.step(&case, T::DTYPE, op, taken);
+            let (kind, bytes) = (case.kind, case.count * T::DTYPE.bytes());
+            let by = op.map_or_else(String::new, |op| format!(", {op}"));
+            self.progress.step(format_args!("{kind} of {bytes} B, {}{by}, {taken}", T::DTYPE));
             if self.args.compares() && !self.world.is_alone() && algorithm != Some(taken) {
                 continue; // Another stands in where one cannot run.
             }

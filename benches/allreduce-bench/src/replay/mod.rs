@@ -16,6 +16,7 @@ pub(crate) use options::Options;
 use crate::Result;
 use crate::args::Args;
 use crate::models::{Model, Parameter};
+use crate::report::Progress;
 use crate::world::World;
 use backward::Backward;
 use gradients::Gradients;
@@ -36,9 +37,20 @@ pub(crate) fn run(args: &Args, world: &World, model: Model) -> Result<ExitCode> 
         return if world.is_first() { Err(why.into()) } else { Ok(ExitCode::FAILURE) };
     }
     let backward = Backward::new(&counts);
-    let length = options.backward_ms;
-    let mut replay =
-        Replay { args, world, model, counts, backward, length, report: None, checks: 0, wrong: 0 };
+    // Each way takes its steps with and without a backward pass, and one more that is checked.
+    let steps = (options.wire.0.len() + 2) * 2 * (options.steps + 1);
+    let mut replay = Replay {
+        args,
+        world,
+        model,
+        counts,
+        backward,
+        length: options.backward_ms,
+        report: None,
+        progress: Progress::new(world.is_first(), steps),
+        checks: 0,
+        wrong: 0,
+    };
     for &wire in &options.wire.0 {
         replay.measure(&mut InBuckets::new(&world.comm, &parameters, options, wire)?)?;
     }
@@ -58,6 +70,7 @@ struct Replay<'a> {
     length: Option<Duration>,
     /// On rank 0, from the first row on.
     report: Option<Report>,
+    progress: Progress,
     /// Checks so far: each has gradients of its own.
     checks: usize,
     wrong: u64,
@@ -86,10 +99,11 @@ impl Replay<'_> {
     }
 
     /// Each step's time on the rank where it took longest, ascending.
-    fn steps_s(&self, way: &mut dyn Way, length: Duration) -> Result<Vec<f64>> {
+    fn steps_s(&mut self, way: &mut dyn Way, length: Duration) -> Result<Vec<f64>> {
         let pass = Pass { backward: &self.backward, length, gradients: None };
-        let mut steps_s = vec![0.0; self.args.replay.steps];
+        let (name, mut steps_s) = (self.model.name(), vec![0.0; self.args.replay.steps]);
         for step_s in &mut steps_s {
+            self.progress.step(format_args!("{name} by {}, {}", way.name(), way.wire()));
             self.world.align()?;
             let start = Instant::now();
             way.step(&pass)?;
@@ -104,8 +118,10 @@ impl Replay<'_> {
     /// be looked at; it takes the step anyway, which connects ranks.
     fn check(&mut self, way: &mut dyn Way, length: Duration) -> Result<Option<u64>> {
         let (rank, world) = (self.world.comm.rank(), self.world.comm.world());
+        let name = self.model.name();
         let gradients = Gradients { rank, world, seed: self.checks };
         self.checks += 1;
+        self.progress.step(format_args!("{name} by {}, {}", way.name(), way.wire()));
         way.step(&Pass { backward: &self.backward, length, gradients: Some(gradients) })?;
         if !self.args.check {
             return Ok(None);
@@ -121,6 +137,7 @@ impl Replay<'_> {
         if !self.world.is_first() {
             return Ok(());
         }
+        self.progress.clear();
         let report = match &mut self.report {
             Some(report) => report,
             None => {

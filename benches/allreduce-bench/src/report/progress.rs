@@ -1,10 +1,7 @@
 //! A line on the terminal that says what is being measured.
 
+use std::fmt::Display;
 use std::io::{self, IsTerminal as _};
-
-use unisum::{Dtype, ReduceOp};
-
-use crate::collective::Case;
 
 /// The progress line; nothing unless standard error is a terminal.
 #[derive(Debug)]
@@ -21,19 +18,10 @@ impl Progress {
     }
 
     /// Says what comes next.
-    pub(crate) fn step(
-        &mut self,
-        case: &Case,
-        dtype: Dtype,
-        op: Option<ReduceOp>,
-        algorithm: &str,
-    ) {
+    pub(crate) fn step(&mut self, what: impl Display) {
         self.done += 1;
         if self.shown {
-            let Self { done, steps, .. } = self;
-            let (kind, bytes) = (case.kind, case.count * dtype.bytes());
-            let op = op.map_or_else(String::new, |op| format!(", {op}"));
-            eprint!("{ERASE}{kind} of {bytes} B, {dtype}{op}, {algorithm} ({done} of {steps})");
+            eprint!("{ERASE}{what} ({} of {})", self.done, self.steps);
         }
     }
 
