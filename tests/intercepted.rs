@@ -10,9 +10,11 @@ mod certificates;
 mod middle;
 mod support;
 
+use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::ops::RangeInclusive;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use certificates::{Authority, Mounted, Says, authority, issue};
@@ -28,7 +30,7 @@ fn rank_process() {
 
 const LIMIT: Duration = Duration::from_secs(100);
 /// The ports at which each host is reached: one may be in use for a moment when a job has ended.
-const PORTS: std::ops::RangeInclusive<u16> = 7001..=7004;
+const PORTS: RangeInclusive<u16> = 7001..=7004;
 const RANKS: usize = 3;
 /// What buffers are full of.
 const PAYLOAD: &[u8; 32] = b"the weights that nobody may see!";
@@ -245,7 +247,14 @@ fn places(seen: &Seen) -> Vec<(usize, bool, usize)> {
     seen.said.iter().map(of).filter(|(.., bytes)| *bytes > 0).collect()
 }
 
-fn draw(random: &mut Random, places: &[(usize, bool, usize)], clean: &Seen, flips: bool) -> Plan {
+/// One class of what can be done.
+const FLIP: usize = 0;
+/// All the others.
+const OTHERS: RangeInclusive<usize> = 1..=14;
+/// Those after which all is right: see `Change::is_harmless`.
+const HARMLESS: RangeInclusive<usize> = 11..=13;
+
+fn draw(random: &mut Random, places: &[(usize, bool, usize)], clean: &Seen, class: usize) -> Plan {
     // Half of them anywhere in a connection, else data would have them all.
     let (connection, is_of_dialer, bytes) = random.of(places);
     let at = match random.below(4) {
@@ -256,8 +265,8 @@ fn draw(random: &mut Random, places: &[(usize, bool, usize)], clean: &Seen, flip
     let mut noise = || (0..length).map(|_| random.below(256) as u8).collect::<Vec<_>>();
     let noise = noise();
     let (other, dialer, _) = random.of(places);
-    let change = match if flips { 0 } else { 1 + random.below(14) } {
-        0 => Change::Flip(random.below(8) as u8),
+    let change = match class {
+        FLIP => Change::Flip(random.below(8) as u8),
         1 => Change::Cut,
         2 => Change::Drop(length),
         3 => Change::Repeat(length),
@@ -290,30 +299,41 @@ fn check(outcomes: &[(Duration, String)], plan: &Plan) {
     }
 }
 
-fn meddle(what: &str, world: World, trials: usize, flips: bool) {
+/// Does these classes, each until it was done: a connection may end before the place.
+fn meddle(what: &str, world: World, classes: Vec<usize>) {
     let _one = alone();
     let Some(middle) = Middle::new(RANKS, PORTS) else { return };
     let mut random = Random::new();
-    let resumes = what == RESUMES;
     let mut steered = Steered::new(world);
     middle.begin(None);
     steered.clean_job("before");
     let clean = middle.seen();
     let places = places(&clean);
+    let harmful: Vec<_> = classes.iter().copied().filter(|it| !HARMLESS.contains(it)).collect();
+    // How many of the trials fail is a matter of chance.
+    let few = if what == RESUMES || harmful.is_empty() { None } else { Some(harmful.len() / 4) };
+    let (trials, started) = (classes.len(), Instant::now());
     let (mut made, mut changed, mut failed) = (0, 0, 0);
-    let started = Instant::now();
-    // Until there was enough of it: how many of the trials fail is a matter of chance.
-    while made < trials || changed <= trials / 2 || failed <= trials / 4 && !resumes {
-        assert!(made < 4 * trials, "it does next to nothing: {changed} changed, {failed} failed");
+    let mut left = VecDeque::from(classes);
+    while let Some(class) = left.pop_front() {
+        let told = || format!("{changed} changed, {failed} failed, to do: {class} {left:?}");
+        assert!(made < 4 * trials + 20, "it does next to nothing: {}", told());
         made += 1;
-        let plan = draw(&mut random, &places, &clean, flips);
+        let plan = draw(&mut random, &places, &clean, class);
+        assert_eq!(plan.change.is_harmless(), HARMLESS.contains(&class));
         middle.begin(Some(plan.clone()));
         // Who is only slow is waited for, however busy the machine is.
         let how = if plan.change.is_harmless() { PATIENTLY } else { "" };
         let outcomes = steered.job_that_waits(how);
-        changed += usize::from(middle.seen().is_changed);
+        let is_changed = middle.seen().is_changed;
+        changed += usize::from(is_changed);
         failed += usize::from(outcomes.iter().any(|(_, outcome)| outcome != "right"));
         check(&outcomes, &plan);
+        if !is_changed {
+            left.push_back(class);
+        } else if left.is_empty() && few.is_some_and(|few| failed <= few) {
+            left.push_back(random.of(&harmful));
+        }
     }
     println!("{what}: of {made}, {changed} changed and {failed} failed in {:?}", started.elapsed());
     // One that was meddled with does not disturb the next.
@@ -322,37 +342,53 @@ fn meddle(what: &str, world: World, trials: usize, flips: bool) {
     steered.end();
 }
 
-/// How many trials, unless `UNISUM_TEST_MEDDLED` says.
-fn trials(few: usize) -> usize {
-    std::env::var("UNISUM_TEST_MEDDLED").map_or(few, |trials| trials.parse().unwrap())
+/// How many trials `UNISUM_TEST_MEDDLED` wants in each world.
+fn wanted() -> Option<usize> {
+    std::env::var("UNISUM_TEST_MEDDLED").ok().map(|trials| trials.parse().unwrap())
 }
 
+/// What is done in the world of this number: unless much is wanted, each class in one of the
+/// worlds, and it is chance in which, so that in time each is done in all.
+fn dealt(world: usize) -> Vec<usize> {
+    static DEALT: OnceLock<Vec<usize>> = OnceLock::new();
+    if let Some(trials) = wanted() {
+        return OTHERS.cycle().take(trials).collect();
+    }
+    let deal = || {
+        let (mut random, mut classes) = (Random::new(), OTHERS.collect::<Vec<_>>());
+        (0..classes.len()).map(|_| classes.swap_remove(random.below(classes.len()))).collect()
+    };
+    DEALT.get_or_init(deal).iter().skip(world).step_by(WORLDS).copied().collect()
+}
+
+/// Of those in which something else is done than flipping bits.
+const WORLDS: usize = 4;
 /// A world in which connections that break are made anew: less fails than is changed.
 const RESUMES: &str = "connections that resume";
 
 #[test]
 fn a_flipped_bit_is_never_a_wrong_result_or_a_hang() {
-    meddle("flips", world("auto"), trials(100), true);
+    meddle("flips", world("auto"), vec![FLIP; wanted().unwrap_or(12)]);
 }
 
 #[test]
 fn nothing_that_is_done_to_a_connection_is_a_wrong_result_or_a_hang() {
-    meddle("auto", world("auto"), trials(40), false);
+    meddle("auto", world("auto"), dealt(0));
 }
 
 #[test]
 fn nor_is_what_is_done_to_connections_with_certificates() {
     let folders = folders(&authority());
-    meddle("mtls", certified(&folders), trials(15), false);
+    meddle("mtls", certified(&folders), dealt(1));
 }
 
 #[test]
 fn nor_is_what_is_done_to_several_sockets_of_a_pair() {
-    meddle("sockets", world("token").set("UNISUM_TCP_SOCKETS", 3), trials(15), false);
+    meddle("sockets", world("token").set("UNISUM_TCP_SOCKETS", 3), dealt(2));
 }
 
 #[test]
 fn nor_is_what_is_done_to_connections_that_resume() {
     let world = world("token").set("UNISUM_RECONNECT_TIMEOUT", 2);
-    meddle(RESUMES, world, trials(15), false);
+    meddle(RESUMES, world, dealt(3));
 }
