@@ -29,6 +29,7 @@ fn chosen() -> Target {
     let all = [
         unisum_link::fuzzing::targets(),
         unisum_shm::fuzzing::TARGETS.to_vec(),
+        unisum_tcp::fuzzing::TARGETS.to_vec(),
         unisum_verbs::fuzzing::TARGETS.to_vec(),
         unisum::fuzzing::targets(),
     ]

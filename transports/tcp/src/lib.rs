@@ -26,5 +26,7 @@ pub use config::TcpConfig;
 pub use congestion::prepare_listener;
 pub use inbox::Inbox;
 pub use link::TcpLink;
+#[cfg(any(test, fuzzing))]
+pub use resume::fuzzing;
 pub use route::Route;
 pub use transport::{TcpJob, TcpTransport};

@@ -40,18 +40,18 @@ pub(crate) struct Flow {
     pub(super) acknowledged: u64,
     /// Up to where this connection's kernel has it, and up to where any had.
     pub(super) sent: u64,
-    promised: u64,
+    pub(super) promised: u64,
     /// What has come, what of that receives have taken, and what was acknowledged.
     pub(super) received: u64,
     pub(super) taken: u64,
-    told: u64,
+    pub(super) told: u64,
     /// What has come and was not taken.
     pub(super) stash: VecDeque<u8>,
     /// Whether the other end sends nothing more and has not been told that all came.
     pub(super) peer_leaves: bool,
     pub(super) owes_answer: bool,
     /// Whether this end sends nothing more, and has said so on this connection.
-    leaves: bool,
+    pub(super) leaves: bool,
     said_leaving: bool,
     /// Whether the other end has answered that.
     pub(super) is_answered: bool,

@@ -50,6 +50,10 @@ const STOP: u8 = 2;
 pub(crate) struct Handle(Arc<Mutex<Flow>>);
 
 impl Handle {
+    pub(super) fn new(flow: Flow) -> Self {
+        Self(Arc::new(Mutex::new(flow)))
+    }
+
     pub(crate) fn lock(&self) -> MutexGuard<'_, Flow> {
         // A panic of the one thread ends the other, too: the link's error is the panic.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -158,7 +162,7 @@ impl Shared {
         let limit = self.config.reconnect_timeout;
         let (peer, socket) = key;
         let bell = self.bell.clone();
-        let new = || Handle(Arc::new(Mutex::new(Flow::new((peer, socket), limit, bell))));
+        let new = || Handle::new(Flow::new((peer, socket), limit, bell));
         lock(&self.flows).entry(key).or_insert_with(new).clone()
     }
 
@@ -404,7 +408,8 @@ impl Shared {
     }
 }
 
-fn move_on(flow: &mut Flow) -> Result<(), LinkError> {
+/// The same of the flow itself.
+pub(super) fn move_on(flow: &mut Flow) -> Result<(), LinkError> {
     if flow.meeting.is_some() && flow.hear_first()? != Met::Stands {
         return Ok(());
     }

@@ -26,6 +26,8 @@
 //! them.
 
 mod flow;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod incoming;
 mod keeper;
 mod meeting;

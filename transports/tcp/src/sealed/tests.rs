@@ -6,48 +6,14 @@ use unisum_kernels::Dtype;
 use unisum_link::Call;
 use unisum_link::fork::ParentOnly;
 use unisum_link::frame::Header;
-use unisum_link::handshake::{Build, Heard, Hello, Purpose, Secret, random};
-use unisum_link::secure::{Credentials, Listening, Proven, Sealing, dial};
+use unisum_link::secure::Proven;
 
 use super::*;
+use crate::fuzzing::secure::sessions;
 use crate::sleep::Ready;
 use crate::socket::{Moving, Socket, Span};
 
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// The two ends of an encrypted connection's keys.
-fn sessions() -> (Box<Session>, Box<Session>) {
-    struct Wire(Listening, Credentials, Vec<u8>);
-    impl io::Write for Wire {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            match self.0.feed(bytes, &self.1, |_| Ok(())) {
-                Heard::More => {}
-                Heard::Send(send) | Heard::Admitted(_, send) => self.2.extend(send),
-                Heard::Refused(refusal, _) => panic!("{refusal}"),
-            }
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    impl io::Read for Wire {
-        fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-            let read = (&self.2[..]).read(bytes)?;
-            self.2.drain(..read);
-            Ok(read)
-        }
-    }
-    let secret = Secret::new(b"the token of these tests");
-    let credentials = Credentials::token(secret, Sealing::Everywhere).unwrap();
-    let (purpose, session, job) = (Purpose::Data, [1; 16], [2; 16]);
-    let build = Build::default();
-    let hello = Hello { purpose, socket: 0, from: 1, to: 0, world: 2, session, job, build };
-    let listening = Listening::new(random().unwrap(), true);
-    let mut wire = Wire(listening, credentials.clone(), Vec::new());
-    let dialer = dial(&mut wire, &hello, &credentials, true).unwrap().unwrap();
-    (dialer, wire.0.take_session().unwrap())
-}
 
 /// Two sockets, and what is at their other ends: what goes over the wire is for the test to move.
 struct Ends {
@@ -59,9 +25,8 @@ struct Ends {
 impl Ends {
     fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (dialer, listening) = sessions();
         let mut wires = Vec::new();
-        let sockets = [dialer, listening].map(|session| {
+        let sockets = sessions().map(|session| {
             let wire = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             wire.set_nonblocking(true).unwrap();
             wire.set_nodelay(true).unwrap();
