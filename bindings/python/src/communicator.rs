@@ -39,7 +39,7 @@ pub(crate) struct Request<'py>(
     /// The operation's, 0 if there is none.
     u8,
     /// The root.
-    usize,
+    i64,
     /// A factor for inputs.
     Option<f64>,
     /// Whether infinities and NaNs are looked for.
@@ -51,6 +51,14 @@ pub(crate) struct Request<'py>(
     Option<Bound<'py, PyAny>>,
     Option<Bound<'py, PyAny>>,
 );
+
+/// A rank of which Python has given the number.
+///
+/// # Errors
+/// `ValueError` if it is negative.
+pub(crate) fn rank_number(given: i64) -> PyResult<usize> {
+    usize::try_from(given).map_err(|_| PyValueError::new_err(format!("there is no rank {given}")))
+}
 
 const ALL_REDUCE: u8 = 0;
 const REDUCE: u8 = 1;
@@ -107,7 +115,7 @@ impl<'py> Request<'py> {
     }
 
     pub(crate) fn collective(&self, element: Element) -> PyResult<Collective> {
-        let root = self.2;
+        let root = rank_number(self.2)?;
         let collective = match self.0 {
             ALL_REDUCE => Collective::all_reduce(self.reduction(element)?),
             REDUCE => Collective::reduce(self.reduction(element)?, root),

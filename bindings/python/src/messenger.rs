@@ -8,6 +8,7 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use unisum::{Error, Message, Outcome};
 
+use crate::communicator::rank_number;
 use crate::elements::with_element;
 use crate::errors::block;
 use crate::operands::Operands;
@@ -120,12 +121,12 @@ impl Messenger {
         py: Python<'_>,
         receives: bool,
         tensor: &Bound<'_, PyAny>,
-        peer: usize,
+        peer: i64,
         tag: u64,
     ) -> PyResult<()> {
         let (post, mut operands) = (self.get()?, operands(tensor, receives)?);
         let element = operands.element()?;
-        let way = (receives, peer, tag);
+        let way = (receives, rank_number(peer)?, tag);
         with_element!(element.dtype, T => {
             block(py, || transfer::<T>(&post.messenger, &mut operands, way))
         })
@@ -136,12 +137,12 @@ impl Messenger {
         &self,
         receives: bool,
         tensor: &Bound<'_, PyAny>,
-        peer: usize,
+        peer: i64,
         tag: u64,
     ) -> PyResult<Work> {
         let (post, mut operands) = (self.get()?, operands(tensor, receives)?);
         let element = operands.element()?;
-        let way = (receives, peer, tag);
+        let way = (receives, rank_number(peer)?, tag);
         let (work, shared) = Work::open();
         let job: Job = with_element!(element.dtype, T => Box::new(move |messenger| {
             let moved = transfer::<T>(messenger, &mut operands, way);

@@ -389,10 +389,14 @@ fn elements(shape: &[i64], strides: Option<&[i64]>, layout: Layout) -> PyResult<
         expected *= length;
         differs
     });
-    match count == 0 || !has_gap {
-        true => Ok(count),
-        false => Err(PyValueError::new_err("Tensors must be contiguous: this one has gaps")),
+    if count == 0 || !has_gap {
+        return Ok(count);
     }
+    let why = match strides.iter().zip(shape).any(|(&stride, &length)| stride == 0 && length > 1) {
+        true => "elements of this one are in the same place (as expand makes them)",
+        false => "this one has gaps",
+    };
+    Err(PyValueError::new_err(format!("Tensors must be contiguous: {why}")))
 }
 
 /// Whether these can be reduced by an operation of that number.

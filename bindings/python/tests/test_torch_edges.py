@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -244,9 +245,83 @@ def tensors_of_all_kinds(rank, world, folder):
     dist.destroy_process_group()
 
 
-CASES = [different_worlds, loaders, reductions_of_all_types, tensors_of_all_kinds]
+def wrong_ranks_and_layouts(rank, world, folder):
+    begin(rank, world, folder)
+    data = torch.ones(4)
+    for call in (
+        lambda: dist.reduce(data, -5),
+        lambda: dist.broadcast(data, -5),
+        lambda: dist.gather(data, None, dst=-5),
+        lambda: dist.scatter(data, None, src=-5),
+        lambda: dist.send(data, -5),
+        lambda: dist.isend(data, -5),
+        lambda: dist.irecv(data, -5),
+    ):
+        with pytest.raises(ValueError, match="no rank -5"):
+            call()
+    with pytest.raises(ValueError, match="elements of this one are in the same place"):
+        dist.all_reduce(torch.ones(1).expand(4))
+    for sparse in (torch.eye(4).to_sparse_csr(), torch.eye(4).to_sparse_csc()):
+        with pytest.raises(ValueError, match="layout torch.sparse_cs. are not taken"):
+            dist.all_reduce(sparse)
+    dist.all_reduce(data)
+    assert (data == 2).all()
+    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda it: it.__name__)
-def test_case(case, tmp_path):
-    mp.spawn(case, (2, str(tmp_path)), nprocs=2)
+def a_wait_is_over_before_the_collective(rank, world, folder):
+    begin(rank, world, folder)
+    store = dist.distributed_c10d._get_default_store()
+    data = torch.ones(4)
+    if rank == 0:
+        work = dist.all_reduce(data, async_op=True)
+        with pytest.raises(unisum.TimeoutError, match="it goes on") as raised:
+            work.wait(datetime.timedelta(seconds=0.3))
+        assert raised.value.ranks == ()
+        store.set("waited", "yes")
+        work.wait()
+    else:
+        store.wait(["waited"])
+        dist.all_reduce(data)
+    assert (data == 2).all()
+    dist.destroy_process_group()
+
+
+def all_name_who_misses_the_barrier(rank, world, folder):
+    """Also those that came before rank 0, whose verdict they hear after their own time."""
+    begin(rank, world, folder)
+    store = dist.distributed_c10d._get_default_store()
+    limit = datetime.timedelta(seconds=2)
+    if rank == 0:
+        store.wait(["about to come"])
+        time.sleep(0.5)  # the others are in the barrier, and rank 0 is late for their clocks
+    if rank == 2:
+        store.set("about to come", "yes")
+    if rank != 1:
+        with pytest.raises(unisum.TimeoutError, match="Ranks 1 failed to pass") as raised:
+            dist.monitored_barrier(timeout=limit, wait_all_ranks=True)
+        assert raised.value.ranks == (1,)
+    dist.barrier()
+    # Who waits for a rank 0 that does not come names it.
+    if rank != 0:
+        with pytest.raises(unisum.TimeoutError, match="it did not come in 300 ms") as raised:
+            dist.monitored_barrier(timeout=datetime.timedelta(seconds=0.3))
+        assert raised.value.ranks == (0,)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+CASES = [
+    (different_worlds, 2),
+    (loaders, 2),
+    (reductions_of_all_types, 2),
+    (tensors_of_all_kinds, 2),
+    (wrong_ranks_and_layouts, 2),
+    (a_wait_is_over_before_the_collective, 2),
+    (all_name_who_misses_the_barrier, 3),
+]
+
+
+@pytest.mark.parametrize("case, world", CASES, ids=lambda it: getattr(it, "__name__", it))
+def test_case(case, world, tmp_path):
+    mp.spawn(case, (world, str(tmp_path)), nprocs=world)

@@ -262,7 +262,7 @@ class UnisumProcessGroup(ElasticGroup, ProcessGroup):
             self._error = overdue(error)
             raise self._error from None
         except RuntimeError:
-            _options.refuse_meta(given)
+            _options.refuse_unsendable(given)
             raise
         if after is not None:
             after()
@@ -524,7 +524,7 @@ class UnisumProcessGroup(ElasticGroup, ProcessGroup):
         after = None
         if _profiling.is_on():
             after = self._profiled("recv" if receives else "send", [tensor], None)
-        _options.refuse_meta([tensor])
+        _options.refuse_unsendable([tensor])
         work = self._messages()._start(receives, tensor, peer, tag)
         made = UnisumWork([work], [tensor], after)
         if receives:

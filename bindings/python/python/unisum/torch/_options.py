@@ -64,10 +64,14 @@ def flat(tensors: List[torch.Tensor]) -> List[torch.Tensor]:
     return tensors
 
 
-def refuse_meta(tensors: List[torch.Tensor]) -> None:
-    """Tensors without memory can't be sent: other backends do nothing, and tell nobody."""
-    if any(isinstance(it, torch.Tensor) and it.is_meta for it in tensors):
-        raise ValueError('tensors on the device "meta" have no memory to communicate')
+def refuse_unsendable(tensors: List[torch.Tensor]) -> None:
+    """Tensors without memory can't be sent: other backends do nothing, and tell nobody. Of sparse
+    layouts, one can be added."""
+    for tensor in (it for it in tensors if isinstance(it, torch.Tensor)):
+        if tensor.is_meta:
+            raise ValueError('tensors on the device "meta" have no memory to communicate')
+        if tensor.layout not in (torch.strided, torch.sparse_coo):
+            raise ValueError(f"tensors of the layout {tensor.layout} are not taken: use sparse_coo")
 
 
 def counts(tensors: List[torch.Tensor]) -> Optional[List[int]]:

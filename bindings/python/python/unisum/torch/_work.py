@@ -42,10 +42,12 @@ class UnisumWork(Work):
         try:
             for work in self._works:
                 if not work.wait(limit):
-                    raise _errors.TimeoutError(
-                        f"Timed out waiting {round(1000 * (limit or 0))}ms for a collective",
-                        "timeout",
+                    text = (
+                        f"Timed out waiting {round(1000 * (limit or 0))}ms for a collective: it "
+                        "goes on, and who is missing is known when the timeout of the process "
+                        "group has passed"
                     )
+                    raise _errors.TimeoutError(text, "timeout")
         except _errors.Error as error:
             self._failed = overdue(error)
             raise self._failed from None
