@@ -316,18 +316,20 @@ impl Epoch {
     pub(crate) fn await_next(&self) -> Result<View, Error> {
         let until = Instant::now() + self.lineage.patience();
         let now = self.lineage.views.await_change(self.view.epoch, until);
+        let (left, minimum) = (now.view.members.len(), self.lineage.elastic.minimum);
+        let is_later = now.view.epoch > self.view.epoch;
+        // First: the others of so small a view may have ended already, and that ends it, too.
+        if is_later && left < minimum {
+            let text = format!("{left} ranks are left, and the job needs {minimum}");
+            return Err(Error::new(ErrorKind::RankLost, text).caused_by(self.lost_in(&now.view)));
+        }
         if let Some(end) = now.end {
             return Err(Error::new(ErrorKind::RankLost, end));
         }
-        let (left, minimum) = (now.view.members.len(), self.lineage.elastic.minimum);
-        if now.view.epoch <= self.view.epoch || now.is_changing {
+        if !is_later || now.is_changing {
             let seconds = self.lineage.patience().as_secs_f64();
             let text = format!("the ranks did not agree on who is left within {seconds} s");
             return Err(Error::new(ErrorKind::Timeout, text));
-        }
-        if left < minimum {
-            let text = format!("{left} ranks are left, and the job needs {minimum}");
-            return Err(Error::new(ErrorKind::RankLost, text).caused_by(self.lost_in(&now.view)));
         }
         Ok(now.view)
     }
