@@ -190,7 +190,7 @@ impl Connection {
 
     /// Queues nothing more: the direction closes once all is written.
     pub(super) const fn finish(&mut self) {
-        self.finishing = true;
+        self.finishing = !self.has_finished;
     }
 
     /// Whether all that was queued is with the kernel, or with the other end, if this can go on in

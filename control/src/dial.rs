@@ -175,12 +175,14 @@ pub(super) enum Again {
 
 /// Dials the coordinator until a connection goes on for the one that was cut, after so many
 /// messages were `taken` of it, or until `until`. The first of the addresses is the one where the
-/// coordinator was reached before. Attempts are numbered from `attempt` on.
+/// coordinator was reached before. Attempts are numbered from `attempt` on. With or without a pulse
+/// beside it.
 pub(super) fn again(
     addresses: &[SocketAddr],
     (hello, credentials): (&Hello, &Credentials),
     (mut attempt, taken): (u64, u64),
     until: Instant,
+    has_pulse: bool,
 ) -> Again {
     let (mut pause, mut patience) = (PAUSE_MIN, CONNECT_TIMEOUT);
     loop {
@@ -192,7 +194,12 @@ pub(super) fn again(
         let meet = |stream, address| {
             attempt += 1;
             let word = Word::Resume { attempt, taken };
-            resume(stream, address, (hello, credentials), word, time)
+            let (mut reached, taken) = resume(stream, address, (hello, credentials), word, time)?;
+            if has_pulse {
+                let (control, session) = (&reached.connection.stream, reached.session);
+                reached.pulse = pulse::open(control, hello, session, (credentials, time))?;
+            }
+            Ok((reached, taken))
         };
         // The next address has its turn, too, when one takes a connection and says nothing.
         let by = Instant::now() + time.min(CONNECT_TIMEOUT) + time;
@@ -327,8 +334,7 @@ fn resume(
         return Err(io::Error::new(io::ErrorKind::InvalidData, text).into());
     };
     let session = hello.session;
-    let pulse = pulse::open(&connection.stream, hello, session, (credentials, time))?;
-    Ok((Reached { connection, coordinator: address, session, pulse }, taken))
+    Ok((Reached { connection, coordinator: address, session, pulse: None }, taken))
 }
 
 fn prove(

@@ -22,7 +22,7 @@ use unisum_link::Call;
 mod alone;
 mod exchanges;
 mod flaps;
-mod relay;
+pub(crate) mod relay;
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -1,5 +1,7 @@
 //! Jobs that outlive their ranks: what survivors of a loss do.
 
+use std::time::Instant;
+
 use unisum_link::Rank;
 
 use super::builder;
@@ -69,7 +71,7 @@ impl Epoch {
     /// As [`Communicator::rebuild`].
     pub(crate) fn enter(self, position: Position) -> Result<Entered, Error> {
         let _all = self.need_all();
-        let mut epoch = self;
+        let (mut epoch, since) = (self, Instant::now());
         loop {
             match builder::of_view(&epoch, epoch.lineage.standing(position)) {
                 Ok((communicator, standings)) => {
@@ -78,6 +80,8 @@ impl Epoch {
                 }
                 // Ranks were lost while it was made: those that are left begin again.
                 Err(_) if epoch.is_left_soon() => {}
+                // Nobody was: all begin again, in another view of the same.
+                Err(error) if epoch.was_cut(&error, since) => epoch.change(&[]),
                 Err(error) => return Err(error),
             }
             epoch.may_pass()?;

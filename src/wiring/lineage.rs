@@ -220,9 +220,15 @@ impl Lineage {
         self.layer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether connections go on after they were cut.
+    const fn survives_cuts(&self) -> bool {
+        !self.settings.reconnect_timeout.is_zero()
+    }
+
     /// How long the others may take to agree on a view.
     fn patience(&self) -> Duration {
-        self.settings.heartbeat_timeout * 4 + AGREEMENT_SPARE
+        let Settings { heartbeat_timeout, reconnect_timeout, .. } = self.settings;
+        (heartbeat_timeout + reconnect_timeout) * 4 + AGREEMENT_SPARE
     }
 
     /// What this process joins a view with: its rank there, and where its ranks meet.
@@ -265,6 +271,7 @@ pub(super) fn config(
         port_range: settings.port_range,
         silence: settings.heartbeat_timeout,
         connect_timeout: settings.connect_timeout,
+        reconnect_timeout: settings.reconnect_timeout,
         build: BUILD,
         terms: super::told_settings(settings, Elasticity::Founded(elastic)),
         newcomer: None,
@@ -348,6 +355,16 @@ impl Epoch {
         self.lineage.views.await_left(self.view.epoch, until)
     }
 
+    /// Whether making a communicator of this epoch, begun at `since`, may have failed because
+    /// connections were cut, and is worth another attempt: ranks that meet can't yet tell that from
+    /// a death, but nobody is lost.
+    pub(crate) fn was_cut(&self, error: &Error, since: Instant) -> bool {
+        self.lineage.survives_cuts()
+            && matches!(error.kind(), ErrorKind::Rendezvous | ErrorKind::RankLost)
+            && since.elapsed() < self.lineage.settings.reconnect_timeout
+            && self.lineage.views.membership().end.is_none()
+    }
+
     /// This epoch's ranks that are not in a later view.
     fn lost_in(&self, later: &View) -> Vec<Rank> {
         let members = self.view.members.iter().enumerate();
@@ -365,8 +382,14 @@ impl Epoch {
             return error;
         }
         let noticed = Instant::now();
-        // Of two that do not reach each other, one can stay.
-        let skipped = usize::from(verdict.is_some_and(|it| it.kind == VerdictKind::Cut));
+        let skipped = match verdict.map(|it| it.kind) {
+            // Of two that do not reach each other, one can stay.
+            Some(VerdictKind::Cut) => 1,
+            // Who has died is lost anyway; where only its control connection was cut as ranks met,
+            // it is not.
+            Some(VerdictKind::Died) if self.lineage.survives_cuts() => error.failed_ranks().len(),
+            _ => 0,
+        };
         self.change(error.failed_ranks().get(skipped..).unwrap_or_default());
         let rank = error.rank();
         let on = |it: Error| rank.map_or_else(|| it.clone(), |rank| it.clone().on(rank));

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::net::{SocketAddr, TcpStream};
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use unisum_link::secure::{self, Credentials, Proven};
 use unisum_views::Member;
 
 use super::super::ControlError;
+use super::super::dial::{self, Again};
 use super::super::error::Reasons;
 use super::ViewsConfig;
 use super::shared::{Command, Shared};
@@ -199,6 +201,30 @@ impl Dials {
                 let _ = self.waker.wake();
             }
         }
+    }
+
+    /// Dials a process once more, whose connection was cut after so many messages were taken:
+    /// until it goes on, is known to be gone, or `until`. `None` if there is no thread for that.
+    pub(super) fn again(
+        &self,
+        member: Member,
+        addresses: Vec<SocketAddr>,
+        (attempt, taken): (u64, u64),
+        until: Instant,
+    ) -> Option<Receiver<Again>> {
+        let Dialer { hello, credentials, .. } = self.dialer.clone();
+        let hello = Hello { purpose: Purpose::Resume, to: member.0 as u32, ..hello };
+        let waker = self.waker.clone();
+        let (sender, again) = mpsc::channel();
+        let redial = move || {
+            let with = (&hello, &credentials);
+            // Nobody waits for it any more if this process has left.
+            let _ = sender.send(dial::again(&addresses, with, (attempt, taken), until, false));
+            // As above.
+            let _ = waker.wake();
+        };
+        let spawned = thread::Builder::new().name("unisum-again".into()).spawn(redial);
+        spawned.is_ok().then_some(again)
     }
 
     /// Whether nobody is being dialled.

@@ -57,6 +57,9 @@ pub struct ViewsConfig {
     pub silence: Duration,
     /// How long connecting to the others may take.
     pub connect_timeout: Duration,
+    /// How long a connection that was cut while both processes live may take to go on in another
+    /// one; zero: its end is a loss.
+    pub reconnect_timeout: Duration,
     /// Which build this is: members of different builds are refused.
     pub build: Build,
     /// What all members have to have alike, as text: a newcomer that has something else ends with
@@ -81,6 +84,7 @@ pub struct Views {
     own: Member,
     session: [u8; 16],
     process: u32,
+    reconnect_timeout: Duration,
 }
 
 impl Prospect {
@@ -135,6 +139,7 @@ impl Prospect {
         let system = |error| ControlError::system("starting the thread of an elastic job", error);
         let poll = Poll::new().map_err(system)?;
         let waker = Arc::new(Waker::new(poll.registry(), thread::WAKER).map_err(system)?);
+        let reconnect_timeout = self.config.reconnect_timeout;
         let (listeners, world) = (self.listening.listeners, shared.world());
         let identity = thread::Identity {
             own,
@@ -144,6 +149,7 @@ impl Prospect {
             build: self.config.build,
             credentials: self.config.credentials,
             silence: self.config.silence,
+            reconnect_timeout,
         };
         let dials = Dials::new(dialer, shared.clone(), waker.clone());
         let mesh = Mesh::new(dials, self.config.terms, view.clone().unwrap_or_default());
@@ -162,7 +168,8 @@ impl Prospect {
             }
         };
         std::thread::Builder::new().name("unisum-views".into()).spawn(run).map_err(system)?;
-        Ok(Views { shared, waker, own, session, process: std::process::id() })
+        let process = std::process::id();
+        Ok(Views { shared, waker, own, session, process, reconnect_timeout })
     }
 }
 
@@ -248,13 +255,15 @@ impl Views {
     }
 
     /// Leaves in order: to the others this process has not died. Waits until the kernel has the
-    /// goodbyes, a second at most. Idempotent. Does nothing in a forked child.
+    /// goodbyes, a second at most; where connections go on after they were cut, until the others
+    /// have them, and as much longer at most as that may take. Idempotent. Does nothing in a forked
+    /// child.
     pub fn leave(&self) {
         if self.process != std::process::id() {
             return;
         }
         self.command(Command::Leave);
-        self.shared.await_goodbye(Instant::now() + GOODBYE_TIMEOUT);
+        self.shared.await_goodbye(Instant::now() + GOODBYE_TIMEOUT + self.reconnect_timeout);
     }
 
     fn command(&self, command: Command) {

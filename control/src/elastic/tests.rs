@@ -7,6 +7,8 @@ use unisum_link::secure::Credentials;
 
 use super::*;
 
+mod cuts;
+
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 const SESSION: [u8; 16] = [9; 16];
@@ -19,6 +21,7 @@ fn config() -> ViewsConfig {
         port_range: None,
         silence: Duration::from_secs(5),
         connect_timeout: PATIENCE,
+        reconnect_timeout: Duration::ZERO,
         build: Build { version: [1, 2, 3], sources: 4 },
         terms: "minimum:1 other:7".into(),
         newcomer: None,
@@ -31,8 +34,19 @@ fn soon() -> Instant {
 
 /// A job of so many members.
 fn found(members: usize) -> Vec<Views> {
-    let prospects: Vec<_> = (0..members).map(|_| Prospect::listen(config()).unwrap()).collect();
-    let addresses: Vec<_> = prospects.iter().map(|it| it.addresses().to_vec()).collect();
+    found_at(members, &config(), |_, addresses| addresses)
+}
+
+/// The same, where others are told that a member listens elsewhere.
+fn found_at(
+    members: usize,
+    config: &ViewsConfig,
+    mut at: impl FnMut(usize, Vec<SocketAddr>) -> Vec<SocketAddr>,
+) -> Vec<Views> {
+    let prospects: Vec<_> =
+        (0..members).map(|_| Prospect::listen(config.clone()).unwrap()).collect();
+    let listening = prospects.iter().map(|it| it.addresses().to_vec());
+    let addresses: Vec<_> = listening.enumerate().map(|(rank, it)| at(rank, it)).collect();
     let founded = prospects.into_iter().enumerate().map(|(rank, prospect)| {
         let addresses = addresses.clone();
         std::thread::spawn(move || prospect.found(SESSION, rank, addresses).unwrap())

@@ -1,6 +1,7 @@
 //! The thread of an elastic job: an event loop that owns the port and the connections to all other
 //! members, and drives this process's part in the agreement.
 
+mod cuts;
 mod mesh;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,7 @@ use socket2::{SockRef, TcpKeepalive};
 use unisum_link::handshake::{Build, Hello, Purpose, Refusal};
 use unisum_link::secure::{Credentials, Preamble, Proven};
 use unisum_views::{
-    Member, Message as AgreementMessage, Output, Participant, Standing, View, Wait,
+    Member, Message as AgreementMessage, Output, Participant, Standing, Timer, View, Wait,
 };
 
 use super::super::acceptor::{Acceptor, Host};
@@ -25,6 +26,7 @@ use super::super::listen::Listeners;
 use super::super::message::Message;
 use super::shared::{Command, Membership, Shared};
 use super::words::Word;
+use cuts::Cuts;
 pub(super) use mesh::Mesh;
 
 const LISTENER: usize = 0;
@@ -49,6 +51,8 @@ pub(super) struct Identity {
     pub(super) build: Build,
     pub(super) credentials: Credentials,
     pub(super) silence: Duration,
+    /// How long a connection that was cut may take to go on; zero: none does.
+    pub(super) reconnect_timeout: Duration,
 }
 
 pub(super) struct ViewsThread {
@@ -61,6 +65,7 @@ pub(super) struct ViewsThread {
     /// Members that have left in order: they are lost when that matters to anybody.
     departed: BTreeSet<Member>,
     mesh: Mesh,
+    cuts: Cuts,
     needs_all: bool,
     next_token: usize,
     /// What the participant waits for, and until when.
@@ -78,6 +83,7 @@ impl ViewsThread {
         (shared, mesh): (Arc<Shared>, Mesh),
     ) -> io::Result<Self> {
         let acceptor = Acceptor::new(listeners, LISTENER, FIRST_GUEST, world, poll.registry())?;
+        let cuts = Cuts::new(identity.reconnect_timeout);
         Ok(Self {
             poll,
             identity,
@@ -87,6 +93,7 @@ impl ViewsThread {
             connections: BTreeMap::new(),
             departed: BTreeSet::new(),
             mesh,
+            cuts,
             needs_all: false,
             next_token: FIRST_DIALLED,
             timer: None,
@@ -115,11 +122,14 @@ impl ViewsThread {
                 self.handle(event.token().0, now);
             }
             let Self { acceptor, identity, connections, poll, .. } = self;
-            acceptor.accept(&Reception { identity, connections }, poll.registry(), now);
+            let has_left = self.linger_until.is_some();
+            let host = Reception { identity, connections, has_left };
+            acceptor.accept(&host, poll.registry(), now);
             self.acceptor.sweep(self.poll.registry(), now);
             for command in self.shared.take_commands() {
                 self.obey(command);
             }
+            self.look_after_cuts(now);
             self.expire(now);
             self.follow_view(now);
             self.tell_process(now);
@@ -131,17 +141,22 @@ impl ViewsThread {
         match token {
             LISTENER => self.acceptor.preamble(),
             token if self.acceptor.has_pending(token) => self.visit(token, now),
+            token if self.cuts.is_returning(token) => self.hear_returning(token),
             token => self.serve(token),
         }
     }
 
     fn visit(&mut self, token: usize, now: Instant) {
         let Self { acceptor, identity, connections, poll, .. } = self;
-        let host = Reception { identity, connections };
+        let has_left = self.linger_until.is_some();
+        let host = Reception { identity, connections, has_left };
         let admitted = acceptor.visit(token, &host, poll.registry(), now);
         let Some(admitted) = admitted else { return };
+        if admitted.hello.purpose == Purpose::Resume {
+            return self.returns(admitted, now);
+        }
         let member = Member(u64::from(admitted.hello.from));
-        match connection(admitted.connection, identity.silence) {
+        match identity.connection(admitted.connection) {
             Ok(connection) => {
                 self.connections.insert(admitted.token, (member, connection));
                 self.meet(admitted.token, member);
@@ -155,7 +170,7 @@ impl ViewsThread {
     fn connected(&mut self, member: Member, proven: Proven) {
         let token = self.next_token;
         self.next_token += 1;
-        let made = connection(proven, self.identity.silence).and_then(|connection| {
+        let made = self.identity.connection(proven).and_then(|connection| {
             let socket = connection.stream().as_raw_fd();
             let interest = Interest::READABLE | Interest::WRITABLE;
             self.poll.registry().register(&mut SourceFd(&socket), Token(token), interest)?;
@@ -180,13 +195,16 @@ impl ViewsThread {
             let received = connection.receive();
             while let Some((_, connection)) = self.connections.get_mut(&token) {
                 let word = match connection.next() {
-                    Ok(None) => break,
+                    Ok(None) => {
+                        connection.acknowledge();
+                        break;
+                    }
                     Ok(Some(Message::View(bytes))) => Word::decode(bytes),
                     Ok(Some(_)) | Err(_) => None,
                 };
                 let Some(word) = word else {
                     tracing::warn!(?member, "a member said what no member says");
-                    return self.ended(token);
+                    return self.end(token);
                 };
                 self.hear(member, word);
             }
@@ -209,11 +227,11 @@ impl ViewsThread {
             }
             // A newcomer that has given up: nobody is to wait for it.
             Word::Bye if !self.participant.view().has(member) => {
-                self.departed.insert(member);
+                self.departs(member);
                 self.lose(member);
             }
             Word::Bye => {
-                self.departed.insert(member);
+                self.departs(member);
                 self.count_departed();
             }
             Word::Tell { epoch, value } => self.shared.set_told(epoch, value.into()),
@@ -222,13 +240,31 @@ impl ViewsThread {
         }
     }
 
-    /// A connection has ended.
+    /// A member, or a process that asks to be let in, leaves in order.
+    fn departs(&mut self, member: Member) {
+        self.departed.insert(member);
+        self.cuts.leaves(member);
+    }
+
+    /// A connection has ended: for good, unless it may go on in another one.
     fn ended(&mut self, token: usize) {
+        if !self.cut(token) {
+            self.end(token);
+        }
+    }
+
+    /// A connection has ended for good.
+    fn end(&mut self, token: usize) {
         let Some((member, connection)) = self.connections.remove(&token) else { return };
         let socket = connection.stream().as_raw_fd();
         // Dropping it deregisters it too, unless a forked child holds it as well.
         let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
         drop(connection);
+        self.parted(member);
+    }
+
+    /// There is no connection with another process any more.
+    fn parted(&mut self, member: Member) {
         self.part_from(member);
         if self.linger_until.is_none() && !self.departed.contains(&member) {
             self.lose(member);
@@ -303,15 +339,30 @@ impl ViewsThread {
     /// Nothing is said after the goodbye.
     fn leave(&mut self) {
         self.linger_until = Some(Instant::now() + LINGER);
-        self.acceptor.close(self.poll.registry());
+        if !self.cuts.are_survived() {
+            self.acceptor.close(self.poll.registry());
+        }
         for (_, connection) in self.connections.values_mut() {
             connection.queue(encode(&Word::Bye));
-            connection.finish();
+        }
+        self.finish_told();
+    }
+
+    /// Ends what is sent where all was said; where connections go on, once the other end has it:
+    /// until then, what it says is acknowledged, and it may come back for the rest.
+    fn finish_told(&mut self) {
+        for (member, connection) in self.connections.values_mut() {
+            if !self.cuts.are_survived() || self.cuts.is_told(*member, connection) {
+                connection.finish();
+            }
         }
     }
 
     /// Writes what is queued.
     fn flush(&mut self) {
+        if self.linger_until.is_some() {
+            self.finish_told();
+        }
         loop {
             let flush = |(token, (_, connection)): (&usize, &mut (Member, Connection))| {
                 connection.flush().err().map(|_| *token)
@@ -321,7 +372,11 @@ impl ViewsThread {
             self.serve(token);
             self.ended(token);
         }
-        if self.linger_until.is_some() && self.connections.values().all(|(_, it)| it.is_flushed()) {
+        if self.linger_until.is_none() {
+            return;
+        }
+        let is_told = |(member, it): &(Member, Connection)| self.cuts.is_told(*member, it);
+        if self.connections.values().all(is_told) {
             self.shared.said_goodbye();
         }
     }
@@ -335,7 +390,8 @@ impl ViewsThread {
         }
         self.timer = waits.map(|wait| {
             let Wait { timer, ballot, .. } = wait;
-            let lasts = timer.lasts(self.identity.silence, self.participant.rank(), ballot);
+            let silence = self.identity.silence_of(timer);
+            let lasts = timer.lasts(silence, self.participant.rank(), ballot);
             (wait, now + lasts)
         });
     }
@@ -387,7 +443,8 @@ impl ViewsThread {
     }
 
     fn is_over(&self, now: Instant) -> bool {
-        self.linger_until.is_some_and(|until| self.connections.is_empty() || until <= now)
+        let has_time = |until: Instant| until > now || self.cuts.are_open();
+        self.linger_until.is_some_and(|until| self.connections.is_empty() || !has_time(until))
     }
 
     fn timeout(&self, now: Instant) -> Option<Duration> {
@@ -396,8 +453,9 @@ impl ViewsThread {
             self.acceptor.deadline(now),
             self.timer.map(|(_, at)| at),
             stranded.map(|since| since + STRANDED_FOR),
-            self.linger_until,
+            self.linger_until.filter(|_| !self.cuts.are_open()),
             self.mesh.deadline(),
+            self.cuts.deadline(now),
         ];
         due.into_iter().flatten().min().map(|at| at.saturating_duration_since(now))
     }
@@ -411,6 +469,8 @@ fn world_left(view: &View, lost: &[usize]) -> usize {
 struct Reception<'a> {
     identity: &'a Identity,
     connections: &'a BTreeMap<usize, (Member, Connection)>,
+    /// Whether this process has said goodbye: nobody is met any more.
+    has_left: bool,
 }
 
 impl Host for Reception<'_> {
@@ -428,6 +488,10 @@ impl Host for Reception<'_> {
     }
 
     fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
+        if self.has_left && hello.purpose == Purpose::View {
+            // As if nobody listened: another member may be asked.
+            return Err(Refusal::Session);
+        }
         let is_connected = |member| self.connections.values().any(|(it, _)| *it == member);
         self.identity.admit(hello, is_connected)
     }
@@ -446,29 +510,48 @@ impl Identity {
         if hello.session != self.session {
             return Err(Refusal::Session);
         }
-        if hello.purpose != Purpose::View || u64::from(to) != self.own.0 || from == to {
+        let member = Member(u64::from(from));
+        // The one with the larger number dials.
+        if u64::from(to) != self.own.0 || member <= self.own {
             return Err(Refusal::Rank { from, to });
         }
-        match is_connected(Member(u64::from(from))) {
-            true => Err(Refusal::RankTaken {
+        match (hello.purpose, is_connected(member)) {
+            (Purpose::View, false) => Ok(()),
+            (Purpose::Resume, true) if !self.reconnect_timeout.is_zero() => Ok(()),
+            (Purpose::View, true) => Err(Refusal::RankTaken {
                 rank: from,
                 first: "another process".into(),
                 second: hello.process(),
             }),
-            false => Ok(()),
+            _ => Err(Refusal::Rank { from, to }),
         }
     }
-}
 
-/// The kernel ends it when the other host has not answered for `silence`.
-fn connection(proven: Proven, silence: Duration) -> io::Result<Connection> {
-    let connection = Connection::new(proven, silence)?;
-    let socket = SockRef::from(connection.stream());
-    let keepalive = TcpKeepalive::new().with_time(PERIOD).with_interval(PERIOD);
-    socket.set_tcp_keepalive(&keepalive)?;
-    // From the last answer on, which may have come a period before an outage began.
-    socket.set_tcp_user_timeout(Some(silence.saturating_add(PERIOD)))?;
-    Ok(connection)
+    /// The kernel ends it when the other host has not answered for `silence`.
+    fn connection(&self, proven: Proven) -> io::Result<Connection> {
+        let Self { silence, reconnect_timeout, .. } = *self;
+        let mut connection = Connection::new(proven, silence)?;
+        if !reconnect_timeout.is_zero() {
+            connection = connection.resumable(silence)?;
+        }
+        let socket = SockRef::from(connection.stream());
+        let keepalive = TcpKeepalive::new().with_time(PERIOD).with_interval(PERIOD);
+        socket.set_tcp_keepalive(&keepalive)?;
+        // From the last answer on, which may have come a period before an outage began.
+        socket.set_tcp_user_timeout(Some(silence.saturating_add(PERIOD)))?;
+        Ok(connection)
+    }
+
+    /// How long silence may last before it convicts, where an answer is awaited or a proposer is:
+    /// a connection that is silent for that long may yet be cut then, and go on.
+    fn silence_of(&self, timer: Timer) -> Duration {
+        match timer {
+            Timer::Silence | Timer::Patience if !self.reconnect_timeout.is_zero() => {
+                self.silence + 2 * PERIOD + self.reconnect_timeout
+            }
+            _ => self.silence,
+        }
+    }
 }
 
 fn encode(word: &Word) -> Bytes {

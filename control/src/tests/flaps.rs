@@ -228,7 +228,7 @@ fn nobody_goes_on_for_a_rank_with_an_attempt_that_was_made_before() {
     let hello = Hello { purpose: Purpose::Resume, session, ..hello(1, 2) };
     let again = |hello: &Hello, attempt, time| {
         let until = Instant::now() + time;
-        dial::again(&[target], (hello, &credentials()), (attempt, 0), until)
+        dial::again(&[target], (hello, &credentials()), (attempt, 0), until, true)
     };
     // One that was made before is not answered; nor is one for another session, or rank.
     assert!(matches!(again(&hello, 0, Duration::from_millis(300)), dial::Again::Silent));
@@ -249,7 +249,7 @@ fn who_has_taken_more_than_was_said_breaks_the_protocol() {
     let until = Instant::now() + PATIENCE / 4;
     let numbers = (1 << 60, 1_000_000);
     let target = [controls[0].addresses()[0]];
-    let again = dial::again(&target, (&hello, &credentials()), numbers, until);
+    let again = dial::again(&target, (&hello, &credentials()), numbers, until, true);
     assert!(!matches!(again, dial::Again::Reached(..)));
     expect_verdict(&controls[..1], PATIENCE, VerdictKind::Protocol, &[1]);
 }

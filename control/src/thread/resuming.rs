@@ -199,7 +199,7 @@ impl ControlThread {
         let dial = move || {
             let with = (&hello, &credentials);
             // Nobody waits for it any more if this rank has left.
-            let _ = sender.send(dial::again(&addresses, with, (attempt, taken), until));
+            let _ = sender.send(dial::again(&addresses, with, (attempt, taken), until, true));
         };
         let spawned = thread::Builder::new().name("unisum-again".into()).spawn(dial);
         spawned.is_ok().then_some(Search::Dialing(again))

@@ -10,15 +10,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use unisum_views::{Member, Message, Standing, View};
+use unisum_views::{Member, Message, Standing, Timer, View};
 
 use super::super::dialing::Dials;
 use super::super::joining::FIRST_NEWCOMER;
 use super::super::words::Word;
 use super::ViewsThread;
+use crate::dial::Again;
 
 /// Most entries of one word, so that it fits into a message.
 const ENTRIES_MAX: usize = 64;
@@ -58,6 +60,17 @@ impl Mesh {
             followed: view,
             unmet_until: None,
         }
+    }
+
+    /// Dials a process again, whose connection was cut after so many messages were taken.
+    pub(super) fn again(
+        &self,
+        member: Member,
+        addresses: Vec<SocketAddr>,
+        (attempt, taken): (u64, u64),
+        until: Instant,
+    ) -> Option<Receiver<Again>> {
+        self.dials.again(member, addresses, (attempt, taken), until)
     }
 
     pub(super) const fn deadline(&self) -> Option<Instant> {
@@ -232,7 +245,8 @@ impl ViewsThread {
                 outside.for_each(|it| self.tell_outsider(*it));
             }
             self.mesh.waiting.retain(|&it, _| view.has(it));
-            self.mesh.unmet_until = Some(now + self.identity.silence.max(UNMET_MIN));
+            self.mesh.unmet_until =
+                Some(now + self.identity.silence_of(Timer::Silence).max(UNMET_MIN));
             self.dial_missing();
         }
         let Some(until) = self.mesh.unmet_until else { return };
