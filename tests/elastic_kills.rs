@@ -245,7 +245,7 @@ fn a_training_outlives_hosts_that_vanish_without_a_word() {
 }
 
 /// Where connections may break and go on, a network that is away for a moment costs that moment.
-/// The job is not elastic: the connections between the members of one do not go on.
+/// The job is not elastic: `elastic_resets` does that.
 #[test]
 fn a_training_goes_on_when_its_hosts_are_back_and_when_connections_are_reset() {
     let _one = alone();
