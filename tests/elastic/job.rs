@@ -212,14 +212,18 @@ impl Job {
         kill.stall_ns = firsts.values().max().map_or(0, |ended| ended - kill.when);
     }
 
-    /// Waits until every process has ended a step after `time`; how much later the last one did.
+    /// Waits until all that are alive have ended a step after `time`; how much later the last one
+    /// did.
     pub(crate) fn await_steps(&mut self, time: u64) -> u64 {
-        let before: Vec<u64> = self.watch.processes.iter().map(|it| it.step).collect();
+        let living = self.watch.living().map(|it| (it, self.watch.processes[it].step));
+        let before: Vec<(usize, u64)> = living.collect();
         self.look_until("all go on", |watch| {
-            let mut steps = watch.processes.iter().zip(&before);
-            steps.all(|(it, before)| it.stepped > time && it.step > *before)
+            before.iter().all(|&(process, before)| {
+                let process = &watch.processes[process];
+                process.stepped > time && process.step > before
+            })
         });
-        let firsts = self.watch.processes.iter().map(|it| it.first_after(time));
+        let firsts = before.iter().map(|(it, _)| self.watch.processes[*it].first_after(time));
         firsts.max().map_or(0, |it| it.saturating_sub(time))
     }
 
