@@ -510,14 +510,15 @@ impl Identity {
         if hello.session != self.session {
             return Err(Refusal::Session);
         }
-        let member = Member(u64::from(from));
-        // The one with the larger number dials.
-        if u64::from(to) != self.own.0 || member <= self.own {
+        if u64::from(to) != self.own.0 || from == to {
             return Err(Refusal::Rank { from, to });
         }
+        let member = Member(u64::from(from));
+        // The one with the larger number dials; but a newcomer any member that the record names.
+        let goes_on = !self.reconnect_timeout.is_zero() && member > self.own;
         match (hello.purpose, is_connected(member)) {
             (Purpose::View, false) => Ok(()),
-            (Purpose::Resume, true) if !self.reconnect_timeout.is_zero() => Ok(()),
+            (Purpose::Resume, true) if goes_on => Ok(()),
             (Purpose::View, true) => Err(Refusal::RankTaken {
                 rank: from,
                 first: "another process".into(),

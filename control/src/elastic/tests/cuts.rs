@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use unisum_link::handshake::{self, Hello, Purpose, job_hash};
 
+use super::joining::FIRST_NEWCOMER;
 use super::*;
 use crate::dial::{self, Again};
 use crate::tests::relay::{How, Relay};
@@ -221,4 +222,42 @@ fn who_has_taken_what_was_never_said_is_lost() {
     let again = dial::again(&ports[1..2], with, (1 << 60, 1_000_000), until, false);
     assert!(!matches!(again, Again::Reached(..)));
     assert_eq!(all[0].await_change(1, soon()).view.members, [0, 1].map(Member));
+}
+
+/// A newcomer dials a member that the record names, be its number larger or smaller. Whichever it
+/// is, the connection goes on after a cut.
+#[test]
+fn a_newcomer_below_all_members_is_let_in_and_goes_on() {
+    for how in [None].into_iter().chain(ALL.map(Some)) {
+        let time = if how.is_some() { PATIENCE } else { Duration::ZERO };
+        let with_number = |number| {
+            let newcomer = Some(Member(FIRST_NEWCOMER + number));
+            ViewsConfig { newcomer, ..surviving(time) }
+        };
+        let mut all = found_at(1, &surviving(time), |_, addresses| addresses);
+        let asking = [20, 30].map(|number| ask(record(&all), with_number(number), soon()));
+        await_asking(&all, 2);
+        admit(&all);
+        all.extend(asking.map(|it| it.join().unwrap().unwrap()));
+        let view = common_view(&all, 3);
+        drop(all.remove(0));
+        all.iter().for_each(|it| it.change(view.epoch, vec![Member(0)], false));
+        common_view(&all, 2);
+        let mut record = record(&all);
+        record.members.truncate(1);
+        let relay = Relay::new(IpAddr::from([127, 0, 0, 1]), record.members[0].1[0]);
+        record.members[0].1 = vec![relay.address];
+        let asking = ask(record, with_number(10), soon());
+        await_asking(&all, 1);
+        admit(&all);
+        all.push(asking.join().unwrap().unwrap());
+        let view = common_view(&all, 3);
+        let Some(how) = how else { continue };
+        relay.cut(how);
+        all[drawn(3) as usize].change(view.epoch, Vec::new(), false);
+        for it in &all {
+            let known = it.await_change(view.epoch, soon());
+            assert_eq!(known.view.members, view.members, "{how:?}: {known:?}");
+        }
+    }
 }

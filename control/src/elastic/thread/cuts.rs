@@ -1,8 +1,8 @@
 //! Connections between two processes of an elastic job that were cut while both live: they go on in
 //! others, and no view changes.
 //!
-//! As for other control connections (`thread/resuming`): of the two processes, the one that dialled
-//! the connection dials again, and the other one asks the first one's port whether it is there. A
+//! As for other control connections (`thread/resuming`): of the two processes, the one with the
+//! larger number dials again, and the other one asks the first one's port whether it is there. A
 //! port that refuses has lost its process, which is then lost at once; so is one that has not come
 //! back when the time is up. Until then both keep what they have to say, and the agreement waits
 //! for the answers. A connection goes on for one of the same two processes in the same session
@@ -149,8 +149,10 @@ impl ViewsThread {
         }
         let Some((member, connection)) = self.connections.get(&token) else { return true };
         let (member, peer, taken) = (*member, connection.peer(), connection.taken());
-        let has_more = self.linger_until.is_none() || !connection.is_settled();
-        let is_needed = has_more && !self.cuts.left.contains(&member);
+        let (leaves, has_left) = (self.linger_until.is_some(), self.cuts.left.contains(&member));
+        // Who has left waits until it knows that this was heard, and may not be able to dial.
+        let is_awaited = !leaves && self.identity.own > member;
+        let is_needed = if has_left { is_awaited } else { !leaves || !connection.is_settled() };
         // Who has not said yet where it listens can't be asked.
         let told = self.shared.addresses(member);
         let peer = peer.filter(|_| self.cuts.are_survived() && is_needed && !told.is_empty());
@@ -176,15 +178,19 @@ impl ViewsThread {
         taken: u64,
         until: Instant,
     ) -> Option<Search> {
-        let is_there = |it: &&SocketAddr| it.ip().to_canonical() == peer.ip().to_canonical();
+        let is_there = |it: &SocketAddr| it.ip().to_canonical() == peer.ip().to_canonical();
+        let (mut addresses, others): (Vec<_>, Vec<_>) = told.into_iter().partition(is_there);
         if self.identity.own < member {
             // Another address may lead to another host, which has nobody there.
-            let proven: Vec<_> = told.iter().filter(is_there).copied().collect();
-            let addresses = if proven.is_empty() { told } else { proven };
-            return Some(Search::Asking(Asking::new(addresses, Instant::now())));
+            let proven = if addresses.is_empty() { others } else { addresses };
+            return Some(Search::Asking(Asking::new(proven, Instant::now())));
         }
-        let others = told.into_iter().filter(|it| *it != peer);
-        let addresses: Vec<_> = [peer].into_iter().chain(others).collect();
+        // A newcomer may have dialled this process, from a port where nobody listens.
+        if addresses.is_empty() || addresses.contains(&peer) {
+            addresses.retain(|it| *it != peer);
+            addresses.insert(0, peer);
+        }
+        addresses.extend(others);
         self.cuts.own_cuts += 1;
         let attempt = self.cuts.own_cuts << ATTEMPTS_BITS;
         self.mesh.again(member, addresses, (attempt, taken), until).map(Search::Dialing)
@@ -216,6 +222,10 @@ impl ViewsThread {
     /// Goes on with a process that has taken so many messages.
     fn reached_again(&mut self, token: usize, reached: Reached, taken: u64) {
         self.cuts.open.remove(&token);
+        if self.connections.get(&token).is_some_and(|(it, _)| self.cuts.left.contains(it)) {
+            // Now it knows that its goodbye was heard.
+            return self.end(token);
+        }
         match self.go_on(token, reached, taken) {
             Ok(Ok(())) => {
                 // Something may have come together with the word that it goes on.
