@@ -105,7 +105,13 @@ impl Connection {
         &self.stream
     }
 
-    /// The other end; none if it was gone already when this was made.
+    /// Its other end as it was when they met: it may be gone, and then the kernel does not know.
+    pub(super) const fn with_peer(mut self, peer: SocketAddr) -> Self {
+        self.peer = Some(peer);
+        self
+    }
+
+    /// The other end; none if it was gone already when this was made, and nobody said.
     pub(super) const fn peer(&self) -> Option<SocketAddr> {
         self.peer
     }

@@ -51,30 +51,31 @@ impl Dialer {
         Self { hello, credentials: config.credentials.clone(), timeout: config.connect_timeout }
     }
 
-    /// Connects to a member that listens there, once; why not.
+    /// Connects to a member that listens there, once; where it was reached, or why not.
     pub(super) fn try_once(
         &self,
         to: Member,
         addresses: &[SocketAddr],
         time: Duration,
-    ) -> Result<Proven, Missed> {
+    ) -> Result<(Proven, SocketAddr), Missed> {
         let hello = Hello { to: to.0 as u32, ..self.hello };
         let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
         let paths = Paths::new(None);
         let paths = paths.map_err(|error| Missed { why: error.to_string(), is_final: true })?;
         let addresses = paths.to(addresses, true);
-        let meet = |stream, _| self.preamble(stream, &hello, time);
+        let meet = |stream, at| self.preamble(stream, &hello, time).map(|it| (it, at));
         let met = dial(&addresses, Instant::now() + time, |_, _| {}, meet);
         met.map_err(|unreached| Missed::new(&unreached))
     }
 
-    /// Connects to a member that listens there, unless that `is_moot` meanwhile.
+    /// Connects to a member that listens there, unless that `is_moot` meanwhile. Where it was
+    /// reached.
     pub(super) fn dial(
         &self,
         to: Member,
         addresses: &[SocketAddr],
         is_moot: impl Fn() -> bool,
-    ) -> Result<Proven, ControlError> {
+    ) -> Result<(Proven, SocketAddr), ControlError> {
         let hello = Hello { to: to.0 as u32, ..self.hello };
         let started = Instant::now();
         let until = started + self.timeout;
@@ -85,9 +86,9 @@ impl Dialer {
         loop {
             let time = until.saturating_duration_since(Instant::now());
             let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
-            let meet = |stream, _| self.preamble(stream, &hello, time);
+            let meet = |stream, at| self.preamble(stream, &hello, time).map(|it| (it, at));
             let unreached = match dial(&addresses, Instant::now() + time, |_, _| {}, meet) {
-                Ok(stream) => return Ok(stream),
+                Ok(met) => return Ok(met),
                 Err(unreached) => unreached,
             };
             let is_final = unreached.tried.iter().any(|(_, failure)| match failure {
@@ -180,7 +181,7 @@ impl Dials {
             while let Some((member, addresses)) = next(&targets) {
                 let is_moot = || !shared.is_wanted(member);
                 shared.command(match dialer.dial(member, &addresses, is_moot) {
-                    Ok(proven) => Command::Connected(member, proven),
+                    Ok((proven, at)) => Command::Connected(member, proven, at),
                     Err(error) => Command::Unreached(member, error.to_string()),
                 });
                 // Writing to an eventfd fails only when it is full, and then the thread is awake.

@@ -109,10 +109,10 @@ impl Attempt {
         for (member, addresses) in &record.members {
             let time = until.saturating_duration_since(Instant::now());
             let missed = match dialer.try_once(*member, addresses, time) {
-                Ok(proven) => {
+                Ok((proven, at)) => {
                     let directory = vec![(own, prospect.addresses().to_vec())];
                     let views = prospect.spawn(own, None, record.session, (directory, dialer))?;
-                    views.command(Command::Connected(*member, proven));
+                    views.command(Command::Connected(*member, proven, at));
                     return wait(views, record, (started, until));
                 }
                 Err(missed) => missed,

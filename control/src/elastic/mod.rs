@@ -122,8 +122,8 @@ impl Prospect {
         let views = self.spawn(own, Some(view), session, (directory, dialer.clone()))?;
         for lower in (0..rank as u64).map(Member) {
             let addresses = views.shared.addresses(lower);
-            let stream = dialer.dial(lower, &addresses, || false)?;
-            views.command(Command::Connected(lower, stream));
+            let (stream, at) = dialer.dial(lower, &addresses, || false)?;
+            views.command(Command::Connected(lower, stream, at));
         }
         Ok(views)
     }

@@ -39,7 +39,7 @@ impl Membership {
 #[derive(Debug)]
 pub(super) enum Command {
     /// This process has dialled a member, or a process that asks to be let in.
-    Connected(Member, Proven),
+    Connected(Member, Proven, SocketAddr),
     /// It could not, and why.
     Unreached(Member, String),
     Change {

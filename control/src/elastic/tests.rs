@@ -8,6 +8,7 @@ use unisum_link::secure::Credentials;
 use super::*;
 
 mod cuts;
+mod partings;
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);

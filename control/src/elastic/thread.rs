@@ -6,6 +6,7 @@ mod mesh;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -156,7 +157,7 @@ impl ViewsThread {
             return self.returns(admitted, now);
         }
         let member = Member(u64::from(admitted.hello.from));
-        match identity.connection(admitted.connection) {
+        match identity.connection((admitted.connection, admitted.address)) {
             Ok(connection) => {
                 self.connections.insert(admitted.token, (member, connection));
                 self.meet(admitted.token, member);
@@ -167,10 +168,10 @@ impl ViewsThread {
     }
 
     /// Takes a connection over that this process has opened.
-    fn connected(&mut self, member: Member, proven: Proven) {
+    fn connected(&mut self, member: Member, met: (Proven, SocketAddr)) {
         let token = self.next_token;
         self.next_token += 1;
-        let made = self.identity.connection(proven).and_then(|connection| {
+        let made = self.identity.connection(met).and_then(|connection| {
             let socket = connection.stream().as_raw_fd();
             let interest = Interest::READABLE | Interest::WRITABLE;
             self.poll.registry().register(&mut SourceFd(&socket), Token(token), interest)?;
@@ -314,7 +315,7 @@ impl ViewsThread {
             return;
         }
         match command {
-            Command::Connected(member, proven) => self.connected(member, proven),
+            Command::Connected(member, proven, at) => self.connected(member, (proven, at)),
             Command::Unreached(member, why) => self.unreached(member, &why),
             Command::Change { epoch, out, admits } => {
                 let output = self.participant.change(epoch, &out, admits);
@@ -529,9 +530,9 @@ impl Identity {
     }
 
     /// The kernel ends it when the other host has not answered for `silence`.
-    fn connection(&self, proven: Proven) -> io::Result<Connection> {
+    fn connection(&self, (proven, at): (Proven, SocketAddr)) -> io::Result<Connection> {
         let Self { silence, reconnect_timeout, .. } = *self;
-        let mut connection = Connection::new(proven, silence)?;
+        let mut connection = Connection::new(proven, silence)?.with_peer(at);
         if !reconnect_timeout.is_zero() {
             connection = connection.resumable(silence)?;
         }

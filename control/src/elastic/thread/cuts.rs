@@ -245,7 +245,7 @@ impl ViewsThread {
         reached: Reached,
         taken: u64,
     ) -> io::Result<Result<(), Impossible>> {
-        let other = self.identity.connection(reached.connection)?;
+        let other = self.identity.connection((reached.connection, reached.coordinator))?;
         let Some((member, connection)) = self.connections.get_mut(&token) else {
             return Ok(Ok(()));
         };
@@ -262,7 +262,7 @@ impl ViewsThread {
     /// Takes a connection in that comes to go on for a process's.
     pub(super) fn returns(&mut self, admitted: Admitted, now: Instant) {
         let member = Member(u64::from(admitted.hello.from));
-        match self.identity.connection(admitted.connection) {
+        match self.identity.connection((admitted.connection, admitted.address)) {
             Ok(connection) => {
                 let returning = (member, connection, now + WORD_TIMEOUT);
                 self.cuts.returning.insert(admitted.token, returning);

@@ -1,0 +1,42 @@
+//! How members part, or don't, when a connection between them breaks at an awkward moment.
+
+use std::net::IpAddr;
+
+use super::*;
+use crate::tests::relay::{How, Relay};
+
+fn surviving(time: Duration) -> ViewsConfig {
+    ViewsConfig { reconnect_timeout: time, ..config() }
+}
+
+/// What was reset before its thread took it over goes on like any other: the kernel does not know
+/// any more who was at the other end.
+#[test]
+fn a_connection_that_breaks_before_it_is_taken_over_goes_on() {
+    let config = surviving(PATIENCE);
+    let prospects: Vec<_> = (0..2).map(|_| Prospect::listen(config.clone()).unwrap()).collect();
+    let relay = Relay::new(IpAddr::from([127, 0, 0, 1]), prospects[0].addresses()[0]);
+    let addresses = vec![vec![relay.address], prospects[1].addresses().to_vec()];
+    let [first, second] = <[Prospect; 2]>::try_from(prospects).ok().unwrap();
+    let first = first.found(SESSION, 0, addresses.clone()).unwrap();
+    let own = Member(1);
+    let dialer = Dialer::new(&config, own, SESSION);
+    let view = View::first([0, 1].map(Member).into());
+    let directory = (0..).map(Member).zip(addresses.clone()).collect();
+    let with = (directory, dialer.clone());
+    let second = second.spawn(own, Some(view), SESSION, with).unwrap();
+    let (proven, at) = dialer.dial(Member(0), &addresses[0], || false).unwrap();
+    relay.cut(How::Reset);
+    let until = soon();
+    while proven.stream.peer_addr().is_ok() {
+        assert!(Instant::now() < until, "it is not reset");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    second.command(Command::Connected(Member(0), proven, at));
+    second.change(1, Vec::new(), false);
+    for it in [&first, &second] {
+        let known = it.await_change(1, soon());
+        assert_eq!((known.view.epoch, known.end), (2, None), "{it:?}");
+        assert_eq!(known.view.members, [0, 1].map(Member));
+    }
+}
