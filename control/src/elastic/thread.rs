@@ -376,10 +376,14 @@ impl ViewsThread {
         if self.linger_until.is_none() {
             return;
         }
-        let is_told = |(member, it): &(Member, Connection)| self.cuts.is_told(*member, it);
-        if self.connections.values().all(is_told) {
+        if self.are_told() {
             self.shared.said_goodbye();
         }
+    }
+
+    /// Whether all others have what was said to them.
+    fn are_told(&self) -> bool {
+        self.connections.values().all(|(member, it)| self.cuts.is_told(*member, it))
     }
 
     /// Starts the clock of what the participant waits for, or starts it anew.
@@ -443,9 +447,16 @@ impl ViewsThread {
         )
     }
 
+    /// After the goodbyes: when to end if no connection is away. Who goes before its goodbye was
+    /// taken would look dead if it was destroyed on its way.
+    fn stays_until(&self) -> Option<Instant> {
+        let more = if self.are_told() { Duration::ZERO } else { self.identity.reconnect_timeout };
+        self.linger_until.map(|until| until + more)
+    }
+
     fn is_over(&self, now: Instant) -> bool {
         let has_time = |until: Instant| until > now || self.cuts.are_open();
-        self.linger_until.is_some_and(|until| self.connections.is_empty() || !has_time(until))
+        self.stays_until().is_some_and(|until| self.connections.is_empty() || !has_time(until))
     }
 
     fn timeout(&self, now: Instant) -> Option<Duration> {
@@ -454,7 +465,7 @@ impl ViewsThread {
             self.acceptor.deadline(now),
             self.timer.map(|(_, at)| at),
             stranded.map(|since| since + STRANDED_FOR),
-            self.linger_until.filter(|_| !self.cuts.are_open()),
+            self.stays_until().filter(|_| !self.cuts.are_open()),
             self.mesh.deadline(),
             self.cuts.deadline(now),
         ];

@@ -29,6 +29,8 @@ struct State {
     how: Mutex<How>,
     /// Nothing comes through, and new connections are taken and nothing more.
     is_down: AtomicBool,
+    /// Nothing comes through the connections there are.
+    is_held: AtomicBool,
     is_over: AtomicBool,
     relayed: AtomicU64,
 }
@@ -50,6 +52,7 @@ impl Relay {
             cuts: AtomicU64::new(0),
             how: Mutex::new(How::Reset),
             is_down: AtomicBool::new(false),
+            is_held: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
             relayed: AtomicU64::new(0),
         });
@@ -68,6 +71,11 @@ impl Relay {
     pub(crate) fn go_down(&self) {
         self.state.is_down.store(true, Ordering::SeqCst);
         self.cut(How::Reset);
+    }
+
+    /// Lets nothing through, or goes on.
+    pub(crate) fn hold(&self, hold: bool) {
+        self.state.is_held.store(hold, Ordering::SeqCst);
     }
 
     /// Connections to the other side that were made so far.
@@ -120,6 +128,10 @@ fn relay(dialer: TcpStream, state: &State) {
     let mut under_way = [Vec::new(), Vec::new()];
     let mut are_open = [true, true];
     while !is_cut() {
+        if state.is_held.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(1));
+            continue;
+        }
         let mut has_moved = false;
         for (from, under_way) in under_way.iter_mut().enumerate() {
             let Some(moved) = step(&mut ends, under_way, &mut are_open, from) else {

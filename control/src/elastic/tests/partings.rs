@@ -40,3 +40,36 @@ fn a_connection_that_breaks_before_it_is_taken_over_goes_on() {
         assert_eq!(known.view.members, [0, 1].map(Member));
     }
 }
+
+/// Who leaves stays for as long as it takes until its goodbye is taken, also where no connection is
+/// away yet that a reset destroys later.
+#[test]
+fn a_goodbye_that_is_stuck_and_then_destroyed_is_said_again() {
+    let mut relay = None;
+    let mut all = found_at(2, &surviving(PATIENCE), |rank, addresses| {
+        if rank > 0 {
+            return addresses;
+        }
+        let relay = relay.insert(Relay::new(IpAddr::from([127, 0, 0, 1]), addresses[0]));
+        vec![relay.address]
+    });
+    let relay = relay.unwrap();
+    // It is connected through the relay.
+    all[1].tell(1, b"here");
+    assert_eq!(all[0].told(1, soon()).as_deref(), Some(&b"here"[..]));
+    let leaves = all.pop().unwrap();
+    relay.hold(true);
+    let leaving = std::thread::spawn(move || drop(leaves));
+    // Longer than those stay whose goodbyes were taken.
+    std::thread::sleep(Duration::from_millis(2500));
+    assert!(!leaving.is_finished(), "nobody has taken the goodbye");
+    relay.cut(How::Reset);
+    relay.hold(false);
+    let destroyed = Instant::now();
+    leaving.join().unwrap();
+    assert!(destroyed.elapsed() < PATIENCE / 2, "{:?}", destroyed.elapsed());
+    // Longer than asking a port takes that refuses.
+    std::thread::sleep(Duration::from_millis(500));
+    let known = all[0].membership();
+    assert_eq!((known.view.epoch, known.is_changing), (1, false), "{known:?}");
+}
