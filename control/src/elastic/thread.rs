@@ -340,6 +340,7 @@ impl ViewsThread {
     /// Nothing is said after the goodbye.
     fn leave(&mut self) {
         self.linger_until = Some(Instant::now() + LINGER);
+        self.forget_given_up();
         if !self.cuts.are_survived() {
             self.acceptor.close(self.poll.registry());
         }

@@ -198,32 +198,6 @@ fn nobody_else_goes_on_for_a_member() {
     }
 }
 
-/// A process that does not know what was said on a connection, such as one that was started anew
-/// under an old number, is no end of it.
-#[test]
-fn who_has_taken_what_was_never_said_is_lost() {
-    let mut ports = Vec::new();
-    let all = found_at(3, &surviving(PATIENCE), |_, addresses| {
-        ports.push(addresses[0]);
-        addresses
-    });
-    let hello = Hello {
-        purpose: Purpose::Resume,
-        socket: 0,
-        from: 2,
-        to: 1,
-        world: 0,
-        session: SESSION,
-        job: job_hash(&config().job),
-        build: config().build,
-    };
-    let until = Instant::now() + PATIENCE / 4;
-    let with = (&hello, &config().credentials);
-    let again = dial::again(&ports[1..2], with, (1 << 60, 1_000_000), until, false);
-    assert!(!matches!(again, Again::Reached(..)));
-    assert_eq!(all[0].await_change(1, soon()).view.members, [0, 1].map(Member));
-}
-
 /// A newcomer dials a member that the record names, be its number larger or smaller. Whichever it
 /// is, the connection goes on after a cut.
 #[test]

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Interest, Token};
+use unisum_link::handshake::{HandshakeError, Refusal};
 use unisum_views::Member;
 
 use super::ViewsThread;
@@ -61,6 +62,8 @@ enum Search {
     Asking(Asking),
     /// On the one that dials. Its result wakes the thread.
     Dialing(Receiver<Again>),
+    /// Not any more: it lives, and has given this process up.
+    GivenUp,
 }
 
 /// What a look at a connection that was cut has shown.
@@ -113,6 +116,7 @@ impl Cuts {
         let due = |cut: &Cut| match &cut.search {
             Search::Asking(asking) => asking.deadline(now).min(cut.until),
             Search::Dialing(_) => cut.until.max(now + LOOK),
+            Search::GivenUp => cut.until,
         };
         let returning = self.returning.values().map(|(_, _, until)| *until);
         self.open.values().map(due).chain(returning).min()
@@ -120,6 +124,10 @@ impl Cuts {
 }
 
 impl Cut {
+    const fn is_given_up(&self) -> bool {
+        matches!(self.search, Search::GivenUp)
+    }
+
     fn look(&mut self, now: Instant) -> Outcome {
         match &mut self.search {
             Search::Asking(asking) => match asking.finds_none(now) {
@@ -136,6 +144,8 @@ impl Cut {
                     Outcome::Lost("it was not reached in time")
                 }
             },
+            Search::GivenUp if self.until <= now => Outcome::Lost("it does not go on"),
+            Search::GivenUp => Outcome::Open,
         }
     }
 }
@@ -204,9 +214,34 @@ impl ViewsThread {
             match outcome {
                 Outcome::Open => {}
                 Outcome::Lost(why) => self.give_up(token, why),
-                Outcome::Refused(why) => self.give_up(token, &why),
+                Outcome::Refused(why) => self.refused(token, &why),
                 Outcome::Reached(reached, taken) => self.reached_again(token, reached, taken),
             }
+        }
+    }
+
+    /// A process does not go on with this one.
+    fn refused(&mut self, token: usize, why: &str) {
+        let Some((member, _)) = self.connections.get(&token) else { return };
+        let (from, to) = (self.identity.own.0 as u32, member.0 as u32);
+        let given_up = HandshakeError::Refused(Refusal::Rank { from, to }.to_string()).to_string();
+        let is_over = self.linger_until.is_some() || self.cuts.left.contains(member);
+        match self.cuts.open.get_mut(&token) {
+            // It has lost this process, and says so to the others. If this one accused it in turn,
+            // both could be left out; but if there are no others, it is lost when the time is up.
+            Some(cut) if why == given_up && !is_over => {
+                tracing::info!(?member, why, "a member does not go on with this process");
+                cut.search = Search::GivenUp;
+            }
+            _ => self.give_up(token, why),
+        }
+    }
+
+    /// Who leaves has nothing to say to those that have given it up.
+    pub(super) fn forget_given_up(&mut self) {
+        let given_up = self.cuts.open.iter().filter(|(_, cut)| cut.is_given_up());
+        for token in given_up.map(|(token, _)| *token).collect::<Vec<_>>() {
+            self.give_up(token, "this process leaves");
         }
     }
 
