@@ -30,7 +30,7 @@ use crate::resume::{Impossible, Word};
 
 /// How long a connection that comes to go on for another one may take to say so.
 const WORD_TIMEOUT: Duration = Duration::from_secs(5);
-/// Those whose time is up so soon after the first one's are lost together with it.
+/// Those whose time is up so soon after the first one's are lost together with it, once it is.
 const GATHER: Duration = Duration::from_millis(1500);
 /// How often to look what became of an attempt to dial.
 const LOOK: Duration = Duration::from_millis(10);
@@ -97,12 +97,29 @@ impl Resuming {
     /// When there is something to look at.
     pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
         let due = |cut: &Cut| match &cut.search {
-            Search::Asking(asking) => asking.deadline(now).min(cut.until),
+            Search::Asking(asking) => asking.deadline(now),
             Search::Dialing(_) => now + LOOK,
         };
         let returning = self.returning.values().map(|(_, _, until)| *until);
-        self.cuts.values().map(due).chain(returning).min()
+        // Its time may be up while the last attempt to dial still goes on.
+        let loss = self.loss().map(|it| it.max(now + LOOK));
+        self.cuts.values().map(due).chain(returning).chain(loss).min()
     }
+
+    /// When connections are lost next, unless they go on. Nobody is lost before its time is up.
+    fn loss(&self) -> Option<Instant> {
+        let gather = GATHER.min(self.timeout / 4);
+        last_with_first(self.cuts.values().map(|cut| cut.until), gather)
+    }
+}
+
+/// The last of those that come `within` so much after the first one.
+fn last_with_first(
+    all: impl Iterator<Item = Instant> + Clone,
+    within: Duration,
+) -> Option<Instant> {
+    let by = all.clone().min()? + within;
+    all.filter(|it| *it <= by).max()
 }
 
 impl Cut {
@@ -242,10 +259,10 @@ impl ControlThread {
         }
     }
 
-    /// Ends the connections that have not gone on in time.
+    /// Ends the connections that have not gone on in time, together.
     fn lose(&mut self, now: Instant) {
         let timeout = self.resuming.timeout;
-        let by = now + GATHER.min(timeout / 4);
+        let Some(by) = self.resuming.loss().filter(|by| *by <= now) else { return };
         let is_due = |(token, cut): (&usize, &Cut)| (cut.until <= by).then_some(*token);
         let due: Vec<_> = self.resuming.cuts.iter().filter_map(is_due).collect();
         let remove = |token: usize| Some((token, self.resuming.cuts.remove(&token)?));
@@ -363,3 +380,53 @@ impl ControlThread {
 }
 
 const NEVER_SAID: &str = "it says that it has taken messages which were never sent";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn last(of: &[u64], within: u64) -> Option<u64> {
+        let (start, ms) = (Instant::now(), Duration::from_millis);
+        let last = last_with_first(of.iter().map(|&it| start + ms(it)), ms(within));
+        last.map(|it| (it - start).as_millis() as u64)
+    }
+
+    #[test]
+    fn those_that_end_soon_after_the_first_are_waited_for() {
+        assert_eq!(last(&[], 100), None);
+        assert_eq!(last(&[7], 100), Some(7));
+        assert_eq!(last(&[107, 7, 50], 100), Some(107));
+        // Who comes later does not put it off, however many come one soon after another.
+        assert_eq!(last(&[0, 60, 120, 180], 100), Some(60));
+        assert_eq!(last(&[108, 7], 100), Some(7));
+        assert_eq!(last(&[9, 8, 7], 0), Some(7));
+    }
+
+    /// Who is cut is asked about until the last of those is due that are lost together, and no
+    /// deadline has passed that calls for nothing.
+    #[test]
+    fn nobody_is_lost_early_and_the_thread_rests_until_then() {
+        let now = Instant::now();
+        let mut resuming = Resuming::new(Duration::from_secs(8));
+        let ms = Duration::from_millis;
+        for (token, ends) in [(4, 1000), (5, 2400), (6, 2600)] {
+            let mut asking = Asking::new(Vec::new(), now);
+            assert!(!asking.finds_none(now + ms(1500)));
+            let search = Search::Asking(asking);
+            let (how, at) = (String::new(), IpAddr::from([127, 0, 0, 1]));
+            resuming.cuts.insert(token, Cut { how, at, until: now + ms(ends), search });
+        }
+        assert_eq!(resuming.loss(), Some(now + ms(2400)));
+        let due = resuming.deadline(now + ms(1500)).unwrap();
+        assert!(now + ms(1500) < due && due <= now + ms(2400), "{:?}", due - now);
+        resuming.cuts.remove(&5);
+        assert_eq!(resuming.loss(), Some(now + ms(1000)));
+        let (_sender, again) = mpsc::channel();
+        resuming.cuts.values_mut().for_each(|cut| cut.until = now + ms(9000));
+        let (how, at) = (String::new(), IpAddr::from([127, 0, 0, 1]));
+        let search = Search::Dialing(again);
+        resuming.cuts.insert(7, Cut { how, at, until: now + ms(1000), search });
+        let due = resuming.deadline(now + ms(1501)).unwrap();
+        assert!(now + ms(1501) < due, "it does not spin while an attempt to dial goes on");
+    }
+}
