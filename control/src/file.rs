@@ -18,6 +18,8 @@ use crate::leftovers;
 /// Longest line; what is longer is no rendezvous file.
 const LINE_BYTES_MAX: u64 = 2048;
 const MAGIC: &str = "unisum2";
+/// How all that jobs publish begins.
+const WRITTEN: &[u8] = b"unisum";
 
 /// The file that this process has published, removed when dropped.
 #[derive(Debug)]
@@ -45,14 +47,15 @@ pub(super) fn publish(
     publish_text(path, line)
 }
 
-/// Publishes a text, in place of what the file said before.
+/// Publishes a text, in place of what a job said there before.
 ///
 /// # Errors
-/// As [`publish`].
+/// As [`publish`]; if the file has something else, which somebody may miss.
 pub(super) fn publish_text(path: &Path, text: String) -> io::Result<Published> {
     let name = path.file_name().ok_or_else(|| io::Error::other("the path names no file"))?;
     let suffix = u64::from_le_bytes(handshake::random()?);
     let draft = path.with_file_name(format!(".{}.{suffix:016x}", name.to_string_lossy()));
+    refuse_others_file(path)?;
     let _kept = path.parent().map(leftovers::keep).transpose()?;
     let published = write(&draft, &text).and_then(|file| fs::rename(&draft, path).map(|()| file));
     match published {
@@ -63,6 +66,26 @@ pub(super) fn publish_text(path: &Path, text: String) -> io::Result<Published> {
             Err(error)
         }
     }
+}
+
+/// Refuses a file with contents that no job has written. Between this and the renaming somebody may
+/// still write one: it protects from a wrong name, not from a race.
+fn refuse_others_file(path: &Path) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    // What can't be opened or read is no loss, or the renaming says why.
+    let Ok(file) = rustix::fs::open(path, flags, Mode::empty()).map(File::from) else {
+        return Ok(());
+    };
+    let mut start = Vec::new();
+    let is_file = file.metadata().is_ok_and(|it| it.is_file());
+    if !is_file || file.take(WRITTEN.len() as u64).read_to_end(&mut start).is_err() {
+        return Ok(());
+    }
+    if WRITTEN.starts_with(&start) {
+        return Ok(());
+    }
+    let why = "it has contents that no job has written: name a file of its own for that";
+    Err(io::Error::new(io::ErrorKind::AlreadyExists, why))
 }
 
 fn write(path: &Path, text: &str) -> io::Result<ParentOnly<File>> {
@@ -138,7 +161,7 @@ mod tests {
     fn what_is_published_is_read_until_it_is_dropped() {
         let scratch = Scratch::new();
         let path = scratch.path().join("meeting");
-        fs::write(&path, "stale").unwrap();
+        fs::write(&path, "unisum2 stale").unwrap();
         assert!(read(&path).is_err());
         let told = addresses(&["10.0.0.1:4000", "[2001:db8::1]:4000", "[fe80::1%3]:4000"]);
         let published = publish(&path, [7; 16], &told).unwrap();
@@ -176,6 +199,24 @@ mod tests {
         let path = scratch.path().join("missing/meeting");
         let error = publish(&path, [1; 16], &addresses(&["127.0.0.1:1"])).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_somebody_else_has_written_is_left_alone() {
+        let scratch = Scratch::new();
+        let path = scratch.path().join("results.csv");
+        for contents in [&b"loss,step\n"[..], b"x", b"unisu", b"\xff\xfe\0"] {
+            fs::write(&path, contents).unwrap();
+            let published = publish(&path, [1; 16], &addresses(&["127.0.0.1:1"]));
+            if WRITTEN.starts_with(contents) {
+                assert!(published.is_ok(), "a part of what a job has written");
+                continue;
+            }
+            let error = published.unwrap_err();
+            assert!(error.to_string().contains("no job has written"), "{error}");
+            assert_eq!(fs::read(&path).unwrap(), contents);
+            assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1, "no draft is left");
+        }
     }
 
     /// Each of them has held a reader for ever, or is read in vain.
