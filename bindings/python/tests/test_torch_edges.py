@@ -297,10 +297,13 @@ def all_name_who_misses_the_barrier(rank, world, folder):
         time.sleep(0.5)  # the others are in the barrier, and rank 0 is late for their clocks
     if rank == 2:
         store.set("about to come", "yes")
-    if rank != 1:
-        with pytest.raises(unisum.TimeoutError, match="Ranks 1 failed to pass") as raised:
-            dist.monitored_barrier(timeout=limit, wait_all_ranks=True)
-        assert raised.value.ranks == (1,)
+    if rank == 1:
+        store.wait(["over"])  # it hears that it came too late
+    with pytest.raises(unisum.TimeoutError, match="Ranks 1 failed to pass") as raised:
+        dist.monitored_barrier(timeout=limit, wait_all_ranks=True)
+    assert raised.value.ranks == (1,)
+    if rank == 0:
+        store.set("over", "yes")
     dist.barrier()
     # Who waits for a rank 0 that does not come names it.
     if rank != 0:
