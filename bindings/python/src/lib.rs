@@ -39,5 +39,5 @@ mod _unisum {
     #[pymodule_export]
     use super::scaler::LossScaler;
     #[pymodule_export]
-    use super::work::{Work, end_completed, next_completed};
+    use super::work::{Work, next_completed};
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use pyo3::exceptions::{PyKeyError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDelta};
+use pyo3::types::PyBytes;
 use unisum::Store;
 
 /// The object.
@@ -17,14 +17,12 @@ impl PythonStore {
         Self(object)
     }
 
-    /// The value, if there is one; waits for it where the object can.
-    fn look(&self, py: Python<'_>, key: &str, timeout: Duration) -> PyResult<Option<Vec<u8>>> {
+    /// The value, if there is one. Where an object can say so it is asked before, because PyTorch's
+    /// stores wait in `get`.
+    fn look(&self, py: Python<'_>, key: &str) -> PyResult<Option<Vec<u8>>> {
         let object = self.0.bind(py);
-        if object.hasattr("wait")? {
-            let seconds = i32::try_from(timeout.as_secs()).unwrap_or(i32::MAX);
-            let (days, seconds) = (seconds / 86_400, seconds % 86_400);
-            let limit = PyDelta::new(py, days, seconds, 1 + timeout.subsec_micros() as i32, true)?;
-            object.call_method1("wait", (vec![key], limit))?;
+        if object.hasattr("check")? && !object.call_method1("check", (vec![key],))?.is_truthy()? {
+            return Ok(None);
         }
         let value = match object.call_method1("get", (key,)) {
             Err(error) if error.is_instance_of::<PyKeyError>(py) => return Ok(None),
@@ -44,29 +42,42 @@ impl PythonStore {
 impl Store for PythonStore {
     fn set(&self, key: &str, value: &[u8]) -> Result<(), String> {
         let value = String::from_utf8_lossy(value);
-        let set = Python::try_attach(|py| self.0.call_method1(py, "set", (key, value)).map(drop));
-        ended(set)
+        with_interpreter(|py| self.0.call_method1(py, "set", (key, value)).map(drop))
     }
 
     fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, String> {
-        let until = Instant::now() + timeout;
+        let begun = Instant::now();
         loop {
-            let left = until.saturating_duration_since(Instant::now());
-            if let Some(value) = ended(Python::try_attach(|py| self.look(py, key, left)))? {
+            if let Some(value) = with_interpreter(|py| self.look(py, key))? {
                 return Ok(value);
             }
-            if left.is_zero() {
-                return Err(format!("nobody wrote `{key}` within {} s", timeout.as_secs_f64()));
+            let waited = begun.elapsed();
+            if waited >= timeout {
+                return Err(format!("nobody wrote `{key}`"));
             }
-            thread::sleep(PAUSE.min(left));
+            // Rank 0 may be about to write it; who has waited long finds it a little later.
+            let pause = (waited / 8).clamp(SHORTEST, LONGEST);
+            thread::sleep(pause.min(timeout - waited));
         }
     }
 }
 
-/// Between two looks at a store that does not wait.
-const PAUSE: Duration = Duration::from_millis(20);
+/// Between two looks. Looks are short: PyTorch's waits write warnings when they end, and the process
+/// cannot end while one goes on.
+const SHORTEST: Duration = Duration::from_millis(5);
+const LONGEST: Duration = Duration::from_millis(200);
 
-fn ended<T>(called: Option<PyResult<T>>) -> Result<T, String> {
-    let called = called.ok_or("the interpreter is ending")?;
-    called.map_err(|error| error.to_string())
+/// Calls Python, unless the process ends.
+fn with_interpreter<T>(call: impl FnOnce(Python<'_>) -> PyResult<T>) -> Result<T, String> {
+    let called = Python::try_attach(|py| {
+        let ending = py.import("unisum._ending")?;
+        if !ending.call_method0("begin")?.is_truthy()? {
+            return Ok(None);
+        }
+        let called = call(py);
+        ending.call_method0("end")?;
+        called.map(Some)
+    });
+    let called = called.unwrap_or(Ok(None)).map_err(|error| error.to_string())?;
+    called.ok_or_else(|| "the process ends".into())
 }

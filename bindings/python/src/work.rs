@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
@@ -193,8 +192,6 @@ impl Work {
 /// for the interpreter.
 static COMPLETED: Mutex<VecDeque<Py<PyAny>>> = Mutex::new(VecDeque::new());
 static HAS_COMPLETED: Condvar = Condvar::new();
-/// Whether nobody takes watchers out any more.
-static IS_OVER: AtomicBool = AtomicBool::new(false);
 
 /// The next watcher whose call has ended; blocks until there is one, at most `timeout` seconds.
 #[pyfunction]
@@ -202,20 +199,7 @@ pub(crate) fn next_completed(py: Python<'_>, timeout: f64) -> Option<Py<PyAny>> 
     let timeout = Duration::try_from_secs_f64(timeout).unwrap_or(SIGNALS);
     py.detach(|| {
         let queue = COMPLETED.lock().unwrap_or_else(PoisonError::into_inner);
-        // Relaxed: it is set and read under the queue's lock.
-        let is_over = || IS_OVER.load(Ordering::Relaxed);
-        let goes_on = |queue: &mut VecDeque<_>| queue.is_empty() && !is_over();
-        let waited = HAS_COMPLETED.wait_timeout_while(queue, timeout, goes_on);
-        let mut queue = waited.unwrap_or_else(PoisonError::into_inner).0;
-        if is_over() { None } else { queue.pop_front() }
+        let waited = HAS_COMPLETED.wait_timeout_while(queue, timeout, |queue| queue.is_empty());
+        waited.unwrap_or_else(PoisonError::into_inner).0.pop_front()
     })
-}
-
-/// From now on, [`next_completed`] has nothing and returns at once: the process ends.
-#[pyfunction]
-pub(crate) fn end_completed() {
-    let _queue = COMPLETED.lock().unwrap_or_else(PoisonError::into_inner);
-    // Relaxed: as where it is read.
-    IS_OVER.store(true, Ordering::Relaxed);
-    HAS_COMPLETED.notify_all();
 }

@@ -106,6 +106,47 @@ def test_ctrl_c_while_a_rank_is_missing(tmp_path, interrupted):
         assert ranks[interrupted].wait(60) == 3
 
 
+ENDS_SLOWLY = """
+import sys, time, torch.distributed as dist, unisum
+
+class Store:
+    '''PyTorch's, which says when a key is looked for.'''
+    def __init__(self, path):
+        self.inner = dist.FileStore(path, 2)
+    def set(self, key, value):
+        self.inner.set(key, value)
+    def get(self, key):
+        return self.inner.get(key)
+    def check(self, keys):
+        return self.look("check", keys)
+    def wait(self, keys, limit):
+        return self.look("wait", keys, limit)
+    def look(self, name, *arguments):
+        print("looks", flush=True)
+        return getattr(self.inner, name)(*arguments)
+
+class Slow:
+    '''The interpreter takes its time, once no thread may come back to it.'''
+    def __del__(self, sleep=time.sleep):
+        sleep(2)
+
+# A module that is taken down although the thread still refers to this one.
+sys.slow = Slow()
+try:
+    unisum.connect(rank=1, world=2, store=Store(sys.argv[1]), connect_timeout=1)
+except KeyboardInterrupt:
+    raise SystemExit(3)
+"""
+
+
+def test_the_process_ends_while_a_thread_waits_in_the_store(tmp_path):
+    arguments = [sys.executable, "-c", ENDS_SLOWLY, str(tmp_path / "store")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert told(process) == "looks"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 3
+
+
 # Worlds that disagree.
 
 

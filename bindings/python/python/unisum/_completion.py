@@ -8,21 +8,18 @@ so that what it waits for can complete.
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import time
 import traceback
-from typing import Callable, Optional, Set
+from typing import Callable, Optional
 
-from . import _unisum
+from . import _ending, _unisum
 
 _lock = threading.Lock()
 _local = threading.local()
 #: A callback that runs for longer may wait for another.
 _PATIENCE_S = 0.5
-#: So long at most the end of the process waits for callbacks that run.
-_END_S = 5.0
 
 
 class _Turn:
@@ -36,10 +33,6 @@ class _Turn:
 
 _leader: Optional[_Turn] = None
 _process = 0
-#: Whether the process ends.
-_is_over = False
-#: Those that may be in a callback.
-_threads: Set[threading.Thread] = set()
 
 
 def call_when_done(work: _unisum.Work, callback: Callable[[], None]) -> None:
@@ -63,9 +56,6 @@ def _start() -> None:
     with _lock:
         if _process == os.getpid():
             return
-        _threads.clear()
-        if _process == 0:
-            atexit.register(_end)
         _start_leader()
         threading.Thread(target=_look_after, name="unisum-callbacks", daemon=True).start()
         _process = os.getpid()
@@ -74,23 +64,7 @@ def _start() -> None:
 def _start_leader() -> None:
     global _leader
     _leader = turn = _Turn()
-    thread = threading.Thread(target=_serve, args=(turn,), name="unisum-callbacks", daemon=True)
-    _threads.add(thread)
-    thread.start()
-
-
-def _end() -> None:
-    """Begins no further callback, and waits for those that run. Where the interpreter has ended, a
-    thread that comes back to it from other languages ends the process with an abort."""
-    if _process != os.getpid():
-        return
-    global _is_over
-    _is_over = True
-    _unisum.end_completed()
-    until = time.monotonic() + _END_S
-    for thread in list(_threads):
-        if thread is not threading.current_thread():
-            thread.join(max(0.0, until - time.monotonic()))
+    threading.Thread(target=_serve, args=(turn,), name="unisum-callbacks", daemon=True).start()
 
 
 def _hand_on(turn: _Turn) -> None:
@@ -112,13 +86,13 @@ def _look_after() -> None:
 
 def _serve(turn: _Turn) -> None:
     _local.turn = turn
-    while not (turn.handed_on or _is_over):
+    while not (turn.handed_on or _ending.is_over()):
         callback = _unisum.next_completed(10.0)
-        if callback is not None:
+        if callback is not None and _ending.begin():
             turn.since = time.monotonic()
             _run(callback)
             turn.since = None
-    _threads.discard(threading.current_thread())
+            _ending.end()
 
 
 def _run(callback: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 import torch.distributed as dist
 
-from .. import _errors
+from .. import _ending, _errors
 from ._reducer import _TYPES, Reducer, _Gradient
 
 #: How much the bucket holds that is ready first, so that communication begins early.
@@ -111,10 +111,15 @@ def _serve(calls: "queue.SimpleQueue[Any]") -> None:
         if turn is None:
             return
         call, future = turn
+        if not _ending.begin():
+            future.cancel()
+            return
         try:
             future.set_result(call())
         except BaseException as error:
             future.set_exception(error)
+        finally:
+            _ending.end()
         # What it refers to may go while the next turn is waited for.
         del turn, call, future
 
