@@ -17,6 +17,8 @@ mod cases;
 mod driver;
 #[path = "device/faults.rs"]
 mod faults;
+#[path = "device/hosts.rs"]
+mod hosts;
 #[path = "device/streams.rs"]
 mod streams;
 mod support;
@@ -48,8 +50,9 @@ fn rank_process() {
         ("by_pair", by_pair),
         ("refused", refused),
     ];
-    let rooms = [here, buckets::SCENARIOS, faults::SCENARIOS, streams::SCENARIOS, waits::SCENARIOS];
-    support::run_if_rank(&rooms.concat());
+    let rooms = [here, buckets::SCENARIOS, faults::SCENARIOS, hosts::SCENARIOS];
+    let more = [streams::SCENARIOS, waits::SCENARIOS];
+    support::run_if_rank(&[rooms.concat(), more.concat()].concat());
 }
 
 const LIMIT: Duration = Duration::from_secs(60);

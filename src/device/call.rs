@@ -9,7 +9,7 @@ use unisum_kernels::{Fold, ReduceOp};
 use unisum_link::{Call, CollectiveKind, LinkError, Rank};
 
 use super::areas::{Area, Areas, device_refusal};
-use super::buffer::{DeviceStream, RawDeviceBuffers};
+use super::buffer::RawDeviceBuffers;
 use super::card::{CARD_BYTES, Card, Refusal, RefusalKind, Spot};
 use super::flags::OneLaunch;
 use super::memories::Owned;
@@ -51,12 +51,12 @@ impl DeviceCommunicator {
         collective: &Collective,
         buffers: RawDeviceBuffers,
         owners: &[&Owned],
-        stream: &DeviceStream,
+        stream: &Stream,
     ) -> Result<(), Error> {
         self.check()?;
         let place = (self.rank(), self.world());
         collective.checked(buffers.dtype, place)?;
-        let (state, stream) = (&mut *self.lock(), &stream.0);
+        let state = &mut *self.lock();
         let mut calling = Calling { communicator: self, collective, buffers, stream, state };
         calling.make(owners).map_err(|error| match self.host().failure() {
             // The cards could not be exchanged.
@@ -85,6 +85,9 @@ impl Calling<'_> {
         if !prepared.extents.blocks.is_empty() {
             let is_staged = self.state.direct.is_none() || prepared.fold.custom.is_some();
             match is_staged {
+                true if self.is_hierarchical(&prepared.fold) => {
+                    self.climb(owners, &prepared.fold)?
+                }
                 true => self.stage(&prepared.extents)?,
                 false => self.enqueue(number, prepared, &cards)?,
             }
@@ -132,7 +135,7 @@ impl Calling<'_> {
     }
 
     /// What is put into the stream from now on comes after the call before.
-    fn follow(&self) -> Result<(), CudaError> {
+    pub(super) fn follow(&self) -> Result<(), CudaError> {
         // Also in the same stream: another one that has come after it may have its handle.
         match self.state.has_called {
             true => self.stream.wait(&self.state.ended),
@@ -159,7 +162,11 @@ impl Calling<'_> {
         if !Arc::ptr_eq(self.stream.device(), &self.communicator.device) {
             return refuse("the stream is of another device than the communicator");
         }
-        if self.stream.is_capturing().map_err(device_refusal)? {
+        let is_capturing = match self.stream.is_capturing() {
+            Err(error) if error.is_of_capture() => return refuse(&error.to_string()),
+            known => known.map_err(device_refusal)?,
+        };
+        if is_capturing {
             return refuse(
                 "the stream is being captured into a graph: collectives can't be captured, since \
                  ranks exchange addresses in each call",

@@ -6,7 +6,7 @@ use unisum_kernels::{Dtype, Element, Fold, ReduceOp};
 use unisum_link::{CollectiveKind, Rank};
 
 use super::program::{Choice, Form, Programs};
-use super::{DeviceCommunicator, State};
+use super::{DeviceCommunicator, State, hierarchy};
 use crate::collective::key::Key;
 use crate::collective::{Blocks, Collective};
 use crate::execution::programs;
@@ -19,6 +19,13 @@ impl DeviceCommunicator {
     /// for all-reduces of up to 1 MiB of the frequent types and operations, a single launch.
     pub fn choice<T: Element>(&self, collective: &Collective, count: usize) -> &'static str {
         let mut state = self.lock();
+        let fold = collective.fold(T::DTYPE);
+        let fixed = state.programs.fixed();
+        if collective.kind() == CollectiveKind::AllReduce
+            && state.hierarchy.as_mut().is_some_and(|it| it.takes(&fold, count, fixed))
+        {
+            return hierarchy::NAME;
+        }
         if state.direct.is_none() {
             let staging = state.staging.as_ref();
             return staging.map_or("none", |it| it.communicator().choice::<T>(collective, count));
@@ -26,8 +33,22 @@ impl DeviceCommunicator {
         if collective.kind() == CollectiveKind::Barrier {
             return "direct"; // Each rank has a flag for each other.
         }
-        let fold = collective.fold(T::DTYPE);
-        let key = collective.typical_key(self.world(), T::DTYPE, count);
+        let form = self.typical_form(collective, T::DTYPE, count);
+        let choice = self.choose(&mut state, &form, (fold.op, fold.dtype));
+        choice.map_or("none", |choice| Programs::name(&form, choice))
+    }
+
+    /// What a collective takes on the devices by the model of them, in seconds, with buffers of
+    /// `count` elements. Cost: compiles every algorithm; keep the answer.
+    pub(super) fn reckoned(&self, collective: &Collective, dtype: Dtype, count: usize) -> f64 {
+        let form = self.typical_form(collective, dtype, count);
+        Programs::fastest_seconds(&form, self.rank())
+    }
+
+    /// What all ranks know of a typical call.
+    fn typical_form(&self, collective: &Collective, dtype: Dtype, count: usize) -> Form {
+        let fold = collective.fold(dtype);
+        let key = collective.typical_key(self.world(), dtype, count);
         let blocks = match &key.blocks {
             // Nobody knows the other ranks' counts.
             Blocks::Pairs(..) => Blocks::Even(count.div_ceil(self.world())),
@@ -36,9 +57,7 @@ impl DeviceCommunicator {
         let average = fold.op == ReduceOp::Average && collective.kind().reduces();
         let (scales, ordered) = (fold.factor.is_some(), false);
         let key = Key { blocks, average, scales, ordered, in_place: false, ..key };
-        let form = self.form(key, &fold, None);
-        let choice = self.choose(&mut state, &form, (fold.op, fold.dtype));
-        choice.map_or("none", |choice| Programs::name(&form, choice))
+        self.form(key, &fold, None)
     }
 
     pub(super) fn choose(

@@ -17,6 +17,14 @@ use crate::{Communicator, Error, ErrorKind};
 pub enum DeviceRoute {
     /// Every device reads the memory of the others.
     CudaIpc,
+    /// Every device reads the memory of the others of its host. All-reduces go both ways: within
+    /// each host as `CudaIpc`, and between hosts as `Staged`; the other collectives are staged.
+    Hierarchical {
+        /// How many hosts there are.
+        hosts: usize,
+        /// How many ranks each of them has.
+        ranks: usize,
+    },
     /// Through pinned memory of the hosts, and their collectives.
     Staged {
         /// Why not otherwise.
@@ -24,10 +32,22 @@ pub enum DeviceRoute {
     },
 }
 
+impl DeviceRoute {
+    /// This one, or if there are hosts with so many ranks, the hierarchical one.
+    pub(super) fn with(self, extent: Option<(usize, usize)>) -> Self {
+        extent.map_or(self, |(hosts, ranks)| Self::Hierarchical { hosts, ranks })
+    }
+}
+
 impl fmt::Display for DeviceRoute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::CudaIpc => f.write_str("the devices read each other's memory (CUDA IPC)"),
+            Self::Hierarchical { hosts, ranks } => write!(
+                f,
+                "on {hosts} hosts, the {ranks} devices of each read each other's memory (CUDA IPC) \
+                 for all-reduces; between hosts, and for the rest, through the hosts' memory"
+            ),
             Self::Staged { reason } => {
                 write!(f, "staged through the hosts' memory, since {reason}")
             }

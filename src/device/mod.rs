@@ -7,7 +7,8 @@
 //! other by flags in device memory (`flags`), which lie in a page that all ranks have open
 //! (`page`); so does the staging memory of small all-reduces, which are a single launch. What ranks
 //! have open of each other's memory, and when it may be freed, is in `memories`. Where devices do
-//! not reach each other, `staged` goes through the hosts.
+//! not reach each other, `staged` goes through the hosts; if those of each host do, all-reduces
+//! go both ways, by `hierarchy`.
 
 mod areas;
 mod buffer;
@@ -17,6 +18,7 @@ mod choosing;
 mod flags;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod hierarchy;
 mod joining;
 mod memories;
 mod moment;
@@ -42,6 +44,7 @@ use crate::collective::Collective;
 use crate::communicator::groups::Making;
 use crate::warning::warning;
 use crate::{Communicator, Error, ErrorKind};
+use hierarchy::Hierarchy;
 use joining::Direct;
 use memories::{Exports, Imports, Owned};
 use page::AbortWord;
@@ -91,6 +94,8 @@ struct State {
     /// Unless calls are staged.
     direct: Option<Direct>,
     staging: Option<Staging>,
+    /// The devices of this host, if those of each host reach each other, and not all do.
+    hierarchy: Option<Box<Hierarchy>>,
     programs: Programs,
     /// Whether a staged result was infinite or NaN since the last time that somebody asked.
     found: bool,
@@ -108,7 +113,8 @@ impl Communicator {
     ///
     /// If all ranks are on one host and their devices have access to each other's memory,
     /// collectives run on the devices alone. Otherwise they go through the hosts' memory, and a
-    /// warning says why ([`DeviceCommunicator::route`]).
+    /// warning says why; but all-reduces still use the devices within each host, if hosts have
+    /// equally many ranks ([`DeviceCommunicator::route`]).
     ///
     /// Collective: every rank calls it. Blocks. Cost: about that of [`Communicator::duplicate`],
     /// and loading the kernels, once for each device.
@@ -122,7 +128,12 @@ impl Communicator {
         let device = Device::open(ordinal).map_err(|error| error.to_string());
         let joined = joining::join(&host, device)?;
         let (rank, device) = (host.rank(), joined.device);
-        if let DeviceRoute::Staged { reason } = &joined.route
+        let hierarchy = match joined.direct {
+            None => Hierarchy::join(&host, ordinal)?.map(Box::new),
+            Some(_) => None,
+        };
+        let route = joined.route.with(hierarchy.as_deref().map(Hierarchy::extent));
+        if let DeviceRoute::Staged { reason } = &route
             && rank == 0
         {
             warning!("collectives on device memory go through the hosts' memory: {reason}");
@@ -144,6 +155,7 @@ impl Communicator {
             exports: Exports::default(),
             direct: joined.direct,
             staging,
+            hierarchy,
             programs: Programs::new(fixed),
             found: false,
             scratch: None,
@@ -153,7 +165,7 @@ impl Communicator {
         Ok(DeviceCommunicator {
             device,
             host: Some(host),
-            route: joined.route,
+            route,
             abort: joined.abort,
             fork_generation: unisum_link::fork::generation(),
             failed: OnceLock::new(),
@@ -280,7 +292,7 @@ impl DeviceCommunicator {
         buffers: RawDeviceBuffers,
         stream: &DeviceStream,
     ) -> Result<(), Error> {
-        self.call(collective, buffers, &[], stream)
+        self.call(collective, buffers, &[], &stream.0)
     }
 
     /// Waits until everything in the stream has ended, for at most `timeout` (`None`: as long as a
@@ -299,12 +311,28 @@ impl DeviceCommunicator {
     ) -> Result<(), Error> {
         self.check()?;
         self.refuse_capture(stream, buffer::NO_WAITS)?;
+        self.await_end(|| stream.0.is_done(), timeout)
+    }
+
+    /// Waits for what the devices of all ranks do, up to a moment in a stream.
+    ///
+    /// # Errors
+    /// As [`DeviceCommunicator::synchronize`].
+    fn await_event(&self, event: &Event) -> Result<(), Error> {
+        self.await_end(|| event.is_done(), None)
+    }
+
+    fn await_end(
+        &self,
+        is_done: impl Fn() -> Result<bool, CudaError>,
+        timeout: Option<Duration>,
+    ) -> Result<(), Error> {
         let limit = timeout
             .or_else(|| self.host().member.as_ref().map(|member| member.core.job.settings.timeout));
         let begin = Instant::now();
         let mut nap = Duration::ZERO;
         loop {
-            match stream.0.is_done() {
+            match is_done() {
                 Ok(true) => return self.check_end(),
                 Ok(false) => {}
                 Err(error) => return Err(self.fail(&error)),
@@ -362,6 +390,9 @@ impl DeviceCommunicator {
     fn check_end(&self) -> Result<(), Error> {
         let Some(verdict) = self.host().verdict() else { return Ok(()) };
         let state = self.lock();
+        if let Some(hierarchy) = &state.hierarchy {
+            return hierarchy.node().check_end().map_err(|error| self.remember(error));
+        }
         let stopped = state.direct.as_ref().map(|direct| direct.flags.page().has_stopped());
         match stopped {
             // It ended before the job did.
@@ -372,6 +403,9 @@ impl DeviceCommunicator {
 
     /// The stream has not ended in time.
     fn overdue(&self, after: Duration) -> Error {
+        if let Some(hierarchy) = &self.lock().hierarchy {
+            return hierarchy.node().overdue(after);
+        }
         let behind = self.lock().direct.as_ref().map(|direct| direct.flags.behind());
         let own = self.rank();
         let seconds = after.as_secs_f64();
@@ -415,6 +449,18 @@ impl DeviceCommunicator {
             None => Error::new(ErrorKind::Device, text).caused_by(vec![rank]),
         };
         self.remember(error.on(rank))
+    }
+
+    /// Tells all ranks that a call failed half-way on this one; the error for the caller.
+    fn give_up(&self, error: Error) -> Error {
+        match &self.host().member {
+            Some(member) if self.host().verdict().is_none() => {
+                let membership = &member.core.runner.membership;
+                let text = format!("rank {}: {error}", membership.job_rank());
+                self.remember(membership.device_failed(text).on(self.rank()))
+            }
+            _ => self.remember(error),
+        }
     }
 
     /// The error for this call and, repeated, for all later ones.
@@ -471,6 +517,7 @@ impl Drop for DeviceCommunicator {
             // The driver does not work in a child: nothing may be given back to it.
             std::mem::forget((host, state.direct.take(), std::mem::take(&mut state.exports)));
             std::mem::forget((state.scratch.take(), state.bounce.take(), state.staging.take()));
+            std::mem::forget(state.hierarchy.take());
             return;
         }
         // What the device still does reads memory of the others.

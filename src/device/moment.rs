@@ -78,6 +78,6 @@ impl DeviceCommunicator {
     ) -> Result<(), Error> {
         let output = (bytes.address(), bytes.len() / dtype.bytes());
         let buffers = RawDeviceBuffers { dtype, input: None, output };
-        self.call(collective, buffers, &[&bytes.owned], stream)
+        self.call(collective, buffers, &[&bytes.owned], &stream.0)
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use unisum_algorithms::{self as plans, Algorithm, Shape};
 use unisum_engine::device::{
-    DeviceFigures, DeviceFold, DeviceProgram, DeviceSource, Memory, Operand, Operation, Place,
-    Totals, candidates, one_launch_seconds,
+    Candidate, DeviceFigures, DeviceFold, DeviceProgram, DeviceSource, Memory, Operand, Operation,
+    Place, Totals, candidates, one_launch_seconds,
 };
 use unisum_kernels::cuda::SOURCES_MAX;
 use unisum_link::Rank;
@@ -61,6 +61,11 @@ impl Programs {
         Self { fixed, chosen: HashMap::new(), known: HashMap::new() }
     }
 
+    /// The algorithm that is fixed, if one is.
+    pub(super) fn fixed(&self) -> Option<&'static str> {
+        self.fixed.and_then(|index| crate::algorithms().get(index).copied())
+    }
+
     pub(super) fn fix(&mut self, index: Option<usize>) {
         self.fixed = index;
         self.chosen.clear();
@@ -91,11 +96,8 @@ impl Programs {
 
     fn choose(&self, form: &Form, rank: Rank, has_kernel: bool) -> Result<Choice, String> {
         let world = form.shapes[0].world();
-        let apart = vec![false; world];
-        let list = plans::algorithms(form.shapes[0].collective);
-        let source = source(form, rank, &apart, (list[0], usize::MAX));
-        let ranked = candidates(&source, &FIGURES, SOURCES_MAX);
-        let named = self.fixed.and_then(|index| crate::algorithms().get(index).copied());
+        let ranked = ranked(form, rank);
+        let named = self.fixed();
         let fixed = ranked.iter().find(|it| Some(it.algorithm.name()) == named);
         let best = fixed.or_else(|| ranked.first()).ok_or_else(|| {
             format!("no algorithm folds the elements of {world} ranks, {SOURCES_MAX} at a time")
@@ -107,9 +109,15 @@ impl Programs {
             && fixed.is_none_or(|it| it.algorithm.name() == ONE_SHOT);
         let one_launch = may_launch && one_launch_seconds(world, bytes, &FIGURES) < best.seconds;
         let name = if one_launch { ONE_SHOT } else { best.algorithm.name() };
+        let list = plans::algorithms(form.shapes[0].collective);
         let index = list.iter().position(|it| it.name() == name);
         let index = index.expect("a candidate is one of the list, and so is a one-shot");
         Ok(Choice { index, slice_bytes: best.slice_bytes, one_launch })
+    }
+
+    /// What the fastest algorithm takes by the model.
+    pub(super) fn fastest_seconds(form: &Form, rank: Rank) -> f64 {
+        ranked(form, rank).first().map_or(f64::INFINITY, |best| best.seconds)
     }
 
     /// The name of an algorithm that was chosen.
@@ -143,6 +151,13 @@ impl Programs {
         self.known.insert(key, program.clone());
         program
     }
+}
+
+/// The algorithms for calls in which no rank's is in place, the fastest first.
+fn ranked(form: &Form, rank: Rank) -> Vec<Candidate> {
+    let apart = vec![false; form.shapes[0].world()];
+    let first = plans::algorithms(form.shapes[0].collective)[0];
+    candidates(&source(form, rank, &apart, (first, usize::MAX)), &FIGURES, SOURCES_MAX)
 }
 
 /// A rank of its own that looks at its result: a fold of one operand, which others have not.

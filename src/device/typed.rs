@@ -156,6 +156,6 @@ impl DeviceCommunicator {
         let owners: Vec<&Owned> =
             input.into_iter().chain([&*output]).map(|buffer| &buffer.owned).collect();
         let (dtype, input, output) = (T::DTYPE, input.map(place), place(output));
-        self.call(collective, RawDeviceBuffers { dtype, input, output }, &owners, stream)
+        self.call(collective, RawDeviceBuffers { dtype, input, output }, &owners, &stream.0)
     }
 }

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use unisum::{Collective, Communicator, DeviceCommunicator, DeviceStream, ReduceOp, Reduction};
+use unisum::{
+    Collective, Communicator, DeviceCommunicator, DeviceStream, ErrorKind, ReduceOp, Reduction,
+};
 
 use super::driver::Pool;
 use super::support::{Scenario, setting, tell};
@@ -13,6 +15,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("nonfinite", nonfinite),
     ("barrier", barrier),
     ("follow", follow),
+    ("refused_by_a_capture", refused_by_a_capture),
 ];
 
 /// All-reduces of changing lengths, one right after the other, in place and of memory that other
@@ -225,4 +228,39 @@ fn follow() {
 #[test]
 fn a_stream_follows_another() {
     world(2, "follow", 2).set("ROUNDS", 20).set("CUDA_EMULATOR_DELAY_US", 800).succeed(LIMIT);
+}
+
+/// The driver of one rank can't say whether its stream is being captured, because another one is.
+fn refused_by_a_capture() {
+    let (communicator, device) = join();
+    let stream = device.stream().unwrap();
+    let mut refused = 0;
+    for round in 0..12 {
+        let mut buffer = device.allocate::<i32>(100).unwrap();
+        match device.all_reduce(&mut buffer, ReduceOp::Max, &stream) {
+            Ok(()) => device.synchronize(&stream, None).unwrap(),
+            Err(error) => {
+                let text = "rank 1: device 1: cuStreamIsCapturing: \
+                            CUDA_ERROR_STREAM_CAPTURE_INVALIDATED (901)";
+                assert!(error.to_string().contains(text), "{error}");
+                assert_eq!(error.kind(), ErrorKind::Configuration, "round {round}");
+                assert_eq!(error.failed_ranks(), [1]);
+                refused += 1;
+            }
+        }
+    }
+    tell(refused);
+    drop(communicator);
+}
+
+#[test]
+fn a_stream_that_a_capture_elsewhere_forbids_is_refused_on_all_ranks() {
+    let running = world(2, "refused_by_a_capture", 2);
+    let failing = running.clone().set("CUDA_EMULATOR_FAIL", "cuStreamIsCapturing:5:901");
+    let mut all = failing.start_ranks(&[1]);
+    all.add(&running, 0);
+    for ended in all.wait(LIMIT) {
+        assert_eq!(ended.status, 0, "{ended:#?}");
+        assert_eq!(ended.told[0], "1", "one call of all");
+    }
 }

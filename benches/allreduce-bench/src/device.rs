@@ -42,6 +42,7 @@ impl Device {
     pub(crate) fn transport(&self) -> &'static str {
         match self.comm.route() {
             DeviceRoute::CudaIpc => "cuda-ipc",
+            DeviceRoute::Hierarchical { .. } => "cuda-hierarchical",
             DeviceRoute::Staged { .. } => "cuda-staged",
         }
     }
