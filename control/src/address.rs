@@ -5,7 +5,7 @@ pub(crate) mod fuzzing;
 
 use std::fmt;
 use std::io;
-use std::net::{Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -46,11 +46,10 @@ pub struct AddressError {
     problem: &'static str,
 }
 
-/// A text that is no port range, and why.
+/// What is expected of a port range, and what is wrong with a text that is none.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is not a port range: {problem} (expected LOW-HIGH or PORT, 1 to 65535)")]
+#[error("LOW-HIGH or PORT, 1 to 65535: {problem}")]
 pub struct PortRangeError {
-    text: String,
     problem: &'static str,
 }
 
@@ -61,6 +60,13 @@ pub struct PortRange {
     high: u16,
 }
 
+impl AddressError {
+    /// What is wrong with the text.
+    pub const fn problem(&self) -> &'static str {
+        self.problem
+    }
+}
+
 impl Rendezvous {
     /// A TCP rendezvous, with the same checks as the text form.
     ///
@@ -68,11 +74,11 @@ impl Rendezvous {
     /// [`AddressError`] if `host` is neither a host name nor an address literal, or `port` is 0.
     pub fn tcp(host: &str, port: u16) -> Result<Self, AddressError> {
         let shown = |problem| AddressError { text: format!("{host}:{port}"), problem };
-        check_host(host).map_err(shown)?;
+        let host = checked_host(host).map_err(shown)?;
         if port == 0 {
             return Err(shown("port 0 cannot be known to other ranks"));
         }
-        Ok(Self::Tcp { host: host.to_owned(), port })
+        Ok(Self::Tcp { host, port })
     }
 }
 
@@ -139,7 +145,7 @@ impl FromStr for PortRange {
     type Err = PortRangeError;
 
     fn from_str(text: &str) -> Result<Self, PortRangeError> {
-        let failed = |problem| PortRangeError { text: text.to_owned(), problem };
+        let failed = |problem| PortRangeError { problem };
         let (low, high) = text.split_once('-').unwrap_or((text, text));
         let low = parse_port(low.trim()).map_err(failed)?;
         let high = parse_port(high.trim()).map_err(failed)?;
@@ -176,8 +182,7 @@ fn parse_tcp(rest: &str) -> Result<Rendezvous, &'static str> {
             (host, port)
         }
     };
-    check_host(host)?;
-    Ok(Rendezvous::Tcp { host: host.to_owned(), port: parse_port(port)? })
+    Ok(Rendezvous::Tcp { host: checked_host(host)?, port: parse_port(port)? })
 }
 
 fn parse_file(path: &str) -> Result<Rendezvous, &'static str> {
@@ -213,10 +218,25 @@ fn parse_port(text: &str) -> Result<u16, &'static str> {
     }
 }
 
+/// The host, an IPv4 address as such if it is written as one of IPv6 (RFC 4291, 2.5.5.2).
+fn checked_host(host: &str) -> Result<String, &'static str> {
+    check_host(host)?;
+    match host.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
+        Ok(ip) if ip.is_unspecified() => {
+            Err("this address stands for all of a host, and leads to none from another one")
+        }
+        Ok(IpAddr::V4(ip)) => Ok(ip.to_string()),
+        _ => Ok(host.to_owned()),
+    }
+}
+
 fn check_host(host: &str) -> Result<(), &'static str> {
     let name_byte = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     if host.is_empty() {
         return Err("the host is missing");
+    }
+    if host.contains("://") {
+        return Err("the host has `://`, which no host name or address has");
     }
     if !host.contains(':') {
         let plain = host.len() <= MAX_HOST_BYTES && host.bytes().all(name_byte);
@@ -227,7 +247,9 @@ fn check_host(host: &str) -> Result<(), &'static str> {
         None => (host, None),
     };
     if literal.parse::<Ipv6Addr>().is_err() {
-        return Err("the host is not an IPv6 literal");
+        return Err(
+            "the host is not an IPv6 literal, and nothing else has a `:` (not even a port)",
+        );
     }
     match scope {
         Some(scope) if scope.is_empty() || !scope.bytes().all(name_byte) => {
@@ -275,6 +297,10 @@ mod tests {
             ("tcp://[node]:80", "IPv6 literals only"),
             ("tcp://[1::2::3]:80", "not an IPv6 literal"),
             ("tcp://[fe80::1%]:80", "scope after `%`"),
+            ("tcp://tcp://node:80", "must stand in brackets"),
+            ("tcp://0.0.0.0:80", "stands for all"),
+            ("tcp://[::]:80", "stands for all"),
+            ("tcp://[::ffff:0.0.0.0]:80", "stands for all"),
             ("tcp://node:0", "port 0"),
             ("tcp://node:+80", "not a number"),
             ("tcp://node:65536", "above 65535"),
@@ -294,6 +320,13 @@ mod tests {
     }
 
     #[test]
+    fn addresses_of_ipv4_may_be_written_as_ones_of_ipv6() {
+        let mapped: Rendezvous = "tcp://[::ffff:10.0.0.1]:80".parse().unwrap();
+        assert_eq!(mapped.to_string(), "tcp://10.0.0.1:80");
+        assert_eq!(Rendezvous::tcp("::ffff:10.0.0.1", 80), Ok(mapped));
+    }
+
+    #[test]
     fn port_ranges_parse_and_print_back() {
         for (text, low, high) in [("7", 7, 7), ("20000-20999", 20000, 20999), ("1-65535", 1, 65535)]
         {
@@ -301,7 +334,8 @@ mod tests {
             assert_eq!((range.ports(), range.to_string()), (low..=high, text.to_owned()));
         }
         for text in ["", "-", "0", "5-4", "1-65536", "a-b", "1-2-3", "-5"] {
-            assert!(text.parse::<PortRange>().is_err(), "{text}");
+            let error = text.parse::<PortRange>().unwrap_err().to_string();
+            assert!(error.starts_with("LOW-HIGH or PORT, 1 to 65535: "), "{text}: {error}");
         }
     }
 
@@ -316,7 +350,9 @@ mod tests {
         fn tcp_addresses_round_trip(
             host in prop_oneof![
                 "[a-z0-9][a-z0-9._-]{0,30}",
-                any::<Ipv6Addr>().prop_map(|ip| ip.to_string()),
+                any::<Ipv6Addr>()
+                    .prop_filter("an address of a host", |ip| !ip.to_canonical().is_unspecified())
+                    .prop_map(|ip| ip.to_string()),
                 any::<u16>().prop_map(|low| format!("fe80::{low:x}%eth{}", low % 10)),
             ],
             port in 1u16..,

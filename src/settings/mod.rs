@@ -117,7 +117,9 @@ impl Settings {
             members: read.path("UNISUM_MEMBERS")?,
             epoch_log: read.path("UNISUM_EPOCH_LOG")?,
             replay: read.path("UNISUM_REPLAY")?,
-            replay_process: read.parsed("UNISUM_REPLAY_PROCESS")?,
+            replay_process: read.read("UNISUM_REPLAY_PROCESS", |text| {
+                text.parse().map_err(|_| "the number of a process, as its log says".to_owned())
+            })?,
             algorithm: read.algorithm("UNISUM_ALGORITHM")?,
             reproducible,
             tuning: read.tuning("UNISUM_TUNING", reproducible)?,
@@ -302,6 +304,7 @@ impl Reader<'_> {
         })
     }
 
+    /// The error is what is accepted.
     fn parsed<T: std::str::FromStr<Err: ToString>>(&self, variable: &'static str) -> Read<T> {
         self.read(variable, |text| text.parse().map_err(|error: T::Err| error.to_string()))
     }

@@ -112,10 +112,11 @@ fn malformed_values_are_errors_that_name_variable_value_and_what_is_accepted() {
         ("UNISUM_RECONNECT_TIMEOUT", "NaN", "seconds"),
         ("UNISUM_ALGORITHM", "ring tree", "name of an algorithm"),
         ("UNISUM_TRANSPORT", "ib", "auto, tcp, shm or verbs"),
-        ("UNISUM_INTERFACE", "^", "a name is empty"),
+        ("UNISUM_INTERFACE", "^", "such as eth,ib or =eth0 or ^docker: a name is empty"),
         ("NCCL_SOCKET_IFNAME", "eth0,", "a name is empty"),
         ("GLOO_SOCKET_IFNAME", "a b", "interface filter"),
-        ("UNISUM_PORT_RANGE", "9-8", "LOW-HIGH"),
+        ("UNISUM_PORT_RANGE", "9-8", "LOW-HIGH or PORT, 1 to 65535: the low end is above"),
+        ("UNISUM_REPLAY_PROCESS", "one", "the number of a process"),
         ("UNISUM_TCP_SOCKETS", "17", "1 to 16"),
         ("UNISUM_SLICE_BYTES", "1K", "4096 to 1073741824 bytes"),
         ("UNISUM_WINDOW", "0", "1 to 1024"),
@@ -127,6 +128,9 @@ fn malformed_values_are_errors_that_name_variable_value_and_what_is_accepted() {
         let error = read(&[(variable, value)]).unwrap_err().to_string();
         assert!(error.starts_with(&format!("{variable}=`{value}`: expected ")), "{error}");
         assert!(error.contains(accepted), "{error}");
+        // One sentence, not another within it.
+        let value = format!("`{value}`");
+        assert_eq!((error.matches(&value).count(), error.matches("expected").count()), (1, 1));
     }
 }
 

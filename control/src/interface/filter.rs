@@ -16,13 +16,10 @@ pub struct InterfaceFilter {
     names: Vec<String>,
 }
 
-/// A text that is no interface filter, and why.
+/// What is expected of an interface filter, and what is wrong with a text that is none.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "`{text}` is not an interface filter: {problem} (expected e.g. eth,ib or =eth0 or ^docker)"
-)]
+#[error("an interface filter such as eth,ib or =eth0 or ^docker: {problem}")]
 pub struct FilterError {
-    text: String,
     problem: &'static str,
 }
 
@@ -32,7 +29,7 @@ impl InterfaceFilter {
     /// # Errors
     /// [`FilterError`] if a name is empty or cannot be an interface's.
     pub fn exact(names: &str) -> Result<Self, FilterError> {
-        let failed = |problem| FilterError { text: names.to_owned(), problem };
+        let failed = |problem| FilterError { problem };
         Ok(Self { exclude: false, exact: true, names: parse_names(names).map_err(failed)? })
     }
 
@@ -54,7 +51,7 @@ impl FromStr for InterfaceFilter {
     type Err = FilterError;
 
     fn from_str(text: &str) -> Result<Self, FilterError> {
-        let failed = |problem| FilterError { text: text.to_owned(), problem };
+        let failed = |problem| FilterError { problem };
         let (exclude, rest) = strip(text.trim(), '^');
         let (exact, rest) = strip(rest, '=');
         Ok(Self { exclude, exact, names: parse_names(rest).map_err(failed)? })

@@ -53,6 +53,21 @@ pub enum InterfaceError {
         /// The interfaces of this host.
         existing: String,
     },
+    /// No interface is up with an address, whatever the filter.
+    #[error(
+        "no network interface of this host is up (interfaces: {existing}); ranks of one host need \
+         the loopback interface: ip link set lo up"
+    )]
+    NoneUp {
+        /// The interfaces of this host.
+        existing: String,
+    },
+    /// Interfaces are up, and nothing is at their other ends.
+    #[error("no network interface of this host is connected (interfaces: {existing})")]
+    NoneConnected {
+        /// The interfaces of this host.
+        existing: String,
+    },
     /// The filter leaves no interface that is up with an address that can reach the others.
     #[error("interface filter `{filter}` leaves no {needed} (interfaces: {existing})")]
     NoneAllowed {
@@ -159,6 +174,9 @@ fn choose(
     towards: Option<SocketAddr>,
     route: Route,
 ) -> Result<Choice, InterfaceError> {
+    if candidates(interfaces).next().is_none() {
+        return Err(InterfaceError::NoneUp { existing: describe(interfaces) });
+    }
     match (filter, towards) {
         (Some(filter), _) => allowed(interfaces, filter, towards, route),
         (None, Some(towards)) => routed(interfaces, towards, route),
@@ -198,9 +216,7 @@ fn default_route(interfaces: &[Interface], route: Route) -> Result<Choice, Inter
         (interface.loopback, is_link_local(address.ip), address.ip.is_ipv6(), interface.index)
     });
     let Some((interface, address)) = best else {
-        let error = io::Error::other("no interface is up and connected");
-        let existing = describe(interfaces);
-        return Err(InterfaceError::NoRoute { towards: OUTSIDE[0].ip(), error, existing });
+        return Err(InterfaceError::NoneConnected { existing: describe(interfaces) });
     };
     let reason = match interface.loopback {
         true => {

@@ -98,7 +98,27 @@ fn without_a_default_route_the_first_real_interface_serves() {
     assert_eq!((choice.interface.as_str(), choice.address), ("eth0", [10, 0, 0, 5].into()));
     let alone = choose(&host()[..1], None, None, no_route).unwrap();
     assert!(alone.address.is_loopback() && alone.reason.contains("cannot reach"), "{alone:?}");
-    assert!(choose(&[], None, None, no_route).is_err());
+    let idle = interface(2, "docker0", true, &[("172.17.0.1", 16)]);
+    let error = choose(&[idle], None, None, no_route).unwrap_err().to_string();
+    assert!(error.starts_with("no network interface of this host is connected"), "{error}");
+    assert!(error.contains("docker0 (172.17.0.1)") && !error.contains("198.41"), "{error}");
+}
+
+#[test]
+fn a_host_without_any_interface_that_is_up_says_that_and_nothing_of_filters_and_routes() {
+    let down = [interface(1, "lo", false, &[("127.0.0.1", 8)]), interface(2, "eth0", false, &[])];
+    let unaddressed = [interface(1, "lo", true, &[])];
+    for host in [&down[..], &unaddressed, &[]] {
+        for filter in ["", "=lo", "eth0"] {
+            for towards in [None, at("127.0.0.1:1"), at("10.0.0.1:1")] {
+                let filter = (!filter.is_empty()).then(|| filter.parse().unwrap());
+                let error = choose(host, filter.as_ref(), towards, no_route).unwrap_err();
+                let told = error.to_string();
+                assert!(told.starts_with("no network interface of this host is up"), "{told}");
+                assert!(told.ends_with("ip link set lo up"), "{told}");
+            }
+        }
+    }
 }
 
 #[test]

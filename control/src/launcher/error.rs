@@ -11,7 +11,7 @@ use crate::address::AddressError;
 #[derive(Debug, thiserror::Error)]
 pub enum LauncherError {
     /// A variable holds something else than it must.
-    #[error("{variable}=`{value}` ({launcher}): {expected}")]
+    #[error("{variable}=`{value}`{}: {expected}", if_others(*launcher))]
     Malformed {
         /// Whose convention the variable belongs to.
         launcher: Source,
@@ -23,11 +23,7 @@ pub enum LauncherError {
         expected: String,
     },
     /// A variable is set, but not the one that belongs to it.
-    #[error(
-        "{set} is set but {missing} is not ({}): set both or neither, or set UNISUM_RANK \
-         and UNISUM_WORLD",
-        whose(*launcher)
-    )]
+    #[error("{set} is set but {missing} is not{}", half_set(*launcher, set))]
     HalfSet {
         /// Whose convention the variables belong to.
         launcher: Source,
@@ -88,12 +84,42 @@ pub enum LauncherError {
 /// The easier way for ranks that the user started by hand.
 fn if_local(launcher: Source, world: usize) -> String {
     match launcher {
-        Source::Own => format!(", or UNISUM_LOCAL_SIZE={world} if all ranks are on this host"),
+        Source::Own | Source::Program => {
+            format!(", or UNISUM_LOCAL_SIZE={world} if all ranks are on this host")
+        }
         _ => String::new(),
     }
 }
 
-/// Whose variables these are: some are of several launchers.
+/// Whose variable it is, unless its name says so.
+fn if_others(launcher: Source) -> String {
+    match launcher {
+        Source::Own | Source::Program => String::new(),
+        launcher => format!(" ({launcher})"),
+    }
+}
+
+/// Whose variables these are, and what to set.
+fn half_set(launcher: Source, set: &str) -> String {
+    match launcher {
+        Source::Own if set == "UNISUM_WORLD" => ": unset UNISUM_WORLD if a launcher (torchrun, \
+            srun, mpirun) starts the ranks; if you do, set UNISUM_RANK to another number for each"
+            .to_owned(),
+        Source::Own => ": set UNISUM_WORLD to the number of ranks, the same for all of them, or \
+            unset UNISUM_RANK if a launcher (torchrun, srun, mpirun) starts the ranks"
+            .to_owned(),
+        Source::LeaderWorkerSet => format!(
+            " ({launcher}): set both or neither, or set UNISUM_RENDEZVOUS=tcp://HOST:PORT with \
+             the leader's host"
+        ),
+        launcher => format!(
+            " ({}): set both or neither, or set UNISUM_RANK and UNISUM_WORLD",
+            whose(launcher)
+        ),
+    }
+}
+
+/// Some variables are of several launchers.
 fn whose(launcher: Source) -> String {
     match launcher {
         Source::Kubeflow => "as torchrun or a Kubeflow PyTorchJob sets them".into(),

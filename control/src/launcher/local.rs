@@ -117,6 +117,11 @@ fn file_name(job: &str) -> String {
     format!("{readable}-{:016x}", fnv1a(job))
 }
 
+/// Whether a path is that of the meeting file for `job`.
+pub(super) fn is_named_after(path: &Path, job: &str) -> bool {
+    path.file_name().is_some_and(|name| name == &*file_name(job))
+}
+
 /// Whether [`file_name`] made a name, or it is that of the members record beside such a file, or of
 /// a draft.
 fn is_file_name(name: &str) -> bool {

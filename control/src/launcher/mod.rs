@@ -95,12 +95,21 @@ impl Detected {
                 path.display()
             ));
         }
-        let is_local = matches!(self.rendezvous, Some(Rendezvous::File(_)));
-        let is_named_after_process = self.job.ends_with(&local::launcher_process("UNISUM_RANK"));
-        (self.source == Source::Own && is_local && is_named_after_process).then(|| {
-            "ranks that one process has started meet there: set UNISUM_JOB to the same name for \
-             all if several have, as subshells"
-                .to_owned()
+        let Some(Rendezvous::File(path)) = &self.rendezvous else { return None };
+        if !matches!(self.source, Source::Own | Source::Program) {
+            return None;
+        }
+        if self.job.ends_with(&local::launcher_process("UNISUM_RANK")) {
+            let text = "ranks that one process has started meet there: set UNISUM_JOB to the same \
+                        name for all if several have, as subshells";
+            return Some(text.to_owned());
+        }
+        local::is_named_after(path, &format!("{} {}", Source::Own, self.job)).then(|| {
+            format!(
+                "ranks of one UNISUM_JOB meet there, here `{:.120}`: it must be the same on all \
+                 ranks",
+                self.job
+            )
         })
     }
 }
@@ -110,6 +119,8 @@ impl Detected {
 pub enum Source {
     /// The user, by `UNISUM_RANK` and `UNISUM_WORLD`.
     Own,
+    /// The program, in code.
+    Program,
     /// torchrun, or what sets the same variables (Ray Train, DeepSpeed, Accelerate).
     Torchrun,
     /// horovodrun.
@@ -285,6 +296,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Own => "UNISUM_RANK and UNISUM_WORLD",
+            Self::Program => "the program",
             Self::Torchrun => "torchrun",
             Self::Horovod => "horovodrun",
             Self::OpenMpi => "Open MPI",

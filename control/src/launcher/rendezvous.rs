@@ -31,6 +31,8 @@ pub(super) fn find(
     pmix: Option<Arc<pmix::Session>>,
 ) -> Result<Meeting, LauncherError> {
     let job = job(environment, convention);
+    // One that nobody could use is told also where nothing needs it.
+    own_port(environment)?;
     if let Some(told) = explicit(environment)? {
         let job = job.unwrap_or_else(|| told.to_string());
         return Ok(Meeting::at(Some(told), job));
@@ -129,7 +131,7 @@ fn over_tcp(
     let launcher = convention.launcher;
     let derived = |variable, host: &str| {
         let port = own_port(environment)?.unwrap_or_else(|| derived_port(job.unwrap_or(host)));
-        tcp(variable, host, port).map(Some)
+        tcp(launcher, variable, host, port).map(Some)
     };
     match launcher {
         Source::KubeflowTrainer => {
@@ -137,7 +139,11 @@ fn over_tcp(
         }
         Source::LeaderWorkerSet => match environment.get("LWS_LEADER_ADDRESS") {
             Some(host) => derived("LWS_LEADER_ADDRESS", host),
-            None => Ok(None),
+            None => Err(LauncherError::HalfSet {
+                launcher,
+                set: "LWS_WORKER_INDEX",
+                missing: "LWS_LEADER_ADDRESS".to_owned(),
+            }),
         },
         _ => {
             let told = master(environment, launcher, "MASTER_ADDR", "MASTER_PORT")?;
@@ -168,7 +174,7 @@ fn master(
         (Some(host), port) => (host, port),
     };
     if let Some(port) = own_port(environment)? {
-        return tcp(host_name, host, port).map(Some);
+        return tcp(launcher, host_name, host, port).map(Some);
     }
     let Some(text) = port else {
         return half_set(host_name, port_name);
@@ -178,8 +184,8 @@ fn master(
         && environment.get("TORCHELASTIC_USE_AGENT_STORE") == Some("True");
     let port = text.parse::<u16>().ok().filter(|port| *port > 0);
     match port.and_then(|port| port.checked_add(taken.into())) {
-        Some(port) => tcp(host_name, host, port).map(Some),
-        None => Err(LauncherError::malformed(launcher, port_name, text, "expected a port")),
+        Some(port) => tcp(launcher, host_name, host, port).map(Some),
+        None => Err(LauncherError::malformed(launcher, port_name, text, EXPECTED_PORT)),
     }
 }
 
@@ -188,16 +194,27 @@ fn own_port(environment: &Environment) -> Result<Option<u16>, LauncherError> {
     let Some(text) = environment.get("UNISUM_PORT") else {
         return Ok(None);
     };
-    let port = text.parse().ok().filter(|port| *port > 0).ok_or_else(|| {
-        LauncherError::malformed(Source::Own, "UNISUM_PORT", text, "expected a port, 1 to 65535")
-    })?;
+    let port =
+        text.parse().ok().filter(|port| *port > 0).ok_or_else(|| {
+            LauncherError::malformed(Source::Own, "UNISUM_PORT", text, EXPECTED_PORT)
+        })?;
     Ok(Some(port))
 }
 
-fn tcp(variable: &'static str, host: &str, port: u16) -> Result<Rendezvous, LauncherError> {
+fn tcp(
+    launcher: Source,
+    variable: &'static str,
+    host: &str,
+    port: u16,
+) -> Result<Rendezvous, LauncherError> {
     let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
-    Rendezvous::tcp(bare, port).map_err(|error| LauncherError::Address { variable, error })
+    Rendezvous::tcp(bare, port).map_err(|error| {
+        let expected = format!("expected rank 0's host, a name or an address: {}", error.problem());
+        LauncherError::malformed(launcher, variable, host, expected)
+    })
 }
+
+const EXPECTED_PORT: &str = "expected a port, 1 to 65535";
 
 /// A port all ranks compute alike from the identity of the run.
 ///

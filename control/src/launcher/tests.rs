@@ -163,8 +163,8 @@ fn the_innermost_launcher_wins_and_the_others_are_named() {
 }
 
 const MISTAKES: &[(&str, &[&str])] = &[
-    ("UNISUM_RANK=0", &["UNISUM_RANK", "UNISUM_WORLD is not"]),
-    ("UNISUM_WORLD=2", &["UNISUM_WORLD is set", "UNISUM_RANK is not"]),
+    ("UNISUM_RANK=0", &["UNISUM_RANK", "UNISUM_WORLD is not", "set UNISUM_WORLD to the number"]),
+    ("UNISUM_WORLD=2", &["UNISUM_WORLD is set", "UNISUM_RANK is not", "unset UNISUM_WORLD if"]),
     ("UNISUM_RANK=x UNISUM_WORLD=2", &["UNISUM_RANK=`x`", "whole number"]),
     ("UNISUM_RANK=+1 UNISUM_WORLD=2", &["UNISUM_RANK=`+1`"]),
     ("UNISUM_RANK=2 UNISUM_WORLD=2", &["UNISUM_RANK=`2`", "below UNISUM_WORLD=2"]),
@@ -188,6 +188,20 @@ const MISTAKES: &[(&str, &[&str])] = &[
     ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", &["MASTER_PORT"]),
     ("RANK=0 WORLD_SIZE=2 MASTER_PORT=1", &["MASTER_ADDR"]),
     ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=0", &["MASTER_PORT=`0`"]),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=99999", &["=`99999` (", "1 to 65535"]),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=tcp://a MASTER_PORT=1", &["=`tcp://a` (", "has `://`"]),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a:1 MASTER_PORT=1", &["=`a:1` (", "not even a port"]),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=0.0.0.0 MASTER_PORT=1", &["=`0.0.0.0` (", "for all"]),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=:: MASTER_PORT=1", &["=`::` (", "for all"]),
+    (
+        "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 UNISUM_PORT=x",
+        &["UNISUM_PORT=`x`: expected a port, 1 to 65535"],
+    ),
+    (
+        "UNISUM_RANK=0 UNISUM_WORLD=2 UNISUM_RENDEZVOUS=file:///a/b UNISUM_PORT=0",
+        &["UNISUM_PORT=`0`: expected"],
+    ),
+    ("UNISUM_RANK=0 UNISUM_WORLD=x", &["UNISUM_WORLD=`x`: expected"]),
     ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a,b MASTER_PORT=1", &["MASTER_ADDR", "no host name"]),
     ("OMPI_COMM_WORLD_SIZE=2", &["OMPI_COMM_WORLD_RANK is not", "Open MPI"]),
     (
@@ -212,7 +226,10 @@ const MISTAKES: &[(&str, &[&str])] = &[
     ),
     ("PET_NODE_RANK=0 PET_NNODES=2 PET_NPROC_PER_NODE=auto", &["PET_NPROC", "torchrun"]),
     ("PET_NODE_RANK=0 PET_NNODES=1:4", &["PET_NNODES=`1:4`"]),
-    ("LWS_WORKER_INDEX=0 LWS_GROUP_SIZE=2", &["LeaderWorkerSet"]),
+    (
+        "LWS_WORKER_INDEX=0 LWS_GROUP_SIZE=2",
+        &["LeaderWorkerSet", "LWS_LEADER_ADDRESS is not", "UNISUM_RENDEZVOUS=tcp://HOST:PORT"],
+    ),
     (
         "LWS_WORKER_INDEX=0 LWS_GROUP_SIZE=2 LWS_LEADER_ADDRESS=a UNISUM_PORT=0",
         &["UNISUM_PORT=`0`"],
@@ -297,6 +314,18 @@ fn all_ranks_of_a_slurm_step_agree_on_job_and_place() {
     let other = detected(&other.replace("NODEID=2", "NODEID=3")).unwrap();
     assert_eq!((&first.job, &first.rendezvous), (&other.job, &other.rendezvous));
     assert_eq!(first.job, "77.0");
+}
+
+#[test]
+fn ranks_that_meet_by_the_name_of_their_job_are_told_it() {
+    let hint = |text: &str| detected(text).unwrap().hint();
+    let own = "UNISUM_RANK=1 UNISUM_WORLD=2 UNISUM_LOCAL_SIZE=2";
+    let told = hint(&format!("{own} UNISUM_JOB=b")).unwrap();
+    assert!(told.contains("UNISUM_JOB meet there, here `b`"), "{told}");
+    assert!(hint(own).unwrap().contains("set UNISUM_JOB"));
+    // The place is the user's own, or the launcher's.
+    assert_eq!(hint(&format!("{own} UNISUM_JOB=b UNISUM_RENDEZVOUS=file:///shared/x")), None);
+    assert_eq!(hint(&format!("{OPEN_MPI} UNISUM_JOB=b")), None);
 }
 
 #[test]

@@ -23,11 +23,10 @@ struct Item {
     port: Option<u8>,
 }
 
-/// A text that is not a device filter, and why.
+/// What is expected of a device filter, and what is wrong with a text that is none.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is not a device filter: {problem} (expected e.g. mlx5 or =mlx5_0:1 or ^rxe)")]
+#[error("a device filter such as mlx5 or =mlx5_0:1 or ^rxe: {problem}")]
 pub struct FilterError {
-    text: String,
     problem: &'static str,
 }
 
@@ -56,7 +55,7 @@ impl FromStr for DeviceFilter {
     type Err = FilterError;
 
     fn from_str(text: &str) -> Result<Self, FilterError> {
-        let failed = |problem| FilterError { text: text.to_owned(), problem };
+        let failed = |problem| FilterError { problem };
         let (exclude, rest) = strip(text.trim(), '^');
         let (exact, rest) = strip(rest, '=');
         let items = rest.split(',').map(|item| parse_item(item.trim()));
