@@ -39,7 +39,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How long descriptors may be missing before those who connect are turned away.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Refusals logged per [`LOG_PERIOD`].
-const LOG_LINES: u32 = 10;
+const LOG_LINES: usize = 10;
 const LOG_PERIOD: Duration = Duration::from_secs(10);
 
 /// Whose acceptor it is: what it knows of those who come.
@@ -542,25 +542,34 @@ impl Allowance {
     }
 }
 
-/// Logs refusals, but not so many that a port scanner fills the disk.
+/// Logs refusals, but not so many that a port scanner fills the disk, nor one again and again of a
+/// rank that goes on trying.
 #[derive(Debug, Default)]
 struct RefusalLog {
     since: Option<Instant>,
-    lines: u32,
+    refused: u32,
+    /// What was logged: of which host, and why.
+    told: Vec<(String, String)>,
 }
 
 impl RefusalLog {
     fn line(&mut self, now: Instant, from: &dyn std::fmt::Display, reason: &str) {
         if self.since.is_none_or(|since| now - since >= LOG_PERIOD) {
-            let untold = self.lines.saturating_sub(LOG_LINES);
+            let untold = self.refused - self.told.len() as u32;
             if untold > 0 {
-                tracing::warn!("refused {untold} more connections");
+                tracing::info!("refused {untold} more connections");
             }
-            (self.since, self.lines) = (Some(now), 0);
+            (self.since, self.refused) = (Some(now), 0);
+            self.told.clear();
         }
-        self.lines += 1;
-        if self.lines <= LOG_LINES {
-            tracing::warn!(%from, reason, "refused a connection");
+        self.refused += 1;
+        let from = from.to_string();
+        // Each attempt is from another port.
+        let host = from.rsplit_once(':').map_or(&*from, |(host, _)| host);
+        let is_told = self.told.iter().any(|told| (&*told.0, &*told.1) == (host, reason));
+        if !is_told && self.told.len() < LOG_LINES {
+            self.told.push((host.to_owned(), reason.to_owned()));
+            tracing::warn!(from, reason, "refused a connection");
         }
     }
 }

@@ -90,6 +90,9 @@ pub(super) struct Coordinator {
     awaited_latecomers: bool,
     /// How long an exchange has been waiting, and what is known of those that it waits for.
     waited: Waited,
+    /// What may keep the others from finding rank 0.
+    doubt: Option<String>,
+    patience: Duration,
     /// What was warned of that may yet go on.
     warned: String,
     verdict: Option<Verdict>,
@@ -143,10 +146,22 @@ impl Coordinator {
             awaits_until: None,
             awaited_latecomers: false,
             waited: Waited::default(),
+            doubt: None,
+            patience: LATECOMER_TIMEOUT,
             warned: String::new(),
             verdict: None,
             outputs: VecDeque::new(),
         }
+    }
+
+    /// With what may keep the others from finding rank 0, for who waits for them.
+    pub(super) fn doubting(self, doubt: Option<String>) -> Self {
+        Self { doubt, ..self }
+    }
+
+    /// One that awaits ranks for so long after the start has failed.
+    pub(super) fn awaiting(self, patience: Option<Duration>) -> Self {
+        Self { patience: patience.unwrap_or(self.patience), ..self }
     }
 
     /// The coordinator on rank `own`, after others have left: of each rank, whether it is gone, and
@@ -201,6 +216,11 @@ impl Coordinator {
     /// Whether nobody is awaited any more.
     pub(super) fn all_came(&self) -> bool {
         !self.states.iter().any(|p| matches!(p, MemberState::Absent | MemberState::Connected))
+    }
+
+    /// How long ranks are awaited that are to hear why the start has failed.
+    pub(super) const fn patience(&self) -> Duration {
+        self.patience
     }
 
     /// A rank's connection is admitted: it was vacant.
@@ -289,7 +309,7 @@ impl Coordinator {
             // Ranks are started together: who is a moment late hears why, and not only that nobody
             // is here.
             self.awaited_latecomers = true;
-            self.awaits_until.get_or_insert(now + LATECOMER_TIMEOUT);
+            self.awaits_until.get_or_insert(now + self.patience);
         }
         if self.awaits_until.is_some_and(|until| until <= now) {
             self.awaits_until = None;

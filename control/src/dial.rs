@@ -36,6 +36,8 @@ const AGAIN_PAUSE_MAX: Duration = Duration::from_millis(100);
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The same where a file leads to it, which may yet be replaced by this job's.
 const FILE_REFUSAL_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a process is looked for that is this one's rank.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bytes of the encoded welcome.
 const WELCOME_BYTES: usize = 21;
 
@@ -106,6 +108,40 @@ pub(super) fn reach_unless(
         thread::sleep(jittered(pause).min(until - now));
         pause = (pause * 2).min(PAUSE_MAX);
     }
+}
+
+/// Looks whether a process at one of these addresses is the rank already that this one would be.
+/// Blocks for [`ATTEMPT_TIMEOUT`] at most, and for
+/// [`LOOK_TIMEOUT`] where nobody takes a connection.
+///
+/// # Errors
+/// [`ControlError::Taken`] if one is.
+pub(super) fn look_for_another(
+    addresses: &[SocketAddr],
+    hello: &Hello,
+    credentials: &Credentials,
+) -> Result<(), ControlError> {
+    let (until, by) = (Instant::now() + LOOK_TIMEOUT, Instant::now() + ATTEMPT_TIMEOUT);
+    // Without a list of interfaces, what needs none is tried.
+    let addresses =
+        Paths::new(None).map_or_else(|_| addresses.to_vec(), |paths| paths.to(addresses, true));
+    let meet = |stream, _| {
+        let left = by.saturating_duration_since(Instant::now()).max(PAUSE_MIN);
+        prove(stream, (hello, credentials), left).map(drop)
+    };
+    let Err(unreached) = dial(&addresses, until, |_, _| {}, meet) else { return Ok(()) };
+    let taken = unreached.tried.into_iter().find_map(|(address, failure)| match failure {
+        Failure::Met(HandshakeError::Refused(why)) if is_taken(hello.from as Rank, &why) => {
+            Some(format!("{why} (at {address})"))
+        }
+        _ => None,
+    });
+    taken.map_or(Ok(()), |why| Err(ControlError::Taken { why }))
+}
+
+/// Whether a refusal is [`Refusal::RankTaken`].
+pub(super) fn is_taken(rank: Rank, why: &str) -> bool {
+    why.starts_with(&format!("rank {rank} is taken: "))
 }
 
 /// Between half and one and a half times the pause, so that ranks that start together do not

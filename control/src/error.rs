@@ -31,13 +31,21 @@ pub enum ControlError {
         /// What may help.
         hint: String,
     },
+    /// Another process of the job is the rank that this one would be.
+    #[error("{why}{TWICE}")]
+    Taken {
+        /// What it said, and where it is.
+        why: String,
+    },
     /// This process could not listen.
-    #[error("listening on {target}: {source}")]
+    #[error("listening on {target}: {source}{hint}")]
     Listen {
         /// The address, with the ports that were tried.
         target: String,
         /// The system's words.
         source: io::Error,
+        /// What may help.
+        hint: &'static str,
     },
     /// The rendezvous host's name could not be resolved on rank 0.
     #[error(transparent)]
@@ -91,6 +99,10 @@ pub enum ControlError {
     HasLeft,
 }
 
+/// What to look at where two processes are one rank.
+pub(super) const TWICE: &str = ": is UNISUM_RANK the same for both, or was the job started twice? \
+    (set UNISUM_JOB to tell two jobs of one shell apart)";
+
 impl ControlError {
     /// The ranks that are to blame, if they are others than this one.
     pub fn failed_ranks(&self) -> Vec<Rank> {
@@ -101,12 +113,22 @@ impl ControlError {
         }
     }
 
-    /// The error with where this rank's secret is from, if it was refused for that.
-    pub(super) fn with_origin(mut self, origin: &str) -> Self {
-        if let Self::Unreachable { reasons, hint, .. } = &mut self
-            && reasons.to_string().contains(&Refusal::Token.to_string())
-        {
+    /// The error with where this rank's secret is from, or which job it is of, if it was refused
+    /// for that.
+    pub(super) fn with_origin(mut self, origin: &str, job: &str) -> Self {
+        let Self::Unreachable { reasons, hint, .. } = &mut self else { return self };
+        let told = reasons.to_string();
+        if told.contains(&Refusal::Token.to_string()) {
             *hint = format!("; this rank's token is from {origin}: all ranks need the same");
+        } else if told.contains(&Refusal::Job.to_string()) {
+            *hint = format!(
+                "; this rank's job is `{job:.120}`: UNISUM_JOB, or what the launcher sets in its \
+                 place, must be the same on all ranks"
+            );
+        } else if told.contains("Connection refused") {
+            *hint = "; nobody listens there: rank 0 has not started, has failed (see its own \
+                     output), or is on another host"
+                .to_owned();
         }
         self
     }

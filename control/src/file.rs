@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake;
 
+use crate::ControlError;
 use crate::interface::{ADDRESSES_MAX, without_scope};
 use crate::leftovers;
 
@@ -27,44 +28,97 @@ pub(super) struct Published {
     path: PathBuf,
     text: String,
     /// Tells others that its process lives.
-    _file: ParentOnly<File>,
+    _file: Option<ParentOnly<File>>,
 }
 
-/// Publishes where rank 0 listens, in place of what the file said before. Others see the old
-/// content or the new, never a part.
+/// Publishes where rank 0 listens, in place of what the file said before, unless `look` finds that
+/// a process of the job is at the addresses there. Others see the old content or the new, never a
+/// part.
 ///
 /// # Errors
-/// The system's, with what was tried.
+/// The system's, and what `look` says.
 pub(super) fn publish(
     path: &Path,
     session: [u8; 16],
     addresses: &[SocketAddr],
-) -> io::Result<Published> {
+    look: impl Fn(&[SocketAddr]) -> Result<(), ControlError>,
+) -> Result<Published, ControlError> {
     let mut line = format!("{MAGIC} ");
     session.iter().for_each(|byte| line.push_str(&format!("{byte:02x}")));
     addresses.iter().for_each(|&address| line.push_str(&format!(" {}", without_scope(address))));
     line.push('\n');
-    publish_text(path, line)
+    let failed = |source| ControlError::File { path: path.to_owned(), source };
+    let _kept = path.parent().map(leftovers::keep).transpose().map_err(failed)?;
+    let draft = Draft::write(path, line).map_err(failed)?;
+    for _ in 0..REPLACEMENTS_MAX {
+        // Of two that find no file, one makes it, and the other one finds it.
+        match fs::hard_link(&draft.path, path) {
+            Ok(()) => return Ok(draft.is_published(path)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            // The file system has no links.
+            Err(_) => return draft.replace(path).map_err(failed),
+        }
+        let found = read_text(path, LINE_BYTES_MAX).ok();
+        if found.as_ref() == Some(&draft.text) {
+            // What was said of the link got lost on the network.
+            return Ok(draft.is_published(path));
+        }
+        if let Some(addresses) = found.as_deref().and_then(parse) {
+            look(&addresses)?;
+        }
+        // Unless somebody has published something else meanwhile.
+        if read_text(path, LINE_BYTES_MAX).ok() == found {
+            return draft.replace(path).map_err(failed);
+        }
+    }
+    Err(failed(io::Error::other("other processes keep replacing it")))
 }
+
+/// How often others may take the place of what was there.
+const REPLACEMENTS_MAX: usize = 10;
 
 /// Publishes a text, in place of what a job said there before.
 ///
 /// # Errors
-/// As [`publish`]; if the file has something else, which somebody may miss.
+/// The system's, with what was tried; if the file has something else, which somebody may miss.
 pub(super) fn publish_text(path: &Path, text: String) -> io::Result<Published> {
-    let name = path.file_name().ok_or_else(|| io::Error::other("the path names no file"))?;
-    let suffix = u64::from_le_bytes(handshake::random()?);
-    let draft = path.with_file_name(format!(".{}.{suffix:016x}", name.to_string_lossy()));
-    refuse_others_file(path)?;
     let _kept = path.parent().map(leftovers::keep).transpose()?;
-    let published = write(&draft, &text).and_then(|file| fs::rename(&draft, path).map(|()| file));
-    match published {
-        Ok(file) => Ok(Published { path: path.to_owned(), text, _file: file }),
-        Err(error) => {
-            // There may be no draft to remove; the first error is the one to tell.
-            let _ = fs::remove_file(&draft);
-            Err(error)
-        }
+    Draft::write(path, text)?.replace(path)
+}
+
+/// A whole file beside the one that it is to become, removed when dropped.
+struct Draft {
+    path: PathBuf,
+    text: String,
+    file: Option<ParentOnly<File>>,
+}
+
+impl Draft {
+    fn write(path: &Path, text: String) -> io::Result<Self> {
+        let name = path.file_name().ok_or_else(|| io::Error::other("the path names no file"))?;
+        let suffix = u64::from_le_bytes(handshake::random()?);
+        let draft = path.with_file_name(format!(".{}.{suffix:016x}", name.to_string_lossy()));
+        refuse_others_file(path)?;
+        let mut draft = Self { path: draft, text, file: None };
+        draft.file = Some(write(&draft.path, &draft.text)?);
+        Ok(draft)
+    }
+
+    fn replace(self, path: &Path) -> io::Result<Published> {
+        fs::rename(&self.path, path)?;
+        Ok(self.is_published(path))
+    }
+
+    fn is_published(mut self, path: &Path) -> Published {
+        let (text, file) = (std::mem::take(&mut self.text), self.file.take());
+        Published { path: path.to_owned(), text, _file: file }
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // There may be none: it was not written, or has another name now.
+        let _ = fs::remove_file(&self.path);
     }
 }
 
@@ -103,7 +157,13 @@ fn write(path: &Path, text: &str) -> io::Result<ParentOnly<File>> {
 /// # Errors
 /// If the file can't be read, or is not (yet) whole.
 pub(super) fn read(path: &Path) -> io::Result<Vec<SocketAddr>> {
-    let line = read_text(path, LINE_BYTES_MAX)?;
+    let line = read_text(path, LINE_BYTES_MAX).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => io::Error::new(
+            io::ErrorKind::NotFound,
+            "it is not there: rank 0 has not started, or has failed (see its own output)",
+        ),
+        _ => error,
+    })?;
     let why = match line.split(' ').next() {
         Some(word) if word.starts_with("unisum") && word != MAGIC => {
             "another version of unisum has written it"
@@ -153,6 +213,15 @@ mod tests {
     use super::*;
     use crate::tests::Scratch;
 
+    /// Nobody is anywhere.
+    fn publish(
+        path: &Path,
+        session: [u8; 16],
+        addresses: &[SocketAddr],
+    ) -> Result<Published, ControlError> {
+        super::publish(path, session, addresses, |_| Ok(()))
+    }
+
     fn addresses(texts: &[&str]) -> Vec<SocketAddr> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
@@ -198,7 +267,56 @@ mod tests {
         let scratch = Scratch::new();
         let path = scratch.path().join("missing/meeting");
         let error = publish(&path, [1; 16], &addresses(&["127.0.0.1:1"])).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        let ControlError::File { source, .. } = error else { panic!("{error}") };
+        assert_eq!(source.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn where_a_process_of_the_job_is_the_file_stays_as_it_is() {
+        let scratch = Scratch::new();
+        let path = scratch.path().join("meeting");
+        let theirs = addresses(&["127.0.0.1:1"]);
+        let _published = publish(&path, [1; 16], &theirs).unwrap();
+        let look = |found: &[SocketAddr]| {
+            assert_eq!(found, theirs);
+            Err(ControlError::HasLeft)
+        };
+        let error = super::publish(&path, [2; 16], &addresses(&["127.0.0.1:2"]), look);
+        assert!(matches!(error, Err(ControlError::HasLeft)), "{error:?}");
+        assert_eq!(read(&path).unwrap(), theirs);
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1, "no draft is left");
+    }
+
+    /// However many begin at once, all but one find one that is there.
+    #[test]
+    fn of_many_that_publish_at_once_one_finds_nobody() {
+        let scratch = Scratch::new();
+        let path = scratch.path().join("meeting");
+        for stale in [false, true] {
+            if stale {
+                fs::write(&path, "unisum2 00 127.0.0.1:9\n").unwrap();
+            }
+            let look = |found: &[SocketAddr]| match found[0].port() {
+                9 => Ok(()),
+                _ => Err(ControlError::HasLeft),
+            };
+            let start = std::sync::Barrier::new(8);
+            let publish = |number: u8| {
+                let own = addresses(&["127.0.0.1:1"]);
+                start.wait();
+                super::publish(&path, [number; 16], &own, look)
+            };
+            let published: Vec<_> = std::thread::scope(|scope| {
+                let all: Vec<_> =
+                    (0..8).map(|number| scope.spawn(move || publish(number))).collect();
+                all.into_iter().map(|each| each.join().unwrap()).collect()
+            });
+            let done = published.iter().filter(|each| each.is_ok()).count();
+            // Of those that find the same old file, two may replace it within a moment.
+            assert!(done == 1 || stale && done > 0, "{published:?}");
+            drop(published);
+            assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
+        }
     }
 
     #[test]

@@ -38,6 +38,7 @@ pub mod leftovers;
 mod listen;
 mod member;
 mod message;
+mod opening;
 mod pending;
 mod pulse;
 mod resume;
@@ -79,6 +80,7 @@ pub use self::error::ControlError;
 pub use self::kept::Kept;
 pub use self::member::LINK_VERDICT_TIMEOUT;
 pub use self::message::StalledCall;
+pub use self::opening::tell_all_that_not;
 pub use self::share::Share;
 pub use self::shared::Inbox;
 pub use self::status::{Needed, Status, Waiting, describe, describe_for_one, plan_of};
@@ -116,6 +118,8 @@ struct Joined {
     session: [u8; 16],
     coordinator: Option<SocketAddr>,
     role: Role,
+    /// How long rank 0 awaits ranks after the start has failed, if not as usual.
+    patience: Option<Duration>,
 }
 
 enum Role {
@@ -132,6 +136,11 @@ impl Control {
     /// If rank 0 can't be reached in time or refuses, this process can't listen, or the
     /// rendezvous file can't be written.
     pub fn start(config: ControlConfig) -> Result<Self, ControlError> {
+        Self::start_with(config, None)
+    }
+
+    /// The same; rank 0 awaits ranks for so long after the start has failed.
+    fn start_with(config: ControlConfig, patience: Option<Duration>) -> Result<Self, ControlError> {
         let ControlConfig { rank, world, connect_timeout, reconnect_timeout, .. } = config;
         let timeouts = (connect_timeout, reconnect_timeout);
         assert!(rank < world, "rank {rank} is not in a world of {world}");
@@ -143,7 +152,8 @@ impl Control {
             let nowhere = (Vec::new(), None);
             return Ok(Self::new(shared, None, new_session()?, nowhere, timeouts));
         }
-        let joined = if rank == 0 { open(&config)? } else { dial(&config)? };
+        let joined = if rank == 0 { opening::open(&config)? } else { dial(&config)? };
+        let joined = Joined { patience, ..joined };
         joined.listening.listeners.iter().for_each(config.prepare_listener);
         let places = (joined.listening.addresses.clone(), joined.coordinator);
         let session = joined.session;
@@ -342,6 +352,10 @@ impl Control {
     /// goes on in another view. Joins no thread.
     /// Idempotent. Does nothing in a forked child: the membership is the parent's.
     pub fn leave(&self) {
+        self.leave_within(GOODBYE_TIMEOUT);
+    }
+
+    fn leave_within(&self, limit: Duration) {
         if self.process != std::process::id() {
             return;
         }
@@ -352,7 +366,7 @@ impl Control {
         self.command(Command::Leave);
         // After a verdict nobody takes the end for a death.
         let more = if self.is_over() { Duration::ZERO } else { self.reconnect_timeout };
-        self.shared.await_goodbye(Instant::now() + GOODBYE_TIMEOUT + more);
+        self.shared.await_goodbye(Instant::now() + limit + more);
     }
 
     fn command(&self, command: Command) {
@@ -381,31 +395,6 @@ fn new_session() -> Result<[u8; 16], ControlError> {
     handshake::random().map_err(|error| ControlError::system("choosing a session", error))
 }
 
-/// Rank 0: listens and tells where.
-fn open(config: &ControlConfig) -> Result<Joined, ControlError> {
-    let session = new_session()?;
-    let filter = config.interface.as_ref();
-    let (listening, published) = match &config.rendezvous {
-        Rendezvous::Tcp { host, port } => {
-            let until = Instant::now() + config.connect_timeout;
-            (listen::at_rendezvous(host, *port, filter, until)?, None)
-        }
-        Rendezvous::File(path) => {
-            let listening = listen::at_free_port(filter, None, config.port_range)?;
-            let published = file::publish(path, session, &listening.addresses)
-                .map_err(|source| ControlError::File { path: path.clone(), source })?;
-            (listening, Some(published))
-        }
-        Rendezvous::Store { key, .. } => {
-            let listening = listen::at_free_port(filter, None, config.port_range)?;
-            let published = config.publish.as_ref().map(|publish| publish.0(&listening.addresses));
-            published.transpose().map_err(|why| ControlError::Store { key: key.clone(), why })?;
-            (listening, None)
-        }
-    };
-    Ok(Joined { listening, session, coordinator: None, role: Role::Coordinator(published) })
-}
-
 /// Tells rank 0, and so all ranks, that this one, which is another, can't join, and why. Blocks
 /// until it is told or rank 0 could not be reached within `timeout`.
 ///
@@ -422,7 +411,7 @@ pub fn tell_that_not(
     Ok(())
 }
 
-/// What another rank than rank 0 says first.
+/// What a rank says first.
 fn hello(config: &ControlConfig) -> Hello {
     Hello {
         purpose: Purpose::Control,
@@ -443,7 +432,7 @@ fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
     let with = (&hello, &config.credentials);
     let reached = dial::reach_unless(&config.rendezvous, with, config.connect_timeout, is_moot);
     let Reached { mut connection, coordinator, session, pulse } =
-        reached.map_err(|error| error.with_origin(&config.secret_origin))?;
+        reached.map_err(|error| error.with_origin(&config.secret_origin, &config.job))?;
     let filter = config.interface.as_ref();
     let is_name = match &config.rendezvous {
         Rendezvous::Tcp { host, .. } => !listen::is_literal(host),
@@ -455,7 +444,8 @@ fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
     let listening = listen::at_free_port(filter, towards, config.port_range)
         .inspect_err(|error| dial::give_up(&mut connection, config.rank, error))?;
     let role = Role::Member(connection, pulse);
-    Ok(Joined { listening, session, coordinator: Some(coordinator), role })
+    let coordinator = Some(coordinator);
+    Ok(Joined { listening, session, coordinator, role, patience: None })
 }
 
 /// Starts the control thread. If that fails, the coordinator is told so.
@@ -466,14 +456,17 @@ fn spawn(
 ) -> Result<Waker, ControlError> {
     let (rank, world, connect_timeout) = (config.rank, config.world, config.connect_timeout);
     let failed = |error| ControlError::system("starting the control thread", error);
-    let Joined { listening, session, role, .. } = joined;
+    let Joined { listening, session, role, patience, .. } = joined;
+    let Listening { listeners, doubt, .. } = listening;
     // Before anybody learns where this rank listens.
     shared.open_channel(0, session, (rank, world));
-    let made = prepare(config, listening.listeners, session, shared);
+    let made = prepare(config, listeners, session, shared);
     let made = made.and_then(|(waker, thread)| Ok((waker, thread, wait_to_run(rank, shared)?)));
     let (waker, thread, run) = match (made, role) {
         (Ok((waker, mut thread, run)), Role::Coordinator(published)) => {
-            thread.coordinate(Coordinator::new(session, world, connect_timeout), published);
+            let coordinator = Coordinator::new(session, world, connect_timeout);
+            let coordinator = coordinator.doubting(doubt).awaiting(patience);
+            thread.coordinate(coordinator, published);
             (waker, thread, run)
         }
         (Ok((waker, mut thread, run)), Role::Member(connection, pulse)) => {

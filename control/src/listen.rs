@@ -14,7 +14,7 @@ use unisum_link::{handshake, listener};
 
 use super::ControlError;
 use crate::address::{self, PortRange};
-use crate::interface::{self, Choice, InterfaceFilter};
+use crate::interface::{self, Choice, InterfaceError, InterfaceFilter, Paths};
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -31,6 +31,20 @@ pub(super) struct Listening {
     pub(super) listeners: Listeners,
     /// By which addresses other ranks reach it, the best first.
     pub(super) addresses: Vec<SocketAddr>,
+    /// What may keep the others from finding rank 0.
+    pub(super) doubt: Option<String>,
+}
+
+const OTHER_PORT: &str = ": give all ranks a port that is free, in UNISUM_RENDEZVOUS or \
+    MASTER_PORT, or set UNISUM_PORT";
+const OTHER_RANGE: &str = ": UNISUM_PORT_RANGE needs a free port for each rank of the host";
+
+/// What to set if a port can't be used.
+fn hint(error: &io::Error, other: &'static str) -> &'static str {
+    match error.kind() {
+        ErrorKind::AddrInUse | ErrorKind::PermissionDenied => other,
+        _ => "",
+    }
 }
 
 /// The listening sockets: one port on one address or several, or on all.
@@ -93,26 +107,55 @@ pub(super) fn at_rendezvous(
     until: Instant,
 ) -> Result<Listening, ControlError> {
     let rendezvous = resolve(host, port, until)?;
+    // A link-local address may be at any of this host's interfaces.
+    let paths = Paths::new(None).map_err(InterfaceError::List)?;
+    let rendezvous = paths.to(&rendezvous, true);
     let is_literal = is_literal(host);
     // Many systems resolve their own name to a loopback address, which nobody else can reach.
     let misleads = |address: &&SocketAddr| address.ip().is_loopback() && !is_literal;
     let choices = towards_one_of(filter, rendezvous.iter().filter(|it| !misleads(it)))?;
     let goes_there = filter.is_none()
         || choices.iter().any(|it| rendezvous.iter().any(|address| address.ip() == it.address));
-    let failed = |source| ControlError::Listen { target: format!("{host}:{port}"), source };
+    let failed = |source| {
+        let hint = hint(&source, OTHER_PORT);
+        ControlError::Listen { target: format!("{host}:{port}"), source, hint }
+    };
     if is_literal && goes_there {
         let listeners = bind_each_patiently(&rendezvous).map_err(failed)?;
         // None is of this host if the address is translated on its way here.
         if !listeners.all.is_empty() {
             let addresses = listeners.iter().map(TcpListener::local_addr);
             let addresses = addresses.collect::<io::Result<_>>().map_err(failed)?;
-            return Ok(Listening { listeners, addresses });
+            return Ok(Listening { listeners, addresses, doubt: None });
         }
     }
     let listener = bind_everywhere(port).map_err(failed)?;
     let port = listener.local_addr().map_err(failed)?.port();
-    let addresses = choices.iter().map(|choice| choice.socket_address(port)).collect();
-    Ok(Listening { listeners: Listeners::new(vec![listener]), addresses })
+    let addresses: Vec<_> = choices.iter().map(|choice| choice.socket_address(port)).collect();
+    let doubt = is_elsewhere(&rendezvous).then(|| doubt(host, port, &addresses));
+    if let Some(doubt) = &doubt {
+        tracing::info!("{doubt}");
+    }
+    Ok(Listening { listeners: Listeners::new(vec![listener]), addresses, doubt })
+}
+
+/// Whether none of the addresses is one of this host: what is sent there may yet be led here.
+fn is_elsewhere(addresses: &[SocketAddr]) -> bool {
+    let is_missing_here = |address: &SocketAddr| {
+        let mut address = *address;
+        address.set_port(0);
+        bind(address).is_err_and(|error| is_missing(&error))
+    };
+    addresses.iter().all(is_missing_here)
+}
+
+fn doubt(host: &str, port: u16, addresses: &[SocketAddr]) -> String {
+    let own: Vec<_> = addresses.iter().map(|address| address.ip().to_string()).collect();
+    format!(
+        "{host} is none of the addresses of rank 0's host, which listens at port {port} of {}: \
+         expected the host of rank 0 in UNISUM_RENDEZVOUS or MASTER_ADDR",
+        own.join(", ")
+    )
 }
 
 /// Whether a rendezvous host is an address and means the same everywhere, or at least the host
@@ -156,11 +199,12 @@ pub(super) fn at_free_port(
     };
     let listening = bound.map_err(|source| {
         let ip = choices[0].address;
-        let target = match ports {
-            None => ip.to_string(),
-            Some(range) => format!("{ip}, ports {range}"),
+        let (target, other) = match ports {
+            None => (ip.to_string(), ""),
+            Some(range) => (format!("{ip}, ports {range}"), OTHER_RANGE),
         };
-        ControlError::Listen { target, source }
+        let hint = hint(&source, other);
+        ControlError::Listen { target, source, hint }
     })?;
     tracing::info!(
         addresses = ?listening.addresses, interface = %choices[0].interface,
@@ -277,7 +321,7 @@ fn bind_choices(choices: &[Choice], mut port: u16) -> io::Result<Listening> {
     }
     match failed {
         Some(error) if all.is_empty() => Err(error),
-        _ => Ok(Listening { listeners: Listeners::new(all), addresses }),
+        _ => Ok(Listening { listeners: Listeners::new(all), addresses, doubt: None }),
     }
 }
 
@@ -313,6 +357,41 @@ mod tests {
         let towards = Some("127.0.0.1:1".parse().unwrap());
         let error = at_free_port(None, towards, Some(range)).unwrap_err();
         assert!(error.to_string().contains(&port.to_string()), "{error}");
+        assert!(error.to_string().ends_with(OTHER_RANGE), "{error}");
+    }
+
+    #[test]
+    fn a_rendezvous_port_that_is_taken_is_an_error_that_says_what_to_set() {
+        let first = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let port = first.local_addr().unwrap().port();
+        let error = at_rendezvous("127.0.0.1", port, None, soon()).unwrap_err().to_string();
+        assert!(error.contains(&format!("127.0.0.1:{port}")), "{error}");
+        assert!(error.ends_with(OTHER_PORT), "{error}");
+    }
+
+    /// As where a load balancer leads to it, or by mistake.
+    #[test]
+    fn a_rendezvous_at_another_host_is_listened_for_everywhere_and_doubted() {
+        let listening = at_rendezvous("192.0.2.77", 0, None, soon());
+        // Without a route there, it is an error.
+        let Ok(listening) = listening else { return };
+        let doubt = listening.doubt.unwrap();
+        assert!(doubt.starts_with("192.0.2.77 is none of the addresses of rank 0's"), "{doubt}");
+        assert!(doubt.contains(&listening.addresses[0].ip().to_string()), "{doubt}");
+        assert_eq!(at_rendezvous("127.0.0.1", 0, None, soon()).unwrap().doubt, None);
+        assert_eq!(at_rendezvous("localhost", 0, None, soon()).unwrap().doubt, None);
+    }
+
+    #[test]
+    fn a_link_local_rendezvous_needs_no_scope_on_its_own_host() {
+        let all = interface::source_addresses(None, None).unwrap();
+        let is_link_local = |it: &&Choice| match it.address {
+            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+            IpAddr::V4(_) => false,
+        };
+        let Some(choice) = all.iter().find(is_link_local) else { return };
+        let listening = at_rendezvous(&choice.address.to_string(), 0, None, soon()).unwrap();
+        assert!(listening.addresses.iter().all(|it| it.ip() == choice.address), "{listening:?}");
     }
 
     #[test]

@@ -244,11 +244,15 @@ fn a_rank_with_the_wrong_token_gives_up_with_the_reason() {
     let error = dial::reach(&rendezvous, &hello(1, 2), &wrong, timeout).unwrap_err().to_string();
     assert!(error.contains("wrong token") && error.contains("127.0.0.1"), "{error}");
     let error = dial::reach(&rendezvous, &hello(1, 2), &wrong, timeout).unwrap_err();
-    let error = error.with_origin("its file").to_string();
+    let error = error.with_origin("its file", "a job").to_string();
     assert!(
         error.ends_with("this rank's token is from its file: all ranks need the same"),
         "{error}"
     );
+    let other = Hello { job: job_hash("b"), ..hello(1, 2) };
+    let error = dial::reach(&rendezvous, &other, &credentials(), timeout).unwrap_err();
+    let error = error.with_origin("its file", "b").to_string();
+    assert!(error.contains("another job") && error.contains("job is `b`: UNISUM_JOB"), "{error}");
     assert!(started.elapsed() < PATIENCE);
 }
 

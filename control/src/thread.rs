@@ -219,6 +219,8 @@ impl ControlThread {
             let Refused { claim, address, mut reason } = refused;
             if reason == Refusal::Token.to_string() {
                 reason += &format!(" (rank 0's is from {})", identity.secret_origin);
+            } else if reason == Refusal::Job.to_string() {
+                reason += ": is UNISUM_JOB the same on all ranks?";
             }
             if claim.purpose == Purpose::Control {
                 let claim = claim.from as Rank;
@@ -521,7 +523,8 @@ impl ControlThread {
         let since = self.only_coordinates_since.filter(|_| !self.has_said_goodbye)?;
         // Those who were with another coordinator a moment ago have nobody else to ask.
         let awaits = self.coordinator.as_ref().is_some_and(Coordinator::awaits_ranks);
-        Some(since + if awaits { LINGER } else { FAREWELL })
+        let patience = self.coordinator.as_ref().map_or(LINGER, |it| it.patience().max(LINGER));
+        Some(since + if awaits { patience } else { FAREWELL })
     }
 
     fn is_over(&self, now: Instant) -> bool {

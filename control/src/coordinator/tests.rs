@@ -1,5 +1,6 @@
 mod differ;
 mod left_group;
+mod opening;
 
 use super::questions::LATE_ANSWER;
 use super::*;

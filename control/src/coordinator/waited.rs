@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use unisum_link::Rank;
 
 use super::{ANSWER_TIMEOUT, Coordinator, MemberState};
+use crate::dial::is_taken;
+use crate::error::TWICE;
 use crate::message::Message;
 use crate::round::Round;
 use crate::verdict::{Verdict, VerdictKind, name};
@@ -89,6 +91,11 @@ impl Coordinator {
         if self.is_vacant(claim) {
             self.waited.note(claim, format!("{from} said it was this rank and was refused: {why}"));
         } else if is_proven {
+            // Two ranks 0 wait for the same others, of which each may have a part.
+            if claim == self.own && is_taken(claim, why) && !self.all_came() {
+                let text = format!("{why} (from {from}){TWICE}");
+                return self.conclude(Verdict::new(VerdictKind::Failed, vec![claim], text));
+            }
             let text = format!("{from} said it was rank {claim} and was refused: {why}");
             self.waited.note_other(text);
         }
@@ -137,6 +144,10 @@ impl Coordinator {
                 let often = often(times);
                 write!(text, "\n  rank {rank}: {what}{often}").expect("strings take all");
             }
+        }
+        let is_absent = |rank: &Rank| self.states[*rank] == MemberState::Absent;
+        if let Some(doubt) = self.doubt.as_ref().filter(|_| ranks.iter().any(is_absent)) {
+            write!(text, "\n  {doubt}").expect("strings take all");
         }
         for (what, times) in &self.waited.others {
             write!(text, "\n  {what}{}", often(times)).expect("strings take all");

@@ -88,6 +88,11 @@ impl Identity {
         if hello.world != ours {
             return Err(Refusal::World { theirs: hello.world, ours });
         }
+        let is_same = hello.purpose == Purpose::Control && dialer == rank && to == from;
+        if is_same && coordinator.is_some() {
+            let first = format!("process {}", std::process::id());
+            return Err(Refusal::RankTaken { rank: from, first, second: hello.process() });
+        }
         if dialer >= world || dialer == rank || to as Rank != rank {
             return Err(Refusal::Rank { from, to });
         }
