@@ -16,7 +16,12 @@ use unisum::{
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("lines", lines), ("places", places)]);
+    support::run_if_rank(&[
+        ("lines", lines),
+        ("places", places),
+        ("described", described),
+        ("placed", placed),
+    ]);
 }
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -188,6 +193,60 @@ fn places() {
     let group = communicator.split(Some(u32::from(rank > 0)), -(rank as i64)).unwrap().unwrap();
     tell(format!("{} of {}", group.local_rank(), group.local_size()));
     tell(format!("{} of {}", group.rank(), group.world()));
+}
+
+fn described() {
+    tell(Communicator::from_environment().unwrap().describe().summary());
+}
+
+/// As a framework that knows its ranks.
+fn placed() {
+    let (rank, world) = (support::setting("UNISUM_RANK"), support::setting("UNISUM_WORLD"));
+    let builder = Communicator::builder().rank(rank.parse().unwrap()).world(world.parse().unwrap());
+    tell(builder.connect().unwrap().describe().summary());
+}
+
+#[test]
+fn it_is_said_who_gave_the_ranks_their_numbers() {
+    let told = &World::new(2, "described").succeed(LIMIT)[0];
+    assert!(told[0].starts_with("rank 0 of 2 by UNISUM_RANK and UNISUM_WORLD, "), "{told:?}");
+    let told = &World::new(2, "placed").succeed(LIMIT)[0];
+    assert!(told[0].starts_with("rank 0 of 2 by the program, "), "{told:?}");
+}
+
+#[test]
+fn what_has_no_use_and_places_given_twice_are_warned_of_by_rank_0() {
+    let warned = |variables: &[(&str, &str)], local_ranks: [usize; 2]| {
+        let world = variables
+            .iter()
+            .fold(World::new(2, "described"), |world, (name, value)| world.set(name, value));
+        let place = |local_rank: usize| world.clone().set("UNISUM_LOCAL_RANK", local_rank);
+        let mut running = place(local_ranks[0]).start_ranks(&[0]);
+        running.add(&place(local_ranks[1]), 1);
+        let ended = running.wait(LIMIT);
+        assert!(ended.iter().all(|rank| rank.status == 0), "{ended:#?}");
+        let lines = ended[0].log.lines().filter(|line| line.contains("WARN"));
+        // This machine may be warned of, too.
+        let words = ["local rank", "elastic"];
+        let is_of_these = |line: &&str| words.iter().any(|word| line.contains(word));
+        lines.filter(is_of_these).collect::<String>()
+    };
+    let size = ("UNISUM_LOCAL_SIZE", "2");
+    assert_eq!(warned(&[size], [1, 0]), "");
+    let told = warned(&[size], [0, 0]);
+    assert!(told.contains("ranks 0 and 1 of one host both have local rank 0"), "{told}");
+    // Two launchers that each have started one.
+    assert_eq!(warned(&[("UNISUM_LOCAL_SIZE", "1")], [0, 0]), "");
+    let log = std::env::temp_dir().display().to_string();
+    for (variable, value, warning) in [
+        ("UNISUM_EPOCH_LOG", &log[..], "UNISUM_EPOCH_LOG is for elastic jobs, and this is none"),
+        ("UNISUM_MEMBERS", "/tmp/none", "UNISUM_MEMBERS is for elastic jobs, and this is none"),
+        ("UNISUM_ELASTIC", "5", "an elastic job that needs 5 ranks has 2"),
+    ] {
+        let told = warned(&[(variable, value)], [0, 1]);
+        assert!(told.contains(warning), "{told}");
+    }
+    assert_eq!(warned(&[("UNISUM_ELASTIC", "2")], [0, 1]), "");
 }
 
 /// The body of a program that has no subscriber for events.

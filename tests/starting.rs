@@ -14,7 +14,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("join", join)]);
+    support::run_if_rank(&[("join", join), ("joined", joined)]);
 }
 
 fn join() {
@@ -72,6 +72,8 @@ fn a_rank_that_can_not_listen_is_named_by_all_with_the_reason() {
 fn a_rank_with_another_setting_or_an_unknown_one_is_named_by_all() {
     for (name, value, texts) in [
         ("UNISUM_WINDOW", "3", ["UNISUM_WINDOW=3", "rank 1"]),
+        ("UNISUM_ELASTIC", "2", ["rank 0 has UNISUM_ELASTIC=0, rank 1 has UNISUM_ELASTIC=2", ""]),
+        ("UNISUM_TUNING", "/a", ["rank 0 has no UNISUM_TUNING, rank 1 has UNISUM_TUNING set", ""]),
         ("UNISUM_ALGORITHM", "fastest", ["fastest", "rank 1"]),
     ] {
         let world = world(3);
@@ -96,6 +98,18 @@ fn a_wrong_token_is_told_on_both_sides_with_where_it_is_from() {
         &["127.0.0.1 said it was this rank", "wrong token (rank 0's is from"],
     );
     check(&ended[1..], "[0]", &["times 127.0.0.1:", "wrong token", "is from UNISUM_TOKEN"]);
+}
+
+#[test]
+fn another_job_is_told_on_both_sides_with_what_names_it() {
+    let world = world(2).set("UNISUM_CONNECT_TIMEOUT", 8);
+    let mut running = world.clone().set("UNISUM_JOB", "mine").start_ranks(&[0]);
+    running.add(&world.set("UNISUM_JOB", "yours"), 1);
+    let ended = running.wait(LIMIT);
+    check(&ended[..1], "[1]", &["another job: is UNISUM_JOB the same on all ranks?"]);
+    check(&ended[1..], "[0]", &["another job", "this rank's job is `yours`: UNISUM_JOB"]);
+    // Once, not once an attempt.
+    assert_eq!(ended[0].log.matches("refused a connection").count(), 1, "{}", ended[0].log);
 }
 
 /// As `(UNISUM_RANK=0 ./program) & (UNISUM_RANK=1 ./program)`.
@@ -125,6 +139,55 @@ fn a_rank_whose_variable_is_malformed_is_named_by_all_at_once() {
         check(&ended[..2], "[2] after ", &["rank 2 can't join", "UNISUM_SLICE_BYTES"]);
         check(&ended[2..], "[] after ", &["UNISUM_SLICE_BYTES", "a lot"]);
     }
+}
+
+/// Rank 0 opens only to tell the others, which came before it.
+#[test]
+fn a_rank_0_whose_variable_is_malformed_is_named_by_all_at_once() {
+    for rendezvous in ["port", "file"] {
+        let world = match rendezvous {
+            "port" => world(3),
+            _ => World::new(3, "join"),
+        };
+        let mut running = world.start_ranks(&[1, 2]);
+        running.add(&world.clone().set("UNISUM_SLICE_BYTES", "a lot"), 0);
+        let ended = running.wait(LIMIT / 2);
+        check(&ended[..2], "[0] after ", &["rank 0 can't join", "UNISUM_SLICE_BYTES"]);
+        check(&ended[2..], "[] after ", &["UNISUM_SLICE_BYTES", "a lot"]);
+    }
+}
+
+/// Each of them would wait for the others, as long as it may.
+#[test]
+fn two_processes_that_are_rank_0_are_told_of_each_other_at_once() {
+    for rendezvous in ["port", "file"] {
+        let world = match rendezvous {
+            "port" => world(2),
+            _ => World::new(2, "join"),
+        };
+        let mut running = world.start_ranks(&[0]);
+        running.add(&world, 0);
+        let pids = [running.pid(0), running.pid(1)];
+        let ended = running.wait(LIMIT / 2);
+        check(&ended, "[0] after ", &["rank 0 is taken", "is UNISUM_RANK the same for both"]);
+        let both = |text: &str| pids.iter().all(|pid| text.contains(&format!("process {pid} ")));
+        assert!(ended.iter().all(|it| both(&it.told[0])), "{pids:?}: {ended:#?}");
+    }
+}
+
+/// What a killed job left is no rank 0, and neither is one of another job.
+#[test]
+fn a_file_that_leads_to_nobody_is_replaced() {
+    let scratch = std::env::temp_dir().join(format!("unisum-starting-{}", std::process::id()));
+    std::fs::write(&scratch, "unisum2 00 127.0.0.1:1 192.0.2.77:9\n").unwrap();
+    let world = World::new(2, "joined");
+    let world = world.set("UNISUM_RENDEZVOUS", format!("file://{}", scratch.display()));
+    world.succeed(LIMIT);
+    assert!(!scratch.exists());
+}
+
+fn joined() {
+    Communicator::from_environment().unwrap();
 }
 
 /// Nobody is there to be told, and nobody waits for that long.

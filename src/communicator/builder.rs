@@ -20,7 +20,7 @@ use crate::wiring::{
 use crate::{Communicator, Elastic, Error, ErrorKind, Store};
 use unisum_control::Environment;
 use unisum_control::callers;
-use unisum_control::launcher::{self, Detected};
+use unisum_control::launcher::{self, Detected, Source};
 
 /// Collects settings for a [`Communicator`]: the process environment, overridden by what is set
 /// here. Each method corresponds to the variable it names in docs/configuration.md, and accepts the
@@ -232,9 +232,13 @@ impl Builder {
     /// # Errors
     /// As [`Communicator::from_environment`].
     pub fn connect(mut self) -> Result<Communicator, Error> {
+        let is_placed = ["UNISUM_RANK", "UNISUM_WORLD"].map(|it| self.overrides.contains_key(it));
         let (environment, settings) = self.read();
         let settings = settings.inspect_err(|error| wiring::tell_that_not(&environment, error))?;
         let mut detected = launcher::detect(&environment).map_err(configuration)?;
+        if detected.source == Source::Own && is_placed == [true; 2] {
+            detected.source = Source::Program;
+        }
         tracing::info!("{detected}");
         if settings.replay.is_some() && self.elasticity(&settings).is_none() {
             let text = "UNISUM_REPLAY is for elastic jobs: `Builder::elastic` or UNISUM_ELASTIC is \
@@ -256,10 +260,10 @@ impl Builder {
             let epoch = Lineage::found_alone(&elastic, &settings, &detected, &meeting)?;
             return Ok(alone.in_epoch(Some(epoch)));
         }
-        if detected.rank == 0 && version::IS_UNOPTIMISED {
-            crate::warning::warning!("{UNOPTIMISED}");
-        }
         let elastic = self.elasticity(&settings);
+        if detected.rank == 0 {
+            warn_of_no_use(&settings, elastic.as_ref(), detected.world);
+        }
         let known = (&environment, &settings);
         let meeting = Meeting::prepare(&mut detected, known, self.store.as_ref())?;
         let elasticity = elastic.as_ref().map_or(Elasticity::None, Elasticity::Founded);
@@ -314,6 +318,28 @@ impl Builder {
             Err(error) => Err(error),
         };
         (environment, settings)
+    }
+}
+
+/// Warns of what is asked for and has no use, or not yet.
+fn warn_of_no_use(settings: &Settings, elastic: Option<&Elastic>, world: usize) {
+    if version::IS_UNOPTIMISED {
+        crate::warning::warning!("{UNOPTIMISED}");
+    }
+    let of_elastic = [
+        ("UNISUM_MEMBERS", settings.members.is_some()),
+        ("UNISUM_EPOCH_LOG", settings.epoch_log.is_some()),
+    ];
+    for (name, _) in of_elastic.iter().filter(|(_, is_set)| *is_set && elastic.is_none()) {
+        crate::warning::warning!(
+            "{name} is for elastic jobs, and this is none: set UNISUM_ELASTIC"
+        );
+    }
+    if let Some(Elastic { minimum }) = elastic.filter(|elastic| elastic.minimum > world) {
+        crate::warning::warning!(
+            "an elastic job that needs {minimum} ranks has {world}: the first loss ends it, unless \
+             others have joined"
+        );
     }
 }
 

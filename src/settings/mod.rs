@@ -154,10 +154,20 @@ impl Settings {
         Self::read(environment, Custom::default())
     }
 
-    /// The defaults, but for encryption if that can be read: to tell what else can't.
-    pub(crate) fn only_tls(environment: &Environment) -> Self {
-        let tls = TlsSettings::read(&Reader(environment)).unwrap_or_default();
-        Self { tls, ..Self::default() }
+    /// The defaults, but for what meeting the others needs: to tell them what can't be read. `None`
+    /// if it is not known where this rank may listen, and it `listens`.
+    pub(crate) fn only_to_meet(environment: &Environment, listens: bool) -> Option<Self> {
+        let read = Reader(environment);
+        let tls = TlsSettings::read(&read).unwrap_or_default();
+        let settings = Self { tls, ..Self::default() };
+        if !listens {
+            return Some(settings);
+        }
+        let interface = read.interface().ok()?;
+        let port_range = read.parsed("UNISUM_PORT_RANGE").ok()?;
+        // For so long rank 0 waits for a name of its own, too.
+        let connect_timeout = Duration::from_secs(5);
+        Some(Self { interface, port_range, connect_timeout, ..settings })
     }
 }
 

@@ -17,6 +17,8 @@ pub(crate) struct Card {
     pub(crate) host: String,
     /// Process id, for messages.
     pub(crate) pid: u32,
+    /// Its place on its host and how many ranks are there, where the launcher says both.
+    pub(crate) place: Option<(u32, u32)>,
     /// The cores it may run on.
     pub(super) cores: Cores,
     /// Settings that must be the same on all ranks, as text.
@@ -31,6 +33,9 @@ impl Card {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.put_u32_le(self.pid);
+        let (local_rank, local_size) = self.place.unwrap_or_default();
+        bytes.put_u32_le(local_rank);
+        bytes.put_u32_le(local_size);
         let told = |&address: &SocketAddr| without_scope(address).to_string();
         let addresses = self.addresses.iter().map(told).collect::<Vec<_>>().join(" ");
         let (host, settings) = (self.host.as_bytes(), self.settings.as_bytes());
@@ -45,6 +50,13 @@ impl Card {
     /// Reads a card; the error says what is wrong with it.
     pub(crate) fn decode(mut bytes: &[u8]) -> Result<Self, String> {
         let pid = bytes.try_get_u32_le().map_err(|_| "a card without process id")?;
+        let mut number = || bytes.try_get_u32_le().map_err(|_| "a card without a place");
+        let (local_rank, local_size) = (number()?, number()?);
+        let place = match (local_rank, local_size) {
+            (0, 0) => None,
+            place if local_rank < local_size => Some(place),
+            _ => return Err("a card with a place that is none".into()),
+        };
         let addresses = text(&mut bytes)?;
         let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is not an address"));
         let addresses = addresses
@@ -59,7 +71,7 @@ impl Card {
         if !bytes.is_empty() {
             return Err("a card with something behind it".into());
         }
-        Ok(Self { addresses, host, pid, cores, settings, node, standing })
+        Ok(Self { addresses, host, pid, place, cores, settings, node, standing })
     }
 }
 
@@ -82,6 +94,7 @@ mod tests {
             addresses: vec!["[fe80::1]:4000".parse().unwrap(), "10.0.0.1:4000".parse().unwrap()],
             host: "boot/net".into(),
             pid: 7,
+            place: Some((3, 8)),
             cores: Cores::own(),
             settings: "transport=auto".into(),
             node: vec![1, 2, 3],

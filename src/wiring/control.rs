@@ -9,14 +9,23 @@ use crate::{Error, ErrorKind};
 use unisum_control::launcher::Detected;
 use unisum_control::{Control, ControlConfig};
 
-/// Tells the others, which would wait for it, that this rank can't join, and why, if rank 0 is
-/// there. Blocks for 2 s at most.
-pub(super) fn tell_that_not(detected: &Detected, meeting: &Meeting, why: &Error) {
-    // What is wrong may be in the settings: none of them matters for that.
-    let told = config(detected, &Settings::default(), meeting)
-        .map_err(|error| error.to_string())
-        .and_then(|config| {
-            let told = unisum_control::tell_that_not(&config, why, Duration::from_secs(5));
+/// How long others may take to come that are to hear of a failure.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Tells the others, which would wait for it, that this rank can't join, and why: by rank 0, if
+/// that is there, or as rank 0. Blocks for little more than 5 s at most.
+pub(super) fn tell_that_not(
+    detected: &Detected,
+    settings: &Settings,
+    meeting: &Meeting,
+    why: &Error,
+) {
+    let told =
+        config(detected, settings, meeting).map_err(|error| error.to_string()).and_then(|config| {
+            let told = match config.rank {
+                0 => unisum_control::tell_all_that_not(config, why, PATIENCE),
+                _ => unisum_control::tell_that_not(&config, why, PATIENCE),
+            };
             told.map_err(|error| error.to_string())
         });
     if let Err(error) = told {

@@ -26,7 +26,7 @@ fn check_card(bytes: &[u8]) {
     let Ok(card) = Card::decode(bytes) else { return };
     let encoded = card.encode();
     let without_addresses = |card: &[u8]| {
-        let (head, rest) = card.split_at(4);
+        let (head, rest) = card.split_at(12);
         let (length, rest) = rest.split_first_chunk().expect("it was accepted");
         [head, &rest[u32::from_le_bytes(*length) as usize..]].concat()
     };
@@ -40,6 +40,7 @@ fn card_seeds() -> Vec<Vec<u8>> {
         addresses: vec![([10, 0, 0, 1], 4000).into(), ([127, 0, 0, 1], 4000).into()],
         host: "boot/net".into(),
         pid: 7,
+        place: Some((1, 2)),
         cores: Cores::own(),
         settings: "transport=auto".into(),
         node: vec![1, 2, 3],

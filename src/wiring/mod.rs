@@ -28,6 +28,7 @@ mod standing;
 mod transports;
 mod unanimous;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
@@ -110,23 +111,24 @@ pub(crate) fn join(
     }
 }
 
-/// Tells the others what keeps this rank from joining, if it is known how to reach them. Blocks for
-/// 5 s at most, and for as long as the system's name resolver does; where only PMIx knows how many
-/// ranks there are, for 30 s more. Where ranks meet by PMIx, nobody is told: the program may join
-/// yet, and PMIx is opened once.
+/// Tells the others what keeps this rank from joining, if it is known how to reach them, or rank 0
+/// how to listen for them. Blocks for 5 s at most, and for as long as the system's name resolver
+/// does; where only PMIx knows how many ranks there are, for 30 s more. Where ranks meet by PMIx,
+/// nobody is told: the program may join yet, and PMIx is opened once.
 pub(crate) fn tell_that_not(environment: &Environment, why: &Error) {
     if launcher::meets_by_pmix(environment) {
         return;
     }
     let Ok(detected) = launcher::detect(environment) else { return };
-    // Rank 0 listens only as its settings say, and a store is the program's.
+    // A store is the program's.
     let meets = matches!(&detected.rendezvous, Some(it) if !matches!(it, Rendezvous::Store { .. }));
+    // Rank 0 listens only as its settings say.
+    let Some(settings) = Settings::only_to_meet(environment, detected.rank == 0) else { return };
     if detected.world > 1
-        && detected.rank > 0
         && meets
-        && let Ok(meeting) = Meeting::by_token(environment, &Settings::only_tls(environment))
+        && let Ok(meeting) = Meeting::by_token(environment, &settings)
     {
-        control::tell_that_not(&detected, &meeting, why);
+        control::tell_that_not(&detected, &settings, &meeting, why);
     }
 }
 
@@ -154,8 +156,8 @@ impl Elasticity<'_> {
 impl fmt::Display for Elasticity<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::None => f.write_str("no"),
-            Self::Founded(Elastic { minimum }) => write!(f, "minimum:{minimum}"),
+            Self::None => f.write_str("0"),
+            Self::Founded(Elastic { minimum }) => write!(f, "{minimum}"),
             Self::Continued(epoch, _) => write!(f, "epoch:{}", epoch.view.epoch),
         }
     }
@@ -181,7 +183,10 @@ fn wire(
     let fixed = settings.algorithm.as_deref().map(selector::index_of).transpose()?;
     let within_hosts = transports::within_hosts(settings, by.secret());
     let endpoint = NodeEndpoint::new(within_hosts, settings, (rank, &membership.ranks()[..]));
-    let cards = exchange_cards(control, rank, (settings, elasticity), &endpoint)?;
+    let cards = exchange_cards(control, detected, (settings, elasticity), &endpoint)?;
+    if rank == 0 {
+        warn_of_one_place(&cards);
+    }
     // All are there, and none goes on without rank 0, which gives them what comes next.
     meeting.close();
     let wired = connect((detected, settings, by), membership, &cards, endpoint)?;
@@ -363,13 +368,35 @@ impl Assembly {
     }
 }
 
+/// Warns of ranks of one host that were given the same place there, by which programs choose
+/// devices. Two launchers may have started ranks on one host: each then counts its own only.
+fn warn_of_one_place(cards: &[Card]) {
+    let mut taken = BTreeMap::new();
+    for (rank, card) in cards.iter().enumerate() {
+        let Some((local_rank, local_size)) = card.place else { continue };
+        let here = cards.iter().filter(|other| other.host == card.host).count();
+        if here != local_size as usize {
+            continue;
+        }
+        if let Some(first) = taken.insert((&card.host, local_rank), rank) {
+            crate::warning::warning!(
+                "ranks {first} and {rank} of one host both have local rank {local_rank}: is \
+                 LOCAL_RANK or UNISUM_LOCAL_RANK the same twice?"
+            );
+        }
+    }
+}
+
 fn exchange_cards(
     control: &Control,
-    rank: Rank,
+    detected: &Detected,
     (settings, elasticity): (&Settings, Elasticity<'_>),
     endpoint: &NodeEndpoint,
 ) -> Result<Vec<Card>, Error> {
+    let rank = detected.rank;
+    let place = detected.local_rank.zip(detected.local_size);
     let card = Card {
+        place: place.map(|(rank, size)| (rank as u32, size as u32)),
         addresses: control.addresses().to_vec(),
         host: node::host_name(),
         pid: std::process::id(),
@@ -396,8 +423,8 @@ fn exchange_cards(
 /// All that has to be the same on all ranks.
 fn told_settings(settings: &Settings, elasticity: Elasticity<'_>) -> String {
     format!(
-        "{} UNISUM_REPLAY={} UNISUM_TIMEOUT={} UNISUM_RECONNECT_TIMEOUT={} elastic={elasticity} \
-         transports={}",
+        "{} UNISUM_REPLAY={} UNISUM_TIMEOUT={} UNISUM_RECONNECT_TIMEOUT={} \
+         UNISUM_ELASTIC={elasticity} transports={}",
         common_settings(settings),
         if settings.replay.is_some() { "set" } else { "" },
         settings.timeout.as_secs_f64(),
@@ -431,10 +458,20 @@ fn check_settings(rank: Rank, cards: &[Card]) -> Result<(), Error> {
     let (ours, theirs): (Vec<&str>, Vec<&str>) = both.filter(|(a, b)| a != b).unzip();
     let text = format!(
         "settings that must be the same on all ranks differ: rank 0 has {}, rank {other} has {}",
-        ours.join(" "),
-        theirs.join(" ")
+        in_words(&ours),
+        in_words(&theirs)
     );
     Err(Error::new(ErrorKind::Configuration, text).on(rank).caused_by(vec![other]))
+}
+
+/// Settings as a user would write them, or, where only that is known, whether they are set.
+fn in_words(settings: &[&str]) -> String {
+    let word = |setting: &&str| match setting.split_once('=') {
+        Some((name, "")) => format!("no {name}"),
+        Some((name, "set")) => format!("{name} set"),
+        _ => (*setting).to_owned(),
+    };
+    settings.iter().map(word).collect::<Vec<_>>().join(", ")
 }
 
 /// What a rank lacks for its links, as all ranks call that if a start fails.
