@@ -32,7 +32,7 @@ use std::time::Instant;
 
 use clap::{CommandFactory as _, Parser as _};
 use tracing::Level;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt;
 use tracing_subscriber::prelude::*;
 
@@ -48,7 +48,9 @@ pub fn main() -> ExitCode {
     if let Err(error) = args.validate() {
         Args::command().error(clap::error::ErrorKind::ValueValidation, error).exit();
     }
-    log_to_stderr(args.verbose);
+    if let Err(error) = log_to_stderr(args.verbose) {
+        Args::command().error(clap::error::ErrorKind::ValueValidation, error).exit();
+    }
     let launches = args.joined.is_none() && !args.worlds().is_empty();
     let outcome = if launches { launch(&args) } else { join(&args) };
     outcome.unwrap_or_else(|error| {
@@ -96,10 +98,45 @@ fn join(args: &Args) -> Result<ExitCode> {
 }
 
 /// Logs go to standard error: standard output belongs to the report.
-fn log_to_stderr(verbose: u8) {
+fn log_to_stderr(verbose: u8) -> std::result::Result<(), String> {
     let default = [Level::WARN, Level::INFO, Level::DEBUG][usize::from(verbose.min(2))];
-    let asked = std::env::var("UNISUM_LOG").ok().and_then(|text| text.parse().ok());
-    let filter = asked.unwrap_or_else(|| Targets::new().with_default(default));
+    let asked = std::env::var("UNISUM_LOG").ok().filter(|text| !text.is_empty());
+    let filter = asked.as_deref().map(log_filter).transpose()?;
+    let filter = filter.unwrap_or_else(|| Targets::new().with_default(default));
     let lines = fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
     tracing_subscriber::registry().with(lines).with(filter).init();
+    Ok(())
+}
+
+/// The filter in `UNISUM_LOG`. A word that is no level would be a target that nothing has, and
+/// silence all others.
+fn log_filter(text: &str) -> std::result::Result<Targets, String> {
+    let is_known = |item: &str| {
+        let item = item.trim();
+        let is_ours = item.starts_with("unisum") || item.starts_with("allreduce_bench");
+        is_ours || item.contains('=') || !item.is_empty() && item.parse::<LevelFilter>().is_ok()
+    };
+    let filter = text.parse().ok().filter(|_| text.split(',').all(is_known));
+    filter.ok_or_else(|| {
+        format!(
+            "UNISUM_LOG=`{text}`: expected off, error, warn, info, debug or trace, or a filter \
+             such as unisum_control=trace,warn"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_of_the_log_are_levels_or_have_targets_and_all_else_is_refused() {
+        for text in ["off", "WARN", "debug", "unisum_control=trace,warn", "unisum", "h2=off"] {
+            assert!(log_filter(text).is_ok(), "{text}");
+        }
+        for text in ["nonsense", "nonsense,", "warn,", "unisum=loud", "foo=bar", "1e3"] {
+            let error = log_filter(text).map(|_| text).unwrap_err();
+            assert!(error.contains("expected off, error"), "{text}: {error}");
+        }
+    }
 }
