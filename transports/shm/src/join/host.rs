@@ -55,12 +55,19 @@ fn create_mapping(
 ) -> Result<Mapping, ShmError> {
     let asked = heap_bytes.unwrap_or_else(physical_bytes);
     // Exceeding the file size limit would be a signal and not an error.
-    let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX).min(room);
+    let file_limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
+    let limit = file_limit.min(room);
     let mut heap = asked.min(limit / local_ranks as u64).max(HEAP_ALIGN);
     loop {
         let error = match Layout::new(local_ranks, heap).filter(|layout| layout.bytes() <= limit) {
             None => {
-                let source = io::Error::from(io::ErrorKind::OutOfMemory);
+                let why = match file_limit < room {
+                    true => format!(
+                        "files may have {file_limit} bytes at most: raise the limit (ulimit -f)"
+                    ),
+                    false => format!("{room} bytes are left"),
+                };
+                let source = io::Error::new(io::ErrorKind::OutOfMemory, why);
                 ShmError::Os { context: "fitting shared memory into the limits", source }
             }
             Some(layout) => match create(layout).and_then(|memory| Mapping::new(memory, layout)) {
