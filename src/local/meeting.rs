@@ -28,7 +28,10 @@ impl Meeting {
         remove_left(&parent);
         loop {
             let path = parent.join(format!("{PREFIX}{}", &random_hex()?[..DIGITS]));
-            DirBuilder::new().mode(0o700).create(&path)?;
+            DirBuilder::new().mode(0o700).create(&path).map_err(|error| {
+                let text = "is there a folder that can be written (TMPDIR)?";
+                io::Error::new(error.kind(), format!("making {}: {error}; {text}", path.display()))
+            })?;
             // Before it is locked, another launcher may take it for one that was left. Shared, as
             // ranks that publish a file there lock it, too.
             if let Some(lock) = lock(&path, FlockOperation::NonBlockingLockShared)? {
