@@ -83,6 +83,19 @@ fn compile(compiler: &str, source: &str, name: &str, flags: &[&str]) -> PathBuf 
     to
 }
 
+/// Compiles a program that needs no shared library, with what pkg-config says and no more.
+fn compile_static(source: &str, name: &str) -> PathBuf {
+    let packages = prefix().join("lib/pkgconfig");
+    let mut config = Command::new("pkg-config");
+    config.args(["--static", "--cflags", "--libs", "unisum"]).env("PKG_CONFIG_PATH", packages);
+    let config = succeed(&mut config);
+    let to = prefix().join(name);
+    let mut command = Command::new("gcc");
+    command.arg("-static").arg(root().join(source)).arg("-o").arg(&to);
+    succeed(command.args(config.split_whitespace()));
+    to
+}
+
 /// Processes that are killed when a test fails.
 struct Ranks(Vec<Child>);
 
@@ -242,6 +255,21 @@ fn examples_compile_from_what_is_installed_and_run() {
             assert!(said.ends_with(&last), "{said}");
         }
         run(&[overlap], ranks);
+    }
+}
+
+/// As for a container without anything else in it.
+#[test]
+fn a_program_may_need_no_shared_library() {
+    if !has(&TOOLS) {
+        return;
+    }
+    let program = compile_static("examples/all_reduce.c", "all_reduce-static");
+    let mut headers = Command::new("readelf");
+    let headers = succeed(headers.arg("--program-headers").arg(&program));
+    assert!(!headers.contains("INTERP"), "{headers}");
+    for (rank, said) in run(&[program.to_str().unwrap()], 2).iter().enumerate() {
+        assert_eq!(*said, format!("rank {rank} of 2: the average is 0.5\n"));
     }
 }
 
