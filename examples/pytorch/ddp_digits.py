@@ -4,6 +4,7 @@ DistributedDataParallel: the classic form. What is unisum's about it is the back
     python ddp_digits.py                         # over unisum
     python ddp_digits.py --backend gloo          # the same over gloo
     torchrun --nproc-per-node 4 ddp_digits.py    # in the processes that torchrun starts
+    mpirun -n 4 python ddp_digits.py             # or mpirun, mpiexec or srun
 """
 
 import argparse

@@ -9,6 +9,7 @@ OPEN_MPI = "mpirun.openmpi --allow-run-as-root --oversubscribe --bind-to none"
 MPICH = "mpiexec.mpich"
 SECONDS = 180
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+DIGITS = os.path.join(ROOT, "examples", "pytorch", "ddp_digits.py") + " --epochs 1"
 
 
 class Fault(Exception):
@@ -123,7 +124,23 @@ def mpi(context, name, launcher, words):
     ]
     if context.python:
         cases.append((f"{name}: a Python program", lambda: python_sum(context, python)))
+    if context.python and context.torchrun:
+        example = f"{launcher} -n 2 {torchs_python(context)} {DIGITS}"
+        cases.append((f"{name}: an example that trains", lambda: trains(context, example)))
     return cases
+
+
+def torchs_python(context):
+    """The Python of torchrun's environment."""
+    return os.path.join(os.path.dirname(context.torchrun), "python")
+
+
+def trains(context, command, **variables):
+    """The example joins two ranks, where it would start ranks of its own otherwise."""
+    status, out, errors = context.place.finish(context.start(command, **variables), SECONDS)
+    fault = told_once(errors, 2)
+    if status != 0 or fault or out.count("Epoch 1, accuracy") != 1:
+        raise Fault(f"status {status}, {fault}: {out}\n{errors[-3000:]}")
 
 
 def program(name):
@@ -255,12 +272,18 @@ srun -n 4 {context.bench}"""
         if "start it with srun" not in texts[0]:
             raise Fault(f"no warning that each process is alone: {texts}")
 
+    def example():
+        variables = {"SLURM_CONF": context.slurm().configuration}
+        trains(context, f"srun -n 2 {torchs_python(context)} {DIGITS}", **variables)
+
     def python():
         command = f"srun -n 4 {context.python} {program('sum_ranks.py')}"
         python_sum(context, command, SLURM_CONF=context.slurm().configuration)
 
     two = f"srun -n 4 --overlap {context.bench} & srun -n 4 --overlap {context.bench} & wait"
     cases = [("Slurm: a Python program", python)] if context.python else []
+    if context.python and context.torchrun:
+        cases.append(("Slurm: an example that trains", example))
     return cases + [
         ("Slurm: a step", lambda: step("-n 4 -N 1", "1 node")),
         ("Slurm: a step on two nodes", lambda: step("-n 4 -N 2", "2 nodes")),
@@ -296,16 +319,10 @@ def torchrun_cases(context):
             context.place.end(other)
 
     def example():
-        """It joins, where it would start ranks of its own otherwise."""
-        digits = os.path.join(ROOT, "examples", "pytorch", "ddp_digits.py")
-        started = context.start(f"{context.torchrun} --nproc-per-node 2 {digits} --epochs 1")
-        status, out, errors = context.place.finish(started, SECONDS)
-        fault = told_once(errors, 2)
-        if status != 0 or fault or out.count("Epoch 1, accuracy") != 1:
-            raise Fault(f"status {status}, {fault}: {out}\n{errors[-3000:]}")
+        trains(context, f"{context.torchrun} --nproc-per-node 2 {DIGITS}")
 
-    trains = [("torchrun: an example that trains", example)] if context.python else []
-    return trains + [
+    examples = [("torchrun: an example that trains", example)] if context.python else []
+    return examples + [
         ("torchrun: one job", lambda: context.run(one, 4, "by torchrun")),
         ("torchrun: two standalone jobs at once", lambda: context.at_once(
             f"{start} --standalone --nproc-per-node 4 {free}", 4, 2, "by torchrun")),
