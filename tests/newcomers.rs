@@ -9,9 +9,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use support::{World, tell};
+use unisum::buckets::{Buckets, Compressed, Encoding, Parameter};
 use unisum::{
-    Buffers, Collective, Communicator, CustomOp, Error, LossScaler, Mesh, Message, Messenger,
-    OutOfPlace, ReduceOp, Reduction, local,
+    Buffers, Collective, Communicator, CustomOp, Dtype, Error, LossScaler, Mesh, Message,
+    Messenger, OutOfPlace, ReduceOp, Reduction, local,
 };
 
 #[test]
@@ -21,6 +22,7 @@ fn rank_process() {
         ("places", places),
         ("described", described),
         ("placed", placed),
+        ("compresses", compresses),
     ]);
 }
 
@@ -249,6 +251,60 @@ fn what_has_no_use_and_places_given_twice_are_warned_of_by_rank_0() {
     assert_eq!(warned(&[("UNISUM_ELASTIC", "2")], [0, 1]), "");
 }
 
+/// Gradients in 8 bits on the wire, and as they are.
+fn compresses() {
+    let communicator = Communicator::from_environment().unwrap();
+    let parameters = [Parameter::new("weight", &[8], Dtype::F32)];
+    for name in ["as they are", "compressed"] {
+        eprintln!("compression: {name}");
+        let builder = Buckets::builder(&communicator);
+        let builder = match name {
+            "compressed" => builder.hook(Compressed::new(Encoding::Int8)),
+            _ => builder,
+        };
+        builder.build(&parameters).unwrap();
+    }
+}
+
+#[test]
+fn compression_between_ranks_of_one_host_is_warned_of_once() {
+    let ended = World::new(2, "compresses").run(LIMIT);
+    assert!(ended.iter().all(|rank| rank.status == 0), "{ended:#?}");
+    let (plain, compressed) = ended[0].log.split_once("compression: compressed").unwrap();
+    assert_eq!(plain.matches("gradients are compressed").count(), 0, "{plain}");
+    assert_eq!(compressed.matches("gradients are compressed").count(), 1, "{compressed}");
+    assert_eq!(ended[1].log.matches("gradients are compressed").count(), 0);
+}
+
+/// There is room for the rendezvous file, but for nothing larger.
+#[test]
+fn a_limit_on_file_sizes_is_told_where_shared_memory_is_asked_for() {
+    let limited = |_| ["sh", "-c", "ulimit -f 8; exec \"$@\"", "sh"].map(str::to_owned).to_vec();
+    let world = World::new(2, "described").set("UNISUM_TRANSPORT", "shm").through(limited);
+    let ended = world.run(LIMIT);
+    assert!(ended.iter().all(|rank| rank.status != 0), "{ended:#?}");
+    assert!(
+        ended.iter().any(|rank| rank.log.contains("raise the limit (ulimit -f)")),
+        "{ended:#?}"
+    );
+}
+
+/// The body of a program that starts its ranks itself.
+#[test]
+fn plain_launcher() {
+    if std::env::var("TEST_PLAIN").is_ok() {
+        let error = local::spawn(1, |_| Command::new("true")).unwrap_err();
+        eprintln!("unisum: {error}");
+    }
+}
+
+#[test]
+fn the_folder_that_ranks_can_not_meet_in_is_named() {
+    let told = output("plain_launcher", &[("TMPDIR", "/proc/1")]);
+    assert!(told.contains("unisum: making /proc/1/unisum-local-"), "{told}");
+    assert!(told.contains("(TMPDIR)?"), "{told}");
+}
+
 /// The body of a program that has no subscriber for events.
 #[test]
 fn plain_program() {
@@ -260,8 +316,12 @@ fn plain_program() {
 
 /// What such a program says on standard error.
 fn said(variables: &[(&str, &str)]) -> String {
+    output("plain_program", variables)
+}
+
+fn output(program: &str, variables: &[(&str, &str)]) -> String {
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "plain_program", "--nocapture"])
+        .args(["--exact", program, "--nocapture"])
         .env("TEST_PLAIN", "1")
         .env_remove("UNISUM_LOG")
         .envs(variables.iter().copied())

@@ -27,6 +27,8 @@ pub struct Builder<'c> {
     settings: Settings,
     layout: Option<Vec<u8>>,
     hook: Box<dyn Hook>,
+    /// Whether the hook sends less than there is.
+    compresses: bool,
 }
 
 impl<'c> Builder<'c> {
@@ -44,6 +46,7 @@ impl<'c> Builder<'c> {
             settings,
             layout: None,
             hook: Box::new(AllReduce),
+            compresses: false,
         }
     }
 
@@ -110,6 +113,7 @@ impl<'c> Builder<'c> {
     #[must_use]
     pub fn hook(mut self, hook: impl Hook + 'static) -> Self {
         self.settings.acknowledges = !is_own(&hook);
+        self.compresses = compresses(&hook);
         self.hook = Box::new(hook);
         self
     }
@@ -121,6 +125,7 @@ impl<'c> Builder<'c> {
     pub fn sharded(mut self) -> Self {
         self.limits.pieces = self.communicator.world();
         self.settings.acknowledges = false;
+        self.compresses = false;
         self.hook = Box::new(ReduceScatter);
         self.settings.relayout = false;
         self
@@ -147,6 +152,9 @@ impl<'c> Builder<'c> {
         }
         let communicator = self.communicator.duplicate_for(&Making::Buckets)?;
         let rank = communicator.rank();
+        if self.compresses && rank == 0 {
+            warn_of_compression(&communicator);
+        }
         let name = Panic::catch(|| self.hook.name());
         let name = name.map_err(|panic| communicator.panicked(&panicked_in("name", &panic)))?;
         let (layout, signature) = self.agree(&communicator, parameters, &name)?;
@@ -280,6 +288,22 @@ pub(super) fn welcome(
         refuse_any(communicator, &communicator.exchange(Vec::new())?)?;
     }
     Ok(all)
+}
+
+/// Warns if nothing travels that could be smaller.
+fn warn_of_compression(communicator: &Communicator) {
+    let world = communicator.world();
+    if world > 1 && communicator.local_size() == world {
+        crate::warning::warning!(
+            "gradients are compressed, and all ranks are on one host, where that takes longer than \
+             it saves: it is for links between hosts of some Gbit/s and less"
+        );
+    }
+}
+
+/// Whether a hook sends less than there is.
+fn compresses<H: Hook + 'static>(_: &H) -> bool {
+    [TypeId::of::<Compressed>(), TypeId::of::<LowRank>()].contains(&TypeId::of::<H>())
 }
 
 /// Whether a hook is of this library, whose hooks do not panic.
