@@ -356,7 +356,7 @@ fn disagree() {
 #[test]
 fn ranks_that_give_different_minimums_are_refused() {
     for told in World::new(2, "disagree").succeed(LIMIT) {
-        let what = "rank 0 has elastic=minimum:1, rank 1 has elastic=minimum:2";
+        let what = "rank 0 has UNISUM_ELASTIC=1, rank 1 has UNISUM_ELASTIC=2";
         assert!(told[0].starts_with("Configuration [1] ") && told[0].contains(what), "{told:?}");
     }
 }

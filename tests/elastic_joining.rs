@@ -344,7 +344,7 @@ fn a_process_that_does_not_belong_to_the_job_is_refused_at_once() {
             "settings that must be the same on all ranks differ: this process has \
              UNISUM_SLICE_BYTES=65536, the job has UNISUM_SLICE_BYTES=262144",
         ),
-        (|it| it.set("MINIMUM", 2), "has elastic=minimum:2, the job has elastic=minimum:1"),
+        (|it| it.set("MINIMUM", 2), "has UNISUM_ELASTIC=2, the job has UNISUM_ELASTIC=1"),
     ];
     for (change, why) in cases {
         let (told, seconds) = refused(change, "train");

@@ -53,7 +53,7 @@ pub(super) fn publish(
     for _ in 0..REPLACEMENTS_MAX {
         // Of two that find no file, one makes it, and the other one finds it.
         match fs::hard_link(&draft.path, path) {
-            Ok(()) => return Ok(draft.is_published(path)),
+            Ok(()) => return Ok(draft.into_published(path)),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             // The file system has no links.
             Err(_) => return draft.replace(path).map_err(failed),
@@ -61,7 +61,7 @@ pub(super) fn publish(
         let found = read_text(path, LINE_BYTES_MAX).ok();
         if found.as_ref() == Some(&draft.text) {
             // What was said of the link got lost on the network.
-            return Ok(draft.is_published(path));
+            return Ok(draft.into_published(path));
         }
         if let Some(addresses) = found.as_deref().and_then(parse) {
             look(&addresses)?;
@@ -106,10 +106,10 @@ impl Draft {
 
     fn replace(self, path: &Path) -> io::Result<Published> {
         fs::rename(&self.path, path)?;
-        Ok(self.is_published(path))
+        Ok(self.into_published(path))
     }
 
-    fn is_published(mut self, path: &Path) -> Published {
+    fn into_published(mut self, path: &Path) -> Published {
         let (text, file) = (std::mem::take(&mut self.text), self.file.take());
         Published { path: path.to_owned(), text, _file: file }
     }
