@@ -112,6 +112,19 @@ fn another_job_is_told_on_both_sides_with_what_names_it() {
     assert_eq!(ended[0].log.matches("refused a connection").count(), 1, "{}", ended[0].log);
 }
 
+#[test]
+fn ranks_that_are_refused_are_told_why_and_not_how_to_meet() {
+    let bare = |_| ["env", "-u", "UNISUM_RENDEZVOUS"].map(str::to_owned).to_vec();
+    let world = World::new(2, "join").set("UNISUM_LOCAL_SIZE", 2).through(bare);
+    let world = world.set("UNISUM_JOB", format!("starting-{}", std::process::id()));
+    let world = world.set("UNISUM_CONNECT_TIMEOUT", 4);
+    let mut running = world.start_ranks(&[0]);
+    running.add(&world.set("UNISUM_TOKEN", "quite another token, long enough"), 1);
+    let ended = running.wait(LIMIT);
+    check(&ended, "", &["wrong token"]);
+    assert!(ended.iter().all(|rank| !rank.told[0].contains("UNISUM_JOB")), "{ended:#?}");
+}
+
 /// As `(UNISUM_RANK=0 ./program) & (UNISUM_RANK=1 ./program)`.
 #[test]
 fn ranks_that_different_processes_start_are_told_how_to_meet() {

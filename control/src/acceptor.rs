@@ -569,7 +569,7 @@ impl RefusalLog {
         let is_told = self.told.iter().any(|told| (&*told.0, &*told.1) == (host, reason));
         if !is_told && self.told.len() < LOG_LINES {
             self.told.push((host.to_owned(), reason.to_owned()));
-            tracing::warn!(from, reason, "refused a connection");
+            tracing::warn!(%from, reason, "refused a connection");
         }
     }
 }

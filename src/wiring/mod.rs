@@ -165,7 +165,9 @@ impl fmt::Display for Elasticity<'_> {
 
 /// The error of ranks that did not find each other, with what may help.
 fn with_hint(error: Error, detected: &Detected) -> Error {
-    let Some(hint) = detected.hint() else { return error };
+    // Those who were refused have found each other.
+    let have_met = error.to_string().contains("refused: ");
+    let Some(hint) = detected.hint().filter(|_| !have_met) else { return error };
     let failed_ranks = error.failed_ranks().to_vec();
     Error::new(error.kind(), format!("{error}\n  {hint}")).caused_by(failed_ranks)
 }
