@@ -15,6 +15,11 @@ use socket2::{Domain, Socket, Type};
 
 /// How long an address has to itself before the next is tried beside it (RFC 8305, section 5).
 const STAGGER: Duration = Duration::from_millis(250);
+/// How long an address that does not answer is waited for until it is tried anew.
+const AGAIN: Duration = Duration::from_millis(50);
+/// How long the first of several attempts at an address may take, and most of the others at a time.
+const ATTEMPT_MAX: Duration = Duration::from_secs(1);
+const BESIDE: usize = 3;
 
 /// What became of the attempts at a process's addresses, when none led to it.
 #[derive(Debug)]
@@ -58,26 +63,52 @@ pub fn dial<T, E>(
     addresses: &[SocketAddr],
     until: Instant,
     prepare: impl Fn(&Socket, SocketAddr),
+    meet: impl FnMut(TcpStream, SocketAddr) -> Result<T, E>,
+) -> Result<T, Unreached<E>> {
+    connect(addresses, (until, false), prepare, meet)
+}
+
+/// The same where the network may be away, and back at any moment: an address that does not answer
+/// is tried anew every 50 ms, where the kernel alone would repeat its attempt after 1, 3 and 7 s.
+/// A network that leads nowhere for now is no answer; a refusal is.
+///
+/// # Errors
+/// What became of each address.
+pub fn redial<T, E>(
+    addresses: &[SocketAddr],
+    until: Instant,
+    prepare: impl Fn(&Socket, SocketAddr),
+    meet: impl FnMut(TcpStream, SocketAddr) -> Result<T, E>,
+) -> Result<T, Unreached<E>> {
+    connect(addresses, (until, true), prepare, meet)
+}
+
+fn connect<T, E>(
+    addresses: &[SocketAddr],
+    (until, repeats): (Instant, bool),
+    prepare: impl Fn(&Socket, SocketAddr),
     mut meet: impl FnMut(TcpStream, SocketAddr) -> Result<T, E>,
 ) -> Result<T, Unreached<E>> {
     let begun = Instant::now();
-    let mut attempts = Attempts { under_way: Vec::new(), tried: Vec::new() };
+    let (under_way, open, tried) = (Vec::new(), Vec::new(), Vec::new());
+    let mut attempts = Attempts { repeats, under_way, open, tried };
     let (mut untried, mut next_at) = (addresses.iter(), begun);
     loop {
         let now = Instant::now();
         if now >= next_at
             && let Some(&address) = untried.next()
         {
-            let is_under_way = attempts.begin(address, &prepare);
+            let is_under_way = attempts.begin(address, &prepare, now);
             next_at = if is_under_way { now + STAGGER } else { now };
             continue;
         }
+        attempts.repeat(&prepare, now);
         let has_more = untried.len() > 0;
-        if attempts.under_way.is_empty() && !has_more {
+        if attempts.open.is_empty() && !has_more {
             return Err(Unreached { tried: attempts.tried });
         }
         if now >= until {
-            let silent = attempts.under_way.into_iter().map(|(_, address)| address);
+            let silent = attempts.open.into_iter().map(|it| it.address);
             let silent = silent.chain(untried.copied());
             let silent = silent.map(|address| (address, Failure::Silent(now - begun)));
             attempts.tried.extend(silent);
@@ -85,7 +116,7 @@ pub fn dial<T, E>(
         }
         let Some((stream, address)) = attempts.next(if has_more { next_at } else { until }) else {
             // An address that has failed need not be waited for.
-            if attempts.under_way.is_empty() {
+            if attempts.open.is_empty() {
                 next_at = now;
             }
             continue;
@@ -99,48 +130,120 @@ pub fn dial<T, E>(
 }
 
 struct Attempts<E> {
-    under_way: Vec<(Socket, SocketAddr)>,
+    repeats: bool,
+    /// By the time when they began.
+    under_way: Vec<(Socket, SocketAddr, Instant)>,
+    /// Those of which it is not known yet where they lead.
+    open: Vec<Open>,
     tried: Vec<(SocketAddr, Failure<E>)>,
 }
 
+struct Open {
+    address: SocketAddr,
+    /// When it is tried anew, if it is.
+    again: Option<Instant>,
+}
+
 impl<E> Attempts<E> {
-    /// Begins to connect; `false` if that has failed already.
-    fn begin(&mut self, address: SocketAddr, prepare: &impl Fn(&Socket, SocketAddr)) -> bool {
+    /// Begins to connect to another address; `false` if that has failed already.
+    fn begin(
+        &mut self,
+        address: SocketAddr,
+        prepare: &impl Fn(&Socket, SocketAddr),
+        now: Instant,
+    ) -> bool {
+        let again = self.repeats.then(|| now + jittered(AGAIN));
+        self.open.push(Open { address, again });
+        self.attempt(address, prepare, now)
+    }
+
+    fn attempt(
+        &mut self,
+        address: SocketAddr,
+        prepare: &impl Fn(&Socket, SocketAddr),
+        now: Instant,
+    ) -> bool {
         match begin(address, prepare) {
-            Ok(socket) => {
-                self.under_way.push((socket, address));
-                true
+            Ok(socket) => self.under_way.push((socket, address, now)),
+            Err(error) => self.failed(address, error),
+        }
+        self.open.iter().any(|it| it.address == address)
+    }
+
+    /// Tries those anew that are due. The first of an address's attempts has its time, in which an
+    /// answer may come from afar; of the later ones there are [`BESIDE`] at a time.
+    fn repeat(&mut self, prepare: &impl Fn(&Socket, SocketAddr), now: Instant) {
+        let is_due = |it: &Open| it.again.is_some_and(|again| again <= now);
+        let due: Vec<_> = self.open.iter().filter(|it| is_due(it)).map(|it| it.address).collect();
+        for address in due {
+            self.under_way.retain(|(_, it, since)| *it != address || now - *since < ATTEMPT_MAX);
+            let mut own = self.under_way.iter().enumerate().filter(|(_, it)| it.1 == address);
+            let second = own.nth(1).map(|(at, _)| at);
+            if let Some(second) = second.filter(|_| own.count() + 1 >= BESIDE) {
+                self.under_way.remove(second);
             }
-            Err(error) => {
-                self.tried.push((address, Failure::Connect(error)));
-                false
-            }
+            self.open
+                .iter_mut()
+                .filter(|it| it.address == address)
+                .for_each(|it| it.again = Some(now + jittered(AGAIN)));
+            self.attempt(address, prepare, now);
         }
     }
 
-    /// Waits until a connection stands; `None` if none does by `until`, or some have failed.
+    /// Waits until a connection stands; `None` if none does by `until`, some have failed, or there
+    /// are addresses to be tried anew.
     fn next(&mut self, until: Instant) -> Option<(TcpStream, SocketAddr)> {
         let flags = PollFlags::OUT;
         let mut polled: Vec<_> = self
             .under_way
             .iter()
-            .map(|(socket, _)| PollFd::from_borrowed_fd(socket.as_fd(), flags))
+            .map(|(socket, ..)| PollFd::from_borrowed_fd(socket.as_fd(), flags))
             .collect();
+        let again = self.open.iter().filter_map(|it| it.again);
+        let until = again.chain([until]).min().unwrap_or(until);
         let left = until.saturating_duration_since(Instant::now());
         let left = Timespec::try_from(left).ok();
         // Whatever ends it early, the caller looks at the time and comes back.
         let _ = poll(&mut polled, left.as_ref());
         // One at a time: the others' news is still there next time.
         let at = polled.iter().position(|it| !it.revents().is_empty())?;
-        let (socket, address) = self.under_way.remove(at);
+        let (socket, address, _) = self.under_way.remove(at);
         match finish(&socket) {
-            Ok(()) => Some((socket.into(), address)),
+            Ok(()) => {
+                self.decided(address);
+                Some((socket.into(), address))
+            }
             Err(error) => {
-                self.tried.push((address, Failure::Connect(error)));
+                self.failed(address, error);
                 None
             }
         }
     }
+
+    /// An attempt has failed, and its address with it, unless another one may do better.
+    fn failed(&mut self, address: SocketAddr, error: io::Error) {
+        use io::ErrorKind::{HostUnreachable, NetworkDown, NetworkUnreachable};
+        let is_away = matches!(error.kind(), HostUnreachable | NetworkDown | NetworkUnreachable);
+        let has_others = || self.under_way.iter().any(|it| it.1 == address);
+        if self.repeats && (is_away || crate::is_lack(&error) && has_others()) {
+            return;
+        }
+        self.decided(address);
+        self.tried.push((address, Failure::Connect(error)));
+    }
+
+    /// Where an address leads is known.
+    fn decided(&mut self, address: SocketAddr) {
+        self.open.retain(|it| it.address != address);
+        self.under_way.retain(|(_, it, _)| *it != address);
+    }
+}
+
+/// Between three quarters and one and a quarter of the time: all that were cut off together dial
+/// when the network is back, but not all at once.
+fn jittered(time: Duration) -> Duration {
+    let [random] = crate::handshake::random().unwrap_or([128]);
+    time * 3 / 4 + time * u32::from(random) / 512
 }
 
 fn begin(address: SocketAddr, prepare: &impl Fn(&Socket, SocketAddr)) -> io::Result<Socket> {

@@ -5,8 +5,8 @@ use super::*;
 /// Nothing answers there: the backlog of its listener is full.
 struct Silent {
     address: SocketAddr,
-    _listener: Socket,
-    _crowd: Vec<Socket>,
+    listener: Socket,
+    crowd: Vec<Socket>,
 }
 
 impl Silent {
@@ -17,7 +17,7 @@ impl Silent {
         listener.listen(0).unwrap();
         let address = listener.local_addr().unwrap().as_socket().unwrap();
         let crowd = (0..4).map(|_| begin(address, &|_, _| {}).unwrap()).collect();
-        Self { address, _listener: listener, _crowd: crowd }
+        Self { address, listener, crowd }
     }
 }
 
@@ -72,4 +72,63 @@ fn all_that_was_tried_is_told() {
     assert!(Instant::now() >= until, "the silent one had its time");
     let none = dial(&[], soon(), |_, _| {}, met).unwrap_err();
     assert_eq!(none.to_string(), "no address");
+}
+
+/// The kernel alone would try again a second after its first attempt, and then after two more.
+#[test]
+fn who_dials_again_is_let_in_soon_after_an_address_answers() {
+    let soon_enough = (0..20).any(|_| {
+        let silent = Silent::new();
+        let address = silent.address;
+        let dialled = std::thread::spawn(move || {
+            redial(&[address], soon(), |_, _| {}, met).map(|_| Instant::now())
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        let listener = TcpListener::from(silent.listener);
+        drop(silent.crowd);
+        let back = Instant::now();
+        while !dialled.is_finished() {
+            listener.accept().unwrap();
+        }
+        dialled.join().unwrap().unwrap() - back < Duration::from_millis(400)
+    });
+    assert!(soon_enough);
+}
+
+#[test]
+fn who_dials_again_takes_a_refusal_for_an_answer() {
+    let start = Instant::now();
+    let unreached = redial(&[refusing()], soon(), |_, _| {}, met).unwrap_err();
+    let [(_, Failure::Connect(error))] = &unreached.tried[..] else { panic!("{unreached}") };
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn who_dials_again_waits_for_a_network_that_is_away() {
+    let nowhere: SocketAddr = "[fe80::1%4000000]:9".parse().unwrap();
+    let (silent, time) = (Silent::new(), Duration::from_millis(700));
+    let until = Instant::now() + time;
+    let unreached = redial(&[nowhere, silent.address], until, |_, _| {}, met).unwrap_err();
+    assert!(Instant::now() >= until);
+    assert_eq!(unreached.tried.len(), 2, "each is told once: {unreached}");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let works = listener.local_addr().unwrap();
+    assert_eq!(redial(&[nowhere, works], soon(), |_, _| {}, met).unwrap(), works);
+}
+
+#[test]
+fn few_attempts_are_under_way_at_a_time() {
+    let silent = Silent::new();
+    let (under_way, open, tried) = (Vec::new(), Vec::new(), Vec::new());
+    let mut attempts: Attempts<()> = Attempts { repeats: true, under_way, open, tried };
+    let start = Instant::now();
+    attempts.begin(silent.address, &|_, _| {}, start);
+    for round in 1..=100 {
+        let now = start + 2 * AGAIN * round;
+        attempts.repeat(&|_, _| {}, now);
+        let since: Vec<_> = attempts.under_way.iter().map(|it| now - it.2).collect();
+        assert!(since.len() <= 1 + BESIDE, "{since:?}");
+        assert!(since[0] < ATTEMPT_MAX && since.last().unwrap().is_zero(), "{since:?}");
+    }
 }
