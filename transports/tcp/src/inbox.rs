@@ -4,7 +4,11 @@
 //! to dial. The link finds finished connections here and never blocks on one. A peer that does not
 //! answer, or breaks the connection off before this rank has proven the token, is dialled again
 //! after the others: there may be too many strangers at its door.
+//!
+//! Connections that are dialled anew have a thread for each peer, which tries it again and again:
+//! the network may be back at any moment, to all peers at once.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::{SockRef, Socket};
-use unisum_link::dial::{Failure, Unreached, dial};
+use unisum_link::dial::{Failure, Unreached, dial, redial};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{HandshakeError, Hello};
 use unisum_link::secure::{self, Credentials, Proven};
@@ -44,10 +48,13 @@ struct State {
     closed: bool,
     arrived: Vec<Arrived>,
     to_dial: Vec<Pending>,
-    dialler_runs: bool,
-    /// A second handle of the connection being dialled, so that closing interrupts its handshake.
-    dialling: Option<ParentOnly<TcpStream>>,
+    /// Whose threads run. A second handle of the connection being dialled there, so that closing
+    /// interrupts its handshake.
+    diallers: BTreeMap<Lane, Option<ParentOnly<TcpStream>>>,
 }
+
+/// What one thread dials: all first connections, or the later ones to one peer.
+type Lane = Option<u32>;
 
 /// A finished or failed connection.
 #[derive(Debug)]
@@ -73,6 +80,18 @@ pub(crate) struct Dial {
     pub(crate) pause: Duration,
     /// Which connection of its socket that will be, from 1 on.
     pub(crate) attempt: u32,
+}
+
+impl Dial {
+    const fn lane(&self) -> Lane {
+        if self.attempt > 1 { Some(self.hello.to) } else { None }
+    }
+
+    /// What there is at the least once the peer has asked for the proof: where the network is back
+    /// at the last moment, that need not be for nothing.
+    const fn time_to_prove(&self) -> Duration {
+        if self.lane().is_some() { ATTEMPT_MIN } else { Duration::ZERO }
+    }
 }
 
 /// A connection to open, and the attempts so far.
@@ -118,31 +137,31 @@ impl Inbox {
 
     /// Opens a connection in the background; it arrives here like any other.
     pub(crate) fn dial(self: &Arc<Self>, dial: Dial) -> Result<(), LinkError> {
-        let peer = dial.hello.to as Rank;
+        let (peer, lane) = (dial.hello.to as Rank, dial.lane());
         let now = Instant::now();
         let mut state = self.lock();
         let next = now + dial.pause;
         state.to_dial.push(Pending { dial, since: now, attempts: 0, next });
-        if state.dialler_runs {
-            self.changed.notify_one();
+        if state.diallers.contains_key(&lane) {
+            self.changed.notify_all();
         } else {
             let inbox = Arc::clone(self);
             thread::Builder::new()
                 .name("unisum-dial".into())
-                .spawn(move || inbox.run_dialler())
+                .spawn(move || inbox.run_dialler(lane))
                 .map_err(|error| LinkError::lacking(peer, "starting a thread to dial", error))?;
-            state.dialler_runs = true;
+            state.diallers.insert(lane, None);
         }
         Ok(())
     }
 
-    fn run_dialler(&self) {
-        while let Some(mut pending) = self.next_dial() {
+    fn run_dialler(&self, lane: Lane) {
+        while let Some(mut pending) = self.next_dial(lane) {
             pending.attempts += 1;
             let result = self.open(&pending);
             let now = Instant::now();
             let mut state = self.lock();
-            state.dialling = None;
+            state.diallers.insert(lane, None);
             match result {
                 Err(unreached) if !is_final(&unreached) && now < pending.until() => {
                     let rank = pending.dial.hello.to;
@@ -163,12 +182,13 @@ impl Inbox {
     }
 
     /// Waits for the time of the next attempt; `None` if there is nothing left to dial.
-    fn next_dial(&self) -> Option<Pending> {
+    fn next_dial(&self, lane: Lane) -> Option<Pending> {
         let mut state = self.lock();
         loop {
-            let next = (0..state.to_dial.len()).min_by_key(|&at| state.to_dial[at].next);
+            let own = (0..state.to_dial.len()).filter(|&at| state.to_dial[at].dial.lane() == lane);
+            let next = own.min_by_key(|&at| state.to_dial[at].next);
             let Some(at) = next.filter(|_| !state.closed) else {
-                state.dialler_runs = false;
+                state.diallers.remove(&lane);
                 return None;
             };
             let pause = state.to_dial[at].next.saturating_duration_since(Instant::now());
@@ -193,20 +213,24 @@ impl Inbox {
         };
         let meet = |stream, address| {
             let mut stream = ParentOnly::new(stream);
-            self.prepare(&stream, time)?;
+            self.prepare(&stream, time, wanted.lane())?;
             let (hello, credentials) = (&wanted.hello, &wanted.credentials);
             let ends = (stream.local_addr()?.ip(), stream.peer_addr()?.ip());
             let wants_records = credentials.want_records(hello.purpose, ends.0, ends.1);
             let challenged = secure::greet(&mut *stream, hello, credentials, wants_records)?;
-            set_timeouts(&stream, pending.left())?;
+            set_timeouts(&stream, pending.left().max(wanted.time_to_prove()))?;
             let session = challenged.prove(&mut *stream, credentials)?;
             wanted.route.worked_at(address);
             Ok(Proven::new(stream, session))
         };
-        dial(&wanted.route.in_order(), Instant::now() + time, prepare, meet)
+        let (addresses, until) = (wanted.route.in_order(), Instant::now() + time);
+        match wanted.lane() {
+            None => dial(&addresses, until, prepare, meet),
+            Some(_) => redial(&addresses, until, prepare, meet),
+        }
     }
 
-    fn prepare(&self, stream: &TcpStream, timeout: Duration) -> io::Result<()> {
+    fn prepare(&self, stream: &TcpStream, timeout: Duration, lane: Lane) -> io::Result<()> {
         stream.set_nodelay(true)?;
         set_timeouts(stream, timeout)?;
         let handle = ParentOnly::new(stream.try_clone()?);
@@ -214,7 +238,7 @@ impl Inbox {
         if state.closed {
             handle.shutdown(Shutdown::Both)?;
         } else {
-            state.dialling = Some(handle);
+            state.diallers.insert(lane, Some(handle));
         }
         Ok(())
     }
@@ -225,7 +249,7 @@ impl Inbox {
         state.closed = true;
         state.arrived.clear();
         state.to_dial.clear();
-        if let Some(stream) = state.dialling.take() {
+        for stream in state.diallers.values_mut().filter_map(Option::take) {
             // It may have ended by itself: then there is nothing to interrupt.
             let _ = stream.shutdown(Shutdown::Both);
         }

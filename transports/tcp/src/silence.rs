@@ -58,12 +58,15 @@ pub(crate) struct Told {
     /// How often it was sent again since the last acknowledgement.
     attempts: u32,
     /// How long ago the last acknowledgement came.
-    heard: Duration,
+    pub(crate) heard: Duration,
+    /// How long an answer takes at most, going by the last ones.
+    pub(crate) round_trip: Duration,
 }
 
 impl Told {
     /// What there is to say of a connection that is not there.
-    pub(crate) const NOTHING: Self = Self { awaits: false, attempts: 0, heard: Duration::ZERO };
+    pub(crate) const NOTHING: Self =
+        Self { awaits: false, attempts: 0, heard: Duration::ZERO, round_trip: Duration::ZERO };
 }
 
 impl Silences {
@@ -203,6 +206,10 @@ pub(crate) fn ask(socket: BorrowedFd<'_>) -> io::Result<Told> {
         awaits: info.tcpi_unacked > 0 || info.tcpi_probes > 0,
         attempts: u32::from(info.tcpi_retransmits) + u32::from(info.tcpi_probes),
         heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
+        // As the kernel reckons before it sends again (RFC 6298).
+        round_trip: Duration::from_micros(
+            u64::from(info.tcpi_rtt) + 4 * u64::from(info.tcpi_rttvar),
+        ),
     })
 }
 
@@ -220,7 +227,7 @@ mod tests {
         let mut silence = None;
         (1..60).find(|&second| {
             let heard = Duration::from_secs(heard(second));
-            let told = Told { awaits: true, attempts: attempts(second), heard };
+            let told = Told { awaits: true, attempts: attempts(second), heard, ..Told::NOTHING };
             silence = Silence::after(silence, told, (at(second - 1), at(second)), LIMIT);
             silence.is_some_and(|it| it.answer_by.is_some_and(|by| by <= at(second)))
         })
@@ -254,7 +261,7 @@ mod tests {
     #[test]
     fn what_awaits_nothing_is_not_silent() {
         let (start, hour) = (Instant::now(), Duration::from_secs(3600));
-        let told = Told { awaits: false, attempts: 0, heard: hour };
+        let told = Told { heard: hour, ..Told::NOTHING };
         let before = Some(Silence { since: start, attempts: 3, answer_by: Some(start) });
         assert_eq!(Silence::after(before, told, (start, start + hour), LIMIT), None);
     }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,11 +12,14 @@ use unisum_link::fork::ParentOnly;
 use unisum_link::secure::{RECORD_OVERHEAD, Session};
 use unisum_link::{LinkError, LinkErrorKind, Rank, Wake as _};
 
+use super::hush::Hush;
 use super::meeting::Meeting;
 use super::{
     ACKNOWLEDGED_AFTER, FRAME_BYTES, HEAD_BYTES, HOLDS, Head, LEAVES, SEALED_BYTES, WINDOW,
 };
+use crate::options;
 use crate::sealed::Buffer;
+use crate::silence::{self, Told};
 use crate::sleep::Bell;
 use crate::socket::{Message, failed};
 
@@ -62,6 +66,9 @@ pub(crate) struct Flow {
     /// Wakes the keeper.
     keeper: Arc<Bell>,
     pub(super) outage: Outage,
+    /// When this connection stood, and whether it is silent, if it leads to another host.
+    stands_since: Instant,
+    hush: Option<Hush>,
     /// Why there will be no connection any more.
     pub(super) failed: Option<LinkError>,
 }
@@ -75,8 +82,11 @@ pub(super) struct Outage {
     limit: Duration,
     /// What broke the last connection.
     pub(super) cause: Option<LinkError>,
-    /// Whether a connection is being dialled.
+    /// Whether a connection is being dialled; and whether that began beside one that stood.
     pub(super) is_dialled: bool,
+    pub(super) is_beside: bool,
+    /// Whether the other end, which can't dial, has asked for another connection.
+    pub(super) is_asked: bool,
     /// Connections since the last one that stood.
     pub(super) attempts: u32,
     /// Whether the other end's port is asked for it, which dials, or when that is next.
@@ -95,8 +105,17 @@ pub(super) enum Knock {
 
 impl Outage {
     fn new(limit: Duration) -> Self {
-        let (since, cause, knock) = (None, None, Knock::Due(Instant::now()));
-        Self { since, left: limit, limit, cause, is_dialled: false, attempts: 0, knock }
+        Self {
+            since: None,
+            left: limit,
+            limit,
+            cause: None,
+            is_dialled: false,
+            is_beside: false,
+            is_asked: false,
+            attempts: 0,
+            knock: Knock::Due(Instant::now()),
+        }
     }
 }
 
@@ -151,6 +170,8 @@ impl Flow {
             stood: 0,
             keeper,
             outage,
+            stands_since: Instant::now(),
+            hush: None,
             failed: None,
         }
     }
@@ -173,6 +194,35 @@ impl Flow {
     /// How many connections have stood.
     pub(crate) const fn stood(&self) -> u32 {
         self.stood
+    }
+
+    /// For how long this connection has been there.
+    pub(super) fn stands_for(&self) -> Duration {
+        self.stands_since.elapsed()
+    }
+
+    /// Looks, if that is due, whether the connection is silent, and for how long it has been; when
+    /// to look next, if it may ever be.
+    pub(super) fn listen(&mut self, now: Instant) -> (Option<Duration>, Option<Instant>) {
+        let (Some(hush), Some(connection)) = (&mut self.hush, &self.connection) else {
+            return (None, None);
+        };
+        let mut silent = None;
+        if hush.is_due(now) {
+            // What can't be asked is not known to be silent.
+            let told = silence::ask(connection.stream.as_fd()).unwrap_or(Told::NOTHING);
+            silent = hush.look(told, now);
+        }
+        (silent, Some(hush.look_at(now)))
+    }
+
+    /// Whether the connection that stands is silent, or the other end has said that it is.
+    pub(super) fn wants_another(&self) -> bool {
+        let is_silent = |(hush, connection): (Hush, &Connection)| {
+            let told = silence::ask(connection.stream.as_fd()).unwrap_or(Told::NOTHING);
+            { hush }.look(told, Instant::now()).is_some()
+        };
+        self.outage.is_asked || self.hush.zip(self.connection.as_ref()).is_some_and(is_silent)
     }
 
     /// The first connection is being dialled.
@@ -293,6 +343,9 @@ impl Flow {
         // filled its window would wait for one, and there would be nothing new to acknowledge.
         self.told = self.told.min(self.taken.saturating_sub(ACKNOWLEDGED_AFTER));
         self.stood += 1;
+        self.stands_since = Instant::now();
+        let is_far = options::is_far(&stream).is_ok_and(|is_far| is_far);
+        self.hush = is_far.then(Hush::default);
         self.connection = Some(Connection {
             stream,
             session,

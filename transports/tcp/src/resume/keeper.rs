@@ -1,7 +1,9 @@
 //! What happens to connections while the program is not in a call: a thread of the link notices
 //! those that break, dials them anew or answers, and sends again what was lost.
 //!
-//! It is woken by ends and errors, not by data, so that calls go on as if it were not there.
+//! It is woken by ends and errors, not by data, so that calls go on as if it were not there; and
+//! some ten times a second, if there are connections to other hosts, to see whether these are
+//! silent.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -12,6 +14,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use unisum_link::secure::Proven;
 use unisum_link::{LinkError, LinkErrorKind, Rank, Wake, fork};
 
 use super::flow::{Flow, Knock};
@@ -35,10 +38,13 @@ const LEAVING_SEEN: Duration = Duration::from_millis(20);
 const LEAVING_MAX: Duration = Duration::from_secs(2);
 
 /// In place of the number of a connection: a dial that only asks whether the other end, which
-/// dials, still listens for this socket.
+/// dials, still listens for this socket, and has it dial.
 const KNOCK: u32 = u32::MAX;
 /// Between an answer and the next such question.
 const KNOCK_PAUSE: Duration = Duration::from_millis(250);
+/// How long a connection is dialled beside one that is silent, until it is asked again whether it
+/// still is.
+const BESIDE: Duration = Duration::from_secs(1);
 
 /// What the thread is to do.
 const SERVE: u8 = 0;
@@ -207,8 +213,7 @@ impl Shared {
         }
         // The higher rank dials.
         if peer < own && !is_dialled {
-            // This end has not noticed yet that its connection has ended, or comes back just now.
-            return tracing::debug!(peer, socket, "asked whether this end is there: it is");
+            return self.asked((peer, socket));
         }
         if socket >= self.config.sockets_per_peer || (peer < own) != is_dialled {
             tracing::warn!(peer, socket, "a connection that nobody asked for is closed");
@@ -221,7 +226,11 @@ impl Shared {
             return;
         }
         if is_dialled {
+            let is_beside = std::mem::take(&mut flow.outage.is_beside);
             flow.outage.is_dialled = false;
+            if is_beside && !take_over(&mut flow, &result) {
+                return;
+            }
         }
         let met = result.and_then(|connection| {
             match options::prepare(&connection.stream, self.config.heartbeat_timeout) {
@@ -256,9 +265,16 @@ impl Shared {
     /// have left after an answer that did not arrive: then it does not listen for this socket any
     /// more, its port refuses, and nothing is to be waited for.
     fn knock(&self, flow: &mut Flow, left: Duration) {
-        let Knock::Due(due) = flow.outage.knock else { return };
         let is_missed = flow.stream().is_none() && flow.meeting.is_none() && !flow.is_failed();
-        if flow.peer < self.config.rank || !is_missed || Instant::now() < due {
+        if flow.peer > self.config.rank && is_missed {
+            self.ask(flow, left);
+        }
+    }
+
+    /// Asks the other end, which dials, for so long, unless it was asked a moment ago.
+    fn ask(&self, flow: &mut Flow, left: Duration) {
+        let Knock::Due(due) = flow.outage.knock else { return };
+        if Instant::now() < due {
             return;
         }
         let mut dial = self.config.dial(flow.peer, flow.socket, KNOCK);
@@ -288,11 +304,53 @@ impl Shared {
         };
     }
 
+    /// The other end, which can't dial, asks whether this one is there: this one has not noticed
+    /// yet that the connection has ended, or is silent, or comes back just now.
+    fn asked(&self, (peer, socket): Key) {
+        tracing::debug!(peer, socket, "asked whether this end is there: it is");
+        // That of a socket which there is not would be made here.
+        let Some(handle) = lock(&self.flows).get(&(peer, socket)).cloned() else { return };
+        let mut flow = handle.lock();
+        if flow.stream().is_some() && flow.stands_for() >= KNOCK_PAUSE {
+            flow.outage.is_asked = true;
+            self.dial_beside(&mut flow);
+        }
+    }
+
+    /// Sees to another connection if the one that stands is silent; when to look again.
+    fn listen(&self, flow: &mut Flow) -> Option<Instant> {
+        let (silent, next) = flow.listen(Instant::now());
+        let Some(silent) = silent.filter(|_| flow.meeting.is_none()) else { return next };
+        let (peer, socket) = (flow.peer, flow.socket);
+        tracing::debug!(peer, socket, ?silent, "nothing is heard of the other host");
+        if peer < self.config.rank {
+            self.dial_beside(flow);
+        } else {
+            self.ask(flow, BESIDE);
+        }
+        next
+    }
+
+    /// Dials another connection beside the one that stands, unless one is being dialled.
+    fn dial_beside(&self, flow: &mut Flow) {
+        if flow.outage.is_dialled || flow.meeting.is_some() || flow.is_failed() {
+            return;
+        }
+        flow.attempt += 1;
+        let mut dial = self.config.dial(flow.peer, flow.socket, flow.attempt);
+        dial.timeout = BESIDE;
+        match self.inbox.dial(dial) {
+            Ok(()) => (flow.outage.is_dialled, flow.outage.is_beside) = (true, true),
+            // The one that stands may be heard of again.
+            Err(error) => tracing::debug!(%error, "no connection is dialled beside one"),
+        }
+    }
+
     /// Looks whether a flow needs a connection; until when to come back.
     fn look(&self, key: Key, handle: &Handle) -> Option<Instant> {
         let (peer, socket) = key;
         let mut flow = handle.lock();
-        let since = flow.outage.since?;
+        let Some(since) = flow.outage.since else { return self.listen(&mut flow) };
         let due = since + flow.outage.left;
         if Instant::now() >= due {
             let cause = flow.outage.cause.take();
@@ -406,6 +464,26 @@ impl Shared {
         }
         before != flow.stood() || flow.has_news()
     }
+}
+
+/// Has a flow go on in what was dialled beside its connection, if that is still wanted; whether it
+/// does.
+fn take_over(flow: &mut Flow, dialled: &Result<Proven, LinkError>) -> bool {
+    let (peer, socket) = (flow.peer, flow.socket);
+    if let Err(error) = dialled {
+        // If the connection has broken meanwhile, another one is dialled in its place.
+        tracing::debug!(peer, socket, %error, "no other connection is to be had yet");
+        return false;
+    }
+    if flow.stream().is_none() {
+        return true;
+    }
+    if !flow.wants_another() {
+        tracing::debug!(peer, socket, "a connection was heard of again");
+        return false;
+    }
+    // From here on, nothing more is received on it. It lacks nothing, so that it is no failure.
+    flow.broke(LinkError::closed(peer)).is_ok()
 }
 
 /// The same of the flow itself.
