@@ -117,9 +117,17 @@ impl State {
 
 impl Drop for Runner {
     fn drop(&mut self) {
-        if !self.is_forked() {
+        if self.is_forked() {
+            return;
+        }
+        let engine = &mut self.turns.get_mut().engine;
+        if self.membership.is_over() {
+            // All know, and nobody's call needs anything any more. Those that are lost would be
+            // waited for in vain.
+            engine.abort();
+        } else {
             // Before the membership ends, with which connections stop to reach this rank.
-            self.turns.get_mut().engine.linger();
+            engine.linger();
         }
     }
 }

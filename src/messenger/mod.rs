@@ -243,6 +243,7 @@ impl Drop for Messenger {
             // Nothing may be dropped here: a thread that exists only in the parent may hold a lock.
             std::mem::forget(self.progress.take());
         }
+        self.progress.iter_mut().for_each(ProgressLock::leave);
     }
 }
 
