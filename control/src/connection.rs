@@ -3,12 +3,14 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::os::fd::AsFd as _;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::fork::ParentOnly;
 use unisum_link::secure::{Proven, Session};
+use unisum_link::silence::{self, Hush, Told};
 
 use super::message::{Message, MessageError};
 use super::resume::{self, Impossible, Ledger, Word};
@@ -41,6 +43,8 @@ pub(super) struct Connection {
     ledger: Option<Ledger>,
     /// It has ended, and another one is to go on in its place.
     is_cut: bool,
+    /// Whether it is silent, where another one can go on and it leads to another host.
+    hush: Option<Hush>,
     /// The other end.
     peer: Option<SocketAddr>,
 }
@@ -84,6 +88,7 @@ impl Connection {
             has_finished: false,
             ledger: None,
             is_cut: false,
+            hush: None,
         })
     }
 
@@ -98,6 +103,8 @@ impl Connection {
             TcpKeepalive::new().with_time(OFTEN).with_interval(OFTEN).with_retries(probes);
         SockRef::from(&*self.stream).set_tcp_keepalive(&keepalive)?;
         self.ledger = Some(Ledger::default());
+        let own = self.stream.local_addr()?.ip();
+        self.hush = self.peer.filter(|peer| peer.ip() != own).map(|_| Hush::default());
         Ok(self)
     }
 
@@ -151,6 +158,22 @@ impl Connection {
         self.is_cut = true;
     }
 
+    /// Looks, if that is due, whether nothing is heard of the other host, though it was sent
+    /// something.
+    pub(super) fn is_silent(&mut self, now: Instant) -> bool {
+        let hush = self.hush.as_mut().filter(|it| !self.is_cut && it.is_due(now));
+        hush.is_some_and(|hush| {
+            // What can't be asked is not known to be silent.
+            let told = silence::ask(self.stream.as_fd()).unwrap_or(Told::NOTHING);
+            hush.look(told, now).is_some()
+        })
+    }
+
+    /// When to look for that next, if ever.
+    pub(super) fn look_at(&self, now: Instant) -> Option<Instant> {
+        self.hush.filter(|_| !self.is_cut).map(|hush| hush.look_at(now))
+    }
+
     /// Whether the other end has said of all that was queued that it has it.
     pub(super) fn is_settled(&self) -> bool {
         self.ledger.as_ref().is_none_or(Ledger::is_settled)
@@ -176,7 +199,7 @@ impl Connection {
         self.inbound = std::mem::take(&mut other.inbound);
         self.sealed = std::mem::take(&mut other.sealed);
         self.outbound = std::mem::take(&mut other.outbound);
-        self.is_cut = false;
+        (self.is_cut, self.hush) = (false, other.hush);
         self.finishing |= std::mem::take(&mut self.has_finished);
         again.into_iter().for_each(|encoded| self.write(encoded));
         Ok(())

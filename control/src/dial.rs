@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use unisum_link::Rank;
-use unisum_link::dial::{Failure, dial};
+use unisum_link::dial::{Failure, dial, redial};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, HandshakeError, Hello, Refusal};
 use unisum_link::secure::{self, Credentials, Proven};
@@ -239,7 +239,7 @@ pub(super) fn again(
         };
         // The next address has its turn, too, when one takes a connection and says nothing.
         let by = Instant::now() + time.min(CONNECT_TIMEOUT) + time;
-        let unreached = match dial(addresses, by, |_, _| {}, meet) {
+        let unreached = match redial(addresses, by, |_, _| {}, meet) {
             Ok((reached, taken)) => return Again::Reached(reached, taken),
             Err(unreached) => unreached,
         };

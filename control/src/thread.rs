@@ -539,8 +539,8 @@ impl ControlThread {
         let coordinator = self.coordinator.as_ref().and_then(Coordinator::deadline);
         let farewell = self.farewell().filter(|until| *until > now);
         let due = [acceptor, coordinator, self.member.deadline(), self.linger_until, farewell];
-        let cuts = self.resuming.deadline(now);
-        let due = due.into_iter().chain([self.pulses.deadline(), self.look_at(now), cuts]);
+        let (cuts, silence) = (self.resuming.deadline(now), self.look_for_silence_at(now));
+        let due = due.into_iter().chain([self.pulses.deadline(), self.look_at(now), cuts, silence]);
         let due = due.flatten().min()?;
         Some(due.saturating_duration_since(now))
     }

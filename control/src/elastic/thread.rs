@@ -469,6 +469,7 @@ impl ViewsThread {
             self.stays_until().filter(|_| !self.cuts.are_open()),
             self.mesh.deadline(),
             self.cuts.deadline(now),
+            self.look_for_silence_at(now),
         ];
         due.into_iter().flatten().min().map(|at| at.saturating_duration_since(now))
     }

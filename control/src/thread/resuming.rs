@@ -147,6 +147,11 @@ impl ControlThread {
     /// Takes the end of a connection for a cut, if it may be one and the connection is needed any
     /// more.
     pub(super) fn cut(&mut self, token: usize, how: &str, now: Instant) -> bool {
+        self.cut_until(token, how, (now, now + self.resuming.timeout))
+    }
+
+    /// The same of one that is to go on by then.
+    fn cut_until(&mut self, token: usize, how: &str, (now, until): (Instant, Instant)) -> bool {
         if self.resuming.cuts.contains_key(&token) {
             return true;
         }
@@ -160,7 +165,7 @@ impl ControlThread {
         if !self.is_needed(rank, connection) {
             return false;
         }
-        let Some(search) = self.search(rank, (peer, told), connection.taken(), now) else {
+        let Some(search) = self.search(rank, (peer, told), connection.taken(), (now, until)) else {
             return false;
         };
         let Some((_, connection)) = self.connections.get_mut(&token) else { return true };
@@ -174,7 +179,6 @@ impl ControlThread {
             None => self.member.cut(),
         }
         let (how, at) = (how.to_owned(), peer.ip().to_canonical());
-        let until = now + self.resuming.timeout;
         self.resuming.cuts.insert(token, Cut { how, at, until, search });
         true
     }
@@ -196,7 +200,7 @@ impl ControlThread {
         rank: Rank,
         (peer, told): (SocketAddr, Vec<SocketAddr>),
         taken: u64,
-        now: Instant,
+        (now, until): (Instant, Instant),
     ) -> Option<Search> {
         if self.coordinator.is_some() {
             // Another address may lead to another host, which has nobody there.
@@ -211,7 +215,6 @@ impl ControlThread {
         let addresses: Vec<_> = [peer].into_iter().chain(others).collect();
         self.resuming.own_cuts += 1;
         let attempt = self.resuming.own_cuts << ATTEMPTS_BITS;
-        let until = now + self.resuming.timeout;
         let (sender, again) = mpsc::channel();
         let dial = move || {
             let with = (&hello, &credentials);
@@ -220,6 +223,27 @@ impl ControlThread {
         };
         let spawned = thread::Builder::new().name("unisum-again".into()).spawn(dial);
         spawned.is_ok().then_some(Search::Dialing(again))
+    }
+
+    /// Takes a connection for cut on which nothing is heard of the coordinator's host, where TCP
+    /// would miss the end of an outage for long. How long the host may be silent counts as well:
+    /// this is no end.
+    fn look_for_silence(&mut self, now: Instant) {
+        if self.coordinator.is_some() {
+            // The other end dials, and the kernel there asks every second.
+            return;
+        }
+        let Some((_, connection)) = self.connections.get_mut(&COORDINATOR) else { return };
+        if connection.is_silent(now) {
+            let until = now + self.pulses.limit() + self.resuming.timeout;
+            self.cut_until(COORDINATOR, "nothing is heard of its host", (now, until));
+        }
+    }
+
+    /// When to look for that next.
+    pub(super) fn look_for_silence_at(&self, now: Instant) -> Option<Instant> {
+        let connection = self.connections.get(&COORDINATOR).filter(|_| self.coordinator.is_none());
+        connection.and_then(|(_, connection)| connection.look_at(now))
     }
 
     /// Looks what has become of the connections that were cut, and of the pulses.
@@ -239,6 +263,7 @@ impl ControlThread {
                 self.cut(COORDINATOR, "the pulse beside its control connection ended", now);
             }
         }
+        self.look_for_silence(now);
         let is_in_time = |(_, _, until): &(Rank, Connection, Instant)| *until > now;
         self.resuming.returning.retain(|_, returning| is_in_time(returning));
         let looks = self.resuming.cuts.iter_mut().map(|(token, cut)| (*token, cut.look(now)));

@@ -21,6 +21,7 @@ mod link;
 pub mod listener;
 mod region;
 pub mod secure;
+pub mod silence;
 mod transport;
 mod wait;
 

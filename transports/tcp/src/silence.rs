@@ -8,9 +8,10 @@
 //! that is shorter than the limit ends no connection, however long the pause at its end.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::time::{Duration, Instant};
+
+use unisum_link::silence::Told;
 
 /// How long the answer to one more attempt may take.
 const ANSWER: Duration = Duration::from_secs(1);
@@ -48,25 +49,6 @@ struct Silence {
     attempts: u32,
     /// When the answer to an attempt after the limit is due.
     answer_by: Option<Instant>,
-}
-
-/// What the kernel says of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Told {
-    /// Whether something awaits an acknowledgement: data, a probe of a full receiver, a keepalive.
-    pub(crate) awaits: bool,
-    /// How often it was sent again since the last acknowledgement.
-    attempts: u32,
-    /// How long ago the last acknowledgement came.
-    pub(crate) heard: Duration,
-    /// How long an answer takes at most, going by the last ones.
-    pub(crate) round_trip: Duration,
-}
-
-impl Told {
-    /// What there is to say of a connection that is not there.
-    pub(crate) const NOTHING: Self =
-        Self { awaits: false, attempts: 0, heard: Duration::ZERO, round_trip: Duration::ZERO };
 }
 
 impl Silences {
@@ -182,37 +164,6 @@ fn gives_up_after(pause: Duration, attempts: u32) -> Duration {
     (0..=attempts).map(doubled).sum()
 }
 
-/// Asks the kernel about a connection.
-pub(crate) fn ask(socket: BorrowedFd<'_>) -> io::Result<Told> {
-    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
-    let mut bytes = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `bytes` bytes to `info`, and their number to `bytes`; the
-    // socket is open while it is borrowed.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            info.as_mut_ptr().cast(),
-            &raw mut bytes,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: numbers of which all bits are valid; what the kernel did not write is zero.
-    let info = unsafe { info.assume_init() };
-    Ok(Told {
-        awaits: info.tcpi_unacked > 0 || info.tcpi_probes > 0,
-        attempts: u32::from(info.tcpi_retransmits) + u32::from(info.tcpi_probes),
-        heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
-        // As the kernel reckons before it sends again (RFC 6298).
-        round_trip: Duration::from_micros(
-            u64::from(info.tcpi_rtt) + 4 * u64::from(info.tcpi_rttvar),
-        ),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -276,23 +227,5 @@ mod tests {
         assert_eq!(pause(10, 5), None);
         assert_eq!(pause(3600, 15), None);
         assert_eq!(gives_up_after(Duration::from_millis(2250), 15), Duration::from_secs(30));
-    }
-
-    #[test]
-    fn a_connection_that_is_read_awaits_nothing() {
-        use std::io::{Read as _, Write as _};
-        use std::net::{TcpListener, TcpStream};
-        use std::os::fd::AsFd as _;
-
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (mut stream, _) = listener.accept().unwrap();
-        stream.write_all(&[1; 100]).unwrap();
-        other.read_exact(&mut [0; 100]).unwrap();
-        let until = Instant::now() + Duration::from_secs(10);
-        while ask(stream.as_fd()).unwrap().awaits {
-            assert!(Instant::now() < until, "it was read");
-        }
-        assert!(ask(stream.as_fd()).unwrap().heard < Duration::from_secs(10));
     }
 }

@@ -11,11 +11,11 @@ use rustix::net::{self, RecvFlags, SendFlags};
 use unisum_link::fork::ParentOnly;
 use unisum_link::frame::{HEADER_BYTES, Header};
 use unisum_link::secure::Proven;
+use unisum_link::silence::{self, Told};
 use unisum_link::{Call, LinkError, LinkErrorKind, Rank};
 
 use crate::resume::{Arriving, Flow, Handle};
 use crate::sealed::Sealed;
-use crate::silence::{self, Told};
 use crate::sleep::{Ready, Watched};
 
 /// A message's memory: part of the region, or of a slot the link keeps until the message is done.

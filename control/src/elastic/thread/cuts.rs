@@ -154,6 +154,12 @@ impl ViewsThread {
     /// Takes the end of a connection for a cut, if it may be one and the connection is needed any
     /// more.
     pub(super) fn cut(&mut self, token: usize) -> bool {
+        let now = Instant::now();
+        self.cut_until(token, (now, now + self.cuts.timeout))
+    }
+
+    /// The same of one that is to go on by then.
+    fn cut_until(&mut self, token: usize, (now, until): (Instant, Instant)) -> bool {
         if self.cuts.open.contains_key(&token) {
             return true;
         }
@@ -167,9 +173,8 @@ impl ViewsThread {
         let told = self.shared.addresses(member);
         let peer = peer.filter(|_| self.cuts.are_survived() && is_needed && !told.is_empty());
         let Some(peer) = peer else { return false };
-        let now = Instant::now();
-        let until = now + self.cuts.timeout;
-        let Some(search) = self.search(member, (peer, told), taken, until) else { return false };
+        let search = self.search(member, (peer, told), taken, (now, until));
+        let Some(search) = search else { return false };
         let Some((_, connection)) = self.connections.get_mut(&token) else { return true };
         // Closing it deregisters it too, but it stays open until another one goes on.
         let socket = connection.stream().as_raw_fd();
@@ -186,14 +191,14 @@ impl ViewsThread {
         member: Member,
         (peer, told): (SocketAddr, Vec<SocketAddr>),
         taken: u64,
-        until: Instant,
+        (now, until): (Instant, Instant),
     ) -> Option<Search> {
         let is_there = |it: &SocketAddr| it.ip().to_canonical() == peer.ip().to_canonical();
         let (mut addresses, others): (Vec<_>, Vec<_>) = told.into_iter().partition(is_there);
         if self.identity.own < member {
             // Another address may lead to another host, which has nobody there.
             let proven = if addresses.is_empty() { others } else { addresses };
-            return Some(Search::Asking(Asking::new(proven, Instant::now())));
+            return Some(Search::Asking(Asking::new(proven, now)));
         }
         // A newcomer may have dialled this process, from a port where nobody listens.
         if addresses.is_empty() || addresses.contains(&peer) {
@@ -206,8 +211,28 @@ impl ViewsThread {
         self.mesh.again(member, addresses, (attempt, taken), until).map(Search::Dialing)
     }
 
+    /// Takes those connections for cut that this process dials and on which nothing is heard of the
+    /// other host, where TCP would miss the end of an outage for long. How long the host may be
+    /// silent counts as well: this is no end.
+    fn look_for_silence(&mut self, now: Instant) {
+        let own = self.identity.own;
+        let dialled = self.connections.iter_mut().filter(|(_, (member, _))| *member < own);
+        let silent = dialled.filter_map(|(token, (_, it))| it.is_silent(now).then_some(*token));
+        let until = now + self.identity.silence + self.cuts.timeout;
+        for token in silent.collect::<Vec<_>>() {
+            self.cut_until(token, (now, until));
+        }
+    }
+
+    /// When to look for that next.
+    pub(super) fn look_for_silence_at(&self, now: Instant) -> Option<Instant> {
+        let dialled = self.connections.values().filter(|(it, _)| *it < self.identity.own);
+        dialled.filter_map(|(_, connection)| connection.look_at(now)).min()
+    }
+
     /// Looks what has become of the connections that were cut.
     pub(super) fn look_after_cuts(&mut self, now: Instant) {
+        self.look_for_silence(now);
         self.cuts.returning.retain(|_, (_, _, until)| *until > now);
         let looks = self.cuts.open.iter_mut().map(|(token, cut)| (*token, cut.look(now)));
         for (token, outcome) in looks.collect::<Vec<_>>() {

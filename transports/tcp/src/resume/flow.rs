@@ -10,16 +10,15 @@ use std::time::{Duration, Instant};
 use rustix::net::{self, SendFlags};
 use unisum_link::fork::ParentOnly;
 use unisum_link::secure::{RECORD_OVERHEAD, Session};
+use unisum_link::silence::{self, Hush, Told};
 use unisum_link::{LinkError, LinkErrorKind, Rank, Wake as _};
 
-use super::hush::Hush;
 use super::meeting::Meeting;
 use super::{
     ACKNOWLEDGED_AFTER, FRAME_BYTES, HEAD_BYTES, HOLDS, Head, LEAVES, SEALED_BYTES, WINDOW,
 };
 use crate::options;
 use crate::sealed::Buffer;
-use crate::silence::{self, Told};
 use crate::sleep::Bell;
 use crate::socket::{Message, failed};
 

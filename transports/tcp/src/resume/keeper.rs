@@ -3,7 +3,8 @@
 //!
 //! It is woken by ends and errors, not by data, so that calls go on as if it were not there; and
 //! some ten times a second, if there are connections to other hosts, to see whether these are
-//! silent.
+//! silent. Beside one that is, it dials another one, with an attempt every 50 ms: the flow goes on
+//! in whichever is heard of first.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -505,9 +506,9 @@ mod tests {
 
     use rustix::net::{SendFlags, send};
     use unisum_link::fork::ParentOnly;
+    use unisum_link::silence::Told;
 
     use super::*;
-    use crate::silence::Told;
     use crate::socket::Socket;
 
     /// A connection, and its other end.

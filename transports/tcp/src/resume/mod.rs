@@ -28,7 +28,6 @@
 mod flow;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
-mod hush;
 mod incoming;
 mod keeper;
 mod meeting;
