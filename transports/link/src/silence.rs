@@ -43,6 +43,7 @@ const TICKS: Duration = Duration::from_millis(10);
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hush {
     since: Option<Instant>,
+    attempts: u32,
     look_at: Option<Instant>,
 }
 
@@ -58,9 +59,12 @@ impl Hush {
     }
 
     /// Takes in what the kernel says `now`; for how long the connection has been silent, if that is
-    /// longer than an answer takes.
+    /// longer than an answer takes. What the other host sends of its own accord is no answer: after
+    /// an outage it may be heard long before it hears what is sent again.
     pub fn look(&mut self, told: Told, now: Instant) -> Option<Duration> {
-        let is_silent = |since: &Instant| told.heard + TICKS >= now - *since;
+        let attempts = std::mem::replace(&mut self.attempts, told.attempts);
+        let is_unanswered = attempts > 0 && told.attempts >= attempts;
+        let is_silent = |since: &Instant| is_unanswered || told.heard + TICKS >= now - *since;
         let since = self.since.filter(is_silent).unwrap_or(now);
         self.since = told.awaits.then_some(since);
         self.look_at = Some(now + if told.awaits { LOOK_SOON } else { LOOK });
@@ -139,6 +143,20 @@ mod tests {
         // The last answer came after 400 ms.
         let heard = |ms| if ms < 400 { ms % 40 } else { ms - 400 };
         assert!((550..=650).contains(&silent_at(heard, 0).unwrap()));
+    }
+
+    #[test]
+    fn who_is_heard_and_answers_nothing_is_silent() {
+        let (start, mut hush) = (Instant::now(), Hush::default());
+        let told = |attempts| Told { awaits: true, attempts, ..Told::NOTHING };
+        assert_eq!(hush.look(told(1), start), None);
+        assert_eq!(hush.look(told(1), start + 100 * MS), None);
+        assert_eq!(hush.look(told(2), start + 200 * MS), Some(200 * MS));
+        // An answer has the kernel count anew.
+        assert_eq!(hush.look(told(1), start + 250 * MS), None);
+        assert_eq!(hush.look(told(1), start + 350 * MS), None);
+        assert_eq!(hush.look(told(1), start + 400 * MS), Some(150 * MS));
+        assert_eq!(hush.look(told(0), start + 450 * MS), None);
     }
 
     #[test]
