@@ -400,8 +400,12 @@ impl ProgressLock {
     }
 
     /// The job's number of this rank.
-    /// Before it is dropped: once the job is over nobody needs anything any more, and those that are
-    /// lost would be waited for in vain.
+    pub(super) fn job_rank(&self) -> Rank {
+        self.membership.as_ref().map_or(0, Membership::job_rank)
+    }
+
+    /// Before it is dropped: once the job is over nobody needs anything any more, and those that
+    /// are lost would be waited for in vain.
     pub(super) fn leave(&mut self) {
         if self.membership.as_ref().is_some_and(Membership::is_over) {
             // Whoever panicked there has lost it.
@@ -409,10 +413,6 @@ impl ProgressLock {
                 state.engine.abort();
             }
         }
-    }
-
-    pub(super) fn job_rank(&self) -> Rank {
-        self.membership.as_ref().map_or(0, Membership::job_rank)
     }
 
     fn in_job(&self, rank: Rank) -> Rank {

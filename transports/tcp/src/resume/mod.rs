@@ -22,8 +22,8 @@
 //! A send is done when the kernel has it, as on other sockets, for what was sent and not
 //! acknowledged is kept here. What has to happen while the program is not in a call is the
 //! [`Keeper`]'s, a thread of the link: it notices connections that break, or are silent, dials,
-//! answers, and sends again. Before the link ends in order it waits until the others have received what was sent to
-//! them.
+//! answers, and sends again. Before the link ends in order it waits until the others have received
+//! what was sent to them.
 
 mod flow;
 #[cfg(any(test, fuzzing))]
