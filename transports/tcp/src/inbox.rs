@@ -144,14 +144,14 @@ impl Inbox {
         state.to_dial.push(Pending { dial, since: now, attempts: 0, next });
         if state.diallers.contains_key(&lane) {
             self.changed.notify_all();
-        } else {
-            let inbox = Arc::clone(self);
-            thread::Builder::new()
-                .name("unisum-dial".into())
-                .spawn(move || inbox.run_dialler(lane))
-                .map_err(|error| LinkError::lacking(peer, "starting a thread to dial", error))?;
-            state.diallers.insert(lane, None);
+            return Ok(());
         }
+        let inbox = Arc::clone(self);
+        thread::Builder::new()
+            .name("unisum-dial".into())
+            .spawn(move || inbox.run_dialler(lane))
+            .map_err(|error| LinkError::lacking(peer, "starting a thread to dial", error))?;
+        state.diallers.insert(lane, None);
         Ok(())
     }
 
