@@ -338,7 +338,8 @@ fn reconnecting(name: &str) -> Shape {
 }
 
 /// Where connections may break and go on, a network that is away for a moment costs that moment.
-/// The job is not elastic: `elastic_resets` does that.
+/// The job is not elastic: `elastic_resets` does that. `UNISUM_TEST_CUTS` and `UNISUM_TEST_RESETS`
+/// say how many, by hand, and `UNISUM_TEST_CUT_KIND` (0 to 3) of which kind.
 #[test]
 fn a_training_goes_on_when_its_hosts_are_back_and_when_connections_are_reset() {
     let _one = alone();
