@@ -53,6 +53,9 @@ pub(crate) struct Flow {
     /// Whether the other end sends nothing more and has not been told that all came.
     pub(super) peer_leaves: bool,
     pub(super) owes_answer: bool,
+    /// Whether nothing more comes on this connection, as the other end had said: it only waits for
+    /// the answer.
+    pub(super) peer_ended: bool,
     /// Whether this end sends nothing more, and has said so on this connection.
     pub(super) leaves: bool,
     said_leaving: bool,
@@ -162,6 +165,7 @@ impl Flow {
             stash: VecDeque::new(),
             peer_leaves: false,
             owes_answer: false,
+            peer_ended: false,
             leaves: false,
             said_leaving: false,
             is_answered: false,
@@ -308,6 +312,10 @@ impl Flow {
             self.fail(cause.clone());
             return Err(cause);
         }
+        if self.peer_ended {
+            self.fail(LinkError::closed(self.peer));
+            return Ok(());
+        }
         tracing::info!(peer = self.peer, socket = self.socket, %cause, "a connection broke");
         self.close();
         if self.meeting.is_none() {
@@ -337,7 +345,7 @@ impl Flow {
         tracing::debug!(peer, socket, attempt, from = has, "a connection stands");
         self.close();
         (self.sent, self.attempt) = (has, attempt);
-        (self.said_leaving, self.ended_sending) = (false, false);
+        (self.said_leaving, self.ended_sending, self.peer_ended) = (false, false, false);
         // Acknowledgements on the connection before may not have been read: a sender that has
         // filled its window would wait for one, and there would be nothing new to acknowledge.
         self.told = self.told.min(self.taken.saturating_sub(ACKNOWLEDGED_AFTER));
@@ -369,7 +377,13 @@ impl Flow {
     ) -> Result<usize, LinkError> {
         while *writable && self.connection.is_some() && !self.ended_sending {
             if !self.is_sending() {
-                self.keep(sends);
+                if self.peer_ended && !self.owes_answer {
+                    self.fail(LinkError::closed(self.peer));
+                    break;
+                }
+                if !self.peer_ended {
+                    self.keep(sends);
+                }
                 if !self.next_frame() {
                     break;
                 }

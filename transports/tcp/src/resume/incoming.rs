@@ -67,7 +67,7 @@ impl Flow {
         loop {
             self.unstash(arriving)?;
             let reads = !arriving.receives.is_empty() || self.is_full() || reads_all;
-            if !reads || !*readable || self.connection.is_none() {
+            if !reads || !*readable || self.peer_ended || self.connection.is_none() {
                 break;
             }
             let read = match self.reads_in_place(arriving) {
@@ -92,15 +92,14 @@ impl Flow {
     fn ended(&mut self, error: io::Error) -> Result<(), LinkError> {
         let is_end = error.kind() == io::ErrorKind::UnexpectedEof;
         if is_end && self.peer_leaves {
-            // It waits for the answer.
-            self.flush(&mut VecDeque::new(), &mut true)?;
-            self.fail(LinkError::closed(self.peer));
-            return Ok(());
+            // It waits for the answer, for which the socket may have no room yet: what it holds
+            // is on its way to an end that still reads.
+            self.peer_ended = true;
+            return self.flush(&mut VecDeque::new(), &mut true).map(drop);
         }
         if is_end {
             return self.broke(LinkError::closed(self.peer));
         }
-
         self.broke(failed(self.peer, "receiving", error))
     }
 

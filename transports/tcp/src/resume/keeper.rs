@@ -414,8 +414,10 @@ impl Shared {
         for (at, (_, flow)) in flows.iter().enumerate() {
             let flow = flow.lock();
             if let Some(stream) = flow.stream() {
-                let mut flags = PollFlags::RDHUP;
-                flags.set(PollFlags::IN, leaves);
+                // An end that was read is told of for ever.
+                let mut flags = PollFlags::empty();
+                flags.set(PollFlags::RDHUP, !flow.peer_ended);
+                flags.set(PollFlags::IN, leaves && !flow.peer_ended);
                 flags.set(PollFlags::OUT, flow.owes());
                 places.push((at, stream.clone(), flags));
             }
@@ -502,12 +504,14 @@ pub(super) fn move_on(flow: &mut Flow) -> Result<(), LinkError> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::io::{Read as _, Write as _};
+    use std::net::{Shutdown, TcpListener, TcpStream};
 
-    use rustix::net::{SendFlags, send};
+    use rustix::net::{SendFlags, send, sockopt};
     use unisum_link::fork::ParentOnly;
     use unisum_link::silence::Told;
 
+    use super::super::{HOLDS, Head, LEAVES};
     use super::*;
     use crate::socket::Socket;
 
@@ -528,6 +532,44 @@ mod tests {
             assert!(Instant::now() < until, "the other end reads nothing");
             thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    #[test]
+    fn an_end_that_leaves_has_its_answer_also_where_the_socket_was_full() {
+        let bell = Arc::new(Bell::new().unwrap());
+        let handle = Handle(Arc::new(Mutex::new(Flow::new((1, 0), Duration::from_secs(30), bell))));
+        let (own, mut other) = connection();
+        let leaves = Head { flags: LEAVES, bytes: 0, acknowledged: 0 };
+        other.write_all(&leaves.encode()).unwrap();
+        other.shutdown(Shutdown::Write).unwrap();
+        // Buffers that were set do not grow: once both are full, they stay so.
+        sockopt::set_socket_send_buffer_size(&**own, 8192).unwrap();
+        sockopt::set_socket_recv_buffer_size(&other, 8192).unwrap();
+        let (mut sent, mut before) = (0, usize::MAX);
+        while sent != before {
+            before = sent;
+            while let Ok(more) = send(&**own, &[0; 1 << 16], SendFlags::NOSIGNAL) {
+                sent += more;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        handle.lock().resume(own, None, 1, 0).unwrap();
+        while !handle.lock().peer_ended {
+            move_on(&mut handle.lock()).unwrap();
+        }
+        assert!(!handle.lock().is_failed(), "it was given up without an answer");
+        // What is on its way makes room.
+        let ended = thread::spawn(move || {
+            let mut all = Vec::new();
+            other.read_to_end(&mut all).unwrap();
+            all
+        });
+        while !handle.lock().is_failed() {
+            move_on(&mut handle.lock()).unwrap();
+            thread::yield_now();
+        }
+        let answer = Head { flags: HOLDS, bytes: 0, acknowledged: 0 };
+        assert_eq!(ended.join().unwrap()[sent..], answer.encode());
     }
 
     #[test]

@@ -450,7 +450,9 @@ impl Scene {
             return;
         }
         let flow = self.end.handle.lock();
-        let stands = flow.stream().is_some() && flow.meeting.is_none();
+        // Nobody hears what is said behind an end.
+        let is_heard = flow.meeting.is_none() && !flow.peer_ended;
+        let stands = flow.stream().is_some() && is_heard;
         let newest = self.wire.as_ref().filter(|wire| stands && wire.stands && !wire.is_garbled);
         if newest.is_some() {
             assert_eq!(flow.received, self.came.len() as u64, "some of what came was left");
