@@ -134,7 +134,7 @@ impl Acceptor {
     }
 
     /// A listener is readable.
-    pub(super) const fn preamble(&mut self) {
+    pub(super) const fn readable(&mut self) {
         self.is_readable = true;
     }
 

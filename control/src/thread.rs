@@ -178,7 +178,7 @@ impl ControlThread {
 
     fn handle(&mut self, token: usize, now: Instant) {
         match (&mut self.acceptor, token) {
-            (Some(acceptor), LISTENER) => acceptor.preamble(),
+            (Some(acceptor), LISTENER) => acceptor.readable(),
             (Some(acceptor), token) if acceptor.has_pending(token) => self.visit(token, now),
             (_, token) if self.pulses.has(token) => self.pulses.feel(token, now),
             (_, token) if self.resuming.is_returning(token) => self.hear_returning(token, now),

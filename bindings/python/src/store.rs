@@ -62,8 +62,8 @@ impl Store for PythonStore {
     }
 }
 
-/// Between two looks. Looks are short: PyTorch's waits write warnings when they end, and the process
-/// cannot end while one goes on.
+/// Between two looks. Looks are short: PyTorch's waits write warnings when they end, and the
+/// process cannot end while one goes on.
 const SHORTEST: Duration = Duration::from_millis(5);
 const LONGEST: Duration = Duration::from_millis(200);
 

@@ -83,7 +83,7 @@ impl House {
             match event.token().0 {
                 LISTENER => {
                     self.preambles += 1;
-                    self.acceptor.preamble();
+                    self.acceptor.readable();
                 }
                 token if self.acceptor.has_pending(token) => {
                     let visited = self.acceptor.visit(token, &self.rank, registry, now);

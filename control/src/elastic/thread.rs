@@ -140,7 +140,7 @@ impl ViewsThread {
 
     fn handle(&mut self, token: usize, now: Instant) {
         match token {
-            LISTENER => self.acceptor.preamble(),
+            LISTENER => self.acceptor.readable(),
             token if self.acceptor.has_pending(token) => self.visit(token, now),
             token if self.cuts.is_returning(token) => self.hear_returning(token),
             token => self.serve(token),

@@ -2,9 +2,8 @@
 //! those that break, dials them anew or answers, and sends again what was lost.
 //!
 //! It is woken by ends and errors, not by data, so that calls go on as if it were not there; and
-//! some ten times a second, if there are connections to other hosts, to see whether these are
-//! silent. Beside one that is, it dials another one, with an attempt every 50 ms: the flow goes on
-//! in whichever is heard of first.
+//! some ten times a second, to see whether connections to other hosts are silent. Beside one that
+//! is, it dials another, with an attempt every 50 ms: the flow goes on in whichever is heard first.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
