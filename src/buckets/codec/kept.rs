@@ -26,15 +26,19 @@ pub(crate) struct UnreadableState(pub(crate) &'static str);
 
 impl Kept {
     /// Keeps `values` for the elements of `parameter` from `start` on, in place of older ones.
-    pub(crate) fn put(&mut self, parameter: &str, start: usize, values: &[f32]) {
+    /// Whether a whole range of these is gone now.
+    pub(crate) fn put(&mut self, parameter: &str, start: usize, values: &[f32]) -> bool {
         let stretch = Stretch { start, values: values.to_vec() };
         let stretches = self.0.entry(parameter.into()).or_default();
         let elements = stretch.elements();
         let is_covered = |old: &Stretch| {
             elements.start <= old.elements().start && old.elements().end <= elements.end
         };
+        let known = stretches.len();
         stretches.retain(|old| !is_covered(old));
+        let replaces = stretches.len() < known;
         stretches.push(stretch);
+        replaces
     }
 
     /// Multiplies all that is kept.
@@ -91,7 +95,9 @@ impl Kept {
             start.checked_add(count).ok_or(UnreadableState("a range has no end"))?;
             let (values, _) = take(&mut rest, size)?.as_chunks();
             let values: Vec<f32> = values.iter().copied().map(f32::from_le_bytes).collect();
-            kept.put(parameter, start, &values);
+            if kept.put(parameter, start, &values) {
+                return Err(UnreadableState("it has a range twice"));
+            }
         }
         if rest.is_empty() { Ok(kept) } else { Err(UnreadableState("more bytes than it says")) }
     }
@@ -160,6 +166,21 @@ mod tests {
         kept.copy_to("w", 100, &mut found);
         kept.copy_to("u", 0, &mut found);
         assert_eq!(found, [4.0, 5.0]);
+    }
+
+    #[test]
+    fn a_range_that_is_there_twice_is_refused() {
+        let mut kept = Kept::default();
+        kept.put("w", 0, &[1.0]);
+        kept.put("w", 4, &[2.0]);
+        let mut bytes = kept.to_bytes();
+        let start = bytes.len() - 4 - 8 - 8;
+        for (at, is_twice) in [(4, false), (1, false), (0, true)] {
+            bytes[start] = at;
+            let twice = UnreadableState("it has a range twice");
+            let read = Kept::from_bytes(&bytes);
+            assert_eq!(read.err(), is_twice.then_some(twice), "from {at}");
+        }
     }
 
     proptest! {
