@@ -36,7 +36,7 @@ pub(crate) struct Job {
 pub(crate) struct Kill {
     pub(crate) victims: Vec<usize>,
     pub(crate) when: u64,
-    /// Until the last survivor had ended a step without the victims.
+    /// From the death of the last victim until the last survivor had ended a step without them.
     pub(crate) stall_ns: u64,
     /// When the newcomers had taken the first step with all others.
     pub(crate) settled: u64,
@@ -209,7 +209,10 @@ impl Job {
         // The first step of each that is in such a view.
         let mut firsts = std::collections::BTreeMap::new();
         without.for_each(|it| _ = firsts.insert(it.process, it.ended));
-        kill.stall_ns = firsts.values().max().map_or(0, |ended| ended - kill.when);
+        // What passed between two deaths is drawn, and no stall.
+        let deaths = kill.victims.iter().filter_map(|it| self.watch.processes[*it].killed);
+        let last = deaths.max().unwrap_or(kill.when);
+        kill.stall_ns = firsts.values().max().map_or(0, |ended| ended - last);
     }
 
     /// Waits until all that are alive have ended a step after `time`; how much later the last one
