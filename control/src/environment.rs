@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 /// The environment variables of a process at one moment.
 ///
 /// An empty value counts as unset, as launchers and shell scripts often leave one behind. Bytes
-/// that are not Unicode are replaced, so that the parser of the variable refuses them by name.
+/// that are not Unicode are replaced by U+FFFD, by which they are refused.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Environment(BTreeMap<String, String>);
 

@@ -105,7 +105,7 @@ impl Draft {
     }
 
     fn replace(self, path: &Path) -> io::Result<Published> {
-        fs::rename(&self.path, path)?;
+        fs::rename(&self.path, path).map_err(|error| whose(path, error))?;
         Ok(self.into_published(path))
     }
 
@@ -140,6 +140,20 @@ fn refuse_others_file(path: &Path) -> io::Result<()> {
     }
     let why = "it has contents that no job has written: name a file of its own for that";
     Err(io::Error::new(io::ErrorKind::AlreadyExists, why))
+}
+
+/// Why a name could not be taken: in a folder for all (as /tmp is), nobody replaces what is
+/// another user's.
+fn whose(path: &Path, error: io::Error) -> io::Error {
+    use std::os::unix::fs::MetadataExt as _;
+    let own = rustix::process::geteuid().as_raw();
+    match fs::symlink_metadata(path) {
+        Ok(there) if error.kind() == io::ErrorKind::PermissionDenied && there.uid() != own => {
+            let why = format!("what is there is of user {}, this rank's is {own}", there.uid());
+            io::Error::new(error.kind(), why)
+        }
+        _ => error,
+    }
 }
 
 fn write(path: &Path, text: &str) -> io::Result<ParentOnly<File>> {
@@ -260,6 +274,29 @@ mod tests {
         drop(ours);
         assert_eq!(read(&path).unwrap(), addresses(&["127.0.0.1:2"]));
         drop(theirs);
+    }
+
+    /// As in /tmp. Only root can be somebody else.
+    #[test]
+    fn what_another_user_has_put_there_is_named() {
+        use std::os::unix::fs::PermissionsExt as _;
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let scratch = Scratch::new();
+        fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        let path = scratch.path().join("meeting");
+        fs::write(&path, "").unwrap();
+        let told = std::thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                let user = rustix::process::Uid::from_raw(64_001);
+                rustix::thread::set_thread_res_uid(user, user, user).unwrap();
+                publish(&path, [1; 16], &addresses(&["127.0.0.1:1"])).unwrap_err().to_string()
+            });
+            other.join().unwrap()
+        });
+        assert!(told.ends_with("what is there is of user 0, this rank's is 64001"), "{told}");
+        assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1, "no draft is left");
     }
 
     #[test]

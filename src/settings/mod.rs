@@ -99,6 +99,7 @@ impl Settings {
         if !unknown.is_empty() {
             crate::warning::warning!("unknown variables, misspelt? {}", unknown.join(", "));
         }
+        refuse_other_than_text(environment)?;
         let defaults = Self::default();
         let read = Reader(environment);
         let reproducible = read.switch("UNISUM_REPRODUCIBLE")?.unwrap_or(defaults.reproducible);
@@ -246,6 +247,23 @@ fn unknown_variables(environment: &Environment) -> Vec<String> {
     let is_elsewhere = |name: &str| name.starts_with("UNISUM_TEST_") || name == "UNISUM_LOG";
     let ours = environment.names().filter(|name| name.starts_with("UNISUM_"));
     ours.filter(|name| !known(name) && !is_elsewhere(name)).map(str::to_owned).collect()
+}
+
+/// Values of other bytes than text would all look the same: of two jobs one would have the other's
+/// name. That of the token is told by whoever reads it, without its value.
+///
+/// # Errors
+/// For the first such variable.
+fn refuse_other_than_text(environment: &Environment) -> Result<(), SettingsError> {
+    let is_text = |value: &str| !value.contains(char::REPLACEMENT_CHARACTER);
+    let named = VARIABLES.iter().map(|it| it.name).filter(|name| *name != "UNISUM_TOKEN");
+    let mut set = named.filter_map(|name| Some((name, environment.get(name)?)));
+    match set.find(|(_, value)| !is_text(value)) {
+        Some((variable, value)) => {
+            Err(SettingsError { variable, value: value.to_owned(), accepted: "UTF-8".to_owned() })
+        }
+        None => Ok(()),
+    }
 }
 
 /// Reads single variables; what is not set is `None`.

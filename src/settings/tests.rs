@@ -134,6 +134,16 @@ fn malformed_values_are_errors_that_name_variable_value_and_what_is_accepted() {
     }
 }
 
+/// What is no text is replaced by one character, whatever it was.
+#[test]
+fn what_is_no_text_is_refused_by_name() {
+    for variable in ["UNISUM_JOB", "UNISUM_TLS_CERT", "UNISUM_RENDEZVOUS", "UNISUM_TOKEN_FILE"] {
+        let error = read(&[(variable, "a\u{fffd}b")]).unwrap_err().to_string();
+        assert_eq!(error, format!("{variable}=`a\u{fffd}b`: expected UTF-8"));
+    }
+    assert!(read(&[("UNISUM_TOKEN", "\u{fffd}")]).is_ok(), "who reads it says so");
+}
+
 #[test]
 fn interfaces_fall_back_to_what_nccl_and_gloo_were_told() {
     let all = [("UNISUM_INTERFACE", "a"), ("NCCL_SOCKET_IFNAME", "b"), ("GLOO_SOCKET_IFNAME", "c")];

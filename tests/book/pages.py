@@ -36,12 +36,20 @@ if __name__ == "__main__":
 END
 "$VENV/bin/python" buckets.py
 """
+WITH_CERTIFICATES = """{}
+export UNISUM_TLS=mtls UNISUM_TLS_CERT=tls.crt UNISUM_TLS_KEY=tls.key UNISUM_TLS_CA=ca.crt
+UNISUM_TLS_PEERS=worker.train cargo run --release --manifest-path "ROOT/Cargo.toml" \\
+    --bin allreduce-bench -- -n 2 -t tcp -e 1K --seconds-per-size 0.05
+""".replace("ROOT", ROOT)
 # Of the pages that are no quick starts: the beginnings of the blocks that run here, and how.
 PIECES = {
     "README": [
         ("bindings/c/install PREFIX", 'PREFIX="$(mktemp -d)"\n{}'),
         ("#include <stdio.h>", 'cd "$PREFIX"\ncat > sum.c <<\'END\'\n{}END\n'),
         ("export PKG_CONFIG_PATH=PREFIX", "{}"),
+    ],
+    "docs/security": [
+        ("openssl req -x509", WITH_CERTIFICATES),
     ],
     "docs/pytorch": [
         ("import numpy, unisum\n\ndef work", "cat > work.py <<'END'\n{}END\n\"$VENV/bin/python\" work.py\n"),

@@ -34,6 +34,12 @@ pub enum TokenError {
         /// Its length without white space at the ends.
         length: usize,
     },
+    /// The token is not text: it may have been any of many others.
+    #[error("the token from {origin} is not UTF-8: `openssl rand -hex 16` gives one that is")]
+    NotText {
+        /// The variable it came from.
+        origin: String,
+    },
     /// No token is given and there is no home directory to keep one in.
     #[error("no home directory for the token file (HOME is not set): set UNISUM_TOKEN")]
     NoHome,
@@ -62,7 +68,12 @@ impl Token {
     /// another user or gives other users access.
     pub fn from_environment(environment: &Environment) -> Result<Self, TokenError> {
         if let Some(token) = environment.get("UNISUM_TOKEN") {
-            return Self::new(token, "UNISUM_TOKEN".to_owned());
+            let origin = "UNISUM_TOKEN".to_owned();
+            // Where bytes were no text, they are replaced, all by the same.
+            if token.contains(char::REPLACEMENT_CHARACTER) {
+                return Err(TokenError::NotText { origin });
+            }
+            return Self::new(token, origin);
         }
         if let Some(path) = environment.get("UNISUM_TOKEN_FILE") {
             return Self::from_file(Path::new(path));
@@ -277,6 +288,28 @@ mod tests {
     fn write_with_mode(path: &Path, text: &str, mode: u32) {
         fs::write(path, text).unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    /// Each of its bytes would be taken for the same character.
+    #[test]
+    fn a_variable_that_is_no_text_is_no_token() {
+        use std::os::unix::ffi::OsStringExt as _;
+        if std::env::var_os("UNISUM_TOKEN").is_some() {
+            let error = Token::from_environment(&Environment::from_process()).unwrap_err();
+            assert!(error.to_string().contains("UNISUM_TOKEN is not UTF-8"), "{error}");
+            return;
+        }
+        let name = "launcher::token::tests::a_variable_that_is_no_text_is_no_token";
+        for bytes in
+            [vec![0xff; 32], [&[b'a'; 31][..], &[0xe9]].concat(), "\u{fffd}".repeat(16).into()]
+        {
+            let status = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", name])
+                .env("UNISUM_TOKEN", std::ffi::OsString::from_vec(bytes))
+                .stdout(Stdio::null())
+                .status();
+            assert!(status.unwrap().success());
+        }
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Certificates of the user: read from files, read again when they change, and whom they name.
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -10,10 +9,10 @@ use std::time::SystemTime;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, verify_tls13_signature};
-use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ParsedCertificate, VerifierBuilderError, WebPkiClientVerifier};
+use rustls::sign::SingleCertAndKey;
 use rustls::version::TLS13;
 use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, Error, OtherError, RootCertStore,
@@ -21,6 +20,9 @@ use rustls::{
 };
 use zeroize::Zeroizing;
 
+use super::files::{
+    CertificateError, certificates, certified_key, listed, read, unlisted, warn_of_access,
+};
 use super::tls::{Configs, provider};
 
 /// How often files are read that are replaced meanwhile.
@@ -65,20 +67,17 @@ impl FromStr for Peers {
     }
 }
 
-/// Why certificates can't be used.
-#[derive(Debug, thiserror::Error)]
-#[error("{what} {}: {why}", path.display())]
-pub struct CertificateError {
-    /// What the file should be.
-    what: &'static str,
-    path: PathBuf,
-    why: String,
-}
-
 /// Whose certificate is not accepted, as the alternative names in it say.
 #[derive(Debug, thiserror::Error)]
-#[error("its certificate names {0}, which this rank does not accept (UNISUM_TLS_PEERS)")]
-struct NotAccepted(String);
+enum NotAccepted {
+    #[error("its certificate names {0}, which this rank does not accept (UNISUM_TLS_PEERS)")]
+    Names(String),
+    #[error(
+        "its certificate names nobody: this rank accepts names (UNISUM_TLS_PEERS), and no DNS name \
+         or URI is among its alternative names (addresses and common names do not count)"
+    )]
+    Nobody,
+}
 
 /// What the files said last, and when.
 #[derive(Debug)]
@@ -99,7 +98,9 @@ struct Stamp {
 impl Certified {
     pub(super) fn new(files: Files) -> Result<Self, CertificateError> {
         let (seen, configs) = files.read_whole();
-        Ok(Self { files, seen, configs: configs? })
+        let configs = configs?;
+        warn_of_access(&files.key);
+        Ok(Self { files, seen, configs })
     }
 
     /// What the files say now. If they make no sense, perhaps because not all are replaced yet,
@@ -149,14 +150,9 @@ impl Files {
     }
 
     fn read(&self) -> Result<Configs, CertificateError> {
-        let fault = |what, path, error| fault(what, path, &pem::Error::Io(error));
-        let read = |what, path| fs::read(path).map_err(|error| fault(what, path, error));
         let peers = match &self.peers {
             Peers::Any | Peers::Names(_) => None,
-            Peers::File(path) => {
-                let text = fs::read_to_string(path);
-                Some(text.map_err(|error| fault("list of peers", path, error))?)
-            }
+            Peers::File(path) => Some(unlisted(path, read("list of peers", path)?)?),
         };
         self.configs(&Texts {
             certificate: read("certificate", &self.certificate)?,
@@ -168,28 +164,25 @@ impl Files {
 
     fn configs(&self, texts: &Texts) -> Result<Configs, CertificateError> {
         let provider = provider();
-        let chain = certificates("certificate", &self.certificate, &texts.certificate)?;
-        let key = PrivateKeyDer::from_pem_slice(&texts.key)
-            .map_err(|error| fault("key", &self.key, &error))?;
-        let of_key = |error: Error| CertificateError {
-            what: "key",
-            path: self.key.clone(),
-            why: format!("it does not go with {}: {error}", self.certificate.display()),
-        };
         let verifier = Arc::new(self.verifier(texts, &provider)?);
+        let own = certified_key(
+            (&self.certificate, &texts.certificate),
+            (&self.key, &texts.key),
+            &provider,
+        )?;
+        let own = Arc::new(SingleCertAndKey::from(own));
+        let versions = "this provider has TLS 1.3";
         let client = ClientConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&TLS13])
-            .map_err(of_key)?
+            .expect(versions)
             .dangerous()
             .with_custom_certificate_verifier(verifier.clone())
-            .with_client_auth_cert(chain.clone(), key.clone_key())
-            .map_err(of_key)?;
+            .with_client_cert_resolver(own.clone());
         let server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])
-            .map_err(of_key)?
+            .expect(versions)
             .with_client_cert_verifier(verifier)
-            .with_single_cert(chain, key)
-            .map_err(of_key)?;
+            .with_cert_resolver(own);
         Ok(Configs::new(client, server))
     }
 
@@ -199,11 +192,7 @@ impl Files {
         provider: &Arc<CryptoProvider>,
     ) -> Result<Verifier, CertificateError> {
         let mut roots = RootCertStore::empty();
-        let refused = |why: String| CertificateError {
-            what: "CA certificates",
-            path: self.authorities.clone(),
-            why,
-        };
+        let refused = |why| CertificateError::new("CA certificates", &self.authorities, why);
         for authority in certificates("CA certificates", &self.authorities, &texts.authorities)? {
             roots.add(authority).map_err(|error| refused(error.to_string()))?;
         }
@@ -226,37 +215,8 @@ struct Texts {
     peers: Option<String>,
 }
 
-/// The names in a file of peers: its lines that are not empty.
-fn listed(peers: &str) -> Vec<String> {
-    let lines = peers.lines().map(str::trim).filter(|line| !line.is_empty());
-    lines.map(str::to_owned).collect()
-}
-
 fn is_accepted(accepted: &[String], name: &str) -> bool {
     accepted.iter().any(|known| known.eq_ignore_ascii_case(name))
-}
-
-fn certificates(
-    what: &'static str,
-    path: &Path,
-    text: &[u8],
-) -> Result<Vec<CertificateDer<'static>>, CertificateError> {
-    let read: Result<_, pem::Error> = CertificateDer::pem_slice_iter(text).collect();
-    let read: Vec<_> = read.map_err(|error| fault(what, path, &error))?;
-    match read.is_empty() {
-        true => Err(fault(what, path, &pem::Error::NoItemsFound)),
-        false => Ok(read),
-    }
-}
-
-fn fault(what: &'static str, path: &Path, error: &pem::Error) -> CertificateError {
-    let why = match error {
-        pem::Error::Io(error) if error.kind() == io::ErrorKind::NotFound => "no such file".into(),
-        pem::Error::Io(error) => error.to_string(),
-        pem::Error::NoItemsFound => "none is in it (PEM is expected)".to_owned(),
-        error => error.to_string(),
-    };
-    CertificateError { what, path: path.to_owned(), why }
 }
 
 /// Looks at the other end's certificate: who has signed it, and whom it names. The address at which
@@ -281,6 +241,22 @@ impl Verifier {
         Ok(Self { roots, of_dialers, accepted, provider })
     }
 
+    /// Whether a certificate is good for both uses, whichever end this is: each rank dials some
+    /// and listens to others, perhaps only in a group or a view that comes later.
+    fn check_uses(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), Error> {
+        let parsed = webpki::EndEntityCert::try_from(certificate)
+            .map_err(|_| rustls::CertificateError::BadEncoding)?;
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        for usage in [webpki::KeyUsage::server_auth(), webpki::KeyUsage::client_auth()] {
+            // Without a CA nothing is verified but what the certificate says of itself.
+            let said = parsed.verify_for_usage(algorithms, &[], &[], now, usage, None, None);
+            if let Err(webpki::Error::RequiredEkuNotFoundContext(_)) = said {
+                return Err(rustls::CertificateError::InvalidPurpose.into());
+            }
+        }
+        Ok(())
+    }
+
     /// Whether one of the names in a certificate is accepted.
     fn check_names(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
         let Some(accepted) = &self.accepted else { return Ok(()) };
@@ -292,8 +268,10 @@ impl Verifier {
         }
         // They are somebody else's words, on their way to a terminal.
         let names: Vec<String> = names.iter().map(|it| it.escape_debug().to_string()).collect();
-        let names = if names.is_empty() { "nobody".to_owned() } else { names.join(", ") };
-        let error = OtherError(Arc::new(NotAccepted(names)));
+        let error = OtherError(Arc::new(match names.is_empty() {
+            true => NotAccepted::Nobody,
+            false => NotAccepted::Names(names.join(", ")),
+        }));
         Err(rustls::CertificateError::Other(error).into())
     }
 }
@@ -310,7 +288,9 @@ impl ServerCertVerifier for Verifier {
         let parsed = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.provider.signature_verification_algorithms.all;
         let (roots, between) = (&self.roots, intermediates);
-        verify_server_cert_signed_by_trust_anchor(&parsed, roots, between, now, algorithms)?;
+        verify_server_cert_signed_by_trust_anchor(&parsed, roots, between, now, algorithms)
+            .map_err(of_authorities)?;
+        self.check_uses(end_entity, now)?;
         self.check_names(end_entity)?;
         Ok(ServerCertVerified::assertion())
     }
@@ -351,7 +331,9 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.of_dialers.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self.of_dialers.verify_client_cert(end_entity, intermediates, now);
+        let verified = verified.map_err(of_authorities)?;
+        self.check_uses(end_entity, now)?;
         self.check_names(end_entity)?;
         Ok(verified)
     }
@@ -379,6 +361,24 @@ impl ClientCertVerifier for Verifier {
     }
 }
 
+/// A certificate of a CA in the place of a rank's, or the other way round, is one for another use:
+/// both ends have words for that.
+fn of_authorities(error: Error) -> Error {
+    use rustls::CertificateError::Other;
+    use webpki::Error as Fault;
+    let Error::InvalidCertificate(Other(OtherError(fault))) = &error else { return error };
+    match fault.downcast_ref() {
+        Some(Fault::CaUsedAsEndEntity | Fault::EndEntityUsedAsCa) => {
+            rustls::CertificateError::InvalidPurpose.into()
+        }
+        _ => error,
+    }
+}
+
+/// For which use a certificate is.
+const USES: &str = "ranks need one for `server auth` and `client auth` that is no CA's and that a \
+                    CA has signed";
+
 /// What was wrong with the other end's certificate, or with this one's, in words.
 pub(super) fn why(error: &Error) -> String {
     use rustls::AlertDescription as Alert;
@@ -393,8 +393,7 @@ pub(super) fn why(error: &Error) -> String {
                 "its certificate is not signed by a CA of UNISUM_TLS_CA".into()
             }
             Fault::InvalidPurpose | Fault::InvalidPurposeContext { .. } => {
-                "its certificate is not for this use: ranks need `server auth` and `client auth`"
-                    .into()
+                format!("its certificate is not for this use: {USES}")
             }
             Fault::Other(OtherError(why)) => why.to_string(),
             fault => format!("its certificate: {fault}"),
@@ -410,6 +409,9 @@ pub(super) fn why(error: &Error) -> String {
             Alert::CertificateUnknown => {
                 "it does not accept the names in this rank's certificate (UNISUM_TLS_PEERS there)"
                     .into()
+            }
+            Alert::UnsupportedCertificate => {
+                format!("it says that this rank's certificate is not for this use: {USES}")
             }
             Alert::CertificateRequired => "it wants a certificate of this rank".into(),
             alert => format!("it broke the TLS handshake off: {alert:?}"),

@@ -23,6 +23,8 @@ mod absent;
 #[cfg(feature = "tls")]
 mod certified;
 mod dialing;
+#[cfg(feature = "tls")]
+mod files;
 mod listening;
 mod preamble;
 #[cfg(feature = "tls")]
@@ -41,10 +43,12 @@ use crate::handshake::{Purpose, Secret};
 #[cfg(not(feature = "tls"))]
 pub use self::absent::{Opener, Sealer};
 #[cfg(feature = "tls")]
-pub use self::certified::{CertificateError, Files, Peers};
+pub use self::certified::{Files, Peers};
 #[cfg(all(feature = "tls", any(test, fuzzing)))]
 pub(crate) use self::certified::{check_files, check_peers, check_stranger};
 pub use self::dialing::{Challenged, dial, greet};
+#[cfg(feature = "tls")]
+pub use self::files::CertificateError;
 pub use self::listening::Listening;
 pub use self::preamble::Preamble;
 #[cfg(feature = "tls")]

@@ -22,7 +22,8 @@ use rustls::{
 };
 use zeroize::Zeroizing;
 
-use super::certified::{CertificateError, Certified, Files};
+use super::certified::{Certified, Files};
+use super::files::CertificateError;
 use super::records::{Opener, Sealer};
 use super::{SECRET_BYTES, Session};
 

@@ -119,6 +119,15 @@ fn the_token_is_needed_beside_a_certificate() {
     assert_eq!((&dialer[..], &listener[..]), ("refused: wrong token", "wrong token"));
 }
 
+fn assert_is_for_another_use(bad: &Credentials, good: &Credentials) {
+    for (dialer, listener) in [(bad, good), (good, bad)] {
+        let told = told(dialer, listener);
+        let (of_bad, by_good) = if std::ptr::eq(dialer, bad) { told } else { (told.1, told.0) };
+        assert!(by_good.contains("its certificate is not for this use"), "{by_good}");
+        assert!(of_bad.contains("this rank's certificate is not for this use"), "{of_bad}");
+    }
+}
+
 /// One sentence on each side, whichever of the two has the fault.
 #[test]
 fn what_is_wrong_with_a_certificate_is_told_on_both_sides() {
@@ -126,7 +135,6 @@ fn what_is_wrong_with_a_certificate_is_told_on_both_sides() {
     let good = certified(&folder(&ca, &ca, GOOD), names("worker"));
     let server_only = &[ExtendedKeyUsagePurpose::ServerAuth][..];
     let client_only = &[ExtendedKeyUsagePurpose::ClientAuth][..];
-    let purpose = "its certificate is not for this use";
     let cases = [
         (folder(&ca, &ca, Says { until: 2021, ..GOOD }), "its certificate has expired"),
         (folder(&ca, &ca, Says { from: 3000, ..GOOD }), "its certificate is not valid yet"),
@@ -146,15 +154,57 @@ fn what_is_wrong_with_a_certificate_is_told_on_both_sides() {
         assert!(dialer.contains(why), "{dialer}");
         assert!(of_others.iter().any(|part| listener.contains(part)), "{why}: {listener}");
     }
-    let bad = certified(&folder(&ca, &ca, Says { usages: server_only, ..GOOD }), Peers::Any);
-    assert!(told(&bad, &good).1.contains(purpose), "{:?}", told(&bad, &good));
-    let bad = certified(&folder(&ca, &ca, Says { usages: client_only, ..GOOD }), Peers::Any);
-    assert!(told(&good, &bad).0.contains(purpose), "{:?}", told(&good, &bad));
+    // Whoever dials: a rank that is refused only by those that it listens to would join, and be
+    // missed by a group or a view much later.
+    for usages in [server_only, client_only] {
+        let bad = certified(&folder(&ca, &ca, Says { usages, ..GOOD }), Peers::Any);
+        assert_is_for_another_use(&bad, &good);
+    }
     // Who has none at all.
     let (dialer, _) = told(&good, &token("token"));
     assert!(dialer != "admitted", "{dialer}");
     let (dialer, listener) = told(&token("token"), &good);
     assert!(dialer != "admitted" && listener != "admitted", "{dialer}, {listener}");
+}
+
+#[test]
+fn certificates_of_cas_and_by_others_than_cas_are_for_another_use() {
+    let ca = authority();
+    let good = certified(&folder(&ca, &ca, GOOD), names("worker"));
+    let put = |folder: &TempDir, chain: &str, key: &KeyPair| {
+        fs::write(folder.path().join("tls.crt"), chain).unwrap();
+        fs::write(folder.path().join("tls.key"), key.serialize_pem()).unwrap();
+    };
+    // A CA's own.
+    let own = folder(&ca, &ca, GOOD);
+    put(&own, &ca.pem(), ca.key());
+    assert_is_for_another_use(&certified(&own, Peers::Any), &good);
+    // One that a rank has signed, which the CA has not made a CA.
+    let named = |name: &str| CertificateParams::new(vec![name.to_owned()]).unwrap();
+    let mut of_rank = named("worker");
+    of_rank.is_ca = IsCa::ExplicitNoCa;
+    of_rank.distinguished_name.push(rcgen::DnType::CommonName, "rank");
+    let rank = CertifiedIssuer::signed_by(of_rank, KeyPair::generate().unwrap(), &ca);
+    let (rank, key) = (rank.unwrap(), KeyPair::generate().unwrap());
+    let below = named("worker").signed_by(&key, &rank).unwrap();
+    let by_rank = folder(&ca, &ca, GOOD);
+    put(&by_rank, &(below.pem() + &rank.pem()), &key);
+    assert_is_for_another_use(&certified(&by_rank, Peers::Any), &good);
+}
+
+#[test]
+fn a_certificate_without_names_is_told_what_counts() {
+    let ca = authority();
+    let good = certified(&folder(&ca, &ca, GOOD), names("worker"));
+    let nameless = folder(&ca, &ca, GOOD);
+    let mut params = CertificateParams::new(vec!["10.0.0.1".to_owned()]).unwrap();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "worker");
+    let key = KeyPair::generate().unwrap();
+    let certificate = params.signed_by(&key, &ca).unwrap();
+    fs::write(nameless.path().join("tls.crt"), certificate.pem()).unwrap();
+    fs::write(nameless.path().join("tls.key"), key.serialize_pem()).unwrap();
+    let (_, listener) = told(&certified(&nameless, Peers::Any), &good);
+    assert!(listener.contains("names nobody") && listener.contains("common names"), "{listener}");
 }
 
 #[test]
@@ -203,7 +253,84 @@ fn what_is_wrong_with_a_file_is_told() {
     let other = folder(&ca, &ca, GOOD);
     let pair = error(&|files| files.key = other.path().join("tls.key"));
     assert!(pair.contains("it does not go with"), "{pair}");
+    let of_key = |text: &str| {
+        let key = one.path().join("odd.key");
+        fs::write(&key, text).unwrap();
+        error(&|files| files.key = key.clone())
+    };
+    let pem = fs::read_to_string(one.path().join("tls.key")).unwrap();
+    let marked = pem.replacen("BEGIN PRIVATE", "BEGIN ENCRYPTED PRIVATE", 1);
+    let old = pem.replacen("KEY-----\n", "KEY-----\nProc-Type: 4,ENCRYPTED\n\n", 1);
+    for text in [marked, old] {
+        assert!(of_key(&text).contains("it is encrypted"), "{}", of_key(&text));
+    }
+    let cut = of_key(pem.rsplit_once("-----END").unwrap().0);
+    assert!(cut.contains("cut off: `-----END PRIVATE KEY-----` is missing"), "{cut}");
+    let odd = of_key("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n");
+    assert!(odd.contains("its kind is not supported, or it is damaged"), "{odd}");
+    let odd = of_key("-----BEGIN PRIVATE KEY-----\n!\n-----END PRIVATE KEY-----\n");
+    assert!(odd.contains("it is not base64"), "{odd}");
     for text in ["", "a,,b", "@"] {
         assert!(text.parse::<Peers>().is_err(), "{text}");
+    }
+}
+
+/// A pipe, a folder, or a device in the place of a file holds nobody up, at the start or later.
+#[test]
+fn what_is_no_file_is_refused_at_once() {
+    let ca = authority();
+    let one = folder(&ca, &ca, GOOD);
+    let pipe = one.path().join("pipe");
+    let mode = rustix::fs::Mode::RUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let huge = one.path().join("huge");
+    fs::File::create(&huge).unwrap().set_len(1 << 40).unwrap();
+    let own = files(&one, Peers::Any);
+    for (path, why) in [
+        (&pipe, "it is not a regular file"),
+        (&one.path().to_owned(), "it is not a regular file"),
+        (&"/dev/zero".into(), "it is not a regular file"),
+        (&huge, "it has more than 4 MiB"),
+    ] {
+        let changed = [
+            Files { certificate: path.clone(), ..own.clone() },
+            Files { key: path.clone(), ..own.clone() },
+            Files { authorities: path.clone(), ..own.clone() },
+            Files { peers: Peers::File(path.clone()), ..own.clone() },
+        ];
+        for files in changed {
+            let made = Credentials::certified(Secret::new(b"token"), Sealing::Everywhere, files);
+            let error = made.err().unwrap().to_string();
+            assert!(error.ends_with(&format!("{}: {why}", path.display())), "{error}");
+        }
+    }
+    let credentials = certified(&one, Peers::Any);
+    fs::rename(&pipe, one.path().join("tls.crt")).unwrap();
+    assert_eq!(told(&credentials, &credentials).0, "admitted");
+}
+
+#[test]
+fn lists_of_peers_may_have_comments_and_commas_but_nothing_odd() {
+    let ca = authority();
+    let one = folder(&ca, &ca, GOOD);
+    let list = one.path().join("peers");
+    let with = |text: &[u8]| {
+        fs::write(&list, text).unwrap();
+        let files = files(&one, Peers::File(list.clone()));
+        Credentials::certified(Secret::new(b"token"), Sealing::Everywhere, files)
+    };
+    for text in ["\u{feff}worker\r\n", "# ours, all of them\nother, worker\n"] {
+        let good = with(text.as_bytes()).unwrap();
+        assert_eq!(told(&good, &good).0, "admitted", "{text}");
+    }
+    let nobody = with(b"# worker\n").unwrap();
+    assert!(told(&nobody, &nobody).1.contains("does not accept"));
+    for (text, what) in [
+        (&b"worker\nother worker\n"[..], "`other worker` is no name"),
+        (b"worker # not this\n", "`worker # not this` is no name"),
+        (b"\xff\n", "it is not UTF-8"),
+    ] {
+        let error = with(text).err().unwrap().to_string();
+        assert!(error.starts_with("list of peers /") && error.contains(what), "{error}");
     }
 }
