@@ -8,9 +8,10 @@ mod world;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::Arc;
 use std::time::Duration;
 
-use unisum_views::{Member, Standing, Wait};
+use unisum_views::{Member, Participant, Standing, Wait};
 use world::World;
 
 /// Milliseconds of the virtual clock.
@@ -320,12 +321,11 @@ fn of_a_job_in_two_parts_one_goes_on_at_most() {
         }
         simulation.run(seed);
         let (low, high) = simulation.world.processes.split_at(first as usize);
-        let is_on = |side: &[unisum_views::Participant]| {
+        let is_on = |side: &[Arc<Participant>]| {
             side.iter().all(|it| it.standing() == Standing::Inside && !it.is_changing())
         };
-        let is_stranded = |side: &[unisum_views::Participant]| {
-            side.iter().all(|it| it.standing() == Standing::Stranded)
-        };
+        let is_stranded =
+            |side: &[Arc<Participant>]| side.iter().all(|it| it.standing() == Standing::Stranded);
         let (on, left) = if first >= 4 { (low, high) } else { (high, low) };
         let views: Vec<_> = on.iter().map(|it| it.view()).collect();
         assert!(is_on(on) && is_stranded(left), "seed {seed}: {:#?}", simulation.world);

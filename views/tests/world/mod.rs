@@ -1,20 +1,22 @@
 //! Processes, the connections between them, and what has to hold whatever happens.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use unisum_views::{Member, Message, Output, Participant, Standing, View};
 
 /// A job under test: every process that there is or was, by its number.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct World {
-    pub(crate) processes: Vec<Participant>,
+    /// Shared with the worlds before this one, as far as they are the same.
+    pub(crate) processes: Vec<Arc<Participant>>,
     pub(crate) dead: BTreeSet<usize>,
     /// Whose end whom has noticed: (who, whose).
     pub(crate) noticed: BTreeSet<(usize, usize)>,
     /// What is under way from whom to whom, in order.
     pub(crate) wires: BTreeMap<(usize, usize), VecDeque<Message>>,
     /// Each epoch's view, as the first process said that installed it.
-    decided: BTreeMap<u64, View>,
+    pub(crate) decided: BTreeMap<u64, View>,
     fault: Option<String>,
 }
 
@@ -24,7 +26,7 @@ impl World {
         let view = View::first((0..members as u64).map(Member).collect());
         let inside = view.members.iter().map(|&it| Participant::new(it, view.clone()));
         let outside = (members..members + newcomers).map(|it| Member(it as u64));
-        let processes = inside.chain(outside.map(Participant::newcomer)).collect();
+        let processes = inside.chain(outside.map(Participant::newcomer)).map(Arc::new).collect();
         Self {
             processes,
             dead: BTreeSet::new(),
@@ -47,7 +49,7 @@ impl World {
     /// A process does something.
     pub(crate) fn act(&mut self, process: usize, act: impl FnOnce(&mut Participant) -> Output) {
         let before = self.processes[process].view().epoch;
-        let output = act(&mut self.processes[process]);
+        let output = act(Arc::make_mut(&mut self.processes[process]));
         let view = self.processes[process].view().clone();
         if view.epoch != before {
             let known = self.decided.entry(view.epoch).or_insert_with(|| view.clone());
@@ -80,7 +82,7 @@ impl World {
         self.dead.insert(process);
         self.wires.retain(|&(_, to), _| to != process);
         self.noticed.retain(|&(who, _)| who != process);
-        self.processes[process] = Participant::newcomer(Member(process as u64));
+        self.processes[process] = Arc::new(Participant::newcomer(Member(process as u64)));
     }
 
     /// A process notices that another can't be reached any more; what was under way is lost.
@@ -91,7 +93,8 @@ impl World {
     }
 
     fn living(&self) -> impl Iterator<Item = (usize, &Participant)> {
-        self.processes.iter().enumerate().filter(|(index, _)| self.is_alive(*index))
+        let processes = self.processes.iter().map(|it| &**it).enumerate();
+        processes.filter(|(index, _)| self.is_alive(*index))
     }
 
     /// When nothing more will happen: whether the members that are left of the latest view, if they
