@@ -18,9 +18,9 @@
 //! that begin there. Events of two processes therefore commute, and neither stops the other; at
 //! most, one makes the other possible: the first message on an empty wire can arrive, a death can
 //! be noticed. (What is sent to one that is dead is lost, and what is on its way to one that dies
-//! as well: in both orders. Of two views of one epoch, whoever installs the second finds the fault.)
-//! So if a set of processes is such that none outside of it can put a
-//! first message on a wire into it, or die and be noticed there, all that can ever happen outside
+//! as well: in both orders. Of two views of one epoch, whoever installs the second finds the
+//! fault.) So if a set of processes is such that none outside of it can put a first message on a
+//! wire into it, or die and be noticed there, all that can ever happen outside
 //! commutes with every event of the set: it is persistent (Godefroid, "Partial-Order Methods for
 //! the Verification of Concurrent Systems", 1996), and from this state on only events of the set
 //! need be tried. [`State::settles_first`] looks for the smallest such set. Who can send to whom
