@@ -78,6 +78,7 @@ entry_points! {
             75 => compute / 10,
             76 => compute % 10,
             115 => i32::from(driver.settings.has_pools),
+            128 => i32::from(driver.settings.has_fabric),
             33 => physical.cast_signed() + 1,
             _ => fixed_attribute(attribute),
         })
@@ -168,7 +169,8 @@ fn fixed_attribute(attribute: i32) -> i32 {
         106 => 16,
         // Waiting for values in memory, with 64 bits, with NOR (twice, by version), cooperative
         // launches, registering of host memory.
-        92..=95 | 99 | 122 | 123 => 1,
+        // Memory that programs map, and descriptors of it.
+        92..=95 | 99 | 102 | 103 | 122 | 123 => 1,
         _ => 0,
     }
 }

@@ -101,8 +101,8 @@ entry_points! {
     }
 
     fn cuMemGetAddressRange_v2(base: Out<u64>, bytes: Out<usize>, address: u64) {
-        let found = memory::with(address, |region| Some((region.address, region.bytes)));
-        let (start, length) = found.ok_or(Code::NOT_FOUND)?;
+        let found = memory::with(address, |region| Some(region.extent(address)));
+        let (start, length, _) = found.ok_or(Code::NOT_FOUND)?;
         base.put_if_wanted(start);
         bytes.put_if_wanted(length);
         Ok(())
@@ -222,7 +222,9 @@ fn attribute_of(value: Out<c_void>, attribute: i32, address: u64) -> Done {
 }
 
 fn attribute_of_region(value: Out<c_void>, attribute: i32, address: u64, region: &Region) -> Done {
-    let device = &driver()?.devices[region.device];
+    // The number of what is mapped is that of its range: it stays when other memory is mapped there.
+    let (start, bytes, ordinal) = region.extent(address);
+    let device = &driver()?.devices[ordinal];
     let is_pool = matches!(region.origin, Origin::Pool);
     match attribute {
         attribute::CONTEXT => value.cast().put(device.context()),
@@ -230,12 +232,10 @@ fn attribute_of_region(value: Out<c_void>, attribute: i32, address: u64, region:
         attribute::DEVICE_POINTER => value.cast().put(address),
         attribute::SYNC_MEMOPS | attribute::IS_MANAGED => value.cast().put(0_u32),
         attribute::BUFFER_ID => value.cast().put(region.id),
-        attribute::DEVICE_ORDINAL => {
-            value.cast().put(i32::try_from(region.device).unwrap_or(i32::MAX))
-        }
+        attribute::DEVICE_ORDINAL => value.cast().put(i32::try_from(ordinal).unwrap_or(i32::MAX)),
         attribute::IS_LEGACY_IPC_CAPABLE => value.cast().put(u32::from(region.is_exportable())),
-        attribute::RANGE_START => value.cast().put(region.address),
-        attribute::RANGE_SIZE => value.cast().put(region.bytes),
+        attribute::RANGE_START => value.cast().put(start),
+        attribute::RANGE_SIZE => value.cast().put(bytes),
         attribute::IS_MAPPED => value.cast().put(1_u32),
         attribute::ALLOWED_HANDLE_TYPES => value.cast().put(0_u64),
         attribute::MEMPOOL_HANDLE => {

@@ -14,6 +14,7 @@ mod module;
 mod pool;
 mod stream;
 mod unsupported;
+mod vmm;
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};

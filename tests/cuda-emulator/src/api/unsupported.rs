@@ -16,10 +16,7 @@ macro_rules! not_supported {
 
 not_supported! {
     cuMemAllocManaged cuMemPrefetchAsync cuMemAdvise cuStreamAttachMemAsync
-    cuMemCreate cuMemRelease cuMemMap cuMemUnmap cuMemSetAccess cuMemGetAccess
-    cuMemAddressReserve cuMemAddressFree cuMemGetAllocationGranularity
-    cuMemExportToShareableHandle cuMemImportFromShareableHandle
-    cuMemRetainAllocationHandle cuMemGetAllocationPropertiesFromHandle
+    cuMemGetAccess
     cuMulticastCreate cuMulticastAddDevice cuMulticastBindMem cuMulticastBindAddr
     cuMulticastUnbind cuMulticastGetGranularity
     cuMemPoolCreate cuMemPoolDestroy cuMemPoolSetAccess cuMemPoolGetAccess

@@ -1,4 +1,4 @@
-//! Handles of memory and events for other processes: 64 bytes.
+//! Handles of memory and events for other processes: 64 bytes, as fabric handles have.
 
 use super::codes::{Code, Done};
 use super::mapping::FilePlace;
@@ -23,6 +23,7 @@ pub(crate) struct Exported {
 pub(crate) enum Kind {
     Memory = 0x4D55_4D45,
     Event = 0x4556_4D45,
+    Fabric = 0x4641_4D45,
 }
 
 impl Exported {

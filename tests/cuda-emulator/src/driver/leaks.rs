@@ -2,28 +2,39 @@
 
 use super::memory;
 use super::settings::LeakReport;
-use super::{Driver, host, report};
+use super::{Driver, host, report, vmm};
 
 /// The exit status of a process that leaks, with `CUDA_EMULATOR_LEAKS=fail`.
 pub(crate) const EXIT_CODE: i32 = 86;
 
 /// What has not been freed, closed, destroyed or released: names and numbers.
 pub(crate) fn left(driver: &Driver) -> Vec<(&'static str, usize)> {
-    let (mut allocations, mut opened) = (0, 0);
+    let (mut allocations, mut opened, mut ranges, mut mappings) = (0, 0, 0, 0);
     for address in memory::all() {
-        let counts = memory::with(address, |region| {
-            let is_module = matches!(region.origin, memory::Origin::Module);
-            let is_allocation = !is_module && !region.is_opened() && !region.is_dying();
-            Some((is_allocation, region.is_opened()))
+        let counted = memory::with_any(address, |region| {
+            match &region.origin {
+                memory::Origin::Module => {}
+                memory::Origin::Opened { .. } => opened += 1,
+                memory::Origin::Reserved(reserved) => {
+                    ranges += 1;
+                    mappings += reserved.count();
+                }
+                _ => allocations += usize::from(!region.is_dying()),
+            }
+            Some(())
         });
-        let (is_allocation, is_opened) = counts.unwrap_or((false, false));
-        allocations += usize::from(is_allocation);
-        opened += usize::from(is_opened);
+        // Somebody else may free it at this moment.
+        let _ = counted;
     }
+    let (handles, descriptors) = vmm::left();
     let contexts = driver.devices.iter().filter(|device| device.is_active()).count();
     vec![
         ("device allocations", allocations),
         ("opened memory handles", opened),
+        ("reserved ranges", ranges),
+        ("mappings", mappings),
+        ("allocation handles", handles),
+        ("descriptors of allocations", descriptors),
         ("host allocations", host::count()),
         ("events", driver.events.len()),
         ("streams", driver.streams.len()),

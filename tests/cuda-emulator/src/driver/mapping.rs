@@ -3,9 +3,11 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::codes::{Code, Done};
+use super::memory::POISON;
 
 /// Mapped memory, unmapped when dropped.
 #[derive(Debug)]
@@ -43,6 +45,23 @@ impl Mapping {
         Ok(Self { pointer: pointer.cast(), bytes })
     }
 
+    /// Puts so many bytes of a file in place of its own, from `offset` on, or without one, memory
+    /// that is new. Both are multiples of a page.
+    pub(crate) fn replace(&self, offset: usize, bytes: usize, file: Option<&File>) -> Done {
+        assert!(offset + bytes <= self.bytes, "within the mapping");
+        let (flags, fd) = match file {
+            Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+        };
+        let (at, protection) =
+            (self.pointer.wrapping_add(offset), libc::PROT_READ | libc::PROT_WRITE);
+        let flags = flags | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: the range lies within this mapping, whose users go through the pointer: what they
+        // find there is bytes, whichever.
+        let placed = unsafe { libc::mmap(at.cast(), bytes, protection, flags, fd, 0) };
+        if placed == libc::MAP_FAILED { Err(Code::OUT_OF_MEMORY) } else { Ok(()) }
+    }
+
     pub(crate) fn pointer(&self) -> *mut u8 {
         self.pointer
     }
@@ -76,13 +95,68 @@ pub(crate) struct SharedFile {
     nonce: u64,
 }
 
+/// What the name of a mapped allocation's file says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct About {
+    pub bytes: usize,
+    pub physical: u32,
+    pub kinds: u32,
+}
+
+/// In the names of files of memory that programs map themselves.
+const MAPPED: &str = ".mapped-";
+
 impl SharedFile {
     pub(crate) fn create(bytes: usize) -> Done<Self> {
+        Self::named(bytes, "")
+    }
+
+    /// The file of memory that the program maps itself.
+    pub(crate) fn create_mapped(bytes: usize, physical: u32, kinds: u32) -> Done<Self> {
+        let made = Self::named(bytes, &format!("{MAPPED}{bytes}-{physical}-{kinds}-"))?;
+        let garbage = vec![POISON.0; bytes.min(POISON.1)];
+        made.file.write_all_at(&garbage, 0).map_err(|_| Code::OUT_OF_MEMORY)?;
+        Ok(made)
+    }
+
+    /// A file of that kind that another process has made.
+    ///
+    /// # Errors
+    ///
+    /// An invalid value, if it is none.
+    pub(crate) fn imported(file: File) -> Done<(Self, About)> {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let name = std::fs::read_link(path).map_err(|_| Code::INVALID_VALUE)?;
+        let read = |name: &str| {
+            let (nonce, about) = name.split_once("cuda-emulator.")?.1.split_once(MAPPED)?;
+            let nonce = u64::from_str_radix(nonce, 16).ok()?;
+            let mut numbers = about.split('-').map(str::parse::<u64>);
+            let mut number = || numbers.next()?.ok();
+            let (bytes, physical, kinds) = (number()?, number()?, number()?);
+            let bytes = usize::try_from(bytes).ok()?;
+            let (physical, kinds) = (physical.try_into().ok()?, kinds.try_into().ok()?);
+            Some((nonce, About { bytes, physical, kinds }))
+        };
+        let (nonce, about) = read(&name.to_string_lossy()).ok_or(Code::INVALID_VALUE)?;
+        Ok((Self { file, nonce }, about))
+    }
+
+    /// Whether a descriptor's name is that of such a file.
+    pub(crate) fn is_mapped(name: &std::path::Path) -> bool {
+        let name = name.to_string_lossy();
+        name.contains("cuda-emulator.") && name.contains(MAPPED)
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn named(bytes: usize, more: &str) -> Done<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         // Relaxed: only the uniqueness of the number matters.
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let nonce = u64::from(std::process::id()) << 32 | number;
-        let name = CString::new(name(nonce)).map_err(|_| Code::OPERATING_SYSTEM)?;
+        let name = CString::new(name(nonce) + more).map_err(|_| Code::OPERATING_SYSTEM)?;
         // SAFETY: the name is a C string.
         let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -118,6 +192,15 @@ impl FilePlace {
     ///
     /// An invalid handle, if the process has ended or has closed the file.
     pub(crate) fn open(&self, bytes: usize) -> Done<Mapping> {
+        Mapping::of_file(&self.open_file(bytes)?, bytes)
+    }
+
+    /// Opens a file of another process that has so many bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`FilePlace::open`].
+    pub(crate) fn open_file(&self, bytes: usize) -> Done<File> {
         let path = format!("/proc/{}/fd/{}", self.process, self.descriptor);
         let target = std::fs::read_link(&path).map_err(|_| Code::INVALID_HANDLE)?;
         if !target.to_string_lossy().contains(&name(self.nonce)) {
@@ -129,6 +212,6 @@ impl FilePlace {
         if length < bytes as u64 {
             return Err(Code::INVALID_HANDLE);
         }
-        Mapping::of_file(&file, bytes)
+        Ok(file)
     }
 }

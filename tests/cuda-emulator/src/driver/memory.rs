@@ -4,6 +4,7 @@
 //! looked up without a search and an overrun never reaches another allocation. Slots are not used
 //! again: an address of freed memory stays invalid.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 
@@ -11,6 +12,7 @@ use super::DEVICES_MAX;
 use super::codes::{Code, Done};
 use super::mapping::{FilePlace, Mapping, SharedFile};
 use super::registry::lock;
+use super::vmm::Reserved;
 use crate::machine::tag;
 
 const OFFSET_BITS: u32 = 36;
@@ -20,7 +22,7 @@ const SLOTS_MAX: usize = 1 << 20;
 const HEADER_BYTES: usize = 4096;
 
 /// New memory holds this byte, up to so many bytes: nothing is initialized on a real device either.
-const POISON: (u8, usize) = (0xA5, 64 << 20);
+pub(crate) const POISON: (u8, usize) = (0xA5, 64 << 20);
 
 /// Where memory comes from.
 #[derive(Debug)]
@@ -31,6 +33,8 @@ pub(crate) enum Origin {
     Pool,
     /// Variables of a module.
     Module,
+    /// A range in which the program maps memory.
+    Reserved(Reserved),
     /// Memory of another process, opened so many times.
     Opened { from: FilePlace, opener: usize, count: AtomicU32 },
 }
@@ -181,6 +185,22 @@ impl Region {
         }
     }
 
+    /// Puts a file in place of so many bytes, or new memory.
+    pub(crate) fn replace(&self, offset: usize, bytes: usize, file: Option<&File>) -> Done {
+        self.mapping.replace(offset, bytes, file)
+    }
+
+    /// Where the allocation begins that an address lies in, its length and its device: the region,
+    /// unless the program maps memory there.
+    pub(crate) fn extent(&self, address: u64) -> (u64, usize, usize) {
+        let whole = (self.address, self.bytes, self.device);
+        let Origin::Reserved(reserved) = &self.origin else { return whole };
+        let piece = reserved.at(offset_of(address), |start, piece| {
+            (self.address + start as u64, piece.physical.bytes, piece.physical.ordinal)
+        });
+        piece.unwrap_or(whole)
+    }
+
     /// Says that a stream will free it. Returns whether one will already.
     pub(crate) fn begin_dying(&self) -> bool {
         // AcqRel: one caller alone enqueues that.
@@ -237,9 +257,14 @@ pub(crate) fn add(request: Request) -> Done<u64> {
     Ok(address)
 }
 
+/// Whether a region may have so many bytes.
+pub(crate) fn fits(bytes: usize) -> bool {
+    (bytes as u64) < 1 << OFFSET_BITS
+}
+
 /// Allocates memory of a device.
 pub(crate) fn allocate(bytes: usize, device: usize, physical: u32, pool: bool) -> Done<u64> {
-    if bytes as u64 >= 1 << OFFSET_BITS {
+    if !fits(bytes) {
         return Err(Code::OUT_OF_MEMORY);
     }
     let (origin, mapping, skipped) = if pool {
@@ -329,7 +354,7 @@ pub(crate) fn close(address: u64) -> Done {
 
 /// Removes the region that begins at `address`, if `matches` says that it is of the right kind.
 pub(crate) fn remove(address: u64, matches: impl Fn(&Region) -> bool) -> Done {
-    let is_right = with(address, |region| {
+    let is_right = with_any(address, |region| {
         let is_right = region.address == address && matches(region);
         // AcqRel: one caller alone removes a region.
         (is_right && !region.is_removed.swap(true, Ordering::AcqRel)).then(|| {
@@ -364,8 +389,16 @@ pub(crate) fn all() -> Vec<u64> {
     lock(&LIVE).iter().map(address).collect()
 }
 
-/// Looks up the region that an address lies in.
+/// Looks up the region that an address lies in, if there is memory.
 pub(crate) fn with<T>(address: u64, function: impl FnOnce(&Region) -> Option<T>) -> Option<T> {
+    with_any(address, |region| match &region.origin {
+        Origin::Reserved(reserved) if reserved.at(offset_of(address), |_, _| ()).is_none() => None,
+        _ => function(region),
+    })
+}
+
+/// Looks up the region that an address lies in, be it a reserved range without memory there.
+pub(crate) fn with_any<T>(address: u64, function: impl FnOnce(&Region) -> Option<T>) -> Option<T> {
     let _running = Running::begin();
     if address & tag::MASK != tag::DEVICE {
         return None;
@@ -382,8 +415,15 @@ pub(crate) fn with<T>(address: u64, function: impl FnOnce(&Region) -> Option<T>)
 
 /// Whether a range lies within one region.
 pub(crate) fn contains(address: u64, bytes: usize) -> bool {
-    let room = with(address, |region| Some(region.bytes - offset_of(address)));
-    room.is_some_and(|room| bytes <= room)
+    let is_within = with(address, |region| {
+        let offset = offset_of(address);
+        let is_there = match &region.origin {
+            Origin::Reserved(reserved) => reserved.check(offset, bytes, None).is_ok(),
+            _ => true,
+        };
+        Some(is_there && bytes <= region.bytes - offset)
+    });
+    is_within == Some(true)
 }
 
 /// Where device memory lies that a kernel on a device accesses, or why it must not. Copies, which
@@ -403,6 +443,13 @@ pub(crate) fn place(
     if offset + bytes > region.bytes {
         let size = region.bytes;
         return Err(format!("{bytes} bytes at offset {offset} of an allocation of {size} bytes"));
+    }
+    if let Origin::Reserved(reserved) = &region.origin {
+        let checked = reserved.check(offset, bytes, accessor.map(|(device, _)| device));
+        return match checked {
+            Ok(()) => Ok(region.pointer(offset)),
+            Err(why) => Err(format!("{address:#x} {why}")),
+        };
     }
     if let Some((device, peers)) = accessor
         && !region.is_accessible(device, peers)

@@ -12,6 +12,7 @@ pub(crate) mod memory;
 pub(crate) mod registry;
 mod settings;
 pub(crate) mod stream;
+pub(crate) mod vmm;
 
 use std::collections::BTreeMap;
 use std::io::Write;

@@ -39,6 +39,7 @@ pub(crate) struct Settings {
     pub delay_us: u64,
     pub seed: u64,
     pub has_pools: bool,
+    pub has_fabric: bool,
     pub has_peer_access: bool,
     /// Pairs of physical devices without peer access.
     pub pairs_apart: Vec<(u32, u32)>,
@@ -68,6 +69,7 @@ impl Settings {
             delay_us: number("DELAY_US", 0),
             seed: number("SEED", default_seed()),
             has_pools: number::<u32>("POOLS", 1) != 0,
+            has_fabric: number::<u32>("FABRIC", 0) != 0,
             has_peer_access: number::<u32>("PEER_ACCESS", 1) != 0,
             pairs_apart: list("NO_PEER", pair),
             memory: number("MEMORY", 8 << 30),
@@ -95,11 +97,12 @@ impl Settings {
 const PREFIX: &str = "CUDA_EMULATOR_";
 
 /// The variables that there are. Those of the emulator's own tests begin with `TEST_`.
-const NAMES: [&str; 12] = [
+const NAMES: [&str; 13] = [
     "DEVICES",
     "DELAY_US",
     "SEED",
     "POOLS",
+    "FABRIC",
     "PEER_ACCESS",
     "NO_PEER",
     "MEMORY",

@@ -5,6 +5,7 @@
 mod devices;
 mod faults;
 mod library;
+mod mapped;
 mod memory;
 mod order;
 mod processes;
