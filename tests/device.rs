@@ -19,6 +19,8 @@ mod driver;
 mod faults;
 #[path = "device/hosts.rs"]
 mod hosts;
+#[path = "device/mapped.rs"]
+mod mapped;
 #[path = "device/streams.rs"]
 mod streams;
 mod support;
@@ -51,7 +53,7 @@ fn rank_process() {
         ("refused", refused),
     ];
     let rooms = [here, buckets::SCENARIOS, faults::SCENARIOS, hosts::SCENARIOS];
-    let more = [streams::SCENARIOS, waits::SCENARIOS];
+    let more = [mapped::SCENARIOS, streams::SCENARIOS, waits::SCENARIOS];
     support::run_if_rank(&[rooms.concat(), more.concat()].concat());
 }
 

@@ -140,8 +140,10 @@ impl Calling<'_> {
         if bytes == 0 {
             return Ok(Area::default());
         }
-        let device = &self.communicator.device;
-        let spot = self.state.exports.spot(device, address, bytes).map_err(place_refusal)?;
+        let this = (&self.communicator.device, self.communicator.rank());
+        let direct = self.state.direct.as_mut().expect("areas are for others only then");
+        let spot = self.state.exports.spot(this, &mut direct.post, (address, bytes));
+        let spot = spot.map_err(place_refusal)?;
         Ok(Area { address, bytes, spot })
     }
 

@@ -10,9 +10,10 @@ use unisum_link::{Call, CollectiveKind, LinkError, Rank};
 
 use super::areas::{Area, Areas, device_refusal};
 use super::buffer::RawDeviceBuffers;
-use super::card::{CARD_BYTES, Card, Refusal, RefusalKind, Spot};
+use super::card::{CARD_BYTES, Card, Refusal, RefusalKind, Spot, Via};
 use super::flags::OneLaunch;
-use super::memories::Owned;
+use super::memories::{Owned, is_mapped};
+use super::post::OpenError;
 use super::program::{Choice, Form};
 use super::queue::{self, Addresses, Queue};
 use super::staged::Staging;
@@ -152,6 +153,9 @@ impl Calling<'_> {
         let others = cards.iter().enumerate().filter(|(rank, _)| *rank != own);
         let retired =
             others.flat_map(|(rank, card)| card.retired.iter().map(move |&id| (rank, id)));
+        for (rank, id) in retired.clone().filter(|(_, id)| is_mapped(*id)) {
+            direct.post.forget(device, rank, id);
+        }
         direct.imports.retire(number, retired, (device, self.stream))
     }
 
@@ -234,6 +238,7 @@ impl Calling<'_> {
         number: u64,
         prepared: &Result<Prepared, Refusal>,
     ) -> Result<Vec<Card>, Error> {
+        self.state.exports.look().map_err(|it| self.communicator.fail(&it))?;
         let closed = match &mut self.state.direct {
             Some(direct) => direct.imports.close().map_err(|it| self.communicator.fail(&it))?,
             None => number,
@@ -367,7 +372,7 @@ impl Calling<'_> {
         prepared: &Prepared,
         program: &DeviceProgram,
         cards: &[Card],
-    ) -> Result<(), CudaError> {
+    ) -> Result<(), OpenError> {
         let addresses = self.addresses(prepared, program, cards)?;
         self.follow()?;
         let (stream, how) = (self.stream, prepared.fold);
@@ -421,21 +426,29 @@ impl Calling<'_> {
         prepared: &Prepared,
         program: &DeviceProgram,
         cards: &[Card],
-    ) -> Result<Addresses, CudaError> {
+    ) -> Result<Addresses, OpenError> {
         let (own, device) = (self.communicator.rank(), &self.communicator.device);
         let mut addresses = Addresses { rank: own, of: vec![[0; 3]; cards.len()] };
         let areas = [prepared.areas.input, prepared.areas.output, prepared.scratch];
         addresses.of[own] = areas.map(|area| area.address);
         let direct = self.state.direct.as_mut().expect("calls are enqueued only then");
+        // Also what this rank has no use for: it must not pile up.
+        for (rank, card) in cards.iter().enumerate().filter(|(rank, _)| *rank != own) {
+            for spot in card.memories.iter().flatten().flatten() {
+                if let Via::Post(number) = spot.of.via {
+                    direct.post.receive(device, rank, number)?;
+                }
+            }
+        }
         for Operand { rank, place } in operands(program).filter(|operand| operand.rank != own) {
             let memory = Addresses::memory(place.memory);
             let address = &mut addresses.of[rank][memory];
             let spots = cards[rank].memories.as_ref();
             let spot = spots.ok().and_then(|spots| spots[memory]);
             if let Some(Spot { of, offset }) = spot.filter(|_| *address == 0) {
-                let base = match direct.is_here[rank] {
-                    true => of.base,
-                    false => direct.imports.base(device, rank, &of)?,
+                let base = match (direct.is_here[rank], of.via) {
+                    (true, Via::Ipc(_)) => of.base,
+                    _ => direct.imports.base(device, rank, &of, Some(&mut direct.post))?,
                 };
                 *address = base + offset;
             }

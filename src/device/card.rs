@@ -3,6 +3,7 @@
 use unisum_cuda_ipc::Handle;
 use unisum_link::Call;
 
+use super::post::Address;
 use crate::ErrorKind;
 
 /// Bytes of a call's card. All cards have as many, so that one small all-gather exchanges them.
@@ -21,7 +22,17 @@ pub(super) struct Exported {
     pub(super) id: u64,
     /// Where it begins in its process.
     pub(super) base: u64,
-    pub(super) handle: Handle,
+    pub(super) via: Via,
+}
+
+/// By what a peer opens an allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Via {
+    Ipc(Handle),
+    /// Mapped memory, so long.
+    Fabric(Handle, u64),
+    /// Mapped memory, whose descriptors are in this message to the peer (`post`).
+    Post(u64),
 }
 
 /// A place in an allocation.
@@ -148,6 +159,8 @@ pub(super) struct JoinCard {
     pub(super) multiprocessors: u32,
     /// The page with its flags; `None` if it could not be exported.
     pub(super) page: Option<Exported>,
+    /// Where it takes descriptors of mapped memory; `None` if it can't.
+    pub(super) door: Option<Address>,
 }
 
 impl JoinCard {
@@ -158,16 +171,26 @@ impl JoinCard {
         writer.bytes(&self.uuid);
         writer.word(self.multiprocessors.into());
         writer.spot(self.page.map(|of| Spot { of, offset: 0 }).as_ref());
+        writer.byte(u8::from(self.door.is_some()));
+        if let Some(Address { name, token }) = &self.door {
+            writer.bytes(name);
+            writer.bytes(token);
+        }
         writer.0
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let mut reader = Reader(bytes);
         let (process, ordinal) = (reader.word()?, reader.word()?);
-        let uuid = reader.bytes(16)?.try_into().ok()?;
+        let uuid = reader.array()?;
         let multiprocessors = reader.word()?.try_into().ok()?;
         let page = reader.spot()?.map(|spot| spot.of);
-        reader.0.is_empty().then_some(Self { process, ordinal, uuid, multiprocessors, page })
+        let door = match reader.flag()? {
+            true => Some(Address { name: reader.array()?, token: reader.array()? }),
+            false => None,
+        };
+        let card = Self { process, ordinal, uuid, multiprocessors, page, door };
+        reader.0.is_empty().then_some(card)
     }
 }
 
@@ -199,9 +222,20 @@ impl Writer {
         if let Some(Spot { of, offset }) = spot {
             self.word(of.id);
             self.word(of.base);
-            self.bytes(&of.handle.0);
+            self.via(&of.via);
             self.word(*offset);
         }
+    }
+
+    fn via(&mut self, via: &Via) {
+        let (kind, handle, word) = match via {
+            Via::Ipc(handle) => (0, *handle, 0),
+            Via::Fabric(handle, bytes) => (1, *handle, *bytes),
+            Via::Post(number) => (2, Handle([0; Handle::BYTES]), *number),
+        };
+        self.byte(kind);
+        self.bytes(&handle.0);
+        self.word(word);
     }
 }
 
@@ -212,6 +246,10 @@ impl<'a> Reader<'a> {
         let (taken, rest) = self.0.split_at_checked(count)?;
         self.0 = rest;
         Some(taken)
+    }
+
+    fn array(&mut self) -> Option<[u8; 16]> {
+        self.bytes(16)?.try_into().ok()
     }
 
     fn byte(&mut self) -> Option<u8> {
@@ -240,9 +278,19 @@ impl<'a> Reader<'a> {
             return Some(None);
         }
         let (id, base) = (self.word()?, self.word()?);
-        let handle = Handle(self.bytes(Handle::BYTES)?.try_into().ok()?);
-        let of = Exported { id, base, handle };
+        let of = Exported { id, base, via: self.via()? };
         Some(Some(Spot { of, offset: self.word()? }))
+    }
+
+    fn via(&mut self) -> Option<Via> {
+        let kind = self.byte()?;
+        let handle = Handle(self.bytes(Handle::BYTES)?.try_into().ok()?);
+        match (kind, self.word()?) {
+            (0, 0) => Some(Via::Ipc(handle)),
+            (1, bytes) => Some(Via::Fabric(handle, bytes)),
+            (2, number) if handle.0 == [0; Handle::BYTES] => Some(Via::Post(number)),
+            _ => None,
+        }
     }
 }
 
@@ -253,7 +301,9 @@ mod tests {
     use super::*;
 
     fn spot(id: u64) -> Spot {
-        Spot { of: Exported { id, base: id << 40, handle: Handle([id as u8; 64]) }, offset: 512 }
+        let handle = Handle([id as u8; 64]);
+        let via = [Via::Ipc(handle), Via::Fabric(handle, 2 << 20), Via::Post(id)];
+        Spot { of: Exported { id, base: id << 40, via: via[id as usize % 3] }, offset: 512 }
     }
 
     #[test]
@@ -301,7 +351,9 @@ mod tests {
         assert_eq!(Card::decode(&[0xff; CARD_BYTES]), None);
         assert_eq!(Card::decode(&[0; CARD_BYTES]), None);
         let page = Some(spot(5).of);
-        let card = JoinCard { process: 1, ordinal: 2, uuid: [3; 16], multiprocessors: 132, page };
+        let door = Some(Address { name: [7; 16], token: [8; 16] });
+        let (process, ordinal, uuid, multiprocessors) = (1, 2, [3; 16], 132);
+        let card = JoinCard { process, ordinal, uuid, multiprocessors, page, door };
         let bytes = card.encode();
         assert_eq!(JoinCard::decode(&bytes), Some(card));
         assert_eq!(JoinCard::decode(&bytes[1..]), None);

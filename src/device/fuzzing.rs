@@ -5,7 +5,10 @@ use unisum_kernels::Dtype;
 use unisum_link::Call;
 use unisum_link::fuzzing::Target;
 
-use super::card::{CARD_BYTES, Card, Exported, JoinCard, RETIRED_MAX, Refusal, RefusalKind, Spot};
+use super::card::{
+    CARD_BYTES, Card, Exported, JoinCard, RETIRED_MAX, Refusal, RefusalKind, Spot, Via,
+};
+use super::post::Address;
 
 pub(crate) const TARGETS: &[Target] = &[
     Target { name: "device_card", check: check_card, seeds: card_seeds },
@@ -32,7 +35,9 @@ fn check_card(bytes: &[u8]) {
 }
 
 fn spot(id: u64) -> Spot {
-    Spot { of: Exported { id, base: id << 40, handle: Handle([id as u8; 64]) }, offset: 512 }
+    let handle = Handle([id as u8; 64]);
+    let via = [Via::Ipc(handle), Via::Fabric(handle, 2 << 20), Via::Post(id)];
+    Spot { of: Exported { id, base: id << 40, via: via[id as usize % 3] }, offset: 512 }
 }
 
 fn card_seeds() -> Vec<Vec<u8>> {
@@ -60,7 +65,8 @@ fn check_join(bytes: &[u8]) {
 }
 
 fn join_seeds() -> Vec<Vec<u8>> {
-    let card =
-        |page| JoinCard { process: 1, ordinal: 2, uuid: [3; 16], multiprocessors: 132, page };
-    vec![card(Some(spot(5).of)).encode(), card(None).encode()]
+    let (process, ordinal, uuid, multiprocessors) = (1, 2, [3; 16], 132);
+    let card = |page, door| JoinCard { process, ordinal, uuid, multiprocessors, page, door };
+    let door = Address { name: [7; 16], token: [8; 16] };
+    vec![card(Some(spot(5).of), Some(door)).encode(), card(None, None).encode()]
 }

@@ -6,10 +6,11 @@ use std::sync::{Arc, OnceLock};
 use unisum_cuda_ipc::{Device, PlaceError, Reach};
 use unisum_link::Rank;
 
-use super::card::{Exported, JoinCard};
+use super::card::{Exported, JoinCard, Via};
 use super::flags::Flags;
 use super::memories::Imports;
 use super::page::{AbortWord, BLOCKS_MAX, Page, has_staging};
+use super::post::{Door, Post};
 use crate::{Communicator, Error, ErrorKind};
 
 /// How collectives on device memory move data, the same on all ranks of a communicator.
@@ -71,6 +72,8 @@ pub(super) struct Direct {
     /// The peers in this process, whose addresses are valid here as they are.
     pub(super) is_here: Vec<bool>,
     pub(super) imports: Imports,
+    /// For descriptors of mapped memory.
+    pub(super) post: Post,
     /// Most blocks of an all-reduce in one launch; none if there can be no such launch.
     pub(super) blocks_max: u32,
 }
@@ -99,28 +102,37 @@ pub(super) fn join(
 ) -> Result<Joined, Error> {
     let offer = device.and_then(|device| Offer::new(device, communicator.world()));
     let card = match &offer {
-        Ok(Offer { device, exported, .. }) => {
+        Ok(Offer { device, exported, door, .. }) => {
             let (ordinal, uuid) = (device.ordinal() as u64, device.uuid());
             let (process, multiprocessors) = (process(), device.multiprocessors());
-            let card = JoinCard { process, ordinal, uuid, multiprocessors, page: *exported };
+            let (page, door) = (*exported, door.as_ref().map(|door| door.address));
+            let card = JoinCard { process, ordinal, uuid, multiprocessors, page, door };
             [vec![1], card.encode()].concat()
         }
         Err(why) => [vec![0], why.clone().into_bytes()].concat(),
     };
     let cards = all_well(communicator, &communicator.exchange(card)?)?;
-    let Offer { device, page, abort, .. } =
+    let Offer { device, page, abort, door, .. } =
         offer.map_err(|why| Error::new(ErrorKind::Configuration, why))?;
     let mut imports = Imports::default();
     let opened = open(communicator, &device, &page, &cards, &mut imports);
     let own = opened.as_ref().map_or_else(Clone::clone, |_| String::new());
+    let doors: Vec<_> = match opened.is_ok() {
+        true => cards.iter().map(|card| card.door).collect(),
+        false => vec![None; cards.len()],
+    };
+    let mut post = Post::connect(communicator.rank(), &doors);
     let reasons = communicator.exchange(own.into_bytes())?;
     let reason = reasons.iter().find(|reason| !reason.is_empty());
     let (direct, route) = match (opened, reason) {
         (Ok(peers), None) => {
+            if let Some(door) = door {
+                post.let_in(communicator.rank(), door);
+            }
             let is_here = cards.iter().map(|card| card.process == process()).collect();
             let flags = Flags::new(communicator.rank(), page, &peers, abort.clone());
             let blocks_max = blocks_max(&cards);
-            (Some(Direct { flags, is_here, imports, blocks_max }), DeviceRoute::CudaIpc)
+            (Some(Direct { flags, is_here, imports, post, blocks_max }), DeviceRoute::CudaIpc)
         }
         (Err(reason), None) => (None, DeviceRoute::Staged { reason }),
         (_, Some(reason)) => {
@@ -150,6 +162,7 @@ struct Offer {
     page: Page,
     /// The page, for others; `None` if the driver has no handles.
     exported: Option<Exported>,
+    door: Option<Door>,
 }
 
 impl Offer {
@@ -161,11 +174,12 @@ impl Offer {
             let base = page.address();
             let id = device.origin(base, 1)?.id;
             let handle = device.export(base)?;
-            let exported = handle.map(|handle| Exported { id, base, handle });
+            let exported = handle.map(|handle| Exported { id, base, via: Via::Ipc(handle) });
             Ok((AbortWord::new(&device)?, page, exported))
         };
         let (abort, page, exported) = make().map_err(|error| error.to_string())?;
-        Ok(Self { device, abort: abort.into(), page, exported })
+        let door = Door::open().filter(|_| world > 1);
+        Ok(Self { device, abort: abort.into(), page, exported, door })
     }
 }
 
@@ -228,7 +242,8 @@ fn open(
             device.enable_peer(&other).map_err(|error| format!("{}: {error}", pair()))?;
             exported.base
         } else {
-            imports.base(device, rank, &exported).map_err(|error| format!("{}: {error}", pair()))?
+            let opened = imports.base(device, rank, &exported, None);
+            opened.map_err(|error| format!("{}: {error}", pair()))?
         };
         pages.push(base);
     }

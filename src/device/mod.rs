@@ -23,6 +23,7 @@ mod joining;
 mod memories;
 mod moment;
 mod page;
+mod post;
 mod program;
 mod queue;
 mod staged;
@@ -437,7 +438,7 @@ impl DeviceCommunicator {
     }
 
     /// Tells all ranks that this one's device failed; the error for the caller.
-    fn fail(&self, error: &CudaError) -> Error {
+    fn fail(&self, error: &impl std::fmt::Display) -> Error {
         let rank = self.rank();
         let text = format!("rank {rank}: {error}");
         let error = match &self.host().member {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use unisum_cuda_ipc::Event;
+use unisum_cuda_ipc::{CudaError, Event};
 use unisum_kernels::Dtype;
 
 use super::{DeviceBuffer, DeviceCommunicator, DeviceStream, RawDeviceBuffers};
@@ -31,7 +31,7 @@ impl DeviceCommunicator {
             event.record(&stream.0)?;
             Ok(Moment(event))
         };
-        made().map_err(|error| self.fail(&error))
+        made().map_err(|error: CudaError| self.fail(&error))
     }
 
     /// Whether the stream can be ordered with the collectives of this communicator.

@@ -61,6 +61,16 @@ pub fn is_done(stream: &DeviceStream) -> bool {
     state != sys::CUresult::CUDA_ERROR_NOT_READY
 }
 
+/// How much a program maps at once in these tests.
+pub const PART: usize = 2 << 20;
+
+/// A range of addresses in which allocations are mapped side by side.
+pub struct Mapping<'a> {
+    pool: &'a Pool,
+    pub base: u64,
+    pub bytes: usize,
+}
+
 /// A device's primary context, for memory of its pool, which other processes can't open.
 pub struct Pool {
     device: sys::CUdevice,
@@ -103,17 +113,30 @@ impl Pool {
         // SAFETY: the context is retained.
         check(unsafe { sys::cuCtxSetCurrent(self.context) });
     }
+
+    fn write(&self, to: u64, bytes: &[u8], stream: &DeviceStream) {
+        self.enter();
+        let (from, raw) = (bytes.as_ptr().cast::<c_void>(), stream.raw().cast());
+        // SAFETY: so many bytes are there, and stay until it is done.
+        check(unsafe { sys::cuMemcpyHtoDAsync_v2(to, from, bytes.len(), raw) });
+        // SAFETY: the stream lives.
+        check(unsafe { sys::cuStreamSynchronize(raw) });
+    }
+
+    fn read(&self, from: u64, bytes: &mut [u8], stream: &DeviceStream) {
+        self.enter();
+        let (to, raw) = (bytes.as_mut_ptr().cast::<c_void>(), stream.raw().cast());
+        // SAFETY: so many bytes are there, and stay until it is done.
+        check(unsafe { sys::cuMemcpyDtoHAsync_v2(to, from, bytes.len(), raw) });
+        // SAFETY: the stream lives.
+        check(unsafe { sys::cuStreamSynchronize(raw) });
+    }
 }
 
 impl Pooled<'_> {
     /// Copies into it, in the stream, and waits.
     pub fn write(&self, bytes: &[u8], stream: &DeviceStream) {
-        self.pool.enter();
-        let (from, raw) = (bytes.as_ptr().cast::<c_void>(), stream.raw().cast());
-        // SAFETY: so many bytes are there, and stay until it is done.
-        check(unsafe { sys::cuMemcpyHtoDAsync_v2(self.address, from, bytes.len(), raw) });
-        // SAFETY: the stream lives.
-        check(unsafe { sys::cuStreamSynchronize(raw) });
+        self.pool.write(self.address, bytes, stream);
     }
 
     /// Copies so many of its bytes, from `start` on, to another place of the device, in the stream.
@@ -130,12 +153,92 @@ impl Pooled<'_> {
 
     /// Copies out of it, in the stream, and waits.
     pub fn read(&self, bytes: &mut [u8], stream: &DeviceStream) {
+        self.pool.read(self.address, bytes, stream);
+    }
+}
+
+impl<'a> Mapping<'a> {
+    /// So many parts, which can be exported by these kinds of handles.
+    pub fn new(pool: &'a Pool, parts: usize, kinds: u32) -> Self {
+        let (mut base, bytes) = (0, parts * PART);
+        pool.enter();
+        // SAFETY: the driver writes one address.
+        check(unsafe { sys::cuMemAddressReserve(&raw mut base, bytes, 0, 0, 0) });
+        let mapping = Self { pool, base, bytes };
+        (0..parts).for_each(|part| mapping.map(part, kinds));
+        mapping.permit(0, parts);
+        mapping
+    }
+
+    fn map(&self, part: usize, kinds: u32) {
+        let location = sys::CUmemLocation {
+            type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
+            id: self.pool.device,
+        };
+        let flags = sys::CUmemAllocationProp_st__bindgen_ty_1 {
+            compressionType: 0,
+            gpuDirectRDMACapable: 0,
+            usage: 0,
+            reserved: [0; 4],
+        };
+        let properties = sys::CUmemAllocationProp {
+            type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
+            requestedHandleTypes: sys::CUmemAllocationHandleType_enum(kinds),
+            location,
+            win32HandleMetaData: std::ptr::null_mut(),
+            allocFlags: flags,
+        };
+        let (mut handle, at) = (0, self.base + (part * PART) as u64);
+        // SAFETY: the driver writes one handle and reads the properties.
+        check(unsafe { sys::cuMemCreate(&raw mut handle, PART, &raw const properties, 0) });
+        // SAFETY: the place is reserved, and nothing is mapped there.
+        check(unsafe { sys::cuMemMap(at, PART, 0, handle, 0) });
+        // SAFETY: what is mapped stays, as in PyTorch's segments.
+        check(unsafe { sys::cuMemRelease(handle) });
+    }
+
+    fn permit(&self, part: usize, parts: usize) {
+        let access = sys::CUmemAccessDesc {
+            location: sys::CUmemLocation {
+                type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
+                id: self.pool.device,
+            },
+            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        };
+        let at = self.base + (part * PART) as u64;
+        // SAFETY: all of it is mapped, and the driver reads one description.
+        check(unsafe { sys::cuMemSetAccess(at, parts * PART, &raw const access, 1) });
+    }
+
+    /// Other memory in place of a part.
+    pub fn renew(&mut self, part: usize, kinds: u32) {
         self.pool.enter();
-        let (to, raw) = (bytes.as_mut_ptr().cast::<c_void>(), stream.raw().cast());
-        // SAFETY: so many bytes are there, and stay until it is done.
-        check(unsafe { sys::cuMemcpyDtoHAsync_v2(to, self.address, bytes.len(), raw) });
-        // SAFETY: the stream lives.
-        check(unsafe { sys::cuStreamSynchronize(raw) });
+        // SAFETY: what used it has ended.
+        check(unsafe { sys::cuMemUnmap(self.base + (part * PART) as u64, PART) });
+        self.map(part, kinds);
+        self.permit(part, 1);
+    }
+
+    /// Copies to the bytes from `start` on, in the stream, and waits.
+    pub fn write(&self, start: usize, bytes: &[u8], stream: &DeviceStream) {
+        self.pool.write(self.base + start as u64, bytes, stream);
+    }
+
+    /// Copies the bytes from `start` on, in the stream, and waits.
+    pub fn read(&self, start: usize, bytes: &mut [u8], stream: &DeviceStream) {
+        self.pool.read(self.base + start as u64, bytes, stream);
+    }
+}
+
+impl Drop for Mapping<'_> {
+    fn drop(&mut self) {
+        self.pool.enter();
+        for at in (self.base..self.base + self.bytes as u64).step_by(PART) {
+            // SAFETY: mapped, and what used it has ended.
+            check(unsafe { sys::cuMemUnmap(at, PART) });
+        }
+        // SAFETY: reserved once, and nothing is mapped there any more.
+        check(unsafe { sys::cuMemAddressFree(self.base, self.bytes) });
     }
 }
 

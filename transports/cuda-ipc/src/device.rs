@@ -133,6 +133,10 @@ impl Device {
         self.ordinal
     }
 
+    pub(crate) const fn raw(&self) -> sys::CUdevice {
+        self.raw
+    }
+
     /// What tells it from every other device, on all hosts and in all processes.
     pub const fn uuid(&self) -> [u8; 16] {
         self.uuid

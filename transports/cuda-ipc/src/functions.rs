@@ -15,6 +15,36 @@ use cudarc::driver::sys::{
 /// What every function returns: 0, or the driver's code.
 pub(crate) type Code = c_int;
 
+/// `CUmemAllocationProp`, with numbers in place of its enumerations: the driver writes it.
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct Properties {
+    kind: c_uint,
+    /// `CUmemAllocationHandleType`, by which it can be exported: a mask.
+    pub(crate) handle_kinds: c_uint,
+    /// Where it is: what kind of place, and which.
+    location: [c_int; 2],
+    meta: usize,
+    flags: [c_uchar; 8],
+}
+
+/// `CUmemAccessDesc`: which device may do what. Its layout, too, is the same in all versions.
+#[repr(C)]
+pub(crate) struct Access {
+    /// A device, and its number.
+    location: [c_int; 2],
+    flags: c_uint,
+}
+
+impl Access {
+    /// A device may read and write.
+    pub(crate) const fn of(device: CUdevice) -> Self {
+        const DEVICE: c_int = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE as c_int;
+        let flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE as c_uint;
+        Self { location: [DEVICE, device], flags }
+    }
+}
+
 macro_rules! functions {
     ($(fn $name:ident($($argument:ty),* $(,)?);)*) => {
         /// The addresses of all functions that this crate calls.
@@ -78,6 +108,16 @@ functions! {
     fn cuIpcGetMemHandle(*mut CUipcMemHandle, CUdeviceptr);
     fn cuIpcOpenMemHandle_v2(*mut CUdeviceptr, CUipcMemHandle, c_uint);
     fn cuIpcCloseMemHandle(CUdeviceptr);
+    fn cuMemRetainAllocationHandle(*mut u64, *mut c_void);
+    fn cuMemGetAllocationPropertiesFromHandle(*mut Properties, u64);
+    fn cuMemExportToShareableHandle(*mut c_void, u64, c_uint, u64);
+    fn cuMemImportFromShareableHandle(*mut u64, *mut c_void, c_uint);
+    fn cuMemRelease(u64);
+    fn cuMemAddressReserve(*mut CUdeviceptr, usize, usize, CUdeviceptr, u64);
+    fn cuMemAddressFree(CUdeviceptr, usize);
+    fn cuMemMap(CUdeviceptr, usize, usize, u64, u64);
+    fn cuMemUnmap(CUdeviceptr, usize);
+    fn cuMemSetAccess(CUdeviceptr, usize, *const Access, usize);
     fn cuStreamCreate(*mut CUstream, c_uint);
     fn cuStreamDestroy_v2(CUstream);
     fn cuStreamQuery(CUstream);

@@ -9,7 +9,7 @@ use cudarc::driver::sys;
 use crate::device::{Device, lock};
 use crate::error::{CudaError, cuda};
 
-/// By which another process opens an allocation.
+/// By which another process opens an allocation: the driver's bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Handle(pub [u8; Self::BYTES]);
 
@@ -26,7 +26,17 @@ pub struct Opened {
 
 static OPENED: AtomicUsize = AtomicUsize::new(0);
 
-/// How many allocations of other processes are open in this one.
+/// Counts one more that is open, or one less.
+pub(crate) fn count(more: bool) {
+    // Relaxed: see `opened`.
+    match more {
+        true => OPENED.fetch_add(1, Ordering::Relaxed),
+        false => OPENED.fetch_sub(1, Ordering::Relaxed),
+    };
+}
+
+/// How many allocations of other processes are open in this one, and windows to mapped memory of
+/// theirs.
 pub fn opened() -> usize {
     // Relaxed: a number for people and tests.
     OPENED.load(Ordering::Relaxed)
@@ -39,7 +49,7 @@ impl Handle {
 
 impl Device {
     /// A handle of the allocation that begins at `base`, or `None` if it is of a kind that has
-    /// none: of a memory pool, mapped from parts, or managed.
+    /// none: of a memory pool, mapped by the program ([`Device::mapped`]), or managed.
     ///
     /// # Errors
     /// If the driver fails for another reason.
@@ -83,8 +93,7 @@ impl Device {
         let mut base = 0;
         // SAFETY: the driver writes one address; `drop` closes it.
         cuda!(Some(self.ordinal()), cuIpcOpenMemHandle_v2(&raw mut base, raw, flags))?;
-        // Relaxed: see `opened`.
-        OPENED.fetch_add(1, Ordering::Relaxed);
+        count(true);
         let new = Arc::new(Opened { device: self.clone(), key, base });
         opened.insert(key, Arc::downgrade(&new));
         Ok(new)
@@ -100,8 +109,7 @@ impl Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        // Relaxed: see `opened`.
-        OPENED.fetch_sub(1, Ordering::Relaxed);
+        count(false);
         // Held until it is closed: who opens it again meanwhile would get what is closed here.
         let mut opened = lock(&self.device.opened);
         if opened.get(&self.key).is_some_and(|known| known.strong_count() == 0) {

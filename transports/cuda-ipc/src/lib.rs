@@ -6,8 +6,8 @@
 //! plans or collectives: those are the facade's. It uses `unisum-kernels` for the names of types
 //! and operations and for the kernels' images.
 //!
-//! Start at [`Device`], then [`Allocation`] and [`Opened`] for memory, [`Stream`] and [`Kernels`]
-//! for work.
+//! Start at [`Device`], then [`Allocation`] and [`Opened`] for memory, [`Mapped`] and [`Window`] for
+//! what programs have mapped themselves, [`Stream`] and [`Kernels`] for work.
 
 mod device;
 mod driver;
@@ -15,6 +15,7 @@ mod error;
 mod functions;
 mod ipc;
 mod kernels;
+mod mapped;
 mod memory;
 mod stream;
 
@@ -23,5 +24,6 @@ pub use driver::{Absent, Driver, describe};
 pub use error::CudaError;
 pub use ipc::{Handle, Opened, opened};
 pub use kernels::Kernels;
+pub use mapped::{Imported, Mapped, Ways, Window};
 pub use memory::{Allocation, Origin, Pinned, PlaceError, allocations};
 pub use stream::{Event, Stream};

@@ -191,14 +191,16 @@ impl fmt::Debug for Pinned {
     }
 }
 
-/// The allocation that an address lies in, whoever made it.
+/// The allocation that an address lies in, whoever made it, or several that the program has mapped
+/// side by side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Origin {
     /// Where the allocation begins.
     pub base: u64,
     /// How long it is.
     pub bytes: usize,
-    /// The driver's number of it: no other allocation of the process ever has the same.
+    /// The driver's number of it, or of the first: no other allocation of the process ever has the
+    /// same, but what is mapped at the same address later may.
     pub id: u64,
 }
 
@@ -235,11 +237,12 @@ pub enum PlaceError {
 }
 
 impl Device {
-    /// The allocation of this device that these bytes lie in.
+    /// The allocation of this device that these bytes lie in, or all of them if they are mapped
+    /// side by side.
     ///
     /// # Errors
     /// [`PlaceError`].
-    pub fn origin(&self, address: u64, bytes: usize) -> Result<Origin, PlaceError> {
+    pub fn origin(self: &Arc<Self>, address: u64, bytes: usize) -> Result<Origin, PlaceError> {
         use sys::CUpointer_attribute_enum as Attribute;
         let (on, _entered) = (Some(self.ordinal()), self.enter()?);
         let mut space = 0_u32;
@@ -256,31 +259,40 @@ impl Device {
                 false => error.into(),
             });
         }
-        let elsewhere =
-            |place| Err(PlaceError::Elsewhere { address, place, device: self.ordinal() });
         if space != sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32 {
-            return elsewhere("memory of the host".into());
+            let (place, device) = ("memory of the host".into(), self.ordinal());
+            return Err(PlaceError::Elsewhere { address, place, device });
         }
-        let mut ordinal = 0_i32;
-        let to = (&raw mut ordinal).cast();
-        // SAFETY: the driver writes one 32-bit number.
-        cuda!(
-            on,
-            cuPointerGetAttribute(to, Attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
-        )?;
-        if usize::try_from(ordinal) != Ok(self.ordinal()) {
-            return elsewhere(format!("on device {ordinal}"));
-        }
+        self.check_is_here(address)?;
         let (mut base, mut length) = (0, 0);
         // SAFETY: the driver writes one address and one length.
         cuda!(on, cuMemGetAddressRange_v2(&raw mut base, &raw mut length, address))?;
-        if address - base > length as u64 || bytes as u64 > length as u64 - (address - base) {
-            return Err(PlaceError::TooShort { address, bytes });
+        let too_short = PlaceError::TooShort { address, bytes };
+        let Some(end) = address.checked_add(bytes as u64) else { return Err(too_short) };
+        if end > base + length as u64 {
+            length = self.side_by_side((base, length), end)?.ok_or(too_short)?;
         }
         let mut id = 0_u64;
         let to = (&raw mut id).cast();
         // SAFETY: the driver writes one 64-bit number.
         cuda!(on, cuPointerGetAttribute(to, Attribute::CU_POINTER_ATTRIBUTE_BUFFER_ID, base))?;
         Ok(Origin { base, bytes: length, id })
+    }
+
+    /// Refuses memory of other devices. The context is current.
+    pub(crate) fn check_is_here(&self, address: u64) -> Result<(), PlaceError> {
+        use sys::CUpointer_attribute_enum as Attribute;
+        let mut ordinal = 0_i32;
+        let to = (&raw mut ordinal).cast();
+        // SAFETY: the driver writes one 32-bit number.
+        cuda!(
+            Some(self.ordinal()),
+            cuPointerGetAttribute(to, Attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
+        )?;
+        if usize::try_from(ordinal) == Ok(self.ordinal()) {
+            return Ok(());
+        }
+        let (place, device) = (format!("on device {ordinal}"), self.ordinal());
+        Err(PlaceError::Elsewhere { address, place, device })
     }
 }
