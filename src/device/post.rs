@@ -3,7 +3,7 @@
 //! Every two ranks have a Unix socket between them, made when they join: one listens under a name
 //! of its own, the other connects and proves that it knows the token from the first one's card. Who
 //! exports memory puts its descriptors into the sockets *before* it tells of the memory in the card
-//! of a call. So they are there when a peer has the card, and nobody ever waits here. A stranger can
+//! of a call. So they are there when a peer has the card, and nobody ever waits here. Strangers can
 //! use up places to connect while ranks join; then this rank's memory is copied instead.
 
 use std::collections::HashMap;

@@ -6,8 +6,8 @@
 //! plans or collectives: those are the facade's. It uses `unisum-kernels` for the names of types
 //! and operations and for the kernels' images.
 //!
-//! Start at [`Device`], then [`Allocation`] and [`Opened`] for memory, [`Mapped`] and [`Window`] for
-//! what programs have mapped themselves, [`Stream`] and [`Kernels`] for work.
+//! Start at [`Device`], then [`Allocation`] and [`Opened`] for memory, [`Mapped`] and [`Window`]
+//! for what programs have mapped themselves, [`Stream`] and [`Kernels`] for work.
 
 mod device;
 mod driver;
