@@ -222,7 +222,7 @@ fn attribute_of(value: Out<c_void>, attribute: i32, address: u64) -> Done {
 }
 
 fn attribute_of_region(value: Out<c_void>, attribute: i32, address: u64, region: &Region) -> Done {
-    // The number of what is mapped is that of its range: it stays when other memory is mapped there.
+    // The number of what is mapped is that of its range: other memory there has the same.
     let (start, bytes, ordinal) = region.extent(address);
     let device = &driver()?.devices[ordinal];
     let is_pool = matches!(region.origin, Origin::Pool);

@@ -2,8 +2,8 @@
 //! former are mapped where.
 //!
 //! A reserved range is a region as any other, whose host memory is replaced piece by piece by that
-//! of the allocations' files. An operation that has looked up what is unmapped meanwhile finds other
-//! memory there; later ones are refused.
+//! of the allocations' files. An operation that has looked up what is unmapped meanwhile finds
+//! other memory there; later ones are refused.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
