@@ -8,6 +8,7 @@ use super::codes::{Code, Done};
 use super::device::Device;
 use super::memory::{self, Origin};
 use super::registry::lock;
+use super::settings::Skip;
 use super::stream::{Failure, Stream};
 use super::{PTX_VERSION, driver, report};
 use crate::machine::{self, FaultKind, Function, Launch, Order, Shape};
@@ -163,13 +164,15 @@ impl Kernel {
         if is_sound && shape.dynamic_shared <= limit { Ok(()) } else { Err(Code::INVALID_VALUE) }
     }
 
-    /// Whether the settings leave out the launch that begins.
-    fn is_skipped(&self) -> Done<bool> {
+    /// What the settings leave out of the launch that begins: all of it, or the waits of a thread.
+    fn left_out(&self) -> Done<(bool, Option<u32>)> {
         // Relaxed: a program that cares which launch is which makes them in order.
         let number = self.launches.fetch_add(1, Ordering::Relaxed);
         let name = &self.function().name;
-        let mut skips = driver()?.settings.skips.iter().filter(|skip| skip.kernel == *name);
-        Ok(skips.any(|skip| number % skip.of == skip.nth - 1))
+        let is_meant = |skip: &&Skip| skip.kernel == *name && number % skip.of == skip.nth - 1;
+        let mut meant = driver()?.settings.skips.iter().filter(is_meant).peekable();
+        let is_skipped = meant.clone().any(|skip| skip.thread.is_none());
+        Ok((is_skipped, meant.find_map(|skip| skip.thread)))
     }
 
     /// Enqueues a launch. `params` are the parameters as the kernel sees them.
@@ -183,7 +186,8 @@ impl Kernel {
         if !std::ptr::eq(stream.device, self.loaded.device) {
             return Err(Code::INVALID_HANDLE);
         }
-        if self.is_skipped()? {
+        let (is_skipped, hasty) = self.left_out()?;
+        if is_skipped {
             return stream.push(|_| Ok(()));
         }
         let kernel = Arc::clone(self);
@@ -198,6 +202,7 @@ impl Kernel {
                 shape,
                 order: Order { first: chance >> 16, is_reversed: chance >> 12 & 1 == 1 },
                 params: &params,
+                hasty,
                 memory: device,
             };
             machine::run(&launch).map_err(|(place, fault)| Failure {

@@ -22,13 +22,15 @@ pub(crate) struct Injection {
     pub code: i32,
 }
 
-/// Launches of a kernel that do nothing.
+/// Launches of a kernel that do nothing, or in which a thread of each block waits for nobody.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Skip {
     pub kernel: String,
     /// Which of each `of` launches, counted from 1.
     pub nth: u64,
     pub of: u64,
+    /// If only its waits are left out.
+    pub thread: Option<u32>,
 }
 
 /// The settings of this process.
@@ -75,7 +77,7 @@ impl Settings {
             memory: number("MEMORY", 8 << 30),
             compute: number("COMPUTE", 80),
             injections: list("FAIL", injection),
-            skips: list("SKIP", skip),
+            skips: [list("SKIP", skip), list("HASTY", hasty)].concat(),
             leaks: match value("LEAKS").as_deref() {
                 None | Some("" | "0") => LeakReport::None,
                 Some("report") => LeakReport::Report,
@@ -97,7 +99,7 @@ impl Settings {
 const PREFIX: &str = "CUDA_EMULATOR_";
 
 /// The variables that there are. Those of the emulator's own tests begin with `TEST_`.
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 14] = [
     "DEVICES",
     "DELAY_US",
     "SEED",
@@ -109,6 +111,7 @@ const NAMES: [&str; 13] = [
     "COMPUTE",
     "FAIL",
     "SKIP",
+    "HASTY",
     "LEAKS",
     "COUNTS",
 ];
@@ -162,7 +165,15 @@ fn skip(word: &str) -> Option<Skip> {
     let kernel = parts.next()?.to_owned();
     let (nth, of) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
     let is_one = parts.next().is_none() && (1..=of).contains(&nth);
-    is_one.then_some(Skip { kernel, nth, of })
+    is_one.then_some(Skip { kernel, nth, of, thread: None })
+}
+
+/// `store:7:3:4`
+fn hasty(word: &str) -> Option<Skip> {
+    let mut parts = word.splitn(3, ':');
+    let (kernel, thread, launches) = (parts.next()?, parts.next()?, parts.next()?);
+    let of_launches = skip(&format!("{kernel}:{launches}"))?;
+    Some(Skip { thread: Some(thread.parse().ok()?), ..of_launches })
 }
 
 fn default_seed() -> u64 {

@@ -55,6 +55,8 @@ pub(crate) struct Launch<'l> {
     pub shape: Shape,
     pub order: Order,
     pub params: &'l [u64],
+    /// The thread of each block that waits for nobody.
+    pub hasty: Option<u32>,
     pub memory: &'l dyn DeviceMemory,
 }
 

@@ -216,6 +216,11 @@ impl<'l> Thread<'l> {
     }
 
     /// Whether the thread waits for memory that others write, rather than computing.
+    /// Whether what it acquires is to show more than is there, so that waits for counts end.
+    pub(crate) fn passes_waits(&self) -> bool {
+        self.launch.hasty == Some(self.index)
+    }
+
     pub(super) fn is_polling(&self) -> bool {
         self.polls >= POLLS
     }

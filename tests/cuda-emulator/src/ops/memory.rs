@@ -54,19 +54,24 @@ impl Memory for Param {
 /// What the modifiers of a memory instruction say.
 pub(super) struct Access {
     pub space: Space,
-    /// Others may access the memory at the same time, so that looking again may show something new.
-    pub is_strong: bool,
+    pub strength: u8,
     pub lanes: usize,
 }
 
+/// What a load may count on: nobody else writes there meanwhile;
+const WEAK: u8 = 0;
+/// others may, so that looking again may show something new;
+const STRONG: u8 = 1;
+/// and what they did before is seen, too.
+const ACQUIRES: u8 = 2;
+
 /// Reads the modifiers of a memory instruction up to its type, or `None` if one is unknown.
 pub(super) fn access(modifiers: &[&str]) -> Option<Access> {
-    let mut access = Access { space: Space::Generic, is_strong: false, lanes: 1 };
+    let mut access = Access { space: Space::Generic, strength: WEAK, lanes: 1 };
     for modifier in modifiers {
         match *modifier {
-            "volatile" | "relaxed" | "acquire" | "release" | "acq_rel" | "mmio" => {
-                access.is_strong = true;
-            }
+            "acquire" => access.strength = ACQUIRES,
+            "volatile" | "relaxed" | "release" | "acq_rel" | "mmio" => access.strength = STRONG,
             "cta" | "gpu" | "sys" | "cluster" => {}
             "v2" => access.lanes = 2,
             "v4" => access.lanes = 4,
@@ -113,7 +118,7 @@ pub(super) fn decode_load<'t>(
     let [destination, source] = operands else { return decoder.refuse("a load has two operands") };
     let address = decoder.address(source)?;
     let space = effective(access.space, address.space);
-    let Some(handler) = loading(space, name, access.lanes, access.is_strong) else {
+    let Some(handler) = loading(space, name, access.lanes, access.strength) else {
         return Ok(None);
     };
     let lanes = decoder.written_lanes(destination)?;
@@ -145,17 +150,18 @@ pub(super) fn decode_store<'t>(
     Ok(Some(()))
 }
 
-fn loading(space: Space, name: &str, lanes: usize, is_strong: bool) -> Option<Handler> {
+fn loading(space: Space, name: &str, lanes: usize, strength: u8) -> Option<Handler> {
     /// For each number of lanes; then for each strength.
     macro_rules! load_as {
         ($word:ty, $as:ty) => {
-            match (lanes, is_strong) {
-                (1, false) => for_space!(space, load, $word, $as, 1, false),
-                (1, true) => for_space!(space, load, $word, $as, 1, true),
-                (2, false) => for_space!(space, load, $word, $as, 2, false),
-                (2, true) => for_space!(space, load, $word, $as, 2, true),
-                (_, false) => for_space!(space, load, $word, $as, 4, false),
-                (_, true) => for_space!(space, load, $word, $as, 4, true),
+            match (lanes, strength) {
+                (1, WEAK) => for_space!(space, load, $word, $as, 1, WEAK),
+                (1, STRONG) => for_space!(space, load, $word, $as, 1, STRONG),
+                (1, _) => for_space!(space, load, $word, $as, 1, ACQUIRES),
+                (2, WEAK) => for_space!(space, load, $word, $as, 2, WEAK),
+                (2, _) => for_space!(space, load, $word, $as, 2, STRONG),
+                (_, WEAK) => for_space!(space, load, $word, $as, 4, WEAK),
+                (_, _) => for_space!(space, load, $word, $as, 4, STRONG),
             }
         };
     }
@@ -190,7 +196,7 @@ fn storing(space: Space, name: &str, lanes: usize) -> Option<Handler> {
     })
 }
 
-fn load<M: Memory, W: Word, A: Scalar, const LANES: usize, const STRONG: bool>(
+fn load<M: Memory, W: Word, A: Scalar, const LANES: usize, const STRENGTH: u8>(
     thread: &mut Thread<'_>,
     instruction: &Instruction,
 ) -> Flow {
@@ -199,12 +205,17 @@ fn load<M: Memory, W: Word, A: Scalar, const LANES: usize, const STRONG: bool>(
         return Flow::Fault;
     };
     // Acquire pairs with the release of `store`: whatever the writer did before is seen.
-    let ordering = if STRONG { Ordering::Acquire } else { Ordering::Relaxed };
-    if STRONG {
+    let ordering = if STRENGTH == WEAK { Ordering::Relaxed } else { Ordering::Acquire };
+    if STRENGTH != WEAK {
         thread.count_poll();
     }
     if LANES == 1 {
-        let value = place.load::<W>(ordering).into_register();
+        let mut value = place.load::<W>(ordering).into_register();
+        if STRENGTH == ACQUIRES && thread.passes_waits() {
+            // As if others had counted on by a quarter of the range.
+            let range = u64::MAX >> (64 - 8 * size_of::<W>());
+            value = value.wrapping_add(range / 4) & range;
+        }
         thread.write(instruction.d, A::from_register(value));
         return Flow::Next;
     }
