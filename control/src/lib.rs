@@ -97,7 +97,7 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct Control {
     shared: Arc<Shared>,
     /// None in a world of one, which has no thread.
-    waker: Option<Waker>,
+    waker: Option<Arc<Waker>>,
     session: [u8; 16],
     /// Where this process listens.
     addresses: Vec<SocketAddr>,
@@ -163,7 +163,7 @@ impl Control {
 
     fn new(
         shared: Arc<Shared>,
-        waker: Option<Waker>,
+        waker: Option<Arc<Waker>>,
         session: [u8; 16],
         (addresses, coordinator): (Vec<SocketAddr>, Option<SocketAddr>),
         (connect_timeout, reconnect_timeout): (Duration, Duration),
@@ -453,7 +453,7 @@ fn spawn(
     config: ControlConfig,
     joined: Joined,
     shared: &Arc<Shared>,
-) -> Result<Waker, ControlError> {
+) -> Result<Arc<Waker>, ControlError> {
     let (rank, world, connect_timeout) = (config.rank, config.world, config.connect_timeout);
     let failed = |error| ControlError::system("starting the control thread", error);
     let Joined { listening, session, role, patience, .. } = joined;
@@ -491,15 +491,16 @@ fn prepare(
     listeners: Listeners,
     session: [u8; 16],
     shared: &Arc<Shared>,
-) -> io::Result<(Waker, ControlThread)> {
+) -> io::Result<(Arc<Waker>, ControlThread)> {
     let ControlConfig { rank, world, job, credentials, secret_origin, build, .. } = config;
     let felt = (Pulses::new(config.heartbeat_timeout), Resuming::new(config.reconnect_timeout));
     let poll = Poll::new()?;
-    let waker = Waker::new(poll.registry(), thread::WAKER)?;
+    let waker = Arc::new(Waker::new(poll.registry(), thread::WAKER)?);
     let job = job_hash(&job);
     let preamble = Preamble::of(&session);
     let identity =
         Identity { rank, world, session, preamble, job, build, credentials, secret_origin };
+    let poll = (poll, Arc::clone(&waker));
     let thread = ControlThread::new(poll, identity, Arc::clone(shared), listeners, felt)?;
     Ok((waker, thread))
 }

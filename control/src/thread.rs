@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Registry, Token};
+use mio::{Events, Interest, Poll, Registry, Token, Waker};
 use unisum_link::Rank;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{Build, Purpose, Refusal};
@@ -65,6 +65,8 @@ pub(super) struct Identity {
 
 pub(super) struct ControlThread {
     poll: Poll,
+    /// Kept: a waker that is dropped takes back what the thread has not heard yet.
+    _waker: Arc<Waker>,
     identity: Identity,
     shared: Arc<Shared>,
     /// None once this rank has left.
@@ -89,7 +91,7 @@ pub(super) struct ControlThread {
 
 impl ControlThread {
     pub(super) fn new(
-        poll: Poll,
+        (poll, waker): (Poll, Arc<Waker>),
         identity: Identity,
         shared: Arc<Shared>,
         listeners: Listeners,
@@ -99,6 +101,7 @@ impl ControlThread {
             Acceptor::new(listeners, LISTENER, FIRST_GUEST, identity.world, poll.registry())?;
         Ok(Self {
             poll,
+            _waker: waker,
             identity,
             member: Member::new(Arc::clone(&shared)),
             shared,
