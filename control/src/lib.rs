@@ -57,7 +57,7 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use mio::{Poll, Waker};
@@ -334,15 +334,9 @@ impl Control {
         self.command(Command::Stalled(stalled));
     }
 
-    /// What ends the communicator on this rank because the job goes on without it: the reason is
-    /// given to it.
-    pub(crate) fn supersede(&self) -> Box<dyn Fn(&str) + Send> {
-        let shared = Arc::downgrade(&self.shared);
-        Box::new(move |why| {
-            if let Some(shared) = shared.upgrade() {
-                shared.supersede(why);
-            }
-        })
+    /// What ends the communicator on this rank because the job goes on without it.
+    pub(crate) fn superseder(&self) -> Superseder {
+        Superseder(Arc::downgrade(&self.shared))
     }
 
     /// Leaves in order: for the others this rank has not died. Waits until the kernel has the
@@ -388,6 +382,23 @@ impl fmt::Debug for Control {
         let mut debug = f.debug_struct("Control");
         debug.field("rank", &self.shared.rank).field("world", &self.shared.world());
         debug.field("addresses", &self.addresses).finish_non_exhaustive()
+    }
+}
+
+/// Ends a communicator because the job goes on without it, as long as it is there.
+pub(crate) struct Superseder(Weak<Shared>);
+
+impl Superseder {
+    /// Whether there is anything to end.
+    fn is_needed(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
+    /// Ends it, for this reason.
+    fn supersede(&self, why: &str) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.supersede(why);
+        }
     }
 }
 

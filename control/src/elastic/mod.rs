@@ -5,9 +5,9 @@
 //! nothing changes. The kernel closes a dead process's connections at once, and those to a host
 //! that does not answer after a time that the user sets; what follows is for
 //! [`Participant`] to say (`unisum-views`: pure). A [`Control`] belongs
-//! to one view: its epoch's communicator and the groups of that. When the view changes, those that
-//! were bound to an earlier one get a verdict, and the members start another one, whose first rank
-//! tells the others by these connections where it listens.
+//! to one view, or to a group of members. When the view changes, those that were bound to an
+//! earlier one get a verdict, as do those of groups that lose a member, and the members start
+//! another one, whose first rank tells the others by these connections where it listens.
 
 mod dialing;
 #[cfg(any(test, fuzzing))]
@@ -30,7 +30,7 @@ use unisum_link::handshake::{Build, job_hash};
 use unisum_link::secure::{Credentials, Preamble};
 
 use self::dialing::{Dialer, Dials};
-use self::shared::{Command, Shared};
+use self::shared::{Bound, Command, Shared};
 use self::thread::{Mesh, ViewsThread};
 use super::{Control, ControlError, GOODBYE_TIMEOUT, listen};
 use crate::address::PortRange;
@@ -215,6 +215,11 @@ impl Views {
         self.shared.wait(until, |it| it.is_over() || it.view.epoch > epoch && !it.is_changing)
     }
 
+    /// Waits until what is known of the job is something else than `known`, or `until`.
+    pub fn await_other(&self, known: &Membership, until: Instant) -> Membership {
+        self.shared.wait(until, |it| it != known)
+    }
+
     /// Waits until as many processes as `count` ask to be let in, or this one is no longer in the
     /// job, or `until`. What is known then.
     pub fn await_newcomers(&self, count: usize, until: Instant) -> Membership {
@@ -224,7 +229,13 @@ impl Views {
     /// Ends `control` when the job leaves `epoch`, at once if it has: what waits there gets a
     /// verdict.
     pub fn bind(&self, epoch: u64, control: &Arc<Control>) {
-        self.shared.bind(epoch, control.supersede());
+        self.shared.bind(Bound::Epoch(epoch), control.superseder());
+    }
+
+    /// Ends `control` when one of `members` is no longer in the job, or this process is not, at
+    /// once if that is so: what waits there gets a verdict.
+    pub fn bind_members(&self, members: Vec<Member>, control: &Arc<Control>) {
+        self.shared.bind(Bound::Members(members), control.superseder());
     }
 
     /// Tells all members of `epoch` a value, where its first rank can be reached. Never blocks.
@@ -239,7 +250,8 @@ impl Views {
     }
 
     /// Says whether every member of the view is needed, as this process makes a communicator of it:
-    /// then those that leave in order are lost like others. Never blocks.
+    /// then those that leave in order are lost like others. What was said is taken back as often.
+    /// Never blocks.
     pub fn need_all(&self, need: bool) {
         self.command(Command::NeedAll(need));
     }

@@ -8,6 +8,8 @@ use std::time::Instant;
 use unisum_link::secure::Proven;
 use unisum_views::{Member, Standing, View};
 
+use super::super::Superseder;
+
 /// What this process knows of the job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Membership {
@@ -56,8 +58,24 @@ pub(super) enum Command {
     Leave,
 }
 
-/// Ends what is bound to an epoch, with a reason.
-pub(super) type Supersede = Box<dyn Fn(&str) + Send>;
+/// What a control is bound to, which ends with it.
+#[derive(Clone, Debug)]
+pub(super) enum Bound {
+    /// This epoch, whatever comes next.
+    Epoch(u64),
+    /// The membership of all of these, in whatever epoch.
+    Members(Vec<Member>),
+}
+
+impl Bound {
+    /// Whether it is over in a later view.
+    fn is_over(&self, view: &View) -> bool {
+        match self {
+            Self::Epoch(epoch) => *epoch < view.epoch,
+            Self::Members(members) => !members.iter().all(|it| view.has(*it)),
+        }
+    }
+}
 
 pub(super) struct Shared {
     state: Mutex<State>,
@@ -70,7 +88,7 @@ struct State {
     directory: BTreeMap<Member, Vec<SocketAddr>>,
     seen: Option<View>,
     told: BTreeMap<u64, Vec<u8>>,
-    bound: Vec<(u64, Supersede)>,
+    bound: Vec<(Bound, Superseder)>,
     said_goodbye: bool,
 }
 
@@ -162,17 +180,17 @@ impl Shared {
         }
         state.membership = membership;
         let Membership { view, end, .. } = &state.membership;
-        let (epoch, end) = (view.epoch, end.clone());
+        let (view, end) = (view.clone(), end.clone());
+        let epoch = view.epoch;
         state.told.retain(|&it, _| it >= epoch);
-        let is_over = |bound: u64| end.is_some() || bound < epoch;
         let (over, bound) = std::mem::take(&mut state.bound)
             .into_iter()
-            .partition::<Vec<_>, _>(|(bound, _)| is_over(*bound));
+            .partition::<Vec<_>, _>(|(bound, _)| end.is_some() || bound.is_over(&view));
         state.bound = bound;
         drop(state);
         self.changed.notify_all();
         let why = end.unwrap_or_else(|| format!("the job is in epoch {epoch} now"));
-        over.into_iter().for_each(|(_, supersede)| supersede(&why));
+        over.into_iter().for_each(|(_, superseder)| superseder.supersede(&why));
     }
 
     /// This process is no longer in the job.
@@ -188,16 +206,19 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    pub(super) fn bind(&self, epoch: u64, supersede: Supersede) {
+    /// Ends a control when what it is bound to is over, at once if it is.
+    pub(super) fn bind(&self, bound: Bound, superseder: Superseder) {
         let mut state = self.lock();
         let Membership { view, end, .. } = &state.membership;
-        if end.is_none() && view.epoch <= epoch {
-            return state.bound.push((epoch, supersede));
+        if end.is_none() && !bound.is_over(view) {
+            // Of groups that were dropped meanwhile nothing is kept.
+            state.bound.retain(|(_, superseder)| superseder.is_needed());
+            return state.bound.push((bound, superseder));
         }
         let now = view.epoch;
         let why = end.clone().unwrap_or_else(|| format!("the job is in epoch {now} now"));
         drop(state);
-        supersede(&why);
+        superseder.supersede(&why);
     }
 
     pub(super) fn set_told(&self, epoch: u64, value: Vec<u8>) {

@@ -178,3 +178,18 @@ fn one_that_waits_hears_at_once_that_the_job_ends() {
     assert!(error.contains("the job ended while this process waited"), "{error}");
     assert!(ended.elapsed() < Duration::from_secs(5), "{:?}", ended.elapsed());
 }
+
+#[test]
+fn who_leaves_in_order_is_lost_while_anybody_needs_all() {
+    let mut all = found(3);
+    for need in [true, true, false] {
+        all[0].need_all(need);
+    }
+    drop(all.pop());
+    let known = all[0].await_change(1, soon());
+    assert_eq!(known.view.members, [0, 1].map(Member), "{known:?}");
+    all[0].need_all(false);
+    drop(all.pop());
+    let known = all[0].await_change(2, Instant::now() + Duration::from_millis(300));
+    assert_eq!(known.view.epoch, 2, "nobody misses it");
+}

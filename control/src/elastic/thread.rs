@@ -67,7 +67,8 @@ pub(super) struct ViewsThread {
     departed: BTreeSet<Member>,
     mesh: Mesh,
     cuts: Cuts,
-    needs_all: bool,
+    /// How often it was said that every member of the view is needed.
+    needs_all: usize,
     next_token: usize,
     /// What the participant waits for, and until when.
     timer: Option<(Wait, Instant)>,
@@ -95,7 +96,7 @@ impl ViewsThread {
             departed: BTreeSet::new(),
             mesh,
             cuts,
-            needs_all: false,
+            needs_all: 0,
             next_token: FIRST_DIALLED,
             timer: None,
             stranded_since: None,
@@ -279,7 +280,7 @@ impl ViewsThread {
 
     /// Who has left in order is missed only by those that need another view.
     fn count_departed(&mut self) {
-        if !self.participant.is_changing() && !self.needs_all {
+        if !self.participant.is_changing() && self.needs_all == 0 {
             return;
         }
         for member in std::mem::take(&mut self.departed) {
@@ -330,7 +331,8 @@ impl ViewsThread {
                 all.into_iter().for_each(|it| self.send(it, &word));
             }
             Command::NeedAll(need) => {
-                self.needs_all = need;
+                self.needs_all =
+                    if need { self.needs_all + 1 } else { self.needs_all.saturating_sub(1) };
                 self.count_departed();
             }
             Command::Leave => self.leave(),
