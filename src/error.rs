@@ -117,7 +117,8 @@ pub enum ErrorKind {
     Aborted,
     /// An elastic job has lost ranks, or others have joined it, and goes on in another view: the
     /// error says in which epoch, and [`Communicator::rebuild`](crate::Communicator::rebuild) gives
-    /// its communicator. Later calls on the old one return the same error.
+    /// its communicator. Later calls on the old one return the same error. A group of some of the
+    /// ranks gets it only if one of its own is lost.
     ViewChanged,
     /// The process was forked after the communicator was made: only the parent may use it.
     Forked,
@@ -233,7 +234,8 @@ impl Error {
         self.change().map(|change| change.epoch)
     }
 
-    /// The ranks that are not in that epoch any more, as they were numbered before.
+    /// The ranks that are not in that epoch any more, as they were numbered before; in an error of a
+    /// group of some of the ranks, those of the group, as it numbers them.
     pub fn lost(&self) -> &[Rank] {
         self.change().map_or(&[], |change| &change.lost)
     }

@@ -180,6 +180,11 @@ impl AlgorithmSelector {
         }
     }
 
+    /// The same selector, from which nothing is saved for later runs.
+    pub(crate) fn not_keeping(self) -> Self {
+        Self { keeps: None, ..self }
+    }
+
     pub(crate) const fn topology(&self) -> &Topology {
         &self.topology
     }

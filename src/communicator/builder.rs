@@ -15,7 +15,8 @@ use crate::execution::runner::Runner;
 use crate::settings::{self, Settings};
 use crate::version;
 use crate::wiring::{
-    self, Custom, Description, Elasticity, Epoch, Joined, Lineage, Meeting, Position, Standing,
+    self, Bond, Custom, Description, Elasticity, Epoch, Joined, Lineage, Meeting, Position,
+    Standing,
 };
 use crate::{Communicator, Elastic, Error, ErrorKind, Store};
 use unisum_control::Environment;
@@ -394,7 +395,7 @@ fn communicator(
 ) -> Communicator {
     let Joined { job, engine, choice, tuning, description, .. } = joined;
     let (rank, world) = (detected.rank, detected.world);
-    let epoch = membership.epoch().cloned();
+    let epoch = membership.bond().and_then(Bond::epoch).cloned();
     let runner = Runner::new(rank, settings.timeout, membership, engine, choice, tuning);
     let core = Core { runner, job, rank, world, restores: epoch.is_some() }.into();
     let member = Member { core, background: Background::default() };

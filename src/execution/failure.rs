@@ -178,8 +178,8 @@ impl Membership {
     }
 
     fn explain(&self, error: Error, verdict: Option<&Verdict>) -> Error {
-        match self.epoch() {
-            Some(epoch) => epoch.explain(error, verdict),
+        match self.bond() {
+            Some(bond) => bond.explain(error, verdict),
             None => error,
         }
     }

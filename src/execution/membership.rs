@@ -8,7 +8,7 @@ use std::time::Instant;
 use unisum_kernels::Dtype;
 use unisum_link::{Call, LinkError, Rank, Wake};
 
-use crate::wiring::Epoch;
+use crate::wiring::{Bond, Epoch};
 use unisum_control::{Control, Inbox, Report, StalledCall, Status, Verdict, Waiting, describe};
 
 /// This rank's membership in one communicator of the job. The job's control connection ends with
@@ -17,12 +17,12 @@ use unisum_control::{Control, Inbox, Report, StalledCall, Status, Verdict, Waiti
 pub(crate) struct Membership {
     control: Arc<Control>,
     communicator: u32,
-    /// The job's number of each rank.
+    /// The job's number of each rank; where a group has a control of its own, the group's.
     ranks: Arc<[Rank]>,
     rank: Rank,
     status: Arc<Status>,
-    /// In an elastic job.
-    epoch: Option<Epoch>,
+    /// In an elastic job, what the communicator ends with.
+    bond: Option<Bond>,
 }
 
 impl Membership {
@@ -30,31 +30,31 @@ impl Membership {
     pub(crate) fn of_job(control: Arc<Control>, rank: Rank, world: usize) -> Self {
         let status = control.status().clone();
         let ranks = (0..world).collect();
-        Self { control, communicator: 0, ranks, rank, status, epoch: None }
+        Self { control, communicator: 0, ranks, rank, status, bond: None }
     }
 
-    /// In a group of the job: its number, its session, and the job's numbers of its ranks, of
-    /// which this rank is number `rank`.
+    /// In a group: its number, its session, and the numbers of its ranks in `control`, of which
+    /// this rank is number `rank`.
     pub(crate) fn of_group(
         control: Arc<Control>,
         communicator: u32,
         session: [u8; 16],
         ranks: Arc<[Rank]>,
         rank: Rank,
-        epoch: Option<Epoch>,
+        bond: Option<Bond>,
     ) -> Self {
         let status = control.enroll(communicator, session, (rank, ranks.clone()));
-        Self { control, communicator, ranks, rank, status, epoch }
+        Self { control, communicator, ranks, rank, status, bond }
     }
 
     /// The job is elastic, and in this epoch.
     pub(crate) fn enter(&mut self, epoch: Epoch) {
-        self.epoch = Some(epoch);
+        self.bond = Some(Bond::Epoch(epoch));
     }
 
-    /// The epoch of an elastic job.
-    pub(crate) const fn epoch(&self) -> Option<&Epoch> {
-        self.epoch.as_ref()
+    /// What the communicator ends with, if the job is elastic.
+    pub(crate) const fn bond(&self) -> Option<&Bond> {
+        self.bond.as_ref()
     }
 
     pub(crate) const fn control(&self) -> &Arc<Control> {

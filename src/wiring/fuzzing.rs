@@ -6,6 +6,7 @@ use unisum_link::fuzzing::Target;
 
 use super::card::Card;
 use super::cores::Cores;
+use super::group::Told;
 use super::report::{self, Report};
 use super::standing::Standing;
 use super::{costs, lineage, node, store};
@@ -18,6 +19,7 @@ pub(crate) const TARGETS: &[Target] = &[
     Target { name: "standings", check: check_standing, seeds: standing_seeds },
     Target { name: "store_value", check: check_store, seeds: store_seeds },
     Target { name: "members_addresses", check: check_addresses, seeds: address_seeds },
+    Target { name: "told_of_groups", check: check_told, seeds: told_seeds },
 ];
 
 /// A card that is accepted encodes to one that says the same, and to the same bytes but for the
@@ -152,4 +154,20 @@ fn check_addresses(bytes: &[u8]) {
 
 fn address_seeds() -> Vec<Vec<u8>> {
     vec![b"10.0.0.1:4000 [2001:db8::1]:4000 [fe80::1%3]:4000".to_vec()]
+}
+
+/// Whatever a rank tells of a group is read as something, which is read from its encoding again.
+fn check_told(bytes: &[u8]) {
+    let told = Told::decode(bytes);
+    assert_eq!(Told::decode(&told.encode()), told);
+}
+
+fn told_seeds() -> Vec<Vec<u8>> {
+    let told = Told {
+        session: [7; 16],
+        ordinal: 2,
+        addresses: b"10.0.0.1:4000 [2001:db8::1]:4000".to_vec(),
+        info: vec![1, 2, 3],
+    };
+    vec![told.encode(), Told::default().encode()]
 }

@@ -3,7 +3,8 @@
 //! A group has links of its own, so that what its ranks call and in which order concerns nobody
 //! else: sockets are opened when first used, mailboxes and counters lie in memory of its own, queue
 //! pairs are its own. What is the process's is shared with the job's communicator: the control
-//! connection, the listening port, RDMA devices, registered memory.
+//! connection, the listening port, RDMA devices, registered memory. In an elastic job a group of
+//! some of the ranks has control connections and a port of its own ([`super::group_control`]).
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use unisum_link::Rank;
 use unisum_link::handshake::random;
 
+use super::group_control::GroupControl;
 use super::node::{JoinContext, Node, NodeEndpoint};
 use super::unanimous::{self, Unanimous};
 use super::{Assembly, Exchange, Job, others};
@@ -34,6 +36,8 @@ pub(crate) struct Group {
 #[derive(Debug)]
 pub(crate) struct Member {
     pub(crate) membership: Membership,
+    /// The job, by the numbers of the membership.
+    pub(crate) job: Arc<Job>,
     pub(crate) engine: Engine,
     pub(crate) choice: AlgorithmSelector,
     pub(crate) transport: String,
@@ -41,7 +45,7 @@ pub(crate) struct Member {
 
 /// Who makes groups: a communicator whose ranks all take part, those in no group as well.
 pub(crate) struct Parent<'a> {
-    pub(crate) job: &'a Job,
+    pub(crate) job: &'a Arc<Job>,
     pub(crate) membership: &'a Membership,
     pub(crate) choice: &'a AlgorithmSelector,
     pub(crate) rank: Rank,
@@ -57,16 +61,22 @@ impl Parent<'_> {
     pub(crate) fn join(&self, group: Option<&Group>) -> Result<Option<Member>, Error> {
         let group = group.filter(|group| group.ranks.len() > 1);
         let endpoint = group.map(|group| self.endpoint(group));
+        let mut control = group.and_then(|group| GroupControl::begin(self, group));
         let drawn: [u8; 16] = random().map_err(|error| {
             Error::new(ErrorKind::Rendezvous, format!("drawing a session: {error}"))
         })?;
-        let info = endpoint.as_ref().map_or_else(Vec::new, NodeEndpoint::info);
-        let ordinal = group.map_or(0, |group| self.ordinal(group));
-        let blobs = (self.exchange)([&drawn[..], &ordinal.to_le_bytes(), &info].concat().into())?;
+        let told = Told {
+            session: drawn,
+            ordinal: group.map_or(0, |group| self.ordinal(group)),
+            addresses: control.as_ref().map_or_else(Vec::new, GroupControl::told),
+            info: endpoint.as_ref().map_or_else(Vec::new, NodeEndpoint::info),
+        };
+        let blobs = (self.exchange)(told.encode().into())?;
         let rounds = Rounds::new(self);
         let member = match (group, endpoint) {
             (Some(group), Some(endpoint)) => {
-                self.connect(group, endpoint, &blobs, &rounds).map(Some)
+                let told = group.ranks.iter().map(|&rank| Told::decode(&blobs[rank])).collect();
+                self.connect(group, endpoint, (told, &mut control), &rounds).map(Some)
             }
             _ => Ok(None),
         };
@@ -85,7 +95,10 @@ impl Parent<'_> {
         let reasons = (self.exchange)(why.into())?;
         let member = member?;
         match first_reason(&reasons) {
-            None => Ok(member),
+            None => {
+                control.into_iter().for_each(GroupControl::keep);
+                Ok(member)
+            }
             Some((rank, reason)) => Err(self.decode_reason(rank, reason)),
         }
     }
@@ -106,21 +119,26 @@ impl Parent<'_> {
 
     /// This rank's end of the link within its host.
     fn endpoint(&self, group: &Group) -> NodeEndpoint {
-        let ranks = self.membership.job_ranks(&group.ranks);
+        let ranks = self.known_as(group);
         let place = (self.place_in(group), &ranks[..]);
         NodeEndpoint::new(self.job.within_hosts.clone(), &self.job.settings, place)
     }
 
     /// This rank's number in a group that it is in.
-    fn place_in(&self, group: &Group) -> Rank {
+    pub(super) fn place_in(&self, group: &Group) -> Rank {
         let rank = group.ranks.iter().position(|&rank| rank == self.rank);
         rank.expect("a rank joins only groups that it is in")
+    }
+
+    /// The numbers by which the job's links know the ranks of a group.
+    fn known_as(&self, group: &Group) -> Vec<Rank> {
+        self.job.known_as(&self.membership.job_ranks(&group.ranks))
     }
 
     /// How many groups of the same ranks were before, if this is the first of them: it tells all.
     fn ordinal(&self, group: &Group) -> u32 {
         let is_first = group.ranks.first() == Some(&self.rank);
-        let ranks = || self.membership.job_ranks(&group.ranks).into();
+        let ranks = || self.known_as(group).into();
         if is_first { self.choice.next_ordinal(&ranks()) } else { 0 }
     }
 
@@ -128,71 +146,127 @@ impl Parent<'_> {
         &self,
         group: &Group,
         endpoint: NodeEndpoint,
-        blobs: &[Vec<u8>],
+        (told, control): (Vec<Told>, &mut Option<GroupControl>),
         rounds: &Rounds<'_>,
     ) -> Result<Member, Error> {
+        let (session, ordinal) = (told[0].session, told[0].ordinal);
+        let is_apart = control.is_some();
+        let (membership, job) = self.enroll(group, (&told[0], control), rounds)?;
         let rank = self.place_in(group);
-        let ranks: Arc<[Rank]> = self.membership.job_ranks(&group.ranks).into();
-        let told = |&rank: &Rank| {
-            let (session, rest) = blobs[rank].split_first_chunk().unwrap_or((&[0; 16], &[]));
-            let (ordinal, info) = rest.split_first_chunk().unwrap_or((&[0; 4], &[]));
-            (*session, u32::from_le_bytes(*ordinal), info)
-        };
-        let all: Vec<([u8; 16], u32, &[u8])> = group.ranks.iter().map(told).collect();
-        let (session, ordinal, _) = all[0];
-        let control = self.membership.control().clone();
-        let epoch = self.membership.epoch().cloned();
-        let membership =
-            Membership::of_group(control, group.communicator, session, ranks.clone(), rank, epoch);
+        let (parents, known_as) = (self.membership.job_ranks(&group.ranks), self.known_as(group));
         let exchange = |share| rounds.take_part(share, &group.ranks);
         let circle = JoinContext {
             rank,
-            hosts: &self.job.hosts(&ranks),
-            infos: all.iter().map(|(_, _, info)| info.to_vec()).collect(),
+            hosts: &self.job.hosts(&parents),
+            infos: told.into_iter().map(|it| it.info).collect(),
             session,
             exchange: &exchange,
             membership: &membership,
             is_group: true,
         };
-        let joined = endpoint.join(&circle, &self.job.settings);
+        let joined = endpoint.join(&circle, &job.settings);
         let Node { members, connected, topology } =
-            joined.map_err(|error| match rounds.failed.get() {
-                false => {
-                    let failed_ranks =
-                        error.failed_ranks().iter().map(|&rank| ranks[rank]).collect();
-                    error.caused_by(failed_ranks)
-                }
-                true => error,
-            })?;
-        let others = others(&members, ranks.len());
-        let mut links = Assembly::new(ranks.len());
+            joined.map_err(|error| rounds.in_parent(error, &parents))?;
+        let others = others(&members, parents.len());
+        let mut links = Assembly::new(parents.len());
         if let Some(connected) = connected {
-            links.add(self.job.within_hosts.name(), connected, &members, &membership);
+            links.add(job.within_hosts.name(), connected, &members, &membership);
         }
-        if let Some(transport) = self.job.unanimous.as_ref().filter(|_| !others.is_empty()) {
+        if let Some(transport) = job.unanimous.as_ref().filter(|_| !others.is_empty()) {
             let unanimous = Unanimous {
                 rank,
+                known_as: &known_as,
                 others: &others,
                 topology: &topology,
                 session,
-                settings: &self.job.settings,
+                settings: &job.settings,
                 membership: &membership,
                 exchange: &exchange,
                 is_group: true,
-                instead: self.job.to_any.name(),
+                instead: job.to_any.name(),
             };
-            if let Some(connected) = unanimous.connect(&**transport)? {
+            let connected = unanimous.connect(&**transport).map_err(|error| match is_apart {
+                true => rounds.in_parent(error, &parents),
+                false => error,
+            })?;
+            if let Some(connected) = connected {
                 links.add(transport.name(), connected, &others, &membership);
             }
         }
-        links.reach_the_others(self.job, &others, &membership, (rank, session))?;
+        links.reach_the_others(&job, &others, &membership, (rank, session))?;
         let transport = links.names.join("+");
-        let sharing: Vec<Rank> = members.iter().map(|&member| ranks[member]).collect();
-        let engine = links.engine(rank, self.job.ranks_and_cores(&sharing));
+        let sharing = membership.job_ranks(&members);
+        let engine = links.engine(rank, job.ranks_and_cores(&sharing));
         engine.links().iter().for_each(|link| membership.add_waker(link.waker()));
-        let shares_memory = members.len() == ranks.len();
-        let choice = self.choice.for_group(topology, shares_memory, Which { ranks, ordinal });
-        Ok(Member { membership, engine, choice, transport })
+        let shares_memory = members.len() == parents.len();
+        let which = Which { ranks: known_as.into(), ordinal };
+        let choice = self.choice.for_group(topology, shares_memory, which);
+        // The job's rank 0, which saves it, is not in that control.
+        let choice = if is_apart { choice.not_keeping() } else { choice };
+        Ok(Member { membership, job, engine, choice, transport })
+    }
+
+    /// Makes this rank a member of a group, whose rank 0 told this, in a control of the group's own
+    /// if it has one, or in the parent's.
+    fn enroll(
+        &self,
+        group: &Group,
+        (first, own): (&Told, &mut Option<GroupControl>),
+        rounds: &Rounds<'_>,
+    ) -> Result<(Membership, Arc<Job>), Error> {
+        let (rank, ranks) = (self.place_in(group), self.membership.job_ranks(&group.ranks));
+        let (number, session) = (group.communicator, first.session);
+        let Some(own) = own else {
+            if rounds.is_elastic {
+                rounds.take_part(Share::Same(Vec::new()), &group.ranks)?;
+            }
+            let (control, bond) = (self.membership.control(), self.membership.bond().cloned());
+            let membership =
+                Membership::of_group(control.clone(), number, session, ranks.into(), rank, bond);
+            return Ok((membership, self.job.clone()));
+        };
+        own.reach(self, &first.addresses);
+        let told = rounds.take_part(Share::Same(own.told()), &group.ranks)?;
+        let made = own.finish(self, &ranks, &told);
+        let (control, job) = made.map_err(|error| rounds.in_parent(error, &ranks))?;
+        let (all, bond) = ((0..ranks.len()).collect(), Some(own.bond()));
+        let membership = Membership::of_group(control, number, session, all, rank, bond);
+        Ok((membership, Arc::new(job)))
+    }
+}
+
+/// What a rank tells all ranks of the parent before a group is connected.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Told {
+    /// That of the group, if it is the group's rank 0.
+    pub(super) session: [u8; 16],
+    pub(super) ordinal: u32,
+    /// Where it listens for the group, if it is rank 0 of one that has a control of its own.
+    pub(super) addresses: Vec<u8>,
+    /// For the ranks of its host.
+    pub(super) info: Vec<u8>,
+}
+
+impl Told {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let length = self.addresses.len() as u32; // of a few addresses
+        let head = [&self.ordinal.to_le_bytes()[..], &length.to_le_bytes()].concat();
+        [&self.session[..], &head, &self.addresses, &self.info].concat()
+    }
+
+    /// As much of it as is there.
+    pub(super) fn decode(blob: &[u8]) -> Self {
+        let (session, rest) = blob.split_first_chunk().unwrap_or((&[0; 16], &[]));
+        let (ordinal, rest) = rest.split_first_chunk().unwrap_or((&[0; 4], &[]));
+        let (length, rest) = rest.split_first_chunk().unwrap_or((&[0; 4], &[]));
+        let length = (u32::from_le_bytes(*length) as usize).min(rest.len());
+        let (addresses, info) = rest.split_at(length);
+        Self {
+            session: *session,
+            ordinal: u32::from_le_bytes(*ordinal),
+            addresses: addresses.to_vec(),
+            info: info.to_vec(),
+        }
     }
 }
 
@@ -220,6 +294,8 @@ fn first_reason(reasons: &[Vec<u8>]) -> Option<(Rank, &[u8])> {
 struct Rounds<'a> {
     exchange: &'a Exchange<'a>,
     world: usize,
+    /// Whether ranks of groups say first where they listen for these.
+    is_elastic: bool,
     /// By whether ranks have something for each.
     kinds: Vec<bool>,
     /// How many have been.
@@ -232,11 +308,14 @@ impl<'a> Rounds<'a> {
     fn new(parent: &Parent<'a>) -> Self {
         let unanimous: &[bool] =
             if parent.job.unanimous.is_some() { &unanimous::EXCHANGES } else { &[] };
+        let is_elastic = parent.membership.bond().is_some();
+        let control: &[bool] = if is_elastic { &[false] } else { &[] };
         Self {
             exchange: parent.exchange,
             world: parent.membership.ranks().len(),
-            // The first is about nodes.
-            kinds: [&[false], unanimous].concat(),
+            is_elastic,
+            // The second is about nodes.
+            kinds: [control, &[false], unanimous].concat(),
             done: Cell::new(0),
             failed: Cell::new(false),
         }
@@ -261,6 +340,17 @@ impl<'a> Rounds<'a> {
         assert_eq!(matches!(share, Share::Each(_)), has_each, "all ranks do the same");
         self.done.set(self.done.get() + 1);
         (self.exchange)(share).inspect_err(|_| self.failed.set(true))
+    }
+
+    /// An error of a group, naming ranks by the numbers that its ranks have in the parent's control;
+    /// if an exchange has failed, it names them so already.
+    fn in_parent(&self, error: Error, ranks: &[Rank]) -> Error {
+        if self.failed.get() {
+            return error;
+        }
+        let named = error.failed_ranks().iter().filter_map(|&rank| ranks.get(rank).copied());
+        let named = named.collect();
+        error.caused_by(named)
     }
 
     /// Goes through what is left of them.

@@ -24,16 +24,16 @@ use crate::{Elastic, Error, ErrorKind};
 /// How much longer than silence may last the others may take to agree on the next view.
 const AGREEMENT_SPARE: Duration = Duration::from_secs(3);
 /// How long a failure waits for a loss that explains it.
-const EXPLAINED_WITHIN: Duration = Duration::from_secs(1);
+pub(super) const EXPLAINED_WITHIN: Duration = Duration::from_secs(1);
 
 /// An elastic job: its views, and what making a communicator of one takes.
 #[derive(Debug)]
 pub(crate) struct Lineage {
-    views: Views,
+    pub(super) views: Views,
     elastic: Elastic,
     settings: Settings,
     detected: Detected,
-    credentials: (unisum_link::secure::Credentials, String),
+    pub(super) credentials: (unisum_link::secure::Credentials, String),
     layer: Mutex<Layer>,
     /// The last view that this process has made a communicator of.
     entered: Mutex<View>,
@@ -226,9 +226,44 @@ impl Lineage {
     }
 
     /// How long the others may take to agree on a view.
-    fn patience(&self) -> Duration {
+    pub(super) fn patience(&self) -> Duration {
         let Settings { heartbeat_timeout, reconnect_timeout, .. } = self.settings;
         (heartbeat_timeout + reconnect_timeout) * 4 + AGREEMENT_SPARE
+    }
+
+    /// The job's name, which outlives its views.
+    pub(super) fn job(&self) -> &str {
+        &self.detected.job
+    }
+
+    /// Whether the job goes on in a view.
+    ///
+    /// # Errors
+    /// [`ErrorKind::RankLost`] if too few are left.
+    pub(super) fn check_minimum(&self, view: &View) -> Result<(), Error> {
+        let (left, minimum) = (view.members.len(), self.elastic.minimum);
+        if left >= minimum {
+            return Ok(());
+        }
+        let text = format!("{left} ranks are left, and the job needs {minimum}");
+        Err(Error::new(ErrorKind::RankLost, text))
+    }
+
+    /// Whom the job leaves behind because of an error that is a loss.
+    pub(super) fn to_leave_behind<'a>(
+        &self,
+        error: &'a Error,
+        verdict: Option<&Verdict>,
+    ) -> &'a [Rank] {
+        let skipped = match verdict.map(|it| it.kind) {
+            // Of two that do not reach each other, one can stay.
+            Some(VerdictKind::Cut) => 1,
+            // Who has died is lost anyway; where only its control connection was cut as ranks met,
+            // it is not.
+            Some(VerdictKind::Died) if self.survives_cuts() => error.failed_ranks().len(),
+            _ => 0,
+        };
+        error.failed_ranks().get(skipped..).unwrap_or_default()
     }
 
     /// What this process joins a view with: its rank there, and where its ranks meet.
@@ -323,12 +358,11 @@ impl Epoch {
     pub(crate) fn await_next(&self) -> Result<View, Error> {
         let until = Instant::now() + self.lineage.patience();
         let now = self.lineage.views.await_change(self.view.epoch, until);
-        let (left, minimum) = (now.view.members.len(), self.lineage.elastic.minimum);
         let is_later = now.view.epoch > self.view.epoch;
         // First: the others of so small a view may have ended already, and that ends it, too.
-        if is_later && left < minimum {
-            let text = format!("{left} ranks are left, and the job needs {minimum}");
-            return Err(Error::new(ErrorKind::RankLost, text).caused_by(self.lost_in(&now.view)));
+        if is_later {
+            let lost = |error: Error| error.caused_by(self.lost_in(&now.view));
+            self.lineage.check_minimum(&now.view).map_err(lost)?;
         }
         if let Some(end) = now.end {
             return Err(Error::new(ErrorKind::RankLost, end));
@@ -344,8 +378,7 @@ impl Epoch {
     /// Until what is returned is dropped, ranks that leave in order are lost like others: every one
     /// of them is needed to make a communicator.
     pub(crate) fn need_all(&self) -> NeedsAll {
-        self.lineage.views.need_all(true);
-        NeedsAll(self.lineage.clone())
+        NeedsAll::new(self.lineage.clone())
     }
 
     /// Whether the job leaves this epoch within about a second: a loss is seen as soon, but not at
@@ -374,23 +407,11 @@ impl Epoch {
     /// What an error is in an elastic job: if ranks are lost, that is a change of view, which this
     /// waits for. `verdict` is what all ranks were told, if they were.
     pub(crate) fn explain(&self, error: Error, verdict: Option<&Verdict>) -> Error {
-        let is_loss = match verdict.map(|it| it.kind) {
-            Some(VerdictKind::Superseded | VerdictKind::Unresponsive) => true,
-            _ => error.kind() == ErrorKind::RankLost,
-        };
-        if !is_loss {
+        if !is_loss(&error, verdict) {
             return error;
         }
         let noticed = Instant::now();
-        let skipped = match verdict.map(|it| it.kind) {
-            // Of two that do not reach each other, one can stay.
-            Some(VerdictKind::Cut) => 1,
-            // Who has died is lost anyway; where only its control connection was cut as ranks met,
-            // it is not.
-            Some(VerdictKind::Died) if self.lineage.survives_cuts() => error.failed_ranks().len(),
-            _ => 0,
-        };
-        self.change(error.failed_ranks().get(skipped..).unwrap_or_default());
+        self.change(self.lineage.to_leave_behind(&error, verdict));
         let rank = error.rank();
         let on = |it: Error| rank.map_or_else(|| it.clone(), |rank| it.clone().on(rank));
         match self.await_next() {
@@ -428,8 +449,23 @@ impl Epoch {
     }
 }
 
+/// Whether an error means that ranks are lost: `verdict` is what all ranks were told, if they were.
+pub(super) fn is_loss(error: &Error, verdict: Option<&Verdict>) -> bool {
+    match verdict.map(|it| it.kind) {
+        Some(VerdictKind::Superseded | VerdictKind::Unresponsive) => true,
+        _ => error.kind() == ErrorKind::RankLost,
+    }
+}
+
 /// While every rank of the view is needed.
 pub(crate) struct NeedsAll(Arc<Lineage>);
+
+impl NeedsAll {
+    pub(super) fn new(lineage: Arc<Lineage>) -> Self {
+        lineage.views.need_all(true);
+        Self(lineage)
+    }
+}
 
 impl Drop for NeedsAll {
     fn drop(&mut self) {

@@ -6,6 +6,7 @@
 pub(crate) mod builtin;
 pub(crate) mod store;
 
+mod bond;
 mod calibrate;
 mod card;
 mod chronicle;
@@ -17,6 +18,7 @@ mod earlier;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod group;
+mod group_control;
 mod job;
 mod joining;
 mod lineage;
@@ -41,6 +43,7 @@ use crate::autotuning::selector::{self, AlgorithmSelector};
 use crate::execution::membership::Membership;
 use crate::settings::Settings;
 use crate::{Elastic, Error, ErrorKind};
+pub(crate) use bond::Bond;
 use card::Card;
 use cores::Cores;
 use costs::MeasureContext;
@@ -266,6 +269,7 @@ fn connect(
     }
     let unanimous = Unanimous {
         rank,
+        known_as: &membership.ranks()[..],
         others: &others,
         topology: &topology,
         session: control.session(),
@@ -343,7 +347,8 @@ impl Assembly {
             return Ok(());
         }
         let is_asked_for = settings.transport.is(transport.name());
-        let site = Site { rank, ranks: &membership.ranks()[..], peers: others, is_asked_for };
+        let ranks = &job.known_to_any(membership.ranks())[..];
+        let site = Site { rank, ranks, peers: others, is_asked_for };
         let is_over = || membership.verdict().is_some();
         let limit = Limit::new(Instant::now() + settings.connect_timeout / 2, &is_over);
         let mut members = [others, &[rank]].concat();

@@ -23,6 +23,8 @@ const PROOF_TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Clone, Copy)]
 pub(super) struct Unanimous<'a> {
     pub(super) rank: Rank,
+    /// The numbers by which the transport knows the ranks.
+    pub(super) known_as: &'a [Rank],
     /// The ranks to reach.
     pub(super) others: &'a [Rank],
     pub(super) topology: &'a Topology,
@@ -145,7 +147,7 @@ impl Unanimous<'_> {
         transport: &dyn Transport,
         is_asked_for: bool,
     ) -> Result<Result<Connected, Refusals>, Error> {
-        let (rank, ranks, peers) = (self.rank, &self.membership.ranks()[..], self.others);
+        let (rank, ranks, peers) = (self.rank, self.known_as, self.others);
         let own = |refusal| Ok(Err(vec![(rank, refusal)]));
         let endpoint = transport.endpoint(&Site { rank, ranks, peers, is_asked_for });
         let infos = self.agree_each(endpoint.as_ref().map(|it| it.info()))?;

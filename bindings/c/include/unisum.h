@@ -1185,6 +1185,9 @@ unisum_status unisum_comm_set_algorithm(const struct unisum_comm *comm, const ch
  * Divides the communicator: ranks of the same color make a group, numbered by `key` and then by
  * rank. A rank with a negative color is in no group: it gets NULL. The group is a communicator of
  * its own, freed by unisum_comm_free. Collective: every rank calls it. Blocks.
+ *
+ * In an elastic job, a group of some of the ranks goes on while none of its own is lost; its
+ * errors name ranks by their numbers in the group.
  */
 unisum_status unisum_comm_split(const struct unisum_comm *comm,
                                 int64_t color,
@@ -1209,7 +1212,8 @@ unisum_status unisum_comm_duplicate(const struct unisum_comm *comm, struct unisu
 /**
  * Ends the job on all ranks, from any thread of any rank: all calls under way, here and elsewhere,
  * end within moments with UNISUM_ABORTED and an error that names this rank and says why. Later
- * calls repeat it. Gives UNISUM_OK, also if the job had ended before.
+ * calls repeat it. In an elastic job, this ends only the communicator and groups of all its ranks.
+ * Gives UNISUM_OK, also if the job had ended before.
  */
 unisum_status unisum_comm_abort(const struct unisum_comm *comm, const char *why);
 
@@ -1647,7 +1651,8 @@ unisum_status unisum_comm_view(const struct unisum_comm *comm,
 
 /**
  * Makes the communicator of the ranks that are left, after UNISUM_VIEW_CHANGED: they are numbered
- * anew, in the same order. Groups, messengers and buckets are made again from it; memory stays.
+ * anew, in the same order. Messengers, buckets and groups of all ranks are made again from it;
+ * memory stays, and groups of some ranks go on if none of these is lost.
  * The old communicator is still to be freed.
  *
  * Collective: every rank that is left calls it. Blocks until all have. If ranks are lost
@@ -2128,6 +2133,9 @@ unisum_status unisum_comm_set_algorithm(const struct unisum_comm *comm, const ch
  * Divides the communicator: ranks of the same color make a group, numbered by `key` and then by
  * rank. A rank with a negative color is in no group: it gets NULL. The group is a communicator of
  * its own, freed by unisum_comm_free. Collective: every rank calls it. Blocks.
+ *
+ * In an elastic job, a group of some of the ranks goes on while none of its own is lost; its
+ * errors name ranks by their numbers in the group.
  */
 unisum_status unisum_comm_split(const struct unisum_comm *comm,
                                 int64_t color,
@@ -2152,7 +2160,8 @@ unisum_status unisum_comm_duplicate(const struct unisum_comm *comm, struct unisu
 /**
  * Ends the job on all ranks, from any thread of any rank: all calls under way, here and elsewhere,
  * end within moments with UNISUM_ABORTED and an error that names this rank and says why. Later
- * calls repeat it. Gives UNISUM_OK, also if the job had ended before.
+ * calls repeat it. In an elastic job, this ends only the communicator and groups of all its ranks.
+ * Gives UNISUM_OK, also if the job had ended before.
  */
 unisum_status unisum_comm_abort(const struct unisum_comm *comm, const char *why);
 
@@ -2405,7 +2414,8 @@ unisum_status unisum_comm_view(const struct unisum_comm *comm,
 
 /**
  * Makes the communicator of the ranks that are left, after UNISUM_VIEW_CHANGED: they are numbered
- * anew, in the same order. Groups, messengers and buckets are made again from it; memory stays.
+ * anew, in the same order. Messengers, buckets and groups of all ranks are made again from it;
+ * memory stays, and groups of some ranks go on if none of these is lost.
  * The old communicator is still to be freed.
  *
  * Collective: every rank that is left calls it. Blocks until all have. If ranks are lost

@@ -139,6 +139,9 @@ pub unsafe extern "C" fn unisum_comm_set_algorithm(
 /// Divides the communicator: ranks of the same color make a group, numbered by `key` and then by
 /// rank. A rank with a negative color is in no group: it gets NULL. The group is a communicator of
 /// its own, freed by unisum_comm_free. Collective: every rank calls it. Blocks.
+///
+/// In an elastic job, a group of some of the ranks goes on while none of its own is lost; its
+/// errors name ranks by their numbers in the group.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_comm_split(
     comm: *const unisum_comm,
@@ -204,7 +207,8 @@ pub(crate) fn give_group(group: Option<Communicator>, place: *mut *mut unisum_co
 
 /// Ends the job on all ranks, from any thread of any rank: all calls under way, here and elsewhere,
 /// end within moments with UNISUM_ABORTED and an error that names this rank and says why. Later
-/// calls repeat it. Gives UNISUM_OK, also if the job had ended before.
+/// calls repeat it. In an elastic job, this ends only the communicator and groups of all its ranks.
+/// Gives UNISUM_OK, also if the job had ended before.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_comm_abort(
     comm: *const unisum_comm,

@@ -107,7 +107,8 @@ pub unsafe extern "C" fn unisum_comm_view(
 }
 
 /// Makes the communicator of the ranks that are left, after UNISUM_VIEW_CHANGED: they are numbered
-/// anew, in the same order. Groups, messengers and buckets are made again from it; memory stays.
+/// anew, in the same order. Messengers, buckets and groups of all ranks are made again from it;
+/// memory stays, and groups of some ranks go on if none of these is lost.
 /// The old communicator is still to be freed.
 ///
 /// Collective: every rank that is left calls it. Blocks until all have. If ranks are lost

@@ -220,8 +220,8 @@ class Communicator:
 
     def rebuild(self) -> "Communicator":
         """The communicator of the ranks that are left, after ``unisum.ViewChanged``: numbered anew,
-        in the same order. Groups, messengers and buckets of this one are made again from it; arrays
-        of ``empty`` stay.
+        in the same order. Messengers, buckets and groups of all ranks are made again from it; arrays
+        of ``empty`` stay, and groups of some ranks go on if none of these is lost.
 
         Collective: every rank that is left calls it. Blocks until all have; if ranks are lost
         meanwhile, it goes on with those that are left then. If the view has not changed, this makes
@@ -264,7 +264,8 @@ class Communicator:
         self._native.revoke()
 
     def abort(self, why: str = "the program aborted it") -> BaseException:
-        """Ends the job on all ranks: their calls under way raise ``unisum.AbortedError``.
+        """Ends the job on all ranks: their calls under way raise ``unisum.AbortedError``. In an elastic
+        job, it ends only this communicator and groups of all its ranks.
 
         Any thread may call it. Gives the exception that they get.
         """
@@ -496,7 +497,8 @@ class Communicator:
     def split(self, color: Optional[int], key: int = 0) -> "Optional[Communicator]":
         """Divides the ranks into groups: those of one ``color``, in the order of ``key``.
 
-        Collective. ``None`` for a rank that gives no color.
+        Collective. ``None`` for a rank that gives no color. In an elastic job, a group of some of
+        the ranks goes on while none of its own is lost; its errors name ranks by their numbers there.
         """
         return _wrapped(self._native._split(color, key))
 
