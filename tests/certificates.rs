@@ -20,11 +20,16 @@ use rustls::crypto::aws_lc_rs::default_provider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, Error, SignatureScheme};
 use support::{Ended, Running, World, await_others, free_ports, reach, setting, tell, tell_error};
-use unisum::{Communicator, Message, Messenger, ReduceOp};
+use unisum::{Communicator, Elastic, Message, Messenger, ReduceOp};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("join", join), ("train", train), ("group_later", group_later)]);
+    support::run_if_rank(&[
+        ("join", join),
+        ("train", train),
+        ("group_later", group_later),
+        ("elastic_group", elastic_group),
+    ]);
 }
 
 const LIMIT: Duration = Duration::from_secs(100);
@@ -416,5 +421,40 @@ fn a_rank_that_is_no_longer_accepted_gets_no_new_connection() {
         }
         let seconds: u64 = ended[0].told.last().unwrap().parse().unwrap();
         assert!(seconds < 30, "nobody waits for the deadline: {ended:#?}");
+    }
+}
+
+fn elastic_group() {
+    let communicator = Communicator::builder().elastic(Elastic { minimum: 1 }).connect().unwrap();
+    sum(&communicator).unwrap();
+    reach("working");
+    await_others("changed", 1, LIMIT);
+    let color = Some((communicator.rank() / 2) as u32);
+    tell_error(&communicator.split(color, 0).unwrap_err());
+    sum(&communicator).unwrap();
+    assert_eq!(communicator.view().unwrap().epoch, 1);
+}
+
+/// In an elastic job, such a rank gets into no group with control connections of its own.
+#[test]
+fn groups_of_elastic_jobs_ask_for_certificates_as_well() {
+    let ca = authority();
+    let certified = Certified::new(&ca);
+    let list = tempfile::NamedTempFile::new().unwrap();
+    let names = ["rank-0\n", "rank-1\n", "rank-2\n", "rank-3\n"];
+    fs::write(list.path(), names.concat()).unwrap();
+    let words: Vec<_> = certified.folders.iter().map(Mounted::environment).collect();
+    let world = World::new(RANKS, "elastic_group")
+        .set("UNISUM_TRANSPORT", "tcp")
+        .set("UNISUM_TLS_PEERS", format!("@{}", list.path().display()))
+        .through(move |rank| words[rank].clone());
+    let running = world.start();
+    running.wait_for("working", RANKS, LIMIT);
+    fs::write(list.path(), names[..3].concat()).unwrap();
+    running.mark("changed");
+    for (rank, ended) in running.wait(LIMIT).iter().enumerate() {
+        assert_eq!(ended.status, 0, "{ended:#?}");
+        let told = &ended.told[0];
+        assert!(told.contains("UNISUM_TLS_PEERS"), "rank {rank}: {ended:#?}");
     }
 }
