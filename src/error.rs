@@ -234,8 +234,8 @@ impl Error {
         self.change().map(|change| change.epoch)
     }
 
-    /// The ranks that are not in that epoch any more, as they were numbered before; in an error of a
-    /// group of some of the ranks, those of the group, as it numbers them.
+    /// The ranks that are not in that epoch any more, as they were numbered before; in an error of
+    /// a group of some of the ranks, those of the group, as it numbers them.
     pub fn lost(&self) -> &[Rank] {
         self.change().map_or(&[], |change| &change.lost)
     }

@@ -116,9 +116,9 @@ impl Communicator {
 
     /// The communicator of those that are left, after [`ErrorKind::ViewChanged`]: of the job's next
     /// view, in which ranks are numbered anew, in the same order. Links and memory are its own;
-    /// messengers, buckets and groups of all ranks of the old communicator have to be made again, and
-    /// buffers of [`Communicator::allocate`] go on as memory that others reach with a copy. Groups of
-    /// some ranks go on if all of these do ([`Communicator::split`]).
+    /// messengers, buckets and groups of all ranks of the old communicator have to be made again,
+    /// and buffers of [`Communicator::allocate`] go on as memory that others reach with a copy.
+    /// Groups of some ranks go on if all of these do ([`Communicator::split`]).
     ///
     /// Collective: every rank that is left calls it. Blocks until all have, or another change of
     /// view. If ranks are lost meanwhile, it goes on with those that are left then. If the view has
@@ -194,8 +194,8 @@ impl Communicator {
     }
 
     /// Ends all calls on this communicator, on all ranks, with [`ErrorKind::ViewChanged`]; all
-    /// ranks then [`rebuild`](Communicator::rebuild). The job's processes stay the same. Groups of some
-    /// ranks go on.
+    /// ranks then [`rebuild`](Communicator::rebuild). The job's processes stay the same. Groups of
+    /// some ranks go on.
     ///
     /// Not collective: any thread of any rank may call it. Returns at once.
     ///

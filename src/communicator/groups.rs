@@ -55,12 +55,12 @@ impl Communicator {
     /// TCP between hosts, and its rank 0 logs why. Errors name ranks by their numbers in the job.
     ///
     /// In an elastic job ([`Builder::elastic`](crate::Builder::elastic)), a group of some of the
-    /// ranks goes on while none of its own is lost, also after [`Communicator::rebuild`] or if this
-    /// communicator is dropped. If one is lost, its calls end with [`ErrorKind::ViewChanged`]. Other
-    /// failures, and [`Communicator::abort`], concern the group alone. Errors name ranks by their
-    /// numbers in the group there, and each such group has a thread, a port and control connections
-    /// of its own, and dropping it may take 0.2 s on its rank 0. A group of all ranks ends with this
-    /// communicator.
+    /// ranks goes on while none of its own is lost, also after [`Communicator::rebuild`] or if
+    /// this communicator is dropped. If one is lost, its calls end with
+    /// [`ErrorKind::ViewChanged`]. Other failures, and [`Communicator::abort`], concern the group
+    /// alone. Errors name ranks by their numbers in the group there. Such a group has a thread, a
+    /// port and control connections of its own, and dropping it may take 0.2 s on its rank 0. A
+    /// group of all ranks ends with this communicator.
     ///
     /// Cost: the time of about ten small messages, twenty with RDMA, and a few milliseconds if the
     /// group shares memory or connects queue pairs.

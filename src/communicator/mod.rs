@@ -242,8 +242,8 @@ impl Communicator {
     /// Ends the job on all ranks for a reason of the program. Calls that are under way or waiting,
     /// here and elsewhere, in this communicator and all others of the job, end within moments with
     /// an error of kind [`ErrorKind::Aborted`] that names this rank and states `why`. Later calls
-    /// repeat it. In an elastic job, this ends only the communicator that it is called on and groups
-    /// of all its ranks.
+    /// repeat it. In an elastic job, this ends only the communicator that it is called on and
+    /// groups of all its ranks.
     ///
     /// Not collective: any thread of any rank may call it while others are in calls. Blocks until
     /// this rank knows that the job has ended, which is at once unless the network is stuck.

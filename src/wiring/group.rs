@@ -90,10 +90,17 @@ impl Parent<'_> {
             Err(error) if rounds.failed.get() => return Err(error),
             member => member.map_err(own),
         };
-        let why = member.as_ref().err().map_or_else(Vec::new, encode_reason);
+        let mut why = member.as_ref().err().map_or_else(Vec::new, encode_reason);
+        if rounds.follows.get() {
+            why[0] = FOLLOWS;
+        }
         // Nobody opens a connection before all are ready to take it.
         let reasons = (self.exchange)(why.into())?;
-        let member = member?;
+        let member = match member {
+            // Another rank knows why.
+            Err(_) if rounds.follows.get() => None,
+            member => member?,
+        };
         match first_reason(&reasons) {
             None => {
                 control.into_iter().for_each(GroupControl::keep);
@@ -228,6 +235,7 @@ impl Parent<'_> {
         own.reach(self, &first.addresses);
         let told = rounds.take_part(Share::Same(own.told()), &group.ranks)?;
         let made = own.finish(self, &ranks, &told);
+        rounds.follows.set(made.is_err() && own.has_met());
         let (control, job) = made.map_err(|error| rounds.in_parent(error, &ranks))?;
         let (all, bond) = ((0..ranks.len()).collect(), Some(own.bond()));
         let membership = Membership::of_group(control, number, session, all, rank, bond);
@@ -271,8 +279,14 @@ impl Told {
 }
 
 /// What a reason begins with, by which all ranks know its kind; another is a failure to meet.
-const KINDS: [(ErrorKind, char); 3] =
-    [(ErrorKind::Resources, '!'), (ErrorKind::Configuration, '='), (ErrorKind::Rendezvous, ' ')];
+const KINDS: [(ErrorKind, char); 4] = [
+    (ErrorKind::Resources, '!'),
+    (ErrorKind::Configuration, '='),
+    (ErrorKind::Rendezvous, ' '),
+    (ErrorKind::Rendezvous, FOLLOWS as char),
+];
+/// Of a failure that follows from another rank's.
+const FOLLOWS: u8 = b'~';
 
 /// Why a rank can't be in its group: the kind, the ranks that caused it, and a text.
 fn encode_reason(error: &Error) -> Vec<u8> {
@@ -286,7 +300,9 @@ fn encode_reason(error: &Error) -> Vec<u8> {
 fn first_reason(reasons: &[Vec<u8>]) -> Option<(Rank, &[u8])> {
     let some = || reasons.iter().enumerate().filter(|(_, reason)| !reason.is_empty());
     let lacks = |(_, reason): &(Rank, &Vec<u8>)| reason.starts_with(b"!");
-    some().find(lacks).or_else(|| some().next()).map(|(rank, reason)| (rank, &reason[..]))
+    let leads = |(_, reason): &(Rank, &Vec<u8>)| reason[0] != FOLLOWS;
+    let found = some().find(lacks).or_else(|| some().find(leads)).or_else(|| some().next());
+    found.map(|(rank, reason)| (rank, &reason[..]))
 }
 
 /// The exchanges in which links are made. All ranks of the parent take part in all of them: also
@@ -302,6 +318,8 @@ struct Rounds<'a> {
     done: Cell<usize>,
     /// Whether one failed: then all ranks hear of it.
     failed: Cell<bool>,
+    /// Whether this rank can't be in its group because another one can't.
+    follows: Cell<bool>,
 }
 
 impl<'a> Rounds<'a> {
@@ -318,6 +336,7 @@ impl<'a> Rounds<'a> {
             kinds: [control, &[false], unanimous].concat(),
             done: Cell::new(0),
             failed: Cell::new(false),
+            follows: Cell::new(false),
         }
     }
 
@@ -342,8 +361,8 @@ impl<'a> Rounds<'a> {
         (self.exchange)(share).inspect_err(|_| self.failed.set(true))
     }
 
-    /// An error of a group, naming ranks by the numbers that its ranks have in the parent's control;
-    /// if an exchange has failed, it names them so already.
+    /// An error of a group, naming ranks by the numbers that its ranks have in the parent's
+    /// control; if an exchange has failed, it names them so already.
     fn in_parent(&self, error: Error, ranks: &[Rank]) -> Error {
         if self.failed.get() {
             return error;

@@ -78,6 +78,11 @@ impl GroupControl {
         }
     }
 
+    /// Whether this rank has come as far as it can without the others.
+    pub(super) const fn has_met(&self) -> bool {
+        matches!(self.made, Some(Ok(_)))
+    }
+
     fn start(&mut self, parent: &Parent<'_>, addresses: Vec<std::net::SocketAddr>) {
         let started = Control::start(self.config(parent, addresses)).map(Arc::new);
         if let Ok(control) = &started {
