@@ -189,6 +189,10 @@ fn who_leaves_in_order_is_lost_while_anybody_needs_all() {
     let known = all[0].await_change(1, soon());
     assert_eq!(known.view.members, [0, 1].map(Member), "{known:?}");
     all[0].need_all(false);
+    assert_eq!(all[1].await_change(1, soon()).view.epoch, 2);
+    // What is said after it is done after it.
+    all[0].tell(2, b"counted");
+    assert!(all[1].told(2, soon()).is_some());
     drop(all.pop());
     let known = all[0].await_change(2, Instant::now() + Duration::from_millis(300));
     assert_eq!(known.view.epoch, 2, "nobody misses it");
