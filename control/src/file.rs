@@ -1,6 +1,8 @@
 //! The rendezvous file: how ranks find rank 0 through a file system they share.
 //!
-//! One line, `unisum2 SESSION ADDRESS…`, the session in hex, the best address first. The final
+//! One line, `unisum2 MARK ADDRESS…`, the best address first. The mark is a random number in hex by
+//! which a job knows its own file: the session would open listeners' doors to who reads it
+//! ([`unisum_link::secure::Preamble`]). The final
 //! newline shows that it is whole, on file systems that show others a file before it is.
 
 use std::fs::{self, File, OpenOptions};
@@ -39,12 +41,12 @@ pub(super) struct Published {
 /// The system's, and what `look` says.
 pub(super) fn publish(
     path: &Path,
-    session: [u8; 16],
+    mark: [u8; 16],
     addresses: &[SocketAddr],
     look: impl Fn(&[SocketAddr]) -> Result<(), ControlError>,
 ) -> Result<Published, ControlError> {
     let mut line = format!("{MAGIC} ");
-    session.iter().for_each(|byte| line.push_str(&format!("{byte:02x}")));
+    mark.iter().for_each(|byte| line.push_str(&format!("{byte:02x}")));
     addresses.iter().for_each(|&address| line.push_str(&format!(" {}", without_scope(address))));
     line.push('\n');
     let failed = |source| ControlError::File { path: path.to_owned(), source };
@@ -205,7 +207,7 @@ pub(super) fn read_text(path: &Path, bytes: u64) -> io::Result<String> {
 
 pub(super) fn parse(line: &str) -> Option<Vec<SocketAddr>> {
     let mut words = line.strip_suffix('\n')?.split(' ');
-    let (magic, _session) = (words.next()?, words.next()?);
+    let (magic, _mark) = (words.next()?, words.next()?);
     let addresses: Vec<SocketAddr> = words.map(|word| word.parse().ok()).collect::<Option<_>>()?;
     let is_known = magic == MAGIC && (1..=ADDRESSES_MAX).contains(&addresses.len());
     is_known.then_some(addresses)
@@ -230,10 +232,10 @@ mod tests {
     /// Nobody is anywhere.
     fn publish(
         path: &Path,
-        session: [u8; 16],
+        mark: [u8; 16],
         addresses: &[SocketAddr],
     ) -> Result<Published, ControlError> {
-        super::publish(path, session, addresses, |_| Ok(()))
+        super::publish(path, mark, addresses, |_| Ok(()))
     }
 
     fn addresses(texts: &[&str]) -> Vec<SocketAddr> {

@@ -62,7 +62,7 @@ use std::time::{Duration, Instant};
 
 use mio::{Poll, Waker};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, Hello, Purpose, job_hash};
+use unisum_link::handshake::{self, Hello, Purpose, Secret, job_hash};
 use unisum_link::secure::{Preamble, Proven};
 use unisum_link::{Rank, Wake};
 
@@ -99,6 +99,7 @@ pub struct Control {
     /// None in a world of one, which has no thread.
     waker: Option<Arc<Waker>>,
     session: [u8; 16],
+    secret: Secret,
     /// Where this process listens.
     addresses: Vec<SocketAddr>,
     /// Where it reached rank 0.
@@ -143,6 +144,7 @@ impl Control {
     fn start_with(config: ControlConfig, patience: Option<Duration>) -> Result<Self, ControlError> {
         let ControlConfig { rank, world, connect_timeout, reconnect_timeout, .. } = config;
         let timeouts = (connect_timeout, reconnect_timeout);
+        let secret = config.credentials.secret().clone();
         assert!(rank < world, "rank {rank} is not in a world of {world}");
         if world > WORLD_MAX {
             return Err(ControlError::World(world));
@@ -150,7 +152,7 @@ impl Control {
         let shared = Arc::new(Shared::new(rank, world));
         if world == 1 {
             let nowhere = (Vec::new(), None);
-            return Ok(Self::new(shared, None, new_session()?, nowhere, timeouts));
+            return Ok(Self::new(shared, None, (new_session()?, secret), nowhere, timeouts));
         }
         let joined = if rank == 0 { opening::open(&config)? } else { dial(&config)? };
         let joined = Joined { patience, ..joined };
@@ -158,13 +160,13 @@ impl Control {
         let places = (joined.listening.addresses.clone(), joined.coordinator);
         let session = joined.session;
         let waker = spawn(config, joined, &shared)?;
-        Ok(Self::new(shared, Some(waker), session, places, timeouts))
+        Ok(Self::new(shared, Some(waker), (session, secret), places, timeouts))
     }
 
     fn new(
         shared: Arc<Shared>,
         waker: Option<Arc<Waker>>,
-        session: [u8; 16],
+        (session, secret): ([u8; 16], Secret),
         (addresses, coordinator): (Vec<SocketAddr>, Option<SocketAddr>),
         (connect_timeout, reconnect_timeout): (Duration, Duration),
     ) -> Self {
@@ -173,6 +175,7 @@ impl Control {
             shared,
             waker,
             session,
+            secret,
             addresses,
             coordinator,
             connect_timeout,
@@ -268,7 +271,8 @@ impl Control {
         session: [u8; 16],
         (rank, ranks): (Rank, Arc<[Rank]>),
     ) -> Arc<Status> {
-        self.shared.open_channel(communicator, session, (rank, ranks.len()));
+        let preamble = Preamble::of(&self.secret, &session);
+        self.shared.open_channel(communicator, (session, preamble), (rank, ranks.len()));
         self.shared.enroll(communicator, ranks, rank)
     }
 
@@ -407,7 +411,7 @@ fn new_session() -> Result<[u8; 16], ControlError> {
 }
 
 /// Tells rank 0, and so all ranks, that this one, which is another, can't join, and why. Blocks
-/// until it is told or rank 0 could not be reached within `timeout`.
+/// until it is told, rank 0 has another `UNISUM_TLS`, or could not be reached within `timeout`.
 ///
 /// # Errors
 /// If rank 0 was not reached.
@@ -470,7 +474,8 @@ fn spawn(
     let Joined { listening, session, role, patience, .. } = joined;
     let Listening { listeners, doubt, .. } = listening;
     // Before anybody learns where this rank listens.
-    shared.open_channel(0, session, (rank, world));
+    let preamble = Preamble::of(config.credentials.secret(), &session);
+    shared.open_channel(0, (session, preamble), (rank, world));
     let made = prepare(config, listeners, session, shared);
     let made = made.and_then(|(waker, thread)| Ok((waker, thread, wait_to_run(rank, shared)?)));
     let (waker, thread, run) = match (made, role) {
@@ -508,7 +513,7 @@ fn prepare(
     let poll = Poll::new()?;
     let waker = Arc::new(Waker::new(poll.registry(), thread::WAKER)?);
     let job = job_hash(&job);
-    let preamble = Preamble::of(&session);
+    let preamble = Preamble::of(credentials.secret(), &session);
     let identity =
         Identity { rank, world, session, preamble, job, build, credentials, secret_origin };
     let poll = (poll, Arc::clone(&waker));

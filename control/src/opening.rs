@@ -22,7 +22,8 @@ pub(super) fn open(config: &ControlConfig) -> Result<Joined, ControlError> {
             let listening = listen::at_free_port(filter, None, config.port_range)?;
             let look =
                 |found: &_| dial::look_for_another(found, &hello(config), &config.credentials);
-            let published = file::publish(path, session, &listening.addresses, look)?;
+            let mark = super::new_session()?;
+            let published = file::publish(path, mark, &listening.addresses, look)?;
             (listening, Some(published))
         }
         Rendezvous::Store { key, .. } => {
@@ -65,4 +66,22 @@ pub fn tell_all_that_not(
     control.accuse(Report::new(0, 0, Finding::CannotJoin, why.to_string()));
     control.leave_within(patience);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tests::{Scratch, config};
+
+    /// Who may enter its folder may read it.
+    #[test]
+    fn a_rendezvous_file_does_not_tell_the_session() {
+        let scratch = Scratch::new();
+        let path = scratch.path().join("meeting");
+        let control = Control::start(config(0, 2, Rendezvous::File(path.clone()))).unwrap();
+        let text = std::fs::read_to_string(path).unwrap();
+        let hex = |bytes: [u8; 16]| bytes.map(|byte| format!("{byte:02x}")).concat();
+        assert_eq!(text.split(' ').nth(1).unwrap().len(), 32, "{text}");
+        assert!(!text.contains(&hex(control.session())), "{text}");
+    }
 }

@@ -236,10 +236,10 @@ impl Shared {
     pub(super) fn open_channel(
         &self,
         communicator: u32,
-        session: [u8; 16],
+        (session, preamble): ([u8; 16], Preamble),
         (rank, world): (Rank, usize),
     ) {
-        let (preamble, inbox, early) = (Preamble::of(&session), None, Vec::new());
+        let (inbox, early) = (None, Vec::new());
         let channel = Channel { communicator, session, preamble, rank, world, inbox, early };
         lock(&self.arrivals).channels.push(channel);
     }

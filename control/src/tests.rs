@@ -70,7 +70,7 @@ fn with_token(token: &[u8]) -> Credentials {
     Credentials::clear(secret)
 }
 
-fn config(rank: Rank, world: usize, rendezvous: Rendezvous) -> ControlConfig {
+pub(super) fn config(rank: Rank, world: usize, rendezvous: Rendezvous) -> ControlConfig {
     ControlConfig {
         rank,
         world,

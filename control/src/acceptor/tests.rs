@@ -33,7 +33,7 @@ impl Host for Rank {
     }
 
     fn knows(&self, preamble: Preamble) -> bool {
-        preamble == Preamble::of(&HELLO.session)
+        preamble == Preamble::of(self.credentials.secret(), &HELLO.session)
     }
 
     fn awaits_unknown(&self) -> bool {

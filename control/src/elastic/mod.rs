@@ -144,7 +144,7 @@ impl Prospect {
         let identity = thread::Identity {
             own,
             session,
-            preamble: Preamble::of(&session),
+            preamble: Preamble::of(self.config.credentials.secret(), &session),
             job: job_hash(&self.config.job),
             build: self.config.build,
             credentials: self.config.credentials,

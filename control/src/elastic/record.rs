@@ -2,7 +2,8 @@
 //! to join it.
 //!
 //! `unisum-members1 SESSION EPOCH`, a line `NUMBER ADDRESS…` for each member, and `end`, which
-//! shows that it is whole. One living member is enough to be led to the others.
+//! shows that it is whole. One living member is enough to be led to the others. Who reads it
+//! without the token can't dial as a member: see [`unisum_link::secure::Preamble`].
 
 use std::io;
 use std::net::SocketAddr;

@@ -181,6 +181,11 @@ impl Hello {
         bytes
     }
 
+    /// Whether this is [`Hello::of_process`], and no session.
+    pub(crate) fn is_process(session: &[u8; 16]) -> bool {
+        session[4..] == [0; 12]
+    }
+
     /// The dialer's process, in words, if it is said in place of a session.
     pub fn process(&self) -> String {
         match self.session {

@@ -36,7 +36,8 @@ pub fn greet(
 ) -> Result<Challenged, HandshakeError> {
     #[cfg(feature = "tls")]
     if let Some(tls) = credentials.tls() {
-        let client = encrypted::Client::greet(tls, stream, Preamble::of(&hello.session))?;
+        let preamble = Preamble::of(credentials.secret(), &hello.session);
+        let client = encrypted::Client::greet(tls, stream, preamble)?;
         return Ok(Challenged(How::Encrypted {
             client: Box::new(client),
             hello: *hello,

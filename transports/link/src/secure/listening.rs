@@ -255,7 +255,7 @@ mod encrypted {
             let binding = tls::binding(&self.connection).map_err(refusal)?;
             let Proof { hello, wants_records } =
                 Proof::verify(&self.proof, credentials.secret(), &binding)?;
-            if self.preamble != Preamble::of(&hello.session) {
+            if self.preamble != Preamble::of(credentials.secret(), &hello.session) {
                 return Err(Refusal::Garbage);
             }
             admit(&hello)?;
