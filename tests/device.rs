@@ -30,7 +30,9 @@ mod waits;
 use std::time::{Duration, Instant};
 
 use driver::Pool;
-use support::{Ended, Random, Scenario, World, await_others, reach, setting, tell, tell_error};
+use support::{
+    Ended, Random, Running, Scenario, World, await_others, reach, setting, tell, tell_error,
+};
 use unisum::{
     Collective, Communicator, DeviceCommunicator, DeviceRoute, Dtype, ErrorKind, RawDeviceBuffers,
     ReduceOp, Reduction,
@@ -322,24 +324,29 @@ fn reduce_forever() {
     drop((communicator, buffer, stream, device));
 }
 
+/// Kills one of these ranks as they reduce: all others name it.
+fn kill_one(running: Running, ranks: usize, random: &mut Random) {
+    running.wait_for("reducing", ranks, LIMIT);
+    let victim = random.below(ranks);
+    std::thread::sleep(Duration::from_micros(random.below(30_000) as u64));
+    running.signal(victim, libc::SIGKILL);
+    let killed = Instant::now();
+    let ended = running.wait(Duration::from_secs(20));
+    for (rank, ended) in ended.iter().enumerate().filter(|(rank, _)| *rank != victim) {
+        assert_eq!(ended.status, 0, "rank {rank}, victim {victim}: {ended:#?}");
+        let told = &ended.told[0];
+        assert!(told.starts_with(&format!("RankLost [{victim}] ")), "{told}");
+    }
+    println!("all others ended {:?} after rank {victim} was killed", killed.elapsed());
+}
+
 #[test]
 fn a_killed_rank_is_named_and_no_stream_hangs() {
     let mut random = Random::new();
     for delay_us in [0, 0, 500] {
         let world = world(4, "reduce_forever", 4).set("CUDA_EMULATOR_DELAY_US", delay_us);
         let running = world.start();
-        running.wait_for("reducing", 4, LIMIT);
-        let victim = random.below(4);
-        std::thread::sleep(Duration::from_micros(random.below(30_000) as u64));
-        running.signal(victim, libc::SIGKILL);
-        let killed = Instant::now();
-        let ended = running.wait(Duration::from_secs(20));
-        for (rank, ended) in ended.iter().enumerate().filter(|(rank, _)| *rank != victim) {
-            assert_eq!(ended.status, 0, "rank {rank}, victim {victim}: {ended:#?}");
-            let told = &ended.told[0];
-            assert!(told.starts_with(&format!("RankLost [{victim}] ")), "{told}");
-        }
-        println!("all others ended {:?} after rank {victim} was killed", killed.elapsed());
+        kill_one(running, 4, &mut random);
     }
 }
 

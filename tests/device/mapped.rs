@@ -1,8 +1,6 @@
 //! Memory that programs map themselves, as expandable segments of PyTorch are: peers open it by
 //! descriptors, or by fabric handles, where it was created for that. Else it is copied.
 
-use std::time::{Duration, Instant};
-
 use unisum::{
     Collective, Communicator, DeviceCommunicator, DeviceRoute, DeviceStream, Dtype,
     RawDeviceBuffers, ReduceOp,
@@ -10,7 +8,7 @@ use unisum::{
 
 use super::driver::{Mapping, PART, Pool};
 use super::support::{Random, Scenario, World, reach, setting, tell, tell_error};
-use super::{LIMIT, join, world};
+use super::{LIMIT, join, kill_one, world};
 
 pub const SCENARIOS: &[Scenario] = &[
     ("mapped", mapped),
@@ -280,18 +278,7 @@ fn a_killed_rank_whose_mapped_memory_is_open_is_named_and_nothing_is_left() {
     let mut random = Random::new();
     for ranks in [2, 4, 4] {
         let running = world(ranks, "mapped_forever", ranks).start();
-        running.wait_for("reducing", ranks, LIMIT);
-        let victim = random.below(ranks);
-        std::thread::sleep(Duration::from_micros(random.below(30_000) as u64));
-        running.signal(victim, libc::SIGKILL);
-        let killed = Instant::now();
-        let ended = running.wait(Duration::from_secs(20));
-        for (rank, ended) in ended.iter().enumerate().filter(|(rank, _)| *rank != victim) {
-            assert_eq!(ended.status, 0, "rank {rank}, victim {victim}: {ended:#?}");
-            let told = &ended.told[0];
-            assert!(told.starts_with(&format!("RankLost [{victim}] ")), "{told}");
-        }
-        println!("all others ended {:?} after rank {victim} was killed", killed.elapsed());
+        kill_one(running, ranks, &mut random);
     }
 }
 
