@@ -110,7 +110,7 @@ fn worlds(through: fn(usize) -> Vec<String>, ranks: usize, limit: f64) -> [Runni
 
 #[test]
 fn an_outage_that_is_shorter_than_the_limit_is_survived() {
-    let Some(hosts) = Hosts::new(3) else { return };
+    let Some(hosts) = Hosts::beside_others(3) else { return };
     for victim in [0, 2] {
         let [busy, idle] = worlds(inside, 3, 10.0);
         plug(&hosts, victim, false);
@@ -133,7 +133,7 @@ fn two_on_the_last(rank: usize) -> Vec<String> {
 
 #[test]
 fn a_host_that_is_lost_is_named_with_its_address_in_calls_and_between_them() {
-    let Some(hosts) = Hosts::new(3) else { return };
+    let Some(hosts) = Hosts::beside_others(3) else { return };
     for victim in [0, 2] {
         let [busy, idle] = worlds(two_on_the_last, 4, 4.0);
         plug(&hosts, victim, false);
@@ -210,7 +210,7 @@ fn waiting() {
 
 #[test]
 fn two_hosts_that_do_not_reach_each_other_are_both_named_long_before_the_deadline() {
-    let Some(hosts) = Hosts::new(3) else { return };
+    let Some(hosts) = Hosts::beside_others(3) else { return };
     let start = |(scenario, port)| {
         let world = world(3, scenario, port).through(inside).set("UNISUM_ALGORITHM", "ring");
         world.set("UNISUM_HEARTBEAT_TIMEOUT", 2).start()
@@ -250,7 +250,7 @@ fn cut_one_way(hosts: &Hosts, from: usize, to: usize, is_cut: bool) {
 /// with the same.
 #[test]
 fn hosts_of_which_one_does_not_reach_the_other_are_named_as_if_neither_did() {
-    let Some(hosts) = Hosts::new(3) else { return };
+    let Some(hosts) = Hosts::beside_others(3) else { return };
     for (from, to) in [(1, 2), (2, 1), (0, 2), (2, 0)] {
         let world = world(3, "around", 7001).through(inside).set("UNISUM_ALGORITHM", "ring");
         let running = world.set("UNISUM_HEARTBEAT_TIMEOUT", 2).start();
@@ -277,7 +277,7 @@ fn hosts_of_which_one_does_not_reach_the_other_are_named_as_if_neither_did() {
 /// Nothing is under way between the two when they are cut apart: their kernels find out.
 #[test]
 fn two_hosts_that_are_cut_apart_between_calls_are_both_named() {
-    let Some(hosts) = Hosts::new(3) else { return };
+    let Some(hosts) = Hosts::beside_others(3) else { return };
     let world = world(3, "idle", 7001).through(inside).set("UNISUM_ALGORITHM", "ring");
     let running = world.set("UNISUM_HEARTBEAT_TIMEOUT", 2).start();
     running.wait_for("working", 3, LIMIT);
@@ -296,7 +296,7 @@ fn two_hosts_that_are_cut_apart_between_calls_are_both_named() {
 /// than the limit here.
 #[test]
 fn two_hosts_that_reach_each_other_again_within_the_limit_go_on() {
-    let Some(hosts) = Hosts::new(3) else { return };
+    let Some(hosts) = Hosts::beside_others(3) else { return };
     let world = world(3, "busy", 7001).through(inside).set("UNISUM_ALGORITHM", "ring");
     let running = world.set("UNISUM_HEARTBEAT_TIMEOUT", 11).start();
     running.wait_for("working", 3, LIMIT);
@@ -427,7 +427,7 @@ fn large() {
 
 #[test]
 fn a_process_that_is_stopped_for_longer_than_the_limit_is_no_lost_host() {
-    let Some(_hosts) = Hosts::new(3) else { return };
+    let Some(_hosts) = Hosts::beside_others(3) else { return };
     for stops in [0, 2] {
         let world = world(3, "large", 7001).through(inside);
         let world = world.set("UNISUM_HEARTBEAT_TIMEOUT", 1).set("STOPS", stops);

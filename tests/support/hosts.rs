@@ -3,15 +3,22 @@
 //! They need root. Without it the tests say so and pass, unless UNISUM_TEST_NAMESPACES is
 //! `required`, as in CI.
 
+use std::cell::Cell;
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// One set of hosts at a time: the namespaces have fixed names within this process.
-static HOSTS: Mutex<()> = Mutex::new(());
+/// Written to by hosts that are the only ones of this process.
+static ALONE: RwLock<()> = RwLock::new(());
 
-/// The namespace of a host of this process.
+thread_local! {
+    /// Which set of hosts this thread has made; 0 where there is one set at a time.
+    static SET: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The namespace of a host of this thread's.
 pub fn namespace(host: usize) -> String {
-    format!("unisum-{}-{host}", std::process::id())
+    format!("unisum-{}-{}-{host}", std::process::id(), SET.get())
 }
 
 /// What runs a command on a host.
@@ -29,25 +36,49 @@ pub fn sh(command: &str) -> Result<(), String> {
 /// Hosts 0..n, whose `eth0`s are ports of one switch; deleted when dropped.
 pub struct Hosts {
     count: usize,
-    _one: MutexGuard<'static, ()>,
+    _turn: Turn,
+}
+
+/// Held for as long as hosts are there.
+enum Turn {
+    Alone { _lock: RwLockWriteGuard<'static, ()> },
+    BesideOthers { _lock: RwLockReadGuard<'static, ()> },
 }
 
 impl Hosts {
-    /// Hosts with addresses 10.77.0.1… and fd77::1…; `None` if this user may not have any.
+    /// Hosts with addresses 10.77.0.1… and fd77::1…, the only ones of this process; `None` if this
+    /// user may not have any.
     pub fn new(count: usize) -> Option<Self> {
-        let hosts = Self::without_addresses(count)?;
-        for host in 0..count {
-            let number = host + 1;
-            hosts.on(host, &format!("ip addr add 10.77.0.{number}/24 dev eth0"));
-            hosts.on(host, &format!("ip addr add fd77::{number}/64 dev eth0 nodad"));
-        }
-        Some(hosts)
+        Self::without_addresses(count).map(Self::with_addresses)
+    }
+
+    /// The same, for what mostly waits: other threads may have hosts meanwhile, of the same
+    /// addresses on a switch of their own. The hosts belong to the thread that calls this.
+    pub fn beside_others(count: usize) -> Option<Self> {
+        static SETS: AtomicUsize = AtomicUsize::new(1);
+        let _lock = ALONE.read().unwrap_or_else(PoisonError::into_inner);
+        // Relaxed: only the numbers must differ.
+        SET.set(SETS.fetch_add(1, Ordering::Relaxed));
+        Self::make(count, Turn::BesideOthers { _lock }).map(Self::with_addresses)
     }
 
     /// Hosts that have no address but that of loopback. Their interfaces have different numbers.
     pub fn without_addresses(count: usize) -> Option<Self> {
-        let _one = HOSTS.lock().unwrap_or_else(PoisonError::into_inner);
-        let this = Self { count, _one };
+        let _lock = ALONE.write().unwrap_or_else(PoisonError::into_inner);
+        Self::make(count, Turn::Alone { _lock })
+    }
+
+    fn with_addresses(self) -> Self {
+        for host in 0..self.count {
+            let number = host + 1;
+            self.on(host, &format!("ip addr add 10.77.0.{number}/24 dev eth0"));
+            self.on(host, &format!("ip addr add fd77::{number}/64 dev eth0 nodad"));
+        }
+        self
+    }
+
+    fn make(count: usize, _turn: Turn) -> Option<Self> {
+        let this = Self { count, _turn };
         match this.set_up() {
             Ok(()) => Some(this),
             Err(why) => {
