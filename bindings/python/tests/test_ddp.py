@@ -13,6 +13,7 @@ import ddp_options  # noqa: E402
 import ddp_scenarios  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
+from worlds import SIZES  # noqa: E402
 
 SCENARIOS = ddp_scenarios.SCENARIOS + ddp_options.SCENARIOS + ddp_failures.SCENARIOS
 
@@ -40,7 +41,7 @@ def run_scenarios(rank, world, folder, only):
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=SIZES)
 def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenarios")
     world = request.param

@@ -15,6 +15,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 import torch_scenarios  # noqa: E402
 import unisum.torch  # noqa: E402
+from worlds import SIZES  # noqa: E402
 
 LIMIT = datetime.timedelta(seconds=60)
 
@@ -48,7 +49,7 @@ def results_of(backend, world, folder, only=()):
     return [json.loads((folder / str(rank)).read_text()) for rank in range(world)]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=SIZES)
 def both(request, tmp_path_factory):
     """The results over unisum and over gloo."""
     folder = tmp_path_factory.mktemp("scenarios")

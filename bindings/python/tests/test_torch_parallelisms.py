@@ -1,4 +1,4 @@
-"""The scenarios of torch_parallelisms over unisum, at two worlds."""
+"""The scenarios of torch_parallelisms over unisum, in worlds of SIZES ranks."""
 
 import datetime
 import json
@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 import torch_parallelisms  # noqa: E402
+from worlds import SIZES  # noqa: E402
 
 
 def run_scenarios(rank, world, backend, folder):
@@ -38,7 +39,7 @@ def run_scenarios(rank, world, backend, folder):
     os._exit(0)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=SIZES)
 def results(request, tmp_path_factory):
     """By rank. `UNISUM_TEST_BACKEND=gloo` shows that the scenarios are right."""
     folder, world = tmp_path_factory.mktemp("scenarios"), request.param

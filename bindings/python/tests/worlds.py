@@ -8,6 +8,9 @@ import signal
 import time
 import traceback
 
+#: Of how many ranks all scenarios of a file are run; with two as well once a day.
+SIZES = [2, 4] if os.environ.get("UNISUM_TEST_WHOLE") else [4]
+
 
 class World:
     """Ranks that run `function(talk, *args)`; `talk(words)` tells the test how far one is."""
