@@ -45,7 +45,6 @@ mod memory;
 mod messenger;
 mod settings;
 mod version;
-mod warning;
 mod wiring;
 
 pub use autotuning::selector::AlgorithmRange;

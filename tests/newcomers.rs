@@ -5,8 +5,9 @@
 mod support;
 
 use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use support::{World, tell};
 use unisum::buckets::{Buckets, Compressed, Encoding, Parameter};
@@ -309,8 +310,16 @@ fn the_folder_that_ranks_can_not_meet_in_is_named() {
 #[test]
 fn plain_program() {
     if std::env::var("TEST_PLAIN").is_ok() {
+        take_events_if_asked();
         let communicator = Communicator::from_environment().unwrap();
         assert_eq!((communicator.world(), communicator.local_size()), (1, 1));
+    }
+}
+
+/// Has this process a subscriber, as a program that takes events has.
+fn take_events_if_asked() {
+    if std::env::var("TEST_TAKES_EVENTS").is_ok() {
+        tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
     }
 }
 
@@ -339,6 +348,65 @@ fn warnings_reach_standard_error_where_nobody_else_takes_them() {
         said(&[misspelt]).contains("unisum: warning: unknown variables, misspelt? UNISUM_TIMEOUTS")
     );
     assert_eq!(said(&[misspelt, ("UNISUM_LOG", "off")]).matches("unisum:").count(), 0);
+}
+
+#[test]
+fn a_warning_is_said_once_whoever_takes_it() {
+    let variables = [("UNISUM_TIMEOUTS", "1"), ("TEST_TAKES_EVENTS", "1")];
+    for (variables, by) in [(&variables[..1], "unisum: warning:"), (&variables[..], " WARN ")] {
+        let said = said(variables);
+        assert_eq!(said.matches("misspelt?").count(), 1, "{said}");
+        assert_eq!(said.lines().filter(|line| line.contains(by)).count(), 1, "{said}");
+    }
+}
+
+/// The body of a rank 0 without a subscriber that waits for a rank, while strangers come.
+#[test]
+fn plain_rank_0() {
+    if std::env::var("TEST_PLAIN").is_err() {
+        return;
+    }
+    let place = std::env::var("UNISUM_RENDEZVOUS").unwrap();
+    let place = place.strip_prefix("tcp://").unwrap().to_owned();
+    take_events_if_asked();
+    let flood = std::thread::spawn(move || {
+        let until = Instant::now() + Duration::from_secs(2);
+        let mut strangers = 0_u32;
+        while Instant::now() < until {
+            // Each has a reason of its own to be refused.
+            let version = (strangers as u16).max(1000).to_le_bytes();
+            if let Ok(mut stream) = std::net::TcpStream::connect(&place) {
+                let _ = stream.write_all(&[&b"usmH"[..], &version].concat());
+                strangers += 1;
+            }
+        }
+        strangers
+    });
+    let error = Communicator::from_environment().unwrap_err();
+    eprintln!("error: {error}; strangers: {}", flood.join().unwrap());
+}
+
+#[test]
+fn warnings_of_all_crates_reach_standard_error_and_strangers_do_not_fill_it() {
+    let place = format!("tcp://127.0.0.1:{}", support::free_ports(1)[0]);
+    let variables = [
+        ("TEST_TAKES_EVENTS", "1"),
+        ("UNISUM_RANK", "0"),
+        ("UNISUM_WORLD", "2"),
+        ("UNISUM_RENDEZVOUS", &place),
+        ("UNISUM_TOKEN", "aaaaaaaaaaaaaaaaaaaaaaaa"),
+        ("UNISUM_CONNECT_TIMEOUT", "3"),
+    ];
+    let taken = output("plain_rank_0", &variables);
+    assert!(taken.contains(" WARN ") && taken.contains("refused a connection"), "{taken}");
+    assert!(!taken.contains("unisum: warning:"), "said twice: {taken}");
+    let said = output("plain_rank_0", &variables[1..]);
+    assert!(said.contains("unisum: warning: the token from UNISUM_TOKEN has at most"), "{said}");
+    let refused = "unisum: warning: refused a connection: from 127.0.0.1:";
+    assert!(said.contains(refused) && said.contains(", reason protocol version"), "{said}");
+    let strangers = said.rsplit_once("strangers: ").unwrap().1.trim().parse::<u32>().unwrap();
+    assert!(strangers > 100, "{said}");
+    assert!(said.matches(refused).count() <= 20, "ten in 10 s: {said}");
 }
 
 #[test]

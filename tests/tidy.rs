@@ -169,6 +169,24 @@ fn functions_have_at_most_70_lines() {
     complain(&faults);
 }
 
+/// In a program without a subscriber nobody would see them.
+#[test]
+fn warnings_are_told_by_the_macro_that_prints_them_too() {
+    let words = ["warn", "error"].map(|level| format!("tracing::{level}!"));
+    let is_ours = |path: &Path| {
+        let path = path.strip_prefix(root()).unwrap_or(path);
+        ["src", "control", "transports"].iter().any(|it| path.starts_with(it))
+    };
+    let mut faults = Vec::new();
+    for (path, text) in sources().into_iter().filter(|(path, _)| is_ours(path)) {
+        let is_comment = |line: &str| line.trim_start().starts_with("//");
+        if text.lines().any(|line| !is_comment(line) && words.iter().any(|it| line.contains(it))) {
+            faults.push(format!("{}: use unisum_link::warning!", path.display()));
+        }
+    }
+    complain(&faults);
+}
+
 #[test]
 fn nothing_is_marked_as_unfinished() {
     let marks = ["todo!(", "unimplemented!(", "dbg!(", "FIXME", "XXX"];

@@ -245,7 +245,7 @@ impl ControlThread {
     fn take_pulse(&mut self, admitted: Admitted) {
         let Admitted { token, hello, connection, address } = admitted;
         if let Err(error) = self.pulses.add(token, hello.from as Rank, connection.stream) {
-            tracing::warn!(%address, rank = hello.from, %error, "a rank's pulse failed");
+            unisum_link::warning!(%address, rank = hello.from, %error, "a rank's pulse failed");
         }
     }
 
@@ -257,7 +257,9 @@ impl ControlThread {
         let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
         if !self.shared.arrived(&hello.session, hello.from as Rank, hello.socket, connection) {
             let rank = hello.from;
-            tracing::warn!(%address, rank, "a connection that nobody takes, or one too many");
+            unisum_link::warning!(
+                %address, rank, "a connection that nobody takes, or one too many"
+            );
         }
     }
 
@@ -277,7 +279,9 @@ impl ControlThread {
                 self.serve(token, now);
             }
             // It sees its connection end, and dials again.
-            Err(error) => tracing::warn!(%address, rank, %error, "a rank's connection failed"),
+            Err(error) => {
+                unisum_link::warning!(%address, rank, %error, "a rank's connection failed")
+            }
         }
     }
 

@@ -294,7 +294,7 @@ pub(super) fn welcome(
 fn warn_of_compression(communicator: &Communicator) {
     let world = communicator.world();
     if world > 1 && communicator.local_size() == world {
-        crate::warning::warning!(
+        unisum_link::warning!(
             "gradients are compressed, and all ranks are on one host, where that takes longer than \
              it saves: it is for links between hosts of some Gbit/s and less"
         );

@@ -248,7 +248,7 @@ impl Builder {
         }
         if detected.world == 1 {
             if let Some(note) = &detected.note {
-                crate::warning::warning!("each such process trains alone, a world of one: {note}");
+                unisum_link::warning!("each such process trains alone, a world of one: {note}");
             }
             let origin = format!("a world of one rank ({})", detected.source);
             let alone = Communicator::new(0, 1, None, Description::alone(origin));
@@ -325,19 +325,17 @@ impl Builder {
 /// Warns of what is asked for and has no use, or not yet.
 fn warn_of_no_use(settings: &Settings, elastic: Option<&Elastic>, world: usize) {
     if version::IS_UNOPTIMISED {
-        crate::warning::warning!("{UNOPTIMISED}");
+        unisum_link::warning!("{UNOPTIMISED}");
     }
     let of_elastic = [
         ("UNISUM_MEMBERS", settings.members.is_some()),
         ("UNISUM_EPOCH_LOG", settings.epoch_log.is_some()),
     ];
     for (name, _) in of_elastic.iter().filter(|(_, is_set)| *is_set && elastic.is_none()) {
-        crate::warning::warning!(
-            "{name} is for elastic jobs, and this is none: set UNISUM_ELASTIC"
-        );
+        unisum_link::warning!("{name} is for elastic jobs, and this is none: set UNISUM_ELASTIC");
     }
     if let Some(Elastic { minimum }) = elastic.filter(|elastic| elastic.minimum > world) {
-        crate::warning::warning!(
+        unisum_link::warning!(
             "an elastic job that needs {minimum} ranks has {world}: the first loss ends it, unless \
              others have joined"
         );

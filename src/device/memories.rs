@@ -16,11 +16,10 @@ use std::sync::{Arc, Weak};
 use unisum_cuda_ipc::{
     Allocation, CudaError, Device, Event, Mapped, Opened, Origin, PlaceError, Stream, Ways, Window,
 };
-use unisum_link::Rank;
+use unisum_link::{Rank, warning};
 
 use super::card::{Exported, RETIRED_MAX, Spot, Via};
 use super::post::{FILES_MAX, OpenError, Post};
-use crate::warning::warning;
 
 /// The numbers of exports of mapped memory begin here; those of allocations are the driver's.
 const MAPPED: u64 = 1 << 63;

@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 
 use unisum_cuda_ipc::{CudaError, Device, Event, Stream};
 use unisum_kernels::Element;
-use unisum_link::Rank;
+use unisum_link::{Rank, warning};
 
 pub use buffer::{DeviceBuffer, DeviceEvent, DeviceStream, RawDeviceBuffers};
 pub use joining::DeviceRoute;
@@ -43,7 +43,6 @@ pub(crate) use moment::Moment;
 use crate::autotuning::selector::index_of;
 use crate::collective::Collective;
 use crate::communicator::groups::Making;
-use crate::warning::warning;
 use crate::{Communicator, Error, ErrorKind};
 use hierarchy::Hierarchy;
 use joining::Direct;

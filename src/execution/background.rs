@@ -88,7 +88,7 @@ impl Background {
             match self.start_thread() {
                 Ok(thread) => queue.thread = Some(thread),
                 Err(error) => {
-                    crate::warning::warning!(
+                    unisum_link::warning!(
                         "no thread for asynchronous collectives, they block: {error}"
                     );
                     let jobs = std::mem::take(&mut queue.jobs);

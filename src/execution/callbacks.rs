@@ -46,7 +46,7 @@ impl Callbacks {
             for callback in receiver {
                 if let Err(panic) = Panic::catch(callback) {
                     let text = panic.text();
-                    crate::warning::warning!("a callback of a work panicked: {text}");
+                    unisum_link::warning!("a callback of a work panicked: {text}");
                 }
             }
         };

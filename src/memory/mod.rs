@@ -90,7 +90,7 @@ impl Arena {
         // SAFETY: the caller promised it.
         let registered = unsafe { registrar.clone().register(start, bytes) };
         registered
-            .inspect_err(|error| crate::warning::warning!("a buffer is not registered: {error}"))
+            .inspect_err(|error| unisum_link::warning!("a buffer is not registered: {error}"))
             .ok()
     }
 

@@ -97,7 +97,7 @@ impl Settings {
     pub(crate) fn read(environment: &Environment, custom: Custom) -> Result<Self, SettingsError> {
         let unknown = unknown_variables(environment);
         if !unknown.is_empty() {
-            crate::warning::warning!("unknown variables, misspelt? {}", unknown.join(", "));
+            unisum_link::warning!("unknown variables, misspelt? {}", unknown.join(", "));
         }
         refuse_other_than_text(environment)?;
         let defaults = Self::default();

@@ -472,7 +472,7 @@ impl Costs {
         let Some(nodes) = self.nodes else { return };
         if let Some(times) = nodes.outlier() {
             let [from, to] = nodes.slowest.pair;
-            crate::warning::warning!(
+            unisum_link::warning!(
                 "the link between ranks {from} and {to} takes {times:.1} times as long for 1 MiB \
                  as the fastest third of {} links between nodes: {}, not {}",
                 nodes.links,

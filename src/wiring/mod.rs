@@ -386,7 +386,7 @@ fn warn_of_one_place(cards: &[Card]) {
             continue;
         }
         if let Some(first) = taken.insert((&card.host, local_rank), rank) {
-            crate::warning::warning!(
+            unisum_link::warning!(
                 "ranks {first} and {rank} of one host both have local rank {local_rank}: is \
                  LOCAL_RANK or UNISUM_LOCAL_RANK the same twice?"
             );

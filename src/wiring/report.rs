@@ -97,7 +97,7 @@ pub(super) fn log(refusal: &Refusal, rank: Rank, reports: &[Report]) {
     };
     let why = refusal.why();
     if is_news {
-        tracing::warn!("rank {rank} shares no memory with the ranks of its host: {why}");
+        unisum_link::warning!("rank {rank} shares no memory with the ranks of its host: {why}");
     } else {
         tracing::info!("rank {rank} shares no memory: {why}");
     }

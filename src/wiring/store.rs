@@ -160,7 +160,7 @@ impl StoreEntry {
     /// Writes what others can do without.
     fn tell(&self, line: &str) {
         if let Err(why) = self.set(line) {
-            crate::warning::warning!("{}: {why}", self.doing("writing"));
+            unisum_link::warning!("{}: {why}", self.doing("writing"));
         }
     }
 

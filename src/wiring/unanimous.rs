@@ -136,7 +136,7 @@ impl Unanimous<'_> {
                 number => format!(" in group {number}"),
             };
             let instead = builtin::called(self.instead);
-            crate::warning::warning!(
+            unisum_link::warning!(
                 "{instead} is used between hosts{whose}, as {called} can't be: {reasons}"
             );
         }

@@ -1,6 +1,9 @@
 """What a communicator tells of itself: descriptions, and what was counted."""
 
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -95,3 +98,51 @@ def test_world(body):
 
 def test_a_world_of_one():
     unisum.spawn(alone, 1)
+
+
+ALONE = """
+import os, socket, threading, time, unisum
+from urllib.parse import urlparse
+place = urlparse(os.environ["UNISUM_RENDEZVOUS"])
+
+def stranger():
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        try:
+            with socket.create_connection((place.hostname, place.port)) as connection:
+                connection.sendall(b"GET / HTTP/1.1\\r\\n\\r\\n")
+                return connection.recv(1)
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+        except ConnectionResetError:
+            return None
+
+other = threading.Thread(target=stranger)
+other.start()
+try:
+    unisum.connect()
+except unisum.Error as error:
+    print(error)
+other.join()
+"""
+
+
+def test_warnings_reach_standard_error():
+    """There is no subscriber of events in this process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {name: it for name, it in os.environ.items() if not name.startswith("UNISUM_")}
+    environment |= {
+        "UNISUM_RANK": "0",
+        "UNISUM_WORLD": "2",
+        "UNISUM_RENDEZVOUS": f"tcp://127.0.0.1:{port}",
+        "UNISUM_TOKEN": "a" * 24,
+        "UNISUM_CONNECT_TIMEOUT": "2",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0 and "rank 1 did not join" in ended.stdout, ended
+    lines = ended.stderr.splitlines()
+    for warning in ["the token from UNISUM_TOKEN has at most", "refused a connection: from 127."]:
+        assert sum(line.startswith(f"unisum: warning: {warning}") for line in lines) == 1, ended

@@ -164,7 +164,7 @@ impl Coordinator {
         if let Some(crossing) = crossing::find(doings, Hold::Callers) {
             let text = crossing.text();
             if self.warned != text {
-                tracing::warn!("{text}\nunless another thread of one of them calls");
+                unisum_link::warning!("{text}\nunless another thread of one of them calls");
                 self.warned = text;
             }
         }

@@ -111,7 +111,7 @@ impl Coordinator {
             self.waited.notice_at = Some(now + waited);
             let (world, known) = (self.states.len(), self.known_of(&missing));
             let seconds = waited.as_secs();
-            tracing::warn!("waiting for {} of {world} ({seconds} s){known}", name(&missing));
+            unisum_link::warning!("waiting for {} of {world} ({seconds} s){known}", name(&missing));
         }
         match &self.waited.roll_call {
             Some(roll_call) if roll_call.until <= now => self.call_the_roll_to_an_end(),

@@ -164,7 +164,7 @@ impl ViewsThread {
                 self.meet(admitted.token, member);
             }
             // It sees its connection end.
-            Err(error) => tracing::warn!(?member, %error, "a member's connection failed"),
+            Err(error) => unisum_link::warning!(?member, %error, "a member's connection failed"),
         }
     }
 
@@ -184,7 +184,7 @@ impl ViewsThread {
                 self.meet(token, member);
             }
             Err(error) => {
-                tracing::warn!(?member, %error, "a member's connection failed");
+                unisum_link::warning!(?member, %error, "a member's connection failed");
                 self.lose(member);
             }
         }
@@ -205,7 +205,7 @@ impl ViewsThread {
                     Ok(Some(_)) | Err(_) => None,
                 };
                 let Some(word) = word else {
-                    tracing::warn!(?member, "a member said what no member says");
+                    unisum_link::warning!(?member, "a member said what no member says");
                     return self.end(token);
                 };
                 self.hear(member, word);

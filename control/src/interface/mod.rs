@@ -114,7 +114,7 @@ pub fn source_addresses(
     let interfaces = netlink::interfaces().map_err(InterfaceError::List)?;
     let best = choose(&interfaces, filter, towards, routed_source)?;
     if let Some(caution) = &best.caution {
-        tracing::warn!("{caution}");
+        unisum_link::warning!("{caution}");
     }
     Ok(with_others(&interfaces, filter, best))
 }

@@ -138,7 +138,7 @@ impl Token {
         if bits >= MIN_BITS {
             return Ok(Self { secret: Zeroizing::new(secret.to_owned()), origin });
         }
-        tracing::warn!(
+        unisum_link::warning!(
             "the token from {origin} has at most {bits} bits, which is few: all ranks make it \
              dearer to guess, but `openssl rand -hex 16` gives one that nobody can guess"
         );

@@ -173,7 +173,7 @@ impl ControlThread {
         let socket = connection.stream().as_raw_fd();
         let _ = self.poll.registry().deregister(&mut SourceFd(&socket));
         connection.cut();
-        tracing::warn!(rank, how, "a control connection was cut: it is to go on");
+        unisum_link::warning!(rank, how, "a control connection was cut: it is to go on");
         match &mut self.coordinator {
             Some(coordinator) => coordinator.cut(rank, now),
             None => self.member.cut(),
@@ -351,7 +351,9 @@ impl ControlThread {
                 self.hear_returning(token, now);
             }
             // It sees its connection end, and dials again.
-            Err(error) => tracing::warn!(%address, rank, %error, "a rank's connection failed"),
+            Err(error) => {
+                unisum_link::warning!(%address, rank, %error, "a rank's connection failed")
+            }
         }
     }
 

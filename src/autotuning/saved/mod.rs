@@ -99,7 +99,7 @@ pub(crate) fn open(path: &Path, head: Head, kept: Arc<Kept>) -> Result<Found, St
                 "UNISUM_TUNING={name} is another job's and neither used nor changed: {why}; \
                  remove it, or name another file"
             );
-            crate::warning::warning!("{note}");
+            unisum_link::warning!("{note}");
             Ok(Found { body: String::new(), note, store: None })
         }
     }
@@ -211,7 +211,7 @@ impl Store {
         if let Err(why) = written {
             self.has_failed = true;
             let path = self.path.display();
-            crate::warning::warning!("UNISUM_TUNING={path} is not written any more: {why}");
+            unisum_link::warning!("UNISUM_TUNING={path} is not written any more: {why}");
         }
     }
 }

@@ -24,6 +24,7 @@ pub mod secure;
 pub mod silence;
 mod transport;
 mod wait;
+pub mod warning;
 
 pub use call::{Call, CollectiveKind, PeerCounts};
 pub use counters::LinkCounters;

@@ -117,7 +117,9 @@ impl Heap {
             let pages = lost.start / PAGE * PAGE..lost.end.next_multiple_of(PAGE);
             let detached = self.0.mapping.detach(self.mapped(&pages), self.mapped(&lost));
             if let Err(error) = detached {
-                tracing::error!(%error, "an aborted buffer could not be detached from its peers");
+                unisum_link::fault!(
+                    %error, "an aborted buffer could not be detached from its peers"
+                );
             }
             pages
         });
@@ -174,7 +176,7 @@ impl Drop for Block {
             inner.mapping.advise(range, Advice::LinuxDontNeed)
         };
         if let Err(error) = freed {
-            tracing::warn!(%error, "registered memory could not be returned to the system");
+            unisum_link::warning!(%error, "registered memory could not be returned to the system");
         }
         state.free.give(self.range.clone());
     }

@@ -97,7 +97,7 @@ fn go(choose: impl Fn(&CpuSet) -> Option<usize>) -> io::Result<bool> {
         let mut all = CpuSet::new();
         (0..CpuSet::MAX_CPU).for_each(|core| all.set(core));
         sched_setaffinity(None, &all).inspect_err(|error| {
-            tracing::warn!("this thread stays bound to core {core}: {error}");
+            unisum_link::warning!("this thread stays bound to core {core}: {error}");
         })?;
     }
     tracing::debug!("moved to core {core}, away from other ranks");

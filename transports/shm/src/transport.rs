@@ -129,7 +129,7 @@ impl ShmEndpoint {
         let (rank, apart) = (self.rank, apart(self.rank, infos));
         // In a group the same would be said once more.
         if self.heaps.is_none() && !apart.is_empty() {
-            tracing::warn!(
+            unisum_link::warning!(
                 "ranks {apart:?} are on the host of rank {rank}, but in other network namespaces: \
                  there is no shared memory between those"
             );

@@ -132,8 +132,8 @@ impl Domain {
             // A port's number is an `int` in a union with pointers.
             let port = event.element as u32;
             match event.event_type {
-                ffi::EVENT_PORT_ERR => tracing::warn!("port {port} of {name} is down"),
-                ffi::EVENT_PORT_ACTIVE => tracing::warn!("port {port} of {name} is up"),
+                ffi::EVENT_PORT_ERR => unisum_link::warning!("port {port} of {name} is down"),
+                ffi::EVENT_PORT_ACTIVE => unisum_link::warning!("port {port} of {name} is up"),
                 ffi::EVENT_DEVICE_FATAL
                 | ffi::EVENT_QP_FATAL
                 | ffi::EVENT_QP_REQ_ERR
@@ -244,7 +244,7 @@ impl Drop for Registration {
 /// Tells of a failure that nobody can do anything about.
 pub(crate) fn report(what: &str, code: i32) {
     if code != 0 {
-        tracing::error!("{what} failed: {}", io::Error::from_raw_os_error(code.abs()));
+        unisum_link::fault!("{what} failed: {}", io::Error::from_raw_os_error(code.abs()));
     }
 }
 

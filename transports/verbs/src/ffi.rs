@@ -423,7 +423,9 @@ pub(crate) fn library() -> Result<&'static Library, &'static str> {
         // SAFETY: it may be called at any time, and says so if it is too late.
         let failed = unsafe { (library.fork_init)() };
         if failed != 0 {
-            tracing::warn!("forking while RDMA is used is not safe here (ibv_fork_init: {failed})");
+            unisum_link::warning!(
+                "forking while RDMA is used is not safe here (ibv_fork_init: {failed})"
+            );
         }
         Ok(library)
     });

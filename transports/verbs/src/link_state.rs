@@ -253,7 +253,9 @@ impl LinkState {
             Err(error) => {
                 self.refused.push((base.as_ptr() as usize, access));
                 if !std::mem::replace(&mut self.has_warned, true) {
-                    tracing::warn!("borrowed memory is copied, as it can't be used: {error}");
+                    unisum_link::warning!(
+                        "borrowed memory is copied, as it can't be used: {error}"
+                    );
                 }
                 None
             }

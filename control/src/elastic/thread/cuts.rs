@@ -329,7 +329,7 @@ impl ViewsThread {
                 self.hear_returning(admitted.token);
             }
             // It sees its connection end, and dials again.
-            Err(error) => tracing::warn!(?member, %error, "a member's connection failed"),
+            Err(error) => unisum_link::warning!(?member, %error, "a member's connection failed"),
         }
     }
 
@@ -370,7 +370,7 @@ impl ViewsThread {
             self.connections.insert(token, (member, connection));
             return self.serve(token);
         }
-        tracing::warn!(?member, "{NEVER_SAID}");
+        unisum_link::warning!(?member, "{NEVER_SAID}");
         drop(connection);
         self.parted(member);
     }

@@ -113,7 +113,7 @@ impl Certified {
                     self.configs = configs;
                     tracing::info!("certificates were read again");
                 }
-                Err(error) => tracing::warn!(%error, "the certificates read before are kept"),
+                Err(error) => crate::warning!(%error, "the certificates read before are kept"),
             }
             self.seen = seen;
         }

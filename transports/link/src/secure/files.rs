@@ -74,7 +74,7 @@ pub(super) fn warn_of_access(key: &Path) {
     let mode = about.permissions().mode() & 0o777;
     if mode & 0o007 != 0 {
         ONCE.call_once(|| {
-            tracing::warn!(
+            crate::warning!(
                 "all users who reach the key {} may read it (mode {mode:04o}): `chmod o= ` it",
                 key.display()
             );

@@ -41,7 +41,7 @@ pub(super) fn serve(
         }
     }
     for (rank, state) in pending.absent() {
-        tracing::warn!(rank, state, "a rank of this host does not share memory");
+        unisum_link::warning!(rank, state, "a rank of this host does not share memory");
     }
     Ok(mapped)
 }

@@ -149,17 +149,19 @@ impl<'a> PendingConnections<'a> {
                 self.full_until = None;
                 match PendingConnection::greet(ParentOnly::new(stream)) {
                     Ok(connection) => self.pending.push(connection),
-                    Err(error) => tracing::warn!(%error, "refused a connection for shared memory"),
+                    Err(error) => {
+                        unisum_link::warning!(%error, "refused a connection for shared memory")
+                    }
                 }
             }
             Err(error) if is_shortage(&error) => return self.wait_for_room(error),
             // Nobody is there (any more).
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-            Err(error) => tracing::warn!(%error, "a connection for shared memory failed"),
+            Err(error) => unisum_link::warning!(%error, "a connection for shared memory failed"),
         }
         if self.pending.len() > STRANGERS_MAX + self.ranks.len() && self.drop_stranger() {
-            tracing::warn!("dropped a silent connection for shared memory");
+            unisum_link::warning!("dropped a silent connection for shared memory");
         }
         Ok(())
     }
@@ -171,7 +173,9 @@ impl<'a> PendingConnections<'a> {
             return Err(error);
         }
         if !std::mem::replace(&mut self.has_told_full, true) {
-            tracing::warn!(%error, "the ranks of this host share memory one after the other");
+            unisum_link::warning!(
+                %error, "the ranks of this host share memory one after the other"
+            );
         }
         if self.full_until.is_some() {
             self.drop_stranger();
@@ -205,10 +209,10 @@ impl<'a> PendingConnections<'a> {
             let (rank, state) = &mut self.ranks[local_index];
             if *state == JoinState::Mapping {
                 *state = JoinState::Failed;
-                tracing::warn!(rank = *rank, %error, "a rank could not share memory");
+                unisum_link::warning!(rank = *rank, %error, "a rank could not share memory");
             }
         } else {
-            tracing::warn!(%error, "refused a stranger who asked for shared memory");
+            unisum_link::warning!(%error, "refused a stranger who asked for shared memory");
         }
         Next::Leave
     }

@@ -216,7 +216,7 @@ impl Shared {
             return self.asked((peer, socket));
         }
         if socket >= self.config.sockets_per_peer || (peer < own) != is_dialled {
-            tracing::warn!(peer, socket, "a connection that nobody asked for is closed");
+            unisum_link::warning!(peer, socket, "a connection that nobody asked for is closed");
             return;
         }
         let key = (peer, socket);
@@ -436,7 +436,7 @@ impl Shared {
             && error != rustix::io::Errno::INTR
         {
             // Out of memory, say: what can be seen without events is seen a moment later.
-            tracing::warn!(%error, "connections can't be watched");
+            unisum_link::warning!(%error, "connections can't be watched");
             thread::sleep(PAUSE_MAX);
         }
         if !polled[0].revents().is_empty() {
