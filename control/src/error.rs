@@ -125,7 +125,7 @@ impl ControlError {
                 "; this rank's job is `{job:.120}`: UNISUM_JOB, or what the launcher sets in its \
                  place, must be the same on all ranks"
             );
-        } else if told.contains("Connection refused") {
+        } else if reasons.last.contains("Connection refused") {
             *hint = "; nobody listens there: rank 0 has not started, has failed (see its own \
                      output), or is on another host"
                 .to_owned();
@@ -143,6 +143,8 @@ impl ControlError {
 pub struct Reasons {
     /// In the order in which they were first met, the last ones together.
     counted: Vec<(String, u32)>,
+    /// The last attempt's.
+    last: String,
 }
 
 /// The most reasons that are told apart.
@@ -150,6 +152,7 @@ const REASONS_MAX: usize = 6;
 
 impl Reasons {
     pub(super) fn add(&mut self, reason: String) {
+        self.last.clone_from(&reason);
         let is_full = self.counted.len() == REASONS_MAX;
         let known = self.counted.iter().position(|(known, _)| *known == reason);
         match known.or_else(|| is_full.then_some(REASONS_MAX - 1)) {
@@ -193,6 +196,24 @@ mod tests {
         (0..100).for_each(|port| reasons.add(format!("port {port}")));
         assert_eq!((reasons.counted.len(), reasons.attempts()), (REASONS_MAX, 144));
         assert!(reasons.to_string().contains("port 99"), "{reasons}");
+    }
+
+    /// An early attempt may have come before rank 0 listened.
+    #[test]
+    fn the_last_attempt_says_whether_anybody_listens() {
+        let closed = || "127.0.0.1:1 (Connection refused (os error 111))".to_owned();
+        let said = |last: String| {
+            let mut reasons = Reasons::default();
+            reasons.add(closed());
+            reasons.add(last);
+            let (target, waited) = ("tcp://x".into(), Duration::from_secs(1));
+            let hint = String::new();
+            let error = ControlError::Unreachable { target, waited, reasons, hint };
+            error.with_origin("a file", "job").to_string()
+        };
+        assert!(said(closed()).contains("nobody listens there"));
+        let refused = said("127.0.0.1:1 (refused: world of 3, but this job's is 2)".into());
+        assert!(!refused.contains("nobody listens there"), "{refused}");
     }
 
     #[test]
