@@ -159,6 +159,10 @@ fn a_rank_whose_certificate_is_not_accepted_is_told_and_so_is_rank_0() {
             let told = &ended[rank].told[0];
             let why = format!("rank 2 did not join within {CONNECT_TIMEOUT_S} s");
             assert!(told.contains(&why), "{ended:#?}");
+            // And what is known of who was refused: where from, why, and the name.
+            let refused = format!("somebody at 127.0.0.1 was refused: {}", fault.seen);
+            assert!(told.contains(&refused), "{}: {ended:#?}", fault.seen);
+            assert!(told.contains(&fault.says.name), "{}: {ended:#?}", fault.seen);
             assert!(told.starts_with("Rendezvous [2]"), "{ended:#?}");
         }
     }
@@ -418,6 +422,10 @@ fn a_rank_that_is_no_longer_accepted_gets_no_new_connection() {
             assert_eq!(ended.told[0], "those that stand go on");
             let told = &ended.told[if rank < 2 { 2 } else { 1 }];
             assert!(told.contains(why) && told.contains('3'), "rank {rank}: {ended:#?}");
+            // Whose certificate it is, wherever that is read.
+            assert!(told.starts_with("RankLost [3]"), "rank {rank}: {ended:#?}");
+            assert!(told.contains("rank-3"), "rank {rank}: {ended:#?}");
+            assert!(!told.contains("this rank"), "rank {rank}: {ended:#?}");
         }
         let seconds: u64 = ended[0].told.last().unwrap().parse().unwrap();
         assert!(seconds < 30, "nobody waits for the deadline: {ended:#?}");
@@ -456,5 +464,28 @@ fn groups_of_elastic_jobs_ask_for_certificates_as_well() {
         assert_eq!(ended.status, 0, "{ended:#?}");
         let told = &ended.told[0];
         assert!(told.contains("UNISUM_TLS_PEERS"), "rank {rank}: {ended:#?}");
+    }
+}
+
+/// Each of the two is told in what it differs from the other.
+#[test]
+fn ranks_with_and_without_certificates_are_told_that_unisum_tls_differs() {
+    for (culprit, word) in [(0, "UNISUM_TLS=token"), (2, "UNISUM_TLS=auto")] {
+        let certified = Certified::new(&authority());
+        let words: Vec<_> = (0..RANKS)
+            .map(|rank| {
+                let mut words = certified.folders[rank].environment();
+                if rank == culprit {
+                    words = vec![words[0].clone(), word.into()];
+                }
+                words
+            })
+            .collect();
+        let world = certified.world("join").through(move |rank| words[rank].clone());
+        let world = world.set("UNISUM_CONNECT_TIMEOUT", CONNECT_TIMEOUT_S);
+        let ended = world.run(LIMIT);
+        for ended in [&ended[0], &ended[2]] {
+            assert!(ended.told[0].contains("UNISUM_TLS must be the same"), "{ended:#?}");
+        }
     }
 }

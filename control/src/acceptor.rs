@@ -73,14 +73,17 @@ pub(super) struct Acceptor {
     reserve: Option<File>,
     exhausted_since: Option<Instant>,
     log: RefusalLog,
-    /// Who was refused last after saying who it is.
-    refused: Option<Refused>,
+    /// Who was refused lately after saying who it is, or for another TLS.
+    refused: Vec<Refused>,
 }
 
-/// A dialer that was refused, and who it said it was.
+/// Most of those that are refused in one turn that are told of.
+const REMEMBERED_MAX: usize = 8;
+
+/// A dialer that was refused, and who it said it was; none said it that speaks another TLS.
 #[derive(Debug)]
 pub(super) struct Refused {
-    pub(super) claim: Hello,
+    pub(super) claim: Option<Hello>,
     pub(super) address: SocketAddr,
     pub(super) reason: String,
 }
@@ -129,7 +132,7 @@ impl Acceptor {
             reserve: reserve(),
             exhausted_since: None,
             log: RefusalLog::default(),
-            refused: None,
+            refused: Vec::new(),
         })
     }
 
@@ -265,6 +268,8 @@ impl Acceptor {
             Some(Fate::Refused(reason)) => reason,
         };
         self.turned_away += 1;
+        let refused = refused(&pending, None, &reason);
+        self.refused.extend(refused.filter(|_| self.refused.len() < REMEMBERED_MAX));
         leave(&pending, None);
         self.log.line(now, &address, &reason);
         false
@@ -341,14 +346,14 @@ impl Acceptor {
                 Some(Admitted { token, hello, connection, address })
             }
             Fate::Refused(reason) => {
-                let (address, in_tls) = (pending.address, pending.listening.claimed());
+                let refused = refused(pending, claim, &reason);
+                self.refused.extend(refused.filter(|_| self.refused.len() < REMEMBERED_MAX));
                 if pending.listening.is_in_tls() {
                     self.dismiss(token, &reason, now);
                 } else {
                     let pending = self.pending.remove(token)?;
                     self.refuse(&pending, &reason, registry, now);
                 }
-                self.refused = claim.or(in_tls).map(|claim| Refused { claim, address, reason });
                 None
             }
             Fate::Gone => {
@@ -370,9 +375,9 @@ impl Acceptor {
         self.log.line(now, &address, reason);
     }
 
-    /// Whom the last [`Acceptor::visit`] refused, if it had said who it is.
-    pub(super) const fn take_refused(&mut self) -> Option<Refused> {
-        self.refused.take()
+    /// Whom [`Acceptor::visit`] and [`Acceptor::accept`] refused that may be ranks.
+    pub(super) fn take_refused(&mut self) -> Vec<Refused> {
+        std::mem::take(&mut self.refused)
     }
 
     /// Turns pending connections away whose time is up.
@@ -434,6 +439,13 @@ fn leave(pending: &PendingConnection, registry: Option<&Registry>) {
     }
 }
 
+/// What is told of a connection that is refused, if that may be a rank's.
+fn refused(pending: &PendingConnection, claim: Option<Hello>, reason: &str) -> Option<Refused> {
+    let claim = claim.or_else(|| pending.listening.claimed());
+    let is_told = claim.is_some() || pending.is_unlike;
+    is_told.then(|| Refused { claim, address: pending.address, reason: reason.to_owned() })
+}
+
 /// Whether an error concerns one connection, that is gone already, and not the next ones.
 fn is_about_it(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted)
@@ -451,8 +463,16 @@ fn pending(
     let is_inside = stream.local_addr()?.ip().to_canonical() == address.ip().to_canonical();
     let listening = Listening::new(handshake::random()?, is_inside);
     let until = now + PROOF_TIMEOUT;
-    let (is_expected, is_told, is_dismissed) = (false, false, false);
-    Ok(PendingConnection { stream, address, listening, until, is_expected, is_told, is_dismissed })
+    Ok(PendingConnection {
+        stream,
+        address,
+        listening,
+        until,
+        is_expected: false,
+        is_told: false,
+        is_unlike: false,
+        is_dismissed: false,
+    })
 }
 
 fn register(
@@ -503,7 +523,11 @@ fn hear_once(
         Heard::More => return None,
         Heard::Send(send) => (None, send),
         Heard::Admitted(hello, send) => (Some(Fate::Admitted(hello)), send),
-        Heard::Refused(refusal, send) => (Some(Fate::Refused(refusal.to_string())), send),
+        Heard::Refused(refusal, send) => {
+            use Refusal::{Certificate, Clear, Encrypted};
+            pending.is_unlike = matches!(refusal, Certificate(_) | Clear | Encrypted);
+            (Some(Fate::Refused(refusal.to_string())), send)
+        }
     };
     pending.is_told |= fate.is_some() && !send.is_empty();
     // A few kilobytes always fit into the buffer of a socket that has sent next to nothing.

@@ -25,6 +25,8 @@ pub(super) struct PendingConnection {
     pub(super) is_expected: bool,
     /// It was told why it is refused.
     pub(super) is_told: bool,
+    /// It is refused for what it has in place of this rank's TLS.
+    pub(super) is_unlike: bool,
     /// It was told so in TLS.
     pub(super) is_dismissed: bool,
 }
@@ -174,6 +176,7 @@ mod tests {
                 until: Instant::now() + Duration::from_secs(5),
                 is_expected: false,
                 is_told: false,
+                is_unlike: false,
                 is_dismissed: false,
             };
             self.pending.insert(self.next, pending);

@@ -195,7 +195,9 @@ impl ControlThread {
     fn attend(&mut self, now: Instant) {
         let Some((acceptor, registry, host)) = self.reception() else { return };
         acceptor.accept(&host, registry, now);
+        let (refused, is_proven) = (acceptor.take_refused(), host.is_proven.get());
         acceptor.sweep(registry, now);
+        self.note_refused(refused, is_proven);
     }
 
     /// The acceptor, and what it has to know.
@@ -217,9 +219,26 @@ impl ControlThread {
         let Some((acceptor, registry, host)) = self.reception() else { return };
         let admitted = acceptor.visit(token, &host, registry, now);
         let (refused, is_proven) = (acceptor.take_refused(), host.is_proven.get());
-        let Self { identity, coordinator, .. } = self;
-        if let (Some(refused), Some(coordinator)) = (refused, coordinator) {
-            let Refused { claim, address, mut reason } = refused;
+        self.note_refused(refused, is_proven);
+        let Some(admitted) = admitted else { return };
+        match admitted.hello.purpose {
+            Purpose::Data => self.hand_over(admitted),
+            Purpose::Control => self.welcome(admitted, now),
+            Purpose::Pulse => self.take_pulse(admitted),
+            Purpose::Resume => self.returns(admitted, now),
+            // Nobody is admitted with it here.
+            Purpose::View => {}
+        }
+    }
+
+    /// Remembers whom rank 0 refused, for those who wait for it.
+    fn note_refused(&mut self, refused: Vec<Refused>, is_proven: bool) {
+        let Self { identity, coordinator: Some(coordinator), .. } = self else { return };
+        for Refused { claim, address, mut reason } in refused {
+            let Some(claim) = claim else {
+                coordinator.refused_unknown(address, &reason);
+                continue;
+            };
             if reason == Refusal::Token.to_string() {
                 reason += &format!(" (rank 0's is from {})", identity.secret_origin);
             } else if reason == Refusal::Job.to_string() {
@@ -229,15 +248,6 @@ impl ControlThread {
                 let claim = claim.from as Rank;
                 coordinator.refused(claim, address, &reason, is_proven);
             }
-        }
-        let Some(admitted) = admitted else { return };
-        match admitted.hello.purpose {
-            Purpose::Data => self.hand_over(admitted),
-            Purpose::Control => self.welcome(admitted, now),
-            Purpose::Pulse => self.take_pulse(admitted),
-            Purpose::Resume => self.returns(admitted, now),
-            // Nobody is admitted with it here.
-            Purpose::View => {}
         }
     }
 

@@ -54,6 +54,11 @@ impl Ended {
     }
 }
 
+/// What a rank says of itself, for all ranks to read.
+fn for_all(text: &str, own: Rank) -> String {
+    text.replace("this rank", &format!("rank {own}"))
+}
+
 impl Membership {
     /// Tells all ranks of a link's failure; the error for the caller. Blocks for the verdict, which
     /// comes at once unless the coordinator is silent.
@@ -69,6 +74,12 @@ impl Membership {
                     false => self.lacks(&format!("can't reach rank {peer}: {context}: {why}")),
                 };
                 return error.because(cause);
+            }
+            LinkErrorKind::NotAccepted(why) => {
+                let (own, peer) = (self.job_rank(), error.peer);
+                let why = for_all(why, own);
+                let text = format!("rank {own} can't reach rank {peer}: {why}");
+                return self.report(own, Finding::LinkFailed, text);
             }
             LinkErrorKind::Mismatch { .. } => Finding::Mismatch,
             LinkErrorKind::Protocol(_) | LinkErrorKind::Altered { .. } => Finding::Protocol,
@@ -93,7 +104,7 @@ impl Membership {
                 let (ours, theirs) = (told(ours), told(theirs));
                 format!("rank {} called {ours}, rank {against} called {theirs}", self.job_rank())
             }
-            _ => error.to_string(),
+            _ => for_all(&error.to_string(), self.job_rank()),
         };
         let communicator = self.communicator();
         self.tell(Report { communicator, against, finding, text, calls }).because(cause)

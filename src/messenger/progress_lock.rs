@@ -338,7 +338,9 @@ impl ProgressLock {
                 // Nobody answers where a rank was that has left.
                 let is_unanswered = matches!(
                     error.kind,
-                    LinkErrorKind::Unreachable(_) | LinkErrorKind::Unanswered(_)
+                    LinkErrorKind::Unreachable(_)
+                        | LinkErrorKind::Unanswered(_)
+                        | LinkErrorKind::NotAccepted(_)
                 );
                 membership.judge(match is_unanswered && membership.has_left(error.peer) {
                     true => LinkError::closed(error.peer),

@@ -18,6 +18,8 @@ use crate::verdict::{Verdict, VerdictKind, name};
 const NOTICE: Duration = Duration::from_secs(10);
 /// Of so many ranks at most it is remembered what is known of them.
 const NOTES_MAX: usize = 64;
+/// Of so many that have not said who they are.
+const UNKNOWN_MAX: usize = 8;
 
 /// How long an exchange has been waiting, and what is known of those that it waits for.
 #[derive(Debug, Default)]
@@ -30,6 +32,8 @@ pub(super) struct Waited {
     notes: BTreeMap<Rank, (String, u32)>,
     /// Who of the job was refused as a rank that is none, or there, and how often.
     others: BTreeMap<String, u32>,
+    /// Who was refused without saying who it is, and how often: strangers may be among them.
+    unknown: BTreeMap<String, u32>,
     /// The question whether those who joined are still there.
     roll_call: Option<RollCall>,
 }
@@ -101,6 +105,16 @@ impl Coordinator {
         }
     }
 
+    /// A dialer was refused before it said who it is, for it has another TLS or a certificate that
+    /// is not accepted. It may be a rank that is missed, or a stranger.
+    pub(crate) fn refused_unknown(&mut self, from: SocketAddr, why: &str) {
+        let Self { waited: Waited { unknown, .. }, .. } = self;
+        let text = format!("somebody at {} was refused: {why}", from.ip().to_canonical());
+        if unknown.len() < UNKNOWN_MAX || unknown.contains_key(&text) {
+            *unknown.entry(text).or_default() += 1;
+        }
+    }
+
     /// Does what is due because an exchange waits.
     pub(super) fn look_who_is_missing(&mut self, now: Instant) {
         let Some(until) = self.round.until else { return };
@@ -149,7 +163,8 @@ impl Coordinator {
         if let Some(doubt) = self.doubt.as_ref().filter(|_| ranks.iter().any(is_absent)) {
             write!(text, "\n  {doubt}").expect("strings take all");
         }
-        for (what, times) in &self.waited.others {
+        let unknown = ranks.iter().any(is_absent).then_some(&self.waited.unknown);
+        for (what, times) in self.waited.others.iter().chain(unknown.into_iter().flatten()) {
             write!(text, "\n  {what}{}", often(times)).expect("strings take all");
         }
         text

@@ -65,6 +65,10 @@ pub enum LinkErrorKind {
     /// The connection could not be set up in time.
     #[error("not connected: {0}")]
     Unreachable(String),
+    /// As [`LinkErrorKind::Unreachable`], as the peer does not accept this rank's certificate: the
+    /// peer is not to blame.
+    #[error("not connected: {0}")]
+    NotAccepted(String),
     /// As [`LinkErrorKind::Unreachable`], where the other host gave no answer at all.
     #[error("not connected: {0}")]
     Unanswered(String),

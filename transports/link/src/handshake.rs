@@ -18,6 +18,8 @@
 //! that can be guessed can be guessed offline from a recorded handshake: use a random one.
 //! [`crate::secure`] is the handshake of encrypted connections, with the same hello and proofs.
 
+mod error;
+
 use std::fmt;
 use std::io::{self, Read, Write};
 
@@ -25,6 +27,8 @@ use bytes::{Buf, BufMut};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use zeroize::{Zeroize as _, Zeroizing};
+
+pub use self::error::HandshakeError;
 
 /// Bytes of an encoded hello.
 pub(crate) const HELLO_BYTES: usize = 84 + BUILD_BYTES;
@@ -461,42 +465,6 @@ impl Listening {
 
 pub(crate) fn answer(kind: u8, body: &[u8; 32]) -> Vec<u8> {
     [&LISTENER[..], &[kind], body].concat()
-}
-
-/// Why a dialer's handshake failed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum HandshakeError {
-    /// The connection broke, or nothing came within the stream's timeout.
-    #[error("the connection failed during the handshake: {0}")]
-    Io(#[from] io::Error),
-    /// Something else than unisum listens there.
-    #[error("what listens there is not unisum")]
-    NotUnisum,
-    /// The listener does not know the token.
-    #[error("the listener could not prove that it knows the job's token")]
-    Impostor,
-    /// The listener said no, and why.
-    #[error("refused: {0}")]
-    Refused(String),
-    /// The listener has no time for this dialer now, and why.
-    #[error("turned away for now: {0}")]
-    Later(String),
-    /// One of the two does not accept the other's certificate, and why.
-    #[error("{0}")]
-    Certificate(String),
-    /// What was said is not TLS as it has to be: it may have been altered on its way.
-    #[error("the TLS handshake failed: {0}")]
-    Tls(String),
-}
-
-impl HandshakeError {
-    /// Whether another attempt would end in the same way: whoever listens there has said what it
-    /// is, or what it thinks of the dialer. A connection that broke says nothing: its listener may
-    /// have had too many strangers.
-    pub const fn is_answer(&self) -> bool {
-        matches!(self, Self::NotUnisum | Self::Impostor | Self::Refused(_) | Self::Certificate(_))
-    }
 }
 
 /// Introduces this process to a listener. Blocks as long as the stream does: set its timeouts.

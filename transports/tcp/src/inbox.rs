@@ -290,9 +290,15 @@ impl Pending {
         let is_silent = unreached.tried.iter().any(|(_, failure)| is_silence(failure));
         let hint = if is_silent { FIREWALL } else { "" };
         let why = format!("connecting failed after {seconds:.1} s{attempts}: {unreached}{hint}");
-        let kind = match is_silent {
-            true => LinkErrorKind::Unanswered(why),
-            false => LinkErrorKind::Unreachable(why),
+        let is_own = |failure: &Failure<_>| {
+            matches!(failure, Failure::Met(HandshakeError::OwnCertificate(_)))
+        };
+        let kind = if unreached.tried.iter().any(|(_, failure)| is_own(failure)) {
+            LinkErrorKind::NotAccepted(why)
+        } else if is_silent {
+            LinkErrorKind::Unanswered(why)
+        } else {
+            LinkErrorKind::Unreachable(why)
         };
         LinkError { peer, kind }
     }

@@ -20,6 +20,7 @@ use rustls::{
 };
 use zeroize::Zeroizing;
 
+use super::faults::{names_in, see};
 use super::files::{
     CertificateError, certificates, certified_key, listed, read, unlisted, warn_of_access,
 };
@@ -170,6 +171,7 @@ impl Files {
             (&self.key, &texts.key),
             &provider,
         )?;
+        let names = own.end_entity_cert().ok().and_then(|it| names_in(it));
         let own = Arc::new(SingleCertAndKey::from(own));
         let versions = "this provider has TLS 1.3";
         let client = ClientConfig::builder_with_provider(provider.clone())
@@ -183,7 +185,7 @@ impl Files {
             .expect(versions)
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(own);
-        Ok(Configs::new(client, server))
+        Ok(Configs::new(client, server).naming(names))
     }
 
     fn verifier(
@@ -262,15 +264,13 @@ impl Verifier {
         let Some(accepted) = &self.accepted else { return Ok(()) };
         let parsed = webpki::EndEntityCert::try_from(certificate)
             .map_err(|_| rustls::CertificateError::BadEncoding)?;
-        let names: Vec<&str> = parsed.valid_dns_names().chain(parsed.valid_uri_names()).collect();
-        if names.iter().any(|name| is_accepted(accepted, name)) {
+        let mut names = parsed.valid_dns_names().chain(parsed.valid_uri_names());
+        if names.any(|name| is_accepted(accepted, name)) {
             return Ok(());
         }
-        // They are somebody else's words, on their way to a terminal.
-        let names: Vec<String> = names.iter().map(|it| it.escape_debug().to_string()).collect();
-        let error = OtherError(Arc::new(match names.is_empty() {
-            true => NotAccepted::Nobody,
-            false => NotAccepted::Names(names.join(", ")),
+        let error = OtherError(Arc::new(match names_in(certificate) {
+            Some(names) => NotAccepted::Names(names),
+            None => NotAccepted::Nobody,
         }));
         Err(rustls::CertificateError::Other(error).into())
     }
@@ -285,6 +285,7 @@ impl ServerCertVerifier for Verifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
+        see(end_entity);
         let parsed = ParsedCertificate::try_from(end_entity)?;
         let algorithms = self.provider.signature_verification_algorithms.all;
         let (roots, between) = (&self.roots, intermediates);
@@ -331,6 +332,7 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
+        see(end_entity);
         let verified = self.of_dialers.verify_client_cert(end_entity, intermediates, now);
         let verified = verified.map_err(of_authorities)?;
         self.check_uses(end_entity, now)?;
@@ -375,51 +377,6 @@ fn of_authorities(error: Error) -> Error {
     }
 }
 
-/// For which use a certificate is.
-const USES: &str = "ranks need one for `server auth` and `client auth` that is no CA's and that a \
-                    CA has signed";
-
-/// What was wrong with the other end's certificate, or with this one's, in words.
-pub(super) fn why(error: &Error) -> String {
-    use rustls::AlertDescription as Alert;
-    use rustls::CertificateError as Fault;
-    match error {
-        Error::InvalidCertificate(fault) => match fault {
-            Fault::Expired | Fault::ExpiredContext { .. } => "its certificate has expired".into(),
-            Fault::NotValidYet | Fault::NotValidYetContext { .. } => {
-                "its certificate is not valid yet".into()
-            }
-            Fault::UnknownIssuer | Fault::BadSignature => {
-                "its certificate is not signed by a CA of UNISUM_TLS_CA".into()
-            }
-            Fault::InvalidPurpose | Fault::InvalidPurposeContext { .. } => {
-                format!("its certificate is not for this use: {USES}")
-            }
-            Fault::Other(OtherError(why)) => why.to_string(),
-            fault => format!("its certificate: {fault}"),
-        },
-        Error::NoCertificatesPresented => "it has no certificate".into(),
-        Error::AlertReceived(alert) => match alert {
-            Alert::CertificateExpired => {
-                "it says that this rank's certificate has expired, or is not valid yet".into()
-            }
-            Alert::UnknownCA | Alert::DecryptError => {
-                "it says that this rank's certificate is not signed by a CA that it knows".into()
-            }
-            Alert::CertificateUnknown => {
-                "it does not accept the names in this rank's certificate (UNISUM_TLS_PEERS there)"
-                    .into()
-            }
-            Alert::UnsupportedCertificate => {
-                format!("it says that this rank's certificate is not for this use: {USES}")
-            }
-            Alert::CertificateRequired => "it wants a certificate of this rank".into(),
-            alert => format!("it broke the TLS handshake off: {alert:?}"),
-        },
-        error => error.to_string(),
-    }
-}
-
 /// For the fuzz targets: the certificate of somebody whom no CA knows is refused at both ends, with
 /// words that no terminal obeys.
 #[cfg(any(test, fuzzing))]
@@ -439,7 +396,7 @@ pub(crate) fn check_stranger(authority: &'static [u8], certificate: &[u8]) {
         Some(verifier.check_names(&certificate).err().unwrap_or(Error::DecryptError)),
     ];
     for error in errors {
-        let said = why(&error.expect("a stranger's certificate was accepted"));
+        let said = super::faults::why(&error.expect("a stranger's certificate was accepted"), None);
         assert!(!said.contains(char::is_control), "{said}");
     }
 }

@@ -90,11 +90,12 @@ pub(super) use encrypted::{LISTENER_LABEL, PROOF_BYTES, Proof};
 #[cfg(feature = "tls")]
 mod encrypted {
     use std::io;
+    use std::sync::Arc;
 
     use rustls::pki_types::ServerName;
     use rustls::{ClientConnection, Error};
 
-    use super::super::certified::why;
+    use super::super::faults::{is_own, why};
     use super::super::tls;
     use super::*;
     use crate::handshake::{
@@ -137,7 +138,11 @@ mod encrypted {
 
     /// A TLS client, whose handshake is done but for its last words.
     #[derive(Debug)]
-    pub(crate) struct Client(ClientConnection);
+    pub(crate) struct Client {
+        tls: ClientConnection,
+        /// Whom this end's certificate names.
+        own: Option<Arc<str>>,
+    }
 
     impl Client {
         /// Until the listener has said all that it says in the handshake.
@@ -148,10 +153,12 @@ mod encrypted {
         ) -> Result<Self, HandshakeError> {
             // Nobody looks at the name: see `certified`.
             let name = ServerName::try_from("unisum").expect("it is a name");
-            let config = tls.configs().client;
-            let mut client = Self(ClientConnection::new(config, name).map_err(failed)?);
+            let configs = tls.configs();
+            let made = ClientConnection::new(configs.client, name);
+            let tls = made.map_err(|error| failed(error, None))?;
+            let mut client = Self { tls, own: configs.own };
             client.send(stream, &preamble.encode())?;
-            while client.0.is_handshaking() {
+            while client.tls.is_handshaking() {
                 client.receive(stream)?;
             }
             Ok(client)
@@ -174,14 +181,14 @@ mod encrypted {
             stream.read_exact(&mut record[RECORD_HEAD_BYTES..])?;
             let mut record = &record[..];
             while !record.is_empty() {
-                self.0.read_tls(&mut record)?;
+                self.tls.read_tls(&mut record)?;
             }
-            match self.0.process_new_packets() {
+            match self.tls.process_new_packets() {
                 Ok(_) => Ok(()),
                 Err(error) => {
                     // The listener is told why, if it still listens.
                     let _ = self.send(stream, &[]);
-                    Err(failed(error))
+                    Err(failed(error, self.own.as_deref()))
                 }
             }
         }
@@ -189,8 +196,8 @@ mod encrypted {
         /// Sends what rustls has to say, behind `before`.
         fn send(&mut self, stream: &mut impl Write, before: &[u8]) -> io::Result<()> {
             let mut wire = before.to_vec();
-            while self.0.wants_write() {
-                self.0.write_tls(&mut wire)?;
+            while self.tls.wants_write() {
+                self.tls.write_tls(&mut wire)?;
             }
             // At once: who refuses the first part need not wait for the rest.
             stream.write_all(&wire)
@@ -203,10 +210,11 @@ mod encrypted {
             wants_records: bool,
             secret: &Secret,
         ) -> Result<Option<Box<Session>>, HandshakeError> {
-            let binding = tls::binding(&self.0).map_err(failed)?;
+            let failed = |error| failed(error, None);
+            let binding = tls::binding(&self.tls).map_err(failed)?;
             let (encoded, wish) = (hello.encode(&random()?), [u8::from(wants_records)]);
             let proof = mac(secret, DIALER_LABEL, &[&encoded, &wish, &binding]);
-            self.0.writer().write_all(&[&encoded[..], &wish, &proof].concat())?;
+            self.tls.writer().write_all(&[&encoded[..], &wish, &proof].concat())?;
             self.send(stream, &[])?;
             let mut answers = InTls { client: self, stream, failed: None };
             let proof = read_answer(&mut answers, ACCEPTED);
@@ -221,7 +229,7 @@ mod encrypted {
             match (answered[0], wants_records) {
                 (0, false) => Ok(None),
                 (1, _) => {
-                    let session = tls::session(&answers.client.0, true).map_err(failed)?;
+                    let session = tls::session(&answers.client.tls, true).map_err(failed)?;
                     Ok(Some(Box::new(session)))
                 }
                 _ => Err(HandshakeError::NotUnisum),
@@ -240,7 +248,7 @@ mod encrypted {
     impl<S: Read + Write> Read for InTls<'_, S> {
         fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
             loop {
-                match self.client.0.reader().read(bytes) {
+                match self.client.tls.reader().read(bytes) {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     other => return other,
                 }
@@ -256,11 +264,13 @@ mod encrypted {
         }
     }
 
-    fn failed(error: Error) -> HandshakeError {
+    fn failed(error: Error, own: Option<&str>) -> HandshakeError {
         match error {
+            _ if is_own(&error) => HandshakeError::OwnCertificate(why(&error, own)),
             Error::InvalidCertificate(_)
             | Error::NoCertificatesPresented
-            | Error::AlertReceived(_) => HandshakeError::Certificate(why(&error)),
+            | Error::PeerIncompatible(_)
+            | Error::AlertReceived(_) => HandshakeError::Certificate(why(&error, own)),
             error => HandshakeError::Tls(error.to_string()),
         }
     }

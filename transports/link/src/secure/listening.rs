@@ -49,7 +49,7 @@ impl Listening {
         }
     }
 
-    /// What the dialer claimed to be, in TLS, be it admitted or refused.
+    /// What the dialer claimed to be, in TLS or where that is needed, be it admitted or refused.
     pub const fn claimed(&self) -> Option<Hello> {
         self.claimed
     }
@@ -130,6 +130,7 @@ impl Listening {
                 // What does not even begin like a hello is told nothing.
                 let is_rank = listening.claim().is_some() && credentials.encrypt();
                 if is_rank {
+                    self.claimed = listening.claim().copied();
                     Heard::Refused(Refusal::Clear, Refusal::Clear.encode())
                 } else {
                     heard
@@ -175,13 +176,13 @@ const HANDSHAKE_RECORD: u8 = 22;
 
 #[cfg(feature = "tls")]
 mod encrypted {
+    use rustls::Error;
     use rustls::server::ServerConnection;
-    use rustls::{Error, ServerConfig};
     use std::io::{Read as _, Write as _};
     use std::sync::Arc;
 
-    use super::super::certified::why;
     use super::super::dialing::{LISTENER_LABEL, PROOF_BYTES, Proof};
+    use super::super::faults::why;
     use super::super::{Session, tls};
     use super::*;
     use crate::handshake::{ACCEPTED, answer, mac};
@@ -196,6 +197,8 @@ mod encrypted {
         connection: ServerConnection,
         preamble: Preamble,
         said: usize,
+        /// Whom this end's certificate names.
+        own: Option<Arc<str>>,
         proof: [u8; PROOF_BYTES],
         filled: usize,
         pub(super) claimed: Option<Hello>,
@@ -203,10 +206,10 @@ mod encrypted {
 
     impl Server {
         pub(super) fn new(tls: &tls::Tls, preamble: Preamble) -> Result<Self, Error> {
-            let server: Arc<ServerConfig> = tls.configs().server;
+            let tls::Configs { server, own, .. } = tls.configs();
             let connection = ServerConnection::new(server)?;
             let (proof, claimed) = ([0; PROOF_BYTES], None);
-            Ok(Self { connection, preamble, said: 0, proof, filled: 0, claimed })
+            Ok(Self { connection, preamble, said: 0, own, proof, filled: 0, claimed })
         }
 
         pub(super) fn feed(
@@ -241,7 +244,8 @@ mod encrypted {
             }
             while !bytes.is_empty() {
                 self.connection.read_tls(&mut bytes).map_err(|_| Refusal::Garbage)?;
-                self.connection.process_new_packets().map_err(refusal)?;
+                let heard = self.connection.process_new_packets();
+                heard.map_err(|error| refusal(error, self.own.as_deref()))?;
                 self.read_proof()?;
             }
             if self.filled < PROOF_BYTES {
@@ -252,6 +256,7 @@ mod encrypted {
             let encoded = self.proof.first_chunk().expect("a proof begins with a hello");
             Hello::check_head(encoded)?;
             self.claimed = Some(Hello::decode(encoded)?);
+            let refusal = |error| refusal(error, None);
             let binding = tls::binding(&self.connection).map_err(refusal)?;
             let Proof { hello, wants_records } =
                 Proof::verify(&self.proof, credentials.secret(), &binding)?;
@@ -297,11 +302,12 @@ mod encrypted {
         }
     }
 
-    fn refusal(error: Error) -> Refusal {
+    fn refusal(error: Error, own: Option<&str>) -> Refusal {
         match error {
             Error::InvalidCertificate(_)
             | Error::NoCertificatesPresented
-            | Error::AlertReceived(_) => Refusal::Certificate(why(&error)),
+            | Error::PeerIncompatible(_)
+            | Error::AlertReceived(_) => Refusal::Certificate(why(&error, own)),
             _ => Refusal::Garbage,
         }
     }

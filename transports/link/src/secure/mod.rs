@@ -24,6 +24,8 @@ mod absent;
 mod certified;
 mod dialing;
 #[cfg(feature = "tls")]
+mod faults;
+#[cfg(feature = "tls")]
 mod files;
 mod listening;
 mod preamble;

@@ -45,6 +45,8 @@ pub(super) enum Tls {
 pub(super) struct Configs {
     pub(super) client: Arc<ClientConfig>,
     pub(super) server: Arc<ServerConfig>,
+    /// Whom this end's certificate names, if it has one.
+    pub(super) own: Option<Arc<str>>,
 }
 
 impl Tls {
@@ -86,7 +88,12 @@ impl Configs {
         client.resumption = rustls::client::Resumption::disabled();
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
-        Self { client: Arc::new(client), server: Arc::new(server) }
+        Self { client: Arc::new(client), server: Arc::new(server), own: None }
+    }
+
+    /// The same, with a certificate that names somebody, if it does.
+    pub(super) fn naming(self, own: Option<String>) -> Self {
+        Self { own: own.map(Into::into), ..self }
     }
 }
 

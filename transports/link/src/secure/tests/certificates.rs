@@ -161,10 +161,13 @@ fn what_is_wrong_with_a_certificate_is_told_on_both_sides() {
         assert_is_for_another_use(&bad, &good);
     }
     // Who has none at all.
-    let (dialer, _) = told(&good, &token("token"));
+    let alike = "UNISUM_TLS must be the same on all ranks";
+    let (dialer, listener) = told(&good, &token("token"));
     assert!(dialer != "admitted", "{dialer}");
+    assert!(dialer.contains(alike) && listener.contains(alike), "{dialer}, {listener}");
     let (dialer, listener) = told(&token("token"), &good);
     assert!(dialer != "admitted" && listener != "admitted", "{dialer}, {listener}");
+    assert!(dialer.contains(alike) && listener.contains(alike), "{dialer}, {listener}");
 }
 
 #[test]
