@@ -55,25 +55,29 @@ pub(super) struct Reached {
 struct Failed {
     /// Who was there and said no.
     refused_by: Option<SocketAddr>,
+    /// Nobody who was there speaks another TLS.
+    speaks_alike: bool,
     error: String,
 }
 
 /// Dials until the coordinator admits this rank, with growing pauses.
+#[cfg(test)]
 pub(super) fn reach(
     rendezvous: &Rendezvous,
     hello: &Hello,
     credentials: &Credentials,
     timeout: Duration,
 ) -> Result<Reached, ControlError> {
-    reach_unless(rendezvous, (hello, credentials), timeout, || false)
+    reach_unless(rendezvous, (hello, credentials), timeout, |_| false)
 }
 
-/// Dials until the coordinator admits this rank, with growing pauses, or until that `is_moot`.
+/// Dials until the coordinator admits this rank, with growing pauses, or until that `is_moot`: it
+/// is told after an attempt whether the other end, as far as is known, has the same `UNISUM_TLS`.
 pub(super) fn reach_unless(
     rendezvous: &Rendezvous,
     (hello, credentials): (&Hello, &Credentials),
     timeout: Duration,
-    is_moot: impl Fn() -> bool,
+    is_moot: impl Fn(bool) -> bool,
 ) -> Result<Reached, ControlError> {
     let started = Instant::now();
     let mut until = started + timeout;
@@ -100,8 +104,9 @@ pub(super) fn reach_unless(
             (refused, until) = (None, started + timeout);
         }
         tracing::debug!(%rendezvous, error = failed.error, "rank 0 is not reached yet");
+        let speaks_alike = failed.speaks_alike;
         reasons.add(failed.error);
-        if now >= until || is_moot() {
+        if now >= until || is_moot(speaks_alike) {
             let (target, waited) = (rendezvous.to_string(), now - started);
             return Err(ControlError::Unreachable { target, waited, reasons, hint: String::new() });
         }
@@ -300,7 +305,11 @@ fn attempt(
     };
     // A link-local address may be behind any of this host's interfaces.
     let found = found.and_then(|found| Ok(Paths::new(None)?.to(&found, true)));
-    let addresses = found.map_err(|error| Failed { refused_by: None, error: error.to_string() })?;
+    let addresses = found.map_err(|error| Failed {
+        refused_by: None,
+        speaks_alike: true,
+        error: error.to_string(),
+    })?;
     // A timeout of zero is not allowed.
     let time = until.saturating_duration_since(Instant::now());
     let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
@@ -312,7 +321,11 @@ fn attempt(
             _ => false,
         });
         let refused_by = refusal.map(|(address, _)| *address);
-        Failed { refused_by, error: unreached.to_string() }
+        let speaks_alike = unreached.tried.iter().all(|(_, failure)| match failure {
+            Failure::Met(it) => it.speaks_alike(),
+            _ => true,
+        });
+        Failed { refused_by, speaks_alike, error: unreached.to_string() }
     })
 }
 
@@ -320,6 +333,17 @@ fn attempt(
 struct NotRank0(HandshakeError);
 
 impl NotRank0 {
+    /// Whether what was said, if anything, is no word about TLS.
+    fn speaks_alike(&self) -> bool {
+        match &self.0 {
+            HandshakeError::Certificate(_) | HandshakeError::OwnCertificate(_) => false,
+            HandshakeError::Refused(why) => {
+                ![Refusal::Clear, Refusal::Encrypted].iter().any(|it| it.to_string() == *why)
+            }
+            _ => true,
+        }
+    }
+
     fn is_refusal(&self) -> bool {
         // Another program on the port may yet make room for rank 0.
         self.0.is_answer() && !matches!(self.0, HandshakeError::NotUnisum)

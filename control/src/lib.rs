@@ -421,7 +421,9 @@ pub fn tell_that_not(
     timeout: Duration,
 ) -> Result<(), ControlError> {
     let credentials = &config.credentials;
-    let mut reached = dial::reach(&config.rendezvous, &hello(config), credentials, timeout)?;
+    let by = (&hello(config), credentials);
+    let mut reached =
+        dial::reach_unless(&config.rendezvous, by, timeout, |speaks_alike| !speaks_alike)?;
     dial::give_up(&mut reached.connection, config.rank, why);
     Ok(())
 }
@@ -443,7 +445,7 @@ fn hello(config: &ControlConfig) -> Hello {
 /// Other ranks: reach rank 0, then listen, best on the address that the route to it suggests.
 fn dial(config: &ControlConfig) -> Result<Joined, ControlError> {
     let hello = hello(config);
-    let is_moot = || config.is_moot.as_ref().is_some_and(|it| it.0());
+    let is_moot = |_| config.is_moot.as_ref().is_some_and(|it| it.0());
     let with = (&hello, &config.credentials);
     let reached = dial::reach_unless(&config.rendezvous, with, config.connect_timeout, is_moot);
     let Reached { mut connection, coordinator, session, pulse } =
