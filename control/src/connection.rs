@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, Bytes, BytesMut};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::fork::ParentOnly;
-use unisum_link::secure::{Proven, Session};
+use unisum_link::secure::{Altered, Proven, Session};
 use unisum_link::silence::{self, Hush, Told};
 
 use super::message::{Message, MessageError};
@@ -312,6 +312,11 @@ impl Connection {
     pub(super) fn word(&mut self) -> Result<Option<Word>, MessageError> {
         Word::take(&mut self.inbound)
     }
+}
+
+/// Whether an error says that what came is not what the other end has sealed.
+pub(super) fn is_altered(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|error| error.is::<Altered>())
 }
 
 impl Drop for Connection {

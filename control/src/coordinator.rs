@@ -355,7 +355,7 @@ impl Coordinator {
 
     /// Ends the communicator, unless it is over already: the first verdict counts. Nothing is
     /// awaited any more.
-    fn conclude(&mut self, verdict: Verdict) {
+    pub(super) fn conclude(&mut self, verdict: Verdict) {
         if self.verdict.is_some() {
             return;
         }

@@ -348,7 +348,7 @@ impl Member {
         self.asked.get_or_insert_with(|| asked.clone());
     }
 
-    fn conclude(&mut self, verdict: Verdict) {
+    pub(super) fn conclude(&mut self, verdict: Verdict) {
         (self.verdict_by, self.asked) = (None, None);
         self.shared.conclude(verdict);
     }

@@ -1,5 +1,6 @@
 //! The control thread: an event loop that owns the listening port and the control connections.
 
+mod altered;
 mod reception;
 mod resuming;
 mod succession;
@@ -353,7 +354,11 @@ impl ControlThread {
     }
 
     fn broke(&mut self, token: usize, error: &io::Error) {
-        self.lost(token, &format!("its control connection broke: {error}"));
+        let how = format!("its control connection broke: {error}");
+        if !self.cut(token, &how, Instant::now()) {
+            self.tell_if_altered(token, error);
+            self.end(token, &how);
+        }
     }
 
     fn lost(&mut self, token: usize, how: &str) {

@@ -22,7 +22,7 @@ use unisum_views::{
 };
 
 use super::super::acceptor::{Acceptor, Host};
-use super::super::connection::{Connection, Received};
+use super::super::connection::{Connection, Received, is_altered};
 use super::super::listen::Listeners;
 use super::super::message::Message;
 use super::shared::{Command, Membership, Shared};
@@ -213,7 +213,13 @@ impl ViewsThread {
             match received {
                 Ok(Received::More) => {}
                 Ok(Received::Drained) => return,
-                Ok(Received::Ended) | Err(_) => return self.ended(token),
+                Ok(Received::Ended) => return self.ended(token),
+                Err(error) => {
+                    if is_altered(&error) {
+                        unisum_link::warning!(?member, %error, "a member's connection is cut");
+                    }
+                    return self.ended(token);
+                }
             }
         }
     }
