@@ -15,13 +15,13 @@ mod support;
 
 use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use certificates::{Authority, Mounted, Says, authority, issue};
-use middle::{Change, Middle, Plan, Seen, address};
+use middle::{ANY, Change, Later, Middle, Plan, Seen, address};
 use support::hosts::inside;
 use support::{Random, Running, World, setting};
 use unisum::{Communicator, Error, Message, Messenger, ReduceOp};
@@ -398,4 +398,160 @@ fn nor_is_what_is_done_to_several_sockets_of_a_pair() {
 fn nor_is_what_is_done_to_connections_that_resume() {
     let world = world("token").set("UNISUM_RECONNECT_TIMEOUT", 2);
     meddle(RESUMES, world, dealt(3));
+}
+
+/// What a dialer says before its first TLS record.
+const PREAMBLE_BYTES: usize = 20;
+/// Those of three ranks that come first: a control connection and a pulse of each that dials.
+const DATA: RangeInclusive<usize> = 4..=6;
+
+/// The TLS records with which a connection begins, in one direction.
+fn records(said: &[u8], is_of_dialer: bool) -> Vec<Range<usize>> {
+    let (mut found, mut at) = (Vec::new(), if is_of_dialer { PREAMBLE_BYTES } else { 0 });
+    while let Some([20..=23, 3, _, high, low]) = said.get(at..at + 5) {
+        let end = at + 5 + usize::from(u16::from_be_bytes([*high, *low]));
+        found.push(at..end);
+        at = end;
+    }
+    found
+}
+
+/// A place in a handshake, before the listener's last word: that of who has admitted the dialer.
+fn early_place(random: &mut Random, clean: &Seen, connections: &[usize]) -> (usize, bool, usize) {
+    let (connection, is_of_dialer) = (random.of(connections), random.below(2) == 0);
+    let records = records(&clean.said[&(connection, is_of_dialer)], is_of_dialer);
+    let last = records.last().expect("a handshake");
+    (connection, is_of_dialer, random.below(if is_of_dialer { last.end } else { last.start }))
+}
+
+fn all_are_right(outcomes: &[(Duration, String)], context: &str) {
+    assert!(outcomes.iter().all(|(_, it)| it == "right"), "{context}: {outcomes:#?}");
+}
+
+/// Whatever the connection is for: a new one takes its place.
+fn alter_handshakes(world: World, trials: usize) {
+    let _one = alone();
+    let Some(middle) = Middle::new(RANKS, PORTS) else { return };
+    let (mut random, mut steered) = (Random::new(), Steered::new(world));
+    middle.begin(None);
+    steered.clean_job("before");
+    let clean = middle.seen();
+    let connections: Vec<_> = places(&clean).iter().map(|(connection, ..)| *connection).collect();
+    for _ in 0..trials {
+        let (connection, is_of_dialer, at) = early_place(&mut random, &clean, &connections);
+        // What comes back after the proof is not told from an answer that was altered.
+        let hello = records(&clean.said[&(connection, true)], true)[0].end;
+        let change = match is_of_dialer && at < hello && random.below(2) == 0 {
+            true => Change::Reflect,
+            false => Change::Flip(random.below(8) as u8),
+        };
+        let plan = Plan { connection, is_of_dialer, at, change };
+        middle.begin(Some(plan.clone()));
+        let outcomes = steered.job_that_waits(PATIENTLY);
+        assert!(middle.seen().is_changed, "{plan:?}");
+        all_are_right(&outcomes, &format!("{plan:?}"));
+    }
+    middle.begin(None);
+    steered.end();
+}
+
+#[test]
+fn a_handshake_that_is_altered_once_is_made_anew() {
+    alter_handshakes(world("token"), wanted().unwrap_or(3));
+    let folders = folders(&authority());
+    alter_handshakes(certified(&folders), wanted().unwrap_or(2));
+}
+
+/// A connection is cut, and the first ones in its place are altered.
+#[test]
+fn nor_does_it_end_a_connection_that_resumes() {
+    let _one = alone();
+    let Some(middle) = Middle::new(RANKS, PORTS) else { return };
+    let world = world("token").set("UNISUM_RECONNECT_TIMEOUT", HANG.as_secs() / 2);
+    let (mut random, mut steered) = (Random::new(), Steered::new(world));
+    middle.begin(None);
+    steered.clean_job("before");
+    let clean = middle.seen();
+    let data: Vec<_> = DATA.collect();
+    let (mut cut, trials) = (0, wanted().unwrap_or(1));
+    for _ in 0..10 * trials {
+        let (_, is_of_dialer, at) = early_place(&mut random, &clean, &data);
+        let change = Change::Flip(random.below(8) as u8);
+        let later = Later { from: 0, times: 5, is_of_dialer, at, change };
+        // More is said on those of data alone; the last job's may come back yet.
+        let (connection, at, change) = (ANY, 4000 + random.below(40_000), Change::Cut);
+        let plan = Plan { connection, is_of_dialer: true, at, change };
+        middle.begin_both(Some(plan.clone()), Some(later.clone()));
+        let outcomes = steered.job_that_waits(PATIENTLY);
+        all_are_right(&outcomes, &format!("{plan:?}, {later:?}"));
+        // Less may have been said on it this time.
+        cut += usize::from(middle.seen().is_changed);
+        if cut >= trials {
+            break;
+        }
+    }
+    assert_eq!(cut, trials);
+    middle.begin(None);
+    steered.end();
+}
+
+/// The error says what has been altered, and on whose link, when the time for the connection is up.
+#[test]
+fn if_all_handshakes_are_altered_the_error_says_so_in_time() {
+    let _one = alone();
+    let Some(middle) = Middle::new(RANKS, PORTS) else { return };
+    let mut steered = Steered::new(world("token"));
+    let (from, is_of_dialer) = (*DATA.start(), true);
+    // Within the random number of the ClientHello: the two ends have different keys.
+    let (at, change) = (PREAMBLE_BYTES + 20, Change::Flip(0));
+    middle.begin_both(None, Some(Later { from, times: usize::MAX, is_of_dialer, at, change }));
+    for (took, outcome) in steered.job_that_waits("") {
+        assert!(outcome.contains("reports: link to rank"), "{outcome}");
+        assert!(outcome.contains(" attempts, the last one: "), "{outcome}");
+        assert!(outcome.contains("was altered on its way"), "{outcome}");
+        assert!(took < HANG / 2, "{took:?}: {outcome}");
+    }
+    middle.begin(None);
+    steered.clean_job("after");
+    steered.end();
+}
+
+/// Once the listener has said its last word, its connection stands: the dialer is the one that
+/// finds it altered.
+#[test]
+fn the_end_that_hears_altered_bytes_is_the_one_that_reports_them() {
+    let _one = alone();
+    let Some(middle) = Middle::new(RANKS, PORTS) else { return };
+    let (mut random, mut steered) = (Random::new(), Steered::new(world("token")));
+    middle.begin(None);
+    steered.clean_job("before");
+    let clean = middle.seen();
+    for connection in [*DATA.start(), *DATA.end()] {
+        let last = records(&clean.said[&(connection, false)], false).pop().unwrap();
+        let at = last.start + 5 + random.below(last.len() - 5);
+        let change = Change::Flip(random.below(8) as u8);
+        let plan = Plan { connection, is_of_dialer: false, at, change };
+        middle.begin(Some(plan.clone()));
+        for (_, outcome) in steered.job_that_waits("") {
+            let (before, after) = outcome.split_once(" reports: link to rank ").expect(&outcome);
+            let (by, of) = (before.chars().last(), after.chars().next());
+            assert!(by > of, "the higher rank dials: {plan:?}: {outcome}");
+            assert!(after.contains("after byte 0 of socket 0 was altered"), "{plan:?}: {outcome}");
+        }
+    }
+    // The same of control, of which either end hears something.
+    for is_of_dialer in [true, false] {
+        let bytes = clean.said[&(0, is_of_dialer)].len();
+        let (at, change) = (bytes - 1 - random.below(bytes / 4), Change::Flip(0));
+        let plan = Plan { connection: 0, is_of_dialer, at, change };
+        middle.begin(Some(plan.clone()));
+        for (_, outcome) in steered.job_that_waits("") {
+            if outcome != "right" {
+                assert!(outcome.contains(" reports: control connection to rank "), "{outcome}");
+                assert!(outcome.contains("was altered on its way"), "{plan:?}: {outcome}");
+            }
+        }
+    }
+    middle.begin(None);
+    steered.end();
 }

@@ -10,7 +10,7 @@ use bytes::BytesMut;
 use unisum_link::Rank;
 use unisum_link::dial::{Failure, dial, redial};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{self, HandshakeError, Hello, Refusal};
+use unisum_link::handshake::{self, HandshakeError, Hello, Refusal, STEADY};
 use unisum_link::secure::{self, Credentials, Proven};
 
 use super::error::Reasons;
@@ -225,7 +225,7 @@ pub(super) fn again(
     until: Instant,
     has_pulse: bool,
 ) -> Again {
-    let (mut pause, mut patience) = (PAUSE_MIN, CONNECT_TIMEOUT);
+    let (mut pause, mut patience, mut refusals) = (PAUSE_MIN, CONNECT_TIMEOUT, 0);
     loop {
         let time = until.saturating_duration_since(Instant::now());
         let time = time.clamp(PAUSE_MIN, patience);
@@ -253,8 +253,11 @@ pub(super) fn again(
             Failure::Met(error) => Some(error),
             Failure::Connect(_) | Failure::Silent(_) => None,
         });
-        if let Some(refused) = answers.clone().find(|it| is_final(it)) {
-            return Again::Refused(refused.to_string());
+        // Somebody in between may have led one of them elsewhere.
+        match answers.clone().find(|it| is_final(it)) {
+            Some(refused) if refusals + 1 == STEADY => return Again::Refused(refused.to_string()),
+            Some(_) => refusals += 1,
+            None => refusals = 0,
         }
         let is_refused = |(address, failure): &(SocketAddr, Failure<_>)| {
             let is_proven = addresses.first() == Some(address);
@@ -336,7 +339,9 @@ impl NotRank0 {
     /// Whether what was said, if anything, is no word about TLS.
     fn speaks_alike(&self) -> bool {
         match &self.0 {
-            HandshakeError::Certificate(_) | HandshakeError::OwnCertificate(_) => false,
+            HandshakeError::Certificate(_)
+            | HandshakeError::OwnCertificate(_)
+            | HandshakeError::Unlike(_) => false,
             HandshakeError::Refused(why) => {
                 ![Refusal::Clear, Refusal::Encrypted].iter().any(|it| it.to_string() == *why)
             }

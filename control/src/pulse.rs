@@ -157,8 +157,8 @@ pub(super) fn open(
             Err(HandshakeError::Io(error)) if error.kind() == ErrorKind::ConnectionRefused => {
                 return Err(error.into());
             }
-            // There may be too many strangers.
-            Err(error) if !error.is_answer() && Instant::now() < until => thread::sleep(PAUSE),
+            // There may be too many strangers, or somebody in between who alters what is said.
+            Err(error) if !error.is_refusal() && Instant::now() < until => thread::sleep(PAUSE),
             result => return result.map(Some),
         }
     }

@@ -62,12 +62,26 @@ impl Change {
     }
 }
 
+/// In place of a connection's number: the first on which so much is said.
+pub const ANY: usize = usize::MAX;
+
 /// Where a change is made.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Of the connections, in the order in which they are made.
     pub connection: usize,
     /// What the one that connects sends, or the other one.
+    pub is_of_dialer: bool,
+    pub at: usize,
+    pub change: Change,
+}
+
+/// What is done to each of the connections that are made once the plan, if there is one, was
+/// carried out: from this number on, and so many.
+#[derive(Clone, Debug)]
+pub struct Later {
+    pub from: usize,
+    pub times: usize,
     pub is_of_dialer: bool,
     pub at: usize,
     pub change: Change,
@@ -88,8 +102,26 @@ struct State {
     trial: u64,
     next: usize,
     plan: Option<Plan>,
+    later: Option<Later>,
     seen: Seen,
     open: Vec<TcpStream>,
+}
+
+impl State {
+    /// What is done to the connection of this number.
+    fn plan_of(&mut self, connection: usize) -> Option<Plan> {
+        let is_its = |plan: &&Plan| {
+            plan.connection == connection || plan.connection == ANY && !self.seen.is_changed
+        };
+        if let Some(plan) = self.plan.as_ref().filter(is_its) {
+            return Some(plan.clone());
+        }
+        let is_due = self.plan.is_none() || self.seen.is_changed;
+        let later = self.later.as_mut().filter(|it| is_due && it.from <= connection)?;
+        later.times = later.times.checked_sub(1)?;
+        let Later { is_of_dialer, at, ref change, .. } = *later;
+        Some(Plan { connection, is_of_dialer, at, change: change.clone() })
+    }
 }
 
 /// The hosts, and what stands between them. Threads and namespaces end with it.
@@ -153,10 +185,15 @@ impl Middle {
 
     /// Forgets what was seen, ends what is open, and does this from now on.
     pub fn begin(&self, plan: Option<Plan>) {
+        self.begin_both(plan, None);
+    }
+
+    /// The same, with what is done to later connections.
+    pub fn begin_both(&self, plan: Option<Plan>, later: Option<Later>) {
         let mut state = lock(&self.state);
         let trial = state.trial + 1;
         state.open.iter().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
-        *state = State { trial, plan, ..State::default() };
+        *state = State { trial, plan, later, ..State::default() };
     }
 
     pub fn seen(&self) -> Seen {
@@ -215,7 +252,7 @@ fn take_calls(
             let mut state = lock(state);
             state.next += 1;
             let number = state.next - 1;
-            let plan = state.plan.clone().filter(|plan| plan.connection == number);
+            let plan = state.plan_of(number);
             (state.trial, number, plan)
         };
         if let (Some(Plan { change: Change::Redirect, .. }), Some(other)) = (&plan, other) {
@@ -291,6 +328,10 @@ impl Way<'_> {
             if let Some(twin) = &mut self.twin {
                 // It may be refused before all is said.
                 let _ = twin.write_all(&buffer[..read]);
+            }
+            if lock(&self.state).seen.is_changed {
+                // Of any connection, another one has come so far.
+                plan = plan.filter(|plan| plan.connection != ANY);
             }
             let until_change = plan.as_ref().map(|plan| plan.at.saturating_sub(passed));
             match until_change.filter(|&until| until < read) {

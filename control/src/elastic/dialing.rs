@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use mio::Waker;
 use unisum_link::dial::{Failure, Unreached, dial};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{HandshakeError, Hello, Purpose, Refusal, job_hash};
+use unisum_link::handshake::{HandshakeError, Hello, Purpose, Refusal, STEADY, job_hash};
 use unisum_link::secure::{self, Credentials, Proven};
 use unisum_views::Member;
 
@@ -79,7 +79,7 @@ impl Dialer {
         let hello = Hello { to: to.0 as u32, ..self.hello };
         let started = Instant::now();
         let until = started + self.timeout;
-        let (mut reasons, mut pause) = (Reasons::default(), PAUSE_MIN);
+        let (mut reasons, mut pause, mut refused) = (Reasons::default(), PAUSE_MIN, 0);
         let paths = Paths::new(None)
             .map_err(|error| ControlError::system("listing the network interfaces", error))?;
         let addresses = paths.to(addresses, true);
@@ -91,13 +91,14 @@ impl Dialer {
                 Ok(met) => return Ok(met),
                 Err(unreached) => unreached,
             };
-            let is_final = unreached.tried.iter().any(|(_, failure)| match failure {
-                Failure::Met(error) => error.is_answer(),
+            let is_refused = unreached.tried.iter().any(|(_, failure)| match failure {
+                Failure::Met(error) => error.is_refusal(),
                 Failure::Connect(_) | Failure::Silent(_) => false,
             });
+            refused = if is_refused { refused + 1 } else { 0 };
             reasons.add(unreached.to_string());
             let now = Instant::now();
-            if is_final || now >= until || is_moot() {
+            if refused >= STEADY || now >= until || is_moot() {
                 let target = format!("member {to:?} at {addresses:?}");
                 let (waited, hint) = (now - started, String::new());
                 return Err(ControlError::Unreachable { target, waited, reasons, hint });
@@ -136,9 +137,8 @@ impl Missed {
     fn new(unreached: &Unreached<HandshakeError>) -> Self {
         let is_final = unreached.tried.iter().any(|(_, failure)| match failure {
             // Another process has the port now, of another job or program.
-            Failure::Met(HandshakeError::NotUnisum) => false,
             Failure::Met(HandshakeError::Refused(why)) => *why != Refusal::Session.to_string(),
-            Failure::Met(error) => error.is_answer(),
+            Failure::Met(error) => error.is_refusal(),
             Failure::Connect(_) | Failure::Silent(_) => false,
         });
         Self { why: unreached.to_string(), is_final }

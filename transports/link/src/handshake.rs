@@ -28,7 +28,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use zeroize::{Zeroize as _, Zeroizing};
 
-pub use self::error::HandshakeError;
+pub use self::error::{HandshakeError, STEADY};
 
 /// Bytes of an encoded hello.
 pub(crate) const HELLO_BYTES: usize = 84 + BUILD_BYTES;

@@ -55,6 +55,7 @@ impl TcpConfig {
             timeout: self.connect_timeout,
             pause: Duration::ZERO,
             attempt,
+            resumes: !self.reconnect_timeout.is_zero(),
         }
     }
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use socket2::{SockRef, Socket};
 use unisum_link::dial::{Failure, Unreached, dial, redial};
 use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{HandshakeError, Hello};
+use unisum_link::handshake::{HandshakeError, Hello, STEADY};
 use unisum_link::secure::{self, Credentials, Proven};
 use unisum_link::{Cause, LinkError, LinkErrorKind, Rank, Wake};
 
@@ -80,6 +80,8 @@ pub(crate) struct Dial {
     pub(crate) pause: Duration,
     /// Which connection of its socket that will be, from 1 on.
     pub(crate) attempt: u32,
+    /// Whether the peer counts it only once this rank has spoken on it.
+    pub(crate) resumes: bool,
 }
 
 impl Dial {
@@ -100,7 +102,20 @@ struct Pending {
     dial: Dial,
     since: Instant,
     attempts: u32,
+    /// How many of the last ones the peer has refused, one after the other.
+    refused: u32,
     next: Instant,
+}
+
+/// Of another attempt after a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Hope {
+    /// The failure passes, or somebody in between has brought it about.
+    Some,
+    /// The peer has refused: somebody in between may have led the connection elsewhere.
+    Little,
+    /// It would end in the same way.
+    None,
 }
 
 /// Said where an address gave no answer.
@@ -141,7 +156,7 @@ impl Inbox {
         let now = Instant::now();
         let mut state = self.lock();
         let next = now + dial.pause;
-        state.to_dial.push(Pending { dial, since: now, attempts: 0, next });
+        state.to_dial.push(Pending { dial, since: now, attempts: 0, refused: 0, next });
         if state.diallers.contains_key(&lane) {
             self.changed.notify_all();
             return Ok(());
@@ -163,7 +178,7 @@ impl Inbox {
             let mut state = self.lock();
             state.diallers.insert(lane, None);
             match result {
-                Err(unreached) if !is_final(&unreached) && now < pending.until() => {
+                Err(unreached) if !pending.is_final(&unreached) && now < pending.until() => {
                     let rank = pending.dial.hello.to;
                     tracing::debug!(rank, error = %unreached, "a connection is not open yet");
                     pending.next =
@@ -277,8 +292,38 @@ impl Pending {
         first.saturating_mul(1 << self.attempts.saturating_sub(1).min(16)).min(most)
     }
 
+    /// Whether another attempt would end in the same way, at each address.
+    fn is_final(&mut self, unreached: &Unreached<HandshakeError>) -> bool {
+        let hopes = unreached.tried.iter().map(|(_, failure)| self.hope(failure));
+        let most = hopes.min().unwrap_or(Hope::None);
+        self.refused = if most == Hope::Some { 0 } else { self.refused + 1 };
+        most == Hope::None || self.refused >= STEADY
+    }
+
+    fn hope(&self, failure: &Failure<HandshakeError>) -> Hope {
+        // The peer may have admitted this rank, and takes the same connection but once.
+        let is_once = !self.dial.resumes;
+        let is_clear = !self.dial.credentials.encrypt();
+        match failure {
+            Failure::Connect(error) | Failure::Met(HandshakeError::Io(error)) => {
+                if may_pass(error) { Hope::Some } else { Hope::None }
+            }
+            Failure::Met(HandshakeError::Altered) if is_once => Hope::None,
+            // In clear text an answer to the proof is not told from another one.
+            Failure::Met(error) if error.is_answer() && is_once && is_clear => Hope::None,
+            Failure::Met(error) if error.is_refusal() => Hope::Little,
+            Failure::Silent(_) | Failure::Met(_) => Hope::Some,
+        }
+    }
+
     fn given_up(&self, unreached: Unreached<HandshakeError>) -> LinkError {
         let peer = self.dial.hello.to as Rank;
+        if unreached.tried.iter().any(|(_, it)| matches!(it, Failure::Met(HandshakeError::Altered)))
+            && !self.dial.resumes
+        {
+            let socket = self.dial.hello.socket;
+            return LinkError { peer, kind: LinkErrorKind::Altered { socket, at: 0 } };
+        }
         if unreached.tried.iter().any(|(_, failure)| is_lack(failure)) {
             return LinkError::lacking(peer, "connecting failed", Cause::other(unreached));
         }
@@ -302,15 +347,6 @@ impl Pending {
         };
         LinkError { peer, kind }
     }
-}
-
-/// Whether another attempt would end in the same way, at each address.
-fn is_final(unreached: &Unreached<HandshakeError>) -> bool {
-    unreached.tried.iter().all(|(_, failure)| match failure {
-        Failure::Silent(_) => false,
-        Failure::Connect(error) | Failure::Met(HandshakeError::Io(error)) => !may_pass(error),
-        Failure::Met(error) => error.is_answer(),
-    })
 }
 
 fn is_silence(failure: &Failure<HandshakeError>) -> bool {

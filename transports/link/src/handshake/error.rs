@@ -2,6 +2,9 @@
 
 use std::io;
 
+/// How often in a row a refusal has to come until it is final.
+pub const STEADY: u32 = 3;
+
 /// Why a dialer's handshake failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -27,9 +30,15 @@ pub enum HandshakeError {
     /// The listener does not accept this end's certificate, and why.
     #[error("{0}")]
     OwnCertificate(String),
+    /// The two do not speak the same TLS, or what they said of that was altered on its way.
+    #[error("{0}")]
+    Unlike(String),
     /// What was said is not TLS as it has to be: it may have been altered on its way.
     #[error("the TLS handshake failed: {0}")]
     Tls(String),
+    /// The listener's answer to the proof was altered on its way. It may have admitted this end.
+    #[error("the listener's answer to the proof was altered on its way")]
+    Altered,
 }
 
 impl HandshakeError {
@@ -44,6 +53,14 @@ impl HandshakeError {
                 | Self::Refused(_)
                 | Self::Certificate(_)
                 | Self::OwnCertificate(_)
+                | Self::Unlike(_)
         )
+    }
+
+    /// Whether the listener has turned this end away. Nobody makes this out of another answer who
+    /// alters bytes on their way, but who redirects connections, or takes them in the listener's
+    /// place, may bring it about as well: what comes [`STEADY`] times in a row is final.
+    pub const fn is_refusal(&self) -> bool {
+        self.is_answer() && !matches!(self, Self::NotUnisum | Self::Unlike(_))
     }
 }

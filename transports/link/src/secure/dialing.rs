@@ -93,7 +93,7 @@ mod encrypted {
     use std::sync::Arc;
 
     use rustls::pki_types::ServerName;
-    use rustls::{ClientConnection, Error};
+    use rustls::{AlertDescription as Alert, ClientConnection, Error};
 
     use super::super::faults::{is_own, why};
     use super::super::tls;
@@ -142,6 +142,8 @@ mod encrypted {
         tls: ClientConnection,
         /// Whom this end's certificate names.
         own: Option<Arc<str>>,
+        /// What the listener says from here on answers the proof.
+        has_proven: bool,
     }
 
     impl Client {
@@ -156,7 +158,7 @@ mod encrypted {
             let configs = tls.configs();
             let made = ClientConnection::new(configs.client, name);
             let tls = made.map_err(|error| failed(error, None))?;
-            let mut client = Self { tls, own: configs.own };
+            let mut client = Self { tls, own: configs.own, has_proven: false };
             client.send(stream, &preamble.encode())?;
             while client.tls.is_handshaking() {
                 client.receive(stream)?;
@@ -175,7 +177,7 @@ mod encrypted {
             }
             let bytes = usize::from(u16::from_be_bytes([record[3], record[4]]));
             if !(20..=24).contains(&record[0]) || record[1] != 3 || bytes > RECORD_BYTES_MAX {
-                return Err(HandshakeError::NotUnisum);
+                return Err(self.no_tls(HandshakeError::NotUnisum));
             }
             record.resize(RECORD_HEAD_BYTES + bytes, 0);
             stream.read_exact(&mut record[RECORD_HEAD_BYTES..])?;
@@ -186,11 +188,22 @@ mod encrypted {
             match self.tls.process_new_packets() {
                 Ok(_) => Ok(()),
                 Err(error) => {
-                    // The listener is told why, if it still listens.
-                    let _ = self.send(stream, &[]);
-                    Err(failed(error, self.own.as_deref()))
+                    // The listener is told why, if it still listens for that: once it has the
+                    // proof, it takes what comes for the first words of who was admitted.
+                    if !self.has_proven {
+                        let _ = self.send(stream, &[]);
+                    }
+                    // An alert is the listener's own word, and no admission.
+                    let is_alert = matches!(error, Error::AlertReceived(_));
+                    let failed = failed(error, self.own.as_deref());
+                    Err(if is_alert { failed } else { self.no_tls(failed) })
                 }
             }
+        }
+
+        /// What that means which is not as TLS has to be: an answer to the proof is nobody else's.
+        fn no_tls(&self, error: HandshakeError) -> HandshakeError {
+            if self.has_proven { HandshakeError::Altered } else { error }
         }
 
         /// Sends what rustls has to say, behind `before`.
@@ -216,6 +229,7 @@ mod encrypted {
             let proof = mac(secret, DIALER_LABEL, &[&encoded, &wish, &binding]);
             self.tls.writer().write_all(&[&encoded[..], &wish, &proof].concat())?;
             self.send(stream, &[])?;
+            self.has_proven = true;
             let mut answers = InTls { client: self, stream, failed: None };
             let proof = read_answer(&mut answers, ACCEPTED);
             let proof = proof.map_err(|error| answers.failed.take().unwrap_or(error))?;
@@ -267,11 +281,16 @@ mod encrypted {
     fn failed(error: Error, own: Option<&str>) -> HandshakeError {
         match error {
             _ if is_own(&error) => HandshakeError::OwnCertificate(why(&error, own)),
-            Error::InvalidCertificate(_)
-            | Error::NoCertificatesPresented
-            | Error::PeerIncompatible(_)
-            | Error::AlertReceived(_) => HandshakeError::Certificate(why(&error, own)),
-            error => HandshakeError::Tls(error.to_string()),
+            Error::InvalidCertificate(_) | Error::NoCertificatesPresented => {
+                HandshakeError::Certificate(why(&error, own))
+            }
+            Error::PeerIncompatible(_) | Error::AlertReceived(Alert::HandshakeFailure) => {
+                HandshakeError::Unlike(why(&error, own))
+            }
+            Error::AlertReceived(_) => HandshakeError::Tls(why(&error, own)),
+            error => HandshakeError::Tls(format!(
+                "what it said was altered on its way, or is no TLS 1.3: {error}"
+            )),
         }
     }
 }

@@ -106,7 +106,11 @@ fn fault_of(error: &Error) -> String {
             Alert::HandshakeFailure => {
                 format!("it broke the TLS handshake off, as if {DIFFERS}")
             }
-            alert => format!("it broke the TLS handshake off: {alert:?}"),
+            alert => {
+                format!(
+                    "it broke off ({alert:?}), as if what this rank said was altered on its way"
+                )
+            }
         },
         error => error.to_string(),
     }

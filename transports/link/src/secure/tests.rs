@@ -238,6 +238,31 @@ fn a_proof_is_bound_to_its_connection() {
     assert_eq!(Proof::verify(said, &secret, &[5; 32]).err(), Some(Refusal::Token));
 }
 
+/// The listener has admitted the dialer by then, and takes what comes next for its first record.
+#[test]
+fn an_answer_that_was_altered_is_told_as_that_and_the_listener_hears_no_more() {
+    let alter = |n: usize, by_listener: bool, bytes: &mut Vec<u8>| {
+        if (n, by_listener) == (1, true) {
+            *bytes.last_mut().unwrap() ^= 1;
+        }
+    };
+    let mut wire = Wire::tampered(&token("token"), &alter);
+    let error = wire.dial(&token("token")).unwrap_err();
+    assert!(matches!(error, HandshakeError::Altered), "{error}");
+    assert!(wire.was_admitted() && wire.writes == 2, "{:?}", wire.last);
+    // The other way round the listener tells what it has not understood, and admits nobody.
+    let alter = |n: usize, by_listener: bool, bytes: &mut Vec<u8>| {
+        if (n, by_listener) == (1, false) {
+            *bytes.last_mut().unwrap() ^= 1;
+        }
+    };
+    let mut wire = Wire::tampered(&token("token"), &alter);
+    let error = wire.dial(&token("token")).unwrap_err();
+    let told = "it broke off (BadRecordMac), as if what this rank said was altered on its way";
+    assert!(error.to_string().contains(told) && !error.is_answer(), "{error}");
+    assert!(!wire.was_admitted());
+}
+
 #[test]
 fn a_byte_at_a_time_is_enough() {
     struct Slow<'a>(Wire<'a>);
@@ -325,6 +350,10 @@ proptest! {
         };
         let mut wire = Wire::tampered(&token("token"), &tamper);
         let dialed = wire.dial(&token("token"));
+        // Nor does it look like a refusal, which would be the end.
+        if let Err(error) = &dialed {
+            prop_assert!(!error.is_refusal(), "{error}");
+        }
         if let (Ok(Some(mut dialer)), true) = (dialed, wire.was_admitted()) {
             let mut listener = wire.listening.take_session().unwrap();
             prop_assert!(understand_each_other(&mut dialer, &mut listener));

@@ -37,6 +37,7 @@ fn dial(address: SocketAddr, to: u32, timeout: Duration) -> Dial {
         timeout,
         pause: Duration::ZERO,
         attempt: 1,
+        resumes: false,
     }
 }
 
@@ -185,4 +186,70 @@ fn a_peer_that_is_silent_keeps_nobody_waiting_long() {
         assert!(Instant::now() < until, "the dialler still runs");
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+#[cfg(feature = "tls")]
+fn encrypted(token: &[u8]) -> Credentials {
+    use unisum_link::secure::Sealing;
+    Credentials::token(Secret::new(token), Sealing::Everywhere).unwrap()
+}
+
+/// The listener's half of an encrypted handshake, to its end.
+#[cfg(feature = "tls")]
+fn hear_encrypted(mut stream: &TcpStream, credentials: &Credentials) {
+    let mut listening = Listening::new(random().unwrap(), true);
+    let mut buffer = [0; 1024];
+    loop {
+        let read = stream.read(&mut buffer).unwrap();
+        assert!(read > 0, "the dialer gave up");
+        match listening.feed(&buffer[..read], credentials, |_| Ok(())) {
+            Heard::More => {}
+            Heard::Send(send) => stream.write_all(&send).unwrap(),
+            Heard::Admitted(_, send) | Heard::Refused(_, send) => {
+                return stream.write_all(&send).unwrap();
+            }
+        }
+    }
+}
+
+/// Somebody in between who answers in the peer's place, or returns what was said, ends nothing.
+#[test]
+#[cfg(feature = "tls")]
+fn what_anybody_on_the_path_can_answer_is_not_final() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = thread::spawn(move || {
+        // Alerts: a handshake that failed, a message that made no sense, a record that was altered.
+        for alert in [40, 50, 20, 40] {
+            let mut stream = listener.accept().unwrap().0;
+            let read = stream.read(&mut [0; 1024]).unwrap();
+            assert!(read > 0);
+            stream.write_all(&[21, 3, 3, 0, 2, 2, alert]).unwrap();
+            let mut stream = listener.accept().unwrap().0;
+            let mut said = [0; 24];
+            stream.read_exact(&mut said).unwrap();
+            stream.write_all(&said).unwrap();
+        }
+        let stream = listener.accept().unwrap().0;
+        hear_encrypted(&stream, &encrypted(b"token"));
+        stream
+    });
+    let inbox = inbox();
+    inbox.dial(Dial { credentials: encrypted(b"token"), ..dial(address, 3, PATIENCE) }).unwrap();
+    next_arrival(&inbox).result.expect("the ninth is the peer's own");
+    drop(serving.join().unwrap());
+}
+
+#[test]
+#[cfg(feature = "tls")]
+fn a_refusal_is_final_once_it_is_steady() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let inbox = inbox();
+    inbox.dial(Dial { credentials: encrypted(b"token"), ..dial(address, 3, PATIENCE) }).unwrap();
+    for _ in 0..STEADY {
+        hear_encrypted(&listener.accept().unwrap().0, &encrypted(b"another"));
+    }
+    let text = text(next_arrival(&inbox));
+    assert!(text.contains("3 attempts") && text.contains("refused: wrong token"), "{text}");
 }
