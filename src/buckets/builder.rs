@@ -39,6 +39,7 @@ impl<'c> Builder<'c> {
             uneven_inputs: false,
             relayout: true,
             acknowledges: false,
+            is_sharded: false,
         };
         Self {
             communicator,
@@ -124,6 +125,7 @@ impl<'c> Builder<'c> {
     #[must_use]
     pub fn sharded(mut self) -> Self {
         self.limits.pieces = self.communicator.world();
+        self.settings.is_sharded = true;
         self.settings.acknowledges = false;
         self.compresses = false;
         self.hook = Box::new(ReduceScatter);
@@ -143,10 +145,9 @@ impl<'c> Builder<'c> {
     /// first difference is named) or are invalid; [`ErrorKind::Panicked`] if the hook panicked on a
     /// rank; as [`Communicator::split`].
     pub fn build(mut self, parameters: &[Parameter]) -> Result<Buckets, Error> {
-        // Shards of the gradients die with their ranks.
         let epoch = self.communicator.epoch();
         let lineage = epoch.map(|epoch| epoch.lineage.clone());
-        let continuity = epoch.filter(|_| self.limits.pieces == 1).and_then(Continuity::new);
+        let continuity = epoch.and_then(|epoch| Continuity::new(epoch, self.settings.is_sharded));
         if continuity.is_some() {
             self.settings.relayout = false;
         }
@@ -204,8 +205,9 @@ impl<'c> Builder<'c> {
     /// [`parameter::first_difference`] expects.
     fn told(&self, hook: &str, layout: &Layout) -> String {
         let Limits { bytes, end_bytes, pieces } = self.limits;
-        let Settings { unused_parameters, static_graph, uneven_inputs, relayout, acknowledges } =
+        let Settings { unused_parameters, static_graph, uneven_inputs, relayout, .. } =
             self.settings;
+        let Settings { acknowledges, is_sharded, .. } = self.settings;
         let layout = match &self.layout {
             Some(_) => {
                 let hash = u128::from_le_bytes(job_hash(&format!("{layout:?}")));
@@ -217,7 +219,7 @@ impl<'c> Builder<'c> {
         [
             format!("bucket_bytes {bytes}"),
             format!("end_bucket_bytes {end_bytes}"),
-            format!("sharded by {pieces}"),
+            if is_sharded { format!("sharded by {pieces}") } else { "not sharded".to_owned() },
             format!("unused_parameters {unused_parameters}"),
             format!("static_graph {static_graph}"),
             format!("uneven_inputs {uneven_inputs}"),

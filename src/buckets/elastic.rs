@@ -7,6 +7,9 @@
 //! as that says, on all ranks; otherwise it is made again. For that, each bucket is copied before
 //! it is reduced: one more memory of the gradients' size.
 //!
+//! Steps of sharded buckets are not made again: ranks have other shards in the next view. They end
+//! in the same way on all ranks all the same, and the program builds its buckets anew.
+//!
 //! Source of the rule: Gray, "Notes on data base operating systems", 1978.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,6 +60,9 @@ pub(super) struct Continuity {
     /// By bucket, this rank's gradients as they were before they were reduced. The layer's thread
     /// has them.
     kept: Mutex<Vec<Vec<u8>>>,
+    /// Whether shards die with their ranks: steps end in the same way on all that are left, but
+    /// are not made again.
+    is_sharded: bool,
 }
 
 /// How far a step is, through all views.
@@ -82,11 +88,12 @@ pub(super) struct Attempt {
 
 impl Continuity {
     /// For gradients of a communicator whose view is `epoch`. `None` if the job has such a layer.
-    pub(super) fn new(epoch: &Epoch) -> Option<Self> {
+    pub(super) fn new(epoch: &Epoch, is_sharded: bool) -> Option<Self> {
         let layer = epoch.lineage.claim()?;
         let (layer, signature) = (AtomicU64::new(layer), String::new());
         let (communicator, kept) = (Mutex::default(), Mutex::default());
-        Some(Self { layer, signature, epoch: Mutex::new(epoch.clone()), communicator, kept })
+        let epoch = Mutex::new(epoch.clone());
+        Some(Self { layer, signature, epoch, communicator, kept, is_sharded })
     }
 
     /// For the parameters and settings that `signature` describes.
@@ -105,6 +112,9 @@ impl Continuity {
     /// # Errors
     /// If there is no memory.
     pub(super) fn reserve(&self, plan: &Plan) -> Result<(), Error> {
+        if self.is_sharded {
+            return Ok(());
+        }
         let room = |bytes: usize| {
             let mut room = Vec::new();
             room.try_reserve_exact(bytes).map_err(|error| {
@@ -151,7 +161,7 @@ impl Core {
     /// As [`Buckets::admit`](super::Buckets::admit).
     pub(super) fn admit(&self) -> Result<Communicator, Error> {
         let rank = self.communicator().rank();
-        let Some(continuity) = &self.continuity else {
+        let Some(continuity) = self.continuity.as_ref().filter(|it| !it.is_sharded) else {
             let text = "newcomers enter buckets of an elastic job only, and no sharded ones";
             return Err(Error::new(ErrorKind::Configuration, text).on(rank));
         };
@@ -218,9 +228,8 @@ impl Core {
 
     /// Keeps a bucket that is about to be reduced, in an elastic job.
     pub(super) fn keep(&self, plan: &Plan, bucket: usize, attempt: &mut Attempt) {
-        let Some(continuity) = self.continuity.as_ref().filter(|_| bucket >= attempt.kept) else {
-            return;
-        };
+        let keeps = |it: &&Continuity| !it.is_sharded && bucket >= attempt.kept;
+        let Some(continuity) = self.continuity.as_ref().filter(keeps) else { return };
         // SAFETY: its gradients are ready, so the bucket is this thread's, which only reads it.
         let gradients = unsafe { plan.bytes(bucket) };
         lock(&continuity.kept)[bucket].copy_from_slice(gradients);
@@ -264,8 +273,9 @@ impl Core {
                     self.decide(attempt, ballot);
                 }
             }
-            if !Standing::are_together(&standings) {
-                // All meet again in the program.
+            if continuity.is_sharded || !Standing::are_together(&standings) {
+                // All meet again in the program. Shards of the next view are others than this
+                // step's: it is not made again, but ends in the same way on all ranks.
                 epoch.lineage.release(Some(continuity.layer()));
                 epoch.change(&[]);
                 return if is_redone { Err(cause) } else { Ok(()) };

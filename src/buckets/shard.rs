@@ -43,12 +43,12 @@ pub struct ShardPiece {
 
 impl Layout {
     /// The elements of a bucket that rank `rank` of `world` has.
-    fn shard(&self, bucket: usize, (rank, world): (usize, usize)) -> Range<usize> {
+    pub(super) fn shard(&self, bucket: usize, (rank, world): (usize, usize)) -> Range<usize> {
         let each = self.plans()[bucket].len / world;
         rank * each..(rank + 1) * each
     }
 
-    fn shard_pieces(&self, bucket: usize, shard: &Range<usize>) -> Vec<ShardPiece> {
+    pub(super) fn shard_pieces(&self, bucket: usize, shard: &Range<usize>) -> Vec<ShardPiece> {
         let piece = |&parameter: &usize| {
             let whole = &self.home(parameter).elements;
             let both = whole.start.max(shard.start)..whole.end.min(shard.end);

@@ -45,6 +45,8 @@ pub(super) struct Settings {
     pub(super) relayout: bool,
     /// Whether all ranks tell each other after each step that their hooks took note of its end.
     pub(super) acknowledges: bool,
+    /// Whether each rank averages its shards alone.
+    pub(super) is_sharded: bool,
 }
 
 /// What the layer's thread is to do.
