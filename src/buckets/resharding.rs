@@ -24,6 +24,10 @@ pub(super) struct Had {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Card {
     pub(super) vectors: u64,
+    /// The type of the elements, as on the wire.
+    pub(super) dtype: u8,
+    /// Whether it is state of the buckets' parameters, as far as the rank knows.
+    pub(super) fits: bool,
     /// Its own shards first, then the copies that it keeps.
     pub(super) had: Vec<Had>,
 }
@@ -54,6 +58,8 @@ impl Card {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.put_u64_le(self.vectors);
+        bytes.put_u64_le(self.dtype.into());
+        bytes.put_u64_le(self.fits.into());
         for Had { version, extents } in &self.had {
             bytes.put_u64_le(*version);
             bytes.put_u64_le(extents.len() as u64);
@@ -69,7 +75,8 @@ impl Card {
     /// What another rank told, if these are its parameters.
     pub(super) fn decode(mut bytes: &[u8], counts: &[usize]) -> Option<Self> {
         let mut number = || bytes.try_get_u64_le().ok();
-        let mut card = Self { vectors: number()?, had: Vec::new() };
+        let (vectors, dtype, fits) = (number()?, number()?.try_into().ok()?, number()? != 0);
+        let mut card = Self { vectors, dtype, fits, had: Vec::new() };
         while let Some(version) = number() {
             let mut extents = Vec::new();
             for _ in 0..number()? {
@@ -172,7 +179,7 @@ mod tests {
     }
 
     fn card(had: Vec<Had>) -> Card {
-        Card { vectors: 2, had }
+        Card { vectors: 2, dtype: 3, fits: true, had }
     }
 
     #[test]
@@ -217,21 +224,23 @@ mod tests {
     }
 
     proptest! {
+        /// Own shards may lack elements; copies of the same version and of others are beside them.
         #[test]
         fn every_element_comes_once_and_from_one_that_has_it(
             counts in proptest::collection::vec(0..40_usize, 1..5),
             ranges in proptest::collection::vec(
-                (0..4_usize, 0..5_usize, 0..40_usize, 0..40_usize),
-                0..20,
+                ((0..4_usize, 0..3_usize), 0..5_usize, 0..40_usize, 0..40_usize),
+                0..30,
             ),
             owners in 1..6_usize,
         ) {
-            let mut cards = vec![card(vec![had(3, &[])]); 4];
-            for (rank, parameter, a, b) in ranges {
+            let versions = [3, 3, 2];
+            let mut cards = vec![card(versions.map(|it| had(it, &[])).into()); 4];
+            for ((rank, holding), parameter, a, b) in ranges {
                 let count = counts.get(parameter).copied().unwrap_or(0);
                 let (a, b) = (a.min(b).min(count), a.max(b).min(count));
                 if a < b {
-                    cards[rank].had[0].extents.push(extent((parameter, a, b)));
+                    cards[rank].had[holding].extents.push(extent((parameter, a, b)));
                 }
             }
             let mut owned = Vec::new();
@@ -241,18 +250,36 @@ mod tests {
                 let of = (0..owners).map(|it| (it, Extent { parameter, elements: range(it) }));
                 owned.extend(of.filter(|(_, it)| !it.elements.is_empty()));
             }
+            let has = |(rank, holding): (usize, usize), parameter: usize, at: usize| {
+                let had: &Had = &cards[rank].had[holding];
+                had.extents.iter().any(|it| it.parameter == parameter && it.elements.contains(&at))
+            };
+            // Whoever chooses, no other version has more.
+            let there = |version| {
+                let at = |(parameter, &count): (usize, &usize)| {
+                    let is_there = |at: &usize| {
+                        let holdings = (0..4).flat_map(|rank| (0..3).map(move |it| (rank, it)));
+                        holdings.filter(|it| versions[it.1] == version)
+                            .any(|it| has(it, parameter, *at))
+                    };
+                    (0..count).filter(is_there).count()
+                };
+                counts.iter().enumerate().map(at).sum::<usize>()
+            };
+            prop_assert_eq!(choose(&counts, &cards), if there(2) > there(3) { 2 } else { 3 });
             let mut seen: Vec<Vec<usize>> = counts.iter().map(|&it| vec![0; it]).collect();
-            let moves = moves(&counts, &cards, 3, &owned);
-            for Move { told, holding } in moves {
+            for Move { told, holding } in moves(&counts, &cards, 3, &owned) {
                 for at in told.elements {
                     seen[told.parameter][at] += 1;
-                    let has = |rank: usize| cards[rank].had[0].extents.iter().any(|it| {
-                        it.parameter == told.parameter && it.elements.contains(&at)
-                    });
-                    prop_assert_eq!(holding, 0);
-                    prop_assert!(told.from.is_none_or(has));
-                    prop_assert!(told.from.is_some() || !(0..4).any(has), "it is not lost");
-                    prop_assert!(told.to >= 4 || !has(told.to) || told.from == Some(told.to));
+                    let has = |it| has(it, told.parameter, at);
+                    let of_rank = |rank| (0..2).find(|it| has((rank, *it)));
+                    if let Some(from) = told.from {
+                        prop_assert!(versions[holding] == 3 && has((from, holding)));
+                        prop_assert!(holding == 0 || from == told.to || !(0..4).any(|it| has((it, 0))));
+                    }
+                    prop_assert!(told.from.is_some() || (0..4).all(|it| of_rank(it).is_none()));
+                    let stays = told.to < 4 && of_rank(told.to).is_some();
+                    prop_assert!(!stays || told.from == Some(told.to));
                 }
             }
             prop_assert!(seen.iter().flatten().all(|&it| it == 1));

@@ -3,13 +3,14 @@
 //! Copies on other ranks: Zheng, Shi and Kalé, "FTC-Charm++: an in-memory checkpoint-based fault
 //! tolerant runtime for Charm++ and MPI", Cluster 2004.
 
+use std::collections::TryReserveError;
 use std::fmt;
 use std::ops::Range;
 
-use unisum_kernels::Element;
+use unisum_kernels::{Dtype, Element};
 use unisum_link::Rank;
+use unisum_link::handshake::fingerprint;
 
-use super::builder::refuse_any;
 use super::resharding::{self, Card, Extent, Had, Move, ShardMove};
 use super::shard::ShardPiece;
 use super::{Buckets, Layout};
@@ -25,11 +26,12 @@ pub struct ShardState<T> {
     own: Holding<T>,
     /// The layout, rank and world that the shards are of.
     place: Option<(Layout, Rank, usize)>,
-    /// Elements of the shards that are not there.
-    missing: Vec<Extent>,
+    /// How many elements the parameters have of which these are shards.
+    counts: Vec<usize>,
     /// What all ranks have: this rank's own shards as they were, and those of the rank before it.
     copies: Vec<Holding<T>>,
-    /// Later ones, of which it is not known whether all ranks have them.
+    /// What a call that failed had brought already: other ranks may have seen it succeed, and keep
+    /// nothing else.
     coming: Vec<Holding<T>>,
 }
 
@@ -58,10 +60,13 @@ struct Holding<T> {
     pieces: Vec<Vec<ShardPiece>>,
     /// By bucket and vector.
     shards: Vec<Vec<Vec<T>>>,
+    /// Elements that are not there.
+    missing: Vec<Extent>,
 }
 
 impl<T: Element + Default> Holding<T> {
-    const NONE: Self = Self { version: 0, pieces: Vec::new(), shards: Vec::new() };
+    const NONE: Self =
+        Self { version: 0, pieces: Vec::new(), shards: Vec::new(), missing: Vec::new() };
 
     /// # Errors
     /// If there is no memory.
@@ -69,22 +74,21 @@ impl<T: Element + Default> Holding<T> {
         (layout, rank, world): &(Layout, Rank, usize),
         vectors: usize,
         version: u64,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, TryReserveError> {
         let buckets = layout.plans().len();
         let pieces = (0..buckets).map(|it| layout.pieces_of(it, (*rank, *world))).collect();
         let shard = |bucket| {
             let len = layout.shard(bucket, (*rank, *world)).len();
             let vector = |_| {
                 let mut vector = Vec::new();
-                let text = |error| format!("{len} elements of a shard's state: {error}");
-                vector.try_reserve_exact(len).map_err(text)?;
+                vector.try_reserve_exact(len)?;
                 vector.resize(len, T::default());
                 Ok(vector)
             };
             (0..vectors).map(vector).collect()
         };
-        let shards = (0..buckets).map(shard).collect::<Result<_, String>>()?;
-        Ok(Self { version, pieces, shards })
+        let shards = (0..buckets).map(shard).collect::<Result<_, TryReserveError>>()?;
+        Ok(Self { version, pieces, shards, missing: Vec::new() })
     }
 
     /// Where elements are, all of which are in one piece: bucket, and place in the shard.
@@ -101,9 +105,9 @@ impl<T: Element + Default> Holding<T> {
         })
     }
 
-    fn had(&self, missing: &[Extent]) -> Had {
+    fn had(&self) -> Had {
         let pieces = self.pieces.iter().flatten();
-        let extents = pieces.flat_map(|it| it.extent().without(missing)).collect();
+        let extents = pieces.flat_map(|it| it.extent().without(&self.missing)).collect();
         Had { version: self.version, extents }
     }
 }
@@ -147,7 +151,7 @@ impl<T: Element + Default> ShardState<T> {
             version: 0,
             own: Holding::NONE,
             place: None,
-            missing: Vec::new(),
+            counts: Vec::new(),
             copies: Vec::new(),
             coming: Vec::new(),
         }
@@ -159,11 +163,13 @@ impl<T: Element + Default> ShardState<T> {
     }
 
     /// Says that the state is complete, after so many steps: what was missing is restored. Ranks
-    /// that have different versions have different models, so this is called after each step.
+    /// that have different versions have different models, so this is called after each step. If
+    /// all ranks go back to an earlier version by themselves, later copies are dropped.
     pub fn set_version(&mut self, version: u64) {
         self.version = version;
         self.own.version = version;
-        self.missing.clear();
+        self.own.missing.clear();
+        self.copies.retain(|it| it.version <= version);
     }
 
     /// A vector of this rank's shard of a bucket, as long as [`Buckets::shard`], with padding.
@@ -205,10 +211,14 @@ impl<T: Element + Default> ShardState<T> {
         [&self.own].into_iter().chain(&self.copies).chain(&self.coming)
     }
 
-    fn card(&self) -> Card {
-        let mut had: Vec<Had> = vec![self.own.had(&self.missing)];
-        had.extend(self.copies.iter().chain(&self.coming).map(|it| it.had(&[])));
-        Card { vectors: self.vectors as u64, had }
+    /// What the others are told, if the buckets' parameters have so many elements.
+    fn card(&self, counts: &[usize]) -> Card {
+        Card {
+            vectors: self.vectors as u64,
+            dtype: T::DTYPE as u8,
+            fits: self.place.is_none() || self.counts == counts,
+            had: self.holdings().map(Holding::had).collect(),
+        }
     }
 }
 
@@ -230,14 +240,17 @@ impl Buckets {
     /// takes it from its checkpoint, and then says so by [`ShardState::set_version`]. If copies of
     /// an earlier version are more complete ([`Buckets::copy_shards`]), all ranks go back to that.
     ///
-    /// Collective: every rank calls it, between two steps. If it fails, the state is what it was.
+    /// Collective: every rank calls it, between two steps. If it fails, the state is what it was,
+    /// and the next call goes on from what all ranks have, though some may have seen this one
+    /// succeed. What travels is checked by fingerprints (SHA-256).
     ///
     /// Cost: each element that changes its rank travels once, a bucket at a time; memory for the
     /// new shards beside the old ones, and for what travels of one bucket.
     ///
     /// # Errors
-    /// [`ErrorKind::Mismatch`], on all ranks, if the numbers of vectors differ;
-    /// [`ErrorKind::Memory`] if one has no memory. As
+    /// On all ranks: [`ErrorKind::Mismatch`] if numbers of vectors or types of elements differ, or
+    /// state of other parameters was given; [`ErrorKind::Memory`] if one has no memory;
+    /// [`ErrorKind::Protocol`] if one received something else than was sent. As
     /// [`Communicator::run`](crate::Communicator::run).
     ///
     /// # Panics
@@ -249,12 +262,11 @@ impl Buckets {
         let place = self.shard_place();
         let communicator = self.core.communicator();
         let counts: Vec<usize> = self.plan.parameters.iter().map(|it| it.count()).collect();
-        let cards = exchange_cards(&communicator, &state.card(), &counts)?;
+        let cards = exchange_cards(&communicator, &state.card(&counts), &counts)?;
         let version = resharding::choose(&counts, &cards);
         let new = Holding::new(&place, state.vectors, version);
-        refuse_any(&communicator, &communicator.exchange(told(&new))?)?;
-        let mut new = new.map_err(|text| Error::new(ErrorKind::Memory, text))?;
-        let mut resharded = Resharded { version, moves: Vec::new() };
+        let mut new = all_have_room(&communicator, new)?;
+        let (mut moved, mut prints) = (Vec::new(), Fingerprints::new(place.2));
         for bucket in 0..place.0.plans().len() {
             let of_rank = |rank| {
                 let pieces = place.0.pieces_of(bucket, (rank, place.2));
@@ -262,17 +274,27 @@ impl Buckets {
             };
             let owners: Vec<_> = (0..place.2).flat_map(of_rank).collect();
             let moves = resharding::moves(&counts, &cards, version, &owners);
-            exchange_moves(&communicator, state, &mut new, &moves)?;
-            resharded.moves.extend(moves.into_iter().map(|it| it.told));
+            exchange_moves(&communicator, state, &mut new, &moves, &mut prints)?;
+            moved.extend(moves.into_iter().map(|it| it.told));
         }
+        let resharded = Resharded { version, moves: moved };
         let lost = resharded.lost().filter(|it| it.to == place.1);
-        let extent =
-            |it: &ShardMove| Extent { parameter: it.parameter, elements: it.elements.clone() };
-        (state.missing, state.version) = (lost.map(extent).collect(), version);
-        (state.own, state.place) = (new, Some(place));
-        // Later ones are of a past that has not happened now.
+        new.missing = lost
+            .map(|it| Extent { parameter: it.parameter, elements: it.elements.clone() })
+            .collect();
+        let is_whole = prints.fit(&communicator)?;
+        if is_whole {
+            // If the next call fails here and not on others, these have nothing but what is new.
+            state.coming.push(new);
+        }
+        all_are_whole(&communicator, is_whole)?;
+        if let Some(new) = state.coming.pop() {
+            state.own = new;
+        }
+        (state.version, state.place, state.counts) = (version, Some(place), counts);
         state.copies.append(&mut state.coming);
-        state.copies.retain(|it| it.version == version);
+        // Later ones are of a past that has not happened now.
+        state.copies.retain(|it| it.version <= version);
         Ok(resharded)
     }
 
@@ -302,15 +324,14 @@ impl Buckets {
         let place = self.shard_place();
         let (rank, world) = (place.1, place.2);
         let communicator = self.core.communicator();
-        let is_whole = state.place.as_ref() == Some(&place) && state.missing.is_empty();
+        let is_whole = state.place.as_ref() == Some(&place) && state.own.missing.is_empty();
         check_versions(&communicator, state.version, is_whole)?;
         let before = (rank + world - 1) % world;
         let of_before = (place.0.clone(), before, world);
         let room = Holding::new(&place, state.vectors, state.version);
         let copy = Holding::new(&of_before, state.vectors, state.version);
         let both = room.and_then(|room| Ok((room, copy?)));
-        refuse_any(&communicator, &communicator.exchange(told(&both))?)?;
-        let (mut own, mut copy) = both.map_err(|text| Error::new(ErrorKind::Memory, text))?;
+        let (mut own, mut copy) = all_have_room(&communicator, both)?;
         for (to, from) in own.shards.iter_mut().zip(&state.own.shards) {
             to.iter_mut().zip(from).for_each(|(to, from)| to.copy_from_slice(from));
         }
@@ -340,9 +361,26 @@ impl Buckets {
     }
 }
 
-/// What the others are told of memory that a rank may not have.
-fn told<T>(made: &Result<T, String>) -> Vec<u8> {
-    made.as_ref().map_or_else(|text| text.clone().into_bytes(), |_| Vec::new())
+/// What was made on this rank, if all had memory for it.
+fn all_have_room<T>(
+    communicator: &Communicator,
+    made: Result<T, TryReserveError>,
+) -> Result<T, Error> {
+    let lacking = communicator.who(made.is_err())?;
+    made.ok().filter(|_| lacking.is_empty()).ok_or_else(|| {
+        let text = format!("ranks {lacking:?} have no memory for the state of their shards");
+        Error::new(ErrorKind::Memory, text).on(communicator.rank()).caused_by(lacking)
+    })
+}
+
+/// Whoever sees this succeed knows that all ranks have all that is new.
+fn all_are_whole(communicator: &Communicator, is_whole: bool) -> Result<(), Error> {
+    let wrong = communicator.who(!is_whole)?;
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    let text = format!("ranks {wrong:?} received other state of shards than was sent to them");
+    Err(Error::new(ErrorKind::Protocol, text).on(communicator.rank()).caused_by(wrong))
 }
 
 fn exchange_cards(
@@ -351,16 +389,23 @@ fn exchange_cards(
     counts: &[usize],
 ) -> Result<Vec<Card>, Error> {
     let told = communicator.exchange(own.encode())?;
-    let cards: Option<Vec<Card>> = told.iter().map(|it| Card::decode(it, counts)).collect();
-    let Some(cards) = cards else {
-        let text = "a rank told of state that is of other parameters";
-        return Err(Error::new(ErrorKind::Mismatch, text).on(communicator.rank()));
-    };
-    if let Some(other) = cards.iter().position(|it| it.vectors != cards[0].vectors) {
-        let [first, second] = [cards[0].vectors, cards[other].vectors];
-        let text = format!("rank 0 keeps {first} vectors of state, and rank {other} {second}");
-        let error = Error::new(ErrorKind::Mismatch, text).on(communicator.rank());
-        return Err(error.caused_by(vec![0, other]));
+    let (mut cards, rank) = (Vec::new(), communicator.rank());
+    for (other, told) in told.iter().enumerate() {
+        let Some(card) = Card::decode(told, counts).filter(|card| card.fits) else {
+            let text = format!("the state of rank {other} is that of other parameters");
+            return Err(Error::new(ErrorKind::Mismatch, text).on(rank).caused_by(vec![other]));
+        };
+        cards.push(card);
+    }
+    let kept = |card: &Card| (card.vectors, card.dtype);
+    if let Some(other) = cards.iter().position(|it| kept(it) != kept(&cards[0])) {
+        let [first, second] = [&cards[0], &cards[other]].map(|Card { vectors, dtype, .. }| {
+            let dtype =
+                Dtype::try_from(*dtype).map_or_else(|_| "?".to_owned(), |it| it.to_string());
+            format!("{vectors} vectors of {dtype}")
+        });
+        let text = format!("rank 0 keeps {first}, and rank {other} {second}");
+        return Err(Error::new(ErrorKind::Mismatch, text).on(rank).caused_by(vec![0, other]));
     }
     Ok(cards)
 }
@@ -389,6 +434,7 @@ fn exchange_moves<T: Element + Default>(
     state: &ShardState<T>,
     new: &mut Holding<T>,
     moves: &[Move],
+    prints: &mut Fingerprints,
 ) -> Result<(), Error> {
     let (rank, world, vectors) = (communicator.rank(), communicator.world(), state.vectors);
     let holdings: Vec<&Holding<T>> = state.holdings().collect();
@@ -415,6 +461,7 @@ fn exchange_moves<T: Element + Default>(
     let mut received = vec![T::default(); receives.iter().sum()];
     let collective = Collective::all_to_all_v(&sends, &receives);
     communicator.run(&collective, Buffers::OutOfPlace(&sent, &mut received))?;
+    prints.add(bytes_of(&sent), &sends, bytes_of(&received), &receives);
     let mut starts: Vec<usize> =
         (0..world).map(|from| receives[..from].iter().sum::<usize>()).collect();
     for it in moves.iter().filter(|it| it.told.to == rank) {
@@ -434,4 +481,74 @@ fn exchange_moves<T: Element + Default>(
         }
     }
     Ok(())
+}
+
+fn bytes_of<T: Element>(elements: &[T]) -> &[u8] {
+    // SAFETY: an element is a number of this size, all of whose bytes are initialized.
+    unsafe { std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements)) }
+}
+
+/// Of all that travels, by the other rank.
+struct Fingerprints {
+    sent: Vec<[u8; 32]>,
+    received: Vec<[u8; 32]>,
+}
+
+impl Fingerprints {
+    fn new(world: usize) -> Self {
+        Self { sent: vec![[0; 32]; world], received: vec![[0; 32]; world] }
+    }
+
+    /// More of it: what goes to or comes from each rank lies behind what is of the rank before.
+    fn add(&mut self, sent: &[u8], sends: &[usize], received: &[u8], receives: &[usize]) {
+        add_all(&mut self.sent, sent, sends);
+        add_all(&mut self.received, received, receives);
+    }
+
+    /// Whether this rank has received what was sent to it.
+    fn fit(&self, communicator: &Communicator) -> Result<bool, Error> {
+        let (sent, received) = (self.sent.as_flattened(), self.received.as_flattened());
+        let mut expected = vec![0; received.len()];
+        communicator.run(&Collective::all_to_all(), Buffers::OutOfPlace(sent, &mut expected))?;
+        Ok(expected == received)
+    }
+}
+
+fn add_all(prints: &mut [[u8; 32]], bytes: &[u8], counts: &[usize]) {
+    // Elements, of which there are as many as counts say.
+    let element = bytes.len() / counts.iter().sum::<usize>().max(1);
+    let mut rest = bytes;
+    for (print, count) in prints.iter_mut().zip(counts).filter(|(_, count)| **count > 0) {
+        let (own, others) = rest.split_at(count * element);
+        *print = fingerprint([*print, fingerprint(own)].as_flattened());
+        rest = others;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_that_is_changed_on_its_way_is_found_out() {
+        let (sent, counts) = ([1_u16, 2, 3, 4, 5], [2, 0, 3]);
+        let of = |buckets: &[&[u16]]| {
+            let mut prints = Fingerprints::new(3);
+            for bucket in buckets {
+                prints.add(bytes_of(bucket), &counts, bytes_of(bucket), &counts);
+            }
+            assert_eq!(prints.sent, prints.received);
+            prints.sent
+        };
+        let right = of(&[&sent, &sent]);
+        assert!(right[1] == [0; 32] && right[0] != right[2]);
+        let mut other = sent;
+        other[3] ^= 256;
+        let [first, last] = [of(&[&other, &sent]), of(&[&sent, &other])];
+        assert!(first != last, "the order counts");
+        for wrong in [first, last, of(&[&sent])] {
+            assert_ne!(wrong[2], right[2]);
+        }
+        assert_eq!(of(&[&other, &sent])[0], right[0], "only who gets it sees it");
+    }
 }

@@ -92,7 +92,7 @@ impl Communicator {
     }
 
     /// The ranks for which it is so.
-    fn who(&self, is_so: bool) -> Result<Vec<Rank>, Error> {
+    pub(crate) fn who(&self, is_so: bool) -> Result<Vec<Rank>, Error> {
         let mut told = vec![0_u8; self.world()];
         self.all_gather(&[u8::from(is_so)], &mut told)?;
         Ok((0..told.len()).filter(|&rank| told[rank] != 0).collect())
