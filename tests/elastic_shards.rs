@@ -67,6 +67,16 @@ fn kill_at_once(running: &Running, victims: &[usize]) {
     victims.iter().for_each(|it| running.signal(*it, libc::SIGKILL));
 }
 
+/// The same while another one sleeps: it may have given all that it has for a call, which others have
+/// ended then, and hears of the deaths as it wakes up.
+fn kill_behind(running: &Running, victims: &[usize], sleeper: usize) {
+    running.signal(sleeper, libc::SIGSTOP);
+    std::thread::sleep(Duration::from_millis(15));
+    kill_at_once(running, victims);
+    std::thread::sleep(Duration::from_millis(10));
+    running.signal(sleeper, libc::SIGCONT);
+}
+
 #[test]
 fn newcomers_take_over_their_shards_between_two_steps() {
     for transport in support::transports() {
@@ -104,10 +114,11 @@ fn steps_end_in_the_same_way_on_all_that_are_left() {
             let running = members(3, transport, 0).set("SHAPES", "few").start();
             running.wait_for("world-3", 3, LIMIT);
             let victim = random.below(3);
+            let sleeper = (victim + 1 + random.below(2)) % 3;
             let moment = Duration::from_micros(random.below(50_000) as u64);
-            println!("{transport}: {victim} dies after {moment:?}");
+            println!("{transport}: {victim} dies after {moment:?}, while {sleeper} sleeps");
             std::thread::sleep(moment);
-            running.signal(victim, libc::SIGKILL);
+            kill_behind(&running, &[victim], sleeper);
             running.wait_for("world-2", 2, LIMIT);
             let lost = alike(&finish(running), &[victim], 2);
             // Gradients lie 64 bytes apart, and so do these shards.
@@ -131,9 +142,10 @@ fn deaths_while_shards_move_lose_what_the_dead_had_and_nothing_else() {
                 victims.push((first + 1 + random.below(4)) % 5);
             }
             let moment = Duration::from_micros(random.below(60_000) as u64);
-            println!("{transport}: {victims:?} die after {moment:?}");
+            let sleeper = (0..5).filter(|it| !victims.contains(it)).nth(random.below(3)).unwrap();
+            println!("{transport}: {victims:?} die after {moment:?}, while {sleeper} sleeps");
             std::thread::sleep(moment);
-            kill_at_once(&running, &victims);
+            kill_behind(&running, &victims, sleeper);
             let world = 5 - victims.len();
             running.wait_for(&format!("world-{world}"), world, LIMIT);
             let lost = alike(&finish(running), &victims, world);
