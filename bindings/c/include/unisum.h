@@ -425,6 +425,12 @@ typedef struct unisum_reduction unisum_reduction;
 typedef struct unisum_scaler unisum_scaler;
 
 /**
+ * What a rank keeps for its shards from step to step: several vectors, for example the weights and
+ * the optimiser's two moments, each with one element for each element of the shards.
+ */
+typedef struct unisum_shard_state unisum_shard_state;
+
+/**
  * A model's parameters themselves, in the memory and the layout of sharded buckets.
  */
 typedef struct unisum_weights unisum_weights;
@@ -1025,6 +1031,32 @@ typedef struct unisum_shard_piece {
      */
     size_t at;
 } unisum_shard_piece;
+
+/**
+ * Elements that keep or change their rank when shards are laid out anew.
+ */
+typedef struct unisum_shard_move {
+    /**
+     * The parameter, by its number in the list.
+     */
+    size_t parameter;
+    /**
+     * The first of its elements.
+     */
+    size_t start;
+    /**
+     * How many.
+     */
+    size_t count;
+    /**
+     * The rank whose state they come from, often the same one; -1 if nobody has them any more.
+     */
+    int64_t from;
+    /**
+     * The rank in whose shard they are now.
+     */
+    uint32_t to;
+} unisum_shard_move;
 
 /**
  * Settings of a scaler, the same on all ranks; a structure of zeros has the defaults.
@@ -1636,6 +1668,93 @@ unisum_status unisum_buckets_gather(const struct unisum_buckets *buckets,
  * Frees weights.
  */
 unisum_status unisum_weights_free(const struct unisum_weights *weights);
+
+/**
+ * Makes state of so many vectors, of which this rank has nothing yet: unisum_buckets_reshard lays it
+ * out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
+ */
+unisum_status unisum_shard_state_create(uint32_t dtype,
+                                        size_t vectors,
+                                        struct unisum_shard_state **state);
+
+/**
+ * Gives each rank what belongs to its shards now, from whoever has it: at the start, and after each
+ * change of an elastic job's view, when the buckets have been made again. A newcomer, and every
+ * rank at the start, gives a new state. unisum_shard_state_moves tells what moved and what nobody
+ * has, which is zero: the program initialises it or takes it from its checkpoint, and then calls
+ * unisum_shard_state_set_version. If copies of an earlier version are more complete
+ * (unisum_buckets_copy_shards), all ranks go back to that.
+ *
+ * Collective: every rank calls it, between two steps. Blocks. If it fails, the state is what it
+ * was. Needs UNISUM_SHARDED. On all ranks: UNISUM_MISMATCH if numbers of vectors or types differ,
+ * or state of other parameters was given; UNISUM_MEMORY if one has no memory.
+ */
+unisum_status unisum_buckets_reshard(const struct unisum_buckets *buckets,
+                                     const struct unisum_shard_state *state);
+
+/**
+ * Copies each rank's state to the next rank, and keeps it as it is now: if the job then loses a
+ * rank, or several of which no two are neighbours, unisum_buckets_reshard loses nothing, and goes
+ * back to this version.
+ *
+ * Collective: every rank calls it, between two steps, as often as is worth it: a loss costs the
+ * steps since. Blocks. Memory for two more states, and for four during the call. On all ranks:
+ * UNISUM_MISMATCH if versions differ; UNISUM_CONFIGURATION if state of other buckets, or with
+ * missing elements, was given on any rank.
+ */
+unisum_status unisum_buckets_copy_shards(const struct unisum_buckets *buckets,
+                                         const struct unisum_shard_state *state);
+
+/**
+ * Where each element of each parameter was before the last unisum_buckets_reshard, and is: the same
+ * on all ranks. `count` gets how many moves there are, of which `capacity` at most are written to
+ * `moves`, which may be NULL.
+ */
+unisum_status unisum_shard_state_moves(const struct unisum_shard_state *state,
+                                       struct unisum_shard_move *moves,
+                                       size_t capacity,
+                                       size_t *count);
+
+/**
+ * A vector of this rank's shard of a bucket, to be read and updated: as many elements as
+ * unisum_buckets_shard gives, with padding. It stays in place until unisum_buckets_reshard is called
+ * or the state is freed. `count` may be NULL.
+ */
+unisum_status unisum_shard_state_vector(const struct unisum_shard_state *state,
+                                        size_t bucket,
+                                        size_t vector,
+                                        void **elements,
+                                        size_t *count);
+
+/**
+ * Some elements of a parameter in one of this rank's shards, to be restored or initialised: those
+ * of a unisum_shard_move whose `to` is this rank. They stay in place as those of
+ * unisum_shard_state_vector.
+ */
+unisum_status unisum_shard_state_elements(const struct unisum_shard_state *state,
+                                          size_t vector,
+                                          size_t parameter,
+                                          size_t start,
+                                          size_t count,
+                                          void **elements);
+
+/**
+ * After how many steps the state is: what unisum_shard_state_set_version was given, or the version
+ * that all ranks have since unisum_buckets_reshard.
+ */
+unisum_status unisum_shard_state_version(const struct unisum_shard_state *state, uint64_t *version);
+
+/**
+ * Says that the state is complete, after so many steps: what was missing is restored. Ranks that
+ * have different versions have different models, so this is called after each step.
+ */
+unisum_status unisum_shard_state_set_version(const struct unisum_shard_state *state,
+                                             uint64_t version);
+
+/**
+ * Frees state of shards.
+ */
+unisum_status unisum_shard_state_free(const struct unisum_shard_state *state);
 
 /**
  * Who is in an elastic job: `epoch` gets 1 at the start of the job and 1 more after each change,
@@ -2623,6 +2742,93 @@ unisum_status unisum_scaler_restore(const struct unisum_scaler *scaler, uint64_t
  * Frees a scaler.
  */
 unisum_status unisum_scaler_free(const struct unisum_scaler *scaler);
+
+/**
+ * Makes state of so many vectors, of which this rank has nothing yet: unisum_buckets_reshard lays it
+ * out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
+ */
+unisum_status unisum_shard_state_create(uint32_t dtype,
+                                        size_t vectors,
+                                        struct unisum_shard_state **state);
+
+/**
+ * Gives each rank what belongs to its shards now, from whoever has it: at the start, and after each
+ * change of an elastic job's view, when the buckets have been made again. A newcomer, and every
+ * rank at the start, gives a new state. unisum_shard_state_moves tells what moved and what nobody
+ * has, which is zero: the program initialises it or takes it from its checkpoint, and then calls
+ * unisum_shard_state_set_version. If copies of an earlier version are more complete
+ * (unisum_buckets_copy_shards), all ranks go back to that.
+ *
+ * Collective: every rank calls it, between two steps. Blocks. If it fails, the state is what it
+ * was. Needs UNISUM_SHARDED. On all ranks: UNISUM_MISMATCH if numbers of vectors or types differ,
+ * or state of other parameters was given; UNISUM_MEMORY if one has no memory.
+ */
+unisum_status unisum_buckets_reshard(const struct unisum_buckets *buckets,
+                                     const struct unisum_shard_state *state);
+
+/**
+ * Copies each rank's state to the next rank, and keeps it as it is now: if the job then loses a
+ * rank, or several of which no two are neighbours, unisum_buckets_reshard loses nothing, and goes
+ * back to this version.
+ *
+ * Collective: every rank calls it, between two steps, as often as is worth it: a loss costs the
+ * steps since. Blocks. Memory for two more states, and for four during the call. On all ranks:
+ * UNISUM_MISMATCH if versions differ; UNISUM_CONFIGURATION if state of other buckets, or with
+ * missing elements, was given on any rank.
+ */
+unisum_status unisum_buckets_copy_shards(const struct unisum_buckets *buckets,
+                                         const struct unisum_shard_state *state);
+
+/**
+ * Where each element of each parameter was before the last unisum_buckets_reshard, and is: the same
+ * on all ranks. `count` gets how many moves there are, of which `capacity` at most are written to
+ * `moves`, which may be NULL.
+ */
+unisum_status unisum_shard_state_moves(const struct unisum_shard_state *state,
+                                       struct unisum_shard_move *moves,
+                                       size_t capacity,
+                                       size_t *count);
+
+/**
+ * A vector of this rank's shard of a bucket, to be read and updated: as many elements as
+ * unisum_buckets_shard gives, with padding. It stays in place until unisum_buckets_reshard is called
+ * or the state is freed. `count` may be NULL.
+ */
+unisum_status unisum_shard_state_vector(const struct unisum_shard_state *state,
+                                        size_t bucket,
+                                        size_t vector,
+                                        void **elements,
+                                        size_t *count);
+
+/**
+ * Some elements of a parameter in one of this rank's shards, to be restored or initialised: those
+ * of a unisum_shard_move whose `to` is this rank. They stay in place as those of
+ * unisum_shard_state_vector.
+ */
+unisum_status unisum_shard_state_elements(const struct unisum_shard_state *state,
+                                          size_t vector,
+                                          size_t parameter,
+                                          size_t start,
+                                          size_t count,
+                                          void **elements);
+
+/**
+ * After how many steps the state is: what unisum_shard_state_set_version was given, or the version
+ * that all ranks have since unisum_buckets_reshard.
+ */
+unisum_status unisum_shard_state_version(const struct unisum_shard_state *state, uint64_t *version);
+
+/**
+ * Says that the state is complete, after so many steps: what was missing is restored. Ranks that
+ * have different versions have different models, so this is called after each step.
+ */
+unisum_status unisum_shard_state_set_version(const struct unisum_shard_state *state,
+                                             uint64_t version);
+
+/**
+ * Frees state of shards.
+ */
+unisum_status unisum_shard_state_free(const struct unisum_shard_state *state);
 
 /**
  * How many buckets there are; a step may lay them out anew, unless they are sharded.

@@ -31,6 +31,7 @@ pub mod messenger;
 pub mod observing;
 pub mod reduction;
 pub mod scaler;
+pub mod shard_state;
 pub mod sharded;
 pub mod simple;
 pub mod status;

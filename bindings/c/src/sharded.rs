@@ -128,7 +128,7 @@ pub unsafe extern "C" fn unisum_buckets_shard_pieces(
     })
 }
 
-fn check_sharded(state: &State) -> Outcome {
+pub(crate) fn check_sharded(state: &State) -> Outcome {
     match state.is_sharded() {
         true => Ok(()),
         false => invalid("these buckets are not sharded: UNISUM_SHARDED makes them so"),

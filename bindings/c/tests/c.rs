@@ -391,6 +391,28 @@ fn processes_join_jobs_in_c() {
     let_join(&[program, "training"], 1, "training", &[true, false], "tcp");
 }
 
+/// What ranks keep for their shards outlives them, by its copies, and comes to newcomers.
+#[test]
+fn state_of_shards_follows_them_in_c() {
+    if !has(&TOOLS) {
+        return;
+    }
+    let program = compile("gcc", "tests/sharding.c", "sharding", &["-std=c11"]);
+    let program = program.to_str().unwrap();
+    run(&[program, "refused"], 2);
+    let trials = std::env::var("UNISUM_TEST_KILLS").map_or(2, |it| it.parse().unwrap());
+    let mut draw = drawn("shards");
+    for transport in ["tcp", "shm"] {
+        for trial in 0..trials {
+            let victim = if trial % 2 == 0 { 0 } else { draw(4) };
+            println!("{transport}: {victim} dies");
+            let after = Duration::from_micros(draw(30_000) as u64);
+            kill_some(&[program, "training"], 4, &[victim], transport, after);
+        }
+        let_join(&[program, "training"], 2, "training", &[false, false], transport);
+    }
+}
+
 #[test]
 fn who_can_not_join_in_c_gets_a_status() {
     if !has(&TOOLS) {

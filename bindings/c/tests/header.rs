@@ -8,7 +8,7 @@ use std::path::Path;
 use cbindgen::{Builder, Config, EnumConfig, ExportConfig, Language, Style};
 
 /// In the order in which a reader wants them.
-const SOURCES: [&str; 17] = [
+const SOURCES: [&str; 18] = [
     "status",
     "types",
     "config",
@@ -22,6 +22,7 @@ const SOURCES: [&str; 17] = [
     "buckets",
     "checkpoint",
     "sharded",
+    "shard_state",
     "elastic",
     "scaler",
     "device",
