@@ -370,6 +370,10 @@ fn connect_only() {
     let builder = Communicator::builder();
     let builder = if elastic { builder.elastic(Elastic::default()) } else { builder };
     match builder.connect() {
+        Ok(communicator) if std::env::var_os("SHARDED").is_some() => {
+            let sharded = Buckets::builder(&communicator).sharded().build(&parameters());
+            tell(format!("{:?}", sharded.err().map(|it| it.to_string())));
+        }
         Ok(communicator) => tell(format!("{:?}", communicator.barrier().err())),
         Err(error) => tell_error(&error),
     }
@@ -417,6 +421,8 @@ fn what_can_t_be_logged_or_repeated_is_refused_at_the_start() {
         head.split('"').nth(7).unwrap().to_owned()
     };
     let own = settings(&base, "own");
+    let sharded = replays(written(&folder, &own, FIRST)).set("SHARDED", "yes");
+    refuses(&sharded, "a job has sharded buckets, whose steps can't be repeated");
     let four = FIRST.replace("0,1,2", "0,1,2,3");
     let why = "the job to repeat began with 4 ranks, this one with 3";
     refuses(&replays(written(&folder, &own, &four)), why);

@@ -143,9 +143,14 @@ impl<'c> Builder<'c> {
     /// # Errors
     /// [`ErrorKind::Mismatch`], on all ranks, if parameters or settings differ between ranks (the
     /// first difference is named) or are invalid; [`ErrorKind::Panicked`] if the hook panicked on a
-    /// rank; as [`Communicator::split`].
+    /// rank; [`ErrorKind::Configuration`] for sharded buckets in a job that repeats another one
+    /// ([`crate::Builder::replay`]); as [`Communicator::split`].
     pub fn build(mut self, parameters: &[Parameter]) -> Result<Buckets, Error> {
         let epoch = self.communicator.epoch();
+        if self.settings.is_sharded && epoch.is_some_and(|epoch| epoch.repeats()) {
+            let text = "a job has sharded buckets, whose steps can't be repeated (UNISUM_REPLAY)";
+            return Err(Error::new(ErrorKind::Configuration, text).on(self.communicator.rank()));
+        }
         let lineage = epoch.map(|epoch| epoch.lineage.clone());
         let continuity = epoch.and_then(|epoch| Continuity::new(epoch, self.settings.is_sharded));
         if continuity.is_some() {
