@@ -67,8 +67,8 @@ fn kill_at_once(running: &Running, victims: &[usize]) {
     victims.iter().for_each(|it| running.signal(*it, libc::SIGKILL));
 }
 
-/// The same while another one sleeps: it may have given all that it has for a call, which others have
-/// ended then, and hears of the deaths as it wakes up.
+/// The same while another one sleeps: it may have given all that it has for a call, which others
+/// have ended then, and hears of the deaths as it wakes up.
 fn kill_behind(running: &Running, victims: &[usize], sleeper: usize) {
     running.signal(sleeper, libc::SIGSTOP);
     std::thread::sleep(Duration::from_millis(15));

@@ -275,7 +275,8 @@ mod tests {
                     let of_rank = |rank| (0..2).find(|it| has((rank, *it)));
                     if let Some(from) = told.from {
                         prop_assert!(versions[holding] == 3 && has((from, holding)));
-                        prop_assert!(holding == 0 || from == told.to || !(0..4).any(|it| has((it, 0))));
+                        let is_owned = (0..4).any(|it| has((it, 0)));
+                        prop_assert!(holding == 0 || from == told.to || !is_owned);
                     }
                     prop_assert!(told.from.is_some() || (0..4).all(|it| of_rank(it).is_none()));
                     let stays = told.to < 4 && of_rank(told.to).is_some();

@@ -169,7 +169,9 @@ impl<T: Element + Default> ShardState<T> {
         self.version = version;
         self.own.version = version;
         self.own.missing.clear();
-        self.copies.retain(|it| it.version <= version);
+        for held in [&mut self.copies, &mut self.coming] {
+            held.retain(|it| it.version <= version);
+        }
     }
 
     /// A vector of this rank's shard of a bucket, as long as [`Buckets::shard`], with padding.
@@ -209,6 +211,17 @@ impl<T: Element + Default> ShardState<T> {
     /// Its own shards, then its copies: those that a [`Card`] tells of.
     fn holdings(&self) -> impl Iterator<Item = &Holding<T>> {
         [&self.own].into_iter().chain(&self.copies).chain(&self.coming)
+    }
+
+    /// All ranks have what came last: it is what this rank has.
+    fn settle(&mut self, version: u64, place: (Layout, Rank, usize), counts: Vec<usize>) {
+        if let Some(new) = self.coming.pop() {
+            self.own = new;
+        }
+        (self.version, self.place, self.counts) = (version, Some(place), counts);
+        self.copies.append(&mut self.coming);
+        // Later ones are of a past that has not happened now.
+        self.copies.retain(|it| it.version <= version);
     }
 
     /// What the others are told, if the buckets' parameters have so many elements.
@@ -259,9 +272,25 @@ impl Buckets {
         &mut self,
         state: &mut ShardState<T>,
     ) -> Result<Resharded, Error> {
-        let place = self.shard_place();
+        let (resharded, is_whole) = self.bring(state)?;
+        // If this fails here and not on others, these have nothing but what is coming.
+        all_are_whole(&self.core.communicator(), is_whole)?;
+        state.settle(resharded.version, self.shard_place(), self.counts());
+        Ok(resharded)
+    }
+
+    fn counts(&self) -> Vec<usize> {
+        self.plan.parameters.iter().map(|it| it.count()).collect()
+    }
+
+    /// Brings the new shards, which are coming from then on, if this rank received what was sent to
+    /// it; whether it did.
+    fn bring<T: Element + Default>(
+        &self,
+        state: &mut ShardState<T>,
+    ) -> Result<(Resharded, bool), Error> {
+        let (place, counts) = (self.shard_place(), self.counts());
         let communicator = self.core.communicator();
-        let counts: Vec<usize> = self.plan.parameters.iter().map(|it| it.count()).collect();
         let cards = exchange_cards(&communicator, &state.card(&counts), &counts)?;
         let version = resharding::choose(&counts, &cards);
         let new = Holding::new(&place, state.vectors, version);
@@ -284,18 +313,9 @@ impl Buckets {
             .collect();
         let is_whole = prints.fit(&communicator)?;
         if is_whole {
-            // If the next call fails here and not on others, these have nothing but what is new.
             state.coming.push(new);
         }
-        all_are_whole(&communicator, is_whole)?;
-        if let Some(new) = state.coming.pop() {
-            state.own = new;
-        }
-        (state.version, state.place, state.counts) = (version, Some(place), counts);
-        state.copies.append(&mut state.coming);
-        // Later ones are of a past that has not happened now.
-        state.copies.retain(|it| it.version <= version);
-        Ok(resharded)
+        Ok((resharded, is_whole))
     }
 
     /// Copies each rank's state to the next rank, and keeps it as it is now: if the job then loses
@@ -526,29 +546,4 @@ fn add_all(prints: &mut [[u8; 32]], bytes: &[u8], counts: &[usize]) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_byte_that_is_changed_on_its_way_is_found_out() {
-        let (sent, counts) = ([1_u16, 2, 3, 4, 5], [2, 0, 3]);
-        let of = |buckets: &[&[u16]]| {
-            let mut prints = Fingerprints::new(3);
-            for bucket in buckets {
-                prints.add(bytes_of(bucket), &counts, bytes_of(bucket), &counts);
-            }
-            assert_eq!(prints.sent, prints.received);
-            prints.sent
-        };
-        let right = of(&[&sent, &sent]);
-        assert!(right[1] == [0; 32] && right[0] != right[2]);
-        let mut other = sent;
-        other[3] ^= 256;
-        let [first, last] = [of(&[&other, &sent]), of(&[&sent, &other])];
-        assert!(first != last, "the order counts");
-        for wrong in [first, last, of(&[&sent])] {
-            assert_ne!(wrong[2], right[2]);
-        }
-        assert_eq!(of(&[&other, &sent])[0], right[0], "only who gets it sees it");
-    }
-}
+mod tests;

@@ -1670,19 +1670,19 @@ unisum_status unisum_buckets_gather(const struct unisum_buckets *buckets,
 unisum_status unisum_weights_free(const struct unisum_weights *weights);
 
 /**
- * Makes state of so many vectors, of which this rank has nothing yet: unisum_buckets_reshard lays it
- * out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
+ * Makes state of so many vectors, of which this rank has nothing yet: unisum_buckets_reshard lays
+ * it out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
  */
 unisum_status unisum_shard_state_create(uint32_t dtype,
                                         size_t vectors,
                                         struct unisum_shard_state **state);
 
 /**
- * Gives each rank what belongs to its shards now, from whoever has it: at the start, and after each
- * change of an elastic job's view, when the buckets have been made again. A newcomer, and every
- * rank at the start, gives a new state. unisum_shard_state_moves tells what moved and what nobody
- * has, which is zero: the program initialises it or takes it from its checkpoint, and then calls
- * unisum_shard_state_set_version. If copies of an earlier version are more complete
+ * Gives each rank what belongs to its shards now, from whoever has it: at the start, and after
+ * each change of an elastic job's view, when the buckets have been made again. A newcomer, and
+ * every rank at the start, gives a new state. unisum_shard_state_moves tells what moved and what
+ * nobody has, which is zero: the program initialises it or takes it from its checkpoint, and then
+ * calls unisum_shard_state_set_version. If copies of an earlier version are more complete
  * (unisum_buckets_copy_shards), all ranks go back to that.
  *
  * Collective: every rank calls it, between two steps. Blocks. If it fails, the state is what it
@@ -1706,9 +1706,9 @@ unisum_status unisum_buckets_copy_shards(const struct unisum_buckets *buckets,
                                          const struct unisum_shard_state *state);
 
 /**
- * Where each element of each parameter was before the last unisum_buckets_reshard, and is: the same
- * on all ranks. `count` gets how many moves there are, of which `capacity` at most are written to
- * `moves`, which may be NULL.
+ * Where each element of each parameter was before the last unisum_buckets_reshard, and is: the
+ * same on all ranks. `count` gets how many moves there are, of which `capacity` at most are
+ * written to `moves`, which may be NULL.
  */
 unisum_status unisum_shard_state_moves(const struct unisum_shard_state *state,
                                        struct unisum_shard_move *moves,
@@ -1717,8 +1717,8 @@ unisum_status unisum_shard_state_moves(const struct unisum_shard_state *state,
 
 /**
  * A vector of this rank's shard of a bucket, to be read and updated: as many elements as
- * unisum_buckets_shard gives, with padding. It stays in place until unisum_buckets_reshard is called
- * or the state is freed. `count` may be NULL.
+ * unisum_buckets_shard gives, with padding. It stays in place until unisum_buckets_reshard is
+ * called or the state is freed. `count` may be NULL.
  */
 unisum_status unisum_shard_state_vector(const struct unisum_shard_state *state,
                                         size_t bucket,
@@ -2744,19 +2744,19 @@ unisum_status unisum_scaler_restore(const struct unisum_scaler *scaler, uint64_t
 unisum_status unisum_scaler_free(const struct unisum_scaler *scaler);
 
 /**
- * Makes state of so many vectors, of which this rank has nothing yet: unisum_buckets_reshard lays it
- * out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
+ * Makes state of so many vectors, of which this rank has nothing yet: unisum_buckets_reshard lays
+ * it out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
  */
 unisum_status unisum_shard_state_create(uint32_t dtype,
                                         size_t vectors,
                                         struct unisum_shard_state **state);
 
 /**
- * Gives each rank what belongs to its shards now, from whoever has it: at the start, and after each
- * change of an elastic job's view, when the buckets have been made again. A newcomer, and every
- * rank at the start, gives a new state. unisum_shard_state_moves tells what moved and what nobody
- * has, which is zero: the program initialises it or takes it from its checkpoint, and then calls
- * unisum_shard_state_set_version. If copies of an earlier version are more complete
+ * Gives each rank what belongs to its shards now, from whoever has it: at the start, and after
+ * each change of an elastic job's view, when the buckets have been made again. A newcomer, and
+ * every rank at the start, gives a new state. unisum_shard_state_moves tells what moved and what
+ * nobody has, which is zero: the program initialises it or takes it from its checkpoint, and then
+ * calls unisum_shard_state_set_version. If copies of an earlier version are more complete
  * (unisum_buckets_copy_shards), all ranks go back to that.
  *
  * Collective: every rank calls it, between two steps. Blocks. If it fails, the state is what it
@@ -2780,9 +2780,9 @@ unisum_status unisum_buckets_copy_shards(const struct unisum_buckets *buckets,
                                          const struct unisum_shard_state *state);
 
 /**
- * Where each element of each parameter was before the last unisum_buckets_reshard, and is: the same
- * on all ranks. `count` gets how many moves there are, of which `capacity` at most are written to
- * `moves`, which may be NULL.
+ * Where each element of each parameter was before the last unisum_buckets_reshard, and is: the
+ * same on all ranks. `count` gets how many moves there are, of which `capacity` at most are
+ * written to `moves`, which may be NULL.
  */
 unisum_status unisum_shard_state_moves(const struct unisum_shard_state *state,
                                        struct unisum_shard_move *moves,
@@ -2791,8 +2791,8 @@ unisum_status unisum_shard_state_moves(const struct unisum_shard_state *state,
 
 /**
  * A vector of this rank's shard of a bucket, to be read and updated: as many elements as
- * unisum_buckets_shard gives, with padding. It stays in place until unisum_buckets_reshard is called
- * or the state is freed. `count` may be NULL.
+ * unisum_buckets_shard gives, with padding. It stays in place until unisum_buckets_reshard is
+ * called or the state is freed. `count` may be NULL.
  */
 unisum_status unisum_shard_state_vector(const struct unisum_shard_state *state,
                                         size_t bucket,

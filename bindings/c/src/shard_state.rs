@@ -105,8 +105,8 @@ impl State {
     }
 }
 
-/// Makes state of so many vectors, of which this rank has nothing yet: unisum_buckets_reshard lays it
-/// out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
+/// Makes state of so many vectors, of which this rank has nothing yet: unisum_buckets_reshard lays
+/// it out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_shard_state_create(
     dtype: u32,
@@ -126,11 +126,11 @@ pub unsafe extern "C" fn unisum_shard_state_create(
     })
 }
 
-/// Gives each rank what belongs to its shards now, from whoever has it: at the start, and after each
-/// change of an elastic job's view, when the buckets have been made again. A newcomer, and every
-/// rank at the start, gives a new state. unisum_shard_state_moves tells what moved and what nobody
-/// has, which is zero: the program initialises it or takes it from its checkpoint, and then calls
-/// unisum_shard_state_set_version. If copies of an earlier version are more complete
+/// Gives each rank what belongs to its shards now, from whoever has it: at the start, and after
+/// each change of an elastic job's view, when the buckets have been made again. A newcomer, and
+/// every rank at the start, gives a new state. unisum_shard_state_moves tells what moved and what
+/// nobody has, which is zero: the program initialises it or takes it from its checkpoint, and then
+/// calls unisum_shard_state_set_version. If copies of an earlier version are more complete
 /// (unisum_buckets_copy_shards), all ranks go back to that.
 ///
 /// Collective: every rank calls it, between two steps. Blocks. If it fails, the state is what it
@@ -177,9 +177,9 @@ pub unsafe extern "C" fn unisum_buckets_copy_shards(
     })
 }
 
-/// Where each element of each parameter was before the last unisum_buckets_reshard, and is: the same
-/// on all ranks. `count` gets how many moves there are, of which `capacity` at most are written to
-/// `moves`, which may be NULL.
+/// Where each element of each parameter was before the last unisum_buckets_reshard, and is: the
+/// same on all ranks. `count` gets how many moves there are, of which `capacity` at most are
+/// written to `moves`, which may be NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_shard_state_moves(
     state: *const unisum_shard_state,
@@ -213,8 +213,8 @@ pub unsafe extern "C" fn unisum_shard_state_moves(
 }
 
 /// A vector of this rank's shard of a bucket, to be read and updated: as many elements as
-/// unisum_buckets_shard gives, with padding. It stays in place until unisum_buckets_reshard is called
-/// or the state is freed. `count` may be NULL.
+/// unisum_buckets_shard gives, with padding. It stays in place until unisum_buckets_reshard is
+/// called or the state is freed. `count` may be NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_shard_state_vector(
     state: *const unisum_shard_state,

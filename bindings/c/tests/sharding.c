@@ -1,6 +1,6 @@
-/* Ranks of an elastic job that keep state of shards: sharding SCENARIO. The test kills some, or lets
- * others join, with TEST_JOIN. TEST_DIRECTORY is for what they tell the test, LAST is how many ranks
- * there are in the end. */
+/* Ranks of an elastic job that keep state of shards: sharding SCENARIO. The test kills some, or
+ * lets others join, with TEST_JOIN. TEST_DIRECTORY is for what they tell the test, LAST is how many
+ * ranks there are in the end. */
 #include <sys/stat.h>
 
 #include "check.h"
@@ -141,8 +141,8 @@ static unisum_status take_step(unisum_buckets *buckets, unisum_shard_state *stat
     return UNISUM_OK;
 }
 
-/* Steps in one view, with copies after every other one: until `until`, which is known once there are
- * LAST ranks. What ends it: a status, or newcomers. */
+/* Steps in one view, with copies after every other one: until `until`, which is known once there
+ * are LAST ranks. What ends it: a status, or newcomers. */
 static unisum_status steps_in_view(unisum_buckets *buckets, unisum_shard_state *state,
                                    uint64_t *until, unisum_step_report *report) {
     uint64_t version;
