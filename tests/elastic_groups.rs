@@ -5,6 +5,10 @@
 
 #[path = "elastic_groups/ends.rs"]
 mod ends;
+#[path = "elastic_groups/entering.rs"]
+mod entering;
+#[path = "elastic_groups/nested.rs"]
+mod nested;
 mod support;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,6 +35,10 @@ fn rank_process() {
         ("count_costs", ends::count_costs),
         ("split_while_killed", split_while_killed),
         ("intrude", ends::intrude),
+        ("descend_and_stream", nested::descend_and_stream),
+        ("grow", entering::grow),
+        ("enter", entering::enter),
+        ("enter_late", entering::enter_late),
     ]);
 }
 
