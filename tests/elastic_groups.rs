@@ -7,6 +7,8 @@
 mod ends;
 #[path = "elastic_groups/entering.rs"]
 mod entering;
+#[path = "elastic_groups/links.rs"]
+mod links;
 #[path = "elastic_groups/nested.rs"]
 mod nested;
 mod support;
@@ -35,6 +37,8 @@ fn rank_process() {
         ("count_costs", ends::count_costs),
         ("split_while_killed", split_while_killed),
         ("intrude", ends::intrude),
+        ("knit", links::knit),
+        ("lose_host", links::lose_host),
         ("descend_and_stream", nested::descend_and_stream),
         ("grow", entering::grow),
         ("enter", entering::enter),

@@ -6,6 +6,7 @@ pub(crate) mod fuzzing;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use unisum_link::{LinkError, Rank};
 
@@ -14,7 +15,7 @@ use crate::collective::{Buffers, Collective};
 use crate::execution::background::Background;
 use crate::execution::member::{Core, Member};
 use crate::execution::runner::Runner;
-use crate::wiring::{self, Description, Group, Parent};
+use crate::wiring::{self, Description, Group, Outcome, Parent};
 use crate::{Communicator, Error, ErrorKind};
 use unisum_control::Share;
 use unisum_engine::Tuning;
@@ -110,7 +111,22 @@ impl Communicator {
         key: i64,
     ) -> Result<(Option<wiring::Member>, Option<Group>), Error> {
         let Some(member) = &self.member else { return Ok((None, None)) };
-        let core = &member.core;
+        let since = Instant::now();
+        loop {
+            let (joined, group) = self.regroup_once(&member.core, (making, color, key), since)?;
+            if let Outcome::Made(joined) = joined {
+                return Ok((joined, group));
+            }
+        }
+    }
+
+    /// The same, which began at `since`, once.
+    fn regroup_once(
+        &self,
+        core: &Core,
+        (making, color, key): (&Making, Option<u32>, i64),
+        since: Instant,
+    ) -> Result<(Outcome, Option<Group>), Error> {
         let numbers = &core.job.next_communicator;
         // Relaxed: splits of one communicator come one after another, and of several at once the
         // later of two that draw a number finds out below.
@@ -135,6 +151,7 @@ impl Communicator {
             choice: &core.runner.choice,
             rank: self.rank(),
             exchange: &exchange,
+            since,
         };
         let joined = parent.join(group.as_ref()).map_err(|error| error.on(self.rank()))?;
         Ok((joined, group))

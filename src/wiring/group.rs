@@ -8,6 +8,7 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
+use std::time::Instant;
 
 use unisum_link::Rank;
 use unisum_link::handshake::random;
@@ -43,6 +44,15 @@ pub(crate) struct Member {
     pub(crate) transport: String,
 }
 
+/// What came of making a group.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// This rank is a member of it, or of none.
+    Made(Option<Member>),
+    /// Connections were cut meanwhile: all ranks of the parent try it again, with another number.
+    Cut,
+}
+
 /// Who makes groups: a communicator whose ranks all take part, those in no group as well.
 pub(crate) struct Parent<'a> {
     pub(crate) job: &'a Arc<Job>,
@@ -50,15 +60,17 @@ pub(crate) struct Parent<'a> {
     pub(crate) choice: &'a AlgorithmSelector,
     pub(crate) rank: Rank,
     pub(crate) exchange: &'a Exchange<'a>,
+    /// When this rank began to make the group, perhaps not for the first time.
+    pub(crate) since: Instant,
 }
 
 impl Parent<'_> {
-    /// Makes this rank a member of `group`, or, without one, only takes part in the exchanges.
-    /// `None` in a group of one, too.
+    /// Makes this rank a member of `group`, or, without one, only takes part in the exchanges. Of
+    /// none in a group of one, too.
     ///
     /// # Errors
     /// If a rank is lost meanwhile; on all ranks if one can't be a member.
-    pub(crate) fn join(&self, group: Option<&Group>) -> Result<Option<Member>, Error> {
+    pub(crate) fn join(&self, group: Option<&Group>) -> Result<Outcome, Error> {
         let group = group.filter(|group| group.ranks.len() > 1);
         let endpoint = group.map(|group| self.endpoint(group));
         let mut control = group.and_then(|group| GroupControl::begin(self, group));
@@ -93,18 +105,24 @@ impl Parent<'_> {
         let mut why = member.as_ref().err().map_or_else(Vec::new, encode_reason);
         if rounds.follows.get() {
             why[0] = FOLLOWS;
+        } else if rounds.was_cut.get() {
+            why[0] = CUT;
         }
         // Nobody opens a connection before all are ready to take it.
         let reasons = (self.exchange)(why.into())?;
+        let first = first_reason(&reasons);
+        if first.is_some_and(|(_, reason)| reason[0] == CUT) {
+            return Ok(Outcome::Cut);
+        }
         let member = match member {
             // Another rank knows why.
             Err(_) if rounds.follows.get() => None,
             member => member?,
         };
-        match first_reason(&reasons) {
+        match first {
             None => {
                 control.into_iter().for_each(GroupControl::keep);
-                Ok(member)
+                Ok(Outcome::Made(member))
             }
             Some((rank, reason)) => Err(self.decode_reason(rank, reason)),
         }
@@ -235,7 +253,10 @@ impl Parent<'_> {
         own.reach(self, &first.addresses);
         let told = rounds.take_part(Share::Same(own.told()), &group.ranks)?;
         let made = own.finish(self, &ranks, &told);
-        rounds.follows.set(made.is_err() && own.has_met());
+        if let Err(error) = &made {
+            rounds.follows.set(own.has_met() && !own.is_over());
+            rounds.was_cut.set(!rounds.follows.get() && own.was_cut(error, self.since));
+        }
         let (control, job) = made.map_err(|error| rounds.in_parent(error, &ranks))?;
         let (all, bond) = ((0..ranks.len()).collect(), Some(own.bond()));
         let membership = Membership::of_group(control, number, session, all, rank, bond);
@@ -280,13 +301,17 @@ impl Told {
 
 /// What a reason begins with, by which all ranks know its kind; another is a failure to meet.
 const KINDS: [(ErrorKind, char); 4] = [
-    (ErrorKind::Resources, '!'),
+    (ErrorKind::Resources, LACKS as char),
     (ErrorKind::Configuration, '='),
     (ErrorKind::Rendezvous, ' '),
     (ErrorKind::Rendezvous, FOLLOWS as char),
 ];
+/// Of a rank that has run out of something.
+const LACKS: u8 = b'!';
 /// Of a failure that follows from another rank's.
 const FOLLOWS: u8 = b'~';
+/// Of one that is worth another attempt, as connections may have been cut.
+const CUT: u8 = b'^';
 
 /// Why a rank can't be in its group: the kind, the ranks that caused it, and a text.
 fn encode_reason(error: &Error) -> Vec<u8> {
@@ -296,12 +321,13 @@ fn encode_reason(error: &Error) -> Vec<u8> {
 }
 
 /// The reason that all ranks report: that of a rank which has run out of something, if there is
-/// one, since others may have given up because of it.
+/// one, since others may have given up because of it; or else that of one which was cut off.
 fn first_reason(reasons: &[Vec<u8>]) -> Option<(Rank, &[u8])> {
     let some = || reasons.iter().enumerate().filter(|(_, reason)| !reason.is_empty());
-    let lacks = |(_, reason): &(Rank, &Vec<u8>)| reason.starts_with(b"!");
+    let begins = |sign| some().find(|(_, reason)| reason[0] == sign);
     let leads = |(_, reason): &(Rank, &Vec<u8>)| reason[0] != FOLLOWS;
-    let found = some().find(lacks).or_else(|| some().find(leads)).or_else(|| some().next());
+    let found = begins(LACKS).or_else(|| begins(CUT));
+    let found = found.or_else(|| some().find(leads)).or_else(|| some().next());
     found.map(|(rank, reason)| (rank, &reason[..]))
 }
 
@@ -320,6 +346,8 @@ struct Rounds<'a> {
     failed: Cell<bool>,
     /// Whether this rank can't be in its group because another one can't.
     follows: Cell<bool>,
+    /// Whether it may have been cut off while its ranks met.
+    was_cut: Cell<bool>,
 }
 
 impl<'a> Rounds<'a> {
@@ -337,6 +365,7 @@ impl<'a> Rounds<'a> {
             done: Cell::new(0),
             failed: Cell::new(false),
             follows: Cell::new(false),
+            was_cut: Cell::new(false),
         }
     }
 

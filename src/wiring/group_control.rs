@@ -6,6 +6,7 @@
 //! numbers in the group.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use unisum_control::address::Rendezvous;
 use unisum_control::interface::without_scope;
@@ -83,6 +84,11 @@ impl GroupControl {
         matches!(self.made, Some(Ok(_)))
     }
 
+    /// Whether there is a verdict in it already.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(&self.made, Some(Ok(control)) if control.is_over())
+    }
+
     fn start(&mut self, parent: &Parent<'_>, addresses: Vec<std::net::SocketAddr>) {
         let started = Control::start(self.config(parent, addresses)).map(Arc::new);
         if let Ok(control) = &started {
@@ -138,8 +144,27 @@ impl GroupControl {
         let addresses: Vec<_> = addresses.collect::<Result<_, _>>()?;
         let (credentials, _) = &self.lineage().credentials;
         let by = (&*control, &self.name[..]);
-        let job = parent.job.of_group((self.rank, ranks), &addresses, credentials, by)?;
-        Ok((control, job))
+        let job = parent.job.of_group((self.rank, ranks), &addresses, credentials, by);
+        if self.lineage().survives_cuts() {
+            // From here on connections go on after they were cut; before, that was a death.
+            match &job {
+                Ok(_) => drop(control.exchange(Vec::new()).map_err(rendezvous_error)?),
+                // The others wait for this rank there.
+                Err(_) => self.give_up(&control),
+            }
+        }
+        Ok((control, job?))
+    }
+
+    /// Whether making the group, begun at `since`, may have failed because connections were cut,
+    /// and is worth another attempt: see [`Epoch::was_cut`](super::Epoch::was_cut).
+    pub(super) fn was_cut(&self, error: &Error, since: Instant) -> bool {
+        self.lineage().may_be_cut(error, since)
+    }
+
+    fn give_up(&self, control: &Control) {
+        let why = "the group was not made";
+        control.accuse(Report::new(0, self.rank, Finding::CannotJoin, why));
     }
 
     /// The group is made.
@@ -158,8 +183,7 @@ impl Drop for GroupControl {
     fn drop(&mut self) {
         // Or rank 0 of the group would wait for those that do not come.
         if let Some(Ok(control)) = self.made.take() {
-            let why = "the group was not made";
-            control.accuse(Report::new(0, self.rank, Finding::CannotJoin, why));
+            self.give_up(&control);
         }
     }
 }

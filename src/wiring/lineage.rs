@@ -221,8 +221,18 @@ impl Lineage {
     }
 
     /// Whether connections go on after they were cut.
-    const fn survives_cuts(&self) -> bool {
+    pub(super) const fn survives_cuts(&self) -> bool {
         !self.settings.reconnect_timeout.is_zero()
+    }
+
+    /// Whether something that ranks have made together since then may have failed because
+    /// connections were cut, and is worth another attempt: ranks that meet can't yet tell that from
+    /// a death, but nobody is lost.
+    pub(super) fn may_be_cut(&self, error: &Error, since: Instant) -> bool {
+        self.survives_cuts()
+            && matches!(error.kind(), ErrorKind::Rendezvous | ErrorKind::RankLost)
+            && since.elapsed() < self.settings.reconnect_timeout
+            && self.views.membership().end.is_none()
     }
 
     /// How long the others may take to agree on a view.
@@ -389,13 +399,9 @@ impl Epoch {
     }
 
     /// Whether making a communicator of this epoch, begun at `since`, may have failed because
-    /// connections were cut, and is worth another attempt: ranks that meet can't yet tell that from
-    /// a death, but nobody is lost.
+    /// connections were cut, and is worth another attempt.
     pub(crate) fn was_cut(&self, error: &Error, since: Instant) -> bool {
-        self.lineage.survives_cuts()
-            && matches!(error.kind(), ErrorKind::Rendezvous | ErrorKind::RankLost)
-            && since.elapsed() < self.lineage.settings.reconnect_timeout
-            && self.lineage.views.membership().end.is_none()
+        self.lineage.may_be_cut(error, since)
     }
 
     /// This epoch's ranks that are not in a later view.

@@ -48,7 +48,7 @@ use card::Card;
 use cores::Cores;
 use costs::MeasureContext;
 pub use description::{Description, MeasuredCost, RankDescription, Rates};
-pub(crate) use group::{Group, Member, Parent};
+pub(crate) use group::{Group, Member, Outcome, Parent};
 pub(crate) use job::Job;
 pub(crate) use lineage::{Epoch, Lineage, identities};
 pub(crate) use meeting::Meeting;
