@@ -254,8 +254,8 @@ impl Parent<'_> {
         let told = rounds.take_part(Share::Same(own.told()), &group.ranks)?;
         let made = own.finish(self, &ranks, &told);
         if let Err(error) = &made {
-            rounds.follows.set(own.has_met() && !own.is_over());
-            rounds.was_cut.set(!rounds.follows.get() && own.was_cut(error, self.since));
+            rounds.follows.set(own.has_met());
+            rounds.was_cut.set(!own.has_met() && own.was_cut(error, self.since));
         }
         let (control, job) = made.map_err(|error| rounds.in_parent(error, &ranks))?;
         let (all, bond) = ((0..ranks.len()).collect(), Some(own.bond()));

@@ -6,7 +6,7 @@
 //! numbers in the group.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use unisum_control::address::Rendezvous;
 use unisum_control::interface::without_scope;
@@ -19,6 +19,10 @@ use super::lineage::{Lineage, parse_addresses};
 use super::{Job, builtin, rendezvous_error};
 use crate::version::BUILD;
 use crate::{Error, ErrorKind};
+
+/// How long an attempt to meet may take where connections go on after they were cut: ranks that
+/// were cut off just then may wait for each other for ever.
+const MEETS_WITHIN: Duration = Duration::from_secs(2);
 
 /// The control of a group, as it is made. It is given up on all its ranks unless it is kept.
 pub(super) struct GroupControl {
@@ -84,9 +88,10 @@ impl GroupControl {
         matches!(self.made, Some(Ok(_)))
     }
 
-    /// Whether there is a verdict in it already.
-    pub(super) fn is_over(&self) -> bool {
-        matches!(&self.made, Some(Ok(control)) if control.is_over())
+    /// How long its ranks may take to meet.
+    fn patience(&self) -> Duration {
+        let settings = self.lineage().settings();
+        settings.connect_timeout.min(settings.timeout) / 2
     }
 
     fn start(&mut self, parent: &Parent<'_>, addresses: Vec<std::net::SocketAddr>) {
@@ -111,7 +116,10 @@ impl GroupControl {
             interface: settings.interface.clone(),
             port_range: settings.port_range,
             // The others wait for this rank in a collective.
-            connect_timeout: settings.connect_timeout.min(settings.timeout) / 2,
+            connect_timeout: match self.lineage().survives_cuts() {
+                true => self.patience().min(MEETS_WITHIN),
+                false => self.patience(),
+            },
             heartbeat_timeout: settings.heartbeat_timeout,
             reconnect_timeout: settings.reconnect_timeout,
             publish: None,
@@ -127,7 +135,7 @@ impl GroupControl {
     /// # Errors
     /// If this rank, or another one, has not reached the group's rank 0.
     pub(super) fn finish(
-        &self,
+        &mut self,
         parent: &Parent<'_>,
         ranks: &[Rank],
         told: &[Vec<u8>],
@@ -145,26 +153,37 @@ impl GroupControl {
         let (credentials, _) = &self.lineage().credentials;
         let by = (&*control, &self.name[..]);
         let job = parent.job.of_group((self.rank, ranks), &addresses, credentials, by);
-        if self.lineage().survives_cuts() {
-            // From here on connections go on after they were cut; before, that was a death.
-            match &job {
-                Ok(_) => drop(control.exchange(Vec::new()).map_err(rendezvous_error)?),
-                // The others wait for this rank there.
-                Err(_) => self.give_up(&control),
+        if !self.lineage().survives_cuts() {
+            return Ok((control, job?));
+        }
+        // Before, an end was a death; once all are past that, connections go on that are cut.
+        let all_met = || control.exchange(Vec::new()).map_err(rendezvous_error);
+        match job.and_then(|job| all_met().map(|_| job)) {
+            Ok(job) => Ok((control, job)),
+            Err(error) => {
+                // The others wait for this rank there, and may take it for one that is cut off:
+                // its port has to refuse them.
+                drop(control);
+                self.give_up();
+                self.made = Some(Err(error.clone()));
+                Err(error)
             }
         }
-        Ok((control, job?))
     }
 
     /// Whether making the group, begun at `since`, may have failed because connections were cut,
     /// and is worth another attempt: see [`Epoch::was_cut`](super::Epoch::was_cut).
     pub(super) fn was_cut(&self, error: &Error, since: Instant) -> bool {
-        self.lineage().may_be_cut(error, since)
+        let settings = self.lineage().settings();
+        self.lineage().may_be_cut(error, since, settings.reconnect_timeout.max(self.patience()))
     }
 
-    fn give_up(&self, control: &Control) {
-        let why = "the group was not made";
-        control.accuse(Report::new(0, self.rank, Finding::CannotJoin, why));
+    /// Or rank 0 of the group would wait for those that do not come.
+    fn give_up(&mut self) {
+        if let Some(Ok(control)) = self.made.take() {
+            let why = "the group was not made";
+            control.accuse(Report::new(0, self.rank, Finding::CannotJoin, why));
+        }
     }
 
     /// The group is made.
@@ -181,9 +200,6 @@ fn not_there(rank: Rank) -> Error {
 
 impl Drop for GroupControl {
     fn drop(&mut self) {
-        // Or rank 0 of the group would wait for those that do not come.
-        if let Some(Ok(control)) = self.made.take() {
-            self.give_up(&control);
-        }
+        self.give_up();
     }
 }

@@ -226,12 +226,12 @@ impl Lineage {
     }
 
     /// Whether something that ranks have made together since then may have failed because
-    /// connections were cut, and is worth another attempt: ranks that meet can't yet tell that from
-    /// a death, but nobody is lost.
-    pub(super) fn may_be_cut(&self, error: &Error, since: Instant) -> bool {
+    /// connections were cut, and is worth another attempt within `limit`: ranks that meet can't yet
+    /// tell that from a death, but nobody is lost.
+    pub(super) fn may_be_cut(&self, error: &Error, since: Instant, limit: Duration) -> bool {
         self.survives_cuts()
             && matches!(error.kind(), ErrorKind::Rendezvous | ErrorKind::RankLost)
-            && since.elapsed() < self.settings.reconnect_timeout
+            && since.elapsed() < limit
             && self.views.membership().end.is_none()
     }
 
@@ -401,7 +401,8 @@ impl Epoch {
     /// Whether making a communicator of this epoch, begun at `since`, may have failed because
     /// connections were cut, and is worth another attempt.
     pub(crate) fn was_cut(&self, error: &Error, since: Instant) -> bool {
-        self.lineage.may_be_cut(error, since)
+        let limit = self.lineage.settings.reconnect_timeout;
+        self.lineage.may_be_cut(error, since, limit)
     }
 
     /// This epoch's ranks that are not in a later view.
