@@ -216,22 +216,25 @@ fn names_the_queue_pair(ended: &[Ended]) {
 }
 
 fn reduce_for_a_while() {
+    let seconds = std::env::var("SECONDS").map_or(3, |it| it.parse().unwrap());
     let communicator = Communicator::from_environment().unwrap();
     let mut data = communicator.allocate::<i32>(200_000).unwrap();
     let start = Instant::now();
-    let mut first = true;
+    let (mut first, mut longest) = (true, Duration::ZERO);
     // The ranks agree on when to stop.
     loop {
         data.fill(1);
-        let is_over = i32::from(start.elapsed() > Duration::from_secs(3));
+        let began = Instant::now();
+        let is_over = i32::from(start.elapsed() > Duration::from_secs(seconds));
         data[0] = is_over;
         communicator.all_reduce(&mut data, ReduceOp::Sum).unwrap();
+        longest = longest.max(began.elapsed());
         assert!(data[1..].iter().all(|&sum| sum == 2));
         if std::mem::take(&mut first) {
             reach("reducing");
         }
         if data[0] > 0 {
-            return;
+            return tell(longest.as_millis());
         }
     }
 }
@@ -271,6 +274,32 @@ fn a_short_outage_between_two_devices_is_survived() {
     sh("ip link set bridge0 down; sleep 0.3; ip link set bridge0 up");
     for (rank, Ended { status, told, log }) in running.wait(LIMIT).iter().enumerate() {
         assert_eq!(*status, 0, "rank {rank}: {told:?} {log}");
+    }
+}
+
+/// The time between repetitions follows from how long an outage may be: 10 s here. 6 repetitions
+/// 1.07 s apart would be over before.
+#[test]
+fn an_outage_between_two_devices_that_is_as_long_as_it_may_be_is_survived() {
+    if !has_several_devices() {
+        return;
+    }
+    let world = apart("reduce_for_a_while")
+        .set("UNISUM_HEARTBEAT_TIMEOUT", 1)
+        .set("UNISUM_RECONNECT_TIMEOUT", 10)
+        .set("UNISUM_VERBS_RETRIES", 6)
+        .set("SECONDS", 16);
+    let running = reducing(&world, 2);
+    sh("ip link set bridge0 down; sleep 9.5; ip link set bridge0 up");
+    let back = Instant::now();
+    for (rank, Ended { status, told, log }) in running.wait(LIMIT).iter().enumerate() {
+        assert_eq!(*status, 0, "rank {rank}: {told:?} {log}");
+        let gap: u64 = told[0].parse().unwrap();
+        println!(
+            "rank {rank}: longest call {gap} ms, over {:.1?} after the outage",
+            back.elapsed()
+        );
+        assert!(gap > 9_000, "rank {rank} has not noticed the outage: {gap} ms");
     }
 }
 

@@ -103,17 +103,18 @@ impl Settings {
         let defaults = Self::default();
         let read = Reader(environment);
         let reproducible = read.switch("UNISUM_REPRODUCIBLE")?.unwrap_or(defaults.reproducible);
+        let heartbeat_timeout = read
+            .seconds_from(1.0, "UNISUM_HEARTBEAT_TIMEOUT")?
+            .unwrap_or(defaults.heartbeat_timeout);
+        let reconnect_timeout =
+            read.seconds_or_none("UNISUM_RECONNECT_TIMEOUT")?.unwrap_or(defaults.reconnect_timeout);
         Ok(Self {
             timeout: read.seconds("UNISUM_TIMEOUT")?.unwrap_or(defaults.timeout),
             connect_timeout: read
                 .seconds("UNISUM_CONNECT_TIMEOUT")?
                 .unwrap_or(defaults.connect_timeout),
-            heartbeat_timeout: read
-                .seconds_from(1.0, "UNISUM_HEARTBEAT_TIMEOUT")?
-                .unwrap_or(defaults.heartbeat_timeout),
-            reconnect_timeout: read
-                .seconds_or_none("UNISUM_RECONNECT_TIMEOUT")?
-                .unwrap_or(defaults.reconnect_timeout),
+            heartbeat_timeout,
+            reconnect_timeout,
             elastic: read.number("UNISUM_ELASTIC", 0..=1 << 16)?.filter(|&minimum| minimum > 0),
             members: read.path("UNISUM_MEMBERS")?,
             epoch_log: read.path("UNISUM_EPOCH_LOG")?,
@@ -139,7 +140,7 @@ impl Settings {
             window: read.number("UNISUM_WINDOW", 1..=1024)?.unwrap_or(defaults.window),
             shm_heap: read.bytes("UNISUM_SHM_HEAP", 1..=1 << 46)?,
             cross_memory: read.switch("UNISUM_CMA")?.unwrap_or(defaults.cross_memory),
-            verbs: VerbsSettings::read(&read)?,
+            verbs: VerbsSettings::read(&read, heartbeat_timeout.max(reconnect_timeout))?,
             tls: TlsSettings::read(&read)?,
         })
     }

@@ -134,8 +134,8 @@ pub(crate) const VARIABLES: &[Variable] = &[
     variable("UNISUM_VERBS_MTU", "", "largest RDMA packet, 256 to 4096 bytes"),
     variable(
         "UNISUM_VERBS_TIMEOUT",
-        "18",
-        "a lost packet is repeated after 4.096 µs · 2^this, 1 to 31",
+        "",
+        "a lost packet is repeated after 4.096 µs · 2^this, 1 to 31; by default as an outage takes",
     ),
     variable("UNISUM_VERBS_RETRIES", "7", "repetitions before an RDMA connection fails, 0 to 7"),
     variable("UNISUM_VERBS_TRAFFIC_CLASS", "0", "traffic class of RDMA packets (RoCE: DSCP · 4)"),

@@ -1,5 +1,7 @@
 //! What a user can set about RDMA devices.
 
+use std::time::Duration;
+
 use super::{Reader, SettingsError};
 use crate::wiring::builtin;
 
@@ -33,7 +35,8 @@ impl Default for VerbsSettings {
             gid_index: None,
             pairs_per_peer: 2,
             mtu: None,
-            timeout: 18,
+            // For an outage of 10 s.
+            timeout: 19,
             retries: 7,
             traffic_class: 0,
             service_level: 0,
@@ -42,8 +45,10 @@ impl Default for VerbsSettings {
 }
 
 impl VerbsSettings {
-    pub(super) fn read(read: &Reader<'_>) -> Result<Self, SettingsError> {
+    /// An `outage` that is no longer than this only delays a job.
+    pub(super) fn read(read: &Reader<'_>, outage: Duration) -> Result<Self, SettingsError> {
         let defaults = Self::default();
+        let retries = read.number("UNISUM_VERBS_RETRIES", 0..=7)?.unwrap_or(defaults.retries);
         // Users of NCCL have said once already which devices to use and how.
         let forbidden = read.switch("NCCL_IB_DISABLE")?.unwrap_or(false);
         let number_of = |names: [&'static str; 2], most| {
@@ -65,12 +70,49 @@ impl VerbsSettings {
                 .number("UNISUM_VERBS_PAIRS", 1..=16)?
                 .unwrap_or(defaults.pairs_per_peer),
             mtu: read.bytes("UNISUM_VERBS_MTU", 256..=4096)?.map(|bytes| bytes as usize),
-            timeout: read.number("UNISUM_VERBS_TIMEOUT", 1..=31)?.unwrap_or(defaults.timeout),
-            retries: read.number("UNISUM_VERBS_RETRIES", 0..=7)?.unwrap_or(defaults.retries),
+            timeout: read
+                .number("UNISUM_VERBS_TIMEOUT", 1..=31)?
+                .unwrap_or_else(|| timeout_for(outage, retries)),
+            retries,
             traffic_class: number_of(["UNISUM_VERBS_TRAFFIC_CLASS", "NCCL_IB_TC"], 255)?
                 .unwrap_or(defaults.traffic_class),
             service_level: number_of(["UNISUM_VERBS_SERVICE_LEVEL", "NCCL_IB_SL"], 15)?
                 .unwrap_or(defaults.service_level),
         })
+    }
+}
+
+/// The shortest time-out of a packet with which so many repetitions outlast an outage: the last of
+/// them gets through. Devices may take longer.
+fn timeout_for(outage: Duration, retries: usize) -> usize {
+    const UNIT: Duration = Duration::from_nanos(4096);
+    // Shorter ones would repeat what is only late.
+    const CODES: std::ops::RangeInclusive<usize> = 18..=31;
+    let outlasts = |code: &usize| UNIT * (1 << code) * retries as u32 >= outage;
+    match retries {
+        // Nothing is outlasted by a packet that is sent once.
+        0 => *CODES.start(),
+        _ => CODES.into_iter().find(outlasts).unwrap_or(*CODES.end()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repetitions_outlast_the_outage_and_are_no_rarer_than_that_takes() {
+        let seconds =
+            |retries: usize, code: usize| retries as f64 * 4.096e-6 * 2_f64.powi(code as i32);
+        for retries in 1..=7 {
+            for outage in [0.1, 1.0, 7.6, 10.0, 20.0, 40.0, 310.0] {
+                let code = timeout_for(Duration::from_secs_f64(outage), retries);
+                assert!(seconds(retries, code) >= outage, "{retries}, {outage} s: {code}");
+                assert!(code == 18 || seconds(retries, code - 1) < outage, "{retries}, {outage} s");
+            }
+        }
+        // As far as there are codes.
+        assert_eq!(timeout_for(Duration::from_secs(2_000_000), 7), 31);
+        assert_eq!(timeout_for(Duration::from_secs(10), 0), 18);
     }
 }
