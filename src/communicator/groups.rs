@@ -115,7 +115,7 @@ impl Communicator {
         loop {
             let (joined, group) = self.regroup_once(&member.core, (making, color, key), since)?;
             if let Outcome::Made(joined) = joined {
-                return Ok((joined, group));
+                return Ok((joined.map(|joined| *joined), group));
             }
         }
     }

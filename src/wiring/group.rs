@@ -48,7 +48,7 @@ pub(crate) struct Member {
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// This rank is a member of it, or of none.
-    Made(Option<Member>),
+    Made(Option<Box<Member>>),
     /// Connections were cut meanwhile: all ranks of the parent try it again, with another number.
     Cut,
 }
@@ -122,7 +122,7 @@ impl Parent<'_> {
         match first {
             None => {
                 control.into_iter().for_each(GroupControl::keep);
-                Ok(Outcome::Made(member))
+                Ok(Outcome::Made(member.map(Box::new)))
             }
             Some((rank, reason)) => Err(self.decode_reason(rank, reason)),
         }
