@@ -21,6 +21,8 @@ mod faults;
 mod hosts;
 #[path = "device/mapped.rs"]
 mod mapped;
+#[path = "device/rails.rs"]
+mod rails;
 #[path = "device/streams.rs"]
 mod streams;
 mod support;
@@ -55,7 +57,7 @@ fn rank_process() {
         ("refused", refused),
     ];
     let rooms = [here, buckets::SCENARIOS, faults::SCENARIOS, hosts::SCENARIOS];
-    let more = [mapped::SCENARIOS, streams::SCENARIOS, waits::SCENARIOS];
+    let more = [mapped::SCENARIOS, rails::SCENARIOS, streams::SCENARIOS, waits::SCENARIOS];
     support::run_if_rank(&[rooms.concat(), more.concat()].concat());
 }
 

@@ -492,7 +492,7 @@ impl Blocks {
     }
 
     /// All elements: of `blocks` blocks, if there are blocks; what is received or sent of pairs.
-    fn whole(&self, blocks: Option<usize>, receives: bool) -> usize {
+    pub(crate) fn whole(&self, blocks: Option<usize>, receives: bool) -> usize {
         match self {
             Self::Even(each) => each * blocks.unwrap_or(1),
             Self::Given(counts) => counts.iter().sum(),

@@ -171,10 +171,7 @@ impl Calling<'_> {
     ) -> Result<Option<(u64, Exported)>, Refusal> {
         let device = &self.communicator.device;
         if bytes > kept.as_ref().map_or(0, |it| it.memory().bytes()) {
-            let room = match bytes {
-                ..STEP => bytes.next_power_of_two().max(64 << 10),
-                _ => bytes.next_multiple_of(STEP),
-            };
+            let room = rounded(bytes);
             let new = Owned::zeroed(device, room).map_err(|error| {
                 let text = format!("{room} bytes beside the buffers: {error}");
                 Refusal::new(RefusalKind::Device, text)
@@ -187,6 +184,14 @@ impl Calling<'_> {
             Refusal::new(RefusalKind::Device, "the driver gives no handles for its own memory")
         })?;
         Ok(Some((owned.memory().address(), exported)))
+    }
+}
+
+/// How much memory is taken where so many bytes are needed.
+pub(super) fn rounded(bytes: usize) -> usize {
+    match bytes {
+        ..STEP => bytes.next_power_of_two().max(64 << 10),
+        _ => bytes.next_multiple_of(STEP),
     }
 }
 

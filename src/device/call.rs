@@ -86,8 +86,8 @@ impl Calling<'_> {
         if !prepared.extents.blocks.is_empty() {
             let is_staged = self.state.direct.is_none() || prepared.fold.custom.is_some();
             match is_staged {
-                true if self.is_hierarchical(&prepared.fold) => {
-                    self.climb(owners, &prepared.fold)?
+                true if self.is_hierarchical(&prepared.fold, &prepared.extents.blocks) => {
+                    self.climb(owners, &prepared.fold, &prepared.extents.blocks)?
                 }
                 true => self.stage(&prepared.extents)?,
                 false => self.enqueue(number, prepared, &cards)?,
@@ -203,6 +203,7 @@ impl Calling<'_> {
             Some((_, choice)) if choice.one_launch => self.areas_at_hand(owners, &extents)?,
             _ => self.areas(owners, &extents)?,
         };
+        self.reserve(&fold, &extents)?;
         let mut scratch = Area::default();
         if let Some((form, choice)) = form.as_ref().filter(|(_, choice)| !choice.one_launch) {
             let alike = vec![areas.in_place; world];

@@ -21,9 +21,8 @@ impl DeviceCommunicator {
         let mut state = self.lock();
         let fold = collective.fold(T::DTYPE);
         let fixed = state.programs.fixed();
-        if collective.kind() == CollectiveKind::AllReduce
-            && state.hierarchy.as_mut().is_some_and(|it| it.takes(&fold, count, fixed))
-        {
+        let (kind, hierarchy) = (collective.kind(), state.hierarchy.as_mut());
+        if hierarchy.is_some_and(|it| it.takes(kind, &fold, count, fixed)) {
             return hierarchy::NAME;
         }
         if state.direct.is_none() {

@@ -18,8 +18,9 @@ use crate::{Communicator, Error, ErrorKind};
 pub enum DeviceRoute {
     /// Every device reads the memory of the others.
     CudaIpc,
-    /// Every device reads the memory of the others of its host. All-reduces go both ways: within
-    /// each host as `CudaIpc`, and between hosts as `Staged`; the other collectives are staged.
+    /// Every device reads the memory of the others of its host. All-reduces, all-gathers and
+    /// reduce-scatters go both ways: within each host as `CudaIpc`, and between hosts as `Staged`;
+    /// the other collectives are staged.
     Hierarchical {
         /// How many hosts there are.
         hosts: usize,
@@ -47,7 +48,8 @@ impl fmt::Display for DeviceRoute {
             Self::Hierarchical { hosts, ranks } => write!(
                 f,
                 "on {hosts} hosts, the {ranks} devices of each read each other's memory (CUDA IPC) \
-                 for all-reduces; between hosts, and for the rest, through the hosts' memory"
+                 for all-reduces, all-gathers and reduce-scatters; between hosts, and for the \
+                 rest, through the hosts' memory"
             ),
             Self::Staged { reason } => {
                 write!(f, "staged through the hosts' memory, since {reason}")

@@ -7,8 +7,8 @@
 //! other by flags in device memory (`flags`), which lie in a page that all ranks have open
 //! (`page`); so does the staging memory of small all-reduces, which are a single launch. What ranks
 //! have open of each other's memory, and when it may be freed, is in `memories`. Where devices do
-//! not reach each other, `staged` goes through the hosts; if those of each host do, all-reduces
-//! go both ways, by `hierarchy`.
+//! not reach each other, `staged` goes through the hosts; if those of each host do, some go both
+//! ways, by `hierarchy`.
 
 mod areas;
 mod buffer;
@@ -113,8 +113,8 @@ impl Communicator {
     ///
     /// If all ranks are on one host and their devices have access to each other's memory,
     /// collectives run on the devices alone. Otherwise they go through the hosts' memory, and a
-    /// warning says why; but all-reduces still use the devices within each host, if hosts have
-    /// equally many ranks ([`DeviceCommunicator::route`]).
+    /// warning says why; but all-reduces, all-gathers and reduce-scatters still use the devices
+    /// within each host, if hosts have equally many ranks ([`DeviceCommunicator::route`]).
     ///
     /// Collective: every rank calls it. Blocks. Cost: about that of [`Communicator::duplicate`],
     /// and loading the kernels, once for each device.

@@ -193,21 +193,21 @@ fn elements(dtype: Dtype, count: usize, seed: u64) -> Vec<u8> {
 }
 
 /// Memory of the host that is aligned to any element.
-struct Host(Vec<u128>, usize);
+pub struct Host(Vec<u128>, usize);
 
 impl Host {
-    fn new(bytes: &[u8]) -> Self {
+    pub fn new(bytes: &[u8]) -> Self {
         let mut host = Self(vec![0; bytes.len().div_ceil(16) + 1], bytes.len());
         host.bytes().copy_from_slice(bytes);
         host
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    pub fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: the words are there, and any bytes are bytes.
         unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.1) }
     }
 
-    fn start(&mut self) -> NonNull<u8> {
+    pub fn start(&mut self) -> NonNull<u8> {
         NonNull::from(&mut self.0[..]).cast()
     }
 }

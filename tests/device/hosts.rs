@@ -24,11 +24,20 @@ pub const SCENARIOS: &[Scenario] = &[
 /// A world of hosts with `each` ranks, which are numbered host by host or in turns.
 fn world(scenario: &'static str, (hosts, each): (usize, usize), in_turns: bool) -> World {
     let host = move |rank| if in_turns { rank % hosts } else { rank / each };
-    super::world(hosts * each, scenario, hosts * each)
+    world_on(scenario, hosts, hosts * each, host).set("DRAWN", Random::new().below(3000))
+}
+
+/// A world on so many hosts; `host` says on which one each rank is.
+pub fn world_on(
+    scenario: &'static str,
+    hosts: usize,
+    ranks: usize,
+    host: impl Fn(usize) -> usize + Send + Sync + 'static,
+) -> World {
+    super::world(ranks, scenario, ranks)
         .set("UNISUM_TRANSPORT", "auto")
         .set("UNISUM_INTERFACE", "")
         .set("HOSTS", hosts)
-        .set("DRAWN", Random::new().below(3000))
         .through(move |rank| inside(host(rank)))
 }
 

@@ -1,9 +1,13 @@
-//! All-reduces over several hosts, in each of which the devices read each other's memory.
+//! Collectives over several hosts, in each of which the devices read each other's memory: here
+//! all-reduces, in `rails` all-gathers and reduce-scatters.
 //!
-//! The devices of a host reduce-scatter among themselves, so that each has a block of the host's
-//! result. It goes to pinned memory, where the host reduces it with the blocks of the devices that
-//! have the same place on the other hosts, and back; then the devices all-gather the blocks. Long
-//! buffers take this way in pieces: one is on the wire while the devices reduce the next.
+//! For an all-reduce, the devices of a host reduce-scatter among themselves, so that each has a
+//! block of the host's result. It goes to pinned memory, where the host reduces it with the blocks
+//! of the devices that have the same place on the other hosts, and back; then the devices
+//! all-gather the blocks. Long buffers take this way in pieces: one is on the wire while the
+//! devices reduce the next.
+
+mod rails;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -13,13 +17,15 @@ use unisum_kernels::{Dtype, Fold, ReduceOp};
 use unisum_link::{CollectiveKind, Rank};
 
 use super::DeviceCommunicator;
+use super::areas::rounded;
 use super::buffer::{RawDeviceBuffers, device_error};
 use super::call::Calling;
+use super::card::{Refusal, RefusalKind};
 use super::joining::DeviceRoute;
 use super::memories::Owned;
 use crate::collective::raw::RawBuffers;
 use crate::collective::reduction::Reduction;
-use crate::collective::{Buffers, Collective};
+use crate::collective::{Blocks, Buffers, Collective, Extents};
 use crate::communicator::groups::Making;
 use crate::{Communicator, Error};
 
@@ -31,6 +37,8 @@ const ALIGNMENT: usize = 64;
 /// What a device copies from or to the host in a second: H100 with PCIe 5.0 x16, as in
 /// `DeviceFigures`. Reckoned, not measured.
 const HOST_BYTES_PER_S: f64 = 0.8 * 64e9;
+/// What a call of a host's ranks takes before anything is in their streams: assumed, not measured.
+const CALL_S: f64 = 10e-6;
 /// The algorithm that all of this is.
 pub(super) const NAME: &str = "hierarchical";
 
@@ -41,13 +49,19 @@ pub(super) struct Hierarchy {
     node: DeviceCommunicator,
     /// The ranks that have this one's place on their hosts.
     rail: Communicator,
+    /// Which host and which place on it each rank has.
+    places: Vec<(usize, usize)>,
+    /// This rank's host.
+    here: usize,
     /// For copies from and to the host, beside the caller's stream.
     copies: Stream,
     pinned: Option<Pinned>,
     /// Of pieces in turns.
     moments: [Moments; 2],
-    /// Whether it is faster than a call through the hosts alone, by type and elements.
-    pays: HashMap<(Dtype, usize), bool>,
+    /// On the device, what its host has reduced for the ranks of the rail.
+    scattered: Option<Owned>,
+    /// Whether it is faster than a call through the hosts alone, by collective, type and elements.
+    pays: HashMap<(CollectiveKind, Dtype, usize), bool>,
 }
 
 /// Of a piece.
@@ -109,20 +123,25 @@ impl Hierarchy {
         let Some(member) = &host.member else { return Ok(None) };
         let ranks = member.core.runner.membership.ranks();
         let Some(places) = places(&member.core.job.hosts(ranks)) else { return Ok(None) };
-        let (own_host, place) = places[host.rank()];
+        let (here, place) = places[host.rank()];
         let group = |color: usize| {
             let made = host.make(&Making::Device, Some(color as u32), host.rank() as i64)?;
             Ok::<_, Error>(made.expect("who has a color is in a group"))
         };
-        let (node, rail) = (group(own_host)?, group(place)?);
+        let (node, rail) = (group(here)?, group(place)?);
         // Both choose for themselves, whatever is fixed for the whole.
         rail.set_algorithm(None)?;
-        let made = Self::make(&node, rail, ordinal);
+        let made = Self::make(&node, rail, (places, here), ordinal);
         let all_have = host.exchange(vec![u8::from(made.is_some())])?;
         Ok(made.filter(|_| all_have.iter().all(|has| has[..] == [1])))
     }
 
-    fn make(node: &Communicator, rail: Communicator, ordinal: usize) -> Option<Self> {
+    fn make(
+        node: &Communicator,
+        rail: Communicator,
+        (places, here): (Vec<(usize, usize)>, usize),
+        ordinal: usize,
+    ) -> Option<Self> {
         let node = node.on_device(ordinal);
         let node = node.inspect_err(|error| tracing::debug!("{error}")).ok()?;
         node.set_algorithm(None).ok()?;
@@ -133,8 +152,18 @@ impl Hierarchy {
         let parts = || Ok::<_, CudaError>((Stream::new(&node.device)?, [moments()?, moments()?]));
         let (copies, moments) = parts().inspect_err(|error| tracing::debug!("{error}")).ok()?;
         let is_direct = *node.route() == DeviceRoute::CudaIpc;
-        let (pinned, pays) = (None, HashMap::new());
-        is_direct.then_some(Self { node, rail, copies, pinned, moments, pays })
+        let (pinned, scattered, pays) = (None, None, HashMap::new());
+        is_direct.then_some(Self {
+            node,
+            rail,
+            places,
+            here,
+            copies,
+            pinned,
+            moments,
+            scattered,
+            pays,
+        })
     }
 
     /// The hosts, and the devices of each.
@@ -147,30 +176,62 @@ impl Hierarchy {
         &self.node
     }
 
-    /// Whether an all-reduce goes this way, if `fixed` is not another one: the same on all ranks.
-    pub(super) fn takes(&mut self, fold: &Fold, count: usize, fixed: Option<&str>) -> bool {
-        // Integers are divided once, by all.
-        let can = fold.custom.is_none() && (fold.op != ReduceOp::Average || fold.dtype.is_float());
-        let known = || crate::algorithms_of(CollectiveKind::AllReduce);
-        match fixed.filter(|name| known().contains(name)) {
-            Some(name) => can && name == NAME,
-            None => can && self.pays(fold.dtype, count),
+    /// Whether a collective of so many elements in all goes this way, if `fixed` is not another
+    /// one: the same on all ranks.
+    pub(super) fn takes(
+        &mut self,
+        kind: CollectiveKind,
+        fold: &Fold,
+        count: usize,
+        fixed: Option<&str>,
+    ) -> bool {
+        let can = match kind {
+            CollectiveKind::AllGather => true,
+            // Integers are divided once, by all.
+            CollectiveKind::AllReduce | CollectiveKind::ReduceScatter => {
+                fold.custom.is_none() && (fold.op != ReduceOp::Average || fold.dtype.is_float())
+            }
+            _ => false,
+        };
+        match fixed.filter(|name| can && crate::algorithms_of(kind).contains(name)) {
+            Some(name) => name == NAME,
+            None => can && self.pays(kind, fold.dtype, count),
         }
     }
 
-    /// Whether the devices take less time than it saves to copy a block only, and back.
-    fn pays(&mut self, dtype: Dtype, count: usize) -> bool {
-        let node = &self.node;
-        *self.pays.entry((dtype, count)).or_insert_with(|| {
-            let scatter = node.reckoned(&Collective::reduce_scatter(ReduceOp::Sum), dtype, count);
-            let gather = node.reckoned(&Collective::all_gather(), dtype, count);
+    /// Whether the devices take less time than it saves to copy a block only, down, back or both.
+    fn pays(&mut self, kind: CollectiveKind, dtype: Dtype, count: usize) -> bool {
+        let (node, places) = (&self.node, &self.places);
+        *self.pays.entry((kind, dtype, count)).or_insert_with(|| {
+            let scatter =
+                |count| node.reckoned(&Collective::reduce_scatter(ReduceOp::Sum), dtype, count);
+            let gather = |count| node.reckoned(&Collective::all_gather(), dtype, count);
             let bytes = (count * dtype.bytes()) as f64;
-            let saved = 2.0 * (bytes - bytes / node.world() as f64) / HOST_BYTES_PER_S;
-            scatter + gather < saved
+            let saved = (bytes - bytes / node.world() as f64) / HOST_BYTES_PER_S;
+            if kind == CollectiveKind::AllReduce {
+                return scatter(count) + gather(count) < 2.0 * saved;
+            }
+            // One call for each range in which the places follow each other.
+            let calls = rails::ranges(places, &Blocks::Even(1)).len();
+            let each = count.div_ceil(calls);
+            let of_one = match kind {
+                CollectiveKind::AllGather => gather(each),
+                _ => scatter(each),
+            };
+            calls as f64 * (of_one + CALL_S) < saved
         })
     }
 
-    /// Pinned memory for two blocks, and where the second begins.
+    /// Device memory of at least so many bytes for what the host reduces for the rail.
+    fn grow(&mut self, bytes: usize) -> Result<(), CudaError> {
+        if bytes > self.scattered.as_ref().map_or(0, |owned| owned.memory().bytes()) {
+            // Peers keep the old one open until they have heard that it goes.
+            self.scattered = Some(Owned::zeroed(self.node.device(), rounded(bytes))?);
+        }
+        Ok(())
+    }
+
+    /// Pinned memory for two pieces, and where the second begins.
     fn room(&mut self, bytes: usize) -> Result<usize, CudaError> {
         if self.pinned.as_ref().is_none_or(|pinned| pinned.bytes() < 2 * bytes) {
             self.copies.synchronize()?;
@@ -286,17 +347,43 @@ impl Way<'_> {
 
 impl Calling<'_> {
     /// Whether the call, which all ranks make alike, takes the way over the devices of each host.
-    pub(super) fn is_hierarchical(&mut self, fold: &Fold) -> bool {
-        let (kind, count) = (self.collective.kind(), self.buffers.output.1);
-        let fixed = self.state.programs.fixed();
-        kind == CollectiveKind::AllReduce
-            && self.state.hierarchy.as_mut().is_some_and(|it| it.takes(fold, count, fixed))
+    pub(super) fn is_hierarchical(&mut self, fold: &Fold, blocks: &Blocks) -> bool {
+        let kind = self.collective.kind();
+        let world = self.collective.has_blocks().then_some(self.communicator.world());
+        let (count, fixed) = (blocks.whole(world, false), self.state.programs.fixed());
+        let hierarchy = self.state.hierarchy.as_mut();
+        hierarchy.is_some_and(|it| it.takes(kind, fold, count, fixed))
     }
 
-    /// An all-reduce over the devices of each host, and the hosts.
-    pub(super) fn climb(&mut self, owners: &[&Owned], fold: &Fold) -> Result<(), Error> {
+    /// Memory for what the way over the devices of each host needs beside the buffers.
+    pub(super) fn reserve(&mut self, fold: &Fold, extents: &Extents) -> Result<(), Refusal> {
+        let is_apart = self.buffers.input.is_some();
+        if self.collective.kind() != CollectiveKind::ReduceScatter
+            || !is_apart
+            || !self.is_hierarchical(fold, &extents.blocks)
+        {
+            return Ok(());
+        }
+        let hierarchy = self.state.hierarchy.as_mut().expect("asked just above");
+        let bytes = hierarchy.elements_of_rail(&extents.blocks) * self.buffers.dtype.bytes();
+        hierarchy.grow(bytes).map_err(|error| {
+            let text = format!("{bytes} bytes beside the buffers: {error}");
+            Refusal::new(RefusalKind::Device, text)
+        })
+    }
+
+    /// A collective over the devices of each host, and the hosts.
+    pub(super) fn climb(
+        &mut self,
+        owners: &[&Owned],
+        fold: &Fold,
+        blocks: &Blocks,
+    ) -> Result<(), Error> {
         self.follow().map_err(|error| self.communicator.fail(&error))?;
-        let found = self.over_hosts(owners, fold);
+        let found = match self.collective.kind() {
+            CollectiveKind::AllReduce => self.over_hosts(owners, fold),
+            _ => self.over_rails(owners, fold, blocks),
+        };
         // Some ranks may be further than others: there is no way back.
         let found = found.map_err(|error| self.communicator.give_up(error))?;
         self.state.found |= found;
