@@ -29,6 +29,7 @@ mod queue;
 mod staged;
 mod typed;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -512,6 +513,7 @@ impl DeviceCommunicator {
 impl Drop for DeviceCommunicator {
     fn drop(&mut self) {
         let host = self.host.take();
+        let rank = host.as_ref().map_or(0, Communicator::rank);
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         if unisum_link::fork::current() != self.fork_generation {
             // The driver does not work in a child: nothing may be given back to it.
@@ -548,5 +550,20 @@ impl Drop for DeviceCommunicator {
             tracing::debug!("memory stays allocated that other ranks have open");
             std::mem::forget((state.direct.take(), std::mem::take(&mut state.exports)));
         }
+        drop((std::mem::take(&mut state.exports), state.direct.take()));
+        warn_of_unclosed(rank);
+    }
+}
+
+/// Says that the driver has failed to let go of memory, if it was not said before.
+fn warn_of_unclosed(rank: Rank) {
+    static TOLD: AtomicUsize = AtomicUsize::new(0);
+    let calls = unisum_cuda_ipc::unclosed();
+    // Relaxed: a number alone.
+    if TOLD.fetch_max(calls, Ordering::Relaxed) < calls {
+        warning!(
+            "rank {rank}: {calls} calls of the driver have failed that let go of memory which \
+             processes share: it may stay allocated until they end"
+        );
     }
 }

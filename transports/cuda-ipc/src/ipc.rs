@@ -25,6 +25,7 @@ pub struct Opened {
 }
 
 static OPENED: AtomicUsize = AtomicUsize::new(0);
+static UNCLOSED: AtomicUsize = AtomicUsize::new(0);
 
 /// Counts one more that is open, or one less.
 pub(crate) fn count(more: bool) {
@@ -40,6 +41,22 @@ pub(crate) fn count(more: bool) {
 pub fn opened() -> usize {
     // Relaxed: a number for people and tests.
     OPENED.load(Ordering::Relaxed)
+}
+
+/// Counts a call that should have let go of memory that processes share, if it has failed.
+pub(crate) fn let_go(result: Result<(), CudaError>) {
+    if let Err(error) = result {
+        // Relaxed: see `unclosed`.
+        UNCLOSED.fetch_add(1, Ordering::Relaxed);
+        tracing::debug!("{error}");
+    }
+}
+
+/// How many calls of the driver have failed in this process that let go of memory that processes
+/// share: it may stay allocated until they end.
+pub fn unclosed() -> usize {
+    // Relaxed: a number for people and tests.
+    UNCLOSED.load(Ordering::Relaxed)
 }
 
 impl Handle {
@@ -117,10 +134,7 @@ impl Drop for Opened {
         }
         let Ok(_entered) = self.device.enter() else { return };
         // SAFETY: opened once, and nobody has its address any more.
-        let closed = cuda!(Some(self.device.ordinal()), cuIpcCloseMemHandle(self.base));
-        if let Err(error) = closed {
-            tracing::debug!("{error}");
-        }
+        let_go(cuda!(Some(self.device.ordinal()), cuIpcCloseMemHandle(self.base)));
     }
 }
 

@@ -22,7 +22,7 @@ mod stream;
 pub use device::{Device, DeviceError, Reach};
 pub use driver::{Absent, Driver, describe};
 pub use error::CudaError;
-pub use ipc::{Handle, Opened, opened};
+pub use ipc::{Handle, Opened, opened, unclosed};
 pub use kernels::Kernels;
 pub use mapped::{Imported, Mapped, Ways, Window};
 pub use memory::{Allocation, Origin, Pinned, PlaceError, allocations};

@@ -34,10 +34,7 @@ impl Drop for Backing {
     fn drop(&mut self) {
         let Ok(_entered) = self.device.enter() else { return };
         // SAFETY: retained or imported once.
-        let released = cuda!(Some(self.device.ordinal()), cuMemRelease(self.handle));
-        if let Err(error) = released {
-            tracing::debug!("{error}");
-        }
+        ipc::let_go(cuda!(Some(self.device.ordinal()), cuMemRelease(self.handle)));
     }
 }
 
@@ -338,15 +335,11 @@ impl Drop for Window {
         let (on, mut at) = (Some(self.device.ordinal()), self.base);
         for &bytes in &self.parts {
             // SAFETY: mapped once, and nobody has its address any more.
-            if let Err(error) = cuda!(on, cuMemUnmap(at, bytes)) {
-                tracing::debug!("{error}");
-            }
+            ipc::let_go(cuda!(on, cuMemUnmap(at, bytes)));
             at += bytes as u64;
         }
         // SAFETY: reserved once, and nothing is mapped there any more.
-        if let Err(error) = cuda!(on, cuMemAddressFree(self.base, self.reserved)) {
-            tracing::debug!("{error}");
-        }
+        ipc::let_go(cuda!(on, cuMemAddressFree(self.base, self.reserved)));
     }
 }
 
