@@ -114,6 +114,15 @@ impl Pool {
         check(unsafe { sys::cuCtxSetCurrent(self.context) });
     }
 
+    /// Where the memory begins that the driver tells of for an address, and how long it is.
+    pub fn range(&self, address: u64) -> (u64, usize) {
+        let (mut base, mut length) = (0, 0);
+        self.enter();
+        // SAFETY: the driver writes one address and one length.
+        check(unsafe { sys::cuMemGetAddressRange_v2(&raw mut base, &raw mut length, address) });
+        (base, length)
+    }
+
     fn write(&self, to: u64, bytes: &[u8], stream: &DeviceStream) {
         self.enter();
         let (from, raw) = (bytes.as_ptr().cast::<c_void>(), stream.raw().cast());

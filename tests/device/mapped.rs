@@ -16,6 +16,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("mapped_forever", mapped_forever),
     ("mapped_and_long", mapped_and_long),
     ("mapped_in_one_process", mapped_in_one_process),
+    ("mapped_side_by_side", mapped_side_by_side),
 ];
 
 /// `CU_MEM_HANDLE_TYPE_NONE`, `_POSIX_FILE_DESCRIPTOR` and `_FABRIC`.
@@ -350,4 +351,36 @@ fn ranks_of_one_process_open_each_others_mapped_memory() {
         return;
     }
     world(1, "mapped_in_one_process", 2).succeed(LIMIT);
+}
+
+/// What is assumed of the driver: it tells of the mapping that an address lies in, whatever lies
+/// beside it.
+fn mapped_side_by_side() {
+    let (_communicator, device) = join();
+    let pool = Pool::new(device.ordinal());
+    let memory = Mapping::new(&pool, 3, FILES);
+    for (part, within) in (0..3).flat_map(|part| [0, 1, PART / 2, PART - 1].map(|at| (part, at))) {
+        let (at, length) = pool.range(memory.base + (part * PART + within) as u64);
+        let told = (at.wrapping_sub(memory.base) as usize, length);
+        assert_eq!(
+            told,
+            (part * PART, PART),
+            "cuMemGetAddressRange does not tell of each mapping on its own: first byte and length, \
+             from an address {within} bytes into mapping {part}"
+        );
+    }
+}
+
+#[test]
+fn each_mapping_is_told_on_its_own() {
+    let one = world(1, "mapped_side_by_side", 1);
+    one.succeed(LIMIT);
+    if super::driver::is_installed() {
+        return;
+    }
+    for ended in one.set("CUDA_EMULATOR_MERGED", 1).run(LIMIT) {
+        assert!(ended.status != 0, "{ended:#?}");
+        let text = "cuMemGetAddressRange does not tell of each mapping on its own";
+        assert!(ended.log.contains(text), "{}", ended.log);
+    }
 }

@@ -101,7 +101,12 @@ entry_points! {
     }
 
     fn cuMemGetAddressRange_v2(base: Out<u64>, bytes: Out<usize>, address: u64) {
-        let found = memory::with(address, |region| Some(region.extent(address)));
+        let is_merged = driver()?.settings.is_merged;
+        let extent = |region: &Region| match is_merged {
+            true => region.merged_extent(address),
+            false => region.extent(address),
+        };
+        let found = memory::with(address, |region| Some(extent(region)));
         let (start, length, _) = found.ok_or(Code::NOT_FOUND)?;
         base.put_if_wanted(start);
         bytes.put_if_wanted(length);

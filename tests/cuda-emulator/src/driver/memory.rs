@@ -201,6 +201,25 @@ impl Region {
         piece.unwrap_or(whole)
     }
 
+    /// As [`Region::extent`], of all that is mapped side by side around an address.
+    pub(crate) fn merged_extent(&self, address: u64) -> (u64, usize, usize) {
+        let Origin::Reserved(reserved) = &self.origin else { return self.extent(address) };
+        let piece = |address: u64| {
+            let offset = offset_of(address);
+            reserved.at(offset, |start, piece| (self.address + start as u64, piece.physical.bytes))
+        };
+        let (mut start, bytes, device) = self.extent(address);
+        let (first, mut end) = (self.address, start + bytes as u64);
+        while let Some((before, _)) = piece(start.wrapping_sub(1)).filter(|_| start > first) {
+            start = before;
+        }
+        let beyond = first + self.bytes as u64;
+        while let Some((next, bytes)) = Some(end).filter(|&end| end < beyond).and_then(piece) {
+            end = next + bytes as u64;
+        }
+        (start, (end - start) as usize, device)
+    }
+
     /// Says that a stream will free it. Returns whether one will already.
     pub(crate) fn begin_dying(&self) -> bool {
         // AcqRel: one caller alone enqueues that.

@@ -42,6 +42,8 @@ pub(crate) struct Settings {
     pub seed: u64,
     pub has_pools: bool,
     pub has_fabric: bool,
+    /// Whether the driver tells of mappings side by side as one range.
+    pub is_merged: bool,
     pub has_peer_access: bool,
     /// Pairs of physical devices without peer access.
     pub pairs_apart: Vec<(u32, u32)>,
@@ -72,6 +74,7 @@ impl Settings {
             seed: number("SEED", default_seed()),
             has_pools: number::<u32>("POOLS", 1) != 0,
             has_fabric: number::<u32>("FABRIC", 0) != 0,
+            is_merged: number::<u32>("MERGED", 0) != 0,
             has_peer_access: number::<u32>("PEER_ACCESS", 1) != 0,
             pairs_apart: list("NO_PEER", pair),
             memory: number("MEMORY", 8 << 30),
@@ -99,12 +102,13 @@ impl Settings {
 const PREFIX: &str = "CUDA_EMULATOR_";
 
 /// The variables that there are. Those of the emulator's own tests begin with `TEST_`.
-const NAMES: [&str; 14] = [
+const NAMES: [&str; 15] = [
     "DEVICES",
     "DELAY_US",
     "SEED",
     "POOLS",
     "FABRIC",
+    "MERGED",
     "PEER_ACCESS",
     "NO_PEER",
     "MEMORY",
