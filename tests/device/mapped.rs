@@ -226,8 +226,8 @@ fn a_driver_that_fails_to_share_memory_is_told_to_all_ranks() {
     }
 }
 
-/// The driver has no descriptors after all: it is copied. It fails to let go: results are right, and
-/// a warning says so.
+/// The driver has no descriptors after all: it is copied. It fails to let go: results are right,
+/// and a warning says so.
 #[test]
 fn a_driver_that_refuses_to_share_memory_or_to_let_go_hurts_nobody() {
     if super::driver::is_installed() {
