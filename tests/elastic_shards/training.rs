@@ -197,8 +197,9 @@ impl Training {
     fn run_in_view(&mut self) -> Result<Next, Error> {
         let builder = Buckets::builder(&self.communicator);
         let is_moving = std::env::var_os("MOVING").is_some();
-        let bytes = if self.attempts % 2 == 1 { 60_000 } else { 4000 };
-        let builder = builder.bucket_bytes(bytes).end_bucket_bytes(900).sharded();
+        let end = if self.attempts % 2 == 1 { 1 << 20 } else { 900 };
+        let bytes = if end > 900 { end } else { 4000 };
+        let builder = builder.bucket_bytes(bytes).end_bucket_bytes(end).sharded();
         let mut buckets = builder.build(&parameters())?;
         let before = self.state.version();
         let resharded = self.reshard(&mut buckets)?;
