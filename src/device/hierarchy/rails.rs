@@ -451,7 +451,7 @@ mod tests {
         for (hosts, bytes) in [(2, 1), (16, 4), (17, 8), (1000, 16)] {
             let elements = most(hosts, bytes);
             assert!(elements * bytes * hosts <= RAIL_BYTES && elements * bytes <= BLOCK_BYTES);
-            assert!(elements > 1 && elements * bytes % ALIGNMENT == 0);
+            assert!(elements > 1 && (elements * bytes).is_multiple_of(ALIGNMENT));
         }
     }
 }

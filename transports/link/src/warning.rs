@@ -19,7 +19,7 @@ macro_rules! warning {
     ($($text:tt)*) => { $crate::__warning_event!(warn, $($text)*) };
 }
 
-/// As [`warning!`](crate::warning), of what should not happen.
+/// As [`warning!`](macro@crate::warning), of what should not happen.
 #[macro_export]
 macro_rules! fault {
     ($($text:tt)*) => { $crate::__warning_event!(error, $($text)*) };
