@@ -82,7 +82,7 @@ impl Case {
             match self.op {
                 // An average of multiples of the world is one.
                 ReduceOp::Average => drawn % 2 * world as u8,
-                ReduceOp::Product if at % 3 > 0 => drawn % 2 + 1,
+                ReduceOp::Product if !at.is_multiple_of(3) => drawn % 2 + 1,
                 ReduceOp::Product => drawn % 2,
                 _ => drawn % 3 % 2,
             }
@@ -160,7 +160,7 @@ impl Case {
             (true, false) => frame + own.start..frame + own.end,
             _ => frame..frame + gets,
         };
-        let wrong = result[got.clone()].iter().zip(&expected).position(|(a, b)| a != b);
+        let wrong = result[got].iter().zip(&expected).position(|(a, b)| a != b);
         assert_eq!(wrong, None, "the first wrong byte on rank {rank}: {self:?}");
         let frames = [&result[..frame], &result[frame + gets..]].concat();
         assert_eq!(frames, vec![0x5a; 2 * frame], "around the output: {self:?}");
