@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use support::{World, tell};
 use unisum::buckets::{Buckets, Compressed, Encoding, Parameter};
 use unisum::{
-    Buffers, Collective, Communicator, CustomOp, Dtype, Error, LossScaler, Mesh, Message,
+    Buffers, Collective, Communicator, CustomOp, Dtype, Elastic, Error, LossScaler, Mesh, Message,
     Messenger, OutOfPlace, ReduceOp, Reduction, local,
 };
 
@@ -78,6 +78,16 @@ fn lines() {
     collectives().unwrap();
     beyond_collectives().unwrap();
     messages().unwrap();
+    elastic().unwrap();
+}
+
+fn elastic() -> Result<(), Error> {
+    line!(let comm = Communicator::builder().elastic(Elastic { minimum: 2 }).connect()?);
+    let epoch = comm.view().map(|view| view.epoch);
+    // Nobody is lost here.
+    line!(let comm = comm.rebuild()?);
+    assert_eq!(comm.view().map(|view| view.epoch), epoch.map(|epoch| epoch + 1));
+    Ok(())
 }
 
 fn collectives() -> Result<(), Error> {
