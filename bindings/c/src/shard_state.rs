@@ -105,8 +105,11 @@ impl State {
     }
 }
 
-/// Makes state of so many vectors, of which this rank has nothing yet: unisum_buckets_reshard lays
-/// it out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
+/// More is a count that went wrong, such as -1: optimizers have two or three.
+const MOST_VECTORS: usize = 1024;
+
+/// Makes state of so many vectors, at most 1024, of which this rank has nothing yet:
+/// unisum_buckets_reshard lays it out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_shard_state_create(
     dtype: u32,
@@ -115,6 +118,9 @@ pub unsafe extern "C" fn unisum_shard_state_create(
 ) -> unisum_status {
     guard(|| {
         check_place(state, "the state")?;
+        if vectors > MOST_VECTORS {
+            return invalid(format!("{vectors} vectors, of at most {MOST_VECTORS}"));
+        }
         let made: Box<dyn Vectors> = for_gradient!(dtype_of(dtype)?, T => {
             Ok(Box::new(ShardState::<T>::new(vectors)) as Box<dyn Vectors>)
         })?;

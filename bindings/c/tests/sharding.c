@@ -209,6 +209,7 @@ static void refused(void) {
     size_t count;
     EXPECT(UNISUM_INVALID_ARGUMENT, unisum_shard_state_create(UNISUM_I32, 1, &state));
     EXPECT(UNISUM_INVALID_ARGUMENT, unisum_shard_state_create(UNISUM_F32, 1, NULL));
+    EXPECT(UNISUM_INVALID_ARGUMENT, unisum_shard_state_create(UNISUM_F32, (size_t)-1, &state));
     OK(unisum_shard_state_create(UNISUM_F32, VECTORS, &state));
     OK(unisum_shard_state_create(UNISUM_F32, 1 + rank, &other));
     EXPECT(UNISUM_INVALID_ARGUMENT, unisum_shard_state_vector(state, 0, 0, &memory, &count));
