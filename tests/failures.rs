@@ -5,6 +5,8 @@
 
 mod support;
 
+use std::io::Write as _;
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use support::stopwatch::Stopwatch;
@@ -192,6 +194,35 @@ fn a_rank_that_never_comes_is_named() {
         let told = &ended.told[0];
         assert!(told.starts_with("Rendezvous") && told.contains("/world"), "{told}");
     }
+}
+
+/// It begins an answer that fits, and goes on one byte at a time: no read of it waits for long.
+#[test]
+fn a_listener_that_says_one_byte_at_a_time_is_waited_for_no_longer() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || {
+                let head = [0x16, 3, 3, 0x3e, 0x80].into_iter();
+                for byte in head.chain(std::iter::repeat(0)) {
+                    if stream.write_all(&[byte]).is_err() {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            });
+        }
+    });
+    let world = World::new(2, "join_only")
+        .set("UNISUM_RENDEZVOUS", format!("tcp://{address}"))
+        .set("UNISUM_TLS", "token")
+        .set("UNISUM_CONNECT_TIMEOUT", 2);
+    let start = Instant::now();
+    for ended in world.start_ranks(&[1]).wait(LIMIT) {
+        assert!(ended.told[0].starts_with("Rendezvous"), "{ended:#?}");
+    }
+    assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
 }
 
 #[test]

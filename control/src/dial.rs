@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use unisum_link::Rank;
-use unisum_link::dial::{Failure, dial, redial};
+use unisum_link::dial::{Failure, Within, dial, redial};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{self, HandshakeError, Hello, Refusal, STEADY};
 use unisum_link::secure::{self, Credentials, Proven};
@@ -407,7 +407,7 @@ fn prove(
     (hello, credentials): (&Hello, &Credentials),
     time: Duration,
 ) -> Result<Proven, HandshakeError> {
-    let mut stream = ParentOnly::new(stream);
+    let stream = ParentOnly::new(stream);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(time))?;
     stream.set_write_timeout(Some(time))?;
@@ -416,7 +416,7 @@ fn prove(
         stream.local_addr()?.ip(),
         stream.peer_addr()?.ip(),
     );
-    let session = secure::dial(&mut *stream, hello, credentials, wants_records)?;
+    let session = secure::dial(&mut Within::new(&stream, time), hello, credentials, wants_records)?;
     Ok(Proven::new(stream, session))
 }
 

@@ -18,6 +18,7 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use socket2::{SockRef, TcpKeepalive};
 use unisum_link::Rank;
+use unisum_link::dial::Within;
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{HandshakeError, Hello, Purpose};
 use unisum_link::secure::{self, Credentials};
@@ -170,12 +171,12 @@ fn dial(
     credentials: &Credentials,
     time: Duration,
 ) -> Result<ParentOnly<TcpStream>, HandshakeError> {
-    let mut stream = ParentOnly::new(TcpStream::connect_timeout(&address, time)?);
+    let stream = ParentOnly::new(TcpStream::connect_timeout(&address, time)?);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(time))?;
     stream.set_write_timeout(Some(time))?;
     // What carries nothing needs no keys.
-    secure::dial(&mut *stream, hello, credentials, false)?;
+    secure::dial(&mut Within::new(&stream, time), hello, credentials, false)?;
     Ok(stream)
 }
 

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mio::Waker;
-use unisum_link::dial::{Failure, Unreached, dial};
+use unisum_link::dial::{Failure, Unreached, Within, dial};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{HandshakeError, Hello, Purpose, Refusal, STEADY, job_hash};
 use unisum_link::secure::{self, Credentials, Proven};
@@ -114,13 +114,15 @@ impl Dialer {
         hello: &Hello,
         time: Duration,
     ) -> Result<Proven, HandshakeError> {
-        let mut stream = ParentOnly::new(stream);
+        let stream = ParentOnly::new(stream);
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(time))?;
         stream.set_write_timeout(Some(time))?;
         let (own, peer) = (stream.local_addr()?.ip(), stream.peer_addr()?.ip());
         let wants_records = self.credentials.want_records(hello.purpose, own, peer);
-        let session = secure::dial(&mut *stream, hello, &self.credentials, wants_records)?;
+        let mut within = Within::new(&stream, time);
+        let session = secure::dial(&mut within, hello, &self.credentials, wants_records)?;
+        drop(within);
         Ok(Proven::new(stream, session))
     }
 }

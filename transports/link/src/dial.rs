@@ -13,6 +13,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Domain, Socket, Type};
 
+mod within;
+
+pub use within::Within;
+
 /// How long an address has to itself before the next is tried beside it (RFC 8305, section 5).
 const STAGGER: Duration = Duration::from_millis(250);
 /// How long an address that does not answer is waited for until it is tried anew.

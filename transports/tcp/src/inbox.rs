@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::{SockRef, Socket};
-use unisum_link::dial::{Failure, Unreached, dial, redial};
+use unisum_link::dial::{Failure, Unreached, Within, dial, redial};
 use unisum_link::fork::ParentOnly;
 use unisum_link::handshake::{HandshakeError, Hello, STEADY};
 use unisum_link::secure::{self, Credentials, Proven};
@@ -227,14 +227,17 @@ impl Inbox {
             }
         };
         let meet = |stream, address| {
-            let mut stream = ParentOnly::new(stream);
+            let stream = ParentOnly::new(stream);
             self.prepare(&stream, time, wanted.lane())?;
             let (hello, credentials) = (&wanted.hello, &wanted.credentials);
             let ends = (stream.local_addr()?.ip(), stream.peer_addr()?.ip());
             let wants_records = credentials.want_records(hello.purpose, ends.0, ends.1);
-            let challenged = secure::greet(&mut *stream, hello, credentials, wants_records)?;
-            set_timeouts(&stream, pending.left().max(wanted.time_to_prove()))?;
-            let session = challenged.prove(&mut *stream, credentials)?;
+            let mut within = Within::new(&stream, time);
+            let challenged = secure::greet(&mut within, hello, credentials, wants_records)?;
+            drop(within);
+            let time = pending.left().max(wanted.time_to_prove());
+            set_timeouts(&stream, time)?;
+            let session = challenged.prove(&mut Within::new(&stream, time), credentials)?;
             wanted.route.worked_at(address);
             Ok(Proven::new(stream, session))
         };
