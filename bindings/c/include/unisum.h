@@ -1671,7 +1671,8 @@ unisum_status unisum_weights_free(const struct unisum_weights *weights);
 
 /**
  * Makes state of so many vectors, at most 1024, of which this rank has nothing yet:
- * unisum_buckets_reshard lays it out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
+ * unisum_buckets_reshard lays it out. `dtype` is a type of gradients. Freed by
+ * unisum_shard_state_free. Not collective.
  */
 unisum_status unisum_shard_state_create(uint32_t dtype,
                                         size_t vectors,
@@ -2745,7 +2746,8 @@ unisum_status unisum_scaler_free(const struct unisum_scaler *scaler);
 
 /**
  * Makes state of so many vectors, at most 1024, of which this rank has nothing yet:
- * unisum_buckets_reshard lays it out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
+ * unisum_buckets_reshard lays it out. `dtype` is a type of gradients. Freed by
+ * unisum_shard_state_free. Not collective.
  */
 unisum_status unisum_shard_state_create(uint32_t dtype,
                                         size_t vectors,

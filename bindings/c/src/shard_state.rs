@@ -109,7 +109,8 @@ impl State {
 const MOST_VECTORS: usize = 1024;
 
 /// Makes state of so many vectors, at most 1024, of which this rank has nothing yet:
-/// unisum_buckets_reshard lays it out. `dtype` is a type of gradients. Freed by unisum_shard_state_free. Not collective.
+/// unisum_buckets_reshard lays it out. `dtype` is a type of gradients. Freed by
+/// unisum_shard_state_free. Not collective.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn unisum_shard_state_create(
     dtype: u32,
