@@ -5,6 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{Output, Participant, Timer};
 use crate::{Ballot, Member, Message, Promise, View};
 
+/// Up to which round a proposer whose overtaker is lost proposes again without waiting its turn.
+const ROUNDS_AT_ONCE: u32 = 4;
+
 /// A proposal under way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Proposal {
@@ -100,8 +103,21 @@ impl Participant {
                 self.decide(next, output);
                 true
             }
+            // Nobody else will finish what the other began.
+            Stage::Beaten if self.is_overtaker_lost() => {
+                self.proposal = None;
+                true
+            }
             Stage::Accepting { .. } | Stage::Beaten => false,
         }
+    }
+
+    /// Whether the process whose ballot is ahead is known to be lost. Two that have lost each other
+    /// but not the rest would overtake each other without end: after some rounds they wait again.
+    fn is_overtaker_lost(&self) -> bool {
+        let Ballot { round, rank } = self.promised;
+        let overtaker = self.view.members.get(rank as usize);
+        round <= ROUNDS_AT_ONCE && overtaker.is_some_and(|it| self.lost.contains(it))
     }
 
     /// The view to propose after these promises.
@@ -139,6 +155,52 @@ impl Participant {
         let others = self.view.members.iter().filter(|&&it| it != self.own);
         for &to in others.filter(|it| !self.lost.contains(it)) {
             output.sends.push((to, message.clone()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::participant::Wait;
+
+    /// What the first of five members sends when it has lost the second, proposes, and is refused
+    /// for this ballot; and what it then waits for.
+    fn refused(ballot: Ballot) -> (Vec<(Member, Message)>, Option<Timer>) {
+        let view = View::first((0..5).map(Member).collect());
+        let mut first = Participant::new(Member(0), view);
+        assert!(!first.lose(Member(1)).sends.is_empty());
+        let refused = Message::Refused { epoch: 1, ballot };
+        let sends = first.hear(Member(2), refused).sends;
+        (sends, first.waits().map(|Wait { timer, .. }| timer))
+    }
+
+    #[test]
+    fn who_is_overtaken_by_the_lost_proposes_again_at_once() {
+        for round in 1..=ROUNDS_AT_ONCE {
+            let (sends, waits) = refused(Ballot { round, rank: 1 });
+            let to: Vec<_> = sends.iter().map(|(to, _)| *to).collect();
+            assert_eq!(to, [Member(2), Member(3), Member(4)], "{round}");
+            for (_, message) in sends {
+                let Message::Prepare { ballot, .. } = message else { panic!("{message:?}") };
+                assert_eq!(ballot, Ballot { round: round + 1, rank: 0 });
+            }
+            assert_eq!(waits, Some(Timer::Silence), "{round}");
+        }
+    }
+
+    #[test]
+    fn two_that_lost_each_other_take_turns_in_the_end() {
+        let (sends, waits) = refused(Ballot { round: ROUNDS_AT_ONCE + 1, rank: 1 });
+        assert_eq!((sends, waits), (Vec::new(), Some(Timer::Retry)));
+    }
+
+    #[test]
+    fn who_is_overtaken_by_the_living_waits_its_turn() {
+        // A rank that the view does not have is nobody's.
+        for rank in [2, 4, 5, u32::MAX] {
+            let (sends, waits) = refused(Ballot { round: 2, rank });
+            assert_eq!((sends, waits), (Vec::new(), Some(Timer::Retry)), "{rank}");
         }
     }
 }
