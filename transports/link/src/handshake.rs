@@ -28,6 +28,8 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use zeroize::{Zeroize as _, Zeroizing};
 
+use crate::warning::legible;
+
 pub use self::error::{HandshakeError, STEADY};
 
 /// Bytes of an encoded hello.
@@ -308,6 +310,14 @@ pub enum Refusal {
         /// The dialer.
         second: String,
     },
+    /// The job that the dialer would join has begun without it.
+    #[error("rank {rank} comes too late: {why}")]
+    Late {
+        /// The dialer's.
+        rank: u32,
+        /// What has become of the job.
+        why: &'static str,
+    },
     /// The dialer belongs to another session of the job: an earlier start of it.
     #[error("another session of the job")]
     Session,
@@ -544,15 +554,14 @@ pub(crate) fn read_refusal(head: &[u8; HEAD_BYTES], stream: &mut impl Read) -> H
 }
 
 /// A refusal's text. It comes from somebody who has proven nothing: control characters, which a
-/// terminal would obey, are replaced.
+/// terminal would obey, are escaped.
 fn read_reason(stream: &mut impl Read) -> io::Result<String> {
     let mut length = [0];
     stream.read_exact(&mut length)?;
     let mut text = [0; u8::MAX as usize];
     let text = &mut text[..usize::from(length[0])];
     stream.read_exact(text)?;
-    let text = String::from_utf8_lossy(text);
-    Ok(text.chars().map(|c| if c.is_control() { '.' } else { c }).collect())
+    Ok(legible(&String::from_utf8_lossy(text)).into_owned())
 }
 
 #[cfg(test)]

@@ -64,6 +64,8 @@ pub(crate) struct Arrived {
     /// Its number, where this rank dialled it; 0 where the peer did.
     pub(crate) attempt: u32,
     pub(crate) result: Result<Proven, LinkError>,
+    /// Whether nothing has ended the attempts but that their time was up.
+    pub(crate) is_late: bool,
 }
 
 /// A connection to open.
@@ -104,6 +106,8 @@ struct Pending {
     attempts: u32,
     /// How many of the last ones the peer has refused, one after the other.
     refused: u32,
+    /// What became of the last one in which somebody said something.
+    heard: Option<Unreached<HandshakeError>>,
     next: Instant,
 }
 
@@ -130,7 +134,7 @@ impl Inbox {
     /// Takes over a connection that `peer` opened as its `socket`-th to this rank, and whose
     /// handshake is done.
     pub fn deliver(&self, peer: Rank, socket: u8, connection: Proven) {
-        self.put(Arrived { peer, socket, attempt: 0, result: Ok(connection) });
+        self.put(Arrived { peer, socket, attempt: 0, result: Ok(connection), is_late: false });
     }
 
     fn put(&self, arrived: Arrived) {
@@ -156,7 +160,8 @@ impl Inbox {
         let now = Instant::now();
         let mut state = self.lock();
         let next = now + dial.pause;
-        state.to_dial.push(Pending { dial, since: now, attempts: 0, refused: 0, next });
+        let heard = None;
+        state.to_dial.push(Pending { dial, since: now, attempts: 0, refused: 0, heard, next });
         if state.diallers.contains_key(&lane) {
             self.changed.notify_all();
             return Ok(());
@@ -174,23 +179,28 @@ impl Inbox {
         while let Some(mut pending) = self.next_dial(lane) {
             pending.attempts += 1;
             let result = self.open(&pending);
+            let goes_on = result.as_ref().err().is_some_and(|it| !pending.is_final(it));
             let now = Instant::now();
             let mut state = self.lock();
             state.diallers.insert(lane, None);
             match result {
-                Err(unreached) if !pending.is_final(&unreached) && now < pending.until() => {
+                Err(unreached) if goes_on && now < pending.until() => {
                     let rank = pending.dial.hello.to;
                     tracing::debug!(rank, error = %unreached, "a connection is not open yet");
                     pending.next =
                         (now + pending.doubled(PAUSE_MIN, PAUSE_MAX)).min(pending.until());
+                    if says_something(&unreached) {
+                        pending.heard = Some(unreached);
+                    }
                     state.to_dial.push(pending);
                 }
                 result => {
                     drop(state);
                     let Hello { to, socket, .. } = pending.dial.hello;
-                    let result = result.map_err(|unreached| pending.given_up(unreached));
                     let attempt = pending.dial.attempt;
-                    self.put(Arrived { peer: to as Rank, socket, attempt, result });
+                    let result = result.map_err(|unreached| pending.given_up(unreached, goes_on));
+                    let peer = to as Rank;
+                    self.put(Arrived { peer, socket, attempt, result, is_late: goes_on });
                 }
             }
         }
@@ -319,7 +329,10 @@ impl Pending {
         }
     }
 
-    fn given_up(&self, unreached: Unreached<HandshakeError>) -> LinkError {
+    /// Why there is no connection. If the time was up, what an earlier attempt was told says more
+    /// than that there was none left for the last one; of what kind it is the last one says.
+    fn given_up(&self, unreached: Unreached<HandshakeError>, is_late: bool) -> LinkError {
+        let earlier = self.heard.as_ref().filter(|_| is_late && !says_something(&unreached));
         let peer = self.dial.hello.to as Rank;
         if unreached.tried.iter().any(|(_, it)| matches!(it, Failure::Met(HandshakeError::Altered)))
             && !self.dial.resumes
@@ -331,13 +344,17 @@ impl Pending {
             return LinkError::lacking(peer, "connecting failed", Cause::other(unreached));
         }
         let seconds = self.since.elapsed().as_secs_f64();
-        let attempts = match self.attempts {
-            1 => String::new(),
-            attempts => format!(" and {attempts} attempts, the last one"),
+        let attempts = self.attempts;
+        let told = match earlier {
+            Some(heard) => {
+                format!(" and {attempts} attempts, the last one that had an answer: {heard}")
+            }
+            None if attempts == 1 => format!(": {unreached}"),
+            None => format!(" and {attempts} attempts, the last one: {unreached}"),
         };
         let is_silent = unreached.tried.iter().any(|(_, failure)| is_silence(failure));
-        let hint = if is_silent { FIREWALL } else { "" };
-        let why = format!("connecting failed after {seconds:.1} s{attempts}: {unreached}{hint}");
+        let hint = if is_silent && earlier.is_none() { FIREWALL } else { "" };
+        let why = format!("connecting failed after {seconds:.1} s{told}{hint}");
         let is_own = |failure: &Failure<_>| {
             matches!(failure, Failure::Met(HandshakeError::OwnCertificate(_)))
         };
@@ -350,6 +367,12 @@ impl Pending {
         };
         LinkError { peer, kind }
     }
+}
+
+/// Whether somebody was there and said what is no unisum, or not that of a peer.
+fn says_something(unreached: &Unreached<HandshakeError>) -> bool {
+    let mut failures = unreached.tried.iter().map(|(_, failure)| failure);
+    failures.any(|it| matches!(it, Failure::Met(error) if !matches!(error, HandshakeError::Io(_))))
 }
 
 fn is_silence(failure: &Failure<HandshakeError>) -> bool {

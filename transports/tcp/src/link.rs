@@ -574,7 +574,8 @@ mod tests {
     fn a_rank_below_does_not_dial() {
         let mut link = link(1, 3);
         let result = Err(LinkError::closed(0));
-        let error = link.admit(Arrived { peer: 0, socket: 0, attempt: 0, result }).unwrap_err();
+        let arrived = Arrived { peer: 0, socket: 0, attempt: 0, result, is_late: false };
+        let error = link.admit(arrived).unwrap_err();
         assert!(matches!(error.kind, LinkErrorKind::Protocol(_)) && error.peer == 0, "{error}");
         assert!(link.sockets.is_empty());
     }

@@ -84,11 +84,13 @@ fn who_dials_again_is_let_in_soon_after_an_address_answers() {
             redial(&[address], soon(), |_, _| {}, met).map(|_| Instant::now())
         });
         std::thread::sleep(Duration::from_millis(300));
+        // Who dials may have connected and not be done yet: then nobody comes any more.
+        silent.listener.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
         let listener = TcpListener::from(silent.listener);
         drop(silent.crowd);
         let back = Instant::now();
         while !dialled.is_finished() {
-            listener.accept().unwrap();
+            let _ = listener.accept();
         }
         dialled.join().unwrap().unwrap() - back < Duration::from_millis(400)
     });

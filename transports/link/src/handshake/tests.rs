@@ -204,6 +204,10 @@ fn every_refusal_fits_its_message() {
             first: "process 4294967295 at ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255".into(),
             second: "process 4294967295".into(),
         },
+        Refusal::Late {
+            rank: u32::MAX,
+            why: "the job has started, and whoever was this rank has left it",
+        },
         Refusal::Build { from: u32::MAX, to: u32::MAX, theirs: largest, ours: largest },
     ];
     for refusal in all {

@@ -107,7 +107,7 @@ pub(super) fn provider() -> Arc<CryptoProvider> {
 }
 
 /// A key that lasts as long as the process, and that nobody knows before.
-fn drawn_key(provider: &CryptoProvider) -> Result<CertifiedKey, Error> {
+pub(super) fn drawn_key(provider: &CryptoProvider) -> Result<CertifiedKey, Error> {
     let algorithm = &ECDSA_P256_SHA256_ASN1_SIGNING;
     let drawn = EcdsaKeyPair::generate_pkcs8(algorithm, &SystemRandom::new());
     let drawn = drawn.map_err(|_| Error::FailedToGetRandomBytes)?;

@@ -138,7 +138,9 @@ fn an_answer_is_final() {
     let (address, serving) = listen(vec![Ends::WithAWord(Refusal::Session)]);
     let inbox = inbox();
     inbox.dial(dial(address, 0, PATIENCE)).unwrap();
-    let text = text(next_arrival(&inbox));
+    let arrived = next_arrival(&inbox);
+    assert!(!arrived.is_late);
+    let text = text(arrived);
     assert!(text.contains(&Refusal::Session.to_string()), "{text}");
     serving.join().unwrap();
 }
@@ -148,7 +150,9 @@ fn where_nobody_listens_nobody_is_waited_for() {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let (inbox, start) = (inbox(), Instant::now());
     inbox.dial(dial(address, 0, 10 * PATIENCE)).unwrap();
-    let text = text(next_arrival(&inbox));
+    let arrived = next_arrival(&inbox);
+    assert!(!arrived.is_late);
+    let text = text(arrived);
     assert!(text.contains(&address.to_string()), "{text}");
     assert!(start.elapsed() < PATIENCE);
 }
@@ -159,9 +163,42 @@ fn attempts_end_at_the_deadline_and_are_told() {
     let address = listener.local_addr().unwrap();
     let start = Instant::now();
     inbox.dial(dial(address, 0, Duration::from_millis(2500))).unwrap();
-    let text = text(next_arrival(&inbox));
+    let arrived = next_arrival(&inbox);
     assert!(start.elapsed() >= Duration::from_secs(2), "{:?}", start.elapsed());
+    // A host whose process says nothing is there.
+    assert!(arrived.is_late);
+    let text = text(arrived);
     assert!(text.contains(&address.to_string()) && text.contains("attempts"), "{text}");
+}
+
+/// The last attempt may have had but a moment.
+#[test]
+fn what_an_attempt_was_told_is_told_though_later_ones_hear_nothing() {
+    let (inbox, listener) = (inbox(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let address = listener.local_addr().unwrap();
+    inbox.dial(dial(address, 0, Duration::from_millis(2500))).unwrap();
+    hear(listener.accept().unwrap().0, Ends::WithAWord(Refusal::Crowded));
+    let arrived = next_arrival(&inbox);
+    assert!(arrived.is_late);
+    let text = text(arrived);
+    let told = format!("attempts, the last one that had an answer: {address} (");
+    assert!(text.contains(&told) && text.contains(&Refusal::Crowded.to_string()), "{text}");
+}
+
+/// What came first was over by then.
+#[test]
+fn an_attempt_that_ends_all_others_is_the_one_that_is_told() {
+    let (inbox, listener) = (inbox(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let address = listener.local_addr().unwrap();
+    inbox.dial(dial(address, 0, PATIENCE)).unwrap();
+    let stream = listener.accept().unwrap().0;
+    drop(listener);
+    hear(stream, Ends::WithAWord(Refusal::Crowded));
+    let arrived = next_arrival(&inbox);
+    assert!(!arrived.is_late);
+    let text = text(arrived);
+    assert!(text.contains(&io::Error::from_raw_os_error(libc::ECONNREFUSED).to_string()), "{text}");
+    assert!(!text.contains(&Refusal::Crowded.to_string()), "{text}");
 }
 
 #[test]

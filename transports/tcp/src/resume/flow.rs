@@ -27,6 +27,8 @@ pub(super) const SMALL_BYTES: usize = 1 << 10;
 
 /// How long an end that dials may take to come back before its port is asked for it.
 const KNOCK_AFTER: Duration = Duration::from_millis(100);
+/// Between an answer and the next such question.
+pub(super) const KNOCK_PAUSE: Duration = Duration::from_millis(250);
 
 /// What a socket sends and receives.
 #[derive(Debug)]
@@ -103,6 +105,19 @@ pub(super) enum Knock {
     UnderWay,
     /// It does not listen for this socket any more: it will not come back.
     Gone,
+}
+
+impl Knock {
+    /// What follows from an answer, or from none in the time that there was: that is no reason to
+    /// pause, as the network may be back in the next moment, nor does it say that nobody is there.
+    pub(super) fn after(answer: &Result<(), LinkError>, is_late: bool, now: Instant) -> Self {
+        match answer {
+            Err(_) if is_late => Self::Due(now),
+            Err(LinkError { kind: LinkErrorKind::Unreachable(_), .. }) => Self::Gone,
+            // It is there; or nobody knows.
+            _ => Self::Due(now + KNOCK_PAUSE),
+        }
+    }
 }
 
 impl Outage {
@@ -219,13 +234,13 @@ impl Flow {
         (silent, Some(hush.look_at(now)))
     }
 
-    /// Whether the connection that stands is silent, or the other end has said that it is.
+    /// Whether something awaits an answer on the connection that stands, or the other end has said
+    /// so. After an outage a first answer may come at once, and the rest be sent again much later.
     pub(super) fn wants_another(&self) -> bool {
-        let is_silent = |(hush, connection): (Hush, &Connection)| {
-            let told = silence::ask(connection.stream.as_fd()).unwrap_or(Told::NOTHING);
-            { hush }.look(told, Instant::now()).is_some()
+        let awaits = |connection: &Connection| {
+            silence::ask(connection.stream.as_fd()).is_ok_and(|told| told.awaits)
         };
-        self.outage.is_asked || self.hush.zip(self.connection.as_ref()).is_some_and(is_silent)
+        self.outage.is_asked || self.hush.and(self.connection.as_ref()).is_some_and(awaits)
     }
 
     /// The first connection is being dialled.
@@ -518,5 +533,27 @@ fn part(bytes: &VecDeque<u8>, from: usize, count: usize) -> [&[u8]; 2] {
             let of_first = count.min(first.len() - from);
             [&first[from..][..of_first], &second[..count - of_first]]
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_asked_in_vain_is_asked_again_at_once_and_who_answers_after_a_pause() {
+        let now = Instant::now();
+        let later = Knock::Due(now + KNOCK_PAUSE);
+        let after = |kind, is_late| Knock::after(&Err(LinkError { peer: 1, kind }), is_late, now);
+        let why = || "connecting failed".to_owned();
+        assert_eq!(Knock::after(&Ok(()), false, now), later);
+        assert_eq!(after(LinkErrorKind::Unanswered(why()), true), Knock::Due(now));
+        assert_eq!(after(LinkErrorKind::Unreachable(why()), false), Knock::Gone);
+        // Somebody is there who has not said all in time: he is stopped, or was cut off again.
+        assert_eq!(after(LinkErrorKind::Unreachable(why()), true), Knock::Due(now));
+        // What may come without having taken time is followed by a pause.
+        assert_eq!(after(LinkErrorKind::NotAccepted(why()), false), later);
+        let lacking = LinkError::lacking(1, "dialling", std::io::ErrorKind::OutOfMemory);
+        assert_eq!(Knock::after(&Err(lacking), false, now), later);
     }
 }

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use unisum_link::secure::Proven;
-use unisum_link::{LinkError, LinkErrorKind, Rank, Wake, fork};
+use unisum_link::{LinkError, Rank, Wake, fork};
 
-use super::flow::{Flow, Knock};
+use super::flow::{Flow, KNOCK_PAUSE, Knock};
 use super::incoming::Arriving;
 use super::meeting::Met;
 use crate::TcpConfig;
@@ -40,8 +40,6 @@ const LEAVING_MAX: Duration = Duration::from_secs(2);
 /// In place of the number of a connection: a dial that only asks whether the other end, which
 /// dials, still listens for this socket, and has it dial.
 const KNOCK: u32 = u32::MAX;
-/// Between an answer and the next such question.
-const KNOCK_PAUSE: Duration = Duration::from_millis(250);
 /// How long a connection is dialled beside one that is silent, until it is asked again whether it
 /// still is.
 const BESIDE: Duration = Duration::from_secs(1);
@@ -205,11 +203,11 @@ impl Shared {
 
     /// Takes over a connection that was dialled, or came, or was not to be had.
     fn take(&self, arrived: Arrived) {
-        let Arrived { peer, socket, attempt, result } = arrived;
+        let Arrived { peer, socket, attempt, result, is_late } = arrived;
         let own = self.config.rank;
         let is_dialled = attempt > 0;
         if attempt == KNOCK {
-            return self.knocked((peer, socket), result.map(drop));
+            return self.knocked((peer, socket), result.map(drop), is_late);
         }
         // The higher rank dials.
         if peer < own && !is_dialled {
@@ -281,27 +279,23 @@ impl Shared {
         dial.timeout = left;
         flow.outage.knock = match self.inbox.dial(dial) {
             Ok(()) => Knock::UnderWay,
-            Err(_) => Knock::Due(Instant::now() + KNOCK_PAUSE),
+            Err(error) => Knock::after(&Err(error), false, Instant::now()),
         };
     }
 
     /// What came of that.
-    fn knocked(&self, key: Key, result: Result<(), LinkError>) {
+    fn knocked(&self, key: Key, result: Result<(), LinkError>, is_late: bool) {
         let handle = self.flow(key);
         let mut flow = handle.lock();
         // It may have come back meanwhile.
         if flow.outage.knock != Knock::UnderWay {
             return;
         }
-        flow.outage.knock = match result {
-            Err(LinkError { kind: LinkErrorKind::Unreachable(why), .. }) => {
-                let (peer, socket) = key;
-                tracing::info!(peer, socket, why, "nobody is there any more who would come back");
-                Knock::Gone
-            }
-            // It is there; or nobody knows.
-            _ => Knock::Due(Instant::now() + KNOCK_PAUSE),
-        };
+        flow.outage.knock = Knock::after(&result, is_late, Instant::now());
+        if let (Knock::Gone, Err(error)) = (flow.outage.knock, result) {
+            let (peer, socket) = key;
+            tracing::info!(peer, socket, %error, "nobody is there any more who would come back");
+        }
     }
 
     /// The other end, which can't dial, asks whether this one is there: this one has not noticed
@@ -507,6 +501,7 @@ mod tests {
     use std::net::{Shutdown, TcpListener, TcpStream};
 
     use rustix::net::{SendFlags, send, sockopt};
+    use unisum_link::LinkErrorKind;
     use unisum_link::fork::ParentOnly;
     use unisum_link::silence::Told;
 

@@ -10,6 +10,7 @@ use rcgen::{
 };
 use tempfile::TempDir;
 
+use super::impostors::behind_the_certificate_of;
 use super::*;
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
@@ -193,6 +194,22 @@ fn certificates_of_cas_and_by_others_than_cas_are_for_another_use() {
     let by_rank = folder(&ca, &ca, GOOD);
     put(&by_rank, &(below.pem() + &rank.pem()), &key);
     assert_is_for_another_use(&certified(&by_rank, Peers::Any), &good);
+}
+
+/// Certificates are no secret: whoever has seen one may show it.
+#[test]
+fn who_shows_the_certificate_of_another_rank_is_refused_at_either_end() {
+    let ca = authority();
+    let [shown, own] = [(); 2].map(|()| certified(&folder(&ca, &ca, GOOD), names("worker")));
+    let impostor = behind_the_certificate_of(&shown, &own);
+    let (_, listener) = told(&impostor, &own);
+    assert!(listener.contains("its certificate"), "{listener}");
+    let (dialer, _) = told(&own, &impostor);
+    assert!(dialer.contains("its certificate"), "{dialer}");
+    let alike = behind_the_certificate_of(&own, &own);
+    for (dialer, listener) in [(&alike, &own), (&own, &alike)] {
+        assert_eq!(told(dialer, listener), ("admitted".into(), "admitted".into()));
+    }
 }
 
 #[test]
