@@ -213,6 +213,17 @@ impl Coordinator {
         self.states.get(rank) == Some(&MemberState::Absent)
     }
 
+    /// Why nobody can be this rank any more; `None` if a process is.
+    pub(super) fn too_late(&self, rank: Rank) -> Option<&'static str> {
+        match self.states.get(rank) {
+            _ if self.verdict.is_some() => Some("the job has ended"),
+            Some(MemberState::Left | MemberState::Gone | MemberState::Dead) => {
+                Some("the job has started, and whoever was this rank has left it")
+            }
+            _ => None,
+        }
+    }
+
     /// Whether nobody is awaited any more.
     pub(super) fn all_came(&self) -> bool {
         !self.states.iter().any(|p| matches!(p, MemberState::Absent | MemberState::Connected))

@@ -9,7 +9,7 @@ use unisum_link::Rank;
 use unisum_link::handshake::Refusal;
 
 use super::message::BLOB_BYTES_MAX;
-use super::verdict::Verdict;
+use super::verdict::{Verdict, VerdictKind};
 use crate::interface::InterfaceError;
 
 /// Why a rank could not join, or an exchange failed.
@@ -110,6 +110,17 @@ impl ControlError {
             Self::Unreachable { .. } => vec![0],
             Self::Ended(verdict) => verdict.failed_ranks.clone(),
             _ => Vec::new(),
+        }
+    }
+
+    /// Whether ranks are to blame that did not come in time, or do not answer.
+    pub fn is_absence(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Ended(verdict) => {
+                matches!(verdict.kind, VerdictKind::Absent | VerdictKind::Unresponsive)
+            }
+            _ => false,
         }
     }
 
@@ -225,5 +236,14 @@ mod tests {
         assert_eq!(unreachable.failed_ranks(), [0]);
         assert_eq!(ControlError::Ended(Verdict::died(3, "killed")).failed_ranks(), [3]);
         assert!(ControlError::HasLeft.failed_ranks().is_empty());
+    }
+
+    #[test]
+    fn who_is_late_and_answers_is_not_absent() {
+        let is_absence = |kind| ControlError::Ended(Verdict::new(kind, vec![3], "")).is_absence();
+        assert!(is_absence(VerdictKind::Absent) && is_absence(VerdictKind::Unresponsive));
+        for kind in [VerdictKind::NotEntered, VerdictKind::Failed, VerdictKind::Died] {
+            assert!(!is_absence(kind), "{kind:?}");
+        }
     }
 }

@@ -24,6 +24,7 @@ mod alone;
 mod altered;
 mod exchanges;
 mod flaps;
+mod late;
 pub(crate) mod relay;
 
 /// Longer than anything here takes on a busy machine.
@@ -234,12 +235,7 @@ fn a_slow_stranger_is_turned_away() {
 fn ranks_that_do_not_belong_are_told_why() {
     let (_control, rendezvous) = coordinator(3);
     let _first = join_by_hand(1, 3, &rendezvous);
-    let refused = |hello: Hello, token: &str| {
-        let Rendezvous::Tcp { port, .. } = rendezvous else { panic!("a TCP rendezvous") };
-        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
-        let credentials = with_token(token.as_bytes());
-        secure::dial(&mut stream, &hello, &credentials, true).unwrap_err().to_string()
-    };
+    let refused = |hello: Hello, token: &str| late::refusal(&rendezvous, &hello, token);
     let token = "the token of these tests";
     let second = Hello { session: Hello::of_process(77), ..hello(1, 3) };
     let taken =

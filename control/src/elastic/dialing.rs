@@ -61,11 +61,11 @@ impl Dialer {
         let hello = Hello { to: to.0 as u32, ..self.hello };
         let time = time.clamp(PAUSE_MIN, ATTEMPT_TIMEOUT);
         let paths = Paths::new(None);
-        let paths = paths.map_err(|error| Missed { why: error.to_string(), is_final: true })?;
+        let paths = paths.map_err(|error| Missed { why: error.to_string(), how: How::Away })?;
         let addresses = paths.to(addresses, true);
         let meet = |stream, at| self.preamble(stream, &hello, time).map(|it| (it, at));
         let met = dial(&addresses, Instant::now() + time, |_, _| {}, meet);
-        met.map_err(|unreached| Missed::new(&unreached))
+        met.map_err(|unreached| Missed::new(&unreached, &hello))
     }
 
     /// Connects to a member that listens there, unless that `is_moot` meanwhile. Where it was
@@ -131,19 +131,55 @@ impl Dialer {
 #[derive(Debug)]
 pub(super) struct Missed {
     pub(super) why: String,
-    /// Whether it would be so again: the member has said what it thinks of this process.
-    pub(super) is_final: bool,
+    pub(super) how: How,
+}
+
+/// What an attempt at a member says about the next one, in the order of what counts more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum How {
+    /// Nobody is there, or somebody who has nothing to do with this start of the job.
+    Away,
+    /// Refused by somebody who may have the member's port now: of another job, or for another rank.
+    Elsewhere,
+    /// Refused for the token, which that of another job may be, too.
+    Unproven,
+    /// Refused for something that only members of the job know.
+    Refused,
+    /// The member may have been there, and take this process in a moment.
+    Busy,
+}
+
+impl How {
+    /// Whether it would be so again: somebody has said what it thinks of this process.
+    pub(super) const fn is_refusal(self) -> bool {
+        matches!(self, Self::Elsewhere | Self::Unproven | Self::Refused)
+    }
+
+    fn of(failure: &Failure<HandshakeError>, hello: &Hello) -> Self {
+        let is_told = |told: &str, why: Refusal| told == why.to_string();
+        let Failure::Met(error) = failure else { return Self::Away };
+        match error {
+            HandshakeError::Refused(told) if is_told(told, Refusal::Session) => Self::Away,
+            HandshakeError::Refused(told) if is_told(told, Refusal::Exhausted) => Self::Busy,
+            HandshakeError::Refused(told) if is_told(told, Refusal::Token) => Self::Unproven,
+            HandshakeError::Refused(told)
+                if is_told(told, Refusal::Job)
+                    || is_told(told, Refusal::Rank { from: hello.from, to: hello.to }) =>
+            {
+                Self::Elsewhere
+            }
+            HandshakeError::Impostor => Self::Unproven,
+            error if error.is_refusal() => Self::Refused,
+            error if error.is_answer() => Self::Away,
+            _ => Self::Busy,
+        }
+    }
 }
 
 impl Missed {
-    fn new(unreached: &Unreached<HandshakeError>) -> Self {
-        let is_final = unreached.tried.iter().any(|(_, failure)| match failure {
-            // Another process has the port now, of another job or program.
-            Failure::Met(HandshakeError::Refused(why)) => *why != Refusal::Session.to_string(),
-            Failure::Met(error) => error.is_refusal(),
-            Failure::Connect(_) | Failure::Silent(_) => false,
-        });
-        Self { why: unreached.to_string(), is_final }
+    fn new(unreached: &Unreached<HandshakeError>, hello: &Hello) -> Self {
+        let all = unreached.tried.iter().map(|(_, failure)| How::of(failure, hello));
+        Self { why: unreached.to_string(), how: all.max().unwrap_or(How::Away) }
     }
 }
 

@@ -8,7 +8,7 @@ use unisum_views::Member;
 
 use super::super::ControlError;
 use super::super::error::Reasons;
-use super::dialing::Dialer;
+use super::dialing::{Dialer, Missed};
 use super::shared::Command;
 use super::{Prospect, Record, Views, ViewsConfig};
 
@@ -29,8 +29,8 @@ impl Views {
     /// `until` at most.
     ///
     /// # Errors
-    /// If there is no record, no member answers, one refuses this process, or the job ends or lets
-    /// nobody in.
+    /// If there is no record, no member answers, all that answer refuse this process, or the job
+    /// ends or lets nobody in.
     pub fn join(
         config: &ViewsConfig,
         find: &mut Find<'_>,
@@ -105,7 +105,7 @@ impl Attempt {
 
     fn make(self, until: Instant) -> Result<Outcome, ControlError> {
         let Self { prospect, own, dialer, record, started } = self;
-        let mut reasons = Reasons::default();
+        let (mut reasons, mut telling) = (Reasons::default(), None::<Missed>);
         for (member, addresses) in &record.members {
             let time = until.saturating_duration_since(Instant::now());
             let missed = match dialer.try_once(*member, addresses, time) {
@@ -117,12 +117,18 @@ impl Attempt {
                 }
                 Err(missed) => missed,
             };
-            if missed.is_final {
-                return Err(failed(started, &missed.why));
+            reasons.add(missed.why.clone());
+            // Of those that know as much, the first.
+            if telling.as_ref().is_none_or(|it| it.how < missed.how) {
+                telling = Some(missed);
             }
-            reasons.add(missed.why);
         }
-        Ok(Outcome::Missed(record, reasons.to_string()))
+        // Whoever has a lost member's port now may refuse this process as well, so none is believed
+        // before all were asked.
+        match telling {
+            Some(missed) if missed.how.is_refusal() => Err(failed(started, &missed.why)),
+            _ => Ok(Outcome::Missed(record, reasons.to_string())),
+        }
     }
 }
 

@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use unisum_link::handshake::{Build, Secret};
+use unisum_link::handshake::{Build, Refusal, Secret};
 use unisum_link::secure::Credentials;
 
 use super::*;
 
 mod cuts;
+mod newcomers;
 mod partings;
 
 /// Longer than anything here takes on a busy machine.

@@ -47,6 +47,7 @@ fn start_through_relay(world: usize, told: Told, time: Duration) -> Flapping {
     let mut controls = vec![first];
     controls.extend(starts.into_iter().map(|start| start.join().unwrap()));
     exchange(&controls, 0);
+    assert!(relay.carries(), "the ranks come past the relay");
     let mut addresses: Vec<Vec<SocketAddr>> =
         controls.iter().map(|it| it.addresses().to_vec()).collect();
     if told == Told::Relay {

@@ -33,6 +33,15 @@ struct State {
     is_held: AtomicBool,
     is_over: AtomicBool,
     relayed: AtomicU64,
+    /// Those of them that are open.
+    carried: AtomicU64,
+}
+
+impl State {
+    /// Whether connections are cut that came after so many cuts.
+    fn is_cut(&self, cuts: u64) -> bool {
+        self.is_over.load(Ordering::SeqCst) || self.cuts.load(Ordering::SeqCst) != cuts
+    }
 }
 
 /// Relays connections to its address to another one, until dropped.
@@ -55,6 +64,7 @@ impl Relay {
             is_held: AtomicBool::new(false),
             is_over: AtomicBool::new(false),
             relayed: AtomicU64::new(0),
+            carried: AtomicU64::new(0),
         });
         let shared = Arc::clone(&state);
         let accepting = Some(thread::spawn(move || accept(&listener, &shared)));
@@ -82,6 +92,11 @@ impl Relay {
     pub(crate) fn relayed(&self) -> u64 {
         self.state.relayed.load(Ordering::SeqCst)
     }
+
+    /// Whether any connection goes through it at the moment.
+    pub(crate) fn carries(&self) -> bool {
+        self.state.carried.load(Ordering::SeqCst) > 0
+    }
 }
 
 impl Drop for Relay {
@@ -108,10 +123,8 @@ fn accept(listener: &TcpListener, state: &Arc<State>) {
 
 fn relay(dialer: TcpStream, state: &State) {
     let cuts = state.cuts.load(Ordering::SeqCst);
-    let is_cut =
-        || state.is_over.load(Ordering::SeqCst) || state.cuts.load(Ordering::SeqCst) != cuts;
     if state.is_down.load(Ordering::SeqCst) {
-        while !is_cut() {
+        while !state.is_cut(cuts) {
             thread::sleep(Duration::from_millis(5));
         }
         return;
@@ -119,7 +132,14 @@ fn relay(dialer: TcpStream, state: &State) {
     // Who is not there is not there for the dialer either.
     let Ok(listener) = TcpStream::connect(state.target) else { return };
     state.relayed.fetch_add(1, Ordering::SeqCst);
-    let mut ends = [dialer, listener];
+    state.carried.fetch_add(1, Ordering::SeqCst);
+    carry([dialer, listener], state, cuts);
+    state.carried.fetch_sub(1, Ordering::SeqCst);
+}
+
+/// Relays what the two ends of a connection say, until it ends or has been cut more often than
+/// `cuts` times.
+fn carry(mut ends: [TcpStream; 2], state: &State, cuts: u64) {
     for end in &ends {
         end.set_nonblocking(true).unwrap();
         end.set_nodelay(true).unwrap();
@@ -127,7 +147,7 @@ fn relay(dialer: TcpStream, state: &State) {
     // What has come from each end and did not go to the other yet.
     let mut under_way = [Vec::new(), Vec::new()];
     let mut are_open = [true, true];
-    while !is_cut() {
+    while !state.is_cut(cuts) {
         if state.is_held.load(Ordering::SeqCst) {
             thread::sleep(Duration::from_millis(1));
             continue;

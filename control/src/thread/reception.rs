@@ -51,6 +51,10 @@ impl Host for Reception<'_> {
             Purpose::Control => !self.has_left,
             Purpose::Data | Purpose::Pulse | Purpose::View => true,
         };
+        if !is_open && hello.purpose == Purpose::Control {
+            let why = "the job has started, and the rank that listens here has left it";
+            return Err(Refusal::Late { rank: hello.from, why });
+        }
         if !is_open {
             return Err(Refusal::Rank { from: hello.from, to: hello.to });
         }
@@ -103,10 +107,13 @@ impl Identity {
                 Err(Refusal::Rank { from, to })
             }
             (Purpose::Control, Some(coordinator)) if coordinator.is_vacant(dialer) => Ok(()),
-            (Purpose::Control, Some(_)) => Err(Refusal::RankTaken {
-                rank: from,
-                first: taken(&dialer).unwrap_or_else(|| "another process".into()),
-                second: hello.process(),
+            (Purpose::Control, Some(coordinator)) => Err(match coordinator.too_late(dialer) {
+                Some(why) => Refusal::Late { rank: from, why },
+                None => Refusal::RankTaken {
+                    rank: from,
+                    first: taken(&dialer).unwrap_or_else(|| "another process".into()),
+                    second: hello.process(),
+                },
             }),
         }
     }
