@@ -29,6 +29,7 @@ struct Details {
     change: Option<ViewChange>,
     calls: Option<[MismatchedCall; 2]>,
     cause: Option<Cause>,
+    is_absence: bool,
 }
 
 /// What a rank called that another one should have called as well, see
@@ -173,6 +174,22 @@ impl Error {
             return self;
         }
         self.with(|details| details.cause = cause)
+    }
+
+    /// The same failure; the ranks that caused it did not come in time, or do not answer.
+    pub(crate) fn of_absent(self) -> Self {
+        self.with(|details| details.is_absence = true)
+    }
+
+    /// Whether the ranks that caused it did not come in time as ranks met, or do not answer.
+    pub(crate) fn is_absence(&self) -> bool {
+        self.details.as_ref().is_some_and(|details| details.is_absence)
+    }
+
+    /// The same failure, with what may help.
+    pub(crate) fn with_hint(mut self, hint: &str) -> Self {
+        self.detail = format!("{}\n  {hint}", self.detail);
+        self
     }
 
     pub(crate) fn changing(self, change: ViewChange) -> Self {

@@ -7,12 +7,17 @@ mod support;
 use std::time::Duration;
 
 use support::{World, tell};
-use unisum::buckets::{Buckets, Parameter};
-use unisum::{Communicator, Dtype, Error};
+use unisum::buckets::{Buckets, Parameter, ShardState};
+use unisum::{Communicator, Dtype, Error, ErrorKind};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("train", train)]);
+    support::run_if_rank(&[
+        ("train", train),
+        ("keep", keep),
+        ("renumber", renumber),
+        ("fork", fork),
+    ]);
 }
 
 #[test]
@@ -97,4 +102,88 @@ fn train() {
         .map(|&weight| f64::from(weight))
         .sum();
     tell(sum);
+}
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn state_is_copied_and_laid_out_while_weights_come() {
+    World::new(2, "keep").succeed(LIMIT);
+}
+
+fn keep() {
+    let communicator = Communicator::from_environment().unwrap();
+    let new = |number: usize| Parameter::new(number.to_string(), &[50_000], Dtype::F32);
+    let list: Vec<_> = (0..20).map(new).collect();
+    let builder = Buckets::builder(&communicator).bucket_bytes(200_000).end_bucket_bytes(200_000);
+    let mut buckets = builder.sharded().build(&list).unwrap();
+    let (mut state, mut weights) = (ShardState::<f32>::new(3), buckets.weights().unwrap());
+    buckets.reshard(&mut state).unwrap();
+    for number in 1..=10 {
+        state.set_version(number);
+        let coming = buckets.gather(&mut weights).unwrap();
+        // The last bucket is here, and the others may not be.
+        coming.get::<f32>(0).unwrap();
+        buckets.copy_shards(&mut state).unwrap();
+        coming.wait().unwrap();
+        drop(buckets.gather(&mut weights).unwrap());
+        assert_eq!(buckets.reshard(&mut state).unwrap().version, number);
+        drop(buckets.gather(&mut weights).unwrap());
+        buckets.advise(&[]).unwrap();
+    }
+}
+
+#[test]
+fn weights_of_another_rank_are_refused() {
+    World::new(3, "renumber").succeed(LIMIT);
+}
+
+/// After a change of the view a rank may have another number in the same layout.
+fn renumber() {
+    let communicator = Communicator::from_environment().unwrap();
+    let rank = communicator.rank();
+    let build = |of: &Communicator| Buckets::builder(of).sharded().build(&parameters()).unwrap();
+    let mut weights = build(&communicator).weights().unwrap();
+    weights.shard_mut::<f32>(0).fill(7.0);
+    let key = [2, 0, 1][rank];
+    let other = communicator.split(Some(0), key).unwrap().unwrap();
+    assert_ne!(other.rank(), rank);
+    let mut buckets = build(&other);
+    let error = buckets.gather(&mut weights).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Configuration);
+    let text = error.to_string();
+    assert!(text.contains(&format!("these weights are of rank {rank} of 3 ranks")), "{text}");
+    let mut weights = buckets.weights().unwrap();
+    weights.shard_mut::<f32>(0).fill(7.0);
+    buckets.gather(&mut weights).unwrap().wait().unwrap();
+    assert!(weights.get::<f32>(0).iter().all(|&it| it == 7.0));
+}
+
+#[test]
+fn a_forked_child_can_gather_nothing_and_the_parent_goes_on() {
+    World::new(2, "fork").succeed(LIMIT);
+}
+
+fn fork() {
+    let communicator = Communicator::from_environment().unwrap();
+    let mut buckets = Buckets::builder(&communicator).sharded().build(&parameters()).unwrap();
+    let (mut weights, mut others) = (buckets.weights().unwrap(), buckets.weights().unwrap());
+    let coming = buckets.gather(&mut weights).unwrap();
+    // SAFETY: the child calls only what the library promises to refuse, and leaves by `_exit`.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let is_forked = |error: Error| error.kind() == ErrorKind::Forked;
+        let mut is_refused = coming.wait().is_err_and(is_forked);
+        is_refused &= buckets.gather(&mut others).is_err_and(is_forked);
+        is_refused &= buckets.reshard(&mut ShardState::<f32>::new(1)).is_err_and(is_forked);
+        drop((buckets, others, communicator));
+        // SAFETY: ends the child without running the parent's exit handlers.
+        unsafe { libc::_exit(i32::from(!is_refused)) };
+    }
+    let mut status = 0;
+    // SAFETY: waits for the child just made; `status` is valid.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert_eq!(status, 0, "the child was refused and left quietly");
+    coming.wait().unwrap();
+    buckets.gather(&mut others).unwrap().wait().unwrap();
 }

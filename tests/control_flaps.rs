@@ -10,7 +10,7 @@ mod support;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -95,28 +95,54 @@ fn start(scenario: &'static str, rounds: u32, is_relayed: bool) -> (Running, Rel
 fn every_call_succeeds_while_control_connections_are_cut_at_random_moments() {
     let mut random = Random::new();
     let rounds = std::env::var("UNISUM_TEST_CUT_ROUNDS").map_or(100, |it| it.parse().unwrap());
+    let (mut cuts, mut connections) = (0, 0);
+    for world in 0.. {
+        assert!(world < 20, "{cuts} cuts, {connections} connections made anew");
+        if cuts >= 6 && connections >= 9 {
+            break;
+        }
+        let (there, made) = call_while_cut(&mut random, rounds, 9 - connections.min(8));
+        (cuts, connections) = (cuts + there, connections + made);
+    }
+}
+
+/// Cuts the connections of a world that calls until so many were made anew, or none goes through
+/// the relay any more: a rank whose attempt to come back was cut as well tries rank 0's own address
+/// next. How often they were cut while there were any, and how many were made anew.
+fn call_while_cut(random: &mut Random, rounds: u32, connections: u64) -> (u64, u64) {
     let (running, relay) = start("work", rounds, true);
-    let (is_over, cuts) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (is_over, cuts, passed_by) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let ended = thread::scope(|scope| {
         scope.spawn(|| {
             let all = [How::Reset, How::Close, How::ResetDialer, How::ResetListener];
-            let mut rest = Duration::from_millis(500);
+            let (mut rest, mut number) = (Duration::from_millis(500), 0);
             while !is_over.load(Ordering::SeqCst) {
                 thread::sleep(Duration::from_millis(random.below(80) as u64));
+                let is_any_cut = relay.carries();
                 relay.cut(random.of(&all));
+                cuts.fetch_add(u64::from(is_any_cut), Ordering::SeqCst);
                 // Longer and longer, so that calls get done on any machine.
-                if cuts.fetch_add(1, Ordering::SeqCst) % 3 == 2 {
+                number += 1;
+                if number % 3 == 0 {
                     thread::sleep(rest);
                     rest = rest * 10 / 9;
+                    if !relay.carries() {
+                        passed_by.fetch_add(1, Ordering::SeqCst);
+                    }
                 }
             }
         });
         let _over = Over(&is_over);
-        let are_few = || cuts.load(Ordering::SeqCst) < 6 || relay.relayed() < 11;
+        let made_anew = || relay.relayed().saturating_sub(RANKS as u64 - 1);
+        let are_few = || cuts.load(Ordering::SeqCst) < 6 || made_anew() < connections;
         let limit = LIMIT + Duration::from_millis(u64::from(rounds) * 200);
         let until = Instant::now() + limit;
-        while are_few() && (0..RANKS).all(|rank| running.lives(rank)) {
-            assert!(Instant::now() < until, "{cuts:?} cuts, {} connections", relay.relayed());
+        // Who is late comes back by the second time.
+        while are_few()
+            && passed_by.load(Ordering::SeqCst) < 2
+            && (0..RANKS).all(|rank| running.lives(rank))
+        {
+            assert!(Instant::now() < until, "{cuts:?} cuts, {} connections anew", made_anew());
             thread::sleep(Duration::from_millis(5));
         }
         running.mark("enough");
@@ -125,6 +151,7 @@ fn every_call_succeeds_while_control_connections_are_cut_at_random_moments() {
     for ended in &ended {
         assert_eq!((ended.status, &ended.told[..]), (0, &["left".to_owned()][..]), "{ended:#?}");
     }
+    (cuts.into_inner(), relay.relayed().saturating_sub(RANKS as u64 - 1))
 }
 
 /// Nothing is cut any more after a failure either.

@@ -20,6 +20,7 @@ fn rank_process() {
         ("leave_behind", leave_behind),
         ("change_for_its_own_sake", change_for_its_own_sake),
         ("hold", hold),
+        ("meet_late", meet_late),
         ("disagree", disagree),
         ("not_elastic", not_elastic),
     ]);
@@ -414,4 +415,72 @@ fn a_stopped_rank_is_left_behind_when_a_call_is_overdue() {
     assert!(told[0].starts_with("epoch 2 of 3 after"), "{ended:#?}");
     assert!(told[1] == told[0] && told[3] == told[0], "{ended:#?}");
     assert!(told[2].starts_with("RankLost "), "{ended:#?}");
+}
+
+/// Trains; the ranks that the test names do not come to rebuild before it says so.
+fn meet_late() {
+    let mut training = Training::new(connect(), 10);
+    reach("training");
+    let late = setting("LATE");
+    let error = loop {
+        if let Err(error) = training.take_step() {
+            break error;
+        }
+    };
+    assert_eq!(error.lost(), [3], "{error}");
+    reach("decided");
+    if late.contains(&setting("UNISUM_RANK")) {
+        reach("late");
+        support::await_others("go", 1, LIMIT);
+    }
+    while let Err(error) = training.go_on() {
+        if error.kind() != ErrorKind::Rendezvous {
+            return tell_error(&error);
+        }
+        reach("in-vain");
+    }
+    training.take_step().unwrap();
+    tell(training.check());
+}
+
+/// Those that are late are stopped after the view was decided that they are to enter.
+#[test]
+fn a_rank_that_is_stopped_before_it_rebuilds_is_left_behind() {
+    for late in [2, 0] {
+        let world = World::new(4, "meet_late").set("LATE", late).set("UNISUM_CONNECT_TIMEOUT", 3);
+        let running = world.start();
+        running.wait_for("training", 4, LIMIT);
+        running.signal(3, libc::SIGKILL);
+        // Whoever has not heard of it may have to ask the one that is stopped.
+        running.wait_for("decided", 3, LIMIT);
+        running.wait_for("late", 1, LIMIT);
+        running.signal(late, libc::SIGSTOP);
+        let others = [1, 2 - late];
+        support::wait_until("the others go on", LIMIT, || {
+            others.iter().all(|it| !running.lives(*it))
+        });
+        running.mark("go");
+        running.signal(late, libc::SIGCONT);
+        let ended = running.wait(LIMIT);
+        for rank in others {
+            let told = ended[rank].told.first().unwrap_or_else(|| panic!("{ended:#?}"));
+            assert!(told.starts_with("epoch 3 of 2 after "), "{ended:#?}");
+        }
+        assert!(ended[late].told[0].starts_with("RankLost "), "{ended:#?}");
+    }
+}
+
+/// One rank of three can't leave two behind, and they live: it may try again.
+#[test]
+fn ranks_that_are_late_are_met_by_those_that_rebuild_again() {
+    let world = World::new(4, "meet_late").set("LATE", "1 2").set("UNISUM_CONNECT_TIMEOUT", 3);
+    let running = world.start();
+    running.wait_for("training", 4, LIMIT);
+    running.signal(3, libc::SIGKILL);
+    running.wait_for("late", 2, LIMIT);
+    running.wait_for("in-vain", 1, LIMIT);
+    running.mark("go");
+    let ended = running.wait(LIMIT);
+    assert!(ended[0].told[0].contains(" of 3 after "), "{ended:#?}");
+    assert!(ended[..3].iter().all(|it| it.told == ended[0].told), "{ended:#?}");
 }

@@ -43,6 +43,7 @@ fn rank_process() {
         ("grow", entering::grow),
         ("enter", entering::enter),
         ("enter_late", entering::enter_late),
+        ("lack_a_port", ends::lack_a_port),
     ]);
 }
 

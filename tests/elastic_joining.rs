@@ -67,7 +67,7 @@ impl State {
 struct Training {
     communicator: Communicator,
     state: Option<State>,
-    /// Whether newcomers are let in.
+    /// Whether newcomers are let in; else only once the test says so.
     admits: bool,
 }
 
@@ -87,15 +87,19 @@ impl Training {
         Ok(())
     }
 
-    /// A step; whether all know of a newcomer, and whether it was the last.
+    /// A step; whether all let a newcomer in, and whether it was the last.
     fn step(&mut self) -> Result<(bool, bool), Error> {
         let state = self.state.as_mut().unwrap();
         let step = state.0[STEP];
         let is_killed = is_marked("killed");
         let mut sums = vec![(step + 1) * (self.communicator.rank() as u64 + 1); COUNT];
         sums[PARTICIPANTS] = 1;
-        let newcomers = usize::from(self.communicator.newcomers() > 0) as u64;
-        sums.extend([newcomers, u64::from(is_marked("end"))]);
+        let is_asked = self.communicator.newcomers() > 0;
+        if is_asked {
+            reach("asked");
+        }
+        let lets_in = is_asked && (self.admits || is_marked("admit"));
+        sums.extend([u64::from(lets_in), u64::from(is_marked("end"))]);
         self.communicator.all_reduce(&mut sums, ReduceOp::Sum)?;
         let flags = sums.split_off(COUNT);
         let world = self.communicator.world() as u64;
@@ -106,7 +110,7 @@ impl Training {
         if is_killed {
             reach("step-after-kill");
         }
-        Ok((flags[0] == world && self.admits, flags[1] > 0))
+        Ok((flags[0] == world, flags[1] > 0))
     }
 
     /// Trains until the test says that it is over.
@@ -127,6 +131,7 @@ impl Training {
     fn run_in_view(&mut self) -> Result<bool, Error> {
         self.align()?;
         reach(&format!("world-{}", self.communicator.world()));
+        reach(&format!("epoch-{}", self.communicator.view().unwrap().epoch));
         loop {
             match self.step()? {
                 (_, true) => return Ok(true),
@@ -163,7 +168,7 @@ fn train() {
     Training::tell(Training { communicator, state: begin(), admits: true }.run());
 }
 
-/// Members that let nobody in.
+/// Members that let nobody in before the test says so.
 fn closed() {
     let communicator = elastic().connect().unwrap();
     reach("training");
@@ -283,6 +288,26 @@ fn a_newcomer_that_dies_at_any_moment_disturbs_nobody() {
             let ended = finish(running);
             assert!(alike(&ended, &[3]).starts_with("of 4 after "), "{ended:#?}");
         }
+    }
+}
+
+/// No connection tells that it is stopped: it is in the view that is decided.
+#[test]
+fn a_newcomer_that_is_stopped_while_it_waits_is_left_behind() {
+    for transport in support::transports() {
+        let world = members(3, transport).running("closed").set("UNISUM_CONNECT_TIMEOUT", 3);
+        let mut running = world.start();
+        running.wait_for("training", 3, LIMIT);
+        running.add(&newcomers(&world).set("UNISUM_CONNECT_TIMEOUT", 60), 3);
+        running.wait_for("asked", 3, LIMIT);
+        running.signal(3, libc::SIGSTOP);
+        running.mark("admit");
+        running.wait_for("epoch-3", 3, LIMIT);
+        running.signal(3, libc::SIGCONT);
+        let ended = finish(running);
+        let told = &ended[3].told[0];
+        assert!(told.contains("the other ranks went on without this one"), "{ended:#?}");
+        assert!(alike(&ended, &[3]).starts_with("of 3 after "), "{ended:#?}");
     }
 }
 

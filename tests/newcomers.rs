@@ -7,6 +7,7 @@ mod support;
 use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::process::Command;
+use std::ptr;
 use std::time::{Duration, Instant};
 
 use support::{World, tell};
@@ -24,6 +25,7 @@ fn rank_process() {
         ("described", described),
         ("placed", placed),
         ("compresses", compresses),
+        ("warns_a_terminal", warns_a_terminal),
     ]);
 }
 
@@ -321,6 +323,9 @@ fn the_folder_that_ranks_can_not_meet_in_is_named() {
 fn plain_program() {
     if std::env::var("TEST_PLAIN").is_ok() {
         take_events_if_asked();
+        if std::env::var("TEST_FAULT").is_ok() {
+            unisum_link::fault!("it ends here");
+        }
         let communicator = Communicator::from_environment().unwrap();
         assert_eq!((communicator.world(), communicator.local_size()), (1, 1));
     }
@@ -357,7 +362,16 @@ fn warnings_reach_standard_error_where_nobody_else_takes_them() {
     assert!(
         said(&[misspelt]).contains("unisum: warning: unknown variables, misspelt? UNISUM_TIMEOUTS")
     );
-    assert_eq!(said(&[misspelt, ("UNISUM_LOG", "off")]).matches("unisum:").count(), 0);
+    for silent in ["off", "error"] {
+        assert_eq!(said(&[misspelt, ("UNISUM_LOG", silent)]).matches("unisum:").count(), 0);
+    }
+    // What ends something stays.
+    let faulty = ("TEST_FAULT", "1");
+    for (log, count) in [("warn", 2), ("error", 1), ("off", 0)] {
+        let said = said(&[misspelt, faulty, ("UNISUM_LOG", log)]);
+        assert_eq!(said.matches("unisum:").count(), count, "{said}");
+        assert_eq!(said.contains("unisum: error: it ends here"), count > 0, "{said}");
+    }
 }
 
 #[test]
@@ -426,4 +440,30 @@ fn a_process_that_is_alone_though_it_seems_one_of_many_is_warned() {
         assert!(said.contains("warning") && said.contains("alone"), "{variable}: {said}");
         assert!(said.contains("srun") || said.contains("UNISUM_WORLD"), "{variable}: {said}");
     }
+}
+
+/// A terminal whose reader has stopped says that there is room as long as there is any.
+#[test]
+fn no_warning_waits_for_a_terminal_that_has_stopped() {
+    World::new(1, "warns_a_terminal").succeed(LIMIT);
+}
+
+fn warns_a_terminal() {
+    let (mut reader, mut terminal) = (0, 0);
+    let (name, settings, size) = (ptr::null_mut(), ptr::null(), ptr::null());
+    // SAFETY: the two numbers are valid, and the rest may be null.
+    let made = unsafe { libc::openpty(&mut reader, &mut terminal, name, settings, size) };
+    assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: only numbers. Nobody else writes there.
+    assert_eq!(unsafe { libc::dup2(terminal, libc::STDERR_FILENO) }, libc::STDERR_FILENO);
+    // The tests' own subscriber does wait.
+    tracing::subscriber::with_default(tracing::subscriber::NoSubscriber::new(), || {
+        for _ in 0..10 {
+            unisum_link::warning!("{}", "a".repeat(3000));
+        }
+    });
+    let mut said = [0; 8];
+    // SAFETY: as many bytes as there is room for.
+    let read = unsafe { libc::read(reader, said.as_mut_ptr().cast(), said.len()) };
+    assert!(read > 0 && said.starts_with(b"unisum"), "{said:?}");
 }

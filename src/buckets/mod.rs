@@ -112,6 +112,8 @@ pub struct Buckets {
     limits: Limits,
     /// The last step.
     last: Option<Arc<InFlightStep>>,
+    /// The last gathering of weights.
+    gather: Option<Arc<shard::Gather>>,
     /// What has accumulated since the last reduction.
     cycle: Option<Arc<Cycle>>,
     /// Parameters that this rank never uses, once that is known.
@@ -135,9 +137,20 @@ impl Buckets {
         (orders, thread): (Sender<Order>, JoinHandle<()>),
     ) -> Self {
         let (orders, thread) = (Some(orders), Some(thread));
-        let (last, cycle, never_used) = (None, None, None);
+        let (last, gather, cycle, never_used) = (None, None, None, None);
         let fork_generation = fork::generation();
-        Self { core, plan, limits, last, cycle, never_used, orders, thread, fork_generation }
+        Self {
+            core,
+            plan,
+            limits,
+            last,
+            gather,
+            cycle,
+            never_used,
+            orders,
+            thread,
+            fork_generation,
+        }
     }
 
     /// The parameters, in the given order.
@@ -296,6 +309,15 @@ impl Buckets {
         }
     }
 
+    /// The same, and the last gathering of weights: what the caller's thread does on the
+    /// communicator then comes after them on all ranks.
+    fn settle_all(&self) {
+        self.settle();
+        if let Some(gather) = &self.gather {
+            gather.settle();
+        }
+    }
+
     /// Fails the last step if it was neither waited for nor dropped: `mem::forget` does that.
     fn close_forgotten(&self) {
         // A step borrows the layer for itself alone: whoever comes here has none any more.
@@ -370,7 +392,7 @@ impl Buckets {
     /// # Panics
     /// If there is no such parameter.
     pub fn place(&self, parameter: usize) -> Place {
-        Place::new(self.plan.clone(), parameter)
+        Place::of_parameter(self.plan.clone(), parameter)
     }
 
     /// Announces that, from the next step on, gradients have a loss scale that is `factor` times

@@ -190,6 +190,11 @@ impl Plan {
         unsafe { std::slice::from_raw_parts_mut(space.base.as_ptr(), space.bytes) }
     }
 
+    /// Where a bucket's elements begin.
+    pub(super) fn start(&self, bucket: usize) -> NonNull<u8> {
+        self.spaces[bucket].base
+    }
+
     pub(super) fn dtype(&self, bucket: usize) -> Dtype {
         self.layout.plans()[bucket].dtype
     }

@@ -28,7 +28,9 @@ pub(super) struct Card {
     pub(super) dtype: u8,
     /// Whether it is state of the buckets' parameters, as far as the rank knows.
     pub(super) fits: bool,
-    /// Its own shards first, then the copies that it keeps.
+    /// The number of the copies that the rank knows all ranks to have.
+    pub(super) copied: u64,
+    /// Its own shards first, then whatever else it has.
     pub(super) had: Vec<Had>,
 }
 
@@ -47,11 +49,18 @@ pub struct ShardMove {
     pub to: Rank,
 }
 
-/// The same, with where the sender has them: its own shards are 0, copies follow.
+/// The same, with where the sender has them: its own shards are 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Move {
     pub(super) told: ShardMove,
     pub(super) holding: usize,
+}
+
+impl Move {
+    /// Whether the elements change their rank.
+    pub(super) fn travels(&self) -> bool {
+        self.told.from.is_some_and(|from| from != self.told.to)
+    }
 }
 
 impl Card {
@@ -60,6 +69,7 @@ impl Card {
         bytes.put_u64_le(self.vectors);
         bytes.put_u64_le(self.dtype.into());
         bytes.put_u64_le(self.fits.into());
+        bytes.put_u64_le(self.copied);
         for Had { version, extents } in &self.had {
             bytes.put_u64_le(*version);
             bytes.put_u64_le(extents.len() as u64);
@@ -76,7 +86,8 @@ impl Card {
     pub(super) fn decode(mut bytes: &[u8], counts: &[usize]) -> Option<Self> {
         let mut number = || bytes.try_get_u64_le().ok();
         let (vectors, dtype, fits) = (number()?, number()?.try_into().ok()?, number()? != 0);
-        let mut card = Self { vectors, dtype, fits, had: Vec::new() };
+        let copied = number()?;
+        let mut card = Self { vectors, dtype, fits, copied, had: Vec::new() };
         while let Some(version) = number() {
             let mut extents = Vec::new();
             for _ in 0..number()? {
@@ -179,7 +190,7 @@ mod tests {
     }
 
     fn card(had: Vec<Had>) -> Card {
-        Card { vectors: 2, dtype: 3, fits: true, had }
+        Card { vectors: 2, dtype: 3, fits: true, copied: 8, had }
     }
 
     #[test]

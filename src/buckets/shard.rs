@@ -9,11 +9,12 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use unisum_kernels::{Element, Panic};
+use unisum_link::fork;
 
 use super::hook::{Bucket, Hook};
 use super::plan::Plan;
 use super::worker::{Core, Order};
-use super::{Buckets, Layout};
+use super::{Buckets, Layout, Place};
 use crate::{Collective, Error, ErrorKind};
 
 /// Averages for each rank its shard of a bucket, in place.
@@ -93,6 +94,14 @@ impl Buckets {
         &elements[self.shard(bucket)]
     }
 
+    /// Where [`Buckets::shard_gradient`] lies. Not blocking.
+    ///
+    /// # Panics
+    /// As [`Buckets::shard`].
+    pub fn shard_place(&self, bucket: usize) -> Place {
+        Place::of_bucket(self.plan.clone(), bucket).part(self.shard(bucket))
+    }
+
     /// Allocates memory for the parameters themselves, in the layout and types of the gradients,
     /// zeroed: each rank updates its shards, and [`Buckets::gather`] completes them. Not
     /// collective.
@@ -117,17 +126,25 @@ impl Buckets {
     /// Collective: every rank calls it between the same steps.
     ///
     /// # Errors
-    /// [`ErrorKind::Configuration`] if the weights belong to other buckets. [`Gathering`] reports
-    /// other errors.
+    /// [`ErrorKind::Configuration`] if the weights belong to other buckets, or were made when this
+    /// rank had another number: its shards were others. [`Gathering`] reports other errors.
     pub fn gather<'w>(&mut self, weights: &'w mut Weights) -> Result<Gathering<'w>, Error> {
+        let (rank, world) = (self.core.communicator().rank(), self.core.communicator().world());
+        if self.is_forked() {
+            return Err(Error::forked().on(rank));
+        }
         weights.settle();
+        let refused = |text: String| Err(Error::new(ErrorKind::Configuration, text).on(rank));
         if weights.plan.layout != self.plan.layout {
-            let error = Error::new(ErrorKind::Configuration, "these weights are of other buckets");
-            return Err(error.on(self.core.communicator().rank()));
+            return refused("these weights are of other buckets".into());
+        }
+        if weights.place != (rank, world) {
+            let (before, ranks) = weights.place;
+            return refused(format!("these weights are of rank {before} of {ranks} ranks"));
         }
         let gather = Arc::new(Gather::new(weights.plan.clone()));
         self.order(Order::Gather(gather.clone()));
-        weights.last = Some(gather.clone());
+        (weights.last, self.gather) = (Some(gather.clone()), Some(gather.clone()));
         Ok(Gathering { gather, weights: PhantomData })
     }
 }
@@ -143,8 +160,7 @@ pub struct Weights {
 impl Weights {
     fn settle(&self) {
         if let Some(last) = &self.last {
-            // Who waited for it was told.
-            let _ = last.wait(|come| come.buckets.iter().all(|&come| come));
+            last.settle();
         }
     }
 
@@ -166,6 +182,25 @@ impl Weights {
         self.settle();
         // SAFETY: no gathering is under way, and `&mut self` keeps everybody else away.
         unsafe { self.plan.elements_mut(parameter) }
+    }
+
+    /// Where a parameter lies. Blocks until a started gathering has ended.
+    ///
+    /// # Panics
+    /// If there is no such parameter.
+    pub fn place(&self, parameter: usize) -> Place {
+        self.settle();
+        Place::of_parameter(self.plan.clone(), parameter)
+    }
+
+    /// Where this rank's shard of a bucket lies, as [`Weights::place`].
+    ///
+    /// # Panics
+    /// If there is no such bucket.
+    pub fn shard_place(&self, bucket: usize) -> Place {
+        self.settle();
+        let shard = self.plan.layout.shard(bucket, self.place);
+        Place::of_bucket(self.plan.clone(), bucket).part(shard)
     }
 
     /// Returns this rank's shard of a bucket, for the optimizer to update.
@@ -228,6 +263,7 @@ pub(super) struct Gather {
     plan: Arc<Plan>,
     come: Mutex<Come>,
     changed: Condvar,
+    fork_generation: u32,
 }
 
 struct Come {
@@ -239,7 +275,8 @@ struct Come {
 impl Gather {
     fn new(plan: Arc<Plan>) -> Self {
         let come = Come { buckets: vec![false; plan.layout.plans().len()], failed: None };
-        Self { plan, come: Mutex::new(come), changed: Condvar::new() }
+        let (come, fork_generation) = (Mutex::new(come), fork::generation());
+        Self { plan, come, changed: Condvar::new(), fork_generation }
     }
 
     /// Gathers, on the layer's thread.
@@ -280,7 +317,17 @@ impl Gather {
         }
     }
 
+    /// Waits until it has ended.
+    pub(super) fn settle(&self) {
+        // Who waited for it was told.
+        let _ = self.wait(|come| come.buckets.iter().all(|&come| come));
+    }
+
     fn wait(&self, is_enough: impl Fn(&Come) -> bool) -> Result<(), Error> {
+        if fork::current() != self.fork_generation {
+            // Nobody ends it in a child, whose lock may have been taken when it was made.
+            return Err(Error::forked());
+        }
         let goes_on = |come: &mut Come| come.failed.is_none() && !is_enough(come);
         let waited = self.changed.wait_while(self.lock(), goes_on);
         let come = waited.unwrap_or_else(PoisonError::into_inner);

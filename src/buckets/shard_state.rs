@@ -9,12 +9,16 @@ use std::ops::Range;
 
 use unisum_kernels::{Dtype, Element};
 use unisum_link::Rank;
-use unisum_link::handshake::fingerprint;
 
-use super::resharding::{self, Card, Extent, Had, Move, ShardMove};
+use self::moving::{Fingerprints, Travel, all_are_whole, all_have_room};
+use self::vector::Vector;
+use super::resharding::{self, Card, Extent, Had, ShardMove};
 use super::shard::ShardPiece;
-use super::{Buckets, Layout};
+use super::{Buckets, Layout, Place};
 use crate::{Buffers, Collective, Communicator, Error, ErrorKind};
+
+mod moving;
+mod vector;
 
 /// What a rank keeps for its shards from step to step: several vectors, for example the weights and
 /// the optimizer's two moments, each with one element for each element of the shards. Has nothing
@@ -29,10 +33,27 @@ pub struct ShardState<T> {
     /// How many elements the parameters have of which these are shards.
     counts: Vec<usize>,
     /// What all ranks have: this rank's own shards as they were, and those of the rank before it.
-    copies: Vec<Holding<T>>,
-    /// What a call that failed had brought already: other ranks may have seen it succeed, and keep
-    /// nothing else.
-    coming: Vec<Holding<T>>,
+    copies: Copies<T>,
+    /// The same of a [`Buckets::copy_shards`] that failed here. Another rank may have seen it
+    /// succeed, and keep no other copies.
+    copied: Option<Copies<T>>,
+    /// The last number of copies that this rank has seen drawn.
+    drawn: u64,
+    /// Shards that a [`Buckets::reshard`] had laid out when it failed here, of which another rank
+    /// may have seen that all had theirs, and keep nothing else.
+    laid: Vec<Holding<T>>,
+}
+
+/// What a [`Buckets::copy_shards`] has made on this rank. Its number, the same on all ranks, tells
+/// it from others of the same version.
+#[derive(Clone)]
+struct Copies<T> {
+    number: u64,
+    held: Vec<Holding<T>>,
+}
+
+impl<T> Copies<T> {
+    const NONE: Self = Self { number: 0, held: Vec::new() };
 }
 
 /// How state came to where it is now: the same on all ranks.
@@ -52,6 +73,15 @@ impl Resharded {
     }
 }
 
+/// What a [`Buckets::reshard`] has brought.
+struct Brought {
+    resharded: Resharded,
+    /// Whether this rank received what was sent to it.
+    is_whole: bool,
+    /// By rank, the number of the copies that it knows all ranks to have.
+    copied: Vec<u64>,
+}
+
 /// Shards of one version.
 #[derive(Clone)]
 struct Holding<T> {
@@ -59,7 +89,7 @@ struct Holding<T> {
     /// By bucket.
     pieces: Vec<Vec<ShardPiece>>,
     /// By bucket and vector.
-    shards: Vec<Vec<Vec<T>>>,
+    shards: Vec<Vec<Vector<T>>>,
     /// Elements that are not there.
     missing: Vec<Extent>,
 }
@@ -79,13 +109,7 @@ impl<T: Element + Default> Holding<T> {
         let pieces = (0..buckets).map(|it| layout.pieces_of(it, (*rank, *world))).collect();
         let shard = |bucket| {
             let len = layout.shard(bucket, (*rank, *world)).len();
-            let vector = |_| {
-                let mut vector = Vec::new();
-                vector.try_reserve_exact(len)?;
-                vector.resize(len, T::default());
-                Ok(vector)
-            };
-            (0..vectors).map(vector).collect()
+            (0..vectors).map(|_| Vector::zeroed(len)).collect()
         };
         let shards = (0..buckets).map(shard).collect::<Result<_, TryReserveError>>()?;
         Ok(Self { version, pieces, shards, missing: Vec::new() })
@@ -103,6 +127,22 @@ impl<T: Element + Default> Holding<T> {
             let start = piece.at + elements.start - piece.elements.start;
             Some((bucket, start..start + elements.len()))
         })
+    }
+
+    /// Whether it has nothing that one of the others has not.
+    fn is_in<'a>(&self, others: impl Iterator<Item = &'a Self>) -> bool
+    where
+        T: 'a,
+    {
+        let left = others.filter(|it| it.version == self.version).fold(
+            self.had().extents,
+            |left, other| {
+                let mut taken = other.had().extents;
+                taken.sort_by_key(|it| it.elements.start);
+                left.into_iter().flat_map(|it| it.without(&taken)).collect()
+            },
+        );
+        left.is_empty()
     }
 
     fn had(&self) -> Had {
@@ -152,8 +192,10 @@ impl<T: Element + Default> ShardState<T> {
             own: Holding::NONE,
             place: None,
             counts: Vec::new(),
-            copies: Vec::new(),
-            coming: Vec::new(),
+            copies: Copies::NONE,
+            copied: None,
+            drawn: 0,
+            laid: Vec::new(),
         }
     }
 
@@ -164,14 +206,16 @@ impl<T: Element + Default> ShardState<T> {
 
     /// Says that the state is complete, after so many steps: what was missing is restored. Ranks
     /// that have different versions have different models, so this is called after each step. If
-    /// all ranks go back to an earlier version by themselves, later copies are dropped.
+    /// all ranks go back to an earlier version by themselves, later copies are dropped. What a
+    /// failed [`Buckets::reshard`] had laid out of another version is dropped, too.
     pub fn set_version(&mut self, version: u64) {
         self.version = version;
         self.own.version = version;
         self.own.missing.clear();
-        for held in [&mut self.copies, &mut self.coming] {
-            held.retain(|it| it.version <= version);
+        for copies in [&mut self.copies].into_iter().chain(&mut self.copied) {
+            copies.held.retain(|it| it.version <= version);
         }
+        self.laid.retain(|it| it.version == version);
     }
 
     /// A vector of this rank's shard of a bucket, as long as [`Buckets::shard`], with padding.
@@ -188,6 +232,16 @@ impl<T: Element + Default> ShardState<T> {
     /// As [`ShardState::vector`].
     pub fn vector_mut(&mut self, bucket: usize, vector: usize) -> &mut [T] {
         &mut self.own.shards[bucket][vector]
+    }
+
+    /// Where a vector lies that [`ShardState::vector_mut`] lends. Later layouts leave it behind: it
+    /// then is memory of the program alone.
+    ///
+    /// # Panics
+    /// As [`ShardState::vector`].
+    pub fn place(&self, bucket: usize, vector: usize) -> Place {
+        let vector = &self.own.shards[bucket][vector];
+        vector.place(0..vector.len())
     }
 
     /// Some elements of a parameter that are in one of this rank's shards, to be restored or
@@ -208,20 +262,45 @@ impl<T: Element + Default> ShardState<T> {
         &mut self.own.shards[bucket][vector][at]
     }
 
-    /// Its own shards, then its copies: those that a [`Card`] tells of.
+    /// All that a [`Card`] tells of, its own shards first.
     fn holdings(&self) -> impl Iterator<Item = &Holding<T>> {
-        [&self.own].into_iter().chain(&self.copies).chain(&self.coming)
+        let copies = [&self.copies].into_iter().chain(&self.copied).flat_map(|it| &it.held);
+        [&self.own].into_iter().chain(copies).chain(&self.laid)
     }
 
-    /// All ranks have what came last: it is what this rank has.
-    fn settle(&mut self, version: u64, place: (Layout, Rank, usize), counts: Vec<usize>) {
-        if let Some(new) = self.coming.pop() {
-            self.own = new;
+    /// Keeps new shards until all ranks are known to have theirs, and of those that earlier calls
+    /// had laid out what is nowhere else here.
+    fn lay(&mut self, new: Holding<T>) {
+        self.laid.push(new);
+        for at in (0..self.laid.len() - 1).rev() {
+            let others = [&self.own].into_iter().chain(&self.laid[at + 1..]);
+            if self.laid[at].is_in(others) {
+                self.laid.remove(at);
+            }
         }
+    }
+
+    /// All ranks have what was laid out last: it is what this rank has, and all else that failed
+    /// calls have left is over.
+    fn settle(&mut self, brought: &Brought, place: (Layout, Rank, usize), counts: Vec<usize>) {
+        self.own = self.laid.pop().expect("this call has laid them out");
+        self.laid = Vec::new();
+        self.agree_on_copies(&brought.copied);
+        let version = brought.resharded.version;
         (self.version, self.place, self.counts) = (version, Some(place), counts);
-        self.copies.append(&mut self.coming);
         // Later ones are of a past that has not happened now.
-        self.copies.retain(|it| it.version <= version);
+        self.copies.held.retain(|it| it.version <= version);
+    }
+
+    /// What is left of copies that this rank did not see all agree on is what all have, if another
+    /// rank did, and else over: nobody has seen it, and nobody will. `known` are the numbers of the
+    /// copies that the ranks know all to have.
+    fn agree_on_copies(&mut self, known: &[u64]) {
+        if let Some(copies) = self.copied.take()
+            && known.contains(&copies.number)
+        {
+            self.copies = copies;
+        }
     }
 
     /// What the others are told, if the buckets' parameters have so many elements.
@@ -230,6 +309,7 @@ impl<T: Element + Default> ShardState<T> {
             vectors: self.vectors as u64,
             dtype: T::DTYPE as u8,
             fits: self.place.is_none() || self.counts == counts,
+            copied: self.copies.number,
             had: self.holdings().map(Holding::had).collect(),
         }
     }
@@ -258,13 +338,14 @@ impl Buckets {
     /// succeed. What travels is checked by fingerprints (SHA-256).
     ///
     /// Cost: each element that changes its rank travels once, a bucket at a time; memory for the
-    /// new shards beside the old ones, and for what travels of one bucket.
+    /// new shards beside the old ones, and for what travels of one bucket. What a call that failed
+    /// had laid out is kept until one succeeds, that of each layout once.
     ///
     /// # Errors
     /// On all ranks: [`ErrorKind::Mismatch`] if numbers of vectors or types of elements differ, or
-    /// state of other parameters was given; [`ErrorKind::Memory`] if one has no memory;
-    /// [`ErrorKind::Protocol`] if one received something else than was sent. As
-    /// [`Communicator::run`](crate::Communicator::run).
+    /// state of other parameters was given; [`ErrorKind::Memory`] if one has no memory,
+    /// before anything travels; [`ErrorKind::Protocol`] if one received something else than was
+    /// sent. As [`Communicator::run`](crate::Communicator::run).
     ///
     /// # Panics
     /// If buckets are not sharded.
@@ -272,50 +353,53 @@ impl Buckets {
         &mut self,
         state: &mut ShardState<T>,
     ) -> Result<Resharded, Error> {
-        let (resharded, is_whole) = self.bring(state)?;
-        // If this fails here and not on others, these have nothing but what is coming.
-        all_are_whole(&self.core.communicator(), is_whole)?;
-        state.settle(resharded.version, self.shard_place(), self.counts());
-        Ok(resharded)
+        let brought = self.bring(state)?;
+        // If this fails here and not on others, these have nothing but what is laid out.
+        all_are_whole(&self.core.communicator(), brought.is_whole)?;
+        state.settle(&brought, self.placement(), self.counts());
+        Ok(brought.resharded)
     }
 
     fn counts(&self) -> Vec<usize> {
         self.plan.parameters.iter().map(|it| it.count()).collect()
     }
 
-    /// Brings the new shards, which are coming from then on, if this rank received what was sent to
-    /// it; whether it did.
-    fn bring<T: Element + Default>(
-        &self,
-        state: &mut ShardState<T>,
-    ) -> Result<(Resharded, bool), Error> {
-        let (place, counts) = (self.shard_place(), self.counts());
+    /// Brings the new shards, and lays them out beside the old ones if this rank received what was
+    /// sent to it.
+    fn bring<T: Element + Default>(&self, state: &mut ShardState<T>) -> Result<Brought, Error> {
+        let (place, counts) = (self.placement(), self.counts());
         let communicator = self.core.communicator();
         let cards = exchange_cards(&communicator, &state.card(&counts), &counts)?;
         let version = resharding::choose(&counts, &cards);
+        let moves: Vec<_> = (0..place.0.plans().len())
+            .map(|bucket| {
+                let of_rank = |rank| {
+                    let pieces = place.0.pieces_of(bucket, (rank, place.2));
+                    pieces.into_iter().map(move |piece| (rank, piece.extent()))
+                };
+                let owners: Vec<_> = (0..place.2).flat_map(of_rank).collect();
+                resharding::moves(&counts, &cards, version, &owners)
+            })
+            .collect();
         let new = Holding::new(&place, state.vectors, version);
-        let mut new = all_have_room(&communicator, new)?;
-        let (mut moved, mut prints) = (Vec::new(), Fingerprints::new(place.2));
-        for bucket in 0..place.0.plans().len() {
-            let of_rank = |rank| {
-                let pieces = place.0.pieces_of(bucket, (rank, place.2));
-                pieces.into_iter().map(move |piece| (rank, piece.extent()))
-            };
-            let owners: Vec<_> = (0..place.2).flat_map(of_rank).collect();
-            let moves = resharding::moves(&counts, &cards, version, &owners);
-            exchange_moves(&communicator, state, &mut new, &moves, &mut prints)?;
-            moved.extend(moves.into_iter().map(|it| it.told));
+        let travel = Travel::new((place.1, place.2), state.vectors, &moves);
+        let all = new.and_then(|new| Ok((new, travel?)));
+        let (mut new, mut travel) = all_have_room(&communicator, all)?;
+        let mut prints = Fingerprints::new(place.2);
+        for moves in &moves {
+            travel.exchange(&communicator, state, &mut new, moves, &mut prints)?;
         }
-        let resharded = Resharded { version, moves: moved };
+        let moves = moves.into_iter().flatten().map(|it| it.told).collect();
+        let resharded = Resharded { version, moves };
         let lost = resharded.lost().filter(|it| it.to == place.1);
         new.missing = lost
             .map(|it| Extent { parameter: it.parameter, elements: it.elements.clone() })
             .collect();
         let is_whole = prints.fit(&communicator)?;
         if is_whole {
-            state.coming.push(new);
+            state.lay(new);
         }
-        Ok((resharded, is_whole))
+        Ok(Brought { resharded, is_whole, copied: cards.iter().map(|it| it.copied).collect() })
     }
 
     /// Copies each rank's state to the next rank, and keeps it as it is now: if the job then loses
@@ -341,11 +425,11 @@ impl Buckets {
         &mut self,
         state: &mut ShardState<T>,
     ) -> Result<(), Error> {
-        let place = self.shard_place();
+        let place = self.placement();
         let (rank, world) = (place.1, place.2);
         let communicator = self.core.communicator();
         let is_whole = state.place.as_ref() == Some(&place) && state.own.missing.is_empty();
-        check_versions(&communicator, state.version, is_whole)?;
+        check_and_draw(&communicator, state, is_whole)?;
         let before = (rank + world - 1) % world;
         let of_before = (place.0.clone(), before, world);
         let room = Holding::new(&place, state.vectors, state.version);
@@ -361,46 +445,24 @@ impl Buckets {
                 let counts = |to| count(to).map(|it| it * sent.len()).collect::<Vec<_>>();
                 let next = (rank + 1) % world;
                 let collective = Collective::all_to_all_v(&counts(next), &counts(before));
-                communicator.run(&collective, Buffers::OutOfPlace(sent, received))?;
+                communicator.run(&collective, Buffers::OutOfPlace(&sent[..], received))?;
             }
         }
-        state.coming = vec![own, copy];
+        state.copied = Some(Copies { number: state.drawn, held: vec![own, copy] });
         communicator.barrier()?;
         // All have theirs.
-        state.copies = std::mem::take(&mut state.coming);
+        state.copies = state.copied.take().expect("it is this one's");
         Ok(())
     }
 
     /// The layout of the shards, this rank and the world.
-    fn shard_place(&self) -> (Layout, Rank, usize) {
-        self.settle();
+    fn placement(&self) -> (Layout, Rank, usize) {
+        self.settle_all();
         let communicator = self.core.communicator();
         let (rank, world) = (communicator.rank(), communicator.world());
         assert_eq!(self.limits.pieces, world, "these buckets are not sharded");
         (self.plan.layout.clone(), rank, world)
     }
-}
-
-/// What was made on this rank, if all had memory for it.
-fn all_have_room<T>(
-    communicator: &Communicator,
-    made: Result<T, TryReserveError>,
-) -> Result<T, Error> {
-    let lacking = communicator.who(made.is_err())?;
-    made.ok().filter(|_| lacking.is_empty()).ok_or_else(|| {
-        let text = format!("ranks {lacking:?} have no memory for the state of their shards");
-        Error::new(ErrorKind::Memory, text).on(communicator.rank()).caused_by(lacking)
-    })
-}
-
-/// Whoever sees this succeed knows that all ranks have all that is new.
-fn all_are_whole(communicator: &Communicator, is_whole: bool) -> Result<(), Error> {
-    let wrong = communicator.who(!is_whole)?;
-    if wrong.is_empty() {
-        return Ok(());
-    }
-    let text = format!("ranks {wrong:?} received other state of shards than was sent to them");
-    Err(Error::new(ErrorKind::Protocol, text).on(communicator.rank()).caused_by(wrong))
 }
 
 fn exchange_cards(
@@ -430,119 +492,31 @@ fn exchange_cards(
     Ok(cards)
 }
 
-/// All ranks have state of these buckets and the same version.
-fn check_versions(communicator: &Communicator, version: u64, is_whole: bool) -> Result<(), Error> {
-    let mut told = vec![0; 2 * communicator.world()];
-    communicator.all_gather(&[version, u64::from(is_whole)], &mut told)?;
-    let (told, _) = told.as_chunks::<2>();
+/// All ranks have state of these buckets and the same version. Then what is left of a call that
+/// failed is over, or what all have, and this one has a number.
+fn check_and_draw<T: Element + Default>(
+    communicator: &Communicator,
+    state: &mut ShardState<T>,
+    is_whole: bool,
+) -> Result<(), Error> {
+    let own = [state.version, u64::from(is_whole), state.drawn, state.copies.number];
+    let mut told = vec![0; own.len() * communicator.world()];
+    communicator.all_gather(&own, &mut told)?;
+    let (told, _) = told.as_chunks::<4>();
     let rank = communicator.rank();
-    if let Some(other) = told.iter().position(|[_, is_whole]| *is_whole == 0) {
+    if let Some(other) = told.iter().position(|[_, is_whole, ..]| *is_whole == 0) {
         let text = format!("the state of rank {other} is not that of its shards");
         return Err(Error::new(ErrorKind::Configuration, text).on(rank).caused_by(vec![other]));
     }
-    if let Some(other) = told.iter().position(|it| it != &told[0]) {
-        let ([first, _], [second, _]) = (told[0], told[other]);
+    if let Some(other) = told.iter().position(|it| it[0] != told[0][0]) {
+        let [first, second] = [told[0][0], told[other][0]];
         let text = format!("rank 0 has version {first} of its shards, and rank {other} {second}");
         return Err(Error::new(ErrorKind::Mismatch, text).on(rank).caused_by(vec![0, other]));
     }
+    let known: Vec<u64> = told.iter().map(|it| it[3]).collect();
+    state.agree_on_copies(&known);
+    state.drawn = told.iter().map(|it| it[2]).max().unwrap_or(0).saturating_add(1);
     Ok(())
-}
-
-/// Takes what stays, and what others have, into the new shards.
-fn exchange_moves<T: Element + Default>(
-    communicator: &Communicator,
-    state: &ShardState<T>,
-    new: &mut Holding<T>,
-    moves: &[Move],
-    prints: &mut Fingerprints,
-) -> Result<(), Error> {
-    let (rank, world, vectors) = (communicator.rank(), communicator.world(), state.vectors);
-    let holdings: Vec<&Holding<T>> = state.holdings().collect();
-    let held = |Move { told, holding }: &Move, vector: usize| {
-        let (bucket, at) = holdings[*holding]
-            .find(told.parameter, &told.elements)
-            .expect("this rank told that it has them");
-        &holdings[*holding].shards[bucket][vector][at]
-    };
-    let travels = |it: &&Move| it.told.from.is_some_and(|from| from != it.told.to);
-    let (mut sends, mut receives) = (vec![0; world], vec![0; world]);
-    let mut sent: Vec<T> = Vec::new();
-    // By owner, so that each rank's are together.
-    for it in moves.iter().filter(travels) {
-        let count = vectors * it.told.elements.len();
-        if it.told.from == Some(rank) {
-            sends[it.told.to] += count;
-            (0..vectors).for_each(|vector| sent.extend_from_slice(held(it, vector)));
-        }
-        if let Some(from) = it.told.from.filter(|_| it.told.to == rank) {
-            receives[from] += count;
-        }
-    }
-    let mut received = vec![T::default(); receives.iter().sum()];
-    let collective = Collective::all_to_all_v(&sends, &receives);
-    communicator.run(&collective, Buffers::OutOfPlace(&sent, &mut received))?;
-    prints.add(bytes_of(&sent), &sends, bytes_of(&received), &receives);
-    let mut starts: Vec<usize> =
-        (0..world).map(|from| receives[..from].iter().sum::<usize>()).collect();
-    for it in moves.iter().filter(|it| it.told.to == rank) {
-        let Some(from) = it.told.from else { continue };
-        let (bucket, at) = new
-            .find(it.told.parameter, &it.told.elements)
-            .expect("the layout puts them into this rank's shard");
-        for vector in 0..vectors {
-            let to = &mut new.shards[bucket][vector][at.clone()];
-            if from == rank {
-                to.copy_from_slice(held(it, vector));
-            } else {
-                let end = starts[from] + to.len();
-                to.copy_from_slice(&received[starts[from]..end]);
-                starts[from] = end;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn bytes_of<T: Element>(elements: &[T]) -> &[u8] {
-    // SAFETY: an element is a number of this size, all of whose bytes are initialized.
-    unsafe { std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements)) }
-}
-
-/// Of all that travels, by the other rank.
-struct Fingerprints {
-    sent: Vec<[u8; 32]>,
-    received: Vec<[u8; 32]>,
-}
-
-impl Fingerprints {
-    fn new(world: usize) -> Self {
-        Self { sent: vec![[0; 32]; world], received: vec![[0; 32]; world] }
-    }
-
-    /// More of it: what goes to or comes from each rank lies behind what is of the rank before.
-    fn add(&mut self, sent: &[u8], sends: &[usize], received: &[u8], receives: &[usize]) {
-        add_all(&mut self.sent, sent, sends);
-        add_all(&mut self.received, received, receives);
-    }
-
-    /// Whether this rank has received what was sent to it.
-    fn fit(&self, communicator: &Communicator) -> Result<bool, Error> {
-        let (sent, received) = (self.sent.as_flattened(), self.received.as_flattened());
-        let mut expected = vec![0; received.len()];
-        communicator.run(&Collective::all_to_all(), Buffers::OutOfPlace(sent, &mut expected))?;
-        Ok(expected == received)
-    }
-}
-
-fn add_all(prints: &mut [[u8; 32]], bytes: &[u8], counts: &[usize]) {
-    // Elements, of which there are as many as counts say.
-    let element = bytes.len() / counts.iter().sum::<usize>().max(1);
-    let mut rest = bytes;
-    for (print, count) in prints.iter_mut().zip(counts).filter(|(_, count)| **count > 0) {
-        let (own, others) = rest.split_at(count * element);
-        *print = fingerprint([*print, fingerprint(own)].as_flattened());
-        rest = others;
-    }
 }
 
 #[cfg(test)]

@@ -159,7 +159,7 @@ impl<'b> Step<'b> {
     /// # Panics
     /// If there is no such parameter.
     pub fn place(&self, parameter: usize) -> Place {
-        Place::new(self.flight.plan.clone(), parameter)
+        Place::of_parameter(self.flight.plan.clone(), parameter)
     }
 
     /// Where the gradients lie in this step.

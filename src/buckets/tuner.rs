@@ -61,7 +61,7 @@ impl Buckets {
     /// # Errors
     /// As [`Communicator::run`](crate::Communicator::run).
     pub fn advise(&self, reports: &[StepReport]) -> Result<Advice, Error> {
-        self.settle();
+        self.settle_all();
         let communicator = &self.core.communicator();
         let model = |bytes| communicator.all_reduce_seconds(bytes);
         let (parameters, layout) = (&self.plan.parameters, &self.plan.layout);

@@ -1,6 +1,7 @@
 //! Jobs that outlive their ranks: what survivors of a loss do.
 
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use unisum_link::Rank;
 
@@ -43,6 +44,29 @@ pub(crate) struct Entered {
     pub(crate) standings: Vec<Standing>,
 }
 
+/// The pauses between attempts at what may have failed because connections were cut: whatever it
+/// was, ranks that try again do not spin.
+#[derive(Debug)]
+pub(crate) struct Pauses {
+    next: Duration,
+}
+
+impl Pauses {
+    /// The first one, which a cut that is over costs hardly anything.
+    const FIRST: Duration = Duration::from_millis(10);
+    const LONGEST: Duration = Duration::from_millis(500);
+
+    pub(crate) const fn new() -> Self {
+        Self { next: Self::FIRST }
+    }
+
+    /// Each is twice the one before, up to a limit.
+    pub(crate) fn next(&mut self) -> Duration {
+        let next = (self.next * 2).min(Self::LONGEST);
+        std::mem::replace(&mut self.next, next)
+    }
+}
+
 impl Epoch {
     /// Enters the view after this one. If the view has not changed yet, it does now. All ranks that
     /// are left call it, wherever they are. Blocks until they have; if ranks are lost meanwhile, it
@@ -71,7 +95,7 @@ impl Epoch {
     /// As [`Communicator::rebuild`].
     pub(crate) fn enter(self, position: Position) -> Result<Entered, Error> {
         let _all = self.need_all();
-        let (mut epoch, since) = (self, Instant::now());
+        let (mut epoch, since, mut pauses) = (self, Instant::now(), Pauses::new());
         loop {
             match builder::of_view(&epoch, epoch.lineage.standing(position)) {
                 Ok((communicator, standings)) => {
@@ -81,7 +105,12 @@ impl Epoch {
                 // Ranks were lost while it was made: those that are left begin again.
                 Err(_) if epoch.is_left_soon() => {}
                 // Nobody was: all begin again, in another view of the same.
-                Err(error) if epoch.was_cut(&error, since) => epoch.change(&[]),
+                Err(error) if epoch.was_cut(&error, since) => {
+                    thread::sleep(pauses.next());
+                    epoch.change(&[]);
+                }
+                // Some are stopped, or late: those that are there begin again.
+                Err(error) if epoch.go_on_without_absent(&error) => {}
                 Err(error) => return Err(error),
             }
             epoch.may_pass()?;
@@ -224,5 +253,22 @@ impl Communicator {
         let mut communicator = self;
         communicator.epoch = epoch;
         communicator
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attempts_that_fail_at_once_are_few_in_any_time() {
+        for (seconds, most) in [(0.0, 1), (0.1, 5), (1.0, 8), (30.0, 66)] {
+            let (mut pauses, mut now, mut attempts) = (Pauses::new(), Duration::ZERO, 0);
+            while now <= Duration::from_secs_f64(seconds) {
+                attempts += 1;
+                now += pauses.next();
+            }
+            assert!(attempts <= most && attempts * 2 >= most, "{attempts} in {seconds} s");
+        }
     }
 }

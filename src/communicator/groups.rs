@@ -6,10 +6,12 @@ pub(crate) mod fuzzing;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::Ordering;
+use std::thread;
 use std::time::Instant;
 
 use unisum_link::{LinkError, Rank};
 
+use super::elastic::Pauses;
 use crate::collective::agreement::Purpose;
 use crate::collective::{Buffers, Collective};
 use crate::execution::background::Background;
@@ -111,12 +113,14 @@ impl Communicator {
         key: i64,
     ) -> Result<(Option<wiring::Member>, Option<Group>), Error> {
         let Some(member) = &self.member else { return Ok((None, None)) };
-        let since = Instant::now();
+        let (since, mut pauses) = (Instant::now(), Pauses::new());
         loop {
             let (joined, group) = self.regroup_once(&member.core, (making, color, key), since)?;
             if let Outcome::Made(joined) = joined {
                 return Ok((joined.map(|joined| *joined), group));
             }
+            // All ranks make it.
+            thread::sleep(pauses.next());
         }
     }
 

@@ -9,6 +9,7 @@ use super::program::{Choice, Form, Programs};
 use super::{DeviceCommunicator, State, hierarchy};
 use crate::collective::key::Key;
 use crate::collective::{Blocks, Collective};
+use crate::execution::member::Member;
 use crate::execution::programs;
 
 impl DeviceCommunicator {
@@ -46,17 +47,13 @@ impl DeviceCommunicator {
 
     /// What all ranks know of a typical call.
     fn typical_form(&self, collective: &Collective, dtype: Dtype, count: usize) -> Form {
-        let fold = collective.fold(dtype);
-        let key = collective.typical_key(self.world(), dtype, count);
-        let blocks = match &key.blocks {
-            // Nobody knows the other ranks' counts.
-            Blocks::Pairs(..) => Blocks::Even(count.div_ceil(self.world())),
-            known => known.clone(),
-        };
-        let average = fold.op == ReduceOp::Average && collective.kind().reduces();
-        let (scales, ordered) = (fold.factor.is_some(), false);
-        let key = Key { blocks, average, scales, ordered, in_place: false, ..key };
-        self.form(key, &fold, None)
+        Form::typical(collective, dtype, count, (self.rank(), &self.topology()))
+    }
+
+    fn topology(&self) -> Topology {
+        let one = || Topology::flat(1);
+        let of = |member: &Member| member.core.runner.choice.topology().clone();
+        self.host().member.as_ref().map_or_else(one, of)
     }
 
     pub(super) fn choose(
@@ -72,11 +69,7 @@ impl DeviceCommunicator {
 
     /// What all ranks know of a call; of an all-to-all with counts by pair, from all counts.
     pub(super) fn form(&self, key: Key, fold: &Fold, counts: Option<&[Vec<usize>]>) -> Form {
-        let host = self.host();
-        let topology = host.member.as_ref().map_or_else(
-            || Topology::flat(1),
-            |member| member.core.runner.choice.topology().clone(),
-        );
+        let topology = self.topology();
         let shapes = match counts {
             None => vec![programs::shape(&key, self.rank(), &topology)],
             Some(counts) => {
@@ -88,5 +81,28 @@ impl DeviceCommunicator {
             }
         };
         Form { key, watched: fold.watch, shapes: shapes.into() }
+    }
+}
+
+impl Form {
+    /// What all ranks know of a call with buffers of `count` elements, whose counts by rank, if
+    /// there are any, nobody knows of the others.
+    pub(super) fn typical(
+        collective: &Collective,
+        dtype: Dtype,
+        count: usize,
+        (rank, topology): (Rank, &Topology),
+    ) -> Self {
+        let (world, fold) = (topology.world(), collective.fold(dtype));
+        let key = collective.typical_key(world, dtype, count);
+        let blocks = match &key.blocks {
+            Blocks::Pairs(..) => Blocks::Even(count.div_ceil(world)),
+            known => known.clone(),
+        };
+        let average = fold.op == ReduceOp::Average && collective.kind().reduces();
+        let (scales, ordered) = (fold.factor.is_some(), false);
+        let key = Key { blocks, average, scales, ordered, in_place: false, ..key };
+        let shapes = [programs::shape(&key, rank, topology)].into();
+        Self { key, watched: fold.watch, shapes }
     }
 }

@@ -51,7 +51,7 @@ impl EpochLog {
         if let Err(error) = write(file, line) {
             *place = None;
             let path = self.path.display();
-            unisum_link::warning!("the epoch log {path} ends here: {error}");
+            unisum_link::fault!("the epoch log {path} ends here: {error}");
         }
     }
 }

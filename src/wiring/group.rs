@@ -302,12 +302,14 @@ impl Told {
 /// What a reason begins with, by which all ranks know its kind; another is a failure to meet.
 const KINDS: [(ErrorKind, char); 4] = [
     (ErrorKind::Resources, LACKS as char),
-    (ErrorKind::Configuration, '='),
+    (ErrorKind::Configuration, REFUSES as char),
     (ErrorKind::Rendezvous, ' '),
     (ErrorKind::Rendezvous, FOLLOWS as char),
 ];
 /// Of a rank that has run out of something.
 const LACKS: u8 = b'!';
+/// Of one that can't be a member as it is set up.
+const REFUSES: u8 = b'=';
 /// Of a failure that follows from another rank's.
 const FOLLOWS: u8 = b'~';
 /// Of one that is worth another attempt, as connections may have been cut.
@@ -321,12 +323,13 @@ fn encode_reason(error: &Error) -> Vec<u8> {
 }
 
 /// The reason that all ranks report: that of a rank which has run out of something, if there is
-/// one, since others may have given up because of it; or else that of one which was cut off.
+/// one or can't be in a group as it is set up, since others may have given up because of it; or
+/// else that of one which was cut off.
 fn first_reason(reasons: &[Vec<u8>]) -> Option<(Rank, &[u8])> {
     let some = || reasons.iter().enumerate().filter(|(_, reason)| !reason.is_empty());
     let begins = |sign| some().find(|(_, reason)| reason[0] == sign);
     let leads = |(_, reason): &(Rank, &Vec<u8>)| reason[0] != FOLLOWS;
-    let found = begins(LACKS).or_else(|| begins(CUT));
+    let found = begins(LACKS).or_else(|| begins(REFUSES)).or_else(|| begins(CUT));
     let found = found.or_else(|| some().find(leads)).or_else(|| some().next());
     found.map(|(rank, reason)| (rank, &reason[..]))
 }

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use unisum_control::address::Rendezvous;
 use unisum_control::interface::without_scope;
-use unisum_control::{Control, ControlConfig, Finding, IsMoot, Report};
-use unisum_link::Rank;
+use unisum_control::{Control, ControlConfig, ControlError, Finding, IsMoot, Report};
+use unisum_link::{Rank, is_lack};
 
 use super::bond::{Bond, Members};
 use super::group::{Group, Parent};
@@ -99,7 +99,7 @@ impl GroupControl {
         if let Ok(control) = &started {
             self.members.bind(control);
         }
-        self.made = Some(started.map_err(rendezvous_error));
+        self.made = Some(started.map_err(own_error));
     }
 
     fn config(&self, parent: &Parent<'_>, addresses: Vec<std::net::SocketAddr>) -> ControlConfig {
@@ -190,6 +190,20 @@ impl GroupControl {
     pub(super) fn keep(mut self) {
         self.made = None;
     }
+}
+
+/// Why this rank has no control for the group. What it could not do alone, to listen for one, no
+/// connection that is cut explains.
+fn own_error(error: ControlError) -> Error {
+    let kind = match &error {
+        ControlError::Listen { source, .. } if is_lack(source) => ErrorKind::Resources,
+        ControlError::System { .. } => ErrorKind::Resources,
+        ControlError::Listen { .. } | ControlError::Interface(_) | ControlError::Resolve(_) => {
+            ErrorKind::Configuration
+        }
+        _ => return rendezvous_error(error),
+    };
+    Error::new(kind, error.to_string())
 }
 
 /// The error for a rank of the group that has no control connection there.

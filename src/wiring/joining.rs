@@ -112,7 +112,7 @@ impl Lineage {
             // The one before is no longer there to be removed.
             Ok(published) => self.keep_published(published),
             // The job itself needs none.
-            Err(why) => unisum_link::warning!("no process can join the job: {why}"),
+            Err(why) => unisum_link::fault!("no process can join the job: {why}"),
         }
     }
 

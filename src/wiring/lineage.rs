@@ -360,6 +360,18 @@ impl Epoch {
         self.lineage.views.change(self.view.epoch, out.iter().filter_map(member).collect(), false);
     }
 
+    /// Has the job leave ranks behind that did not come to enter this epoch, or do not answer, if
+    /// the others may go on without them: whether they may.
+    pub(crate) fn go_on_without_absent(&self, error: &Error) -> bool {
+        let absent = error.failed_ranks();
+        let is_there = |it| self.view.rank(it).is_some_and(|rank| !absent.contains(&rank));
+        let may = error.is_absence() && self.view.is_quorum(is_there);
+        if may {
+            self.change(absent);
+        }
+        may
+    }
+
     /// Waits until the job has left this epoch for another one. Blocks for as long as silence may
     /// last, and for a few seconds more.
     ///

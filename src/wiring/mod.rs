@@ -170,9 +170,10 @@ impl fmt::Display for Elasticity<'_> {
 fn with_hint(error: Error, detected: &Detected) -> Error {
     // Those who were refused have found each other.
     let have_met = error.to_string().contains("refused: ");
-    let Some(hint) = detected.hint().filter(|_| !have_met) else { return error };
-    let failed_ranks = error.failed_ranks().to_vec();
-    Error::new(error.kind(), format!("{error}\n  {hint}")).caused_by(failed_ranks)
+    match detected.hint().filter(|_| !have_met) {
+        Some(hint) => error.with_hint(&hint),
+        None => error,
+    }
 }
 
 /// Makes the links of the job's own communicator.
@@ -496,7 +497,9 @@ fn starting_failed(judged: &Error, doing: &str) -> Error {
 }
 
 fn rendezvous_error(error: ControlError) -> Error {
-    Error::new(ErrorKind::Rendezvous, error.to_string()).caused_by(error.failed_ranks())
+    let failed = Error::new(ErrorKind::Rendezvous, error.to_string());
+    let failed = failed.caused_by(error.failed_ranks());
+    if error.is_absence() { failed.of_absent() } else { failed }
 }
 
 fn describe(cards: &[Card], topology: &Topology) -> Vec<RankDescription> {

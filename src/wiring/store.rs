@@ -17,6 +17,7 @@ use crate::{Error, ErrorKind};
 use unisum_control::elastic::Record;
 use unisum_control::interface::{ADDRESSES_MAX, without_scope};
 use unisum_control::launcher::Token;
+use unisum_link::warning::legible;
 
 /// A key-value store that all ranks of a job can access, for
 /// [`Builder::store`](crate::Builder::store): the store of a launcher or of a framework, such as
@@ -186,9 +187,11 @@ impl StoreEntry {
             let left = until.saturating_duration_since(Instant::now());
             let bytes = self.get(left).map_err(|why| {
                 let within = timeout.as_secs_f64();
-                let when = if Instant::now() < until { "" } else { ": has rank 0 started?" };
+                let is_late = Instant::now() >= until;
+                let when = if is_late { ": has rank 0 started?" } else { "" };
                 let doing = self.doing("reading");
-                self.failed(format!("{doing}, within {within} s: {why}{when}"))
+                let failed = self.failed(format!("{doing}, within {within} s: {why}{when}"));
+                if is_late { failed.of_absent() } else { failed }
             })?;
             match self.parse(&bytes)? {
                 Value::At(published) => return Ok(published),
@@ -249,7 +252,8 @@ fn parse(text: &str) -> Option<Value> {
         return Some(Value::Over);
     }
     if let Some(why) = rest.strip_prefix("failed ") {
-        return Some(Value::Failed(why.to_owned()));
+        // Whoever can write there may have written it.
+        return Some(Value::Failed(legible(why).into_owned()));
     }
     let mut words = rest.strip_prefix("at ")?.split(' ');
     let token = match words.next()? {
@@ -318,7 +322,7 @@ mod tests {
 
     #[test]
     fn what_is_over_is_waited_out_and_a_failed_start_is_told() {
-        let (_, entry) = entry("key");
+        let (store, entry) = entry("key");
         entry.close();
         let error = entry.look_up(SOON).unwrap_err().to_string();
         assert!(error.contains("earlier start"), "{error}");
@@ -332,6 +336,9 @@ mod tests {
         entry.fail("no\nport");
         let error = entry.look_up(SOON).unwrap_err().to_string();
         assert!(error.contains("rank 0 could not start: no port"), "{error}");
+        store.set("key", format!("{MAGIC} failed \u{1b}[2Jfor\rged\n").as_bytes()).unwrap();
+        let error = entry.look_up(SOON).unwrap_err().to_string();
+        assert!(error.contains("could not start: \\u{1b}[2Jfor\\rged"), "{error:?}");
     }
 
     #[test]

@@ -69,6 +69,8 @@ pub struct Mapping<'a> {
     pool: &'a Pool,
     pub base: u64,
     pub bytes: usize,
+    /// The part that is one allocation with the next.
+    joined: Option<usize>,
 }
 
 /// A device's primary context, for memory of its pool, which other processes can't open.
@@ -173,16 +175,17 @@ impl<'a> Mapping<'a> {
         pool.enter();
         // SAFETY: the driver writes one address.
         check(unsafe { sys::cuMemAddressReserve(&raw mut base, bytes, 0, 0, 0) });
-        let mapping = Self { pool, base, bytes };
-        (0..parts).for_each(|part| mapping.map(part, kinds));
+        let mapping = Self { pool, base, bytes, joined: None };
+        (0..parts).for_each(|part| mapping.map((part, 1), pool, kinds));
         mapping.permit(0, parts);
         mapping
     }
 
-    fn map(&self, part: usize, kinds: u32) {
+    /// One allocation of a device, as long as so many parts.
+    fn map(&self, (part, parts): (usize, usize), of: &Pool, kinds: u32) {
         let location = sys::CUmemLocation {
             type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
-            id: self.pool.device,
+            id: of.device,
         };
         let flags = sys::CUmemAllocationProp_st__bindgen_ty_1 {
             compressionType: 0,
@@ -197,11 +200,11 @@ impl<'a> Mapping<'a> {
             win32HandleMetaData: std::ptr::null_mut(),
             allocFlags: flags,
         };
-        let (mut handle, at) = (0, self.base + (part * PART) as u64);
+        let (mut handle, at, bytes) = (0, self.base + (part * PART) as u64, parts * PART);
         // SAFETY: the driver writes one handle and reads the properties.
-        check(unsafe { sys::cuMemCreate(&raw mut handle, PART, &raw const properties, 0) });
+        check(unsafe { sys::cuMemCreate(&raw mut handle, bytes, &raw const properties, 0) });
         // SAFETY: the place is reserved, and nothing is mapped there.
-        check(unsafe { sys::cuMemMap(at, PART, 0, handle, 0) });
+        check(unsafe { sys::cuMemMap(at, bytes, 0, handle, 0) });
         // SAFETY: what is mapped stays, as in PyTorch's segments.
         check(unsafe { sys::cuMemRelease(handle) });
     }
@@ -221,11 +224,26 @@ impl<'a> Mapping<'a> {
 
     /// Other memory in place of a part.
     pub fn renew(&mut self, part: usize, kinds: u32) {
+        self.replace((part, 1), self.pool, kinds);
+    }
+
+    /// Memory of another device in place of a part.
+    pub fn renew_on(&mut self, other: &Pool, part: usize, kinds: u32) {
+        self.replace((part, 1), other, kinds);
+    }
+
+    /// One allocation in place of a part and the next.
+    pub fn join(&mut self, part: usize, kinds: u32) {
+        self.replace((part, 2), self.pool, kinds);
+        self.joined = Some(part);
+    }
+
+    fn replace(&self, (part, parts): (usize, usize), of: &Pool, kinds: u32) {
         self.pool.enter();
         // SAFETY: what used it has ended.
-        check(unsafe { sys::cuMemUnmap(self.base + (part * PART) as u64, PART) });
-        self.map(part, kinds);
-        self.permit(part, 1);
+        check(unsafe { sys::cuMemUnmap(self.base + (part * PART) as u64, parts * PART) });
+        self.map((part, parts), of, kinds);
+        self.permit(part, parts);
     }
 
     /// Copies to the bytes from `start` on, in the stream, and waits.
@@ -242,9 +260,11 @@ impl<'a> Mapping<'a> {
 impl Drop for Mapping<'_> {
     fn drop(&mut self) {
         self.pool.enter();
-        for at in (self.base..self.base + self.bytes as u64).step_by(PART) {
+        let is_begun = |part: &usize| self.joined.is_none_or(|joined| *part != joined + 1);
+        for part in (0..self.bytes / PART).filter(is_begun) {
+            let bytes = if self.joined == Some(part) { 2 * PART } else { PART };
             // SAFETY: mapped, and what used it has ended.
-            check(unsafe { sys::cuMemUnmap(at, PART) });
+            check(unsafe { sys::cuMemUnmap(self.base + (part * PART) as u64, bytes) });
         }
         // SAFETY: reserved once, and nothing is mapped there any more.
         check(unsafe { sys::cuMemAddressFree(self.base, self.bytes) });

@@ -15,6 +15,10 @@ pub const SCENARIOS: &[Scenario] = &[
     ("mapped_once", mapped_once),
     ("mapped_forever", mapped_forever),
     ("mapped_and_long", mapped_and_long),
+    ("mapped_by_a_byte", mapped_by_a_byte),
+    ("mapped_and_refused", mapped_and_refused),
+    ("mapped_anew", mapped_anew),
+    ("mapped_for_two_kinds", mapped_for_two_kinds),
     ("mapped_in_one_process", mapped_in_one_process),
     ("mapped_side_by_side", mapped_side_by_side),
 ];
@@ -23,6 +27,9 @@ pub const SCENARIOS: &[Scenario] = &[
 const NONE: u32 = 0;
 const FILES: u32 = 1;
 const FABRIC: u32 = 8;
+
+/// Why what has neither of the latter is copied.
+const NEITHER: &str = "it was created without CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR";
 
 /// In the warning that memory is copied.
 const COPIED: &str = "collectives copy the";
@@ -129,8 +136,11 @@ fn mapped_memory_is_opened_by_its_descriptors() {
         println!("skipped: how much is mapped at once differs by device");
         return;
     }
-    for (ranks, devices) in [(2, 2), (4, 4), (4, 2), (2, 1)] {
-        let all = of(ranks, devices, FILES).set("CUDA_EMULATOR_DELAY_US", 100);
+    // Where there are fabric handles as well, several allocations go by descriptors only.
+    let worlds =
+        [(2, 2, FILES), (2, 2, FILES | FABRIC), (4, 4, FILES), (4, 2, FILES), (2, 1, FILES)];
+    for (ranks, devices, kinds) in worlds {
+        let all = of(ranks, devices, kinds).set("CUDA_EMULATOR_DELAY_US", 100);
         for (rank, ended) in all.run(LIMIT).iter().enumerate() {
             assert_eq!(ended.status, 0, "rank {rank}: {ended:#?}");
             assert!(!ended.log.contains(COPIED), "rank {rank}: {}", ended.log);
@@ -143,9 +153,8 @@ fn mapped_memory_that_others_cannot_open_is_copied_and_the_reason_is_told() {
     if super::driver::is_installed() {
         return;
     }
-    let neither = "it was created without CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR";
     let several = "it is made of several allocations with fabric handles only";
-    for (kinds, why) in [(NONE, neither), (FABRIC, several)] {
+    for (kinds, why) in [(NONE, NEITHER), (FABRIC, several)] {
         for (rank, ended) in of(2, 2, kinds).run(LIMIT).iter().enumerate() {
             assert_eq!(ended.status, 0, "rank {rank}: {ended:#?}");
             let lines: Vec<_> = ended.log.lines().filter(|line| line.contains(COPIED)).collect();
@@ -234,6 +243,9 @@ fn a_driver_that_refuses_to_share_memory_or_to_let_go_hurts_nobody() {
         return;
     }
     for (call, nth, code, is_copied) in [
+        ("cuMemExportToShareableHandle", 1, 1, true),
+        ("cuMemExportToShareableHandle", 1, 500, true),
+        ("cuMemExportToShareableHandle", 1, 800, true),
         ("cuMemExportToShareableHandle", 1, 801, true),
         // After the program's own.
         ("cuMemUnmap", 2, 999, false),
@@ -255,6 +267,131 @@ fn a_driver_that_refuses_to_share_memory_or_to_let_go_hurts_nobody() {
             let text = format!("rank 1: {calls} calls of the driver have failed");
             let unclosed = ended.log.contains(&text);
             assert_eq!(unclosed, !is_copied && rank == 1, "{call}: {}", ended.log);
+        }
+    }
+}
+
+/// Peers have the second part and the third; then one allocation takes the place of the first two.
+fn mapped_anew() {
+    let (_communicator, device) = join();
+    let stream = device.stream().unwrap();
+    let pool = Pool::new(device.ordinal());
+    let mut memory = Mapping::new(&pool, 4, FILES);
+    let over = |edge: usize| (edge * PART - 400, edge * PART - 400, 600);
+    sum(&device, &stream, &memory, over(2), 0).unwrap();
+    memory.join(0, FILES);
+    // What overlaps with what peers have now begins within an allocation.
+    for (round, edge) in [3, 2, 1].into_iter().enumerate() {
+        sum(&device, &stream, &memory, over(edge), 1 + round).unwrap();
+    }
+    drop(device);
+}
+
+#[test]
+fn what_takes_the_place_of_known_memory_is_opened_as_it_lies() {
+    if super::driver::is_installed() {
+        return;
+    }
+    for ended in world(2, "mapped_anew", 2).run(LIMIT) {
+        assert_eq!(ended.status, 0, "{ended:#?}");
+        assert!(!ended.log.contains(COPIED), "{}", ended.log);
+    }
+}
+
+/// A buffer that has one byte of a part, for which there is other memory after each call.
+fn mapped_by_a_byte() {
+    let (communicator, device) = join();
+    let stream = device.stream().unwrap();
+    let pool = Pool::new(device.ordinal());
+    let mut memory = Mapping::new(&pool, 2, FILES);
+    for round in 0..3 {
+        let sent = [2 * round + 1, 2 * round + 2];
+        if communicator.rank() == 0 {
+            memory.write(PART - 1, &sent, &stream);
+        }
+        let at = memory.base + PART as u64 - 1;
+        // SAFETY: so many bytes are there, until the stream has ended.
+        let both = unsafe { RawDeviceBuffers::in_place(Dtype::U8, at, 2) };
+        device.run_raw(&Collective::broadcast(0), both, &stream).unwrap();
+        device.synchronize(&stream, None).unwrap();
+        let mut read = [0; 2];
+        memory.read(PART - 1, &mut read, &stream);
+        assert_eq!(read, sent, "round {round}");
+        memory.renew(0, FILES);
+    }
+    drop(device);
+}
+
+#[test]
+fn other_memory_behind_a_single_byte_is_noticed() {
+    if super::driver::is_installed() {
+        return;
+    }
+    world(2, "mapped_by_a_byte", 2).succeed(LIMIT);
+}
+
+/// Two allocations side by side, of which one may not be exported.
+fn mapped_for_two_kinds() {
+    let (_communicator, device) = join();
+    let stream = device.stream().unwrap();
+    let pool = Pool::new(device.ordinal());
+    let mut memory = Mapping::new(&pool, 2, FILES);
+    memory.renew(setting("PART").parse().unwrap(), NONE);
+    for round in 0..2 {
+        sum(&device, &stream, &memory, (PART - 400, PART - 400, 600), round).unwrap();
+    }
+    drop(device);
+}
+
+#[test]
+fn memory_of_which_a_part_cannot_be_exported_is_copied_and_the_reason_is_told() {
+    if super::driver::is_installed() {
+        return;
+    }
+    for part in [0, 1] {
+        for ended in world(2, "mapped_for_two_kinds", 2).set("PART", part).run(LIMIT) {
+            assert_eq!(ended.status, 0, "{ended:#?}");
+            assert!(ended.log.contains(COPIED) && ended.log.contains(NEITHER), "{}", ended.log);
+        }
+    }
+}
+
+/// A buffer over two allocations, of which rank 0's can't be used: the second is on the other
+/// device, or the driver says once that the program has not mapped it.
+fn mapped_and_refused() {
+    let (_communicator, device) = join();
+    let stream = device.stream().unwrap();
+    let (pool, other) = (Pool::new(device.ordinal()), Pool::new(1 - device.ordinal()));
+    let mut memory = Mapping::new(&pool, 2, FILES);
+    if setting("ELSEWHERE") == "true" {
+        memory.renew_on(&other, 1, FILES);
+    }
+    let over_the_edge = (PART - 400, PART - 400, 600);
+    tell_error(&sum(&device, &stream, &memory, over_the_edge, 0).unwrap_err());
+    sum(&device, &stream, &memory, (0, 0, 600), 1).unwrap();
+    drop(device);
+}
+
+#[test]
+fn a_buffer_that_ends_where_it_must_not_is_refused_on_all_ranks() {
+    if super::driver::is_installed() {
+        return;
+    }
+    let all = world(2, "mapped_and_refused", 2).set("ELSEWHERE", false);
+    let on_other = all.clone().set("ELSEWHERE", true);
+    // Memory of `cuMemAlloc` may lie side by side, too, but not as one: here nothing lies so.
+    let not_mapped = all.clone().set("CUDA_EMULATOR_FAIL", "cuMemRetainAllocationHandle:1:1");
+    for (refused, why) in [
+        (on_other, "is on device 1, not on device 0"),
+        (not_mapped, "go beyond the end of their allocation"),
+    ] {
+        let mut running = refused.start_ranks(&[0]);
+        running.add(&all, 1);
+        for ended in running.wait(LIMIT) {
+            assert_eq!(ended.status, 0, "{ended:#?}");
+            let told = &ended.told[0];
+            let is_named = told.starts_with("Configuration [0] ") && told.contains("rank 0: ");
+            assert!(is_named && told.contains(why), "{told}");
         }
     }
 }

@@ -21,6 +21,9 @@ pub const SCENARIOS: &[Scenario] = &[
     ("blocks_forever", blocks_forever),
     ("staged_blocks", staged_blocks),
     ("no_room_for_blocks", no_room_for_blocks),
+    ("blocks_that_grow", blocks_that_grow),
+    ("blocks_in_two_streams", blocks_in_two_streams),
+    ("one_call", one_call),
 ];
 
 /// Elements before and behind each buffer.
@@ -80,8 +83,9 @@ impl Case {
         let of = |at: usize| {
             let drawn = (at * 7 + rank * 13 + at / 5) as u8;
             match self.op {
-                // An average of multiples of the world is one.
-                ReduceOp::Average => drawn % 2 * world as u8,
+                // An average of multiples of the world is one; whole numbers are divided once.
+                ReduceOp::Average if self.dtype.is_float() => drawn % 2 * world as u8,
+                ReduceOp::Average => drawn % 4,
                 ReduceOp::Product if !at.is_multiple_of(3) => drawn % 2 + 1,
                 ReduceOp::Product => drawn % 2,
                 _ => drawn % 3 % 2,
@@ -203,6 +207,11 @@ fn all_cases(
         one[random.below(world)] = 5;
         check(None, ReduceOp::Sum, Dtype::Bf16, one.clone(), in_place);
         check(Some(ReduceOp::Max.into()), ReduceOp::Max, Dtype::Bf16, one, in_place);
+        let scaled = Some(Reduction::sum_scaled_by(0.5));
+        check(scaled, ReduceOp::Sum, Dtype::F32, counts(&mut random, world), in_place);
+        // What is divided twice is not what is divided once: these are staged.
+        let average = Some(ReduceOp::Average.into());
+        check(average, ReduceOp::Average, Dtype::I32, fixed(50), in_place);
         for dtype in Dtype::ALL {
             if few && random.below(4) > 0 {
                 continue;
@@ -214,32 +223,24 @@ fn all_cases(
                 if is_short && op == ReduceOp::Average || few && random.below(4) > 0 {
                     continue;
                 }
-                let how = match (op, dtype) {
-                    (ReduceOp::Sum, Dtype::F32) => Reduction::sum_scaled_by(0.5),
-                    _ => op.into(),
-                };
-                check(
-                    Some(how.detect_nonfinite()),
-                    op,
-                    dtype,
-                    counts(&mut random, world),
-                    in_place,
-                );
+                let how = Some(Reduction::new(op).detect_nonfinite());
+                check(how, op, dtype, counts(&mut random, world), in_place);
             }
         }
     }
 }
 
-/// A result that is infinite in the block of one rank only: that one is told.
-fn one_is_infinite(device: &DeviceCommunicator, stream: &DeviceStream) {
+/// A result that is infinite in the block of one rank only: that one is told. In long blocks, it is
+/// in the first of two waves.
+fn one_is_infinite(device: &DeviceCommunicator, stream: &DeviceStream, block: usize) {
     let watched = Reduction::new(ReduceOp::Sum).detect_nonfinite();
     let (rank, world) = (device.rank(), device.world());
-    let mut values = vec![1.0_f32; 50 * world];
+    let mut values = vec![1.0_f32; block * world];
     if rank == 0 {
-        values[50 * (world - 1) + 7] = f32::INFINITY;
+        values[block * (world - 1) + 7] = f32::INFINITY;
     }
     let (mut from, mut to) =
-        (device.allocate(values.len()).unwrap(), device.allocate::<f32>(50).unwrap());
+        (device.allocate(values.len()).unwrap(), device.allocate::<f32>(block).unwrap());
     from.write(0, &values, stream).unwrap();
     device.reduce_scatter(&from, &mut to, watched, stream).unwrap();
     assert_eq!(device.take_nonfinite(stream, None).unwrap(), rank == world - 1);
@@ -258,8 +259,9 @@ fn blocks_over_hosts() {
     }
     device.set_algorithm(Some("hierarchical")).unwrap();
     all_cases(&communicator, &device, (&stream, &pool), setting("FEW") == "1");
-    one_is_infinite(&device, &stream);
+    one_is_infinite(&device, &stream, 50);
     if setting("LONG") == "1" {
+        one_is_infinite(&device, &stream, (1 << 20) + 77);
         // Three waves, and two.
         let gathered = vec![(8 << 20) + 1001; world];
         let (op, dtype) = (ReduceOp::Max, Dtype::U8);
@@ -394,5 +396,127 @@ fn a_device_without_memory_for_what_its_host_reduces_is_told_to_all_ranks() {
                     CUDA_ERROR_OUT_OF_MEMORY (2)";
         let told = &ended.told[0];
         assert!(told.starts_with("Device [1] ") && told.contains(text), "{told}");
+    }
+}
+
+/// Reduce-scatters that need more memory each time, on the device and pinned, while the calls
+/// before are under way: what is replaced stays as long as anybody uses it, and no longer.
+fn blocks_that_grow() {
+    let (_communicator, device) = join();
+    let (stream, world) = (device.stream().unwrap(), device.world());
+    // The last but one has most of a wave, the last has two long waves: half of one is not enough.
+    let blocks = [5000, 100 << 10, 1 << 20, 3 << 20, (8 << 20) - 70];
+    let longest = blocks[blocks.len() - 1];
+    let mut from = device.allocate::<u8>(longest * world).unwrap();
+    let own: Vec<u8> = (0..longest * world).map(|at| at as u8 / 2 + device.rank() as u8).collect();
+    from.write(0, &own, &stream).unwrap();
+    let mut outputs = blocks.map(|block| device.allocate::<u8>(block).unwrap());
+    let scatter = Collective::reduce_scatter(ReduceOp::Max);
+    let call = |block: usize, to: u64| {
+        // SAFETY: so many elements are there, until the stream has ended; the two do not overlap.
+        let raw = unsafe {
+            let from = (from.address(), block * world);
+            RawDeviceBuffers::out_of_place(Dtype::U8, from, (to, block))
+        };
+        device.run_raw(&scatter, raw, &stream).unwrap();
+    };
+    call(blocks[0], outputs[0].address());
+    let opened = unisum_cuda_ipc::opened();
+    for (block, output) in blocks.iter().zip(&outputs) {
+        call(*block, output.address());
+    }
+    for (block, output) in blocks.iter().zip(&mut outputs) {
+        let mut result = vec![0; *block];
+        output.read(0, &mut result, &stream).unwrap();
+        let begin = block * device.rank();
+        let expected = |at: usize| (begin + at) as u8 / 2 + world as u8 - 1;
+        let wrong = (0..*block).find(|&at| result[at] != expected(at));
+        assert_eq!(wrong, None, "{block} elements");
+    }
+    for _ in 0..10 {
+        call(blocks[0], outputs[0].address());
+        device.synchronize(&stream, None).unwrap();
+    }
+    assert_eq!(unisum_cuda_ipc::opened(), opened, "what was replaced is closed");
+}
+
+#[test]
+fn what_hosts_reduce_into_grows_while_calls_are_under_way() {
+    let Some(_hosts) = Hosts::new(2) else { return };
+    for delay_us in [0, 3000] {
+        world_on("blocks_that_grow", 2, 4, |rank| rank / 2)
+            .set("UNISUM_ALGORITHM", "hierarchical")
+            .set("CUDA_EMULATOR_DELAY_US", delay_us)
+            .succeed(LIMIT);
+    }
+}
+
+/// A gathering of what a gathering in another stream has brought: nobody waits between them.
+fn blocks_in_two_streams() {
+    let (_communicator, device) = join();
+    let streams = [device.stream().unwrap(), device.stream().unwrap()];
+    let (rank, world, pool) = (device.rank(), device.world(), Pool::new(device.ordinal()));
+    let own = pool.allocate(100);
+    let once = device.allocate::<u8>(100 * world).unwrap();
+    let twice = device.allocate::<u8>(100 * world * world).unwrap();
+    let gather = |(from, bytes): (u64, usize), to: u64, stream| {
+        // SAFETY: so many elements are there, until the streams have ended; the two do not overlap.
+        let raw = unsafe {
+            RawDeviceBuffers::out_of_place(Dtype::U8, (from, bytes), (to, bytes * world))
+        };
+        device.run_raw(&Collective::all_gather(), raw, stream).unwrap();
+    };
+    for round in 0..8 {
+        let (first, second) = (&streams[round % 2], &streams[1 - round % 2]);
+        let of = |rank: usize| (round * 20 + rank) as u8;
+        own.write(&[of(rank); 100], first);
+        gather((own.address, 100), once.address(), first);
+        gather((once.address(), 100 * world), twice.address(), second);
+        let mut result = vec![0; 100 * world * world];
+        twice.read(0, &mut result, second).unwrap();
+        let right = (0..world * world).flat_map(|block| [of(block % world); 100]);
+        assert!(right.eq(result), "round {round}");
+    }
+}
+
+#[test]
+fn calls_over_hosts_in_two_streams_follow_each_other() {
+    let Some(_hosts) = Hosts::new(2) else { return };
+    world_on("blocks_in_two_streams", 2, 4, |rank| rank / 2)
+        .set("UNISUM_ALGORITHM", "hierarchical")
+        .set("CUDA_EMULATOR_DELAY_US", 3000)
+        .succeed(LIMIT);
+}
+
+/// A call, of which nothing else is copied from or to the host.
+fn one_call() {
+    let (_communicator, device) = join();
+    let (stream, world) = (device.stream().unwrap(), device.world());
+    let mut block = device.allocate::<f32>(1000).unwrap();
+    let mut all = device.allocate::<f32>(1000 * world).unwrap();
+    let called = match &setting("CALL")[..] {
+        "all_gather" => device.all_gather(&block, &mut all, &stream),
+        _ => device.reduce_scatter(&all, &mut block, ReduceOp::Sum, &stream),
+    };
+    called.unwrap();
+    device.synchronize(&stream, None).unwrap();
+}
+
+#[test]
+fn only_what_other_hosts_need_or_have_made_crosses_to_and_from_a_host() {
+    let Some(_hosts) = Hosts::new(3) else { return };
+    // Of the blocks of a rail over three hosts.
+    for (call, down, up) in [("all_gather", 1, 2), ("reduce_scatter", 3, 1)] {
+        let world = world_on("one_call", 3, 6, |rank| rank / 2)
+            .set("CALL", call)
+            .set("UNISUM_ALGORITHM", "hierarchical")
+            .set("CUDA_EMULATOR_COUNTS", 1);
+        for ended in world.run(LIMIT) {
+            assert_eq!(ended.status, 0, "{ended:#?}");
+            for (copy, times) in [("cuMemcpyDtoHAsync_v2", down), ("cuMemcpyHtoDAsync_v2", up)] {
+                let counted = format!(" {copy}={times} ");
+                assert!(ended.log.contains(&counted), "{call}, {counted}: {}", ended.log);
+            }
+        }
     }
 }

@@ -270,3 +270,46 @@ fn a_group_has_one_thread_and_a_few_descriptors_in_an_elastic_job_and_none_in_ot
         }
     }
 }
+
+/// Makes a group whose rank 0 can't listen: none of the job's ports is free.
+pub(super) fn lack_a_port() {
+    let communicator = connect();
+    let (first, last) = (setting("FIRST_PORT"), setting("LAST_PORT"));
+    let (first, last): (u16, u16) = (first.parse().unwrap(), last.parse().unwrap());
+    let take = |port| std::net::TcpListener::bind(("0.0.0.0", port)).ok();
+    let taken: Vec<_> = match communicator.rank() {
+        0 => (first..=last).filter_map(take).collect(),
+        _ => Vec::new(),
+    };
+    communicator.barrier().unwrap();
+    let begun = Instant::now();
+    let error = communicator.subset(&[0, 1]).unwrap_err();
+    // It is no cut, which is waited out.
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    communicator.barrier().unwrap();
+    drop(taken);
+    let group = communicator.subset(&[0, 1]).unwrap();
+    group.iter().for_each(|group| group.barrier().unwrap());
+    communicator.barrier().unwrap();
+    tell(format!("{:?} {:?} {error}", error.kind(), error.failed_ranks()));
+}
+
+#[test]
+fn a_group_whose_first_rank_can_not_listen_fails_at_once_where_cuts_are_waited_out() {
+    let ports = support::free_ports(24);
+    let (first, last) = (ports[0], ports[23]);
+    let world = World::new(3, "lack_a_port")
+        .set("UNISUM_TRANSPORT", "tcp")
+        .set("UNISUM_RECONNECT_TIMEOUT", 60)
+        .set("UNISUM_PORT_RANGE", format!("{first}-{last}"))
+        .set("FIRST_PORT", first)
+        .set("LAST_PORT", last);
+    for (rank, told) in succeeded(&world.start().wait(LIMIT), &[]) {
+        // Its peer knows that it is not there, whoever is not in the group knows why.
+        let (kind, why) = match rank {
+            1 => ("Rendezvous [0] ", "rank 0 of the group has not connected"),
+            _ => ("Configuration [0] ", "listening on"),
+        };
+        assert!(told[0].starts_with(kind) && told[0].contains(why), "rank {rank}: {told:?}");
+    }
+}

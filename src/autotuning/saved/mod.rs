@@ -211,7 +211,7 @@ impl Store {
         if let Err(why) = written {
             self.has_failed = true;
             let path = self.path.display();
-            unisum_link::warning!("UNISUM_TUNING={path} is not written any more: {why}");
+            unisum_link::fault!("UNISUM_TUNING={path} is not written any more: {why}");
         }
     }
 }

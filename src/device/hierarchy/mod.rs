@@ -98,6 +98,31 @@ fn places(hosts: &[&str]) -> Option<Vec<(usize, usize)>> {
     (is_even && on_first > 1 && on_first < all.len()).then_some(all)
 }
 
+/// Whether the devices of each host take less time than it saves to copy a block only, down, back
+/// or both. `on_devices` is what a collective of so many elements takes among those of a host.
+fn pays(
+    kind: CollectiveKind,
+    (count, element_bytes): (usize, usize),
+    (places, on_each): (&[(usize, usize)], usize),
+    on_devices: impl Fn(&Collective, usize) -> f64,
+) -> bool {
+    let scatter = |count| on_devices(&Collective::reduce_scatter(ReduceOp::Sum), count);
+    let gather = |count| on_devices(&Collective::all_gather(), count);
+    let bytes = (count * element_bytes) as f64;
+    let saved = (bytes - bytes / on_each as f64) / HOST_BYTES_PER_S;
+    if kind == CollectiveKind::AllReduce {
+        return scatter(count) + gather(count) < 2.0 * saved;
+    }
+    // One call for each range in which the places follow each other.
+    let calls = rails::ranges(places, &Blocks::Even(1)).len();
+    let each = count.div_ceil(calls);
+    let of_one = match kind {
+        CollectiveKind::AllGather => gather(each),
+        _ => scatter(each),
+    };
+    calls as f64 * (of_one + CALL_S) < saved
+}
+
 /// The pieces of a buffer.
 fn pieces(count: usize, element_bytes: usize, (place, local): (usize, usize)) -> Vec<Piece> {
     let unit = (ALIGNMENT / element_bytes).max(1);
@@ -199,26 +224,12 @@ impl Hierarchy {
         }
     }
 
-    /// Whether the devices take less time than it saves to copy a block only, down, back or both.
+    /// Whether it is faster for so many elements in all; asked once.
     fn pays(&mut self, kind: CollectiveKind, dtype: Dtype, count: usize) -> bool {
         let (node, places) = (&self.node, &self.places);
         *self.pays.entry((kind, dtype, count)).or_insert_with(|| {
-            let scatter =
-                |count| node.reckoned(&Collective::reduce_scatter(ReduceOp::Sum), dtype, count);
-            let gather = |count| node.reckoned(&Collective::all_gather(), dtype, count);
-            let bytes = (count * dtype.bytes()) as f64;
-            let saved = (bytes - bytes / node.world() as f64) / HOST_BYTES_PER_S;
-            if kind == CollectiveKind::AllReduce {
-                return scatter(count) + gather(count) < 2.0 * saved;
-            }
-            // One call for each range in which the places follow each other.
-            let calls = rails::ranges(places, &Blocks::Even(1)).len();
-            let each = count.div_ceil(calls);
-            let of_one = match kind {
-                CollectiveKind::AllGather => gather(each),
-                _ => scatter(each),
-            };
-            calls as f64 * (of_one + CALL_S) < saved
+            let on_devices = |of: &Collective, count| node.reckoned(of, dtype, count);
+            pays(kind, (count, dtype.bytes()), (places, node.world()), on_devices)
         })
     }
 
@@ -414,6 +425,9 @@ impl Calling<'_> {
 
 #[cfg(test)]
 mod tests {
+    use unisum_algorithms::Topology;
+
+    use super::super::program::{Form, Programs};
     use super::*;
 
     #[test]
@@ -422,6 +436,42 @@ mod tests {
         for hosts in [&["a", "a"][..], &["a", "b"], &["a", "a", "b"], &["a"]] {
             assert_eq!(places(hosts), None, "{hosts:?}");
         }
+    }
+
+    /// From how many bytes of f32 on a collective goes this way, among powers of two.
+    fn pays_from(kind: CollectiveKind, places: &[(usize, usize)], on_each: usize) -> usize {
+        let topology = Topology::flat(on_each);
+        let on_devices = |of: &Collective, count| {
+            let form = Form::typical(of, Dtype::F32, count, (0, &topology));
+            Programs::fastest_seconds(&form, 0)
+        };
+        let pays = |power: &u32| pays(kind, (1 << power >> 2, 4), (places, on_each), on_devices);
+        let powers = 10..=30;
+        assert!(pays(&30), "{kind} of 1 GiB");
+        1 << powers.rev().take_while(pays).last().expect("the first one does")
+    }
+
+    /// docs/cuda.md has these rows, for ranks by host and in turns.
+    #[test]
+    fn the_documented_sizes_are_those_from_which_on_devices_pay() {
+        use CollectiveKind::{AllGather, AllReduce, ReduceScatter};
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/cuda.md");
+        let documented = std::fs::read_to_string(path).unwrap();
+        let row = |(hosts, on_each): (usize, usize)| {
+            let ranks = 0..hosts * on_each;
+            let by_host: Vec<_> = ranks.clone().map(|it| (it / on_each, it % on_each)).collect();
+            let in_turns: Vec<_> = ranks.map(|it| (it % hosts, it / hosts)).collect();
+            let from = |kind, places: &[_]| match pays_from(kind, places, on_each) >> 10 {
+                kib @ ..1024 => format!("{kib} KiB"),
+                kib => format!("{} MiB", kib >> 10),
+            };
+            let both = |kind| format!("{}, {}", from(kind, &by_host), from(kind, &in_turns));
+            let (reduces, gathers, scatters) =
+                (from(AllReduce, &by_host), both(AllGather), both(ReduceScatter));
+            format!("| {hosts} | {on_each} | {reduces} | {gathers} | {scatters} |")
+        };
+        let rows = [(2, 2), (2, 4), (2, 8), (8, 8)].map(row).join("\n");
+        assert!(documented.contains(&rows), "docs/cuda.md does not have:\n{rows}");
     }
 
     #[test]
