@@ -23,8 +23,8 @@ pub(crate) struct Array {
 #[derive(Debug)]
 enum Memory {
     Own(Buffer<u8>),
-    /// A gradient's, in buckets.
-    Gradient(Place),
+    /// Of buckets, weights or shards.
+    Lent(Place),
 }
 
 /// What an exported view needs as long as it lives.
@@ -39,15 +39,15 @@ impl Array {
         Self { memory: Memory::Own(memory), shape, dtype }
     }
 
-    /// A gradient of this shape, where it lies.
-    pub(crate) const fn of_gradient(place: Place, shape: Vec<usize>, dtype: Dtype) -> Self {
-        Self { memory: Memory::Gradient(place), shape, dtype }
+    /// What lies at a place, in this shape.
+    pub(crate) const fn of_place(place: Place, shape: Vec<usize>, dtype: Dtype) -> Self {
+        Self { memory: Memory::Lent(place), shape, dtype }
     }
 
     fn address(&self) -> usize {
         match &self.memory {
             Memory::Own(memory) => memory.as_ptr() as usize,
-            Memory::Gradient(place) => place.start().as_ptr() as usize,
+            Memory::Lent(place) => place.start().as_ptr() as usize,
         }
     }
 

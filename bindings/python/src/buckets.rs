@@ -21,10 +21,11 @@ use crate::work::{Pending, Work};
 #[pyclass(frozen, name = "Buckets", module = "unisum._unisum")]
 pub(crate) struct Buckets {
     state: RwLock<State>,
-    parameters: Vec<Parameter>,
+    pub(crate) parameters: Vec<Parameter>,
+    pub(crate) is_sharded: bool,
 }
 
-struct State {
+pub(crate) struct State {
     /// The step under way, which borrows the buckets. Before them: it is dropped first.
     step: Option<Step<'static>>,
     /// None once they are closed.
@@ -78,7 +79,7 @@ impl State {
     }
 
     /// The buckets between two steps.
-    fn idle(&mut self) -> PyResult<&mut unisum::buckets::Buckets> {
+    pub(crate) fn idle(&mut self) -> PyResult<&mut unisum::buckets::Buckets> {
         match self.step {
             Some(_) => Err(step_open()),
             None => self.buckets.as_deref_mut().ok_or_else(closed),
@@ -125,7 +126,7 @@ impl Buckets {
     // Nobody waits for these locks: who did so with the interpreter would keep it from whoever
     // has the lock.
 
-    fn alone(&self) -> PyResult<RwLockWriteGuard<'_, State>> {
+    pub(crate) fn alone(&self) -> PyResult<RwLockWriteGuard<'_, State>> {
         self.state.try_write().map_err(|_| busy())
     }
 
@@ -139,7 +140,7 @@ impl Buckets {
 
     fn array(&self, place: Place, parameter: usize) -> Array {
         let parameter = &self.parameters[parameter];
-        Array::of_gradient(place, parameter.shape().to_vec(), parameter.dtype())
+        Array::of_place(place, parameter.shape().to_vec(), parameter.dtype())
     }
 }
 
@@ -389,10 +390,23 @@ pub(crate) fn make_buckets(
 ) -> PyResult<Buckets> {
     let inner = communicator.get()?;
     let parameters = parameters_of(parameters)?;
+    let is_sharded = options.get_item("sharded")?.is_some_and(|it| it.is_truthy().unwrap_or(true));
     let builder = configured(unisum::buckets::Buckets::builder(&inner), options)?;
+    let builder = if is_sharded { sharded(builder, options)? } else { builder };
     let made = block(py, || builder.build(&parameters))?;
     let state = RwLock::new(State { step: None, buckets: Some(Box::new(made)) });
-    Ok(Buckets { state, parameters })
+    Ok(Buckets { state, parameters, is_sharded })
+}
+
+/// # Errors
+/// `ValueError` if another option does not go with it.
+fn sharded<'c>(builder: Builder<'c>, options: &Bound<'_, PyDict>) -> PyResult<Builder<'c>> {
+    for name in ["wire", "uneven_inputs"] {
+        if options.get_item(name)?.is_some_and(|it| it.is_truthy().unwrap_or(true)) {
+            return Err(PyValueError::new_err(format!("sharded buckets take no `{name}`")));
+        }
+    }
+    Ok(builder.sharded())
 }
 
 fn configured<'c>(mut builder: Builder<'c>, options: &Bound<'_, PyDict>) -> PyResult<Builder<'c>> {
@@ -410,7 +424,8 @@ fn configured<'c>(mut builder: Builder<'c>, options: &Bound<'_, PyDict>) -> PyRe
             "uneven_inputs" => builder.uneven_inputs(value.extract()?),
             "relayout" => builder.relayout(value.extract()?),
             "layout" => builder.layout(value.extract()?),
-            "sharded" if value.extract()? => builder.sharded(),
+            // Comes last: it replaces the hook.
+            "sharded" => builder,
             _ => {
                 wire.take(&name, &value)?;
                 builder

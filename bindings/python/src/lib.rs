@@ -14,6 +14,7 @@ mod messenger;
 mod observing;
 mod operands;
 mod scaler;
+mod sharded;
 mod staging;
 mod store;
 mod tensor;
@@ -38,6 +39,8 @@ mod _unisum {
     use super::messenger::Messenger;
     #[pymodule_export]
     use super::scaler::LossScaler;
+    #[pymodule_export]
+    use super::sharded::{ShardState, Weights, make_weights, shard_gradient, shard_of};
     #[pymodule_export]
     use super::work::{Work, next_completed};
 }

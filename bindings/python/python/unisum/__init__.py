@@ -38,6 +38,7 @@ from ._observing import (
     RunningCall,
     Stats,
 )
+from ._sharded import Resharded, ShardMove, ShardPiece, ShardState, Weights
 from ._spawn import RankFailed, spawn
 from ._unisum import Array, DeviceArray, LossScaler, cuda_devices
 
@@ -67,7 +68,11 @@ __all__ = [
     "RankFailed",
     "RankLostError",
     "RendezvousError",
+    "Resharded",
     "RunningCall",
+    "ShardMove",
+    "ShardPiece",
+    "ShardState",
     "Stats",
     "Step",
     "StepChange",
@@ -75,6 +80,7 @@ __all__ = [
     "TimeoutError",
     "View",
     "ViewChanged",
+    "Weights",
     "Work",
     "connect",
     "cuda_devices",

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 from . import _completion, _unisum
 from ._communicator import Communicator, View, Work, succeed
+from ._sharded import Resharded, ShardMove, ShardPiece, ShardState, Weights
 from ._types import Data
 from ._unisum import Array
 
@@ -131,6 +132,10 @@ class Buckets:
     ``unused_parameters``: a step may end without a gradient for some, which are then zero.
     ``static_graph``: what a rank does not use in its first step it never uses.
     ``uneven_inputs``: ranks may run out of data at different times, and call ``join``.
+    ``sharded``: each rank gets the averages of its shard of each bucket only (``shard_gradient``),
+    as in ZeRO-2 and FSDP; the rest of the gradients is unspecified after a step. Keeps the layout;
+    not with ``wire`` or ``uneven_inputs``. In an elastic job such buckets end with their view: all
+    ranks make others, and ``reshard`` what they keep for their shards.
     """
 
     def __init__(
@@ -149,6 +154,7 @@ class Buckets:
         uneven_inputs: bool = False,
         relayout: Optional[bool] = None,
         layout: Optional[bytes] = None,
+        sharded: bool = False,
     ) -> None:
         #: The parameters, as they were given.
         self.parameters: List[Parameter] = [Parameter(*it) for it in parameters]
@@ -165,6 +171,7 @@ class Buckets:
             "uneven_inputs": uneven_inputs,
             "relayout": relayout,
             "layout": layout,
+            "sharded": sharded,
         }
         # They may outlive it.
         self._communicator = weakref.ref(communicator)
@@ -245,6 +252,66 @@ class Buckets:
         communicator = succeed(self._communicator(), Communicator(self._native._admit()))
         self._communicator = weakref.ref(communicator)
         return communicator
+
+    def shard(self, bucket: int) -> range:
+        """The elements of a bucket that this rank averages if buckets are ``sharded``: the same
+        number on each rank, those of rank 0 first."""
+        start, stop, _ = _unisum.shard_of(self._native, bucket)
+        return range(start, stop)
+
+    def shard_pieces(self, bucket: int) -> List[ShardPiece]:
+        """The elements of parameters that this rank's shard of a bucket consists of, besides
+        padding."""
+        return [ShardPiece(*it) for it in _unisum.shard_of(self._native, bucket)[2]]
+
+    def shard_gradient(self, bucket: int) -> Array:
+        """This rank's shard of a bucket's gradients: after a step, the averages. One dimension, as
+        long as ``shard``. May be changed, until the next step begins."""
+        return _unisum.shard_gradient(self._native, bucket)
+
+    def weights(self) -> Weights:
+        """Allocates memory for the parameters themselves, in the layout and types of the gradients,
+        zeroed. Takes ``sharded``. Not collective."""
+        return Weights(self)
+
+    def gather(self, weights: Weights) -> None:
+        """Gathers all shards of the weights on all ranks. Takes ``sharded``, and weights of these
+        buckets: make new ones after each change of the view. ``ConfigurationError`` if they are of
+        buckets with another layout, or of a rank with another number.
+
+        Collective: every rank calls it between the same steps. Blocks; Ctrl-C is heard after that.
+        If it fails, shards of other ranks are unspecified.
+        """
+        weights._native._gather(self._native)
+
+    def reshard(self, state: ShardState) -> Resharded:
+        """Gives each rank what belongs to its shards now, from whoever has it: at the start, and
+        after each change of an elastic job's view, when the buckets have been made again. A
+        newcomer, and every rank at the start, gives a new state. Takes ``sharded``.
+
+        What nobody has is told (``Resharded.lost``), and zero: the program initializes it or takes
+        it from its checkpoint, and then calls ``ShardState.set_version``. If copies of an earlier
+        version are more complete (``copy_shards``), all ranks go back to that. What travels is
+        checked by fingerprints (SHA-256).
+
+        Collective: every rank calls it, between two steps. Blocks. If it fails, the state is what
+        it was, and the next call goes on from what all ranks have. ``MismatchError``, on all ranks,
+        if numbers of vectors or types differ, or state of other parameters was given.
+        """
+        version, moves = state._native._reshard(self._native)
+        return Resharded(version, [ShardMove(*it) for it in moves])
+
+    def copy_shards(self, state: ShardState) -> None:
+        """Copies each rank's state to the next rank, and keeps it as it is now: if the job then
+        loses a rank, or several of which no two are neighbours, ``reshard`` loses nothing, and goes
+        back to this version. Takes ``sharded``.
+
+        Collective: every rank calls it, between two steps, as often as is worth it: a loss costs
+        the steps since. Blocks. Memory for two more states, and for four during the call.
+        ``MismatchError``, on all ranks, if versions differ; ``ConfigurationError`` if state of
+        other buckets, or with missing elements, was given on any rank.
+        """
+        state._native._copy(self._native)
 
     def rescale(self, factor: float) -> None:
         """From the next step on gradients come with a loss scale that is ``factor`` times that of

@@ -12,12 +12,17 @@ __all__ = [
     "LossScaler",
     "Messenger",
     "Report",
+    "ShardState",
+    "Weights",
     "Work",
     "connect",
     "cuda_devices",
     "make_buckets",
     "make_device_buckets",
+    "make_weights",
     "next_completed",
+    "shard_gradient",
+    "shard_of",
 ]
 
 _Request = Tuple[
@@ -187,6 +192,25 @@ class Report:
     def _told(self) -> Optional[_Told]: ...
 
 @final
+class Weights:
+    def _parameter(self, parameter: int) -> Array: ...
+    def _shard(self, bucket: int) -> Array: ...
+    def _gather(self, buckets: Buckets) -> None: ...
+
+@final
+class ShardState:
+    def __new__(cls, vectors: int, dtype: str) -> ShardState: ...
+    @property
+    def version(self) -> int: ...
+    def set_version(self, version: int) -> None: ...
+    def _reshard(
+        self, buckets: Buckets
+    ) -> Tuple[int, List[Tuple[int, int, int, Optional[int], int]]]: ...
+    def _copy(self, buckets: Buckets) -> None: ...
+    def _vector(self, bucket: int, vector: int) -> Array: ...
+    def _elements(self, vector: int, parameter: int, start: int, stop: int) -> Array: ...
+
+@final
 class LossScaler:
     def __new__(
         cls,
@@ -216,6 +240,11 @@ def make_device_buckets(
     end_bucket_bytes: Optional[int],
     detect_nonfinite: bool,
 ) -> DeviceBuckets: ...
+def make_weights(buckets: Buckets) -> Weights: ...
+def shard_of(
+    buckets: Buckets, bucket: int
+) -> Tuple[int, int, List[Tuple[int, int, int, int]]]: ...
+def shard_gradient(buckets: Buckets, bucket: int) -> Array: ...
 def connect(
     options: Dict[str, Any], store: Any = None, is_newcomer: bool = False
 ) -> Communicator: ...

@@ -130,6 +130,26 @@ def buckets(comm: unisum.Communicator) -> None:
     print(applied, scaler.scale)
 
 
+def sharded(comm: unisum.Communicator) -> None:
+    made = unisum.Buckets(comm, [("weight", (4, 4)), ("bias", (4,))], sharded=True)
+    state = unisum.ShardState(3, "float32")
+    resharded: unisum.Resharded = made.reshard(state)
+    moves: List[unisum.ShardMove] = resharded.lost(comm.rank)
+    source: Optional[int] = resharded.moves[0].source
+    for it in moves:
+        state.elements(0, it.parameter, it.start, it.stop).numpy()[:] = 1
+    state.set_version(resharded.version + 1)
+    pieces: List[unisum.ShardPiece] = made.shard_pieces(0)
+    shard: range = made.shard(0)
+    weights: unisum.Weights = made.weights()
+    weights.shard(0).numpy()[:] = state.vector(0, 0).numpy() - made.shard_gradient(0).numpy()
+    made.gather(weights)
+    made.copy_shards(state)
+    version: int = state.version
+    print(weights.parameter("bias").torch(), weights.parameter(0), pieces[0].at, shard, version)
+    print(source, resharded.lost())
+
+
 def observing(comm: unisum.Communicator) -> None:
     described: unisum.Description = comm.describe()
     stats: unisum.Stats = comm.stats()

@@ -30,4 +30,7 @@ unisum.connect("file:///tmp/world")  # wrong: call-arg arg-type
 unisum.LossScaler(2.0, 3.0)  # wrong: call-arg
 unisum.Buckets(comm, [("weight", (3,))]).begin().put("weight", "x")  # wrong: arg-type
 unisum.Parameter("weight")  # wrong: call-arg
+unisum.Buckets(comm, [("weight", (3,))], sharded=True).reshard(3)  # wrong: arg-type
+unisum.ShardState("float32")  # wrong: arg-type
+unisum.ShardState(3).vector("weight", 0)  # wrong: arg-type
 unisum.Error("text").kinds  # wrong: attr-defined
