@@ -239,9 +239,8 @@ impl Coordinator {
         self.states[rank] = MemberState::Connected;
         let mut messages = vec![Message::Welcome { session: self.session }];
         messages.extend(self.verdict.clone().map(Message::Verdict));
-        if let Some(Overdue { stalled, .. }) = &self.query.open {
-            let communicator = stalled.call.communicator;
-            messages.push(Message::StatusRequest { query: self.query.number, communicator });
+        if let Some(overdue) = &self.query.open {
+            messages.push(overdue.question(self.query.number));
         }
         self.outputs.push_back(Output { audience: Audience::One(rank), messages });
     }

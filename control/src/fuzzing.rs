@@ -122,7 +122,7 @@ fn message_seeds() -> Vec<Vec<u8>> {
         Message::Accuse(Report { calls, ..Report::new(0, 1, Finding::Mismatch, text.clone()) }),
         Message::Overdue(call(1).into()),
         Message::Stalled(call(1).into()),
-        Message::StatusRequest { query: 3, communicator: 0 },
+        Message::StatusRequest { query: 3, communicator: 0, is_overdue: true },
         Message::Status { query: 3, doing: snapshot(1, 5).into() },
         Message::Verdict(Verdict::new(kind, vec![1, 2], text).with_calls(calls)),
         Message::Left { rank: 1, last: snapshot(1, 5), left_group: vec![(3, snapshot(2, 4))] },
@@ -194,7 +194,11 @@ fn said(what: u8, number: u8) -> Message {
             let calls = vec![status::Told { call, text: "a call".into() }];
             Message::Recounted { communicator: 0, calls }
         }
-        _ => Message::StatusRequest { query: u32::from(number), communicator: 0 },
+        _ => Message::StatusRequest {
+            query: u32::from(number),
+            communicator: 0,
+            is_overdue: number > 191,
+        },
     }
 }
 
@@ -385,7 +389,11 @@ fn told(what: u8, rank: Rank, number: u8) -> Message {
             let (round, blob) = (u32::from(number % 4), Bytes::from_static(b"blob"));
             Message::Gathered { round, rank, blob }
         }
-        11 if number > 127 => Message::StatusRequest { query: 3, communicator: number.into() },
+        11 if number > 127 => Message::StatusRequest {
+            query: 3,
+            communicator: number.into(),
+            is_overdue: number > 191,
+        },
         11 => Message::Recount { communicator: u32::from(number) },
         12 => Message::Verdict(Verdict::new(VerdictKind::Died, vec![rank], "why".to_owned())),
         13 => Message::Left { rank, last: snapshot(u64::from(number), 0), left_group: Vec::new() },

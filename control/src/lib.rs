@@ -69,6 +69,7 @@ use unisum_link::{Rank, Wake};
 use self::coordinator::Coordinator;
 use self::dial::Reached;
 use self::listen::{Listeners, Listening};
+use self::member::VERDICT_TIMEOUT;
 use self::pulse::Pulses;
 use self::shared::{Command, Shared};
 use self::thread::{ControlThread, Identity, Resuming};
@@ -312,6 +313,13 @@ impl Control {
     /// this rank has been told since it said so ([`Control::stalled`]).
     pub fn has_left_group(&self, communicator: u32, rank: Rank) -> bool {
         self.shared.has_left_group(communicator, rank)
+    }
+
+    /// Why the communicator has ended, or is about to: whoever may have missed that the others give
+    /// up asks before it does what they count as the call that they wait for. Returns at once,
+    /// unless the coordinator is finding out why a call is overdue; then within about 2 s.
+    pub fn verdict_that_comes(&self) -> Option<Verdict> {
+        self.shared.await_verdict_that_comes(VERDICT_TIMEOUT).cloned()
     }
 
     /// Blocks until there is a verdict, or until `until`.

@@ -17,7 +17,7 @@ use super::verdict::{Report, Verdict, VerdictKind};
 
 /// How long the coordinator may take to a verdict on a call that is overdue: its own second for the
 /// ranks' answers, and one for a busy machine.
-const VERDICT_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const VERDICT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long it may take to one on a link that failed. Longer: who ends a link is known by its
 /// neighbours only, and if they came to verdicts of their own, because the coordinator's process
 /// is stopped for a moment, each rank would name another.
@@ -100,7 +100,10 @@ impl Member {
                     self.shared.gathered(std::mem::take(&mut self.blobs));
                 }
             }
-            Message::StatusRequest { query, communicator } => {
+            Message::StatusRequest { query, communicator, is_overdue } => {
+                if is_overdue {
+                    self.shared.is_judged();
+                }
                 let doing = self.shared.doing(communicator);
                 return Ok(Some(Message::Status { query, doing }));
             }
@@ -356,6 +359,8 @@ impl Member {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use unisum_link::Call;
 
     use super::*;
@@ -396,6 +401,38 @@ mod tests {
         assert!(member.shared.verdict().is_none());
         member.tick(now + VERDICT_TIMEOUT);
         expect(&member, VerdictKind::Unresponsive, 0);
+    }
+
+    #[test]
+    fn who_is_asked_why_a_call_is_overdue_waits_for_the_verdict_before_it_goes_on() {
+        let mut member = member();
+        let question =
+            |is_overdue| Message::StatusRequest { query: 1, communicator: 0, is_overdue };
+        let comes = |member: &Member, limit| {
+            let shared = member.shared.clone();
+            thread::spawn(move || shared.await_verdict_that_comes(limit).cloned())
+        };
+        // Far beyond what the test takes.
+        let never = Duration::from_secs(600);
+        assert!(member.heard(question(false)).unwrap().is_some());
+        assert_eq!(comes(&member, never).join().unwrap(), None, "nobody gives up");
+        assert!(member.heard(question(true)).unwrap().is_some());
+        let waits = comes(&member, never);
+        let verdict = Verdict::new(VerdictKind::NotEntered, vec![1], "too late");
+        member.heard(Message::Verdict(verdict.clone())).unwrap();
+        assert_eq!(waits.join().unwrap(), Some(verdict));
+    }
+
+    #[test]
+    fn a_verdict_that_does_not_come_is_awaited_once() {
+        let mut member = member();
+        let question = Message::StatusRequest { query: 1, communicator: 0, is_overdue: true };
+        member.heard(question).unwrap();
+        let start = Instant::now();
+        let limit = Duration::from_millis(20);
+        assert_eq!(member.shared.await_verdict_that_comes(limit), None);
+        assert!(start.elapsed() >= limit);
+        assert_eq!(member.shared.await_verdict_that_comes(Duration::from_secs(600)), None);
     }
 
     #[test]

@@ -48,8 +48,9 @@ pub(super) enum Message {
     Overdue(StalledCall),
     /// Rank: it has waited in this call for a while: is everybody in the same one?
     Stalled(StalledCall),
-    /// Coordinator: what are you doing in this communicator?
-    StatusRequest { query: u32, communicator: u32 },
+    /// Coordinator: what are you doing in this communicator? A verdict follows for certain if it
+    /// asks because a call is overdue.
+    StatusRequest { query: u32, communicator: u32, is_overdue: bool },
     /// Rank: this, and this elsewhere.
     Status { query: u32, doing: Doing },
     /// Coordinator: what did you call last in this communicator?
@@ -140,9 +141,10 @@ impl Message {
                 let named = if ranks.len() > RANKS_MAX { &[] } else { &ranks[..] };
                 named.iter().for_each(|rank| put_rank(to, *rank));
             }
-            Self::StatusRequest { query, communicator } => {
+            Self::StatusRequest { query, communicator, is_overdue } => {
                 to.put_u32_le(*query);
                 to.put_u32_le(*communicator);
+                to.put_u8((*is_overdue).into());
             }
             Self::Status { query, doing } => {
                 to.put_u32_le(*query);
@@ -416,8 +418,13 @@ fn parse_stalled_call(body: &mut Bytes) -> Option<StalledCall> {
 }
 
 fn parse_request(body: &mut Bytes) -> Option<Message> {
-    let query = word(body)?;
-    Some(Message::StatusRequest { query, communicator: u32::from_le_bytes(take(body)?) })
+    let (query, communicator) = (word(body)?, word(body)?);
+    let is_overdue = match take(body)? {
+        [0] => false,
+        [1] => true,
+        _ => return None,
+    };
+    Some(Message::StatusRequest { query, communicator, is_overdue })
 }
 
 fn parse_left(body: &mut Bytes) -> Option<Message> {

@@ -82,6 +82,8 @@ struct Channel {
 struct News {
     gathered: Option<Vec<Bytes>>,
     said_goodbye: bool,
+    /// Whether the coordinator has asked what this rank does because a call is overdue.
+    is_judged: bool,
     /// Whether the job goes on without this communicator.
     is_superseded: bool,
 }
@@ -326,6 +328,20 @@ impl Shared {
 
     pub(super) fn await_verdict(&self, until: Instant) -> Option<&Verdict> {
         drop(self.wait(until, |_| self.verdict().is_some()));
+        self.verdict()
+    }
+
+    /// The coordinator asks all ranks why a call is overdue: a verdict follows. This rank has not
+    /// answered yet, so that none has given up.
+    pub(super) fn is_judged(&self) {
+        lock(&self.news).is_judged = true;
+    }
+
+    /// Blocks until there is a verdict if one is certain to come, `limit` at most.
+    pub(super) fn await_verdict_that_comes(&self, limit: Duration) -> Option<&Verdict> {
+        if self.verdict().is_none() && std::mem::take(&mut lock(&self.news).is_judged) {
+            return self.await_verdict(Instant::now() + limit);
+        }
         self.verdict()
     }
 

@@ -109,6 +109,11 @@ impl Membership {
         self.control.verdict()
     }
 
+    /// See [`Control::verdict_that_comes`].
+    pub(crate) fn verdict_that_comes(&self) -> Option<Verdict> {
+        self.control.verdict_that_comes()
+    }
+
     /// See [`Control::is_over`].
     pub(crate) fn is_over(&self) -> bool {
         self.control.is_over()

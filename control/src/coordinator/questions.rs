@@ -36,6 +36,13 @@ pub(super) struct Overdue {
     pub(super) patient: bool,
 }
 
+impl Overdue {
+    pub(super) const fn question(&self, query: u32) -> Message {
+        let communicator = self.stalled.call.communicator;
+        Message::StatusRequest { query, communicator, is_overdue: !self.patient }
+    }
+}
+
 impl Query {
     pub(super) fn new(world: usize) -> Self {
         Self { number: 0, asked: None, answers: vec![None; world], open: None, next: None }
@@ -59,19 +66,15 @@ impl Coordinator {
             self.waiting.insert((communicator, lowest), (by, stalled.clone()));
             self.look_who_is_gone(communicator);
         }
-        if let Some(open) = &mut self.query.open {
-            let same = open.stalled.call.communicator == stalled.call.communicator;
-            if same && open.patient && !patient {
-                (open.by, open.stalled, open.patient) = (by, stalled, false);
-                return;
-            }
+        if let Some(open) = &self.query.open {
             // Who is merely late asks once, and again for all when this is decided; who is overdue
             // asks for another communicator instead.
             if patient {
                 self.query.next = Some((by, stalled));
                 return;
             }
-            if same || !open.patient {
+            // What was asked out of patience is asked again, as a question that a verdict follows.
+            if !open.patient {
                 return;
             }
         }
@@ -79,11 +82,12 @@ impl Coordinator {
             return;
         }
         let number = self.query.number.wrapping_add(1);
-        let open = Some(Overdue { stalled, by, until: now + ANSWER_TIMEOUT, patient });
+        let open = Overdue { stalled, by, until: now + ANSWER_TIMEOUT, patient };
+        let question = open.question(number);
         let answers = vec![None; self.states.len()];
         let next = self.query.next.take();
-        self.query = Query { number, asked: Some(now), answers, open, next };
-        self.tell_all(vec![Message::StatusRequest { query: number, communicator }]);
+        self.query = Query { number, asked: Some(now), answers, open: Some(open), next };
+        self.tell_all(vec![question]);
     }
 
     pub(super) fn answered(&mut self, from: Rank, query: u32, doing: Doing, now: Instant) {

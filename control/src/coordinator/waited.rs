@@ -188,7 +188,7 @@ impl Coordinator {
         self.query.answers = vec![None; self.states.len()];
         let query = self.query.number;
         self.waited.roll_call = Some(RollCall { query, until: now + ANSWER_TIMEOUT, seconds });
-        self.tell_all(vec![Message::StatusRequest { query, communicator: 0 }]);
+        self.tell_all(vec![Message::StatusRequest { query, communicator: 0, is_overdue: false }]);
     }
 
     fn call_the_roll_to_an_end(&mut self) {

@@ -63,8 +63,9 @@ fn messages() -> impl Strategy<Value = Message> {
         ),
         stalled_calls().prop_map(Message::Overdue),
         stalled_calls().prop_map(Message::Stalled),
-        any::<(u32, u32)>()
-            .prop_map(|(query, communicator)| Message::StatusRequest { query, communicator }),
+        any::<(u32, u32, bool)>().prop_map(|(query, communicator, is_overdue)| {
+            Message::StatusRequest { query, communicator, is_overdue }
+        }),
         (any::<u32>(), doings()).prop_map(|(query, doing)| Message::Status { query, doing }),
         verdict.prop_map(|(code, failed_ranks, calls, text, is_own)| {
             let kind = VerdictKind::from_code(code).unwrap();
