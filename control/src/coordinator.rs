@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use unisum_link::Rank;
 
-use self::questions::{Overdue, Query};
+use self::questions::Query;
 use self::waited::Waited;
 use super::comparison::Comparison;
 use super::message::{Message, StalledCall};

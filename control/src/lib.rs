@@ -69,7 +69,6 @@ use unisum_link::{Rank, Wake};
 use self::coordinator::Coordinator;
 use self::dial::Reached;
 use self::listen::{Listeners, Listening};
-use self::member::VERDICT_TIMEOUT;
 use self::pulse::Pulses;
 use self::shared::{Command, Shared};
 use self::thread::{ControlThread, Identity, Resuming};
@@ -319,7 +318,7 @@ impl Control {
     /// up asks before it does what they count as the call that they wait for. Returns at once,
     /// unless the coordinator is finding out why a call is overdue; then within about 2 s.
     pub fn verdict_that_comes(&self) -> Option<Verdict> {
-        self.shared.await_verdict_that_comes(VERDICT_TIMEOUT).cloned()
+        self.shared.await_verdict_that_comes().cloned()
     }
 
     /// Blocks until there is a verdict, or until `until`.

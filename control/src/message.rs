@@ -48,8 +48,8 @@ pub(super) enum Message {
     Overdue(StalledCall),
     /// Rank: it has waited in this call for a while: is everybody in the same one?
     Stalled(StalledCall),
-    /// Coordinator: what are you doing in this communicator? A verdict follows for certain if it
-    /// asks because a call is overdue.
+    /// Coordinator: what are you doing in this communicator? A verdict follows if it asks because a
+    /// call is overdue, unless all that wait leave.
     StatusRequest { query: u32, communicator: u32, is_overdue: bool },
     /// Rank: this, and this elsewhere.
     Status { query: u32, doing: Doing },

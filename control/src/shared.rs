@@ -82,8 +82,9 @@ struct Channel {
 struct News {
     gathered: Option<Vec<Bytes>>,
     said_goodbye: bool,
-    /// Whether the coordinator has asked what this rank does because a call is overdue.
-    is_judged: bool,
+    /// Until when a verdict is awaited, once the coordinator has asked what this rank does because
+    /// a call is overdue.
+    judged_until: Option<Instant>,
     /// Whether the job goes on without this communicator.
     is_superseded: bool,
 }
@@ -331,18 +332,20 @@ impl Shared {
         self.verdict()
     }
 
-    /// The coordinator asks all ranks why a call is overdue: a verdict follows. This rank has not
-    /// answered yet, so that none has given up.
-    pub(super) fn is_judged(&self) {
-        lock(&self.news).is_judged = true;
+    /// The coordinator asks all ranks why a call is overdue: a verdict follows by then, unless the
+    /// coordinator ends or all that waited have left. This rank has not answered yet, so that none
+    /// has given up.
+    pub(super) fn is_judged(&self, until: Instant) {
+        lock(&self.news).judged_until = Some(until);
     }
 
-    /// Blocks until there is a verdict if one is certain to come, `limit` at most.
-    pub(super) fn await_verdict_that_comes(&self, limit: Duration) -> Option<&Verdict> {
-        if self.verdict().is_none() && std::mem::take(&mut lock(&self.news).is_judged) {
-            return self.await_verdict(Instant::now() + limit);
+    /// Blocks until there is a verdict if one is on its way.
+    pub(super) fn await_verdict_that_comes(&self) -> Option<&Verdict> {
+        if self.verdict().is_some() {
+            return self.verdict();
         }
-        self.verdict()
+        let until = lock(&self.news).judged_until;
+        until.and_then(|until| self.await_verdict(until))
     }
 
     pub(super) fn await_goodbye(&self, until: Instant) {

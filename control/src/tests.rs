@@ -58,14 +58,14 @@ impl Drop for Scratch {
     }
 }
 
-const BUILD: Build = Build { version: [1, 2, 3], sources: 4 };
+pub(crate) const BUILD: Build = Build { version: [1, 2, 3], sources: 4 };
 
 fn credentials() -> Credentials {
     with_token(b"the token of these tests")
 }
 
 /// Encrypted where the build can do that.
-fn with_token(token: &[u8]) -> Credentials {
+pub(crate) fn with_token(token: &[u8]) -> Credentials {
     let secret = Secret::new(token);
     #[cfg(feature = "tls")]
     return Credentials::token(secret, Sealing::Everywhere).unwrap();
@@ -106,7 +106,7 @@ fn coordinator(world: usize) -> (Control, Rendezvous) {
     (control, rendezvous)
 }
 
-fn hello(rank: u32, world: u32) -> Hello {
+pub(crate) fn hello(rank: u32, world: u32) -> Hello {
     let (purpose, job) = (Purpose::Control, job_hash("tests"));
     let (session, build) = ([0; 16], BUILD);
     Hello { purpose, socket: 0, from: rank, to: 0, world, session, job, build }

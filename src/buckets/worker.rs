@@ -214,7 +214,7 @@ impl Core {
             // The last gradient is not the last thing that can go wrong: a rank votes when its
             // program has given the step away.
             flight.await_closed();
-            if let Some(error) = self.communicator().verdict() {
+            if let Some(error) = self.communicator().verdict_that_comes() {
                 // Came while the program took its time: the others have given the step up.
                 if !self.outlives(&error) {
                     // No call has failed, so the communicator does not know.

@@ -304,9 +304,15 @@ impl Communicator {
 
     /// Why the job has ended, or is about to, even if no call here has failed yet. Waits for about
     /// 2 s at most where that is being found out.
-    pub(crate) fn verdict(&self) -> Option<Error> {
+    pub(crate) fn verdict_that_comes(&self) -> Option<Error> {
         let runner = &self.member.as_ref()?.core.runner;
         runner.membership.verdict_that_comes().map(|it| runner.membership.told(&it).on(self.rank))
+    }
+
+    /// Why the job has ended, if it has, even if no call here has failed yet.
+    pub(crate) fn verdict(&self) -> Option<Error> {
+        let runner = &self.member.as_ref()?.core.runner;
+        runner.membership.verdict().map(|it| runner.membership.told(&it).on(self.rank))
     }
 
     /// Allocates `count` zeroed elements in memory that the links access without copies, because

@@ -5,6 +5,7 @@
 //! others reach it there, as ranks reach the first one of a view. In that control ranks have their
 //! numbers in the group.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -193,17 +194,22 @@ impl GroupControl {
 }
 
 /// Why this rank has no control for the group. What it could not do alone, to listen for one, no
-/// connection that is cut explains.
+/// connection that is cut explains, unless a cable that is out has taken its addresses along.
 fn own_error(error: ControlError) -> Error {
     let kind = match &error {
         ControlError::Listen { source, .. } if is_lack(source) => ErrorKind::Resources,
         ControlError::System { .. } => ErrorKind::Resources,
-        ControlError::Listen { .. } | ControlError::Interface(_) | ControlError::Resolve(_) => {
-            ErrorKind::Configuration
-        }
+        ControlError::Listen { source, .. } if !is_by_an_outage(source) => ErrorKind::Configuration,
+        ControlError::Resolve(_) => ErrorKind::Configuration,
         _ => return rendezvous_error(error),
     };
     Error::new(kind, error.to_string())
+}
+
+/// Whether it may pass when the network is back.
+fn is_by_an_outage(error: &io::Error) -> bool {
+    use io::ErrorKind::{AddrNotAvailable, NetworkDown, NetworkUnreachable};
+    matches!(error.kind(), AddrNotAvailable | NetworkDown | NetworkUnreachable)
 }
 
 /// The error for a rank of the group that has no control connection there.

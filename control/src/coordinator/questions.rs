@@ -135,22 +135,27 @@ impl Coordinator {
         let doings: Vec<Option<Doing>> = answers.collect();
         if patient {
             self.look_whether_all_go_on((by, &stalled), &reports, &doings, now);
-            if let Some((by, stalled)) = self.query.next.take() {
-                self.ask(by, stalled, true, now);
-            }
-            return;
+            return self.ask_next(now);
         }
         // If everybody has left, nobody waits for anybody.
         let is_away = |it: &RankReport| {
             matches!(it, RankReport::Left(_) | RankReport::Gone | RankReport::Apart)
         };
-        if !reports.iter().all(is_away) {
-            let decide = match stalled.call.collective {
-                CollectiveKind::Message => stall_diagnosis::decide_message,
-                _ => stall_diagnosis::decide,
-            };
-            let verdict = decide(&stalled, by, &reports);
-            self.conclude(crossing::explain(verdict, stalled.call.communicator, &doings));
+        if reports.iter().all(is_away) {
+            return self.ask_next(now);
+        }
+        let decide = match stalled.call.collective {
+            CollectiveKind::Message => stall_diagnosis::decide_message,
+            _ => stall_diagnosis::decide,
+        };
+        let verdict = decide(&stalled, by, &reports);
+        self.conclude(crossing::explain(verdict, stalled.call.communicator, &doings));
+    }
+
+    /// Who asked meanwhile asks no more.
+    fn ask_next(&mut self, now: Instant) {
+        if let Some((by, stalled)) = self.query.next.take() {
+            self.ask(by, stalled, true, now);
         }
     }
 

@@ -52,6 +52,7 @@ impl Host for Reception<'_> {
             Purpose::Data | Purpose::Pulse | Purpose::View => true,
         };
         if !is_open && hello.purpose == Purpose::Control {
+            self.identity.is_of_the_job(hello)?;
             let why = "the job has started, and the rank that listens here has left it";
             return Err(Refusal::Late { rank: hello.from, why });
         }
@@ -62,7 +63,28 @@ impl Host for Reception<'_> {
     }
 }
 
+/// Whether it expects as many ranks.
+fn is_of_the_size(hello: &Hello, world: usize) -> Result<(), Refusal> {
+    let ours = world as u32;
+    if hello.world == ours { Ok(()) } else { Err(Refusal::World { theirs: hello.world, ours }) }
+}
+
 impl Identity {
+    /// Whether it is of this job and, if it wants to join it, of the same build and size.
+    fn is_of_the_job(&self, hello: &Hello) -> Result<(), Refusal> {
+        if hello.job != self.job {
+            return Err(Refusal::Job);
+        }
+        if hello.purpose != Purpose::Control {
+            return Ok(());
+        }
+        if hello.build != self.build {
+            let Hello { from, to, build: theirs, .. } = *hello;
+            return Err(Refusal::Build { from, to, theirs, ours: self.build });
+        }
+        is_of_the_size(hello, self.world)
+    }
+
     /// Whether a connection that has proven the token may come in.
     pub(super) fn admit(
         &self,
@@ -72,12 +94,7 @@ impl Identity {
         (is_connected, taken): (impl Fn(Rank) -> bool, impl Fn(&Rank) -> Option<String>),
     ) -> Result<(), Refusal> {
         let Hello { from, to, .. } = *hello;
-        if hello.job != self.job {
-            return Err(Refusal::Job);
-        }
-        if hello.purpose == Purpose::Control && hello.build != self.build {
-            return Err(Refusal::Build { from, to, theirs: hello.build, ours: self.build });
-        }
+        self.is_of_the_job(hello)?;
         // Data connections belong to a communicator, in which ranks have numbers of their own.
         let (rank, world) = match hello.purpose {
             Purpose::Data => shared.channel(&hello.session).ok_or(Refusal::Session)?,
@@ -88,10 +105,8 @@ impl Identity {
             // Members of an elastic job have another port for that.
             Purpose::View => return Err(Refusal::Rank { from, to }),
         };
-        let (dialer, ours) = (from as Rank, world as u32);
-        if hello.world != ours {
-            return Err(Refusal::World { theirs: hello.world, ours });
-        }
+        let dialer = from as Rank;
+        is_of_the_size(hello, world)?;
         let is_same = hello.purpose == Purpose::Control && dialer == rank && to == from;
         if is_same && coordinator.is_some() {
             let first = format!("process {}", std::process::id());
@@ -116,5 +131,47 @@ impl Identity {
                 },
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use unisum_link::handshake::Build;
+
+    use super::*;
+    use crate::tests::{BUILD, hello, with_token};
+
+    #[test]
+    fn who_is_of_another_job_hears_that_and_not_that_it_comes_too_late() {
+        let (session, credentials) = ([1; 16], with_token(b"token"));
+        let Hello { job, .. } = hello(2, 3);
+        let identity = Identity {
+            rank: 0,
+            world: 3,
+            session,
+            preamble: Preamble::of(credentials.secret(), &session),
+            job,
+            build: BUILD,
+            credentials,
+            secret_origin: String::new(),
+        };
+        let (shared, connections, processes) =
+            (Shared::new(0, 3), BTreeMap::new(), BTreeMap::new());
+        let host = Reception {
+            identity: &identity,
+            shared: &shared,
+            coordinator: None,
+            connections: &connections,
+            processes: &processes,
+            goes_on: true,
+            has_left: true,
+            is_proven: Cell::new(false),
+        };
+        let refusal = |hello: Hello| host.admit(&hello).unwrap_err();
+        assert!(matches!(refusal(hello(2, 3)), Refusal::Late { rank: 2, .. }));
+        assert!(matches!(refusal(Hello { job: [9; 16], ..hello(2, 3) }), Refusal::Job));
+        assert!(matches!(refusal(hello(2, 4)), Refusal::World { theirs: 4, ours: 3 }));
+        let other_build = Hello { build: Build::default(), ..hello(2, 3) };
+        assert!(matches!(refusal(other_build), Refusal::Build { .. }));
     }
 }
