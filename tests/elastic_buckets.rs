@@ -22,6 +22,7 @@ fn rank_process() {
         ("hold", hold),
         ("leave_the_step", leave_the_step),
         ("fail_and_die", fail_and_die),
+        ("make_anew", make_anew),
     ]);
 }
 
@@ -442,5 +443,63 @@ fn a_step_that_fails_in_one_view_fails_in_the_next() {
     let ended = running.wait(LIMIT);
     for rank in [0, 1, 3] {
         assert_eq!(ended[rank].told, ["3"], "{ended:#?}");
+    }
+}
+
+/// Layers are made while an earlier one is still there on some of the ranks only: in Python, when
+/// it ends may differ. Then rank 3 dies in a step of a layer before which all others had ended.
+fn make_anew() {
+    let communicator = connect();
+    let rank = communicator.rank();
+    let is_sharded = setting("SHARDED") == "yes";
+    let build = || {
+        let builder = Buckets::builder(&communicator);
+        let builder = if is_sharded { builder.sharded() } else { builder };
+        builder.build(&parameters(100)).unwrap()
+    };
+    let try_step = |buckets: &mut Buckets| {
+        let step = buckets.begin()?;
+        Training::fill(&step, rank as u64, 1);
+        step.wait()
+    };
+    let mut first = Some(build());
+    for stays in 0..4 {
+        if rank != stays {
+            first = None;
+        }
+        let mut second = build();
+        assert_eq!(try_step(&mut second).unwrap().participants, 4);
+        drop((second, first.take()));
+        first = Some(build());
+        assert_eq!(try_step(first.as_mut().unwrap()).unwrap().participants, 4);
+    }
+    reach("made");
+    let last = first.as_mut().unwrap();
+    // This one outlives the view, unless the shards of rank 3 are lost.
+    let outcome = loop {
+        match try_step(last) {
+            Ok(report) if report.participants == 4 => {}
+            outcome => break outcome,
+        }
+    };
+    match outcome {
+        Ok(report) if !is_sharded => tell(report.participants),
+        Err(error) if is_sharded && error.kind() == ErrorKind::ViewChanged => tell(3),
+        other => tell(format!("{other:?}")),
+    }
+}
+
+#[test]
+fn a_layer_outlives_views_on_all_ranks_or_on_none() {
+    let _one = alone();
+    for sharded in ["no", "yes"] {
+        let world = World::new(4, "make_anew").set("UNISUM_TRANSPORT", "shm");
+        let running = world.set("SHARDED", sharded).start();
+        running.wait_for("made", 4, LIMIT);
+        running.signal(3, libc::SIGKILL);
+        let ended = running.wait(LIMIT);
+        for rank in 0..3 {
+            assert_eq!(ended[rank].told, ["3"], "{ended:#?}");
+        }
     }
 }

@@ -85,7 +85,7 @@ def batch(number, rank, world):
     generator = torch.Generator().manual_seed(number)
     inputs = torch.rand(96, 8, generator=generator)
     targets = torch.sin(3 * inputs)
-    return inputs.chunk(world)[rank], targets.chunk(world)[rank]
+    return inputs.tensor_split(world)[rank], targets.tensor_split(world)[rank]
 
 
 def train(comm, arguments):
@@ -95,6 +95,9 @@ def train(comm, arguments):
     while True:
         try:
             training = Sharded(comm, module, state)
+            if state.version:
+                # Copies are of the view before: the next loss, however soon, takes new ones.
+                training.buckets.copy_shards(state)
             if comm.rank == 0:
                 print(f"from step {state.version}: {comm.world} ranks", flush=True)
             while state.version < arguments.steps:

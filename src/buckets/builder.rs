@@ -152,10 +152,8 @@ impl<'c> Builder<'c> {
             return Err(Error::new(ErrorKind::Configuration, text).on(self.communicator.rank()));
         }
         let lineage = epoch.map(|epoch| epoch.lineage.clone());
-        let continuity = epoch.and_then(|epoch| Continuity::new(epoch, self.settings.is_sharded));
-        if continuity.is_some() {
-            self.settings.relayout = false;
-        }
+        let (is_elastic, is_sharded) = (epoch.is_some(), self.settings.is_sharded);
+        let mut continuity = epoch.and_then(|epoch| Continuity::new(epoch, is_sharded));
         let communicator = self.communicator.duplicate_for(&Making::Buckets)?;
         let rank = communicator.rank();
         if self.compresses && rank == 0 {
@@ -171,9 +169,21 @@ impl<'c> Builder<'c> {
         let why = plan.as_ref().map_or_else(ToString::to_string, |_| String::new());
         refuse_any(&communicator, &communicator.exchange(why.into_bytes())?)?;
         let mut steps = 0;
-        if continuity.is_some() {
-            steps = count_steps(&communicator, 0)?;
-            self.enter(&communicator, steps)?;
+        if is_elastic {
+            let (all, is_further) = count_steps(&communicator, 0, continuity.is_none())?;
+            if is_further {
+                // On all ranks or none: the layer before it may live on some only.
+                if continuity.take().is_some() {
+                    unisum_link::warning!(
+                        "these gradient buckets end when the view changes: another rank has not \
+                         closed earlier ones of the job yet"
+                    );
+                }
+            } else {
+                self.settings.relayout = false;
+                steps = all;
+                self.enter(&communicator, steps)?;
+            }
         }
         let continuity = continuity.map(|it| it.with_signature(signature));
         let job = (continuity, lineage);
@@ -271,11 +281,16 @@ pub(super) fn check_signature(communicator: &Communicator, signature: &str) -> R
     Err(error.caused_by(vec![0, other]))
 }
 
-/// How many steps the job has made, as the rank says that has made most.
-fn count_steps(communicator: &Communicator, own: u64) -> Result<u64, Error> {
-    let mut steps = [own];
-    communicator.all_reduce(&mut steps, ReduceOp::Max)?;
-    Ok(steps[0])
+/// How many steps the job has made, as the rank says that has made most, and whether any rank has
+/// another layer of the job besides this one.
+fn count_steps(
+    communicator: &Communicator,
+    own: u64,
+    is_further: bool,
+) -> Result<(u64, bool), Error> {
+    let mut told = [own, u64::from(is_further)];
+    communicator.all_reduce(&mut told, ReduceOp::Max)?;
+    Ok((told[0], told[1] != 0))
 }
 
 /// The part of those that are there already while newcomers build their layers: takes part in the
@@ -289,7 +304,8 @@ pub(super) fn welcome(
     refuse_any(communicator, &communicator.exchange(Vec::new())?)?;
     check_signature(communicator, signature)?;
     refuse_any(communicator, &communicator.exchange(Vec::new())?)?;
-    let all = count_steps(communicator, steps)?;
+    // A newcomer has no other layer.
+    let (all, _) = count_steps(communicator, steps, false)?;
     if all > 0 {
         communicator.share_state((steps > 0).then_some(common))?;
         refuse_any(communicator, &communicator.exchange(Vec::new())?)?;
