@@ -79,6 +79,7 @@ entry_points! {
             76 => compute % 10,
             115 => i32::from(driver.settings.has_pools),
             128 => i32::from(driver.settings.has_fabric),
+            132 => i32::from(driver.settings.has_multicast),
             33 => physical.cast_signed() + 1,
             _ => fixed_attribute(attribute),
         })

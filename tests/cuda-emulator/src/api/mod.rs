@@ -11,6 +11,7 @@ mod ipc;
 mod launch;
 mod memory;
 mod module;
+mod multicast;
 mod pool;
 mod stream;
 mod unsupported;

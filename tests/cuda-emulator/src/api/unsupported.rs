@@ -17,8 +17,7 @@ macro_rules! not_supported {
 not_supported! {
     cuMemAllocManaged cuMemPrefetchAsync cuMemAdvise cuStreamAttachMemAsync
     cuMemGetAccess
-    cuMulticastCreate cuMulticastAddDevice cuMulticastBindMem cuMulticastBindAddr
-    cuMulticastUnbind cuMulticastGetGranularity
+    cuMulticastBindAddr
     cuMemPoolCreate cuMemPoolDestroy cuMemPoolSetAccess cuMemPoolGetAccess
     cuMemPoolExportToShareableHandle cuMemPoolImportFromShareableHandle
     cuCtxCreate_v2 cuCtxCreate_v3 cuCtxDestroy_v2 cuDevicePrimaryCtxReset_v2

@@ -149,6 +149,10 @@ impl DeviceMemory for Device {
         place(address, bytes, Some((self.ordinal, &self.peers)))
     }
 
+    fn places(&self, address: u64, bytes: usize) -> Result<Vec<*mut u8>, String> {
+        memory::places(address, bytes, self.ordinal)
+    }
+
     fn is_stopped(&self) -> bool {
         self.check().is_err() || super::is_exiting()
     }

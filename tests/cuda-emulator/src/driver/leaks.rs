@@ -2,7 +2,7 @@
 
 use super::memory;
 use super::settings::LeakReport;
-use super::{Driver, host, report, vmm};
+use super::{Driver, host, multicast, report, vmm};
 
 /// The exit status of a process that leaks, with `CUDA_EMULATOR_LEAKS=fail`.
 pub(crate) const EXIT_CODE: i32 = 86;
@@ -34,6 +34,7 @@ pub(crate) fn left(driver: &Driver) -> Vec<(&'static str, usize)> {
         ("reserved ranges", ranges),
         ("mappings", mappings),
         ("allocation handles", handles),
+        ("multicast bindings", multicast::bindings()),
         ("descriptors of allocations", descriptors),
         ("host allocations", host::count()),
         ("events", driver.events.len()),

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::codes::{Code, Done};
 use super::memory::POISON;
+use super::multicast::TABLE_BYTES;
 
 /// Mapped memory, unmapped when dropped.
 #[derive(Debug)]
@@ -101,6 +102,8 @@ pub(crate) struct About {
     pub bytes: usize,
     pub physical: u32,
     pub kinds: u32,
+    /// Of a multicast object; 0 for memory.
+    pub devices: u32,
 }
 
 /// In the names of files of memory that programs map themselves.
@@ -111,9 +114,14 @@ impl SharedFile {
         Self::named(bytes, "")
     }
 
-    /// The file of memory that the program maps itself.
-    pub(crate) fn create_mapped(bytes: usize, physical: u32, kinds: u32) -> Done<Self> {
-        let made = Self::named(bytes, &format!("{MAPPED}{bytes}-{physical}-{kinds}-"))?;
+    /// The file of memory that the program maps itself, or of a multicast object.
+    pub(crate) fn create_mapped(about: About) -> Done<Self> {
+        let About { bytes, physical, kinds, devices } = about;
+        let name = format!("{MAPPED}{bytes}-{physical}-{kinds}-{devices}-");
+        if devices > 0 {
+            return Self::named(bytes + TABLE_BYTES, &name);
+        }
+        let made = Self::named(bytes, &name)?;
         let garbage = vec![POISON.0; bytes.min(POISON.1)];
         made.file.write_all_at(&garbage, 0).map_err(|_| Code::OUT_OF_MEMORY)?;
         Ok(made)
@@ -134,8 +142,9 @@ impl SharedFile {
             let mut number = || numbers.next()?.ok();
             let (bytes, physical, kinds) = (number()?, number()?, number()?);
             let bytes = usize::try_from(bytes).ok()?;
+            let devices = number()?.try_into().ok()?;
             let (physical, kinds) = (physical.try_into().ok()?, kinds.try_into().ok()?);
-            Some((nonce, About { bytes, physical, kinds }))
+            Some((nonce, About { bytes, physical, kinds, devices }))
         };
         let (nonce, about) = read(&name.to_string_lossy()).ok_or(Code::INVALID_VALUE)?;
         Ok((Self { file, nonce }, about))

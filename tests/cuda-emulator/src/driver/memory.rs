@@ -465,7 +465,11 @@ pub(crate) fn place(
     }
     if let Origin::Reserved(reserved) = &region.origin {
         let checked = reserved.check(offset, bytes, accessor.map(|(device, _)| device));
+        let is_multicast = reserved.at(offset, |_, piece| piece.physical.multicast.is_some());
         return match checked {
+            Ok(()) if is_multicast == Some(true) => {
+                Err(format!("{address:#x} is a multicast address, which is not for this"))
+            }
             Ok(()) => Ok(region.pointer(offset)),
             Err(why) => Err(format!("{address:#x} {why}")),
         };
@@ -483,4 +487,25 @@ pub(crate) fn place(
         return Err(format!("{address:#x} was freed by its owner"));
     }
     Ok(region.pointer(offset))
+}
+
+/// Where all memories lie that a multicast address stands for, or why a kernel on a device must not
+/// access it. The caller has a [`Running`].
+pub(crate) fn places(address: u64, bytes: usize, device: usize) -> Result<Vec<*mut u8>, String> {
+    // SeqCst: ordered against the removal.
+    let region = SLOTS[slot_of(address)].load(Ordering::SeqCst);
+    // SAFETY: a region that is in its slot while a `Running` lives is not dropped before it ends.
+    let region = unsafe { region.as_ref() }.filter(|_| address & tag::MASK == tag::DEVICE);
+    let Some(Origin::Reserved(reserved)) = region.map(|region| &region.origin) else {
+        return Err(format!("{address:#x} is no multicast address"));
+    };
+    let offset = offset_of(address);
+    let found = reserved.check(offset, bytes, Some(device)).map_err(str::to_owned).and_then(|()| {
+        let places = |start, piece: &super::vmm::Piece| {
+            piece.physical.multicast.as_ref().map(|multicast| multicast.places(offset - start))
+        };
+        let none = || Err("is no multicast address".into());
+        reserved.at(offset, places).flatten().unwrap_or_else(none)
+    });
+    found.map_err(|why| format!("{address:#x} {why}"))
 }

@@ -9,6 +9,7 @@ pub(crate) mod kernels;
 pub(crate) mod leaks;
 pub(crate) mod mapping;
 pub(crate) mod memory;
+pub(crate) mod multicast;
 pub(crate) mod registry;
 mod settings;
 pub(crate) mod stream;

@@ -38,10 +38,13 @@ pub(crate) struct Skip {
 pub(crate) struct Settings {
     /// The physical devices that this process sees, in order of their ordinals.
     pub devices: Vec<u32>,
+    /// How many the host has.
+    pub device_count: u32,
     pub delay_us: u64,
     pub seed: u64,
     pub has_pools: bool,
     pub has_fabric: bool,
+    pub has_multicast: bool,
     /// Whether the driver tells of mappings side by side as one range.
     pub is_merged: bool,
     pub has_peer_access: bool,
@@ -70,10 +73,12 @@ impl Settings {
         let count: u32 = number("DEVICES", 2);
         Self {
             devices: visible(count.min(super::DEVICES_MAX)),
+            device_count: count.min(super::DEVICES_MAX),
             delay_us: number("DELAY_US", 0),
             seed: number("SEED", default_seed()),
             has_pools: number::<u32>("POOLS", 1) != 0,
             has_fabric: number::<u32>("FABRIC", 0) != 0,
+            has_multicast: number::<u32>("MULTICAST", 0) != 0,
             is_merged: number::<u32>("MERGED", 0) != 0,
             has_peer_access: number::<u32>("PEER_ACCESS", 1) != 0,
             pairs_apart: list("NO_PEER", pair),
@@ -102,12 +107,13 @@ impl Settings {
 const PREFIX: &str = "CUDA_EMULATOR_";
 
 /// The variables that there are. Those of the emulator's own tests begin with `TEST_`.
-const NAMES: [&str; 15] = [
+const NAMES: [&str; 16] = [
     "DEVICES",
     "DELAY_US",
     "SEED",
     "POOLS",
     "FABRIC",
+    "MULTICAST",
     "MERGED",
     "PEER_ACCESS",
     "NO_PEER",

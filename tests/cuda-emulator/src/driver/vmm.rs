@@ -13,8 +13,9 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use super::codes::{Code, Done};
 use super::ipc::{Exported, IpcHandle, Kind};
-use super::mapping::{FilePlace, Mapping, SharedFile};
+use super::mapping::{About, FilePlace, Mapping, SharedFile};
 use super::memory::{self, Origin, Region, Request};
+use super::multicast::{self, Multicast};
 use super::registry::lock;
 
 /// Allocations and reserved ranges are multiples of this.
@@ -36,6 +37,15 @@ pub(crate) struct Physical {
     /// By what it can be exported: a mask.
     pub(crate) kinds: u32,
     is_own: bool,
+    /// If it is no memory, but stands for that of several devices.
+    pub(crate) multicast: Option<Multicast>,
+}
+
+impl Physical {
+    /// Where other processes find its file.
+    pub(crate) fn place(&self) -> FilePlace {
+        self.file.place()
+    }
 }
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -90,9 +100,19 @@ pub(crate) fn create(bytes: usize, ordinal: usize, physical: u32, kinds: u32) ->
     }
     let driver = super::uninitialized();
     driver.devices[ordinal].charge(bytes, driver.settings.memory)?;
-    let file = SharedFile::create_mapped(bytes, physical, kinds)
+    let file = SharedFile::create_mapped(About { bytes, physical, kinds, devices: 0 })
         .inspect_err(|_| driver.devices[ordinal].refund(bytes))?;
-    Ok(new_handle(Physical { file, bytes, physical, ordinal, kinds, is_own: true }))
+    let (is_own, multicast) = (true, None);
+    Ok(new_handle(Physical { file, bytes, physical, ordinal, kinds, is_own, multicast }))
+}
+
+/// A multicast object for so many devices.
+pub(crate) fn create_multicast(bytes: usize, devices: u32, kinds: u32) -> Done<u64> {
+    if bytes == 0 || !bytes.is_multiple_of(multicast::GRANULARITY) {
+        return Err(Code::INVALID_VALUE);
+    }
+    let about = About { bytes, physical: 0, kinds, devices };
+    adopt(SharedFile::create_mapped(about)?, about)
 }
 
 pub(crate) fn release(handle: u64) -> Done {
@@ -129,9 +149,18 @@ fn ordinal_of(physical: u32) -> usize {
 
 fn import(file: File) -> Done<u64> {
     let (file, about) = SharedFile::imported(file)?;
-    let (physical, kinds) = (about.physical, about.kinds);
-    let ordinal = ordinal_of(physical);
-    Ok(new_handle(Physical { file, bytes: about.bytes, physical, ordinal, kinds, is_own: false }))
+    adopt(file, about)
+}
+
+/// A handle of what is charged to no device here.
+fn adopt(file: SharedFile, about: About) -> Done<u64> {
+    let About { bytes, physical, kinds, devices } = about;
+    let multicast = match devices {
+        0 => None,
+        _ => Some(Multicast::new(&file, bytes, devices)?),
+    };
+    let (ordinal, is_own) = (ordinal_of(physical), false);
+    Ok(new_handle(Physical { file, bytes, physical, ordinal, kinds, is_own, multicast }))
 }
 
 pub(crate) fn import_file(descriptor: i32) -> Done<u64> {
@@ -289,7 +318,11 @@ pub(crate) fn set_access(address: u64, bytes: usize, ordinal: usize, may: bool) 
         let mut pieces = reserved.0.write().unwrap_or_else(PoisonError::into_inner);
         for (_, piece) in pieces.range_mut(offset..offset + bytes) {
             let at = piece.physical.physical;
-            if may && at != accessor && !settings.are_peers(at, accessor) {
+            let reaches = match &piece.physical.multicast {
+                Some(multicast) => multicast.has(accessor),
+                None => at == accessor || settings.are_peers(at, accessor),
+            };
+            if may && !reaches {
                 return Err(Code::INVALID_DEVICE);
             }
             match may {

@@ -266,6 +266,20 @@ impl<'l> Thread<'l> {
         }
     }
 
+    /// The bytes of all devices for which a multicast address stands.
+    pub(crate) fn multicast(&mut self, address: u64, bytes: usize) -> Option<Vec<Place>> {
+        if !self.check_alignment(address, bytes) {
+            return None;
+        }
+        match self.launch.memory.places(address, bytes) {
+            Ok(pointers) => Some(pointers.into_iter().map(Place::new).collect()),
+            Err(reason) => {
+                self.fault = Some(Fault::new(FaultKind::IllegalAddress, reason));
+                None
+            }
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn shared(&mut self, offset: u64, bytes: usize) -> Option<Place> {
         let pointer = self.shared;

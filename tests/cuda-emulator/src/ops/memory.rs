@@ -257,6 +257,7 @@ pub(super) fn decode_fence(
         ["fence", "sc" | "acq_rel" | "acquire" | "release", "cta" | "gpu" | "sys" | "cluster"] => {
             true
         }
+        ["fence", "proxy", "alias"] => true,
         ["prefetch" | "prefetchu" | "discard" | "applypriority", ..] => return Ok(Some(())),
         _ => false,
     };

@@ -16,6 +16,7 @@ mod integers;
 mod meeting;
 mod memory;
 mod moves;
+mod multimem;
 
 use crate::machine::{Flow, Handler, Instruction, Scalar, Thread};
 use crate::ptx::{Decoder, Operand, Refusal};
@@ -41,6 +42,7 @@ pub(crate) fn decode<'t>(
         "prefetch" | "prefetchu" | "membar" | "fence" | "discard" | "applypriority" => {
             memory::decode_fence(decoder, opcode)
         }
+        "multimem" => multimem::decode(decoder, opcode, operands),
         "atom" | "red" => atomics::decode(decoder, opcode, operands),
         "mov" | "cvta" | "isspacep" => moves::decode(decoder, opcode, operands),
         "setp" | "set" => compare::decode(decoder, opcode, operands),

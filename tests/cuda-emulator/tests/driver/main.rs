@@ -7,6 +7,7 @@ mod faults;
 mod library;
 mod mapped;
 mod memory;
+mod multicast;
 mod order;
 mod processes;
 #[path = "../support/mod.rs"]

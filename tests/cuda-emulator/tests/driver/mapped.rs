@@ -9,19 +9,19 @@ use crate::KERNELS;
 use crate::support::{Gpu, leave, role, run};
 
 const PART: usize = 2 << 20;
-const INVALID: CUresult = CUresult::CUDA_ERROR_INVALID_VALUE;
-const FILES: u32 = 1;
+pub(crate) const INVALID: CUresult = CUresult::CUDA_ERROR_INVALID_VALUE;
+pub(crate) const FILES: u32 = 1;
 const FABRIC: u32 = 8;
 
 fn location(device: i32) -> sys::CUmemLocation {
     sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: device }
 }
 
-fn done<T>(result: CUresult, value: T) -> Result<T, CUresult> {
+pub(crate) fn done<T>(result: CUresult, value: T) -> Result<T, CUresult> {
     if result == CUresult::CUDA_SUCCESS { Ok(value) } else { Err(result) }
 }
 
-fn create(device: i32, bytes: usize, kinds: u32) -> Result<u64, CUresult> {
+pub(crate) fn create(device: i32, bytes: usize, kinds: u32) -> Result<u64, CUresult> {
     let flags = sys::CUmemAllocationProp_st__bindgen_ty_1 {
         compressionType: 0,
         gpuDirectRDMACapable: 0,
@@ -42,12 +42,12 @@ fn create(device: i32, bytes: usize, kinds: u32) -> Result<u64, CUresult> {
     done(created, handle)
 }
 
-fn release(handle: u64) -> CUresult {
+pub(crate) fn release(handle: u64) -> CUresult {
     // SAFETY: as above.
     unsafe { sys::cuMemRelease(handle) }
 }
 
-fn reserve(bytes: usize) -> Result<u64, CUresult> {
+pub(crate) fn reserve(bytes: usize) -> Result<u64, CUresult> {
     let mut base = 0;
     // SAFETY: the driver writes one address.
     done(unsafe { sys::cuMemAddressReserve(&raw mut base, bytes, 0, 0, 0) }, base)
@@ -58,17 +58,17 @@ fn map(at: u64, handle: u64) -> CUresult {
     unsafe { sys::cuMemMap(at, PART, 0, handle, 0) }
 }
 
-fn unmap(at: u64, bytes: usize) -> CUresult {
+pub(crate) fn unmap(at: u64, bytes: usize) -> CUresult {
     // SAFETY: as above.
     unsafe { sys::cuMemUnmap(at, bytes) }
 }
 
-fn free_range(at: u64, bytes: usize) -> CUresult {
+pub(crate) fn free_range(at: u64, bytes: usize) -> CUresult {
     // SAFETY: as above.
     unsafe { sys::cuMemAddressFree(at, bytes) }
 }
 
-fn permit(at: u64, bytes: usize, device: i32) -> CUresult {
+pub(crate) fn permit(at: u64, bytes: usize, device: i32) -> CUresult {
     let access = sys::CUmemAccessDesc {
         location: location(device),
         flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
@@ -84,7 +84,7 @@ fn retain(at: u64) -> Result<u64, CUresult> {
     done(unsafe { sys::cuMemRetainAllocationHandle(&raw mut handle, at) }, handle)
 }
 
-fn export(handle: u64) -> Result<OwnedFd, CUresult> {
+pub(crate) fn export(handle: u64) -> Result<OwnedFd, CUresult> {
     let mut file = -1_i32;
     let kind = sys::CUmemAllocationHandleType_enum(FILES);
     let to = (&raw mut file).cast();
@@ -94,7 +94,7 @@ fn export(handle: u64) -> Result<OwnedFd, CUresult> {
     done(exported, ()).map(|()| unsafe { OwnedFd::from_raw_fd(file) })
 }
 
-fn import(number: i32) -> Result<u64, CUresult> {
+pub(crate) fn import(number: i32) -> Result<u64, CUresult> {
     let (mut handle, kind) = (0, sys::CUmemAllocationHandleType_enum(FILES));
     let from = std::ptr::without_provenance_mut(number as usize);
     // SAFETY: the driver writes one handle.
@@ -102,7 +102,7 @@ fn import(number: i32) -> Result<u64, CUresult> {
     done(imported, handle)
 }
 
-const OK: CUresult = CUresult::CUDA_SUCCESS;
+pub(crate) const OK: CUresult = CUresult::CUDA_SUCCESS;
 
 #[test]
 fn what_is_mapped_lives_until_nobody_needs_it() {
