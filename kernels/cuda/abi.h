@@ -93,3 +93,30 @@ struct Staged {
     unsigned int rank;
     unsigned int ranks;
 };
+
+/// An all-reduce that the switch does, of which each rank launches its part, all with the same grid.
+struct Multimem {
+    /// May be `from`. Both are aligned to the element.
+    void *to;
+    const void *from;
+    /// Memory of this rank's device: aligned to 16 bytes, `count` elements rounded up to 16 bytes.
+    void *own;
+    /// The multicast address that stands for the `own` of all ranks.
+    void *all;
+    /// As in `Staged`.
+    unsigned long long *theirs[UNISUM_RANKS_MAX];
+    const unsigned long long *mine[UNISUM_RANKS_MAX];
+    /// In elements of the kernel's type.
+    unsigned long long count;
+    /// The same on all ranks, and greater than in all launches before.
+    unsigned long long call;
+    /// From here on as in `Staged`.
+    double divisor;
+    double factor;
+    unsigned int *nonfinite;
+    const unsigned int *abort;
+    unsigned int *stopped;
+    unsigned int flags;
+    unsigned int rank;
+    unsigned int ranks;
+};

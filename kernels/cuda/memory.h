@@ -85,3 +85,29 @@ struct Split {
         tail = (count - head) % in_vector;
     }
 };
+
+/// Reads up to a vector, of which `bytes` bytes from `at` on are there; the rest are zeros.
+template <u32 UNIT_BYTES> INLINE uint4 load_part(const void *from, u64 at, u64 bytes) {
+    if (bytes >= VECTOR && ((u64)from + at) % VECTOR == 0) return load<VECTOR>(from, at);
+    u32 word[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (u32 i = 0; i < VECTOR; i += UNIT_BYTES) {
+        if (i >= bytes) break;
+        const u64 unit = load<UNIT_BYTES>(from, at + i);
+        word[i / 4] |= (u32)unit << (i % 4 * 8);
+        if (UNIT_BYTES == 8) word[i / 4 + 1] = (u32)(unit >> 32);
+    }
+    return uint4{word[0], word[1], word[2], word[3]};
+}
+
+template <u32 UNIT_BYTES> INLINE void store_part(void *to, u64 at, u64 bytes, uint4 vector) {
+    if (bytes >= VECTOR && ((u64)to + at) % VECTOR == 0) return store<VECTOR>(to, at, vector);
+    const u32 word[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (u32 i = 0; i < VECTOR; i += UNIT_BYTES) {
+        if (i >= bytes) break;
+        u64 unit = word[i / 4] >> (i % 4 * 8);
+        if (UNIT_BYTES == 8) unit |= (u64)word[i / 4 + 1] << 32;
+        store<UNIT_BYTES>(to, at + i, (typename Unit<UNIT_BYTES>::Type)unit);
+    }
+}

@@ -11,20 +11,38 @@ use crate::{Dtype, Fold, ReduceOp};
 /// on. A zero byte is at the end, as the driver wants it.
 pub static TEXT: &str = concat!(include_str!("../cuda/unisum.ptx"), "\0");
 
+/// The kernels for which the switch adds ([`multimem_kernel`]) in PTX, for devices from compute
+/// capability 9.0 on; others refuse it. As [`TEXT`], it ends with a zero byte.
+pub static MULTIMEM_TEXT: &str = concat!(include_str!("../cuda/multimem.ptx"), "\0");
+
 /// Machine code for the devices of a major compute capability, from a minor one on.
-static BINARIES: [(u32, u32, &[u8]); 4] = [
+type Binary = (u32, u32, &'static [u8]);
+
+static BINARIES: [Binary; 4] = [
     (7, 0, include_bytes!("../cuda/sm_70.cubin")),
     (8, 0, include_bytes!("../cuda/sm_80.cubin")),
     (9, 0, include_bytes!("../cuda/sm_90.cubin")),
     (10, 0, include_bytes!("../cuda/sm_100.cubin")),
 ];
 
+static MULTIMEM_BINARIES: [Binary; 2] = [
+    (9, 0, include_bytes!("../cuda/multimem_sm_90.cubin")),
+    (10, 0, include_bytes!("../cuda/multimem_sm_100.cubin")),
+];
+
 /// The machine code for devices of a compute capability. Where there is none, [`TEXT`] serves.
 pub fn binary(major: u32, minor: u32) -> Option<&'static [u8]> {
-    let runs = |&&(for_major, from_minor, _): &&(u32, u32, &[u8])| {
-        for_major == major && from_minor <= minor
-    };
-    BINARIES.iter().find(runs).map(|&(_, _, binary)| binary)
+    of_capability(&BINARIES, (major, minor))
+}
+
+/// As [`binary`], of the kernels of [`MULTIMEM_TEXT`].
+pub fn multimem_binary(major: u32, minor: u32) -> Option<&'static [u8]> {
+    of_capability(&MULTIMEM_BINARIES, (major, minor))
+}
+
+fn of_capability(binaries: &[Binary], (major, minor): (u32, u32)) -> Option<&'static [u8]> {
+    let runs = |&&(for_major, from_minor, _): &&Binary| for_major == major && from_minor <= minor;
+    binaries.iter().find(runs).map(|&(_, _, binary)| binary)
 }
 
 /// The kernel of an operation, and what it counts.
@@ -72,6 +90,22 @@ pub fn staged_kernel(op: ReduceOp, dtype: Dtype) -> Option<FoldKernel> {
         _ => false,
     };
     let name = || format!("unisum_staged_{op}_{dtype}");
+    is_there.then(|| FoldKernel { name: name(), unit_bytes: dtype.bytes() })
+}
+
+/// The kernel of [`MULTIMEM_TEXT`] for which the switch adds elements of type `dtype`, each times a
+/// factor or not, if there is one. It takes a [`MultimemTask`].
+///
+/// The switch adds what is in memory and rounds each sum to the type. So there are no averages of
+/// f16, whose sums may be too large where the averages are not, and no factors for 16-bit floats,
+/// which would be rounded before they are added.
+pub fn multimem_kernel(op: ReduceOp, dtype: Dtype, scales: bool) -> Option<FoldKernel> {
+    let is_there = match (op, dtype) {
+        (ReduceOp::Sum | ReduceOp::Average, Dtype::F32) => true,
+        (ReduceOp::Sum | ReduceOp::Average, Dtype::Bf16) | (ReduceOp::Sum, Dtype::F16) => !scales,
+        _ => false,
+    };
+    let name = || format!("unisum_multimem_sum_{dtype}");
     is_there.then(|| FoldKernel { name: name(), unit_bytes: dtype.bytes() })
 }
 
@@ -211,14 +245,58 @@ pub struct StagedTask {
     pub ranks: u32,
 }
 
+/// What `unisum_multimem_sum_<dtype>` takes ([`multimem_kernel`]): an all-reduce in the switch, of
+/// which every rank launches its part with the same grid. Each block copies its elements to memory
+/// that a multicast address stands for, meets the blocks with the same index, loads the sums of its
+/// part from that address, stores them there, meets the others again, and copies the results out.
+///
+/// Launches may follow one another as those of a [`StagedTask`]; all use the same memory.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct MultimemTask {
+    /// Where the results go: `from`, or apart from it.
+    pub to: u64,
+    /// This rank's elements, aligned to the element.
+    pub from: u64,
+    /// The memory of this rank's device. Aligned to 16 bytes, and as large as the elements, rounded
+    /// up to 16 bytes.
+    pub own: u64,
+    /// The multicast address that stands for `own` of all ranks.
+    pub all: u64,
+    /// As [`StagedTask::theirs`], and not the same words.
+    pub theirs: [u64; RANKS_MAX],
+    /// As [`StagedTask::mine`].
+    pub mine: [u64; RANKS_MAX],
+    /// How many elements.
+    pub count: u64,
+    /// The same on all ranks, from 1 on, and greater than in each launch before.
+    pub call: u64,
+    /// As [`FoldTask::divisor`].
+    pub divisor: f64,
+    /// As [`FoldTask::factor`].
+    pub factor: f64,
+    /// As [`FoldTask::nonfinite`].
+    pub nonfinite: u64,
+    /// As [`StagedTask::abort`].
+    pub abort: u64,
+    /// As [`StagedTask::stopped`].
+    pub stopped: u64,
+    /// As [`FoldTask::flags`].
+    pub flags: u32,
+    /// This rank.
+    pub rank: u32,
+    /// How many ranks there are.
+    pub ranks: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
 
-    fn entries() -> BTreeSet<String> {
-        let names = TEXT.lines().filter_map(|line| line.strip_prefix(".visible .entry "));
+    fn entries(text: &str) -> BTreeSet<String> {
+        let names = text.lines().filter_map(|line| line.strip_prefix(".visible .entry "));
         names.map(|name| name.trim_end_matches('(').to_owned()).collect()
     }
 
@@ -238,7 +316,17 @@ mod tests {
             used.extend(staged_kernel(op, dtype).map(|kernel| kernel.name));
         }
         assert_eq!(undefined, 3 * 6 + 1, "bits of floats, and the average of truth values");
-        assert_eq!(used, entries());
+        assert_eq!(used, entries(TEXT));
+    }
+
+    #[test]
+    fn every_sum_of_the_switch_has_a_kernel_and_every_kernel_a_use() {
+        let all = ReduceOp::ALL.iter().flat_map(|&op| Dtype::ALL.map(|dtype| (op, dtype)));
+        let scaled = all.flat_map(|(op, dtype)| [(op, dtype, false), (op, dtype, true)]);
+        let kernel = |(op, dtype, scales)| multimem_kernel(op, dtype, scales).map(|it| it.name);
+        let used: BTreeSet<String> = scaled.filter_map(kernel).collect();
+        assert_eq!(used, entries(MULTIMEM_TEXT));
+        assert_eq!(multimem_kernel(ReduceOp::Average, Dtype::F16, false), None);
     }
 
     #[test]
@@ -248,7 +336,9 @@ mod tests {
         assert_ne!(binary(9, 0), binary(8, 0));
         assert!(binary(10, 3).is_some());
         assert_eq!([binary(6, 1), binary(11, 0), binary(12, 0)], [None; 3]);
-        for (_, _, binary) in BINARIES {
+        assert_ne!(multimem_binary(9, 0), multimem_binary(10, 0));
+        assert_eq!([multimem_binary(8, 9), multimem_binary(12, 0)], [None; 2]);
+        for (_, _, binary) in BINARIES.into_iter().chain(MULTIMEM_BINARIES) {
             assert_eq!(binary[..4], *b"\x7fELF");
         }
     }
@@ -257,6 +347,10 @@ mod tests {
     fn the_text_is_what_old_drivers_understand() {
         assert!(TEXT.contains("\n.version 8.1\n"), "of driver 530 and later");
         assert!(TEXT.contains("\n.target sm_70\n"));
-        assert_eq!(TEXT.find('\0'), Some(TEXT.len() - 1));
+        assert!(MULTIMEM_TEXT.contains("\n.version 8.2\n"), "of driver 535 and later");
+        assert!(MULTIMEM_TEXT.contains("\n.target sm_90\n"));
+        for text in [TEXT, MULTIMEM_TEXT] {
+            assert_eq!(text.find('\0'), Some(text.len() - 1));
+        }
     }
 }

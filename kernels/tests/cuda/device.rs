@@ -9,7 +9,9 @@ use std::sync::OnceLock;
 use super::emulated::Emulated;
 use crate::harness::Misaligned;
 use libloading::{Library, Symbol};
-use unisum_kernels::cuda::{CopiesTask, CopyTask, FoldTask, SignalTask, StagedTask, WaitTask};
+use unisum_kernels::cuda::{
+    CopiesTask, CopyTask, FoldTask, MultimemTask, SignalTask, StagedTask, WaitTask,
+};
 
 /// How many blocks of how many threads run a kernel.
 #[derive(Clone, Copy, Debug)]
@@ -182,9 +184,26 @@ fn the_structs_of_kernels_have_the_layout_that_rust_gives_them() {
         offset_of!(StagedTask, flags),
         offset_of!(StagedTask, rank),
         offset_of!(StagedTask, ranks),
+        size_of::<MultimemTask>(),
+        offset_of!(MultimemTask, to),
+        offset_of!(MultimemTask, from),
+        offset_of!(MultimemTask, own),
+        offset_of!(MultimemTask, all),
+        offset_of!(MultimemTask, theirs),
+        offset_of!(MultimemTask, mine),
+        offset_of!(MultimemTask, count),
+        offset_of!(MultimemTask, call),
+        offset_of!(MultimemTask, divisor),
+        offset_of!(MultimemTask, factor),
+        offset_of!(MultimemTask, nonfinite),
+        offset_of!(MultimemTask, abort),
+        offset_of!(MultimemTask, stopped),
+        offset_of!(MultimemTask, flags),
+        offset_of!(MultimemTask, rank),
+        offset_of!(MultimemTask, ranks),
     ];
     // SAFETY: the library has an array of this type, as long as this one: both list the same.
-    let layout: Symbol<'_, *const [u64; 43]> = unsafe { host.0.get("host_layout") }.unwrap();
+    let layout: Symbol<'_, *const [u64; 60]> = unsafe { host.0.get("host_layout") }.unwrap();
     // SAFETY: as above, and the library stays.
     let layout = unsafe { **layout };
     assert_eq!(layout.map(|number| number as usize), expected);
