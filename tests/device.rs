@@ -21,6 +21,8 @@ mod faults;
 mod hosts;
 #[path = "device/mapped.rs"]
 mod mapped;
+#[path = "device/multimem.rs"]
+mod multimem;
 #[path = "device/rails.rs"]
 mod rails;
 #[path = "device/streams.rs"]
@@ -57,7 +59,13 @@ fn rank_process() {
         ("refused", refused),
     ];
     let rooms = [here, buckets::SCENARIOS, faults::SCENARIOS, hosts::SCENARIOS];
-    let more = [mapped::SCENARIOS, rails::SCENARIOS, streams::SCENARIOS, waits::SCENARIOS];
+    let more = [
+        mapped::SCENARIOS,
+        multimem::SCENARIOS,
+        rails::SCENARIOS,
+        streams::SCENARIOS,
+        waits::SCENARIOS,
+    ];
     support::run_if_rank(&[rooms.concat(), more.concat()].concat());
 }
 

@@ -385,6 +385,7 @@ fn describe_by(kind: CollectiveKind, call: &Call, uncounted: u64) -> String {
     let list = unisum_algorithms::algorithms(plan_of(kind, call.root as Rank));
     let name = match call.algorithm {
         Call::BETWEEN_TRIALS => Some("trying algorithms"),
+        Call::IN_SWITCH => Some("multimem"),
         number => list.get(usize::from(number)).map(|algorithm| algorithm.name()),
     };
     let told = text.strip_suffix(&format!("algorithm {})", call.algorithm)).zip(name);
@@ -461,6 +462,8 @@ mod tests {
         assert!(text.contains("#57 (") && text.contains("algorithm 200)"), "{text}");
         let text = describe(&Call { algorithm: Call::BETWEEN_TRIALS, ..call(57) }, 0);
         assert!(text.ends_with(", trying algorithms)"), "{text}");
+        let text = describe(&Call { algorithm: Call::IN_SWITCH, ..call(57) }, 0);
+        assert!(text.ends_with(", multimem)"), "{text}");
     }
 
     #[test]

@@ -27,7 +27,7 @@ use unisum_algorithms::{Algorithm, Rank, Shape};
 pub use super::placement::{Memory, Place};
 pub use cost::{Candidate, DeviceFigures, candidates, seconds};
 use layout::{Kind, Layout, Work};
-pub use one_launch::{STAGING_MEMORIES, one_launch, one_launch_seconds};
+pub use one_launch::{STAGING_MEMORIES, multimem_seconds, one_launch, one_launch_seconds};
 use ordering::Ordering;
 
 /// What a device program is compiled from. All but `rank` has to be the same on all ranks.

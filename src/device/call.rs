@@ -13,8 +13,9 @@ use super::buffer::RawDeviceBuffers;
 use super::card::{CARD_BYTES, Card, Refusal, RefusalKind, Spot, Via};
 use super::flags::OneLaunch;
 use super::memories::{Owned, is_mapped};
+use super::multimem::PIECE_BYTES;
 use super::post::OpenError;
-use super::program::{Choice, Form};
+use super::program::{Choice, Form, Way};
 use super::queue::{self, Addresses, Queue};
 use super::staged::Staging;
 use super::{DeviceCommunicator, State};
@@ -200,12 +201,14 @@ impl Calling<'_> {
         };
         let areas = match &form {
             // Peers read staging memory only.
-            Some((_, choice)) if choice.one_launch => self.areas_at_hand(owners, &extents)?,
+            Some((_, choice)) if choice.way != Way::Queue => {
+                self.areas_at_hand(owners, &extents)?
+            }
             _ => self.areas(owners, &extents)?,
         };
         self.reserve(&fold, &extents)?;
         let mut scratch = Area::default();
-        if let Some((form, choice)) = form.as_ref().filter(|(_, choice)| !choice.one_launch) {
+        if let Some((form, choice)) = form.as_ref().filter(|(_, choice)| choice.way == Way::Queue) {
             let alike = vec![areas.in_place; world];
             let program = self.state.programs.program(form, rank, &alike, *choice);
             scratch = self.scratch(program.scratch[rank])?;
@@ -251,7 +254,7 @@ impl Calling<'_> {
         let unknown = Blocks::Even(0);
         let blocks = prepared.as_ref().map_or(&unknown, |it| &it.extents.blocks);
         let chosen = prepared.as_ref().ok().and_then(|it| it.form.as_ref());
-        let algorithm = chosen.map_or(0, |(_, choice)| choice.index as u8);
+        let algorithm = chosen.map_or(0, |(_, choice)| choice.number());
         let terms = terms(blocks);
         let call = self.describe(number, blocks, algorithm);
         let card = Card {
@@ -309,8 +312,8 @@ impl Calling<'_> {
             Some(known) => known,
             None => self.of_pairs(prepared)?,
         };
-        if choice.one_launch {
-            let launched = self.launch(prepared);
+        if choice.way != Way::Queue {
+            let launched = self.launch(prepared, choice.way);
             return launched.map_err(|error| self.communicator.fail(&error));
         }
         let in_place: Vec<bool> = cards.iter().map(|card| card.in_place).collect();
@@ -405,20 +408,36 @@ impl Calling<'_> {
         Ok(())
     }
 
-    /// An all-reduce in one launch.
-    fn launch(&mut self, prepared: &Prepared) -> Result<(), CudaError> {
+    /// An all-reduce in one launch, or in one for each piece.
+    fn launch(&mut self, prepared: &Prepared, way: Way) -> Result<(), CudaError> {
         self.follow()?;
-        let (stream, kernels) = (self.stream, self.communicator.device.kernels()?);
+        let (stream, device) = (self.stream, &self.communicator.device);
         let direct = self.state.direct.as_mut().expect("only then there is one launch");
-        let Area { address: from, bytes, .. } = prepared.areas.input;
-        let launch = OneLaunch {
-            to: prepared.areas.output.address,
-            from,
+        let (areas, blocks_max) = (&prepared.areas, direct.blocks_max);
+        let launch = |start: usize, bytes: usize| OneLaunch {
+            to: areas.output.address + start as u64,
+            from: areas.input.address + start as u64,
             count: bytes / self.buffers.dtype.bytes(),
-            blocks: (bytes.div_ceil(BYTES_PER_BLOCK) as u32).clamp(1, direct.blocks_max),
+            blocks: u32::try_from(bytes.div_ceil(BYTES_PER_BLOCK))
+                .unwrap_or(u32::MAX)
+                .clamp(1, blocks_max),
         };
-        // SAFETY: whoever made the buffers promised it; a choice of one launch fits.
-        unsafe { direct.flags.launch((kernels, stream), &prepared.fold, launch) }
+        let all = areas.input.bytes;
+        if way == Way::OneLaunch {
+            let kernels = device.kernels()?;
+            // SAFETY: whoever made the buffers promised it; a choice of one launch fits.
+            return unsafe {
+                direct.flags.launch((kernels, stream), &prepared.fold, launch(0, all))
+            };
+        }
+        let multimem = direct.multimem.as_mut().expect("only then it is chosen");
+        for start in (0..all).step_by(PIECE_BYTES) {
+            let piece = launch(start, PIECE_BYTES.min(all - start));
+            let how = &prepared.fold;
+            // SAFETY: as above; the bound memory holds a piece.
+            unsafe { direct.flags.multimem((device, stream), how, piece, multimem) }?;
+        }
+        Ok(())
     }
 
     /// Where the memories that the program uses are. Opens what is not open yet.

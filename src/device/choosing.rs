@@ -1,11 +1,11 @@
 //! Which algorithm a call on device memory takes.
 
 use unisum_algorithms::{Shape, Topology};
-use unisum_kernels::cuda::staged_kernel;
+use unisum_kernels::cuda::{multimem_kernel, staged_kernel};
 use unisum_kernels::{Dtype, Element, Fold, ReduceOp};
 use unisum_link::{CollectiveKind, Rank};
 
-use super::program::{Choice, Form, Programs};
+use super::program::{Choice, Form, Launches, Programs};
 use super::{DeviceCommunicator, State, hierarchy};
 use crate::collective::key::Key;
 use crate::collective::{Blocks, Collective};
@@ -18,6 +18,7 @@ impl DeviceCommunicator {
     ///
     /// `"one-shot"` stands for two ways that give the same bits: a queue of a few operations, and,
     /// for all-reduces of up to 1 MiB of the frequent types and operations, a single launch.
+    /// `"multimem"` is no algorithm and can't be fixed: the switch between the devices adds.
     pub fn choice<T: Element>(&self, collective: &Collective, count: usize) -> &'static str {
         let mut state = self.lock();
         let fold = collective.fold(T::DTYPE);
@@ -62,9 +63,13 @@ impl DeviceCommunicator {
         form: &Form,
         (op, dtype): (ReduceOp, Dtype),
     ) -> Result<Choice, String> {
-        let launches = state.direct.as_ref().is_some_and(|direct| direct.blocks_max > 0);
-        let has_kernel = launches && staged_kernel(op, dtype).is_some();
-        state.programs.choice(form, self.rank(), has_kernel)
+        let direct = state.direct.as_ref().filter(|direct| direct.blocks_max > 0);
+        let has_multimem = direct.is_some_and(|direct| direct.multimem.is_some());
+        let launches = Launches {
+            staged: direct.is_some() && staged_kernel(op, dtype).is_some(),
+            multimem: has_multimem && multimem_kernel(op, dtype, form.key.scales).is_some(),
+        };
+        state.programs.choice(form, self.rank(), launches)
     }
 
     /// What all ranks know of a call; of an all-to-all with counts by pair, from all counts.

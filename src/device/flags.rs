@@ -9,12 +9,13 @@ use std::sync::Arc;
 use unisum_cuda_ipc::{CudaError, Device, Kernels, Stream};
 use unisum_engine::device::{DeviceProgram, Flag, Note, STAGING_MEMORIES};
 use unisum_kernels::cuda::{
-    DIVIDES, FLAGS_MAX, FoldTask, RANKS_MAX, SCALES, SOURCES_MAX, SignalTask, StagedTask, WATCHES,
-    WaitTask,
+    DIVIDES, FLAGS_MAX, FoldTask, MultimemTask, RANKS_MAX, SCALES, SOURCES_MAX, SignalTask,
+    StagedTask, WATCHES, WaitTask,
 };
 use unisum_kernels::{Dtype, Fold, ReduceOp};
 use unisum_link::Rank;
 
+use super::multimem::Multimem;
 use super::page::{AbortWord, Page, Places};
 
 /// How far the flags are, here and at the peers.
@@ -40,6 +41,13 @@ pub(super) struct OneLaunch {
     pub(super) count: usize,
     /// As many on all ranks.
     pub(super) blocks: u32,
+}
+
+/// What a task says of a fold.
+fn flags_of(how: &Fold) -> u32 {
+    let flags =
+        [(DIVIDES, how.divide_by.is_some()), (SCALES, how.factor.is_some()), (WATCHES, how.watch)];
+    flags.iter().filter(|(_, is_set)| *is_set).map(|(flag, _)| flag).sum()
 }
 
 /// Addresses and values of notes, which `each` gives, as kernels take them.
@@ -201,22 +209,12 @@ impl Flags {
         OneLaunch { to, from, count, blocks }: OneLaunch,
     ) -> Result<(), CudaError> {
         let half = (self.launches % STAGING_MEMORIES as u64) as usize;
-        let by_rank = |of: &dyn Fn(Rank) -> u64| {
-            let mut all = [0; RANKS_MAX];
-            all.iter_mut().zip(0..self.peers.len()).for_each(|(slot, rank)| *slot = of(rank));
-            all
-        };
-        let flags = [
-            (DIVIDES, how.divide_by.is_some()),
-            (SCALES, how.factor.is_some()),
-            (WATCHES, how.watch),
-        ];
         let task = StagedTask {
             to,
             from,
-            staging: by_rank(&|rank| self.peers[rank].staging(half)),
-            theirs: by_rank(&|rank| self.peers[rank].block_flags(self.rank)),
-            mine: by_rank(&|rank| self.own().block_flags(rank)),
+            staging: self.by_rank(|rank| self.peers[rank].staging(half)),
+            theirs: self.by_rank(|rank| self.peers[rank].block_flags(self.rank)),
+            mine: self.by_rank(|rank| self.own().block_flags(rank)),
             count: count as u64,
             call: self.launches + 1,
             divisor: how.divide_by.map_or(1.0, |it| f64::from(it.get())),
@@ -224,7 +222,7 @@ impl Flags {
             nonfinite: self.own().total(),
             abort: self.abort.address(),
             stopped: self.own().stopped(),
-            flags: flags.iter().filter(|(_, is_set)| *is_set).map(|(flag, _)| flag).sum(),
+            flags: flags_of(how),
             rank: self.rank as u32,
             ranks: self.peers.len() as u32,
         };
@@ -233,6 +231,49 @@ impl Flags {
         unsafe { kernels.all_reduce(stream, (how.op, how.dtype), blocks, &task) }?;
         self.launches += 1;
         Ok(())
+    }
+
+    /// Enqueues an all-reduce in the switch.
+    ///
+    /// # Safety
+    /// Input and output have so many elements, until it has ended in the stream, and no more than
+    /// the bound memory holds.
+    pub(super) unsafe fn multimem(
+        &self,
+        (device, stream): (&Device, &Stream),
+        how: &Fold,
+        OneLaunch { to, from, count, blocks }: OneLaunch,
+        multimem: &mut Multimem,
+    ) -> Result<(), CudaError> {
+        let task = MultimemTask {
+            to,
+            from,
+            own: multimem.bound.own(),
+            all: multimem.bound.all(),
+            theirs: self.by_rank(|rank| self.peers[rank].multimem_flags(self.rank)),
+            mine: self.by_rank(|rank| self.own().multimem_flags(rank)),
+            count: count as u64,
+            call: multimem.launches + 1,
+            divisor: how.divide_by.map_or(1.0, |it| f64::from(it.get())),
+            factor: how.factor.unwrap_or(1.0),
+            nonfinite: self.own().total(),
+            abort: self.abort.address(),
+            stopped: self.own().stopped(),
+            flags: flags_of(how),
+            rank: self.rank as u32,
+            ranks: self.peers.len() as u32,
+        };
+        // SAFETY: the caller promised the memory; the pages are open, and all memories bound, as
+        // long as this rank uses streams, and all ranks launch the same in the same order.
+        unsafe { device.multimem_kernels()?.multimem(stream, (how.op, how.dtype), blocks, &task) }?;
+        multimem.launches += 1;
+        Ok(())
+    }
+
+    fn by_rank(&self, of: impl Fn(Rank) -> u64) -> [u64; RANKS_MAX] {
+        let mut all = [0; RANKS_MAX];
+        all.iter_mut().zip(0..self.peers.len()).for_each(|(slot, rank)| *slot = of(rank));
+        all
     }
 
     /// Tells all peers that the streams of this rank have ended and use nothing of theirs.
@@ -257,11 +298,12 @@ impl Flags {
         Ok(true)
     }
 
-    /// The peers whose flags are not as far as everything that was enqueued here needs.
-    pub(super) fn behind(&self) -> Result<Vec<Rank>, CudaError> {
+    /// The peers whose flags are not as far as everything that was enqueued here needs, so many
+    /// all-reduces in the switch included.
+    pub(super) fn behind(&self, in_switch: u64) -> Result<Vec<Rank>, CudaError> {
         let mut behind = Vec::new();
         for (peer, counts) in self.received.iter().enumerate() {
-            let mut is_behind = peer != self.rank && self.is_behind_in_launches(peer)?;
+            let mut is_behind = peer != self.rank && self.is_behind_in_launches(peer, in_switch)?;
             for flag in [Flag::Ready, Flag::Taken] {
                 let word = self.page.flag(flag, peer)?;
                 is_behind |= (word.wrapping_sub(counts[flag as usize]) as i32) < 0;
@@ -273,8 +315,10 @@ impl Flags {
         Ok(behind)
     }
 
-    /// Whether a peer's first block has not come to the last all-reduce in one launch.
-    fn is_behind_in_launches(&self, peer: Rank) -> Result<bool, CudaError> {
-        Ok(self.page.block_flag(peer)? < self.launches)
+    /// Whether a peer's first block has not come to the last all-reduce in one launch, or to the
+    /// last meeting of those in the switch.
+    fn is_behind_in_launches(&self, peer: Rank, in_switch: u64) -> Result<bool, CudaError> {
+        let is_in_switch = self.page.multimem_flag(peer)? < 2 * in_switch;
+        Ok(is_in_switch || self.page.block_flag(peer)? < self.launches)
     }
 }

@@ -9,6 +9,7 @@ use unisum_link::Rank;
 use super::card::{Exported, JoinCard, Via};
 use super::flags::Flags;
 use super::memories::Imports;
+use super::multimem::{self, Multimem};
 use super::page::{AbortWord, BLOCKS_MAX, Page, has_staging};
 use super::post::{Door, Post};
 use crate::{Communicator, Error, ErrorKind};
@@ -76,8 +77,11 @@ pub(super) struct Direct {
     pub(super) imports: Imports,
     /// For descriptors of mapped memory.
     pub(super) post: Post,
-    /// Most blocks of an all-reduce in one launch; none if there can be no such launch.
+    /// Most blocks of an all-reduce in one launch, also in the switch; none if there can be no such
+    /// launch.
     pub(super) blocks_max: u32,
+    /// For all-reduces in the switch; all ranks have it, or none.
+    pub(super) multimem: Option<Multimem>,
 }
 
 /// What tells this process from all others that there ever were.
@@ -134,7 +138,9 @@ pub(super) fn join(
             let is_here = cards.iter().map(|card| card.process == process()).collect();
             let flags = Flags::new(communicator.rank(), page, &peers, abort.clone());
             let blocks_max = blocks_max(&cards);
-            (Some(Direct { flags, is_here, imports, post, blocks_max }), DeviceRoute::CudaIpc)
+            let multimem = multimem::join(communicator, &device, &cards, &mut post)?;
+            let direct = Direct { flags, is_here, imports, post, blocks_max, multimem };
+            (Some(direct), DeviceRoute::CudaIpc)
         }
         (Err(reason), None) => (None, DeviceRoute::Staged { reason }),
         (_, Some(reason)) => {

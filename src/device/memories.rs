@@ -351,14 +351,14 @@ impl Imports {
             Via::Fabric(handle, bytes) => {
                 let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
                 let part = device.import_fabric(handle, bytes)?;
-                Open::Window(device.open_mapped(vec![part])?)
+                Open::Window(device.open_mapped(&[part])?)
             }
             Via::Post(_) => {
                 let parts = post.and_then(|post| post.take(rank, of.id)).ok_or_else(|| {
                     let why = "it told of others".into();
                     OpenError::Lost { device: device.ordinal(), rank, why }
                 })?;
-                Open::Window(device.open_mapped(parts)?)
+                Open::Window(device.open_mapped(&parts)?)
             }
         };
         let base = opened.base();

@@ -5,7 +5,8 @@
 //! its part of the plan into its stream (`queue`), as copies, folds, signals and waits of
 //! `unisum_engine::device`, and the call returns (`call`). On the devices, streams wait for each
 //! other by flags in device memory (`flags`), which lie in a page that all ranks have open
-//! (`page`); so does the staging memory of small all-reduces, which are a single launch. What ranks
+//! (`page`); so does the staging memory of small all-reduces, which are a single launch. Others are
+//! done in the switch between the devices, if that is asked for (`multimem`). What ranks
 //! have open of each other's memory, and when it may be freed, is in `memories`. Where devices do
 //! not reach each other, `staged` goes through the hosts; if those of each host do, some go both
 //! ways, by `hierarchy`.
@@ -22,6 +23,7 @@ mod hierarchy;
 mod joining;
 mod memories;
 mod moment;
+mod multimem;
 mod page;
 mod post;
 mod program;
@@ -201,11 +203,13 @@ impl DeviceCommunicator {
     pub fn describe(&self) -> String {
         let (major, minor) = self.device.capability();
         let (name, world) = (self.device.name(), self.world());
+        let has_multimem = self.lock().direct.as_ref().is_some_and(|it| it.multimem.is_some());
         format!(
-            "rank {} of {world} on device {} ({name}, compute capability {major}.{minor}): {}\n",
+            "rank {} of {world} on device {} ({name}, compute capability {major}.{minor}): {}{}\n",
             self.rank(),
             self.ordinal(),
-            self.route
+            self.route,
+            if has_multimem { ", and the switch adds (multimem)" } else { "" }
         )
     }
 
@@ -407,7 +411,9 @@ impl DeviceCommunicator {
         if let Some(hierarchy) = &self.lock().hierarchy {
             return hierarchy.node().overdue(after);
         }
-        let behind = self.lock().direct.as_ref().map(|direct| direct.flags.behind());
+        let behind = self.lock().direct.as_ref().map(|direct| {
+            direct.flags.behind(direct.multimem.as_ref().map_or(0, |it| it.launches))
+        });
         let own = self.rank();
         let seconds = after.as_secs_f64();
         let waits = format!("device {} of rank {own} has waited {seconds:.1} s", self.ordinal());

@@ -80,8 +80,17 @@ impl Page {
 
     /// Up to which all-reduce in one launch the first block of a rank is.
     pub(super) fn block_flag(&self, from: Rank) -> Result<u64, CudaError> {
+        self.long_word(self.places().block_flags(from))
+    }
+
+    /// Up to which meeting of all-reduces in the switch the first block of a rank is.
+    pub(super) fn multimem_flag(&self, from: Rank) -> Result<u64, CudaError> {
+        self.long_word(self.places().multimem_flags(from))
+    }
+
+    fn long_word(&self, at: u64) -> Result<u64, CudaError> {
         let mut bytes = [0; 8];
-        let at = self.places().block_flags(from) - self.address();
+        let at = at - self.address();
         self.memory.read(at as usize, &mut bytes)?;
         Ok(u64::from_ne_bytes(bytes))
     }
@@ -151,9 +160,14 @@ impl Places {
         self.base + (begin + from * BLOCKS_MAX * size_of::<u64>()) as u64
     }
 
+    /// The same for all-reduces in the switch.
+    pub(super) const fn multimem_flags(self, from: Rank) -> u64 {
+        self.block_flags(self.world + from)
+    }
+
     /// One of the staging memories.
     pub(super) const fn staging(self, number: usize) -> u64 {
-        let begin = (self.block_flags(self.world) - self.base).next_multiple_of(256);
+        let begin = (self.multimem_flags(self.world) - self.base).next_multiple_of(256);
         self.base + begin + (number * ONE_LAUNCH_BYTES) as u64
     }
 }
@@ -214,6 +228,7 @@ mod tests {
                 all.push((places.flag(Flag::Taken, from), 4));
                 all.push((places.quiet(from), 4));
                 all.push((places.block_flags(from), 8 * BLOCKS_MAX));
+                all.push((places.multimem_flags(from), 8 * BLOCKS_MAX));
             }
             for number in 0..STAGING_MEMORIES {
                 assert_eq!(places.staging(number) % 16, 0);

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use unisum_algorithms::{self as plans, Algorithm, Shape};
 use unisum_engine::device::{
     Candidate, DeviceFigures, DeviceFold, DeviceProgram, DeviceSource, Memory, Operand, Operation,
-    Place, Totals, candidates, one_launch_seconds,
+    Place, Totals, candidates, multimem_seconds, one_launch_seconds,
 };
 use unisum_kernels::cuda::SOURCES_MAX;
-use unisum_link::Rank;
+use unisum_link::{Call, Rank};
 
+use super::multimem::PIECE_BYTES;
 use super::page::ONE_LAUNCH_BYTES;
 use crate::collective::key::Key;
 
@@ -35,23 +36,53 @@ pub(super) struct Form {
 pub(super) struct Programs {
     /// An index into the names of all algorithms.
     fixed: Option<usize>,
-    /// By whether there is a kernel that does it in one launch, too.
-    chosen: HashMap<(Form, bool), Choice>,
+    /// By what can be done in one launch, too.
+    chosen: HashMap<(Form, Launches), Choice>,
     known: HashMap<Use, Arc<DeviceProgram>>,
 }
 
 /// A form, which ranks' calls are in place, and the algorithm.
 type Use = (Form, Arc<[bool]>, usize);
 
+/// By which kernels a call's type and operation can be done in one launch, if it is an all-reduce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Launches {
+    pub(super) staged: bool,
+    pub(super) multimem: bool,
+}
+
 /// How a call is executed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Choice {
     /// Its number among those of the collective.
-    pub(super) index: usize,
+    index: usize,
     slice_bytes: usize,
-    /// An all-reduce in one launch, as the algorithm would do it.
-    pub(super) one_launch: bool,
+    pub(super) way: Way,
 }
+
+/// How the operations of a call reach the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// As a queue of them.
+    Queue,
+    /// An all-reduce in one launch, as the algorithm would do it.
+    OneLaunch,
+    /// An all-reduce in the switch, a launch for each piece. It has no algorithm.
+    Multimem,
+}
+
+impl Choice {
+    /// What ranks tell each other of it.
+    pub(super) const fn number(self) -> u8 {
+        match self.way {
+            Way::Multimem => Call::IN_SWITCH,
+            Way::Queue | Way::OneLaunch => self.index as u8,
+        }
+    }
+}
+
+/// The name of the way that has no algorithm.
+const MULTIMEM: &str = "multimem";
 
 /// The algorithm whose bits an all-reduce in one launch has.
 const ONE_SHOT: &str = "one-shot";
@@ -71,8 +102,7 @@ impl Programs {
         self.chosen.clear();
     }
 
-    /// The algorithm of a call: the same on all ranks. `has_kernel` says whether all-reduces of its
-    /// type and operation can be done in one launch.
+    /// The algorithm of a call: the same on all ranks.
     ///
     /// # Errors
     /// Says why there is none.
@@ -80,21 +110,21 @@ impl Programs {
         &mut self,
         form: &Form,
         rank: Rank,
-        has_kernel: bool,
+        launches: Launches,
     ) -> Result<Choice, String> {
-        let asked = (form.clone(), has_kernel);
+        let asked = (form.clone(), launches);
         if let Some(known) = self.chosen.get(&asked) {
             return Ok(*known);
         }
         if self.chosen.len() >= CAPACITY {
             self.chosen.clear();
         }
-        let choice = self.choose(form, rank, has_kernel)?;
+        let choice = self.choose(form, rank, launches)?;
         self.chosen.insert(asked, choice);
         Ok(choice)
     }
 
-    fn choose(&self, form: &Form, rank: Rank, has_kernel: bool) -> Result<Choice, String> {
+    fn choose(&self, form: &Form, rank: Rank, launches: Launches) -> Result<Choice, String> {
         let world = form.shapes[0].world();
         let ranked = ranked(form, rank);
         let named = self.fixed();
@@ -103,16 +133,26 @@ impl Programs {
             format!("no algorithm folds the elements of {world} ranks, {SOURCES_MAX} at a time")
         })?;
         let bytes = form.shapes[0].elements() * form.key.element_bytes;
-        let may_launch = has_kernel
-            && form.shapes[0].collective == plans::PlanKind::AllReduce
+        let is_all_reduce = form.shapes[0].collective == plans::PlanKind::AllReduce;
+        let may_launch = launches.staged
+            && is_all_reduce
             && bytes <= ONE_LAUNCH_BYTES
             && fixed.is_none_or(|it| it.algorithm.name() == ONE_SHOT);
-        let one_launch = may_launch && one_launch_seconds(world, bytes, &FIGURES) < best.seconds;
-        let name = if one_launch { ONE_SHOT } else { best.algorithm.name() };
+        let mut ways = vec![(Way::Queue, best.seconds)];
+        if may_launch {
+            ways.push((Way::OneLaunch, one_launch_seconds(world, bytes, &FIGURES)));
+        }
+        // Whoever names an algorithm wants its bits.
+        if launches.multimem && is_all_reduce && named.is_none() && bytes > 0 {
+            ways.push((Way::Multimem, multimem_seconds(world, bytes, PIECE_BYTES, &FIGURES)));
+        }
+        prefer_multimem(&mut ways);
+        let (way, _) = ways.into_iter().min_by(|(_, a), (_, b)| a.total_cmp(b)).expect("the queue");
+        let name = if way == Way::OneLaunch { ONE_SHOT } else { best.algorithm.name() };
         let list = plans::algorithms(form.shapes[0].collective);
         let index = list.iter().position(|it| it.name() == name);
         let index = index.expect("a candidate is one of the list, and so is a one-shot");
-        Ok(Choice { index, slice_bytes: best.slice_bytes, one_launch })
+        Ok(Choice { index, slice_bytes: best.slice_bytes, way })
     }
 
     /// What the fastest algorithm takes by the model.
@@ -122,6 +162,9 @@ impl Programs {
 
     /// The name of an algorithm that was chosen.
     pub(super) fn name(form: &Form, choice: Choice) -> &'static str {
+        if choice.way == Way::Multimem {
+            return MULTIMEM;
+        }
         plans::algorithms(form.shapes[0].collective)[choice.index].name()
     }
 
@@ -179,6 +222,15 @@ fn alone(source: &DeviceSource<'_>) -> DeviceProgram {
         received: vec![Totals::default()],
         watched_by: vec![0],
         watches_for: vec![0],
+    }
+}
+
+/// For tests of calls that are smaller than those for which the switch pays, in builds with
+/// assertions only.
+fn prefer_multimem(ways: &mut Vec<(Way, f64)>) {
+    let is_asked = cfg!(debug_assertions) && std::env::var_os("UNISUM_TEST_MULTIMEM").is_some();
+    if is_asked && ways.iter().any(|(way, _)| *way == Way::Multimem) {
+        ways.retain(|(way, _)| *way == Way::Multimem);
     }
 }
 

@@ -65,6 +65,8 @@ pub(crate) struct Settings {
     pub(crate) shm_heap: Option<u64>,
     /// Whether ranks of one host may read each other's private memory (`process_vm_readv`).
     pub(crate) cross_memory: bool,
+    /// Whether the switch between CUDA devices may add.
+    pub(crate) multimem: bool,
     /// RDMA devices.
     pub(crate) verbs: VerbsSettings,
     /// Encryption.
@@ -140,6 +142,7 @@ impl Settings {
             window: read.number("UNISUM_WINDOW", 1..=1024)?.unwrap_or(defaults.window),
             shm_heap: read.bytes("UNISUM_SHM_HEAP", 1..=1 << 46)?,
             cross_memory: read.switch("UNISUM_CMA")?.unwrap_or(defaults.cross_memory),
+            multimem: read.switch("UNISUM_MULTIMEM")?.unwrap_or(defaults.multimem),
             verbs: VerbsSettings::read(&read, heartbeat_timeout.max(reconnect_timeout))?,
             tls: TlsSettings::read(&read)?,
         })
@@ -197,6 +200,7 @@ impl Default for Settings {
             window: 4,
             shm_heap: None,
             cross_memory: true,
+            multimem: false,
             verbs: VerbsSettings::default(),
             tls: TlsSettings::default(),
         }

@@ -51,6 +51,7 @@ fn every_setting_is_read() {
         ("UNISUM_WINDOW", "8"),
         ("UNISUM_SHM_HEAP", "2G"),
         ("UNISUM_CMA", "off"),
+        ("UNISUM_MULTIMEM", "on"),
         ("UNISUM_VERBS", "0"),
         ("UNISUM_VERBS_DEVICE", "=mlx5_0:1"),
         ("UNISUM_VERBS_GID_INDEX", "3"),
@@ -83,6 +84,7 @@ fn every_setting_is_read() {
         window: 8,
         shm_heap: Some(2 << 30),
         cross_memory: false,
+        multimem: true,
         verbs: VerbsSettings {
             allowed: false,
             devices: Some("=mlx5_0:1".parse().unwrap()),

@@ -123,6 +123,12 @@ pub(crate) const VARIABLES: &[Variable] = &[
         "bytes of shared memory each rank offers for zero-copy buffers",
     ),
     variable("UNISUM_CMA", "1", "0 forbids reading another rank's private memory directly"),
+    variable(
+        "UNISUM_MULTIMEM",
+        "0",
+        "1 lets the switch between CUDA devices add where a model finds that faster (NVLink \
+         SHARP); the same on all ranks",
+    ),
     variable("UNISUM_VERBS", "1", "0 leaves RDMA devices alone unless the transport is `verbs`"),
     variable(
         "UNISUM_VERBS_DEVICE",

@@ -447,13 +447,14 @@ fn common_settings(settings: &Settings) -> String {
     let algorithm = settings.algorithm.as_deref().unwrap_or("auto");
     let Settings { transport, slice_bytes, window, sockets_per_peer, .. } = settings;
     let reproducible = u8::from(settings.reproducible);
+    let multimem = u8::from(settings.multimem);
     // Rank 0's file counts, whatever it is called elsewhere.
     let tuning = if settings.tuning.is_some() { "set" } else { "" };
     format!(
         "UNISUM_TRANSPORT={transport} UNISUM_ALGORITHM={algorithm} \
          UNISUM_SLICE_BYTES={slice_bytes} UNISUM_WINDOW={window} \
          UNISUM_TCP_SOCKETS={sockets_per_peer} UNISUM_REPRODUCIBLE={reproducible} \
-         UNISUM_TUNING={tuning} UNISUM_TLS={}",
+         UNISUM_TUNING={tuning} UNISUM_MULTIMEM={multimem} UNISUM_TLS={}",
         settings.tls.level
     )
 }

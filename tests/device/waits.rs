@@ -18,19 +18,22 @@
 //!
 //! Within the kernel of an all-reduce in one launch, a thread waits for each peer. The emulated
 //! driver has one of them wait for nobody, in every call. Of 2 and 3 ranks, the first try noticed
-//! each of these 8 mutations, too.
+//! each of these 8 mutations, too. Where the switch adds, there are two such waits, in threads of
+//! their own.
 
 use unisum::ReduceOp;
 
 use super::driver::{self, Pool};
 use super::support::{Random, Scenario, World, setting, tell};
-use super::{LIMIT, join, world};
+use super::{LIMIT, join, multimem, world};
 
 pub const SCENARIOS: &[Scenario] =
     &[("without_a_wait", without_a_wait), ("without_a_wait_within", without_a_wait_within)];
 
 /// What a single launch executes here.
 const KERNEL: &str = "unisum_staged_sum_f32";
+/// The same where the switch adds.
+const SWITCHED: &str = "unisum_multimem_sum_f32";
 
 /// Of each call.
 const ELEMENTS: usize = 600;
@@ -156,31 +159,63 @@ fn no_wait_within_a_launch_can_be_left_out() {
         println!("skipped: only the emulated driver leaves out waits of a kernel");
         return;
     }
+    let missed = [2, 3].map(|ranks| {
+        let calls = world(ranks, "without_a_wait_within", ranks);
+        missed_within(&calls, ranks, KERNEL, &[|peer| peer])
+    });
+    let missed = missed.concat();
+    assert!(missed.is_empty(), "nobody noticed that these were left out: {missed:?}");
+}
+
+#[test]
+fn no_wait_for_the_switch_can_be_left_out() {
+    if driver::is_installed() {
+        println!("skipped: only the emulated driver leaves out waits of a kernel");
+        return;
+    }
+    let missed = [2, 3].map(|ranks| {
+        let calls = multimem::always(&world(ranks, "without_a_wait_within", ranks));
+        // Before sums are loaded, and before results are copied out.
+        missed_within(&calls, ranks, SWITCHED, &[|peer| peer, |peer| 256 - 32 + peer])
+    });
+    let missed = missed.concat();
+    assert!(missed.is_empty(), "nobody noticed that these were left out: {missed:?}");
+}
+
+/// The waits within a kernel that no run noticed to be left out: the number of ranks, who waits and
+/// for whom, and in which meeting. `threads` says which thread waits for a peer in each.
+fn missed_within(
+    calls: &World,
+    ranks: usize,
+    kernel: &str,
+    threads: &[fn(usize) -> usize],
+) -> Vec<[usize; 4]> {
     let mut draws = Random::new();
     let mut missed = Vec::new();
-    for ranks in [2, 3] {
-        let calls = world(ranks, "without_a_wait_within", ranks).set("CUDA_EMULATOR_COUNTS", 1);
-        let right = |rank: usize, hasty: &str| {
-            is_right_without(&calls, (ranks, rank), ("CUDA_EMULATOR_HASTY", hasty))
-        };
-        let drawn = draws.below(ranks);
-        for rank in (0..ranks).filter(|&rank| driver::is_whole() || rank == drawn) {
-            for ended in calls.run(LIMIT) {
-                let mut words = ended.log.split_whitespace();
-                let all_in_one = words.any(|word| word == format!("{KERNEL}={ROUNDS}"));
-                assert!(ended.status == 0 && all_in_one, "{ended:#?}");
-            }
+    let calls = calls.clone().set("CUDA_EMULATOR_COUNTS", 1);
+    let right = |rank: usize, hasty: &str| {
+        is_right_without(&calls, (ranks, rank), ("CUDA_EMULATOR_HASTY", hasty))
+    };
+    let drawn = draws.below(ranks);
+    for rank in (0..ranks).filter(|&rank| driver::is_whole() || rank == drawn) {
+        for ended in calls.run(LIMIT) {
+            let mut words = ended.log.split_whitespace();
+            let all_in_one = words.any(|word| word == format!("{kernel}={ROUNDS}"));
+            assert!(ended.status == 0 && all_in_one, "{ended:#?}");
+        }
+        for (meeting, thread) in threads.iter().enumerate() {
             // Its own thread waits for nobody anyway.
-            assert!(right(rank, &format!("{KERNEL}:{rank}:1:1")), "nothing was left out");
+            let own = format!("{kernel}:{}:1:1", thread(rank));
+            assert!(right(rank, &own), "nothing was left out");
             for peer in (0..ranks).filter(|&peer| peer != rank) {
-                let hasty = format!("{KERNEL}:{peer}:1:1");
+                let hasty = format!("{kernel}:{}:1:1", thread(peer));
                 let tries = (1..=TRIES).find(|_| !right(rank, &hasty));
-                println!("one launch, rank {rank} of {ranks}, wait for {peer}: {tries:?}");
+                println!("{kernel}, {meeting}: rank {rank} of {ranks} for {peer}: {tries:?}");
                 if tries.is_none() {
-                    missed.push((ranks, rank, peer));
+                    missed.push([ranks, rank, peer, meeting]);
                 }
             }
         }
     }
-    assert!(missed.is_empty(), "nobody noticed that these were left out: {missed:?}");
+    missed
 }

@@ -6,6 +6,9 @@
 //! Nobody says that it has read: calls use two staging memories in turns, and a rank that comes to
 //! use one again has waited, in the call between, for signals that the others sent after they had
 //! read it.
+//!
+//! What such a launch takes where the switch between the devices adds is only reckoned here: in
+//! which order it folds its operands, no plan can say.
 
 use super::{
     DeviceCopy, DeviceFigures, DeviceFold, DeviceProgram, DeviceSource, Flag, Memory, Note,
@@ -63,4 +66,23 @@ pub fn one_launch_seconds(world: usize, bytes: usize, figures: &DeviceFigures) -
     // Own elements are read, results written; peers read this rank's staging memory meanwhile.
     let memory = (2.0 * own + others) / figures.memory_bytes_per_s;
     figures.launch_s + staging + figures.flag_s + links.max(memory)
+}
+
+/// The time in seconds that an all-reduce in the switch takes, as `kernels/cuda/multimem.h` has it,
+/// with a launch for each piece of at most `piece` bytes.
+///
+/// In both directions a link carries all bytes once and this device's part of them once more: its
+/// elements, as others load the sums, and the results that it stores; the sums that it loads, and
+/// the results of all.
+///
+/// # Panics
+/// If `piece` or `world` is 0.
+pub fn multimem_seconds(world: usize, bytes: usize, piece: usize, figures: &DeviceFigures) -> f64 {
+    let pieces = bytes.div_ceil(piece).max(1) as f64;
+    let (all, part) = (bytes as f64, bytes as f64 / world as f64);
+    // To the bound memory, and from there.
+    let copies = 2.0 * 2.0 * all / figures.memory_bytes_per_s;
+    let links = (all + part) / figures.link_bytes_per_s;
+    let memory = 2.0 * all / figures.memory_bytes_per_s;
+    pieces * (figures.launch_s + 2.0 * figures.flag_s) + copies + links.max(memory)
 }

@@ -53,6 +53,7 @@ pub struct Device {
     capability: (u32, u32),
     multiprocessors: u32,
     kernels: OnceLock<Kernels>,
+    multimem_kernels: OnceLock<Kernels>,
     /// Memory of other processes that is open here, by handle.
     pub(crate) opened: Mutex<HashMap<crate::ipc::Key, Weak<Opened>>>,
 }
@@ -124,6 +125,7 @@ impl Device {
             capability: (major, minor),
             multiprocessors: multiprocessors.max(1),
             kernels: OnceLock::new(),
+            multimem_kernels: OnceLock::new(),
             opened: Mutex::default(),
         })
     }
@@ -162,12 +164,27 @@ impl Device {
     /// # Errors
     /// If the driver refuses them.
     pub fn kernels(&self) -> Result<&Kernels, CudaError> {
-        if let Some(kernels) = self.kernels.get() {
+        self.loaded(&self.kernels, Kernels::load)
+    }
+
+    /// Its kernels for which the switch adds ([`Kernels::multimem`]), loaded on first use.
+    ///
+    /// # Errors
+    /// If the driver refuses them.
+    pub fn multimem_kernels(&self) -> Result<&Kernels, CudaError> {
+        self.loaded(&self.multimem_kernels, Kernels::load_multimem)
+    }
+
+    fn loaded<'a>(
+        &self,
+        place: &'a OnceLock<Kernels>,
+        load: impl FnOnce(&Self) -> Result<Kernels, CudaError>,
+    ) -> Result<&'a Kernels, CudaError> {
+        if let Some(kernels) = place.get() {
             return Ok(kernels);
         }
-        let loaded = Kernels::load(self)?;
-        let mut loaded = Some(loaded);
-        let kernels = self.kernels.get_or_init(|| loaded.take().expect("it is asked for once"));
+        let mut loaded = Some(load(self)?);
+        let kernels = place.get_or_init(|| loaded.take().expect("it is asked for once"));
         if let Some(mut second) = loaded {
             // Another thread was faster.
             second.unload(self);
@@ -251,7 +268,8 @@ impl Drop for Entered {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if let Some(mut kernels) = self.kernels.take() {
+        for mut kernels in [self.kernels.take(), self.multimem_kernels.take()].into_iter().flatten()
+        {
             kernels.unload(self);
         }
         // SAFETY: retained once in `retain`. Nothing of the device is left: everything holds it.

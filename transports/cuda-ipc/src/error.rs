@@ -86,13 +86,17 @@ impl fmt::Display for CudaError {
 
 impl std::error::Error for CudaError {}
 
-/// Calls a function of the driver: `cuda!(device, cuFunction(arguments))`. Why the arguments are
+/// Calls a function of the driver: `cuda!(device, cuFunction(arguments))`, or one that a driver may
+/// lack: `cuda!(functions, device, cuFunction(arguments))`. Why the arguments are
 /// what the function needs is said at each use.
 macro_rules! cuda {
-    ($device:expr, $call:ident($($argument:expr),* $(,)?)) => {{
+    ($functions:expr, $device:expr, $call:ident($($argument:expr),* $(,)?)) => {{
         // SAFETY: said at each use.
-        let result = unsafe { ($crate::functions::functions().$call)($($argument),*) };
+        let result = unsafe { ($functions.$call)($($argument),*) };
         $crate::error::CudaError::check($device, stringify!($call), result)
     }};
+    ($device:expr, $call:ident($($argument:expr),* $(,)?)) => {
+        $crate::error::cuda!($crate::functions::functions(), $device, $call($($argument),*))
+    };
 }
 pub(crate) use cuda;

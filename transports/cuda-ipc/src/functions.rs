@@ -28,6 +28,34 @@ pub(crate) struct Properties {
     flags: [c_uchar; 8],
 }
 
+impl Properties {
+    /// Memory of a device, with these kinds of handles.
+    pub(crate) const fn of_device(device: CUdevice, handle_kinds: u32) -> Self {
+        const PINNED: c_uint = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED as c_uint;
+        let (location, meta, flags) = ([DEVICE, device], 0, [0; 8]);
+        Self { kind: PINNED, handle_kinds, location, meta, flags }
+    }
+}
+
+/// `CUmulticastObjectProp`: the driver reads it.
+#[repr(C)]
+pub(crate) struct MulticastProperties {
+    devices: c_uint,
+    pub(crate) bytes: usize,
+    handle_kinds: u64,
+    flags: u64,
+}
+
+impl MulticastProperties {
+    /// Of an object of so many bytes for so many devices.
+    pub(crate) fn new(devices: usize, bytes: usize, handle_kinds: u32) -> Self {
+        let devices = c_uint::try_from(devices).unwrap_or(c_uint::MAX);
+        Self { devices, bytes, handle_kinds: handle_kinds.into(), flags: 0 }
+    }
+}
+
+const DEVICE: c_int = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE as c_int;
+
 /// `CUmemAccessDesc`: which device may do what. Its layout, too, is the same in all versions.
 #[repr(C)]
 pub(crate) struct Access {
@@ -39,21 +67,22 @@ pub(crate) struct Access {
 impl Access {
     /// A device may read and write.
     pub(crate) const fn of(device: CUdevice) -> Self {
-        const DEVICE: c_int = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE as c_int;
         let flags = sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE as c_uint;
         Self { location: [DEVICE, device], flags }
     }
 }
 
 macro_rules! functions {
-    ($(fn $name:ident($($argument:ty),* $(,)?);)*) => {
-        /// The addresses of all functions that this crate calls.
+    ($(#[$about:meta])* struct $Functions:ident;
+     $(fn $name:ident($($argument:ty),* $(,)?);)*) => {
+        $(#[$about])*
         #[allow(non_snake_case, reason = "the driver's names")]
-        pub(crate) struct Functions {
+        #[derive(Debug)]
+        pub(crate) struct $Functions {
             $(pub(crate) $name: unsafe extern "C" fn($($argument),*) -> Code,)*
         }
 
-        impl Functions {
+        impl $Functions {
             /// Looks all of them up.
             ///
             /// # Errors
@@ -78,6 +107,9 @@ macro_rules! functions {
 // What every call needs to find in the library. The driver is backward compatible: a newer one has
 // them all.
 functions! {
+    /// The addresses of the functions that this crate calls, but for the few that a driver may
+    /// lack.
+    struct Functions;
     fn cuInit(c_uint);
     fn cuDriverGetVersion(*mut c_int);
     fn cuGetErrorName(Code, *mut *const c_char);
@@ -108,6 +140,7 @@ functions! {
     fn cuIpcGetMemHandle(*mut CUipcMemHandle, CUdeviceptr);
     fn cuIpcOpenMemHandle_v2(*mut CUdeviceptr, CUipcMemHandle, c_uint);
     fn cuIpcCloseMemHandle(CUdeviceptr);
+    fn cuMemCreate(*mut u64, usize, *const Properties, u64);
     fn cuMemRetainAllocationHandle(*mut u64, *mut c_void);
     fn cuMemGetAllocationPropertiesFromHandle(*mut Properties, u64);
     fn cuMemExportToShareableHandle(*mut c_void, u64, c_uint, u64);
@@ -147,6 +180,16 @@ functions! {
     );
 }
 
+functions! {
+    /// What only multicast needs, since CUDA 12.1.
+    struct MulticastFunctions;
+    fn cuMulticastGetGranularity(*mut usize, *const MulticastProperties, c_uint);
+    fn cuMulticastCreate(*mut u64, *const MulticastProperties);
+    fn cuMulticastAddDevice(u64, CUdevice);
+    fn cuMulticastBindMem(u64, usize, u64, usize, usize, u64);
+    fn cuMulticastUnbind(u64, CUdevice, usize, usize);
+}
+
 static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
 
 /// Looks the functions up, before anything is called. The library must be present.
@@ -165,4 +208,13 @@ pub(crate) fn load() -> Result<(), &'static str> {
 /// The functions: only [`crate::Driver::find`] gives what calls are made with, and loads them.
 pub(crate) fn functions() -> &'static Functions {
     FUNCTIONS.get().expect("the driver was found before anything was called")
+}
+
+/// The functions for multicast. The driver was found.
+///
+/// # Errors
+/// The first one that its library lacks.
+pub(crate) fn multicast() -> Result<&'static MulticastFunctions, &'static str> {
+    static FOUND: OnceLock<Result<MulticastFunctions, &'static str>> = OnceLock::new();
+    FOUND.get_or_init(MulticastFunctions::find).as_ref().map_err(|missing| *missing)
 }

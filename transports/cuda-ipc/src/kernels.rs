@@ -7,8 +7,8 @@ use std::sync::Mutex;
 
 use cudarc::driver::sys;
 use unisum_kernels::cuda::{
-    self as images, COPIES_MAX, CopiesTask, CopyTask, FLAGS_MAX, FoldKernel, FoldTask, SignalTask,
-    StagedTask, WaitTask,
+    self as images, COPIES_MAX, CopiesTask, CopyTask, FLAGS_MAX, FoldKernel, FoldTask,
+    MultimemTask, SCALES, SignalTask, StagedTask, WaitTask,
 };
 use unisum_kernels::{Dtype, ReduceOp};
 
@@ -48,6 +48,8 @@ unsafe impl Argument for SignalTask {}
 unsafe impl Argument for WaitTask {}
 // SAFETY: as above.
 unsafe impl Argument for StagedTask {}
+// SAFETY: as above.
+unsafe impl Argument for MultimemTask {}
 
 #[derive(Clone, Copy)]
 struct Function(sys::CUfunction);
@@ -60,6 +62,16 @@ unsafe impl Sync for Kernels {}
 impl Kernels {
     pub(crate) fn load(device: &Device) -> Result<Self, CudaError> {
         let (major, minor) = device.capability();
+        Self::load_images(device, images::binary(major, minor), images::TEXT)
+    }
+
+    /// The kernels for which the switch adds.
+    pub(crate) fn load_multimem(device: &Device) -> Result<Self, CudaError> {
+        let (major, minor) = device.capability();
+        Self::load_images(device, images::multimem_binary(major, minor), images::MULTIMEM_TEXT)
+    }
+
+    fn load_images(device: &Device, binary: Option<&[u8]>, text: &str) -> Result<Self, CudaError> {
         let _entered = device.enter()?;
         let mut module = std::ptr::null_mut();
         let mut load = |image: &[u8]| {
@@ -74,9 +86,8 @@ impl Kernels {
         };
         // Binaries for another minor version run where the major one is the same, if it is later;
         // what the driver does not take it makes from the text.
-        let binary = images::binary(major, minor).map(&mut load);
-        if binary.is_none_or(|loaded| loaded.is_err()) {
-            load(images::TEXT.as_bytes())?;
+        if binary.map(&mut load).is_none_or(|loaded| loaded.is_err()) {
+            load(text.as_bytes())?;
         }
         let blocks_max = device.multiprocessors() * BLOCKS_PER_MULTIPROCESSOR;
         Ok(Self { module, functions: Mutex::default(), blocks_max })
@@ -135,6 +146,31 @@ impl Kernels {
         task: &StagedTask,
     ) -> Result<(), CudaError> {
         let kernel = images::staged_kernel(op, dtype);
+        let FoldKernel { name, .. } = kernel.expect("whoever calls has asked for it");
+        // SAFETY: the caller promised it.
+        unsafe { self.launch(stream, &name, blocks, THREADS, task) }
+    }
+
+    /// Enqueues this rank's part of an all-reduce in the switch, in `blocks` blocks, as many on all
+    /// ranks; the device must be able to run them all at once.
+    ///
+    /// # Safety
+    /// All addresses have as many bytes as the task says, until it is done; flags and bound memory
+    /// are used as [`MultimemTask`] says.
+    ///
+    /// # Errors
+    /// If the driver fails, or these are other kernels than [`Device::multimem_kernels`].
+    ///
+    /// # Panics
+    /// If there is no such kernel ([`images::multimem_kernel`]).
+    pub unsafe fn multimem(
+        &self,
+        stream: &Stream,
+        (op, dtype): (ReduceOp, Dtype),
+        blocks: u32,
+        task: &MultimemTask,
+    ) -> Result<(), CudaError> {
+        let kernel = images::multimem_kernel(op, dtype, task.flags & SCALES != 0);
         let FoldKernel { name, .. } = kernel.expect("whoever calls has asked for it");
         // SAFETY: the caller promised it.
         unsafe { self.launch(stream, &name, blocks, THREADS, task) }

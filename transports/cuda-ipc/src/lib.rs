@@ -7,7 +7,8 @@
 //! and operations and for the kernels' images.
 //!
 //! Start at [`Device`], then [`Allocation`] and [`Opened`] for memory, [`Mapped`] and [`Window`]
-//! for what programs have mapped themselves, [`Stream`] and [`Kernels`] for work.
+//! for what programs have mapped themselves, [`Multicast`] for one address of several devices,
+//! [`Stream`] and [`Kernels`] for work.
 
 mod device;
 mod driver;
@@ -17,6 +18,7 @@ mod ipc;
 mod kernels;
 mod mapped;
 mod memory;
+mod multicast;
 mod stream;
 
 pub use device::{Device, DeviceError, Reach};
@@ -26,4 +28,5 @@ pub use ipc::{Handle, Opened, opened, unclosed};
 pub use kernels::Kernels;
 pub use mapped::{Imported, Mapped, Ways, Window};
 pub use memory::{Allocation, Origin, Pinned, PlaceError, allocations};
+pub use multicast::{Bound, Multicast};
 pub use stream::{Event, Stream};

@@ -19,21 +19,21 @@ use crate::ipc::{self, Handle};
 use crate::memory::PlaceError;
 
 /// `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`.
-const DESCRIPTOR: u32 = 1;
+pub(crate) const DESCRIPTOR: u32 = 1;
 /// `CU_MEM_HANDLE_TYPE_FABRIC`, since CUDA 12.3.
 const FABRIC: u32 = 8;
 
 /// An allocation that the driver keeps as long as this lives.
-struct Backing {
-    device: Arc<Device>,
-    handle: u64,
-    bytes: usize,
+pub(crate) struct Backing {
+    pub(crate) device: Arc<Device>,
+    pub(crate) handle: u64,
+    pub(crate) bytes: usize,
 }
 
 impl Drop for Backing {
     fn drop(&mut self) {
         let Ok(_entered) = self.device.enter() else { return };
-        // SAFETY: retained or imported once.
+        // SAFETY: retained, imported or created once.
         ipc::let_go(cuda!(Some(self.device.ordinal()), cuMemRelease(self.handle)));
     }
 }
@@ -186,16 +186,26 @@ impl Device {
     ///
     /// # Errors
     /// If the driver refuses; nothing is left of it then.
-    pub fn open_mapped(self: &Arc<Self>, parts: Vec<Imported>) -> Result<Window, CudaError> {
+    pub fn open_mapped(self: &Arc<Self>, parts: &[Imported]) -> Result<Window, CudaError> {
+        self.window(&parts.iter().map(|Imported(part)| part).collect::<Vec<_>>(), 0)
+    }
+
+    /// Maps allocations side by side, for this device, from a multiple of `alignment` on, or where
+    /// the driver likes if it is 0.
+    pub(crate) fn window(
+        self: &Arc<Self>,
+        parts: &[&Backing],
+        alignment: usize,
+    ) -> Result<Window, CudaError> {
         let (on, _entered) = (Some(self.ordinal()), self.enter()?);
-        let reserved = parts.iter().map(|part| part.0.bytes).sum();
+        let reserved = parts.iter().map(|part| part.bytes).sum();
         let mut base = 0;
         // SAFETY: the driver writes one address; `drop` gives the range back.
-        cuda!(on, cuMemAddressReserve(&raw mut base, reserved, 0, 0, 0))?;
+        cuda!(on, cuMemAddressReserve(&raw mut base, reserved, alignment, 0, 0))?;
         ipc::count(true);
         let mut window = Window { device: self.clone(), base, reserved, parts: Vec::new() };
         let mut at = base;
-        for Imported(part) in parts {
+        for part in parts {
             // SAFETY: the range was reserved just above, for this.
             cuda!(on, cuMemMap(at, part.bytes, 0, part.handle, 0))?;
             at += part.bytes as u64;
@@ -289,7 +299,7 @@ impl Mapped {
 }
 
 impl Backing {
-    fn file(&self) -> Result<Option<(OwnedFd, usize)>, CudaError> {
+    pub(crate) fn file(&self) -> Result<Option<(OwnedFd, usize)>, CudaError> {
         let mut file: RawFd = -1;
         let exported = self.export((&raw mut file).cast(), DESCRIPTOR)?;
         // SAFETY: the driver has made it, for the caller.
@@ -310,9 +320,10 @@ impl Backing {
 
 /// An allocation of another process, not mapped yet.
 #[derive(Debug)]
-pub struct Imported(Backing);
+pub struct Imported(pub(crate) Backing);
 
-/// Memory of another process that is mapped in this one. Unmapped when dropped.
+/// Memory that is mapped here: of another process, or what several devices share. Unmapped when
+/// dropped.
 pub struct Window {
     device: Arc<Device>,
     base: u64,
@@ -357,6 +368,6 @@ impl fmt::Debug for Mapped {
 
 impl fmt::Debug for Window {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes of another process at {:#x}", self.reserved, self.base)
+        write!(f, "{} bytes mapped at {:#x}", self.reserved, self.base)
     }
 }

@@ -129,6 +129,8 @@ impl Call {
     pub const ENCODED: usize = 32;
     /// Instead of an algorithm: what ranks exchange between the runs of several algorithms.
     pub const BETWEEN_TRIALS: u8 = u8::MAX;
+    /// Instead of an algorithm: the switch between devices adds.
+    pub const IN_SWITCH: u8 = u8::MAX - 1;
     /// Instead of a count, where each pair of ranks has its own.
     pub const COUNT_BY_PAIR: u64 = u64::MAX;
     /// The largest number.

@@ -24,7 +24,8 @@ fn supporting() -> Done<&'static Driver> {
 fn check(properties: &Properties) -> Done {
     let driver = supporting()?;
     let count = driver.settings.device_count;
-    let is_right = (1..=count).contains(&properties.devices) && properties.flags == 0;
+    let is_right =
+        (1..=count).contains(&properties.devices) && properties.bytes > 0 && properties.flags == 0;
     let kinds_are = properties.handle_kinds & !u64::from(DESCRIPTOR) == 0;
     if is_right && kinds_are { Ok(()) } else { Err(Code::INVALID_VALUE) }
 }

@@ -21,8 +21,8 @@ pub(crate) trait DeviceMemory {
     /// as long as the kernel runs.
     fn place(&self, address: u64, bytes: usize, writes: bool) -> Result<*mut u8, String>;
 
-    /// Where all the memories lie that a multicast address stands for, in any order, or why a kernel
-    /// must not access them.
+    /// Where all the memories lie that a multicast address stands for, in any order, or why a
+    /// kernel must not access them.
     fn places(&self, address: u64, bytes: usize) -> Result<Vec<*mut u8>, String>;
 
     /// Whether the kernel should end early, because the device has failed or the process exits.
