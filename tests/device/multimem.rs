@@ -4,8 +4,8 @@
 
 use half::{bf16, f16};
 use unisum::{
-    Collective, DeviceCommunicator, DeviceRoute, DeviceStream, Dtype, RawDeviceBuffers, ReduceOp,
-    Reduction,
+    Collective, Communicator, DeviceCommunicator, DeviceRoute, DeviceStream, Dtype,
+    RawDeviceBuffers, ReduceOp, Reduction,
 };
 
 use super::driver;
@@ -18,6 +18,7 @@ pub const SCENARIOS: &[Scenario] = &[
     ("any_values", any_values),
     ("choices_by_size", choices_by_size),
     ("which_way", which_way),
+    ("switch_in_one_process", switch_in_one_process),
 ];
 
 /// With devices that have multicast, and the setting.
@@ -391,4 +392,35 @@ fn a_device_that_is_behind_in_the_switch_is_named() {
         let is_named = told.contains("the devices of ranks [1]");
         assert!(told.starts_with("Timeout [1] ") && is_named, "{told}");
     }
+}
+
+/// Two ranks in a process, which share two objects.
+fn switch_in_one_process() {
+    let rank = |rank: usize| {
+        let communicator = Communicator::builder().rank(rank).world(2).connect().unwrap();
+        let devices = [(); 2].map(|()| communicator.on_device(rank).unwrap());
+        for round in 0..10 {
+            let device = &devices[round % 2];
+            let stream = device.stream().unwrap();
+            let (dtype, op) = (Dtype::F32, ReduceOp::Sum);
+            let call =
+                Call { dtype, op, factor: None, count: 999, shift: 1, in_place: true, round };
+            let (found, expected) = call.enqueue(device, &stream)();
+            assert!(found == expected, "round {round}");
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| rank(1));
+        rank(0);
+    });
+}
+
+#[test]
+fn ranks_of_one_process_share_the_switch() {
+    let all = always(&world(1, "switch_in_one_process", 2)).set("CUDA_EMULATOR_COUNTS", 1);
+    if driver::is_installed() {
+        all.succeed(LIMIT);
+        return;
+    }
+    launches(&all.run(LIMIT), 20);
 }
