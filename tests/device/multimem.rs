@@ -37,6 +37,16 @@ pub fn always(world: &World) -> World {
 
 const NAME: &str = "multimem";
 
+/// Whether the hardware has none, or fewer devices than ranks. The emulated driver has all.
+fn lacks_switch(device: &DeviceCommunicator) -> bool {
+    let has = device.describe().contains("the switch adds (multimem)");
+    assert!(has || driver::is_installed(), "{}", device.describe());
+    if !has {
+        println!("skipped: no switch of this machine adds");
+    }
+    !has
+}
+
 /// A whole number as an element.
 fn element(dtype: Dtype, value: f32) -> Vec<u8> {
     match dtype {
@@ -112,7 +122,9 @@ impl Call {
 /// flight.
 fn sums_of_the_switch() {
     let (_communicator, device) = join();
-    assert!(device.describe().contains("the switch adds (multimem)"), "{}", device.describe());
+    if lacks_switch(&device) {
+        return;
+    }
     let streams = [device.stream().unwrap(), device.stream().unwrap()];
     let ways = [
         (Dtype::F32, ReduceOp::Sum, None),
@@ -232,6 +244,9 @@ fn all_ranks_get_the_same_bits_of_the_switch() {
 /// What is done in the switch, with 8 ranks.
 fn choices_by_size() {
     let (_communicator, device) = join();
+    if lacks_switch(&device) {
+        return;
+    }
     let sum = Collective::all_reduce(ReduceOp::Sum);
     let average = Collective::all_reduce(ReduceOp::Average);
     let of = |bytes: usize| device.choice::<f32>(&sum, bytes / 4);
