@@ -19,7 +19,8 @@
 //! Within the kernel of an all-reduce in one launch, a thread waits for each peer. The emulated
 //! driver has one of them wait for nobody, in every call. Of 2 and 3 ranks, the first try noticed
 //! each of these 8 mutations, too. Where the switch adds, there are two such waits, in threads of
-//! their own.
+//! their own: the first try noticed each of 16 mutations in one pass over all, the second one of
+//! them in another run.
 
 use unisum::ReduceOp;
 
