@@ -1,10 +1,13 @@
 //! An elastic job whose network falls into two parts: one goes on at most, and the other says why
-//! it does not. Eight hosts, each a network namespace, on a switch.
+//! it does not. Eight hosts, each a network namespace, on a switch. And a job that is parted as it
+//! starts.
 
 #![allow(clippy::unwrap_used, reason = "a failure here is a panic")]
 
 mod support;
 
+use std::cell::Cell;
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use support::hosts::{Hosts, inside, sh};
@@ -13,7 +16,7 @@ use unisum::{Communicator, Elastic, ErrorKind};
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("go_on", go_on)]);
+    support::run_if_rank(&[("go_on", go_on), ("start", start)]);
 }
 
 const RANKS: usize = 8;
@@ -90,4 +93,74 @@ fn of_three_and_five_the_five_go_on() {
 #[test]
 fn of_four_and_four_those_with_the_first_rank_go_on() {
     parted(4);
+}
+
+thread_local! {
+    /// At how many ports this thread listens.
+    static LISTENS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// What a rank of the next test logs: it waits there as it listens as a member.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if String::from_utf8_lossy(bytes).contains("other ranks reach this rank here") {
+            LISTENS.set(LISTENS.get() + 1);
+            // The first port is that of the start, at which data connections end, too.
+            if LISTENS.get() == 2 {
+                reach("listening");
+                support::await_others("cut", 1, LIMIT);
+            }
+        }
+        io::stderr().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Does not start.
+fn start() {
+    let connect = || Communicator::builder().elastic(Elastic::default()).connect().unwrap_err();
+    let log = tracing_subscriber::fmt().with_writer(|| Log).with_ansi(false).finish();
+    let rank: usize = support::setting("UNISUM_RANK").parse().unwrap();
+    let error = if rank < 2 { connect() } else { tracing::subscriber::with_default(log, connect) };
+    tell_error(&error);
+}
+
+fn has_thread(pid: i32, name: &str) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let tasks = tasks.into_iter().flatten().filter_map(Result::ok);
+    let mut names = tasks.filter_map(|it| std::fs::read_to_string(it.path().join("comm")).ok());
+    names.any(|it| it.trim() == name)
+}
+
+/// Ranks 2 and 3 lose their way to rank 1 as members are about to connect, and it dies while they
+/// look for one: all have met at rank 0 by then.
+#[test]
+fn one_that_dies_while_the_members_connect_ends_the_start_at_once() {
+    let Some(hosts) = Hosts::new(4) else { return };
+    let world = World::new(4, "start").through(inside).set("UNISUM_INTERFACE", "eth0");
+    let running = world.start();
+    running.wait_for("listening", 2, LIMIT / 2);
+    for host in [2, 3] {
+        hosts.on(host, "ip route add unreachable 10.77.0.2/32");
+        hosts.on(host, "ip route add unreachable fd77::2/128");
+    }
+    running.mark("cut");
+    support::wait_until("ranks 2 and 3 are members", LIMIT / 2, || {
+        [2, 3].iter().all(|&rank| has_thread(running.pid(rank), "unisum-views"))
+    });
+    running.signal(1, libc::SIGKILL);
+    let killed = Instant::now();
+    let ended = running.wait(LIMIT);
+    let took = killed.elapsed();
+    for rank in [0, 2, 3] {
+        let [told] = &ended[rank].told[..] else { panic!("{ended:#?}") };
+        assert!(told.starts_with("Rendezvous [1] rank 1 died"), "{ended:#?}");
+    }
+    // Of the 60 s that connecting may take.
+    assert!(took < Duration::from_secs(20), "{took:?}");
 }

@@ -84,7 +84,8 @@ impl Lineage {
             })
         });
         let addresses = addresses.collect::<Result<Vec<_>, _>>()?;
-        let views = prospect.found(control.session(), detected.rank, addresses).map_err(failed)?;
+        let (session, verdict) = (control.session(), || control.verdict());
+        let views = prospect.found(session, detected.rank, addresses, &verdict).map_err(failed)?;
         // When all have come so far, every two are connected.
         control.exchange(Vec::new()).map_err(failed)?;
         // That of the communicator, though ranks may have been lost since: another view may be
@@ -112,7 +113,7 @@ impl Lineage {
             Error::new(ErrorKind::Rendezvous, format!("choosing a session: {error}"))
         })?;
         let addresses = vec![prospect.addresses().to_vec()];
-        let views = prospect.found(session, 0, addresses).map_err(failed)?;
+        let views = prospect.found(session, 0, addresses, &|| None).map_err(failed)?;
         let view = views.membership().view;
         let lineage = Self::new(views, elastic, (settings, detected), (meeting, chronicle));
         let epoch = Epoch { lineage: Arc::new(lineage), view };

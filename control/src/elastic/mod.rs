@@ -32,7 +32,7 @@ use unisum_link::secure::{Credentials, Preamble};
 use self::dialing::{Dialer, Dials};
 use self::shared::{Bound, Command, Shared};
 use self::thread::{Mesh, ViewsThread};
-use super::{Control, ControlError, GOODBYE_TIMEOUT, listen};
+use super::{Control, ControlError, GOODBYE_TIMEOUT, Verdict, listen};
 use crate::address::PortRange;
 use crate::interface::InterfaceFilter;
 
@@ -105,15 +105,17 @@ impl Prospect {
     /// Founds the job's views: a first view of as many members as there are `addresses`, by rank,
     /// in which this process has rank `rank`. Connects to the members of lower ranks; the others
     /// connect to this one, which all have done when all have returned from this. Blocks for that,
-    /// `connect_timeout` at most.
+    /// `connect_timeout` at most, and no longer than until there is a `verdict` on the job.
     ///
     /// # Errors
-    /// If another member can't be reached.
+    /// [`ControlError::Ended`] if there is a verdict while another member can't be reached, else
+    /// why it can't be.
     pub fn found(
         self,
         session: [u8; 16],
         rank: usize,
         addresses: Vec<Vec<SocketAddr>>,
+        verdict: &dyn Fn() -> Option<Verdict>,
     ) -> Result<Views, ControlError> {
         let view = View::first((0..addresses.len() as u64).map(Member).collect());
         let own = Member(rank as u64);
@@ -122,7 +124,10 @@ impl Prospect {
         let views = self.spawn(own, Some(view), session, (directory, dialer.clone()))?;
         for lower in (0..rank as u64).map(Member) {
             let addresses = views.shared.addresses(lower);
-            let (stream, at) = dialer.dial(lower, &addresses, || false)?;
+            let dialled = dialer.dial(lower, &addresses, || verdict().is_some());
+            // It explains why nobody is there.
+            let explained = |error| verdict().map_or(error, ControlError::Ended);
+            let (stream, at) = dialled.map_err(explained)?;
             views.command(Command::Connected(lower, stream, at));
         }
         Ok(views)

@@ -10,6 +10,7 @@ use super::*;
 mod cuts;
 mod newcomers;
 mod partings;
+mod starts;
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -51,7 +52,7 @@ fn found_at(
     let addresses: Vec<_> = listening.enumerate().map(|(rank, it)| at(rank, it)).collect();
     let founded = prospects.into_iter().enumerate().map(|(rank, prospect)| {
         let addresses = addresses.clone();
-        std::thread::spawn(move || prospect.found(SESSION, rank, addresses).unwrap())
+        std::thread::spawn(move || prospect.found(SESSION, rank, addresses, &|| None).unwrap())
     });
     let founded: Vec<_> = founded.collect();
     founded.into_iter().map(|it| it.join().unwrap()).collect()

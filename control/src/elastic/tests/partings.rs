@@ -21,7 +21,7 @@ fn a_connection_that_breaks_before_it_is_taken_over_goes_on() {
     let relay = Relay::new(IpAddr::from([127, 0, 0, 1]), prospects[0].addresses()[0]);
     let addresses = vec![vec![relay.address], prospects[1].addresses().to_vec()];
     let [first, second] = <[Prospect; 2]>::try_from(prospects).ok().unwrap();
-    let first = first.found(SESSION, 0, addresses.clone()).unwrap();
+    let first = first.found(SESSION, 0, addresses.clone(), &|| None).unwrap();
     let own = Member(1);
     let dialer = Dialer::new(&config, own, SESSION);
     let view = View::first([0, 1].map(Member).into());
