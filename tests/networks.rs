@@ -5,17 +5,18 @@
 
 mod support;
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use support::hosts::{Hosts, inside};
 use support::{World, tell};
-use unisum::{Communicator, ReduceOp};
+use unisum::{Communicator, Elastic, ErrorKind, ReduceOp};
 
 const LIMIT: Duration = Duration::from_secs(100);
 
 #[test]
 fn rank_process() {
-    support::run_if_rank(&[("meet", meet), ("fail", fail), ("join", join)]);
+    support::run_if_rank(&[("meet", meet), ("fail", fail), ("join", join), ("go_on", go_on)]);
 }
 
 /// Every pair of ranks opens a connection, in the job and in a group.
@@ -192,4 +193,60 @@ fn join() {
     let communicator = Communicator::from_environment().unwrap();
     tell(begun.elapsed().as_millis());
     communicator.barrier().unwrap();
+}
+
+/// To where connections of this host lead.
+fn connected() -> Vec<Ipv4Addr> {
+    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let rows = table.lines().skip(1).map(|row| row.split_whitespace().collect::<Vec<_>>());
+    let established = rows.filter(|row| row[3] == "01");
+    let remote = established.map(|row| u32::from_str_radix(&row[2][..8], 16).unwrap());
+    remote.map(|it| Ipv4Addr::from(it.to_ne_bytes())).collect()
+}
+
+fn check_network(communicator: &Communicator) {
+    let world = communicator.world();
+    let mut received = vec![0_u32; world];
+    communicator.all_to_all(&vec![1; world], &mut received).unwrap();
+    let all = connected();
+    let is_elsewhere = |it: &Ipv4Addr| it.octets()[..3] != [10, 78, 0];
+    assert!(all.len() >= world - 1 && !all.iter().any(is_elsewhere), "{all:?}");
+}
+
+/// The last rank dies, and the others go on.
+fn go_on() {
+    let elastic = Communicator::builder().elastic(Elastic::default());
+    let communicator = elastic.connect().unwrap();
+    check_network(&communicator);
+    let group = communicator.subset(&[1, 0]).unwrap();
+    group.iter().for_each(check_network);
+    communicator.barrier().unwrap();
+    if communicator.rank() == 3 {
+        std::process::abort();
+    }
+    drop(group);
+    let error = communicator.barrier().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ViewChanged, "{error}");
+    let rebuilt = communicator.rebuild().unwrap();
+    check_network(&rebuilt);
+    rebuilt.barrier().unwrap();
+    tell(rebuilt.world());
+}
+
+/// The default route leads to the other network.
+#[test]
+fn an_elastic_job_stays_in_the_network_in_which_it_met() {
+    let Some(hosts) = Hosts::without_addresses(4) else { return };
+    for host in 0..4 {
+        for network in [77, 78] {
+            let address = format!("10.{network}.0.{}/24", host + 1);
+            hosts.on(host, &format!("ip addr add {address} dev eth0"));
+        }
+        hosts.on(host, "ip route add default via 10.77.0.99");
+    }
+    let world = world(4, "tcp://10.78.0.1:7100").running("go_on").through(inside);
+    let ended = world.start().wait(LIMIT);
+    for survivor in &ended[..3] {
+        assert_eq!(survivor.told, ["3"], "{ended:#?}");
+    }
 }

@@ -31,6 +31,9 @@ pub struct ControlConfig {
     /// Which ports this rank may listen on; rank 0 listens on the rendezvous port instead if
     /// that is one.
     pub port_range: Option<PortRange>,
+    /// An address on the network by which other ranks are to reach rank 0 first, where they meet by
+    /// a store: this process's own will do. None: that of the default route.
+    pub towards: Option<SocketAddr>,
     /// How long the other ranks may take to join, and to take part in each exchange.
     pub connect_timeout: Duration,
     /// How long another host may give no sign of life before it is lost.

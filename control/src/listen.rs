@@ -213,6 +213,23 @@ pub(super) fn at_free_port(
     Ok(listening)
 }
 
+/// The same, where `towards` is only a preference: there may be no way to it any more.
+pub(super) fn preferably(
+    filter: Option<&InterfaceFilter>,
+    towards: Option<SocketAddr>,
+    ports: Option<PortRange>,
+) -> Result<Listening, ControlError> {
+    match at_free_port(filter, towards, ports) {
+        Err(ControlError::Interface(
+            error @ (InterfaceError::NoRoute { .. } | InterfaceError::NoneAllowed { .. }),
+        )) if towards.is_some() => {
+            tracing::info!("listening by the default route instead: {error}");
+            at_free_port(filter, None, ports)
+        }
+        done => done,
+    }
+}
+
 /// In clusters a name may appear some time after the process.
 fn resolve(host: &str, port: u16, until: Instant) -> Result<Vec<SocketAddr>, ControlError> {
     loop {

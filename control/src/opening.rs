@@ -27,7 +27,7 @@ pub(super) fn open(config: &ControlConfig) -> Result<Joined, ControlError> {
             (listening, Some(published))
         }
         Rendezvous::Store { key, .. } => {
-            let listening = listen::at_free_port(filter, None, config.port_range)?;
+            let listening = listen::preferably(filter, config.towards, config.port_range)?;
             let published = config.publish.as_ref().map(|publish| publish.0(&listening.addresses));
             published.transpose().map_err(|why| ControlError::Store { key: key.clone(), why })?;
             (listening, None)

@@ -83,6 +83,7 @@ pub(super) fn config(rank: Rank, world: usize, rendezvous: Rendezvous) -> Contro
         secret_origin: "these tests".into(),
         interface: None,
         port_range: None,
+        towards: None,
         connect_timeout: PATIENCE,
         heartbeat_timeout: PATIENCE,
         reconnect_timeout: Duration::ZERO,

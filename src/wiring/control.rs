@@ -63,6 +63,7 @@ fn config(
         secret_origin: meeting.secret_origin.clone(),
         interface: settings.interface.clone(),
         port_range: settings.port_range,
+        towards: meeting.towards,
         connect_timeout: settings.connect_timeout,
         heartbeat_timeout: settings.heartbeat_timeout,
         reconnect_timeout: settings.reconnect_timeout,

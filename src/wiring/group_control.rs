@@ -116,6 +116,7 @@ impl GroupControl {
             secret_origin,
             interface: settings.interface.clone(),
             port_range: settings.port_range,
+            towards: self.lineage().towards(),
             // The others wait for this rank in a collective.
             connect_timeout: match self.lineage().survives_cuts() {
                 true => self.patience().min(MEETS_WITHIN),

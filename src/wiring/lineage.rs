@@ -74,7 +74,9 @@ impl Lineage {
         let chronicle = Chronicle::of_founder(settings, detected.rank, detected.world)?;
         let config = config(elastic, settings, detected, meeting);
         let failed = |error: unisum_control::ControlError| super::rendezvous_error(error);
-        let prospect = Prospect::listen(config).map_err(failed)?;
+        // By the network that data goes by.
+        let towards = control.addresses().first().copied();
+        let prospect = Prospect::listen(config, towards).map_err(failed)?;
         let own: Vec<_> = prospect.addresses().iter().map(ToString::to_string).collect();
         let blobs = control.exchange(own.join(" ").into_bytes()).map_err(failed)?;
         let addresses = blobs.iter().enumerate().map(|(rank, blob)| {
@@ -108,7 +110,7 @@ impl Lineage {
         let failed = |error: unisum_control::ControlError| super::rendezvous_error(error);
         let chronicle = Chronicle::of_founder(settings, detected.rank, detected.world)?;
         let config = config(elastic, settings, detected, meeting);
-        let prospect = Prospect::listen(config).map_err(failed)?;
+        let prospect = Prospect::listen(config, None).map_err(failed)?;
         let session = unisum_link::handshake::random().map_err(|error| {
             Error::new(ErrorKind::Rendezvous, format!("choosing a session: {error}"))
         })?;
@@ -144,6 +146,11 @@ impl Lineage {
     /// Who this process is, in all views.
     pub(super) const fn own(&self) -> Member {
         self.views.own()
+    }
+
+    /// Where others reach this process first: in later epochs and groups, too.
+    pub(super) const fn towards(&self) -> Option<SocketAddr> {
+        self.views.listens_at()
     }
 
     /// Where the members of a view are.
@@ -299,7 +306,8 @@ impl Lineage {
         let (lineage, epoch) = (self.clone(), view.epoch);
         let is_moot = IsMoot(Box::new(move || lineage.views.is_left(epoch)));
         let entry = (rank == 0).then_some(entry);
-        Ok((detected, Meeting::of_view(credentials, origin, entry, is_moot)))
+        let by = (is_moot, self.towards());
+        Ok((detected, Meeting::of_view(credentials, origin, entry, by)))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a rank has to join with: its credentials, and where the ranks find each other.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ pub(crate) struct Meeting {
     pub(super) place: RecordPlace,
     /// Whether joining has no purpose any more.
     is_moot: Mutex<Option<IsMoot>>,
+    /// Towards what rank 0 listens, if that is known.
+    pub(super) towards: Option<SocketAddr>,
 }
 
 impl Meeting {
@@ -118,20 +121,20 @@ impl Meeting {
         let credentials = credentials(secret, settings)?;
         let secret_origin = token.origin().to_owned();
         let (place, is_moot) = (RecordPlace::Nowhere, Mutex::new(None));
-        Ok(Self { credentials, secret_origin, entry, place, is_moot })
+        Ok(Self { credentials, secret_origin, entry, place, is_moot, towards: None })
     }
 
     /// In an elastic job's view, whose first rank has an `entry` to tell the others where it
-    /// listens.
+    /// listens, towards an address if that is known.
     pub(super) fn of_view(
         credentials: Credentials,
         secret_origin: String,
         entry: Option<StoreEntry>,
-        is_moot: IsMoot,
+        (is_moot, towards): (IsMoot, Option<SocketAddr>),
     ) -> Self {
         let entry = entry.map(|entry| (entry, None));
         let (place, is_moot) = (RecordPlace::Nowhere, Mutex::new(Some(is_moot)));
-        Self { credentials, secret_origin, entry, place, is_moot }
+        Self { credentials, secret_origin, entry, place, is_moot, towards }
     }
 
     /// Says, to who asks first, whether joining has no purpose any more.

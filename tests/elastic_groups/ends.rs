@@ -198,6 +198,7 @@ pub(super) fn intrude() {
             secret_origin: "the test".into(),
             interface: None,
             port_range: None,
+            towards: None,
             connect_timeout: Duration::from_secs(1),
             heartbeat_timeout: Duration::from_secs(5),
             reconnect_timeout: Duration::ZERO,

@@ -70,8 +70,8 @@ impl Views {
 }
 
 /// An attempt, under a number of its own: a process that comes back is another member.
-struct Attempt {
-    prospect: Prospect,
+struct Attempt<'a> {
+    config: &'a ViewsConfig,
     own: Member,
     dialer: Dialer,
     record: Record,
@@ -84,8 +84,8 @@ enum Outcome {
     Missed(Record, String),
 }
 
-impl Attempt {
-    fn new(config: &ViewsConfig, record: Record) -> Result<Self, ControlError> {
+impl<'a> Attempt<'a> {
+    fn new(config: &'a ViewsConfig, record: Record) -> Result<Self, ControlError> {
         let own = loop {
             if let Some(given) = config.newcomer {
                 break given;
@@ -98,18 +98,19 @@ impl Attempt {
                 break own;
             }
         };
-        let prospect = Prospect::listen(config.clone())?;
         let dialer = Dialer::new(config, own, record.session);
-        Ok(Self { prospect, own, dialer, record, started: Instant::now() })
+        Ok(Self { config, own, dialer, record, started: Instant::now() })
     }
 
     fn make(self, until: Instant) -> Result<Outcome, ControlError> {
-        let Self { prospect, own, dialer, record, started } = self;
+        let Self { config, own, dialer, record, started } = self;
         let (mut reasons, mut telling) = (Reasons::default(), None::<Missed>);
         for (member, addresses) in &record.members {
             let time = until.saturating_duration_since(Instant::now());
             let missed = match dialer.try_once(*member, addresses, time) {
                 Ok((proven, at)) => {
+                    // By the network that leads there.
+                    let prospect = Prospect::listen(config.clone(), Some(at))?;
                     let directory = vec![(own, prospect.addresses().to_vec())];
                     let views = prospect.spawn(own, None, record.session, (directory, dialer))?;
                     views.command(Command::Connected(*member, proven, at));

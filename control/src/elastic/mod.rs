@@ -85,15 +85,19 @@ pub struct Views {
     session: [u8; 16],
     process: u32,
     reconnect_timeout: Duration,
+    listens_at: Option<SocketAddr>,
 }
 
 impl Prospect {
-    /// Listens on a port of its own.
+    /// Listens on a port of its own. The address that the others try first is that by which this
+    /// process reaches `towards`, its own address on a network or another member's; if there is
+    /// no way, or it is not given, that of the default route.
     ///
     /// # Errors
     /// If this process can't listen.
-    pub fn listen(config: ViewsConfig) -> Result<Self, ControlError> {
-        let listening = listen::at_free_port(config.interface.as_ref(), None, config.port_range)?;
+    pub fn listen(config: ViewsConfig, towards: Option<SocketAddr>) -> Result<Self, ControlError> {
+        let filter = config.interface.as_ref();
+        let listening = listen::preferably(filter, towards, config.port_range)?;
         Ok(Self { config, listening })
     }
 
@@ -145,6 +149,7 @@ impl Prospect {
         let poll = Poll::new().map_err(system)?;
         let waker = Arc::new(Waker::new(poll.registry(), thread::WAKER).map_err(system)?);
         let reconnect_timeout = self.config.reconnect_timeout;
+        let listens_at = self.listening.addresses.first().copied();
         let (listeners, world) = (self.listening.listeners, shared.world());
         let identity = thread::Identity {
             own,
@@ -174,7 +179,7 @@ impl Prospect {
         };
         std::thread::Builder::new().name("unisum-views".into()).spawn(run).map_err(system)?;
         let process = std::process::id();
-        Ok(Views { shared, waker, own, session, process, reconnect_timeout })
+        Ok(Views { shared, waker, own, session, process, reconnect_timeout, listens_at })
     }
 }
 
@@ -191,6 +196,11 @@ impl Views {
     /// Who this process is, in all views.
     pub const fn own(&self) -> Member {
         self.own
+    }
+
+    /// Where the others try first to reach this process. Later communicators prefer that network.
+    pub const fn listens_at(&self) -> Option<SocketAddr> {
+        self.listens_at
     }
 
     /// Where the members of a view can be reached, as far as this process knows, for processes that

@@ -47,7 +47,7 @@ fn found_at(
     mut at: impl FnMut(usize, Vec<SocketAddr>) -> Vec<SocketAddr>,
 ) -> Vec<Views> {
     let prospects: Vec<_> =
-        (0..members).map(|_| Prospect::listen(config.clone()).unwrap()).collect();
+        (0..members).map(|_| Prospect::listen(config.clone(), None).unwrap()).collect();
     let listening = prospects.iter().map(|it| it.addresses().to_vec());
     let addresses: Vec<_> = listening.enumerate().map(|(rank, it)| at(rank, it)).collect();
     let founded = prospects.into_iter().enumerate().map(|(rank, prospect)| {

@@ -17,7 +17,8 @@ fn surviving(time: Duration) -> ViewsConfig {
 #[test]
 fn a_connection_that_breaks_before_it_is_taken_over_goes_on() {
     let config = surviving(PATIENCE);
-    let prospects: Vec<_> = (0..2).map(|_| Prospect::listen(config.clone()).unwrap()).collect();
+    let prospects: Vec<_> =
+        (0..2).map(|_| Prospect::listen(config.clone(), None).unwrap()).collect();
     let relay = Relay::new(IpAddr::from([127, 0, 0, 1]), prospects[0].addresses()[0]);
     let addresses = vec![vec![relay.address], prospects[1].addresses().to_vec()];
     let [first, second] = <[Prospect; 2]>::try_from(prospects).ok().unwrap();
