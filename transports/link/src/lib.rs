@@ -9,6 +9,7 @@
 
 mod call;
 pub mod conformance;
+pub mod congestion;
 mod counters;
 pub mod dial;
 mod error;
@@ -16,6 +17,7 @@ pub mod fork;
 pub mod frame;
 pub mod fuzzing;
 pub mod handshake;
+pub mod inbox;
 mod limit;
 mod link;
 pub mod listener;

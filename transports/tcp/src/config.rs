@@ -7,8 +7,8 @@ use unisum_link::Rank;
 use unisum_link::handshake::{Build, Hello, Purpose};
 use unisum_link::secure::Credentials;
 
-use crate::inbox::Dial;
-use crate::route::Route;
+use unisum_link::inbox::Dial;
+use unisum_link::inbox::Route;
 
 /// What a rank knows of the job before its first connection.
 #[derive(Clone, Debug)]

@@ -6,15 +6,12 @@
 //! posted, so a fast peer is held back by TCP's own flow control and memory stays bounded.
 //!
 //! The crate uses `unisum-link` and `unisum-kernels`. Start at [`TcpLink`], then `socket` (one to
-//! one peer: its queues of posted sends and receives) and `inbox` (connections that come).
+//! one peer: its queues of posted sends and receives) and `resume` (connections that break).
 
 mod config;
-mod congestion;
-mod inbox;
 mod link;
 mod options;
 mod resume;
-mod route;
 mod sealed;
 mod silence;
 mod sleep;
@@ -23,10 +20,9 @@ mod socket;
 mod transport;
 
 pub use config::TcpConfig;
-pub use congestion::prepare_listener;
-pub use inbox::Inbox;
 pub use link::TcpLink;
 #[cfg(any(test, fuzzing))]
 pub use resume::fuzzing;
-pub use route::Route;
 pub use transport::{TcpJob, TcpTransport};
+pub use unisum_link::congestion::prepare_listener;
+pub use unisum_link::inbox::{Inbox, Route};

@@ -13,13 +13,13 @@ use unisum_link::{
 };
 
 use crate::TcpConfig;
-use crate::inbox::{Arrived, Inbox};
 use crate::options;
 use crate::resume::Keeper;
 use crate::silence::Silences;
 use crate::sleep::{Bell, FEW, Ready, Sleeper, Watched};
 use crate::slots::Slots;
 use crate::socket::{Moving, Socket, Span};
+use unisum_link::inbox::{Arrived, Inbox};
 
 /// A posted transfer, split over one or several sockets.
 #[derive(Debug)]

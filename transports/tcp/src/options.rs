@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
 
-use crate::{congestion, silence};
+use unisum_link::congestion;
+
+use crate::silence;
 
 /// What a socket inside the host may hold before its sender waits: with the megabytes that the
 /// kernel allows by itself, data leaves the caches between the two copies (2 ranks, 1 MiB: 263 us

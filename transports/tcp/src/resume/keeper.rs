@@ -21,10 +21,10 @@ use super::flow::{Flow, KNOCK_PAUSE, Knock};
 use super::incoming::Arriving;
 use super::meeting::Met;
 use crate::TcpConfig;
-use crate::inbox::{Arrived, Inbox};
 use crate::options;
 use crate::sleep::Bell;
 use crate::socket::Moving;
+use unisum_link::inbox::{Arrived, Inbox};
 
 /// The pause before a connection is dialled that broke before it stood; twice as long each time,
 /// up to the second of these.

@@ -8,6 +8,8 @@
 //! Connections that are dialled anew have a thread for each peer, which tries it again and again:
 //! the network may be back at any moment, to all peers at once.
 
+mod route;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -16,14 +18,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::{SockRef, Socket};
-use unisum_link::dial::{Failure, Unreached, Within, dial, redial};
-use unisum_link::fork::ParentOnly;
-use unisum_link::handshake::{HandshakeError, Hello, STEADY};
-use unisum_link::secure::{self, Credentials, Proven};
-use unisum_link::{Cause, LinkError, LinkErrorKind, Rank, Wake};
 
 use crate::congestion;
-use crate::route::Route;
+use crate::dial::{Failure, Unreached, Within, dial, redial};
+use crate::fork::ParentOnly;
+use crate::handshake::{HandshakeError, Hello, STEADY};
+use crate::secure::{self, Credentials, Proven};
+use crate::{Cause, LinkError, LinkErrorKind, Rank, Wake};
+
+pub use self::route::Route;
 
 /// How long the first attempt at a peer may take until it asks for the proof; the next ones may
 /// take twice as long each, up to the second of these.
@@ -58,32 +61,38 @@ type Lane = Option<u32>;
 
 /// A finished or failed connection.
 #[derive(Debug)]
-pub(crate) struct Arrived {
-    pub(crate) peer: Rank,
-    pub(crate) socket: u8,
+pub struct Arrived {
+    /// Who is at the other end.
+    pub peer: Rank,
+    /// Which of the connections between the two it is.
+    pub socket: u8,
     /// Its number, where this rank dialled it; 0 where the peer did.
-    pub(crate) attempt: u32,
-    pub(crate) result: Result<Proven, LinkError>,
+    pub attempt: u32,
+    /// The connection, or why there is none.
+    pub result: Result<Proven, LinkError>,
     /// Whether nothing has ended the attempts but that their time was up.
-    pub(crate) is_late: bool,
+    pub is_late: bool,
 }
 
 /// A connection to open.
 #[derive(Debug)]
-pub(crate) struct Dial {
-    pub(crate) route: Arc<Route>,
+pub struct Dial {
+    /// Where the peer listens.
+    pub route: Arc<Route>,
     /// This rank's own.
-    pub(crate) own: Arc<Route>,
-    pub(crate) hello: Hello,
-    pub(crate) credentials: Credentials,
+    pub own: Arc<Route>,
+    /// As whom it introduces itself, to whom.
+    pub hello: Hello,
+    /// By what it proves itself.
+    pub credentials: Credentials,
     /// How long that may take, with all attempts.
-    pub(crate) timeout: Duration,
+    pub timeout: Duration,
     /// After how long it begins.
-    pub(crate) pause: Duration,
+    pub pause: Duration,
     /// Which connection of its socket that will be, from 1 on.
-    pub(crate) attempt: u32,
+    pub attempt: u32,
     /// Whether the peer counts it only once this rank has spoken on it.
-    pub(crate) resumes: bool,
+    pub resumes: bool,
 }
 
 impl Dial {
@@ -127,7 +136,8 @@ const FIREWALL: &str = ": is there a firewall between the two? UNISUM_PORT_RANGE
                         ports ranks listen";
 
 impl Inbox {
-    pub(crate) fn new(waker: Arc<dyn Wake>) -> Self {
+    /// An entrance that wakes `waker` when a connection has arrived, or is not to be had.
+    pub fn new(waker: Arc<dyn Wake>) -> Self {
         Self { waker, state: Mutex::default(), changed: Condvar::new() }
     }
 
@@ -146,16 +156,21 @@ impl Inbox {
         }
     }
 
-    pub(crate) fn take(&self) -> Vec<Arrived> {
+    /// What has arrived since the last time.
+    pub fn take(&self) -> Vec<Arrived> {
         std::mem::take(&mut self.lock().arrived)
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Whether nothing has arrived since.
+    pub fn is_empty(&self) -> bool {
         self.lock().arrived.is_empty()
     }
 
     /// Opens a connection in the background; it arrives here like any other.
-    pub(crate) fn dial(self: &Arc<Self>, dial: Dial) -> Result<(), LinkError> {
+    ///
+    /// # Errors
+    /// If the system gives no thread.
+    pub fn dial(self: &Arc<Self>, dial: Dial) -> Result<(), LinkError> {
         let (peer, lane) = (dial.hello.to as Rank, dial.lane());
         let now = Instant::now();
         let mut state = self.lock();
@@ -272,7 +287,7 @@ impl Inbox {
     }
 
     /// Refuses everything from here on and interrupts a handshake under way.
-    pub(crate) fn close(&self) {
+    pub fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
         state.arrived.clear();
@@ -386,9 +401,7 @@ fn is_silence(failure: &Failure<HandshakeError>) -> bool {
 /// Whether this process, or its host, has used something up that a connection takes.
 fn is_lack(failure: &Failure<HandshakeError>) -> bool {
     match failure {
-        Failure::Connect(error) | Failure::Met(HandshakeError::Io(error)) => {
-            unisum_link::is_lack(error)
-        }
+        Failure::Connect(error) | Failure::Met(HandshakeError::Io(error)) => crate::is_lack(error),
         _ => false,
     }
 }

@@ -27,12 +27,15 @@ pub fn prepare_listener(listener: &impl AsFd) {
 }
 
 /// For a socket to a rank on this host.
-pub(crate) fn inside(socket: &SockRef<'_>) {
+pub fn inside(socket: &SockRef<'_>) {
     switch(socket, UNPACED);
 }
 
 /// For a socket to a rank on another host.
-pub(crate) fn across(socket: &SockRef<'_>) -> io::Result<()> {
+///
+/// # Errors
+/// If the system does not say what it uses by default.
+pub fn across(socket: &SockRef<'_>) -> io::Result<()> {
     let default = Socket::new(Domain::IPV4, Type::STREAM, None)?.tcp_congestion()?;
     if socket.tcp_congestion()? != default {
         switch(socket, &default);

@@ -38,7 +38,8 @@ impl Route {
         addresses
     }
 
-    pub(crate) fn has(&self, ip: IpAddr) -> bool {
+    /// Whether the rank listens at this address.
+    pub fn has(&self, ip: IpAddr) -> bool {
         self.addresses.iter().any(|address| address.ip() == ip)
     }
 }

@@ -1,8 +1,8 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
-use unisum_link::handshake::{Build, Heard, Purpose, Refusal, Secret, random};
-use unisum_link::secure::Listening;
+use crate::handshake::{Build, Heard, Purpose, Refusal, Secret, random};
+use crate::secure::Listening;
 
 use super::*;
 
@@ -227,7 +227,7 @@ fn a_peer_that_is_silent_keeps_nobody_waiting_long() {
 
 #[cfg(feature = "tls")]
 fn encrypted(token: &[u8]) -> Credentials {
-    use unisum_link::secure::Sealing;
+    use crate::secure::Sealing;
     Credentials::token(Secret::new(token), Sealing::Everywhere).unwrap()
 }
 
