@@ -50,7 +50,7 @@ fn ends(world: usize) -> Vec<End> {
         })
         .collect();
     let limit = Limit::from(Instant::now() + Duration::from_secs(20));
-    let setup = Setup { session: [7; 16], limit };
+    let setup = Setup { session: [7; 16], limit, ways: None };
     for endpoint in &mut endpoints {
         assert_eq!(endpoint.agree(&infos, &setup), Ok(0));
     }
@@ -66,7 +66,8 @@ fn a_rank_that_never_connects_is_named_when_the_time_is_up() {
     let site = Site { rank: 0, ranks: &[0, 1], peers: &[1], is_asked_for: true };
     let endpoint = Loopback(Reach::Unanimous).endpoint(&site).unwrap();
     let limit = Limit::from(Instant::now() + Duration::from_millis(100));
-    let refusal = endpoint.connect(&[0, 1], &Setup { session: [7; 16], limit }).unwrap_err();
+    let refusal =
+        endpoint.connect(&[0, 1], &Setup { session: [7; 16], limit, ways: None }).unwrap_err();
     assert_eq!(refusal, Refusal::Others(vec![1], "did not connect in time".into()));
 }
 

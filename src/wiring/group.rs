@@ -198,6 +198,7 @@ impl Parent<'_> {
             links.add(job.within_hosts.name(), connected, &members, &membership);
         }
         if let Some(transport) = job.unanimous.as_ref().filter(|_| !others.is_empty()) {
+            let ways = job.ways(membership.ranks());
             let unanimous = Unanimous {
                 rank,
                 known_as: &known_as,
@@ -209,6 +210,7 @@ impl Parent<'_> {
                 exchange: &exchange,
                 is_group: true,
                 instead: job.to_any.name(),
+                ways: ways.as_ref(),
             };
             let connected = unanimous.connect(&**transport).map_err(|error| match is_apart {
                 true => rounds.in_parent(error, &parents),

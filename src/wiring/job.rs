@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
+use unisum_link::handshake::job_hash;
+use unisum_link::inbox::Ways;
 use unisum_link::secure::Credentials;
 use unisum_link::{Connected, Rank, Reach, Refusal, Transport};
 
@@ -38,6 +40,8 @@ pub(crate) struct Job {
     pub(super) to_any: Arc<dyn Transport>,
     /// Whether that knows ranks by the numbers here, and not by the job's.
     has_own: bool,
+    /// How its ranks are reached, by the numbers here, if connections are to be made anew.
+    ways: Option<Ways>,
 }
 
 /// Where a rank of the job is.
@@ -58,7 +62,7 @@ impl Job {
     ) -> Result<Self, Error> {
         let listening: Vec<_> =
             cards.iter().map(|card| (&card.host[..], &card.addresses[..])).collect();
-        let to_any =
+        let (to_any, ways) =
             to_any((settings, credentials), detected.rank, &listening, (control, &detected.job))?;
         Ok(Self {
             settings: settings.clone(),
@@ -70,6 +74,7 @@ impl Job {
             unanimous: None,
             to_any,
             has_own: true,
+            ways,
         })
     }
 
@@ -84,7 +89,8 @@ impl Job {
     ) -> Result<Self, Error> {
         let hosts = self.hosts(ranks);
         let listening: Vec<_> = hosts.into_iter().zip(told.iter().map(|it| &it[..])).collect();
-        let to_any = to_any((&self.settings, credentials), rank, &listening, (control, name))?;
+        let (to_any, ways) =
+            to_any((&self.settings, credentials), rank, &listening, (control, name))?;
         // One that the program gave is the job's.
         let has_own = !Arc::ptr_eq(&to_any, &self.to_any);
         Ok(Self {
@@ -97,6 +103,7 @@ impl Job {
             unanimous: self.unanimous.clone(),
             to_any,
             has_own,
+            ways,
         })
     }
 
@@ -108,6 +115,11 @@ impl Job {
     /// The numbers by which the link that reaches any rank knows these ranks.
     pub(super) fn known_to_any(&self, ranks: &[Rank]) -> Vec<Rank> {
         if self.has_own { ranks.to_vec() } else { self.known_as(ranks) }
+    }
+
+    /// How some of its ranks, by their numbers here, are reached after the start.
+    pub(super) fn ways(&self, ranks: &[Rank]) -> Option<Ways> {
+        self.ways.as_ref().map(|ways| ways.of(ranks))
     }
 
     fn known(&self, rank: Rank) -> Rank {
@@ -151,7 +163,7 @@ fn to_any(
     rank: Rank,
     listening: &[(&str, &[SocketAddr])],
     (control, name): (&Control, &str),
-) -> Result<Arc<dyn Transport>, Error> {
+) -> Result<(Arc<dyn Transport>, Option<Ways>), Error> {
     let paths = Paths::new(settings.interface.as_ref()).map_err(|error| {
         let text = format!("listing the network interfaces: {error}");
         Error::new(ErrorKind::Rendezvous, text).on(rank)
@@ -167,8 +179,11 @@ fn to_any(
     let addresses: Vec<_> =
         listening.iter().enumerate().map(addresses).collect::<Result<_, _>>()?;
     control.set_addresses(addresses.clone());
+    let limit = settings.reconnect_timeout;
+    let new = || Ways::new(addresses.clone(), job_hash(name), credentials.clone(), limit);
+    let ways = (!limit.is_zero()).then(new);
     let addresses = (addresses, control.coordinator());
-    Ok(transports::to_any(settings, credentials, addresses, name))
+    Ok((transports::to_any(settings, credentials, addresses, name), ways))
 }
 
 /// Only a rank whose registered memory the others of its node map can share a group's memory.

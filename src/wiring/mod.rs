@@ -268,6 +268,7 @@ fn connect(
     if let Some(connected) = connected {
         links.add(job.within_hosts.name(), connected, &members, membership);
     }
+    let ways = job.ways(membership.ranks());
     let unanimous = Unanimous {
         rank,
         known_as: &membership.ranks()[..],
@@ -279,6 +280,7 @@ fn connect(
         exchange: &exchange,
         is_group: false,
         instead: job.to_any.name(),
+        ways: ways.as_ref(),
     };
     for transport in transports::unanimous(settings) {
         if !others.is_empty()
@@ -355,7 +357,8 @@ impl Assembly {
         let mut members = [others, &[rank]].concat();
         members.sort_unstable();
         let endpoint = transport.endpoint(&site);
-        let connected = endpoint.and_then(|it| it.connect(&members, &Setup { session, limit }));
+        let connected =
+            endpoint.and_then(|it| it.connect(&members, &Setup { session, limit, ways: None }));
         let connected = connected.map_err(|refusal| {
             let kind = match refusal {
                 Refusal::NotWanted(_) => ErrorKind::Configuration,

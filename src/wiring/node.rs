@@ -126,7 +126,7 @@ fn in_time<T>(
 ) -> Result<T, Refusal> {
     let is_over = || circle.membership.verdict().is_some();
     let limit = Limit::new(Instant::now() + patience(settings), &is_over);
-    step(&Setup { session: circle.session, limit })
+    step(&Setup { session: circle.session, limit, ways: None })
 }
 
 /// Tells all ranks that a node's link could not be made; the error for the caller.

@@ -7,6 +7,7 @@
 use std::time::{Duration, Instant};
 
 use unisum_algorithms::Topology;
+use unisum_link::inbox::Ways;
 use unisum_link::{Connected, EndpointInfo, Limit, Rank, Refusal, Setup, Site, Transport};
 
 use super::report::{decode, encode};
@@ -37,6 +38,8 @@ pub(super) struct Unanimous<'a> {
     pub(super) is_group: bool,
     /// What is used where this can't be.
     pub(super) instead: &'a str,
+    /// How the ranks are reached after the start, if connections are to be made anew.
+    pub(super) ways: Option<&'a Ways>,
 }
 
 /// The exchanges that agreeing on a link takes, by whether ranks have something for each.
@@ -162,7 +165,7 @@ impl Unanimous<'_> {
         let is_over = || self.membership.verdict().is_some();
         let setup = || {
             let limit = Limit::new(Instant::now() + PROOF_TIMEOUT.min(patience), &is_over);
-            Setup { session: self.session, limit }
+            Setup { session: self.session, limit, ways: self.ways }
         };
         let agreed = endpoint.agree(&infos, &setup());
         let leaders = self.agree(agreed.as_ref().map(|it| it.to_string().into_bytes()))?;

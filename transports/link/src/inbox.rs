@@ -9,6 +9,7 @@
 //! the network may be back at any moment, to all peers at once.
 
 mod route;
+mod ways;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -27,6 +28,7 @@ use crate::secure::{self, Credentials, Proven};
 use crate::{Cause, LinkError, LinkErrorKind, Rank, Wake};
 
 pub use self::route::Route;
+pub use self::ways::Ways;
 
 /// How long the first attempt at a peer may take until it asks for the proof; the next ones may
 /// take twice as long each, up to the second of these.

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use crate::inbox::Ways;
 use crate::secure::Proven;
 use crate::{Limit, Link, Rank};
 
@@ -78,6 +79,10 @@ pub struct Setup<'a> {
     pub session: [u8; 16],
     /// How long this step may wait for other ranks.
     pub limit: Limit<'a>,
+    /// By rank of the communicator, how to reach the others later, for a link that has no way of
+    /// its own to them: [`Connected::inbox`] gets what they open. `None` where connections that
+    /// break are not to be made anew.
+    pub ways: Option<&'a Ways>,
 }
 
 /// What a rank tells the others of its end.
