@@ -239,6 +239,53 @@ fn reduce_for_a_while() {
     }
 }
 
+/// The device fails all queue pairs when its interface goes down. They are made anew once it is
+/// back, as often as it takes.
+#[test]
+fn queue_pairs_that_fail_with_their_interface_are_made_anew() {
+    if !has_rdma() {
+        return;
+    }
+    let world = world(2, "reduce_for_a_while")
+        .set("UNISUM_RECONNECT_TIMEOUT", 20)
+        .set("UNISUM_VERBS_TIMEOUT", 14)
+        .set("SECONDS", 12);
+    let running = reducing(&world, 2);
+    for pause in ["0.5", "3"] {
+        sh(&format!("ip link set net0 down; sleep {pause}; ip link set net0 up; sleep 1"));
+    }
+    for (rank, Ended { status, told, log }) in running.wait(LIMIT).iter().enumerate() {
+        assert_eq!(*status, 0, "rank {rank}: {told:?} {log}");
+        let gap: u64 = told[0].parse().unwrap();
+        println!("rank {rank}: longest call {gap} ms, with outages of 500 and 3000 ms");
+        assert!(gap > 2_500, "rank {rank} has not noticed the outage: {gap} ms");
+    }
+}
+
+/// The process's end is told by the control connection, however long queue pairs may be away.
+#[test]
+fn a_rank_that_dies_while_its_queue_pairs_are_made_anew_is_named() {
+    if !has_rdma() {
+        return;
+    }
+    for victim in [0, 1] {
+        let world = world(2, "reduce_forever")
+            .set("COUNT", 300_000)
+            .set("UNISUM_VERBS_TIMEOUT", 14)
+            .set("UNISUM_RECONNECT_TIMEOUT", 90);
+        let running = reducing(&world, 2);
+        sh("ip link set net0 down; sleep 0.5");
+        running.signal(victim, libc::SIGKILL);
+        sh("ip link set net0 up");
+        let killed = Instant::now();
+        let ended = &running.wait(Duration::from_secs(60))[1 - victim];
+        assert_eq!(ended.status, 0, "{:?} {}", ended.told, ended.log);
+        let named = format!("RankLost [{victim}]");
+        assert!(ended.told[0].starts_with(&named), "{}", ended.told[0]);
+        println!("rank {victim} is named {:.1?} after its end", killed.elapsed());
+    }
+}
+
 /// Whether the machine has several devices. Where devices are required, it must.
 fn has_several_devices() -> bool {
     has_rdma() && {
@@ -300,6 +347,29 @@ fn an_outage_between_two_devices_that_is_as_long_as_it_may_be_is_survived() {
             back.elapsed()
         );
         assert!(gap > 9_000, "rank {rank} has not noticed the outage: {gap} ms");
+    }
+}
+
+/// Repetitions that are over long before the outage: queue pairs are made anew, fail again, and
+/// go on once packets come through.
+#[test]
+fn an_outage_between_two_devices_that_is_longer_than_they_repeat_is_survived() {
+    if !has_several_devices() {
+        return;
+    }
+    // 0.5 s in all.
+    let world = apart("reduce_for_a_while")
+        .set("UNISUM_RECONNECT_TIMEOUT", 20)
+        .set("UNISUM_VERBS_TIMEOUT", 14)
+        .set("UNISUM_VERBS_RETRIES", 6)
+        .set("SECONDS", 10);
+    let running = reducing(&world, 2);
+    sh("ip link set bridge0 down; sleep 3; ip link set bridge0 up");
+    for (rank, Ended { status, told, log }) in running.wait(LIMIT).iter().enumerate() {
+        assert_eq!(*status, 0, "rank {rank}: {told:?} {log}");
+        let gap: u64 = told[0].parse().unwrap();
+        println!("rank {rank}: longest call {gap} ms, with an outage of 3000 ms");
+        assert!(gap > 2_500, "rank {rank} has not noticed the outage: {gap} ms");
     }
 }
 

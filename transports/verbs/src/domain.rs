@@ -5,6 +5,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::OFlags;
@@ -29,6 +30,8 @@ pub(crate) struct Domain {
     pub(crate) limits: ffi::DeviceAttributes,
     /// What it reported that no connection over it survives.
     failure: OnceLock<String>,
+    /// Whether queue pairs that fail are made anew by those that use it.
+    renews: AtomicBool,
 }
 
 /// The library's objects for a device. Dropping it closes the device.
@@ -52,6 +55,18 @@ impl Domain {
     /// What the library or the device refuses.
     pub(crate) fn open(port: Port, gid: Gid) -> Result<Arc<Self>, VerbsError> {
         let library = library().map_err(|error| VerbsError::Library(error.to_owned()))?;
+        Self::open_with(library, port, gid)
+    }
+
+    /// The same with a library.
+    ///
+    /// # Errors
+    /// As [`Domain::open`].
+    pub(crate) fn open_with(
+        library: &'static Library,
+        port: Port,
+        gid: Gid,
+    ) -> Result<Arc<Self>, VerbsError> {
         let opened = Opened::new(library, &port.device)?;
         // SAFETY: the context is open, and its head is as declared.
         let head = unsafe { opened.context.as_ref() };
@@ -64,6 +79,7 @@ impl Domain {
             gid,
             port,
             failure: OnceLock::new(),
+            renews: AtomicBool::new(false),
         };
         make_nonblocking(*domain.events)
             .map_err(|error| VerbsError::Os("preparing for its events".into(), error))?;
@@ -134,6 +150,11 @@ impl Domain {
             match event.event_type {
                 ffi::EVENT_PORT_ERR => unisum_link::warning!("port {port} of {name} is down"),
                 ffi::EVENT_PORT_ACTIVE => unisum_link::warning!("port {port} of {name} is up"),
+                // The completions of the queue pair say so, too, to whom it concerns.
+                // Relaxed: the flag says nothing of other memory.
+                ffi::EVENT_QP_FATAL if self.renews.load(Ordering::Relaxed) => {
+                    tracing::debug!("a queue pair of {name} has failed");
+                }
                 ffi::EVENT_DEVICE_FATAL
                 | ffi::EVENT_QP_FATAL
                 | ffi::EVENT_QP_REQ_ERR
@@ -145,6 +166,12 @@ impl Domain {
                 other => tracing::debug!("{name} reported event {other}"),
             }
         }
+    }
+
+    /// Says that queue pairs that fail are made anew.
+    pub(crate) fn renews(&self) {
+        // Relaxed: see `take_events`.
+        self.renews.store(true, Ordering::Relaxed);
     }
 
     /// What the device reported that no connection over it survives.

@@ -301,6 +301,7 @@ pub(crate) const QPT_RC: c_uint = 2;
 pub(crate) const QPS_INIT: c_uint = 1;
 pub(crate) const QPS_RTR: c_uint = 2;
 pub(crate) const QPS_RTS: c_uint = 3;
+pub(crate) const QPS_ERR: c_uint = 6;
 
 pub(crate) const QP_STATE: c_int = 1 << 0;
 pub(crate) const QP_ACCESS_FLAGS: c_int = 1 << 3;
@@ -329,6 +330,8 @@ pub(crate) const SEND_INLINE: c_uint = 1 << 3;
 
 pub(crate) const WC_SUCCESS: c_uint = 0;
 pub(crate) const WC_FLUSHED: c_uint = 5;
+pub(crate) const WC_RETRIES_EXCEEDED: c_uint = 12;
+pub(crate) const WC_NOT_READY_EXCEEDED: c_uint = 13;
 pub(crate) const WC_RECV_RDMA_WITH_IMM: c_uint = 129;
 
 pub(crate) const EVENT_QP_FATAL: c_uint = 1;
@@ -345,7 +348,7 @@ macro_rules! functions {
         pub(crate) struct Library {
             $(pub(crate) $name: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
             /// Keeps the code behind the pointers in memory.
-            _library: libloading::Library,
+            _library: Option<libloading::Library>,
         }
 
         impl Library {
@@ -358,7 +361,7 @@ macro_rules! functions {
                         let symbol = unsafe { library.get($symbol.to_bytes_with_nul()) }?;
                         *symbol
                     },)*
-                    _library: library,
+                    _library: Some(library),
                 })
             }
         }
@@ -432,5 +435,7 @@ pub(crate) fn library() -> Result<&'static Library, &'static str> {
     library.as_ref().map_err(String::as_str)
 }
 
+#[cfg(test)]
+pub(crate) mod simulated;
 #[cfg(test)]
 mod tests;

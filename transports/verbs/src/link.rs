@@ -1,5 +1,7 @@
 //! The link: connections to all peers over this rank's devices.
 
+pub(crate) mod renewal;
+
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -19,6 +21,7 @@ use crate::memory::{Pages, Registry};
 use crate::peer::Peer;
 use crate::sleep::{News, Sleeper};
 use crate::wire::{Kind, Word};
+use renewal::Renewer;
 
 /// A device and this rank's objects on it.
 #[derive(Debug)]
@@ -74,6 +77,8 @@ pub struct VerbsLink {
     gone: Vec<usize>,
     /// Whether all connections are proven. Until then, every completion is waited for.
     is_proven: bool,
+    /// By what queue pairs that fail are made anew.
+    renewer: Option<Renewer>,
     description: String,
     _areas: Pages,
 }
@@ -126,6 +131,7 @@ impl VerbsLink {
             failure,
             gone,
             is_proven,
+            renewer: None,
             description,
             _areas,
         })
@@ -223,20 +229,36 @@ impl VerbsLink {
     fn take(&mut self, rail: usize, completion: &ffi::Completion) -> Result<(), LinkError> {
         let pairs = &self.rails[rail].pairs;
         let Ok(at) = pairs.binary_search_by_key(&completion.qp_num, |(number, ..)| *number) else {
+            if self.renewer.is_some() {
+                // Of one that is no more.
+                return Ok(());
+            }
             let what = format!("a completion of queue pair {}, which is none", completion.qp_num);
             return Err(LinkError::protocol(self.state.rank, what));
         };
         let (_, peer, connection) = pairs[at];
+        let Some(at) = self.peers.get_mut(peer).map(|peer| &mut peer.connections[connection])
+        else {
+            return Ok(());
+        };
+        let Some(is_receive) = at.pair.is_receive(completion.wr_id) else { return Ok(()) };
+        if completion.status != ffi::WC_SUCCESS && is_receive {
+            at.received();
+        }
         if completion.status != ffi::WC_SUCCESS {
             let status = self.rails[rail].completions.describe(completion.status);
-            let (place, peer) = (peer, &mut self.peers[peer]);
+            let place = peer;
+            let peer = &self.peers[place];
             let error = LinkError::os(
                 peer.rank,
                 peer.connections[connection].pair.to_string(),
                 Cause::other(status),
             );
             let is_consequence = completion.status == ffi::WC_FLUSHED;
-            peer.broke(error, is_consequence);
+            if renewal::may_pass(completion.status) && self.begins_anew(place, &error) {
+                return Ok(());
+            }
+            self.peers[place].broke(error, is_consequence);
             self.note_gone(place);
             return Ok(());
         }
@@ -272,7 +294,13 @@ impl VerbsLink {
             let peer = &mut self.peers[index];
             peer.is_listed = false;
             let writes = peer.advance(&mut self.state)? as u64;
+            let unposted = peer.unposted.take();
             self.state.counters.add(counted::WRITES, writes);
+            if let Some(error) = unposted
+                && !self.begins_anew(index, &error)
+            {
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -280,7 +308,8 @@ impl VerbsLink {
     fn move_on(&mut self) -> Result<(), LinkError> {
         // What was posted goes out before the rest is looked at.
         self.advance_listed()?;
-        if self.look()? {
+        let found = self.look()?;
+        if self.renew()? || found {
             self.advance_listed()?;
         }
         self.look_who_is_missed()
@@ -339,7 +368,7 @@ impl VerbsLink {
     /// Waits until the devices have read the last messages, which were reported as done once
     /// copied; then says goodbye. Does not wait for peers that have said goodbye themselves.
     fn say_last_words(&mut self) {
-        let until = Instant::now() + LAST_WORDS;
+        let until = Instant::now() + self.last_words();
         self.settle(until);
         if self.state.open == 0 {
             self.peers.iter_mut().for_each(Peer::push_goodbye);
@@ -351,11 +380,22 @@ impl VerbsLink {
     /// Waits until all writes are done, unless transfers are open.
     fn settle(&mut self, until: Instant) {
         let is_busy = |peers: &[Peer]| peers.iter().any(Peer::is_busy);
+        let mut asks_at = Instant::now() + LAST_WORDS;
         while self.state.open == 0 && is_busy(&self.peers) && Instant::now() < until {
-            if self.advance_listed().is_err() || self.look().is_err() {
+            let is_over =
+                self.advance_listed().is_err() || self.look().is_err() || self.renew().is_err();
+            if is_over {
                 return;
             }
-            std::thread::yield_now();
+            if Instant::now() >= asks_at {
+                self.ask_busy();
+                asks_at = Instant::now() + LAST_WORDS;
+            }
+            if self.is_renewing() {
+                self.nap();
+            } else {
+                std::thread::yield_now();
+            }
         }
     }
 }
@@ -490,6 +530,7 @@ impl Link for VerbsLink {
         if self.failure().is_none() {
             self.say_last_words();
         }
+        self.close_inbox();
         // Without their queue pairs the devices touch no memory for this link any more.
         self.peers.iter_mut().for_each(|peer| peer.connections.clear());
         self.peers.clear();

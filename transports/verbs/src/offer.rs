@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use unisum_link::Rank;
 use unisum_link::handshake::random;
+use unisum_link::inbox::Ways;
 
 use crate::area::{Area, Layout};
 use crate::card::{Card, MTU_CODES, NUMBER_LIMIT, RailCard};
@@ -77,6 +78,8 @@ pub struct Offer {
     registry: Arc<Registry>,
     areas: Pages,
     psn: u32,
+    /// By what queue pairs that fail are made anew, in which session.
+    ways: Option<(Ways, [u8; 16])>,
 }
 
 impl Offer {
@@ -124,12 +127,7 @@ impl Offer {
         let queue_pairs = |&peer: &Rank| {
             let turns = (0..config.pairs_per_peer).flat_map(|_| &rails).map(|rail| {
                 let announcements = layout.announcements() + REFILL;
-                let mut pair = QueuePair::new(&rail.completions, WRITES, announcements)?;
-                pair.expect(announcements).map_err(|code| {
-                    let error = std::io::Error::from_raw_os_error(code.abs());
-                    VerbsError::Os(format!("filling {pair}"), error)
-                })?;
-                Ok(pair)
+                QueuePair::filled(&rail.completions, announcements, 0)
             });
             Ok((peer, turns.collect::<Result<Vec<_>, VerbsError>>()?))
         };
@@ -139,7 +137,15 @@ impl Offer {
             random().map_err(|error| VerbsError::Os("choosing a packet number".into(), error))?;
         let psn = u32::from_le_bytes(random) % NUMBER_LIMIT;
         let registry = registry.clone();
-        Ok(Self { rank, world, config, layout, rails, peers, registry, areas, psn })
+        Ok(Self { rank, world, config, layout, rails, peers, registry, areas, psn, ways: None })
+    }
+
+    /// Has queue pairs that fail be made anew, over these ways, in a session that no other link
+    /// has. Connections that peers open for it go to [`VerbsLink::inbox`].
+    #[must_use]
+    pub fn with_ways(mut self, ways: Ways, session: [u8; 16]) -> Self {
+        self.ways = Some((ways, session));
+        self
     }
 
     /// What each peer must know, by rank; empty for ranks that are not peers.
@@ -201,15 +207,21 @@ impl Offer {
                     VerbsError::Path(peer, format!("at {address}: {error}"))
                 })?;
                 self.rails[rail].pairs.push((pair.number(), index, connections.len()));
-                connections.push(Connection::new(rail, pair));
+                let receives = self.layout.announcements() + REFILL;
+                let keeps = self.ways.is_some();
+                connections.push(Connection::new(rail, pair, path, receives, keeps));
             }
             peers.push(Peer::new(peer, connections, self.area(index, &card)));
         }
         self.rails.iter_mut().for_each(|rail| rail.pairs.sort_unstable());
         let description = self.describe(mtu);
         let state = LinkState::new(self.rank, self.registry);
-        VerbsLink::new(self.world, peers, state, self.rails, self.areas, description)
-            .map_err(|error| VerbsError::Os("making an event queue".into(), error))
+        let link = VerbsLink::new(self.world, peers, state, self.rails, self.areas, description);
+        let link = link.map(|link| match self.ways {
+            Some((ways, session)) => link.with_ways(ways, session),
+            None => link,
+        });
+        link.map_err(|error| VerbsError::Os("making an event queue".into(), error))
     }
 
     fn path(&self, card: &Card, rail: usize, number: u32) -> Result<Path, String> {

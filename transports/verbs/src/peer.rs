@@ -13,12 +13,15 @@ mod ending;
 
 use std::collections::VecDeque;
 use std::io;
+use std::time::Instant;
 
 use unisum_link::{Call, Landing, LinkError, PeerCounts, Rank, Ticket};
 
 use crate::area::{Area, CELL_BYTES};
 use crate::connection::{Carries, Connection};
 use crate::domain::Access;
+use crate::ledger::Finished;
+use crate::link::renewal::{FIRST_ATTEMPT, Renewal};
 use crate::link_state::{LinkState, Receive, Send, TransferMemory, UnderWay};
 use crate::queue_pair::Write;
 use crate::wire::{CREDITS, Kind, READY_BYTES, Ready, Word, part, parts};
@@ -40,6 +43,14 @@ pub(crate) struct Peer {
     /// What the call under way has for the peer and expects of it, where it does not say so itself.
     pub(crate) counts: Option<PeerCounts>,
     ending: Ending,
+    /// While its queue pairs are made anew.
+    pub(crate) renewal: Option<Box<Renewal>>,
+    /// The number of the last connection on which that was agreed, or was to be.
+    pub(crate) attempt: u32,
+    /// When its queue pairs were made anew last.
+    pub(crate) renewed_at: Option<Instant>,
+    /// What a device said when writes could not be posted.
+    pub(crate) unposted: Option<LinkError>,
 
     /// Small messages that wait for a cell.
     small_out: VecDeque<Send>,
@@ -88,6 +99,10 @@ impl Peer {
             is_listed: false,
             counts: None,
             ending: Ending::default(),
+            renewal: None,
+            attempt: FIRST_ATTEMPT,
+            renewed_at: None,
+            unposted: None,
             small_out: VecDeque::new(),
             sent: 0,
             taken_there: 0,
@@ -215,9 +230,37 @@ impl Peer {
         }
         let finished = self.connections[connection].reported();
         self.require(finished.is_some(), "a report of a write that was not posted")?;
-        let finished = finished.unwrap_or_default();
+        self.finished(finished.unwrap_or_default(), state);
+        Ok(())
+    }
+
+    fn finished(&mut self, finished: Finished, state: &mut LinkState) {
         self.reported = self.reported.wrapping_add(finished.smalls);
         finished.large.into_iter().for_each(|number| state.part_sent(number));
+    }
+
+    /// Goes on with new queue pairs, where the peer has heard so many writes on each connection.
+    ///
+    /// # Errors
+    /// If it can't have.
+    pub(crate) fn go_on(
+        &mut self,
+        heard: impl Iterator<Item = u64>,
+        state: &mut LinkState,
+    ) -> Result<(), LinkError> {
+        // Who has left has heard all that was meant for it.
+        if self.has_left() {
+            return Ok(());
+        }
+        let mut done = Vec::new();
+        for (connection, heard) in self.connections.iter_mut().zip(heard) {
+            let is_sane = connection.ledger.go_on(heard, |finished| done.push(finished));
+            if !is_sane {
+                let what = format!("that it heard {heard} writes, which can't be");
+                return Err(LinkError::protocol(self.rank, what));
+            }
+        }
+        done.into_iter().for_each(|finished| self.finished(finished, state));
         Ok(())
     }
 
@@ -468,7 +511,7 @@ impl Peer {
 
     /// Posts everything that the queues hold, after making good for what was heard.
     pub(crate) fn flush(&mut self) -> Result<usize, LinkError> {
-        if self.is_gone() {
+        if self.is_gone() || self.renewal.is_some() {
             return Ok(0);
         }
         self.push_announcements();
@@ -481,10 +524,15 @@ impl Peer {
             // SAFETY: cells and announcements are changed only when their writes are reported or
             // their contents were read; slots and the region's bytes when their sends are done.
             let flushed = connection.refill().and_then(|()| unsafe { connection.flush() });
-            posted += flushed.map_err(|code| {
+            let flushed = flushed.map_err(|code| {
                 let error = io::Error::from_raw_os_error(code.abs());
                 LinkError::os(self.rank, format!("posting to {}", connection.pair), error)
-            })?;
+            });
+            match flushed {
+                Ok(count) => posted += count,
+                Err(error) if connection.ledger.keeps() => self.unposted = Some(error),
+                Err(error) => return Err(error),
+            }
         }
         Ok(posted)
     }

@@ -6,6 +6,7 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use crate::completions::Completions;
+use crate::connection::WRITES;
 use crate::domain::report;
 use crate::error::VerbsError;
 use crate::ffi::{self, Gather, ReceiveRequest, SendRequest};
@@ -50,6 +51,8 @@ pub(crate) struct Write {
 pub(crate) struct QueuePair {
     qp: NonNull<ffi::Qp>,
     number: u32,
+    /// Which of its connection's queue pairs it is.
+    generation: u32,
     /// Bytes that are taken over when a write is posted.
     inline_bytes: u32,
     completions: Arc<Completions>,
@@ -69,6 +72,7 @@ impl QueuePair {
         completions: &Arc<Completions>,
         writes: usize,
         announcements: usize,
+        generation: u32,
     ) -> Result<Self, VerbsError> {
         let domain = completions.domain();
         let device = &domain.port.device;
@@ -98,6 +102,7 @@ impl QueuePair {
         let pair = Self {
             qp,
             number,
+            generation,
             inline_bytes: init.cap.max_inline_data,
             completions: completions.clone(),
             requests: Vec::with_capacity(writes),
@@ -112,6 +117,46 @@ impl QueuePair {
         let mask = ffi::QP_STATE | ffi::QP_PKEY_INDEX | ffi::QP_PORT | ffi::QP_ACCESS_FLAGS;
         pair.modify(&mut attributes, mask, "preparing")?;
         Ok(pair)
+    }
+
+    /// One that holds so many receives, and [`WRITES`] writes.
+    ///
+    /// # Errors
+    /// If the device has none left or none of that size.
+    pub(crate) fn filled(
+        completions: &Arc<Completions>,
+        announcements: usize,
+        generation: u32,
+    ) -> Result<Self, VerbsError> {
+        let mut pair = Self::new(completions, WRITES, announcements, generation)?;
+        pair.expect(announcements).map_err(|code| {
+            let error = io::Error::from_raw_os_error(code.abs());
+            VerbsError::Os(format!("filling {pair}"), error)
+        })?;
+        Ok(pair)
+    }
+
+    pub(crate) const fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// Whether a completion with this number is of this queue pair: numbers of queue pairs come
+    /// again. If so, whether it is a receive's.
+    pub(crate) fn is_receive(&self, wr_id: u64) -> Option<bool> {
+        (wr_id >> 1 == u64::from(self.generation)).then_some(wr_id & 1 == 1)
+    }
+
+    const fn wr_id(&self, is_receive: bool) -> u64 {
+        (self.generation as u64) << 1 | is_receive as u64
+    }
+
+    /// Has it fail: the device takes no more packets for it, and all that it holds is flushed.
+    ///
+    /// # Errors
+    /// If the device refuses.
+    pub(crate) fn fail(&self) -> Result<(), VerbsError> {
+        let mut attributes = ffi::QpAttributes { qp_state: ffi::QPS_ERR, ..Default::default() };
+        self.modify(&mut attributes, ffi::QP_STATE, "ending")
     }
 
     /// Its number, which the peer has to know.
@@ -203,6 +248,7 @@ impl QueuePair {
     pub(crate) unsafe fn write(&mut self, writes: impl Iterator<Item = Write>) -> Result<(), i32> {
         self.requests.clear();
         self.gathers.clear();
+        let wr_id = self.wr_id(false);
         for write in writes {
             let Write { from, bytes, local, to, remote, immediate, signalled } = write;
             let mut flags = 0;
@@ -211,6 +257,7 @@ impl QueuePair {
             flags |= if bytes <= self.inline_bytes { ffi::SEND_INLINE } else { 0 };
             self.gathers.push(Gather { addr: from, length: bytes, lkey: local });
             self.requests.push(SendRequest {
+                wr_id,
                 num_sge: i32::from(bytes > 0),
                 opcode: if immediate.is_some() {
                     ffi::WR_RDMA_WRITE_WITH_IMM
@@ -249,7 +296,7 @@ impl QueuePair {
     /// The library's code: the queue is full (a bug), or the connection is broken.
     pub(crate) fn expect(&mut self, announcements: usize) -> Result<(), i32> {
         let empty = ReceiveRequest {
-            wr_id: 0,
+            wr_id: self.wr_id(true),
             next: ptr::null_mut(),
             sg_list: ptr::null_mut(),
             num_sge: 0,

@@ -42,6 +42,7 @@ impl Wake for Doorbell {
 const DOORBELL: u64 = 0;
 const COMPLETIONS: u64 = 1;
 const EVENTS: u64 = 2;
+const WORDS: u64 = 3;
 /// Two for each device and one for the doorbell are watched.
 const EVENTS_MAX: usize = 2 * RAILS_MAX + 1;
 
@@ -62,6 +63,11 @@ impl Sleeper {
     ) -> io::Result<()> {
         self.watch(completions, COMPLETIONS)?;
         self.watch(events, EVENTS)
+    }
+
+    /// Adds a connection to a peer, until it is closed.
+    pub(crate) fn add_words(&self, connection: BorrowedFd<'_>) -> io::Result<()> {
+        self.watch(connection, WORDS)
     }
 
     fn watch(&self, descriptor: BorrowedFd<'_>, what: u64) -> io::Result<()> {
@@ -91,6 +97,8 @@ impl Sleeper {
             match event.data.u64() {
                 COMPLETIONS => news.completions = true,
                 EVENTS => news.events = true,
+                // Whoever waits for them looks at each progress.
+                WORDS => {}
                 // It fails only if nobody rang.
                 _ => drop(rustix::io::read(&self.doorbell.0, &mut [0; 8])),
             }

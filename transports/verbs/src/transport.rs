@@ -81,9 +81,13 @@ impl Endpoint for VerbsEndpoint {
         EndpointInfo::Each(self.infos.clone())
     }
 
-    fn agree(&mut self, infos: &[Vec<u8>], _: &Setup<'_>) -> Result<Rank, Refusal> {
+    fn agree(&mut self, infos: &[Vec<u8>], setup: &Setup<'_>) -> Result<Rank, Refusal> {
         let Stage::Offered(offer) = std::mem::replace(&mut self.stage, Stage::GivenUp) else {
             return Err(Refusal::Own("it was asked twice".into()));
+        };
+        let offer = match setup.ways {
+            Some(ways) => offer.with_ways(ways.clone(), setup.session),
+            None => *offer,
         };
         let link = offer.connect(infos).map_err(|error| refusal(&error, &self.ranks))?;
         self.stage = Stage::Connected(Box::new(link));
@@ -105,6 +109,12 @@ impl Endpoint for VerbsEndpoint {
         Ok(Connected {
             registrar: Some(registry as _).filter(|_| !is_group),
             for_groups: Some(beside).filter(|_| !is_group),
+            inbox: link.inbox().map(|inbox| {
+                let deliver = move |peer, socket, connection| {
+                    inbox.deliver(peer, socket, connection);
+                };
+                Arc::new(deliver) as _
+            }),
             ..Connected::new(link)
         })
     }

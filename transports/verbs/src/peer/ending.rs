@@ -26,6 +26,8 @@ struct Broken {
     /// Whether that is the consequence of another failure: a broken connection flushes what it
     /// holds.
     is_consequence: bool,
+    /// Whether that was waited for in vain: it matters only to who needs the peer.
+    is_late: bool,
 }
 
 impl Peer {
@@ -47,18 +49,26 @@ impl Peer {
     pub(crate) fn is_missed(&self) -> Option<bool> {
         let Ending { has_left, broken } = &self.ending;
         if !has_left {
-            return broken.as_ref().map(|broken| !broken.is_consequence);
+            let broken = broken.as_ref()?;
+            if !broken.is_late || self.is_waiting() {
+                return Some(!broken.is_consequence);
+            }
+            return None;
         }
-        let is_waiting = !self.small_in.is_empty()
+        self.is_waiting().then_some(true)
+    }
+
+    /// Whether a posted transfer needs it.
+    fn is_waiting(&self) -> bool {
+        !self.small_in.is_empty()
             || !self.small_out.is_empty()
             || !self.large_in.is_empty()
             || !self.large_out.is_empty()
-            || self.incoming.iter().any(Option::is_some);
-        is_waiting.then_some(true)
+            || self.incoming.iter().any(Option::is_some)
     }
 
     /// Whether it has left in order.
-    pub(super) const fn has_left(&self) -> bool {
+    pub(crate) const fn has_left(&self) -> bool {
         self.ending.has_left
     }
 
@@ -75,7 +85,15 @@ impl Peer {
         let counts =
             self.ending.broken.as_ref().is_none_or(|known| known.is_consequence && !is_consequence);
         if counts && !self.ending.has_left {
-            self.ending.broken = Some(Broken { error, is_consequence });
+            self.ending.broken = Some(Broken { error, is_consequence, is_late: false });
+        }
+    }
+
+    /// No queue pairs in place of those that failed were to be had.
+    pub(crate) fn is_lost(&mut self, error: LinkError) {
+        if !self.is_gone() {
+            let (is_consequence, is_late) = (false, true);
+            self.ending.broken = Some(Broken { error, is_consequence, is_late });
         }
     }
 
