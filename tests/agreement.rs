@@ -121,6 +121,9 @@ fn drawn() {
         Difference::draw(what, setting("SEED").parse().unwrap());
     // All have arrived, and what they called before was the same.
     comm.barrier().unwrap();
+    // Who is still in the barrier would hear there what the others do next.
+    reach("arrived");
+    await_others("arrived", comm.world(), LIMIT);
     let start = Instant::now();
     let own = if comm.rank() == odd { &other } else { &usual };
     let result = own.call(&comm);

@@ -310,6 +310,7 @@ impl Communicator {
     }
 
     /// Why the job has ended, if it has, even if no call here has failed yet.
+    #[cfg(feature = "cuda")]
     pub(crate) fn verdict(&self) -> Option<Error> {
         let runner = &self.member.as_ref()?.core.runner;
         runner.membership.verdict().map(|it| runner.membership.told(&it).on(self.rank))

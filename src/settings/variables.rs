@@ -71,8 +71,8 @@ pub(crate) const VARIABLES: &[Variable] = &[
     variable(
         "UNISUM_RECONNECT_TIMEOUT",
         "0",
-        "seconds in which a broken TCP connection is restored before the call fails; 0 fails at \
-         once; the same on all ranks",
+        "seconds in which a broken TCP connection, or a queue pair that has failed, is restored \
+         before the call fails; 0 fails at once; the same on all ranks",
     ),
     variable(
         "UNISUM_ELASTIC",
