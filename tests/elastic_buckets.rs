@@ -9,7 +9,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use support::{Random, World, reach, setting, tell};
+use support::{Random, World, await_others, reach, setting, tell};
 use unisum::buckets::{AllReduce, Bucket, Buckets, Compressed, Encoding, Hook, LowRank, Parameter};
 use unisum::buckets::{Step, StepReport};
 use unisum::{Communicator, Dtype, Elastic, ErrorKind};
@@ -487,6 +487,9 @@ fn make_anew() {
         Err(error) if is_sharded && error.kind() == ErrorKind::ViewChanged => tell(3),
         other => tell(format!("{other:?}")),
     }
+    // Who leaves is lost to those that are still in the step.
+    reach("ended");
+    await_others("ended", 3, LIMIT);
 }
 
 #[test]
