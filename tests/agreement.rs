@@ -119,18 +119,15 @@ fn drawn() {
     let what = *ALL.iter().find(|what| format!("{what:?}") == setting("WHAT")).unwrap();
     let Difference { usual, other, odd, .. } =
         Difference::draw(what, setting("SEED").parse().unwrap());
-    // All have arrived, and what they called before was the same.
+    // What they called before was the same, and nobody is in it who could hear there of the next.
     comm.barrier().unwrap();
-    // Who is still in the barrier would hear there what the others do next.
     reach("arrived");
     await_others("arrived", comm.world(), LIMIT);
     let start = Instant::now();
-    let own = if comm.rank() == odd { &other } else { &usual };
-    let result = own.call(&comm);
+    let result = if comm.rank() == odd { &other } else { &usual }.call(&comm);
     let is_at_once = result.is_err();
     // Who has all it waits for hears of it in the next call.
-    let error = result.and_then(|()| comm.barrier()).unwrap_err();
-    let took = start.elapsed();
+    let (error, took) = (result.and_then(|()| comm.barrier()).unwrap_err(), start.elapsed());
     tell(format!("{:?} {:?} {error}", error.kind(), error.failed_ranks()).replace('\n', " / "));
     tell(took.as_secs_f64());
     tell(if is_at_once { "in that call" } else { "in the next" });
