@@ -283,6 +283,9 @@ fn a_rank_that_dies_while_its_queue_pairs_are_made_anew_is_named() {
         let named = format!("RankLost [{victim}]");
         assert!(ended.told[0].starts_with(&named), "{}", ended.told[0]);
         println!("rank {victim} is named {:.1?} after its end", killed.elapsed());
+        // The next ranks find the device as it was: with its port and all of its addresses.
+        sh("until grep -q ACTIVE /sys/class/infiniband/*/ports/1/state; do sleep 0.1; done; \
+            sleep 1; while [ -n \"$(ip -6 addr show dev net0 tentative)\" ]; do sleep 0.1; done");
     }
 }
 
