@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::ops::RangeInclusive;
 use std::process::Command;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
@@ -108,12 +109,13 @@ fn a_thousand_collectives_leave_no_registrations_behind() {
     assert!(before >= 4, "this shows what is registered: {before}");
     calls(&mut links, 2..1002);
     assert_eq!(registered_so_far(&links), [2 * 1002, 2 * 1002], "each call registered anew");
-    await_registrations(before);
-    // They end with the next collective, which takes two slots on each side.
+    await_registrations(before..=before);
+    // They end with the next collective, which takes one slot or two on each side: what arrived
+    // may have given its own back before the send is ready.
     exchange_borrowed(&mut links, 1002, 64 * KIB, 1);
-    await_registrations(before - 4 + 4);
+    await_registrations(before - 4 + 2..=before - 4 + 4);
     drop(links);
-    await_registrations(0);
+    await_registrations(0..=0);
 }
 
 /// The system goes on with what it was asked to end, so what it counts is waited for.
@@ -134,14 +136,14 @@ fn settled_registrations() -> usize {
     last
 }
 
-fn await_registrations(expected: usize) {
+fn await_registrations(expected: RangeInclusive<usize>) {
     let until = Instant::now() + COUNTED_WITHIN;
     loop {
         let found = registrations();
-        if found == expected {
+        if expected.contains(&found) {
             return;
         }
-        assert!(Instant::now() < until, "{found} registrations, and not {expected}");
+        assert!(Instant::now() < until, "{found} registrations, and not {expected:?}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
